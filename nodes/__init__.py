@@ -1,0 +1,16 @@
+"""The nodes: what a user wires. Thin V3 nodes, a file a capability; what touches the host's internals is in `host`."""
+
+from comfy_api.latest import ComfyExtension
+
+from . import builtin, compare, correct, deepcache, quantize
+
+
+class IECExtension(ComfyExtension):
+    """Every node of the pack."""
+
+    async def get_node_list(self):
+        return [node for module in (correct, quantize, deepcache, builtin, compare) for node in module.NODES]
+
+
+async def comfy_entrypoint():
+    return IECExtension()

@@ -1,0 +1,73 @@
+"""The built-in model: its loader, and its class labels as CONDITIONING."""
+
+import torch
+from comfy_api.latest import io
+
+from .host.builtin_model import class_conditioning, load_builtin_model, metadata
+
+PRECISIONS = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class IECLoadBuiltinModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="IECLoadBuiltinModel",
+            display_name="Load Built-in Model (IEC)",
+            category="loaders/IEC",
+            description="A small diffusion model of emoji that comes with the pack: 32 x 32 pixels, class-conditional. Wire "
+            "EmptyChromaRadianceLatentImage (32 x 32) as latent and VAELoader with pixel_space as VAE.",
+            inputs=[
+                io.Combo.Input(
+                    "precision",
+                    options=list(PRECISIONS),
+                    default="auto",
+                    tooltip="Number type of the network. auto: what ComfyUI would choose for the device.",
+                )
+            ],
+            outputs=[io.Model.Output(tooltip="The built-in model.")],
+        )
+
+    @classmethod
+    def execute(cls, precision):
+        return io.NodeOutput(load_builtin_model(PRECISIONS[precision]))
+
+
+def split_labels(labels):
+    """Return the class names of a comma-separated text."""
+    return [name for part in labels.split(",") if (name := " ".join(part.lower().split()))]
+
+
+class IECClassLabel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="IECClassLabel",
+            display_name="Class Label (IEC)",
+            category="conditioning/IEC",
+            description="Class labels of the built-in model as conditioning, one for each image of the batch.",
+            inputs=[
+                io.String.Input(
+                    "labels",
+                    default="face, heart, mammal, fruit",
+                    tooltip="Class names, separated by commas, for the images of the batch in turn. none is no label, as "
+                    f"for the negative conditioning. Classes: {', '.join(metadata()['classes'])}.",
+                )
+            ],
+            outputs=[io.Conditioning.Output(tooltip="Conditioning for the built-in model.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, labels=None):
+        try:
+            labels is None or class_conditioning(split_labels(labels))
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, labels):
+        return io.NodeOutput(class_conditioning(split_labels(labels)))
+
+
+NODES = [IECLoadBuiltinModel, IECClassLabel]

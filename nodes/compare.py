@@ -1,0 +1,111 @@
+"""Comparison of sampling runs against a reference: image grid, error-growth plot, table."""
+
+import csv
+import io as text_io
+import math
+
+import numpy as np
+import torch
+from comfy_api.latest import io
+
+from ..iec_core.metrics import psnr, relative_error
+from . import plots
+from .correct import Report
+
+COLUMNS = ("variant", "correction_steps", "NFE", "seconds", "relative_error", "PSNR")
+
+
+class IECJoinReports(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="IECJoinReports",
+            display_name="Join Reports (IEC)",
+            category="sampling/IEC",
+            description="Puts the reports of several runs into one list, for IECCompare. Nodes can be chained.",
+            inputs=[
+                Report.Input("reports", tooltip="The first reports; the very first is IECCompare's reference."),
+                Report.Input("more", tooltip="The reports that follow."),
+            ],
+            outputs=[Report.Output(display_name="reports", tooltip="All reports, in order.")],
+        )
+
+    @classmethod
+    def execute(cls, reports, more):
+        return io.NodeOutput([*reports, *more])
+
+
+def trajectory_error(report, reference):
+    """Return the mean relative error of the batch at the start of every step and at the end, nan where unknown."""
+    if report.sigmas != reference.sigmas:
+        return [math.nan] * (len(report.latents) - 1) + [final_error(report, reference)]
+    pairs = zip(report.latents, reference.latents)
+    return [math.nan if None in (a, b) else relative_error(a, b).mean().item() for a, b in pairs]
+
+
+def final_error(report, reference):
+    """Return the mean relative error of the batch's final latents."""
+    return relative_error(report.latents[-1], reference.latents[-1]).mean().item()
+
+
+def check_reports(reports):
+    """Raise ValueError where a report cannot be compared with the first."""
+    for report in reports:
+        if report.result is None:
+            raise ValueError(f"reports: the run '{report.label}' kept no latents; set keep_latents on its IECKSampler.")
+        if report.latents[-1].shape != reports[0].latents[-1].shape:
+            raise ValueError(
+                f"reports: the run '{report.label}' has latents of shape {tuple(report.latents[-1].shape)}, the reference "
+                f"of shape {tuple(reports[0].latents[-1].shape)}; compare runs of one shape."
+            )
+
+
+def table(reports, images):
+    """Return the comparison as CSV text: a header, then a line a run; the first run is the reference."""
+    out = text_io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for report, image in zip(reports, images):
+        error = final_error(report, reports[0])
+        quality = psnr(image, images[0])
+        row = (report.label, report.correction, report.nfe, f"{report.seconds:.2f}", f"{error:.5f}", f"{quality:.2f}")
+        writer.writerow(row)
+    return out.getvalue()
+
+
+class IECCompare(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="IECCompare",
+            display_name="Compare Runs (IEC)",
+            category="sampling/IEC",
+            description="Measures sampling runs against the first one: images side by side, relative latent error per step, "
+            "and a table of evaluations, seconds, final error and PSNR.",
+            inputs=[
+                Report.Input("reports", tooltip="Joined reports with latents; the first is the reference."),
+                io.Vae.Input("vae", tooltip="Decodes the final latents. For the built-in model: VAELoader, pixel_space."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="grid", tooltip="One row of images per run."),
+                io.Image.Output(display_name="error_plot", tooltip="Relative latent error per step, log scale."),
+                io.String.Output(display_name="table", tooltip=f"CSV with the columns {', '.join(COLUMNS)}."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, reports, vae):
+        check_reports(reports)
+        images = [vae.decode(report.result).float().cpu() for report in reports]
+        captions = [f"{report.label}\nIEC {report.correction}, NFE {report.nfe}" for report in reports]
+        grid = plots.image_grid([(caption, image.numpy()) for caption, image in zip(captions, images)])
+        curves = [(run.label, run.correction, trajectory_error(run, reports[0])) for run in reports[1:]]
+        return io.NodeOutput(_image(grid), _image(plots.error_growth(curves)), table(reports, images))
+
+
+def _image(array):
+    """uint8 [H, W, 3] to the host's IMAGE, float [1, H, W, 3] in 0..1."""
+    return torch.from_numpy(array.astype(np.float32) / 255)[None]
+
+
+NODES = [IECJoinReports, IECCompare]

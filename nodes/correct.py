@@ -1,0 +1,204 @@
+"""The corrected samplers: IECKSampler, IECApply, IECSampler."""
+
+import comfy.samplers
+import nodes as host_nodes
+from comfy_api.latest import io
+
+from ..iec_core.correction import CorrectionSettings
+from ..iec_core.report import RunReport
+from ..iec_core.schedule import FORMS
+from .host.correction import apply_correction, with_correction
+
+Report = io.Custom("IEC_REPORT")
+
+
+def correction_inputs():
+    """The method's four inputs, the same on every node."""
+    return [
+        io.String.Input(
+            "correction_steps",
+            default="ends:1/10",
+            tooltip=f"Which of the run's steps are corrected, counted from 0: {FORMS}. ends:1/10 is the first and the last "
+            "tenth. Each corrected step costs max_iterations more evaluations.",
+        ),
+        io.Float.Input(
+            "lambda_",
+            default=0.5,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            tooltip="Damping of the iteration, above 0 and at most 1. The paper uses 0.5 and found 0.1 to 0.7 to converge.",
+        ),
+        io.Int.Input(
+            "max_iterations",
+            default=1,
+            min=0,
+            max=100,
+            tooltip="Corrections of a step at most (the paper's K). 0 turns the correction off.",
+        ),
+        io.Float.Input(
+            "tolerance",
+            default=1e-5,
+            min=0.0,
+            max=1.0,
+            step=1e-6,
+            round=False,
+            tooltip="With two or more iterations: an image whose latent changes by less than this share is not iterated on.",
+        ),
+    ]
+
+
+def check(correction_steps=None, lambda_=None, max_iterations=None, tolerance=None, total=None):
+    """Return True, or the sentence for a wrong value. A value that is None comes over a link and is not known yet."""
+    values = {
+        "correction_steps": correction_steps,
+        "lambda_": lambda_,
+        "max_iterations": max_iterations,
+        "tolerance": tolerance,
+    }
+    try:
+        settings = CorrectionSettings.parse(**{name: value for name, value in values.items() if value is not None})
+        if total is not None:
+            settings.steps.of(total)
+    except ValueError as error:
+        return str(error)
+    return True
+
+
+class IECKSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="IECKSampler",
+            display_name="KSampler (IEC)",
+            category="sampling/IEC",
+            description="The stock KSampler with Iterative Error Correction: re-evaluates the chosen steps at their own "
+            "result, which damps the error of quantized and cached models.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model used for denoising the input latent."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="The random seed used for creating the noise.",
+                ),
+                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="The number of sampling steps."),
+                io.Float.Input(
+                    "cfg",
+                    default=8.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="Classifier-free guidance scale. 1 evaluates the positive conditioning alone.",
+                ),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=comfy.samplers.KSampler.SAMPLERS,
+                    tooltip="The sampling algorithm. For euler and ddim the correction is the paper's, exactly.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=comfy.samplers.KSampler.SCHEDULERS,
+                    tooltip="How the noise level falls over the steps. ddim_uniform is the paper's.",
+                ),
+                io.Conditioning.Input("positive", tooltip="What the image should have."),
+                io.Conditioning.Input("negative", tooltip="What the image should not have."),
+                io.Latent.Input("latent_image", tooltip="The latent image to denoise."),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of the denoising that is done; below 1, the steps that are run are counted from 0.",
+                ),
+                *correction_inputs(),
+                io.String.Input("label", default="", optional=True, tooltip="The run's name in reports and plots."),
+                io.Boolean.Input(
+                    "keep_latents",
+                    default=False,
+                    optional=True,
+                    tooltip="Keep the latent of every step in the report, for IECCompare's error plot.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(tooltip="The denoised latent."),
+                Report.Output(display_name="report", tooltip="What the run did and cost; for IECCompare."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, steps=None, correction_steps=None, lambda_=None, max_iterations=None, tolerance=None):
+        if steps is not None and not 1 <= steps <= 10000:
+            return f"steps: {steps} is outside 1 to 10000."
+        return check(correction_steps, lambda_, max_iterations, tolerance, total=steps)
+
+    @classmethod
+    def execute(
+        cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise,
+        correction_steps, lambda_, max_iterations, tolerance, label="", keep_latents=False,
+    ):  # fmt: skip
+        settings = CorrectionSettings.parse(correction_steps, lambda_, max_iterations, tolerance)
+        report = RunReport(label or "run", correction_steps, keep_latents)
+        model = apply_correction(model, settings, report)
+        (latent,) = host_nodes.common_ksampler(
+            model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise=denoise
+        )
+        report.result = latent["samples"] if keep_latents else None
+        return io.NodeOutput(latent, [report])
+
+
+class IECApply(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="IECApply",
+            display_name="Apply IEC (model)",
+            category="sampling/IEC",
+            description="Iterative Error Correction for every sampler node that this MODEL is wired to.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model whose sampling runs are corrected."),
+                *correction_inputs(),
+            ],
+            outputs=[io.Model.Output(tooltip="A clone of the model that carries the correction.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, correction_steps=None, lambda_=None, max_iterations=None, tolerance=None):
+        return check(correction_steps, lambda_, max_iterations, tolerance)
+
+    @classmethod
+    def execute(cls, model, correction_steps, lambda_, max_iterations, tolerance):
+        settings = CorrectionSettings.parse(correction_steps, lambda_, max_iterations, tolerance)
+        return io.NodeOutput(apply_correction(model, settings, RunReport("run", correction_steps)))
+
+
+class IECSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="IECSampler",
+            display_name="IEC Sampler (wrap)",
+            category="sampling/IEC",
+            description="Iterative Error Correction around a SAMPLER, for SamplerCustom and SamplerCustomAdvanced.",
+            inputs=[
+                io.Sampler.Input("sampler", tooltip="The sampler whose steps are corrected."),
+                *correction_inputs(),
+            ],
+            outputs=[io.Sampler.Output(tooltip="The corrected sampler.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, correction_steps=None, lambda_=None, max_iterations=None, tolerance=None):
+        return check(correction_steps, lambda_, max_iterations, tolerance)
+
+    @classmethod
+    def execute(cls, sampler, correction_steps, lambda_, max_iterations, tolerance):
+        settings = CorrectionSettings.parse(correction_steps, lambda_, max_iterations, tolerance)
+        return io.NodeOutput(with_correction(sampler, settings, RunReport("run", correction_steps)))
+
+
+NODES = [IECKSampler, IECApply, IECSampler]

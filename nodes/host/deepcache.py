@@ -1,0 +1,156 @@
+"""DeepCache on the host's U-Nets, through its hooks: no copy of the forward pass, no block replaced in the model.
+
+Branch b runs the b + 1 outermost skip connections: input blocks 0..b and the last b + 1 output blocks. The feature that
+enters the first of these output blocks is what a full evaluation keeps and a cached one takes up again. A cached
+evaluation is the host's own forward pass over a shallow copy of the U-Net, in which the other blocks pass on a tensor
+of no channels, at no cost.
+"""
+
+import copy
+
+import comfy.model_patcher
+import torch
+from comfy.ldm.modules.attention import SpatialTransformer
+from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential, UNetModel
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
+
+from ...iec_core.caching import FeatureCache, is_full_step
+from .steps import current_step
+
+KEY = "iec_deepcache"
+
+
+class _Skipped(torch.nn.Module):
+    """A block that is not run: passes on no channels, so that what the host concatenates stays empty."""
+
+    def forward(self, x):
+        return x[:, :0]
+
+
+class DeepCache:
+    """One sampling run's cache: `forward` decides for each evaluation whether it is full or cached."""
+
+    def __init__(self, unet, interval, branch):
+        self.interval = interval
+        self.branch = branch
+        self.first = len(unet.output_blocks) - 1 - branch  # the first output block that a cached evaluation runs
+        self.features = FeatureCache()
+
+    def forward(self, executor, x, timesteps, context, y, control, transformer_options, **kwargs):
+        """Evaluate the U-Net in full, keeping the deep feature, or over the shallow blocks with the kept one."""
+        entries = zip(transformer_options["cond_or_uncond"], transformer_options["uuids"])
+        keys = [(*entry, tuple(x.shape[1:])) for entry in entries]
+        feature = None
+        if not is_full_step(current_step(transformer_options), self.interval):
+            feature = self.features.load(keys, x.shape[0])
+        if feature is None:
+            options = self._at_feature(transformer_options, lambda h, options: self._keep(keys, h))
+            return executor(x, timesteps, context, y, control, options, **kwargs)
+
+        shallow = self._shallow(executor.class_obj)
+        options = self._without_skipped_patches(transformer_options)
+        options = self._at_feature(options, lambda h, options: self._resume(feature, executor.class_obj, options))
+        inner = WrapperExecutor.new_class_executor(shallow._forward, shallow, executor.wrappers, executor.idx + 1)
+        return inner.execute(x, timesteps, context, y, self._shallow_control(control), options, **kwargs)
+
+    def _at_feature(self, transformer_options, replace):
+        """Return the options with h -> replace(h, options) applied to what enters the first shallow output block, before
+        any other patch, so that the others see what they would see without the cache.
+        """
+
+        def patch(h, hsp, options):
+            return replace(h, options) if options["block"] == ("output", self.first) else h, hsp
+
+        patches = transformer_options.get("patches", {})
+        patches = {**patches, "output_block_patch": [patch, *patches.get("output_block_patch", [])]}
+        return {**transformer_options, "patches": patches}
+
+    def _keep(self, keys, h):
+        self.features.store(keys, h)
+        return h
+
+    def _resume(self, feature, unet, options):
+        """Go on with the kept feature, the host's running number of the transformer counted past the skipped blocks."""
+        skipped = [*unet.input_blocks[self.branch + 1 :], unet.middle_block, *unet.output_blocks[: self.first]]
+        layers = [layer for block in skipped if block is not None for layer in block]
+        options["transformer_index"] += sum(isinstance(layer, SpatialTransformer) for layer in layers)
+        return feature
+
+    def _shallow(self, unet):
+        """Return a copy of the U-Net that shares the blocks which are run; the U-Net itself stays as it is."""
+        skipped = TimestepEmbedSequential(_Skipped())
+        shallow = copy.copy(unet)
+        shallow._modules = dict(unet._modules)
+        run = self.branch + 1
+        shallow.input_blocks = torch.nn.ModuleList([*unet.input_blocks[:run], *[skipped] * (len(unet.input_blocks) - run)])
+        shallow.middle_block = skipped
+        shallow.output_blocks = torch.nn.ModuleList([*[skipped] * self.first, *unet.output_blocks[self.first :]])
+        return shallow
+
+    def _shallow_control(self, control):
+        """Drop the ControlNet residuals of the skipped blocks. The host pops a list's last entry for its next block."""
+        if control is None:
+            return None
+        control = dict(control, middle=[])
+        if control.get("input"):
+            control["input"] = control["input"][-(self.branch + 1) :]
+        if control.get("output"):
+            kept = control["output"][: max(0, len(control["output"]) - self.first)]
+            control["output"] = kept + [None] * self.first
+        return control
+
+    def _is_run(self, block):
+        kind, number = block
+        return number <= self.branch if kind == "input" else kind == "output" and number >= self.first
+
+    def _without_skipped_patches(self, transformer_options):
+        """Keep other nodes' block patches from being called for blocks that are not run."""
+        patches = dict(transformer_options.get("patches", {}))
+        for name in ("input_block_patch", "input_block_patch_after_skip"):
+            patches[name] = [self._on_run_input(patch) for patch in patches.get(name, [])]
+        patches["output_block_patch"] = [self._on_run_output(patch) for patch in patches.get("output_block_patch", [])]
+        patches.pop("middle_block_after_patch", None)
+        return {**transformer_options, "patches": patches}
+
+    def _on_run_input(self, patch):
+        return lambda h, options: patch(h, options) if self._is_run(options["block"]) else h
+
+    def _on_run_output(self, patch):
+        return lambda h, hsp, options: patch(h, hsp, options) if self._is_run(options["block"]) else (h, hsp)
+
+
+def apply_deepcache(model, interval, branch):
+    """Return a clone of a U-Net MODEL that evaluates its deep blocks on the first of every `interval` steps only.
+
+    Raises ValueError where the MODEL is no U-Net, has no such branch, or has a DeepCache already.
+    """
+    unet = model.get_model_object("diffusion_model")
+    if not isinstance(unet, UNetModel):
+        raise ValueError(
+            f"model: IECDeepCache needs a U-Net such as those of SD 1.5 or SDXL, and this MODEL is a {type(unet).__name__}."
+        )
+    blocks = len(unet.output_blocks)
+    if not 0 <= branch < blocks:
+        raise ValueError(f"branch: this U-Net has branches 0 to {blocks - 1}, and {branch} is none of them.")
+    if model.get_wrappers(WrappersMP.DIFFUSION_MODEL, KEY):
+        raise ValueError("model: this MODEL has a DeepCache already; use one IECDeepCache node only.")
+
+    def outer_sample(executor, *args, **kwargs):
+        guider = executor.class_obj
+        before = guider.model_options
+        guider.model_options = comfy.model_patcher.create_model_options_clone(before)
+        run = guider.model_options["transformer_options"][KEY] = DeepCache(unet, interval, branch)
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            run.features.clear()
+            guider.model_options = before
+
+    def forward(executor, x, timesteps, context, y, control, transformer_options, **kwargs):
+        run = transformer_options[KEY]
+        return run.forward(executor, x, timesteps, context, y, control, transformer_options, **kwargs)
+
+    model = model.clone()
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, outer_sample)
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, forward)
+    return model

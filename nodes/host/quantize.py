@@ -1,0 +1,137 @@
+"""Quantized evaluation of a MODEL: its Linear and Conv2d layers compute in integers while the model is evaluated.
+
+The weights stay the host's, so that whatever the host does to them (LoRA before or after, weight hooks, offloading,
+unloading) reaches the quantized layers too. Within one sampling run every layer's integer weight is made once and kept;
+only for the duration of an evaluation does a layer's `forward` stand for the integer one.
+"""
+
+import contextlib
+import functools
+
+import comfy.model_patcher
+import comfy.ops
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from ...iec_core.quantization import conv2d_int8, linear_int8, quantize_weight
+
+KEY = "iec_quantize"
+
+# Modules that embed the timestep and the label, as the host's networks name them.
+EMBEDDINGS = (
+    "time_embed",
+    "label_emb",
+    "time_in",
+    "vector_in",
+    "guidance_in",
+    "t_embedder",
+    "y_embedder",
+    "time_embedding",
+    "time_projection",
+    "time_proj",
+    "timestep_embedder",
+    "time_text_embed",
+)
+
+
+def _is_supported(layer):
+    if isinstance(layer, torch.nn.Linear):
+        return True
+    plain = isinstance(layer, torch.nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros"
+    return plain and not isinstance(layer.padding, str)
+
+
+def quantizable_layers(network, keep_sensitive):
+    """Return {name: layer} of the Linear and Conv2d layers to quantize.
+
+    With keep_sensitive, the embeddings of timestep and label are left out, and the first and the last layer of the rest:
+    in a U-Net the first and the last convolution.
+    """
+    layers = {name: layer for name, layer in network.named_modules() if _is_supported(layer)}
+    if not keep_sensitive:
+        return layers
+    layers = {name: layer for name, layer in layers.items() if not set(EMBEDDINGS) & set(name.split("."))}
+    return {name: layers[name] for name in list(layers)[1:-1]}
+
+
+class QuantizedRun:
+    """The integer weights of one sampling run, and the forward passes that use them."""
+
+    def __init__(self, weight_bits, activation_bits):
+        self.weight_bits = weight_bits
+        self.activation_bits = activation_bits
+        self.weights = {}
+
+    def forward(self, layer, reusable, x):
+        """Evaluate `layer` on x; with `reusable`, the weight is known to stay as it is for the whole run."""
+        comfy.ops.run_every_op()  # as in the host's layers: an interrupt takes effect here
+        ready = self.weights.get(layer)
+        if ready is not None:
+            return self._compute(layer, x, *ready)
+        weight, bias, stream = comfy.ops.cast_bias_weight(layer, x, offloadable=True)
+        quantized = quantize_weight(weight, self.weight_bits)
+        if self.activation_bits == 16:
+            quantized = quantized.dequantize(x.dtype)
+        if reusable and layer.weight.device == x.device:  # an offloaded layer must not stay on the device
+            self.weights[layer] = quantized, bias
+        out = self._compute(layer, x, quantized, bias)
+        comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
+        return out
+
+    def _compute(self, layer, x, weight, bias):
+        if isinstance(layer, torch.nn.Linear):
+            return (linear_int8 if self.activation_bits == 8 else torch.nn.functional.linear)(x, weight, bias)
+        convolve = conv2d_int8 if self.activation_bits == 8 else torch.nn.functional.conv2d
+        return convolve(x, weight, bias, layer.stride, layer.padding, layer.dilation)
+
+
+@contextlib.contextmanager
+def _forwards(replacements):
+    """Let every layer of {layer: forward} compute by its replacement, and as before afterwards, whatever happens."""
+    before = {layer: layer.__dict__.get("forward") for layer in replacements}
+    try:
+        for layer, forward in replacements.items():
+            layer.__dict__["forward"] = forward
+        yield
+    finally:
+        for layer, forward in before.items():
+            if forward is None:
+                layer.__dict__.pop("forward", None)
+            else:
+                layer.__dict__["forward"] = forward
+
+
+def apply_quantization(model, weight_bits, activation_bits, keep_sensitive):
+    """Return a clone of a MODEL whose network is evaluated with weights of `weight_bits` (8, 4) and activations of
+    `activation_bits` (8: integers with dynamic scales; 16: left in the model's compute dtype).
+
+    Raises ValueError where the MODEL has no layer to quantize, or is quantized already.
+    """
+    if not quantizable_layers(model.get_model_object("diffusion_model"), keep_sensitive):
+        raise ValueError("model: this MODEL has no Linear or Conv2d layer to quantize.")
+    if model.get_wrappers(WrappersMP.APPLY_MODEL, KEY):
+        raise ValueError("model: this MODEL is quantized already; use one IECQuantizeModel node only.")
+
+    def outer_sample(executor, *args, **kwargs):
+        guider = executor.class_obj
+        before = guider.model_options
+        guider.model_options = comfy.model_patcher.create_model_options_clone(before)
+        run = guider.model_options["transformer_options"][KEY] = QuantizedRun(weight_bits, activation_bits)
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            run.weights.clear()
+            guider.model_options = before
+
+    def apply_model(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
+        run = transformer_options[KEY]
+        base = executor.class_obj
+        reusable = base.current_patcher.current_hooks is None  # weight hooks change weights between steps
+        layers = quantizable_layers(base.diffusion_model, keep_sensitive).values()
+        with _forwards({layer: functools.partial(run.forward, layer, reusable) for layer in layers}):
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+    model = model.clone()
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, outer_sample)
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, apply_model)
+    return model

