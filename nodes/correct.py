@@ -131,10 +131,16 @@ class IECKSampler(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, steps=None, correction_steps=None, lambda_=None, max_iterations=None, tolerance=None):
+    def validate_inputs(
+        cls, steps=None, scheduler=None, correction_steps=None, lambda_=None, max_iterations=None, tolerance=None
+    ):  # fmt: skip
         if steps is not None and not 1 <= steps <= 10000:
             return f"steps: {steps} is outside 1 to 10000."
-        return check(correction_steps, lambda_, max_iterations, tolerance, total=steps)
+        if scheduler is not None and scheduler not in comfy.samplers.KSampler.SCHEDULERS:
+            return f"scheduler: '{scheduler}' is none of {', '.join(comfy.samplers.KSampler.SCHEDULERS)}."
+        # ddim_uniform takes every (timesteps // steps)-th timestep of the model, which can be more than `steps` of them.
+        total = None if scheduler in (None, "ddim_uniform") else steps
+        return check(correction_steps, lambda_, max_iterations, tolerance, total)
 
     @classmethod
     def execute(

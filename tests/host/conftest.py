@@ -1,0 +1,114 @@
+"""The real ComfyUI in this process: its modules, with the pack loaded by its own loader."""
+
+import asyncio
+import types
+
+import comfyui
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def host():
+    """ComfyUI on the CPU. `nodes`: all node classes by id, the pack's among them; `run(id, ...)`: one node's outputs."""
+    comfyui.import_comfy(cpu=True)
+    import comfy.utils
+    import nodes
+
+    comfy.utils.set_progress_bar_enabled(False)
+    folder = comfyui.provide()
+    extras = [folder / "comfy_extras" / f"nodes_{name}.py" for name in ("custom_sampler", "model_advanced", "chroma_radiance")]
+    for path in (folder / "custom_nodes" / comfyui.PACK, *extras):
+        assert asyncio.run(nodes.load_custom_node(str(path)))
+    known = nodes.NODE_CLASS_MAPPINGS
+
+    def run(node, **inputs):
+        cls = known[node]
+        if hasattr(cls, "define_schema"):
+            return cls.execute(**inputs).result
+        return getattr(cls(), cls.FUNCTION)(**inputs)
+
+    with torch.inference_mode():
+        yield types.SimpleNamespace(nodes=known, run=run, common_ksampler=nodes.common_ksampler)
+
+
+@pytest.fixture(scope="session")
+def model(host):
+    """The built-in model as MODEL, in float32."""
+    return host.run("IECLoadBuiltinModel", precision="float32")[0]
+
+
+@pytest.fixture(scope="session")
+def conditioning(host):
+    """(positive, negative) for a batch of two."""
+    return host.run("IECClassLabel", labels="face, flag")[0], host.run("IECClassLabel", labels="none")[0]
+
+
+@pytest.fixture
+def sample(host, conditioning):
+    """sample(model, **settings): the latents of an IECKSampler run of two images; `report` takes its RunReport."""
+
+    def run(model, report=None, **settings):
+        inputs = {
+            "seed": 7,
+            "steps": 8,
+            "cfg": 2.0,
+            "sampler_name": "euler",
+            "scheduler": "ddim_uniform",
+            "positive": conditioning[0],
+            "negative": conditioning[1],
+            "latent_image": {"samples": torch.zeros(2, 3, 32, 32)},
+            "denoise": 1.0,
+            "correction_steps": "none",
+            "lambda_": 0.5,
+            "max_iterations": 1,
+            "tolerance": 0.0,
+            **settings,
+        }
+        latent, reports = host.run("IECKSampler", model=model, **inputs)
+        if report is not None:
+            report.append(reports[0])
+        return latent["samples"]
+
+    return run
+
+
+@pytest.fixture
+def stock_sample(host, conditioning):
+    """stock_sample(model, **settings): the same run through the host's own KSampler."""
+
+    def run(model, seed=7, steps=8, cfg=2.0, sampler_name="euler", scheduler="ddim_uniform", denoise=1.0):
+        latent = {"samples": torch.zeros(2, 3, 32, 32)}
+        run = host.common_ksampler(model, seed, steps, cfg, sampler_name, scheduler, *conditioning, latent, denoise)
+        return run[0]["samples"]
+
+    return run
+
+
+@pytest.fixture
+def count_evaluations():
+    """count_evaluations(model): a clone of it and a list that gets an entry for every call of the network."""
+    from comfy.patcher_extension import WrappersMP
+
+    def counted(model):
+        calls = []
+
+        def count(executor, x, *args, **kwargs):
+            calls.append(x.shape[0])
+            return executor(x, *args, **kwargs)
+
+        model = model.clone()
+        model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "count", count)
+        return model, calls
+
+    return counted
+
+
+def relative(x, reference):
+    """Relative error of two tensors, in float64."""
+    return ((x.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+@pytest.fixture(name="relative")
+def relative_fixture():
+    return relative

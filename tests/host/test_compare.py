@@ -1,0 +1,63 @@
+"""IECCompare: table, grid and plot of runs with known differences."""
+
+import csv
+import math
+
+import pytest
+import torch
+
+
+class PixelVAE:
+    """Decodes as the host's pixel-space VAE."""
+
+    def decode(self, samples):
+        return (samples.movedim(1, -1) / 2 + 0.5).clamp(0, 1)
+
+
+@pytest.fixture
+def reports(host, sample, model):
+    found = []
+    sample(model, found, label="full", keep_latents=True, steps=4)
+    sample(model, found, label="other", keep_latents=True, steps=4, correction_steps="all")
+    return found
+
+
+def compare(host, reports, vae=None):
+    first, *rest = [[report] for report in reports]
+    for report in rest:
+        (first,) = host.run("IECJoinReports", reports=first, more=report)
+    return host.run("IECCompare", reports=first, vae=vae or PixelVAE())
+
+
+def test_table_says_what_was_measured(host, reports):
+    grid, plot, table = compare(host, reports)
+    header, full, other = csv.reader(table.splitlines())
+    assert header == ["variant", "correction_steps", "NFE", "seconds", "relative_error", "PSNR"]
+    assert full[:3] == ["full", "none", "4"] and full[4:] == ["0.00000", "inf"]
+    a, b = (report.latents[-1].double() for report in reports)
+    error = ((b - a).flatten(1).norm(dim=1) / a.flatten(1).norm(dim=1)).mean().item()
+    mse = (PixelVAE().decode(b) - PixelVAE().decode(a)).square().mean().item()
+    assert other[:3] == ["other", "all", "8"]
+    assert float(other[4]) == pytest.approx(error, abs=1e-5)
+    assert float(other[5]) == pytest.approx(-10 * math.log10(mse), abs=0.01)
+    for picture in (grid, plot):
+        assert picture.ndim == 4 and picture.shape[-1] == 3 and 0 <= picture.min() < picture.max() <= 1
+
+
+def test_runs_of_other_schedules_keep_their_final_error(host, sample, model, reports):
+    sample(model, reports, label="more steps", keep_latents=True, steps=5)
+    rows = list(csv.reader(compare(host, reports)[2].splitlines()))
+    assert rows[3][:3] == ["more steps", "none", "5"] and 0 < float(rows[3][4]) < 1
+
+
+def test_report_without_latents_is_refused(host, sample, model, reports):
+    sample(model, reports, label="bare")
+    with pytest.raises(ValueError, match=r"^reports: the run 'bare' kept no latents; set keep_latents"):
+        compare(host, reports)
+
+
+def test_runs_of_other_shapes_are_refused(host, sample, model, reports):
+    latent = {"samples": torch.zeros(2, 3, 64, 32)}
+    sample(model, reports, label="tall", keep_latents=True, steps=1, latent_image=latent)
+    with pytest.raises(ValueError, match=r"^reports: the run 'tall' has latents of shape \(2, 3, 64, 32\)"):
+        compare(host, reports)

@@ -1,0 +1,182 @@
+"""IECDeepCache against the host's uncached run and against DeepCache restated over the host's blocks."""
+
+import itertools
+
+import pytest
+import torch
+
+STEPS = 8
+
+
+@pytest.fixture
+def cached(host, model):
+    return lambda interval, branch=0, source=None: host.run(
+        "IECDeepCache", model=source or model, interval=interval, branch=branch
+    )[0]
+
+
+@pytest.mark.parametrize("branch", [0, 3, 7])
+@pytest.mark.parametrize("steps", ["none", "all"])
+def test_interval_one_is_bit_identical_to_no_cache(sample, model, cached, branch, steps):
+    assert torch.equal(sample(cached(1, branch), correction_steps=steps), sample(model, correction_steps=steps))
+
+
+def shallow_and_deep(unet, x, timesteps, y, branch, deep):
+    """The U-Net's forward pass as in its definition; with `deep`, that stands for all that the branch does not run.
+
+    Returns (output, the feature that enters the first output block of the branch).
+    """
+    from comfy.ldm.modules.diffusionmodules.openaimodel import forward_timestep_embed, timestep_embedding
+
+    emb = unet.time_embed(timestep_embedding(timesteps, unet.model_channels).to(x.dtype)) + unet.label_emb(y)
+    h, skips, last = x, [], branch + 1 if deep is not None else len(unet.input_blocks)
+    for block in unet.input_blocks[:last]:
+        h = forward_timestep_embed(block, h, emb, y[:, None], {})
+        skips.append(h)
+    if deep is None:
+        h = forward_timestep_embed(unet.middle_block, h, emb, y[:, None], {})
+    first = len(unet.output_blocks) - 1 - branch
+    for number, block in enumerate(unet.output_blocks):
+        if number == first:
+            h = deep = h if deep is None else deep
+        if number >= first or len(skips) > branch + 1:
+            h = torch.cat([h, skips.pop()], dim=1)
+            shape = skips[-1].shape if skips else None
+            h = forward_timestep_embed(block, h, emb, y[:, None], {}, shape)
+    return unet.out(h), deep
+
+
+@pytest.mark.parametrize(("interval", "branch", "cfg"), [(2, 0, 2.0), (3, 2, 2.0), (5, 0, 1.0), (3, 7, 2.0), (4, 4, 2.0)])
+def test_equals_deepcache_restated(host, sample, model, cached, conditioning, relative, interval, branch, cfg):
+    result = sample(cached(interval, branch), steps=STEPS, cfg=cfg)
+
+    unet, sampling = model.model.diffusion_model, model.get_model_object("model_sampling")
+    labels = [entry[0][1]["pooled_output"] for entry in conditioning]
+    y = torch.cat([labels[0], labels[1].expand(2, -1)])
+    sigmas = host.run("BasicScheduler", model=model, scheduler="ddim_uniform", steps=STEPS, denoise=1.0)[0]
+    x = torch.randn(2, 3, 32, 32, generator=torch.manual_seed(7)) * sigmas[0]
+    feature = None
+    for step, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
+        x2 = torch.cat([x, x]) / (sigma**2 + 1).sqrt()
+        timestep = sampling.timestep(sigma).expand(4).float()
+        reuse = feature if step % interval else None
+        v, feature = shallow_and_deep(unet, x2, timestep, y, branch, reuse)
+        denoised = torch.cat([x, x]) / (sigma**2 + 1) - v * sigma / (sigma**2 + 1).sqrt()
+        guided = denoised[2:] + cfg * (denoised[:2] - denoised[2:])
+        x = x + (sigma_next - sigma) * (x - guided) / sigma
+    assert relative(result, x) < 1e-4
+    assert relative(result, sample(model, steps=STEPS, cfg=cfg)) > 1e-3
+
+
+def test_cached_steps_run_the_shallow_blocks_only(host, sample, model, cached):
+    calls = []
+    unet = model.model.diffusion_model
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
+        for name, module in (("input 0", unet.input_blocks[0][0]), ("input 1", unet.input_blocks[1][0]),
+                             ("middle", unet.middle_block[0]), ("output 6", unet.output_blocks[6][0]),
+                             ("output 7", unet.output_blocks[7][0]))
+    ]  # fmt: skip
+    try:
+        sample(cached(3), correction_steps="steps:3,4")  # a full and a cached step, each evaluated twice
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert {name: calls.count(name) for name in sorted(set(calls))} == {
+        "input 0": 10, "output 7": 10, "input 1": 4, "middle": 4, "output 6": 4,
+    }  # fmt: skip
+
+
+def test_correction_of_a_full_step_refreshes_the_feature(host, sample, model, cached):
+    """What the step after a corrected full step reuses is the deep feature of the correction, not of the first pass."""
+    from comfy.patcher_extension import WrappersMP
+
+    seen = []
+
+    def entering(h, hsp, options):
+        if options["block"] == ("output", 7):
+            seen.append((options.get("iec"), h.clone()))
+        return h, hsp
+
+    patched = cached(3)
+    patched.set_model_output_block_patch(entering)
+    sample(patched, correction_steps="steps:0", steps=3)
+    assert [note for note, _ in seen] == [{"step": 0, "iteration": 0}, {"step": 0, "iteration": 1}, None, None]
+    (_, first), (_, correction), (_, reused), (_, last) = seen
+    assert not torch.equal(first, correction)
+    assert torch.equal(reused, correction) and torch.equal(last, correction)
+    assert WrappersMP.DIFFUSION_MODEL not in model.wrappers
+
+
+def test_split_guidance_gives_what_one_batch_gives(sample, cached, relative, monkeypatch):
+    import comfy.model_base
+
+    together = sample(cached(3))
+    monkeypatch.setattr(comfy.model_base.BaseModel, "memory_required", lambda *_, **__: 1e30)  # forces batches of one
+    assert relative(sample(cached(3)), together) < 1e-5
+
+
+def test_control_reaches_the_blocks_that_are_run(model):
+    """Residuals as the host hands them over: each list's last entry belongs to the first block that pops."""
+    import sys
+
+    module = sys.modules[next(name for name in sys.modules if name.endswith("nodes.host.deepcache"))]
+    unet = model.model.diffusion_model
+    cache = module.DeepCache(unet, 2, 1)
+    control = {
+        "input": [f"in {i}" for i in reversed(range(8))],
+        "middle": ["mid"],
+        "output": [f"out {i}" for i in reversed(range(8))],
+    }
+    shallow = cache._shallow_control(control)
+    popped_input = [shallow["input"].pop() if shallow["input"] else None for _ in range(8)]
+    popped_output = [shallow["output"].pop() if shallow["output"] else None for _ in range(8)]
+    assert popped_input == ["in 0", "in 1"] + [None] * 6
+    assert popped_output == [None] * 6 + ["out 6", "out 7"]
+    assert shallow["middle"] == [] and control["middle"] == ["mid"] and len(control["input"]) == 8
+
+
+def test_quantized_and_cached(host, sample, model, cached, relative):
+    quantized = host.run("IECQuantizeModel", model=model, weight_bits="8", activation_bits="8", keep_sensitive_layers=True)[0]
+    one = sample(cached(3, source=quantized))
+    other = sample(
+        host.run("IECQuantizeModel", model=cached(3), weight_bits="8", activation_bits="8", keep_sensitive_layers=True)[0]
+    )
+    assert torch.equal(one, other)
+    assert 0 < relative(one, sample(cached(3))) < 0.1
+
+
+@pytest.mark.parametrize("branch", [-1, 8])
+def test_unknown_branch_is_refused(cached, branch):
+    with pytest.raises(ValueError, match=r"^branch: this U-Net has branches 0 to 7"):
+        cached(2, branch)
+
+
+def test_second_cache_is_refused(cached):
+    with pytest.raises(ValueError, match=r"^model: this MODEL has a DeepCache already"):
+        cached(2, source=cached(2))
+
+
+def test_model_that_is_no_unet_is_refused(host, model):
+    clone = model.clone()
+    clone.add_object_patch("diffusion_model", torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match=r"^model: IECDeepCache needs a U-Net .* this MODEL is a Linear"):
+        host.run("IECDeepCache", model=clone, interval=2, branch=0)
+
+
+def test_an_error_in_the_run_leaves_nothing_behind(host, sample, model, cached):
+    expected = sample(model)
+    quantized = host.run("IECQuantizeModel", model=cached(3), weight_bits="4", activation_bits="8", keep_sensitive_layers=True)[
+        0
+    ]
+
+    def fail(h, hsp, options):
+        if options.get("iec") == {"step": 3, "iteration": 1}:
+            raise RuntimeError("stop here")
+        return h, hsp
+
+    quantized.set_model_output_block_patch(fail)
+    with pytest.raises(RuntimeError, match="stop here"):
+        sample(quantized, correction_steps="all")
+    assert not any("forward" in module.__dict__ for module in model.model.modules())
+    assert torch.equal(sample(model), expected)

@@ -1,0 +1,206 @@
+"""The pack on a running ComfyUI, over its HTTP and websocket API."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import comfyui
+import psutil
+import pytest
+import server
+import torch
+from safetensors.torch import load_file
+
+NODES = {
+    "IECKSampler", "IECApply", "IECSampler", "IECQuantizeModel", "IECDeepCache", "IECLoadBuiltinModel", "IECClassLabel",
+    "IECJoinReports", "IECCompare",
+}  # fmt: skip
+
+
+W8A8 = {"weight_bits": "8", "activation_bits": "8", "keep_sensitive_layers": True}
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    return tmp_path_factory.mktemp("output")
+
+
+@pytest.fixture(scope="module")
+def host(output):
+    with server.serve(output) as host:
+        yield host
+
+
+def workflow(**settings):
+    """The built-in model, W8A8 and DeepCache, sampled with IEC; the latent is saved. `settings` go to the sampler."""
+    sampler = {
+        "model": ["cached", 0], "seed": 5, "steps": 6, "cfg": 2.0, "sampler_name": "ddim", "scheduler": "normal",
+        "positive": ["face", 0], "negative": ["none", 0], "latent_image": ["empty", 0], "denoise": 1.0,
+        "correction_steps": "all", "lambda_": 0.5, "max_iterations": 1, "tolerance": 1e-5, **settings,
+    }  # fmt: skip
+    nodes = {
+        "model": ("IECLoadBuiltinModel", {"precision": "auto"}),
+        "quantized": (
+            "IECQuantizeModel",
+            {"model": ["model", 0], "weight_bits": "8", "activation_bits": "8", "keep_sensitive_layers": True},
+        ),
+        "cached": ("IECDeepCache", {"model": ["quantized", 0], "interval": 3, "branch": 0}),
+        "face": ("IECClassLabel", {"labels": "face"}),
+        "none": ("IECClassLabel", {"labels": "none"}),
+        "empty": ("EmptyChromaRadianceLatentImage", {"width": 32, "height": 32, "batch_size": 1}),
+        "sampler": ("IECKSampler", sampler),
+        "save": ("SaveLatent", {"samples": ["sampler", 0], "filename_prefix": "iec"}),
+    }
+    return {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in nodes.items()}
+
+
+def saved_latent(output, outputs):
+    entry = outputs["save"]["latents"][0]
+    return load_file(output / entry["subfolder"] / entry["filename"])["latent_tensor"]
+
+
+def test_pack_loads_without_a_complaint(host):
+    info = host.get("/object_info")
+    assert set(info) >= NODES
+    assert {name for name in info if name.startswith("IEC")} == NODES
+    for name in NODES:
+        inputs = info[name]["input"]
+        described = {**inputs.get("required", {}), **inputs.get("optional", {})}
+        assert info[name]["description"] and info[name]["category"].endswith("/IEC")
+        assert all(spec[1].get("tooltip") for spec in described.values()), name
+        assert all(info[name]["output_tooltips"]), name
+    log = host.log.read_text(errors="replace")
+    assert "IMPORT FAILED" not in log
+    assert not [line for line in log.splitlines() if "warn" in line.lower() and comfyui.PACK in line]
+
+
+def test_sampler_has_the_stock_inputs_then_its_own(host):
+    info = host.get("/object_info")
+    stock, ours = (info[name]["input"]["required"] for name in ("KSampler", "IECKSampler"))
+    assert list(ours) == [*stock, "correction_steps", "lambda_", "max_iterations", "tolerance"]
+    for name, (kind, *_) in stock.items():
+        if name in ("sampler_name", "scheduler"):
+            assert choices(ours[name]) == choices(stock[name])
+        else:
+            assert ours[name][0] == kind
+
+
+def choices(spec):
+    """The options of a combo input: older hosts list them in the type's place."""
+    return spec[0] if isinstance(spec[0], list) else spec[1]["options"]
+
+
+def test_help_pages_exist_for_every_node():
+    for name in NODES:
+        text = (comfyui.ROOT / "web/docs" / f"{name}.md").read_text()
+        assert len(text) > 300, name
+
+
+def test_events_tell_step_and_evaluations(host):
+    events = []
+
+    def note(kind, data):
+        if kind == "iec.step":
+            events.append(data)
+
+    host.run(workflow(label="events", seed=11), note)
+    assert [(event["step"], event["nfe"]) for event in events] == [(i, 2 * i) for i in range(7)]
+    for event in events:
+        assert (event["node"], event["label"], event["correction"], event["steps"]) == ("sampler", "events", "all", 6)
+
+
+FORMS = "all, none, ends:1/10, first:3, last:3 or steps:0,1,48,49"
+BAD = [
+    ({"correction_steps": "middle"}, f"correction_steps: 'middle' is not a known form; write {FORMS}."),
+    ({"correction_steps": "steps:0,6"}, "correction_steps: 'steps:0,6' names step 6, but the run has 6 steps"),
+    ({"lambda_": 0.0}, "lambda_: 0.0 is outside (0, 1]"),
+    ({"lambda_": 1.5}, "lambda_: 1.5 is outside (0, 1]"),
+    ({"steps": 0}, "steps: 0 is outside 1 to 10000"),
+    ({"scheduler": "fast"}, "scheduler: 'fast' is none of simple"),
+    ({"max_iterations": -1}, "max_iterations: -1 is negative"),
+    ({"tolerance": -1.0}, "tolerance: -1.0 is not a number of at least 0"),
+]
+
+
+@pytest.mark.parametrize(("settings", "sentence"), BAD)
+def test_bad_input_is_refused_at_validation_and_the_next_prompt_works(host, output, settings, sentence):
+    with pytest.raises(server.Refused) as refusal:
+        host.run(workflow(**settings))
+    assert refusal.value.status == 400
+    assert sentence in str(refusal.value)
+    seed = 1000 + BAD.index((settings, sentence))
+    assert torch.isfinite(saved_latent(output, host.run(workflow(steps=1, seed=seed)))).all()
+
+
+def test_bad_label_is_refused_at_validation(host):
+    bad = workflow()
+    bad["face"]["inputs"]["labels"] = "face, horse"
+    with pytest.raises(server.Refused, match="labels: 'horse' is not a class of the built-in model; its classes are none"):
+        host.run(bad)
+
+
+@pytest.mark.parametrize("node", ["IECApply", "IECSampler"])
+def test_other_nodes_refuse_at_validation_too(host, node):
+    graph = workflow()
+    source = {"model": ["model", 0]} if node == "IECApply" else {"sampler": ["select", 0]}
+    graph["select"] = {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler"}}
+    settings = {"correction_steps": "sometimes", "lambda_": 0.5, "max_iterations": 1, "tolerance": 1e-5}
+    graph["bad"] = {"class_type": node, "inputs": {**source, **settings}}
+    graph["show"] = {"class_type": "PreviewAny", "inputs": {"source": ["bad", 0]}}
+    with pytest.raises(server.Refused, match="correction_steps: 'sometimes' is not a known form"):
+        host.run(graph)
+
+
+def test_what_only_the_run_can_know_ends_in_a_sentence_and_the_next_prompt_works(host, output):
+    bad = workflow()
+    bad["cached"]["inputs"]["branch"] = 8
+    with pytest.raises(server.Failed, match="branch: this U-Net has branches 0 to 7, and 8 is none of them"):
+        host.run(bad)
+    assert torch.isfinite(saved_latent(output, host.run(workflow(steps=1, seed=77)))).all()
+
+
+def test_interrupted_run_leaves_the_model_as_on_a_fresh_server(host, output, tmp_path):
+    plain = workflow(model=["model", 0], correction_steps="none", seed=123)
+    interrupted = []
+
+    def interrupt(kind, data):
+        if kind == "iec.step" and data["step"] == 20 and not interrupted:
+            interrupted.append(True)
+            host.interrupt()
+
+    with pytest.raises(server.Failed, match="interrupted"):
+        host.run(workflow(steps=500, seed=321), interrupt)
+    latent = saved_latent(output, host.run(plain))
+    with server.serve(tmp_path) as fresh:
+        expected = saved_latent(tmp_path, fresh.run(plain))
+    assert torch.equal(latent, expected)
+
+
+def test_demo_makes_what_it_promises(tmp_path):
+    command = [sys.executable, str(comfyui.ROOT / "tools/demo.py"), "--steps", "2", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [line.split(",") for line in (tmp_path / "table.csv").read_text().splitlines()]
+    variants = ["full precision", "W8A8", "W4A8", "DeepCache 5", "W8A8 + DeepCache 5"]
+    expected = [
+        [variant, steps, nfe] for variant in variants for steps, nfe in (("none", "2"), ("ends:1/10", "4"), ("all", "4"))
+    ]
+    assert [row[:3] for row in rows[1:]] == expected
+    assert all(line.split()[0] in done.stdout for line in (tmp_path / "table.csv").read_text().splitlines())
+    for name in ("grid.png", "error_growth.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_demo_takes_its_server_down_when_it_is_stopped(tmp_path, number):
+    command = [sys.executable, str(comfyui.ROOT / "tools/demo.py"), "--output", str(tmp_path)]
+    demo = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    servers = []
+    deadline = time.monotonic() + 120
+    while not servers and time.monotonic() < deadline:
+        time.sleep(0.1)
+        servers = psutil.Process(demo.pid).children()
+    demo.send_signal(number)
+    assert demo.wait(60) != 0
+    assert servers and not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in servers)

@@ -1,0 +1,208 @@
+"""Corrected trajectories through the real host against the paper's VP formula, written out here in float64.
+
+Nothing of the pack is used for the expected values: the network is called directly, in its own coordinates, and the
+schedule is built from the betas.
+"""
+
+import math
+
+import pytest
+import torch
+
+STEPS = 8
+CFG = 2.0
+LABELS = ("face", "flag")
+
+
+def alpha_bars():
+    """Cumulative products of 1 - beta of Stable Diffusion's schedule: sqrt(beta) linear from 0.00085 to 0.012."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return torch.cumprod(1 - betas, 0)
+
+
+def timesteps(n):
+    """The paper's uniform DDIM timesteps (every (1000 // n)-th from 1), from high to low."""
+    return list(range(1, 1000, 1000 // n))[:n][::-1] if n else []
+
+
+@pytest.fixture(scope="module")
+def guided_eps(model, host):
+    """guided_eps(x_vp, t): the classifier-free guided noise prediction of the network, from and in float64."""
+    classes = _classes(host)
+    labels = torch.zeros(2, len(classes))
+    for i, name in enumerate(LABELS):
+        labels[i, classes.index(name)] = 1
+    import comfy.model_management
+
+    comfy.model_management.load_models_gpu([model])
+    network = model.model.diffusion_model
+    bars = alpha_bars()
+
+    def eps(x, t):
+        x2, y = torch.cat([x, x]).float(), torch.cat([labels, torch.zeros_like(labels)])
+        v = network(x2, torch.full((4,), float(t)), context=y[:, None], y=y, transformer_options={}).double()
+        alpha, sigma = bars[t].sqrt(), (1 - bars[t]).sqrt()
+        both = alpha * v + sigma * torch.cat([x, x])  # eps from v = alpha eps - sigma x0
+        return both[2:] + CFG * (both[:2] - both[2:])
+
+    return eps
+
+
+def _classes(host):
+    import json
+
+    import comfyui
+    import safetensors
+
+    with safetensors.safe_open(comfyui.ROOT / "nodes/assets/emoji32.safetensors", "pt") as file:
+        return json.loads(file.metadata()["iec.classes"])
+
+
+def start(seed=7):
+    """x_T as the host makes it where the first timestep is below the last of the 1000: an empty latent, noised to it."""
+    noise = torch.randn(2, 3, 32, 32, generator=torch.manual_seed(seed)).double()
+    return (1 - alpha_bars()[timesteps(STEPS)[0]]).sqrt() * noise
+
+
+def paper_trajectory(eps, corrected, lambda_, iterations):
+    """DDIM with IEC as in the paper: x'_{k+1} = (1 - lam) x'_k + lam (A_t x + B_t eps(x'_k, t)), x'_0 = A_t x + B_t eps(x, t).
+
+    Returns the final x_0 (where the cumulative product is 1).
+    """
+    bars, steps = alpha_bars(), timesteps(STEPS)
+    x = start()
+    for i, t in enumerate(steps):
+        bar, bar_next = bars[t], bars[steps[i + 1]] if i + 1 < len(steps) else torch.tensor(1.0, dtype=torch.float64)
+        a = (bar_next / bar).sqrt()
+        b = (1 - bar_next).sqrt() - (bar_next * (1 - bar) / bar).sqrt()
+        x_next = a * x + b * eps(x, t)
+        for _ in range(iterations if i in corrected else 0):
+            x_next = (1 - lambda_) * x_next + lambda_ * (a * x + b * eps(x_next, t))
+        x = x_next
+    return x
+
+
+CORRECTED = {"all": set(range(STEPS)), "ends:1/10": {0, STEPS - 1}}
+
+
+@pytest.mark.parametrize("steps", ["all", "ends:1/10"])
+@pytest.mark.parametrize("lambda_", [0.3, 0.5, 0.7])
+@pytest.mark.parametrize("iterations", [1, 2, 3])
+def test_agrees_with_the_paper(sample, model, guided_eps, relative, steps, lambda_, iterations):
+    expected = paper_trajectory(guided_eps, CORRECTED[steps], lambda_, iterations)
+    settings = {"steps": STEPS, "cfg": CFG, "correction_steps": steps, "lambda_": lambda_, "max_iterations": iterations}
+    euler = sample(model, sampler_name="euler", **settings)
+    assert relative(euler, expected) < 1e-4
+    assert torch.equal(sample(model, sampler_name="ddim", **settings), euler)
+
+
+def test_wrong_evaluation_point_is_told_apart(sample, model, guided_eps, relative, monkeypatch, host):
+    """The latent handed to the network without the c_in ratio is what a quick port does; it must not pass the test above."""
+    import sys
+
+    expected = paper_trajectory(guided_eps, CORRECTED["all"], 0.5, 1)
+    module = sys.modules[host.nodes["IECKSampler"].__module__.removesuffix("correct") + "host.correction"]
+    monkeypatch.setattr(module.CorrectedDenoiser, "_input_scale", lambda self, sigma: torch.ones_like(sigma))
+    assert relative(sample(model, steps=STEPS, correction_steps="all"), expected) > 1e-2
+
+
+def test_corrections_differ_from_none_and_from_each_other(sample, model, relative):
+    plain = sample(model)
+    ends, every = sample(model, correction_steps="ends:1/10"), sample(model, correction_steps="all")
+    assert min(relative(ends, plain), relative(every, plain), relative(every, ends)) > 1e-3
+
+
+@pytest.mark.parametrize("sampler", ["euler", "ddim", "dpmpp_2m", "heun", "euler_ancestral", "uni_pc"])
+@pytest.mark.parametrize("settings", [{"correction_steps": "none"}, {"correction_steps": "all", "max_iterations": 0}])
+def test_without_corrections_it_is_the_stock_sampler(sample, stock_sample, model, sampler, settings):
+    assert torch.equal(sample(model, sampler_name=sampler, **settings), stock_sample(model, sampler_name=sampler))
+
+
+def test_denoise_below_one_is_the_stock_sampler(sample, stock_sample, model):
+    assert torch.equal(sample(model, denoise=0.6), stock_sample(model, denoise=0.6))
+
+
+def test_uncorrected_run_agrees_with_diffusers(sample, model, guided_eps, relative):
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=True,
+        steps_offset=1, timestep_spacing="leading",
+    )  # fmt: skip
+    scheduler.set_timesteps(STEPS)
+    assert scheduler.timesteps.tolist() == timesteps(STEPS)
+    x = start()
+    for i, t in enumerate(scheduler.timesteps.tolist()):
+        x = scheduler.step(guided_eps(x, t), t, x).prev_sample
+        assert torch.isfinite(x).all(), i
+    # diffusers steps to t - 1000 // n, which is this schedule's next timestep, and to a cumulative product of 1 at the end
+    assert relative(sample(model, steps=STEPS, cfg=CFG), x) < 1e-3
+
+
+def test_all_three_nodes_give_the_same_latent(host, sample, model, conditioning):
+    settings = {"correction_steps": "ends:1/10", "lambda_": 0.6, "max_iterations": 2, "tolerance": 0.0}
+    expected = sample(model, sampler_name="ddim", **settings)
+
+    applied = host.run("IECApply", model=model, **settings)[0]
+    inputs = {"seed": 7, "steps": STEPS, "cfg": CFG, "sampler_name": "ddim", "scheduler": "ddim_uniform", "denoise": 1.0}
+    latent = {"samples": torch.zeros(2, 3, 32, 32)}
+    wiring = {"positive": conditioning[0], "negative": conditioning[1], "latent_image": latent}
+    assert torch.equal(host.run("KSampler", model=applied, **inputs, **wiring)[0]["samples"], expected)
+
+    sampler = host.run("KSamplerSelect", sampler_name="ddim")[0]
+    wrapped = host.run("IECSampler", sampler=sampler, **settings)[0]
+    sigmas = host.run("BasicScheduler", model=model, scheduler="ddim_uniform", steps=STEPS, denoise=1.0)[0]
+    custom = host.run(
+        "SamplerCustom", model=model, add_noise=True, noise_seed=7, cfg=CFG, sampler=wrapped, sigmas=sigmas, **wiring
+    )
+    assert torch.equal(custom[0]["samples"], expected)
+    assert not hasattr(sampler.sampler_function, "corrected_by_iec")
+
+
+def test_applying_it_twice_is_refused(host, sample, model):
+    settings = {"correction_steps": "all", "lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0}
+    with pytest.raises(ValueError, match="IEC is applied twice"):
+        sample(host.run("IECApply", model=model, **settings)[0], **settings)
+
+
+def test_foreign_sampler_is_refused(host):
+    settings = {"correction_steps": "all", "lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0}
+    with pytest.raises(ValueError, match=r"^sampler: .* object is of another kind"):
+        host.run("IECSampler", sampler=object(), **settings)
+
+
+@pytest.mark.parametrize(("steps", "iterations"), [("none", 1), ("ends:1/10", 1), ("all", 1), ("first:3", 2), ("all", 3)])
+@pytest.mark.parametrize("variant", ["full", "W8A8", "W4A8", "DeepCache", "W8A8+DeepCache"])
+def test_evaluations_at_the_network_are_as_promised(host, sample, count_evaluations, model, variant, steps, iterations):
+    if "W" in variant:
+        bits = {"weight_bits": variant[1], "activation_bits": "8", "keep_sensitive_layers": True}
+        model = host.run("IECQuantizeModel", model=model, **bits)[0]
+    if "DeepCache" in variant:
+        model = host.run("IECDeepCache", model=model, interval=3, branch=0)[0]
+    model, calls = count_evaluations(model)
+    reports = []
+    sample(model, reports, correction_steps=steps, max_iterations=iterations)
+    corrected = {"none": 0, "ends:1/10": 2, "first:3": 3, "all": STEPS}[steps]
+    assert len(calls) == reports[0].nfe == STEPS + iterations * corrected
+
+
+def test_report_has_the_trajectory(sample, model):
+    reports = []
+    final = sample(model, reports, correction_steps="all", keep_latents=True)
+    report = reports[0]
+    assert len(report.sigmas) == len(report.latents) == STEPS + 1
+    assert report.sigmas[-1] == 0 and math.isclose(
+        report.sigmas[0], ((1 - alpha_bars()[timesteps(8)[0]]) / alpha_bars()[timesteps(8)[0]]).sqrt(), rel_tol=1e-5
+    )
+    assert torch.equal(report.latents[-1], final)
+    assert report.seconds > 0
+
+
+def test_schedule_counts_the_steps_that_are_run(host, sample, model):
+    """ddim_uniform gives seven steps where six are asked for: 1000 // 6 = 166, and 1 + 6 * 166 is below 1000."""
+    assert host.nodes["IECKSampler"].validate_inputs(steps=6, scheduler="ddim_uniform", correction_steps="steps:6") is True
+    reports = []
+    sample(model, reports, steps=6, correction_steps="steps:6")
+    assert reports[0].nfe == 8
+    with pytest.raises(ValueError, match="names step 7, but the run has 7 steps"):
+        sample(model, steps=6, correction_steps="steps:7")

