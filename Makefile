@@ -1,7 +1,7 @@
 # `make demo` and `make test` set up everything they need: a virtual environment in .venv, and in .cache the ComfyUI that
 # they run on, unless COMFYUI_DIR names another one.
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
 

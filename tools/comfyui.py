@@ -62,13 +62,19 @@ def unpack(folder):
 
 
 def install_requirements(folder):
-    """Install the host's requirements and the pack's own, unless this Python had the same ones installed before."""
-    files = [folder / "requirements.txt", ROOT / "requirements.txt"]
-    wanted = "\n".join([*TORCH, *(file.read_text() for file in files)])
+    """Install the host's requirements and the pack's own, unless this Python had the same ones installed before.
+
+    For the bundled host the versions are the ones that were tested; another host's requirements may need newer ones.
+    """
+    files = ["-r", folder / "requirements.txt", "-r", ROOT / "requirements.txt"]
+    if folder.parent == CACHE:
+        files += ["-c", ROOT / "tools" / "constraints.txt"]
+    wanted = "\n".join([*TORCH, *(file.read_text() for file in files[1::2])])
     stamp = pathlib.Path(sys.prefix) / ".iec-requirements"
     if stamp.is_file() and stamp.read_text() == wanted:
         return
-    pip("install", "--quiet", *TORCH, "requests", *(part for file in files for part in ("-r", str(file))))
+    print("Installing the requirements of ComfyUI; the first time this takes some minutes ...", file=sys.stderr)
+    pip("install", "--quiet", *TORCH, "requests", *map(str, files))
     stamp.write_text(wanted)
 
 
