@@ -66,7 +66,9 @@ def _has_exact_int_mm(device_type):
 def int_matmul(a, b):
     """Return a @ b.T in int32, exactly: a int8 [M, K], b int8 [N, K]."""
     if not _has_exact_int_mm(a.device.type):
-        return (a.double() @ b.double().t()).to(torch.int32)  # every partial sum is below 2^53
+        wide = torch.float32 if a.device.type == "mps" else torch.float64
+        parts = zip(a.split(1024, dim=1), b.split(1024, dim=1))  # 1024 * 127^2 < 2^24: exact in float32 too
+        return sum((part_a.to(wide) @ part_b.to(wide).t()).to(torch.int32) for part_a, part_b in parts)
     rows, columns = a.shape[0], b.shape[0]
     if a.device.type == "cuda":  # cuBLASLt: more than 16 rows, K and N in eights
         pad = torch.nn.functional.pad

@@ -3,7 +3,7 @@
 import torch
 from comfy_api.latest import io
 
-from .host.builtin_model import class_conditioning, load_builtin_model, metadata
+from .host.builtin_model import class_conditioning, load_builtin_model
 
 PRECISIONS = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -51,7 +51,7 @@ class IECClassLabel(io.ComfyNode):
                     "labels",
                     default="face, heart, mammal, fruit",
                     tooltip="Class names, separated by commas, for the images of the batch in turn. none is no label, as "
-                    f"for the negative conditioning. Classes: {', '.join(metadata()['classes'])}.",
+                    "for the negative conditioning. The node's help page lists the classes.",
                 )
             ],
             outputs=[io.Conditioning.Output(tooltip="Conditioning for the built-in model.")],

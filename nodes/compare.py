@@ -51,7 +51,7 @@ def final_error(report, reference):
 def check_reports(reports):
     """Raise ValueError where a report cannot be compared with the first."""
     for report in reports:
-        if report.result is None:
+        if report.result is None or not report.latents:
             raise ValueError(f"reports: the run '{report.label}' kept no latents; set keep_latents on its IECKSampler.")
         if report.latents[-1].shape != reports[0].latents[-1].shape:
             raise ValueError(

@@ -48,16 +48,15 @@ def correction_inputs():
     ]
 
 
-def check(correction_steps=None, lambda_=None, max_iterations=None, tolerance=None, total=None):
-    """Return True, or the sentence for a wrong value. A value that is None comes over a link and is not known yet."""
-    values = {
-        "correction_steps": correction_steps,
-        "lambda_": lambda_,
-        "max_iterations": max_iterations,
-        "tolerance": tolerance,
-    }
+def check(correction_steps=None, lambda_=None, total=None):
+    """Return True, or the sentence for a wrong value. A value that is None comes over a link and is not known yet.
+
+    The bounds of max_iterations and tolerance are the host's to check: it shows our sentence at every input that is named
+    in `validate_inputs`, and leaves those inputs to us altogether.
+    """
+    given = {"correction_steps": correction_steps, "lambda_": lambda_}
     try:
-        settings = CorrectionSettings.parse(**{name: value for name, value in values.items() if value is not None})
+        settings = CorrectionSettings.parse(**{name: value for name, value in given.items() if value is not None})
         if total is not None:
             settings.steps.of(total)
     except ValueError as error:
@@ -131,16 +130,14 @@ class IECKSampler(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls, steps=None, scheduler=None, correction_steps=None, lambda_=None, max_iterations=None, tolerance=None
-    ):  # fmt: skip
+    def validate_inputs(cls, steps=None, scheduler=None, correction_steps=None, lambda_=None):
         if steps is not None and not 1 <= steps <= 10000:
             return f"steps: {steps} is outside 1 to 10000."
         if scheduler is not None and scheduler not in comfy.samplers.KSampler.SCHEDULERS:
             return f"scheduler: '{scheduler}' is none of {', '.join(comfy.samplers.KSampler.SCHEDULERS)}."
         # ddim_uniform takes every (timesteps // steps)-th timestep of the model, which can be more than `steps` of them.
         total = None if scheduler in (None, "ddim_uniform") else steps
-        return check(correction_steps, lambda_, max_iterations, tolerance, total)
+        return check(correction_steps, lambda_, total)
 
     @classmethod
     def execute(
@@ -173,8 +170,8 @@ class IECApply(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, correction_steps=None, lambda_=None, max_iterations=None, tolerance=None):
-        return check(correction_steps, lambda_, max_iterations, tolerance)
+    def validate_inputs(cls, correction_steps=None, lambda_=None):
+        return check(correction_steps, lambda_)
 
     @classmethod
     def execute(cls, model, correction_steps, lambda_, max_iterations, tolerance):
@@ -198,8 +195,8 @@ class IECSampler(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, correction_steps=None, lambda_=None, max_iterations=None, tolerance=None):
-        return check(correction_steps, lambda_, max_iterations, tolerance)
+    def validate_inputs(cls, correction_steps=None, lambda_=None):
+        return check(correction_steps, lambda_)
 
     @classmethod
     def execute(cls, sampler, correction_steps, lambda_, max_iterations, tolerance):

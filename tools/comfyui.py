@@ -32,10 +32,15 @@ def pip(*arguments):
     subprocess.run([sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments], check=True)
 
 
+# What the host, its users and Python write into its folder.
+WRITTEN = {".unpacked", "custom_nodes", "input", "models", "output", "temp", "user", "__pycache__"}
+
+
 def digest(folder):
-    """Return a digest of the names and sizes of the host's Python files; what is written at run time does not count."""
-    files = sorted(path for path in folder.rglob("*.py") if "custom_nodes" not in path.parts)
-    text = "\n".join(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}" for path in files)
+    """Return a digest of the names and sizes of the host's files; what is written at run time does not count."""
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    ours = [path for path in files if path.parts[0] not in WRITTEN and "__pycache__" not in path.parts]
+    text = "\n".join(f"{path.as_posix()} {(folder / path).stat().st_size}" for path in ours)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -120,4 +125,7 @@ def import_comfy(**options):
 
 
 if __name__ == "__main__":
-    print(provide())
+    try:
+        print(provide())
+    except (OSError, subprocess.CalledProcessError) as error:
+        sys.exit(f"no ComfyUI could be provided: {error}")

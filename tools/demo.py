@@ -11,11 +11,11 @@ import csv
 import json
 import pathlib
 import signal
+import subprocess
 import sys
 
 import comfyui
 import pack
-import requests
 import server
 from tqdm import tqdm
 
@@ -77,7 +77,8 @@ def run(host, workflow, output):
     """Run the workflow, write its three results into `output`, and print the table."""
     system = host.get("/system_stats")
     print(f"ComfyUI {system['system']['comfyui_version']} on {system['devices'][0]['name']}", flush=True)
-    host.run(with_settings(workflow, steps=2))  # warm-up, so that no run's seconds hold the first use of anything
+    # Warm-up, so that no run's seconds hold the first use of anything.
+    host.run(with_settings(workflow, steps=2, correction_steps="all"))
     progress = Progress(promised_evaluations(workflow))
     try:
         outputs = host.run(workflow, progress.on_event)
@@ -101,14 +102,21 @@ def main():
     parser.add_argument("--steps", type=int, help="steps of every run; default: the workflow's")
     arguments = parser.parse_args()
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, and so takes the server down
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # unwinds, and so takes the server down
     workflow = with_settings(json.loads(arguments.workflow.read_text()), seed=arguments.seed, steps=arguments.steps)
     try:
         with server.serve() as host:
             run(host, workflow, arguments.output)
     except KeyboardInterrupt:
         return "interrupted; the server is down"
-    except (server.Refused, server.Failed, requests.RequestException, RuntimeError) as error:
+    except (
+        server.Refused,
+        server.Failed,
+        subprocess.CalledProcessError,
+        OSError,
+        RuntimeError,
+    ) as error:
         return f"the demonstration failed: {error}"
     return 0
 

@@ -1,6 +1,7 @@
 """A headless ComfyUI server on a free loopback port, and the little of its HTTP and websocket API that a client needs."""
 
 import contextlib
+import ctypes
 import json
 import os
 import pathlib
@@ -30,8 +31,9 @@ class Refused(Exception):
     def __init__(self, status, answer):
         self.status = status
         self.answer = answer
-        details = [e["details"] for node in answer.get("node_errors", {}).values() for e in node["errors"]]
-        super().__init__(f"{status}: {'; '.join(dict.fromkeys(details)) or answer}")
+        errors = [error for node in answer.get("node_errors", {}).values() for error in node["errors"]]
+        sentences = [f"{error['message']}: {error['details']}" for error in errors]
+        super().__init__(f"{status}: {'; '.join(sentences) or answer}")
 
 
 class Failed(Exception):
@@ -48,7 +50,6 @@ class Server:
     def __init__(self, port, log):
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
-        self._client = uuid.uuid4().hex
         self._port = port
 
     def get(self, path, **params):
@@ -64,11 +65,10 @@ class Server:
         answer.raise_for_status()
         return answer.content
 
-    def submit(self, workflow):
-        """Queue an API workflow and return its prompt id. Raises Refused where the server does not accept it."""
-        body = {"prompt": workflow, "client_id": self._client}
+    def _submit(self, workflow, client):
+        body = {"prompt": workflow, "client_id": client}
         answer = requests.post(self.url + "/prompt", json=body, timeout=60)
-        if answer.status_code != 200:
+        if answer.status_code != 200 or answer.json()["node_errors"]:  # 200 with errors: some outputs would be missing
             raise Refused(answer.status_code, answer.json())
         return answer.json()["prompt_id"]
 
@@ -79,15 +79,22 @@ class Server:
     def run(self, workflow, on_event=lambda kind, data: None):
         """Run an API workflow to its end and return its outputs, {node id: ui output}.
 
-        on_event(kind, data) is called for every websocket message meanwhile. Raises Refused or Failed.
+        on_event(kind, data) is called for every websocket message meanwhile. Raises Refused, or Failed where a node fails,
+        the run is interrupted or the server goes away.
         """
-        address = f"ws://127.0.0.1:{self._port}/ws?clientId={self._client}"
+        client = uuid.uuid4().hex
+        address = f"ws://127.0.0.1:{self._port}/ws?clientId={client}"
         with contextlib.closing(websocket.create_connection(address, timeout=600)) as connection:
-            prompt = self.submit(workflow)
+            prompt = self._submit(workflow, client)
             while True:
-                message = connection.recv()
-                if isinstance(message, bytes):  # previews
+                try:
+                    message = connection.recv()
+                except (OSError, websocket.WebSocketException) as error:
+                    raise Failed({"exception_message": f"the connection to the server was lost: {error}"}) from error
+                if not isinstance(message, str):  # previews
                     continue
+                if not message:
+                    raise Failed({"exception_message": "the server closed the connection"})
                 event = json.loads(message)
                 kind, data = event["type"], event["data"]
                 on_event(kind, data)
@@ -95,7 +102,7 @@ class Server:
                     continue
                 if kind in ("execution_error", "execution_interrupted"):
                     raise Failed(data)
-                if kind == "execution_success":
+                if kind == "executing" and data["node"] is None:  # sent when the history is written
                     return self.get(f"/history/{prompt}")[prompt]["outputs"]
 
 
@@ -110,6 +117,12 @@ def _wait_until_up(process, port, log, seconds):
         time.sleep(0.2)
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
     raise RuntimeError(f"ComfyUI did not start; the end of its log:\n{tail}")
+
+
+def _end_with_parent():
+    """In the child: be ended by the kernel if the parent dies without ending it (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _stop(process):
@@ -145,10 +158,19 @@ def serve(output=None, arguments=()):
         command += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", comfyui.PACK]
         command += [] if torch.cuda.is_available() else ["--cpu"]
         log = scratch / "server.log"
-        with log.open("wb") as sink:
-            process = subprocess.Popen([*command, *arguments], cwd=folder, stdout=sink, stderr=sink, start_new_session=True)
+        process = None
         try:
+            with log.open("wb") as sink:
+                process = subprocess.Popen(
+                    [*command, *arguments],
+                    cwd=folder,
+                    stdout=sink,
+                    stderr=sink,
+                    start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the server
+                    preexec_fn=_end_with_parent,
+                )
             _wait_until_up(process, port, log, seconds=180)
             yield Server(port, log)
         finally:
-            _stop(process)
+            if process is not None:
+                _stop(process)

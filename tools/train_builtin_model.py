@@ -208,7 +208,8 @@ def train(unet, batches, generator, on_snapshot):
         optimizer.step()
         schedule.step()
         decay = min(SETTINGS["ema_decay"], (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(average.parameters()), list(unet.parameters()), 1 - decay)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(unet.parameters()), 1 - decay)
         losses.append(loss.item())
         if (step + 1) % 500 == 0 or step + 1 == SETTINGS["steps"]:
             recent = sum(losses[-500:]) / len(losses[-500:])

@@ -32,7 +32,10 @@ class BuiltinModel(comfy.model_base.BaseModel):
     """The host's BaseModel with the class label, carried as the pooled output, added to the timestep embedding."""
 
     def encode_adm(self, **kwargs):
-        return kwargs["pooled_output"]
+        label = kwargs.get("pooled_output")
+        if label is None or label.shape[-1] != self.adm_channels:
+            raise ValueError("conditioning: the built-in model takes that of Class Label (IEC), and this is another.")
+        return label
 
 
 class BuiltinConfig(comfy.supported_models_base.BASE):
@@ -63,6 +66,7 @@ def load_builtin_model(dtype=None):
     if dtype is None:
         dtype = management.unet_dtype(model_params=comfy.utils.calculate_parameters(weights), supported_dtypes=supported)
     config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, supported))
+    weights = {name: tensor.to(dtype) for name, tensor in weights.items()}  # the host may take them as they are
     model = config.get_model(weights).to(management.unet_offload_device())
     model.load_model_weights(weights)
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=management.unet_offload_device())

@@ -45,13 +45,29 @@ class CorrectedDenoiser:
             self._report.nfe += 1
             return self._model(x, sigma, **extra_args)
 
+        predictions = []
+
         def evaluate(x_in, iteration):
             self._report.nfe += 1
-            return self._model(x_in, sigma, **_tell(extra_args, {"step": step, "iteration": iteration}))
+            told = _tell(extra_args, {"step": step, "iteration": iteration})
+            predictions.append(self._model(x_in, sigma, **told))
+            return predictions[-1]
 
         sigma_next = sigma.new_tensor(self._schedule[step + 1])
         scale = self._input_scale(sigma_next) / self._input_scale(sigma.flatten()[0])
-        return corrected_denoised(evaluate, x, sigma, sigma_next, scale, self._settings)
+        corrected = corrected_denoised(evaluate, x, sigma, sigma_next, scale, self._settings)
+        return self._outside_mask(predictions[0], corrected, sigma, extra_args)
+
+    def _outside_mask(self, first, corrected, sigma, extra_args):
+        """Keep the uncorrected prediction outside the in-paint mask: there it is the image to keep, and not the network's."""
+        mask = extra_args.get("denoise_mask")
+        if mask is None:
+            return corrected
+        change = extra_args.get("model_options", {}).get("denoise_mask_function")
+        if change is not None:  # as in the host's KSamplerX0Inpaint
+            options = {"model": self._model.inner_model, "sigmas": self._model.sigmas}
+            mask = change(sigma, mask, extra_options=options)
+        return torch.lerp(first, corrected, mask.to(corrected).expand_as(corrected))
 
     def finish(self, samples):
         """Take down the run's final latent."""
@@ -84,7 +100,7 @@ def _tell(extra_args, iec):
 def with_correction(sampler, settings, report):
     """Return a copy of a host SAMPLER whose steps are corrected; `report` (a RunReport) is filled when it runs.
 
-    Raises ValueError for a sampler that has no sampler function to wrap, or that is corrected already.
+    Raises ValueError for a sampler that has no sampler function to wrap, that cannot be corrected, or that is already.
     """
     if not isinstance(sampler, comfy.samplers.KSAMPLER):
         raise ValueError(
@@ -92,6 +108,11 @@ def with_correction(sampler, settings, report):
             "kind; choose one of those."
         )
     function = sampler.sampler_function
+    if "cfg_pp" in function.__name__ and settings.steps.kind != "none" and settings.max_iterations:
+        raise ValueError(
+            f"sampler: {function.__name__.removeprefix('sample_')} steps with the unguided prediction of its last evaluation, "
+            "which a correction moves elsewhere; choose a sampler without cfg_pp, or correction_steps none."
+        )
     if getattr(function, "corrected_by_iec", False):
         raise ValueError(
             "sampler: IEC is applied twice to this sampling run; use only one of IECKSampler, IECApply and IECSampler."
@@ -103,6 +124,7 @@ def with_correction(sampler, settings, report):
         began = time.perf_counter()
         denoiser = CorrectedDenoiser(model, sigmas, settings, report)
         samples = function(denoiser, noise, sigmas, *args, **kwargs)
+        samples.flatten()[:1].cpu()  # waits for the device, so that the seconds hold the last step's work too
         report.seconds = time.perf_counter() - began
         denoiser.finish(samples)
         return samples

@@ -38,8 +38,7 @@ class DeepCache:
 
     def forward(self, executor, x, timesteps, context, y, control, transformer_options, **kwargs):
         """Evaluate the U-Net in full, keeping the deep feature, or over the shallow blocks with the kept one."""
-        entries = zip(transformer_options["cond_or_uncond"], transformer_options["uuids"])
-        keys = [(*entry, tuple(x.shape[1:])) for entry in entries]
+        keys = _entry_keys(x, transformer_options)
         feature = None
         if not is_full_step(current_step(transformer_options), self.interval):
             feature = self.features.load(keys, x.shape[0])
@@ -117,6 +116,19 @@ class DeepCache:
 
     def _on_run_output(self, patch):
         return lambda h, hsp, options: patch(h, hsp, options) if self._is_run(options["block"]) else (h, hsp)
+
+
+def _entry_keys(x, transformer_options):
+    """Return a key for each conditioning entry in the batch: equal keys mean that one's feature can serve the other.
+
+    Besides the entry, as the host numbers it, that takes the shape, the context window if there is one, and which blocks
+    are patched: perturbed-attention guidance evaluates an entry twice, once with a replaced attention.
+    """
+    replaced = transformer_options.get("patches_replace", {})
+    patched = frozenset((kind, block) for kind, blocks in replaced.items() for block in blocks)
+    window = getattr(transformer_options.get("context_window"), "index_list", ())
+    place = (tuple(x.shape[1:]), tuple(window), patched)
+    return [(*entry, *place) for entry in zip(transformer_options["cond_or_uncond"], transformer_options["uuids"])]
 
 
 def apply_deepcache(model, interval, branch):

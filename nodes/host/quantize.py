@@ -1,8 +1,9 @@
 """Quantized evaluation of a MODEL: its Linear and Conv2d layers compute in integers while the model is evaluated.
 
 The weights stay the host's, so that whatever the host does to them (LoRA before or after, weight hooks, offloading,
-unloading) reaches the quantized layers too. Within one sampling run every layer's integer weight is made once and kept;
-only for the duration of an evaluation does a layer's `forward` stand for the integer one.
+unloading) reaches the quantized layers too. A layer's quantized weight is kept until the sampling run ends, unless the
+layer is offloaded or weight hooks are at work. What is replaced, and for the duration of an evaluation only, is the method
+by which the host's layers compute with weights that need work before use: whatever else wraps a layer stays in place.
 """
 
 import contextlib
@@ -16,6 +17,8 @@ from comfy.patcher_extension import WrappersMP
 from ...iec_core.quantization import conv2d_int8, linear_int8, quantize_weight
 
 KEY = "iec_quantize"
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 # Modules that embed the timestep and the label, as the host's networks name them.
 EMBEDDINGS = (
@@ -35,6 +38,11 @@ EMBEDDINGS = (
 
 
 def _is_supported(layer):
+    weight = getattr(layer, "weight", None)
+    if not isinstance(layer, comfy.ops.CastWeightBiasOp) or weight is None:
+        return False
+    if weight.dtype not in FLOATS or type(weight.data) is not torch.Tensor:
+        return False  # quantized already, by the host
     if isinstance(layer, torch.nn.Linear):
         return True
     plain = isinstance(layer, torch.nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros"
@@ -44,14 +52,14 @@ def _is_supported(layer):
 def quantizable_layers(network, keep_sensitive):
     """Return {name: layer} of the Linear and Conv2d layers to quantize.
 
-    With keep_sensitive, the embeddings of timestep and label are left out, and the first and the last layer of the rest:
-    in a U-Net the first and the last convolution.
+    With keep_sensitive, the embeddings of timestep and label are left out, then the first and the last of the other layers
+    (in a U-Net the first and the last convolution), and a transformer's final layer.
     """
     layers = {name: layer for name, layer in network.named_modules() if _is_supported(layer)}
     if not keep_sensitive:
         return layers
     layers = {name: layer for name, layer in layers.items() if not set(EMBEDDINGS) & set(name.split("."))}
-    return {name: layers[name] for name in list(layers)[1:-1]}
+    return {name: layers[name] for name in list(layers)[1:-1] if not name.startswith("final_layer.")}
 
 
 class QuantizedRun:
@@ -64,8 +72,7 @@ class QuantizedRun:
 
     def forward(self, layer, reusable, x):
         """Evaluate `layer` on x; with `reusable`, the weight is known to stay as it is for the whole run."""
-        comfy.ops.run_every_op()  # as in the host's layers: an interrupt takes effect here
-        ready = self.weights.get(layer)
+        ready = self.weights.get(layer) if reusable else None
         if ready is not None:
             return self._compute(layer, x, *ready)
         weight, bias, stream = comfy.ops.cast_bias_weight(layer, x, offloadable=True)
@@ -88,17 +95,17 @@ class QuantizedRun:
 @contextlib.contextmanager
 def _forwards(replacements):
     """Let every layer of {layer: forward} compute by its replacement, and as before afterwards, whatever happens."""
-    before = {layer: layer.__dict__.get("forward") for layer in replacements}
+    names = ("comfy_cast_weights", "forward_comfy_cast_weights")
+    before = [(layer, {name: layer.__dict__[name] for name in names if name in layer.__dict__}) for layer in replacements]
     try:
         for layer, forward in replacements.items():
-            layer.__dict__["forward"] = forward
+            layer.__dict__.update(zip(names, (True, forward)))
         yield
     finally:
-        for layer, forward in before.items():
-            if forward is None:
-                layer.__dict__.pop("forward", None)
-            else:
-                layer.__dict__["forward"] = forward
+        for layer, attributes in before:
+            for name in names:
+                layer.__dict__.pop(name, None)
+            layer.__dict__.update(attributes)
 
 
 def apply_quantization(model, weight_bits, activation_bits, keep_sensitive):
@@ -108,7 +115,7 @@ def apply_quantization(model, weight_bits, activation_bits, keep_sensitive):
     Raises ValueError where the MODEL has no layer to quantize, or is quantized already.
     """
     if not quantizable_layers(model.get_model_object("diffusion_model"), keep_sensitive):
-        raise ValueError("model: this MODEL has no Linear or Conv2d layer to quantize.")
+        raise ValueError("model: this MODEL has no Linear or Conv2d layer in floating point to quantize.")
     if model.get_wrappers(WrappersMP.APPLY_MODEL, KEY):
         raise ValueError("model: this MODEL is quantized already; use one IECQuantizeModel node only.")
 

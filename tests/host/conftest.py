@@ -7,6 +7,8 @@ import comfyui
 import pytest
 import torch
 
+EXTRAS = ("custom_sampler", "model_advanced", "chroma_radiance", "pag")  # stock nodes that are not in the host's nodes.py
+
 
 @pytest.fixture(scope="session")
 def host():
@@ -17,7 +19,9 @@ def host():
 
     comfy.utils.set_progress_bar_enabled(False)
     folder = comfyui.provide()
-    extras = [folder / "comfy_extras" / f"nodes_{name}.py" for name in ("custom_sampler", "model_advanced", "chroma_radiance")]
+    extras = [
+        folder / "comfy_extras" / f"nodes_{name}.py" for name in ("custom_sampler", "model_advanced", "chroma_radiance", "pag")
+    ]
     for path in (folder / "custom_nodes" / comfyui.PACK, *extras):
         assert asyncio.run(nodes.load_custom_node(str(path)))
     known = nodes.NODE_CLASS_MAPPINGS

@@ -93,7 +93,7 @@ def test_source_model_and_other_clones_stay_as_they_are(sample, model, quantized
     assert torch.equal(sample(model), expected)
     assert torch.equal(sample(w8), first8)
     assert torch.equal(sample(w4), first4)
-    assert not any("forward" in module.__dict__ for module in model.model.modules())
+    assert not any("forward_comfy_cast_weights" in module.__dict__ for module in model.model.modules())
 
 
 def test_lora_reaches_quantized_layers_before_and_after(sample, model, quantized):

