@@ -78,33 +78,39 @@ def int_matmul(a, b):
     return torch._int_mm(a, b.t())[:rows, :columns]
 
 
-def conv2d_windows(x, kernel_size, stride, padding, dilation):
-    """Gather the windows of a convolution: int8 [B, C, H, W] to ([B * H' * W', kh * kw * C], (H', W')).
+def conv2d_sums(x, weight, stride, padding, dilation):
+    """Return the convolution (groups 1, zero padding) of int8 x [B, C, H, W] and int8 weight [O, C, kh, kw], exactly, as
+    int32 [B, O, H', W'].
 
-    Channels come last within a window, so that memory is read in runs.
+    An implicit matrix product over gathered windows. Channels come last within a window, so that memory is read in runs.
     """
-    (kh, kw), (sh, sw), (ph, pw), (dh, dw) = kernel_size, stride, padding, dilation
+    (kh, kw), (sh, sw), (ph, pw), (dh, dw) = weight.shape[2:], stride, padding, dilation
     x = torch.nn.functional.pad(x.permute(0, 2, 3, 1), (0, 0, pw, pw, ph, ph))
     windows = x.unfold(1, dh * (kh - 1) + 1, sh).unfold(2, dw * (kw - 1) + 1, sw)[..., ::dh, ::dw]
     height, width = windows.shape[1:3]
-    return windows.permute(0, 1, 2, 4, 5, 3).reshape(x.shape[0] * height * width, -1), (height, width)
+    windows = windows.permute(0, 1, 2, 4, 5, 3).reshape(x.shape[0] * height * width, -1)
+    sums = int_matmul(windows, weight.permute(0, 2, 3, 1).flatten(1))
+    return sums.reshape(x.shape[0], height, width, -1).permute(0, 3, 1, 2)
+
+
+def _scaled(sums, activation_scale, weight_scale, bias, dtype):
+    """Apply scales and bias, which broadcast over the int32 sums, in float32; return a contiguous tensor of `dtype`."""
+    out = sums * activation_scale * weight_scale
+    if bias is not None:
+        out += bias.float()
+    return out.to(dtype).contiguous()
 
 
 def linear_int8(x, weight, bias):
     """Linear layer with 8-bit activations: x float [..., C], weight [O, C]; returns [..., O] in x's dtype."""
     values, scale = quantize_activation(x.reshape(-1, x.shape[-1]))
-    out = int_matmul(values, weight.values) * scale[:, None] * weight.scale
-    if bias is not None:
-        out += bias.float()
-    return out.to(x.dtype).reshape(*x.shape[:-1], -1)
+    sums = int_matmul(values, weight.values)
+    return _scaled(sums, scale[:, None], weight.scale, bias, x.dtype).reshape(*x.shape[:-1], -1)
 
 
 def conv2d_int8(x, weight, bias, stride, padding, dilation):
     """Conv2d (groups 1, zero padding) with 8-bit activations: x float [B, C, H, W]; returns [B, O, H', W'] likewise."""
     values, scale = quantize_activation(x)
-    windows, (height, width) = conv2d_windows(values, weight.values.shape[2:], stride, padding, dilation)
-    sums = int_matmul(windows, weight.values.permute(0, 2, 3, 1).flatten(1))
-    out = sums.reshape(x.shape[0], height * width, -1) * scale[:, None, None] * weight.scale
-    if bias is not None:
-        out += bias.float()
-    return out.to(x.dtype).transpose(1, 2).reshape(x.shape[0], -1, height, width)
+    sums = conv2d_sums(values, weight.values, stride, padding, dilation)
+    bias = None if bias is None else bias[:, None, None]
+    return _scaled(sums, scale[:, None, None, None], weight.scale[:, None, None], bias, x.dtype)

@@ -1,5 +1,7 @@
 """IECQuantizeModel on the host's network."""
 
+import sys
+
 import pytest
 import torch
 
@@ -72,6 +74,33 @@ def test_every_layer_computes_by_the_definition(model, sample, quantized, weight
         expected = reference(layer, x, weight_bits, activation_bits)
         assert (output.double() - expected).abs().max() <= 3e-6 * expected.abs().max(), name
         assert not torch.equal(output, layer(x)), name
+
+
+def test_integer_sums_of_every_layer_equal_int64_bit_for_bit(model, sample, quantized, monkeypatch):
+    """What the integer kernels are given and give in a real run, before any scale is applied."""
+    core = sys.modules[next(name for name in sys.modules if name.endswith(".iec_core.quantization"))]
+    int_matmul, conv2d_sums, seen = core.int_matmul, core.conv2d_sums, []
+
+    def matmul(a, b):
+        result = int_matmul(a, b)
+        assert torch.equal(result.long(), a.long() @ b.long().t())
+        seen.append("matmul")
+        return result
+
+    def convolve(x, w, stride, padding, dilation):
+        result = conv2d_sums(x, w, stride, padding, dilation)
+        exact = torch.nn.functional.conv2d(x.double(), w.double(), None, stride, padding, dilation)  # below 2^53
+        assert torch.equal(result.long(), exact.long())
+        seen.append("convolution")
+        return result
+
+    monkeypatch.setattr(core, "int_matmul", matmul)
+    monkeypatch.setattr(core, "conv2d_sums", convolve)
+    sample(quantized(), steps=1)
+    layers = model.model.diffusion_model.named_modules()
+    convolutions = sum(isinstance(layer, torch.nn.Conv2d) for _, layer in layers) - 2
+    assert seen.count("convolution") == convolutions > 20
+    assert seen.count("matmul") > convolutions
 
 
 def test_sensitive_layers_can_be_quantized_too(model, sample, quantized):

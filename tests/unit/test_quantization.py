@@ -6,7 +6,7 @@ import torch
 from iec_core import quantization
 from iec_core.quantization import (
     conv2d_int8,
-    conv2d_windows,
+    conv2d_sums,
     int_matmul,
     linear_int8,
     quantize_activation,
@@ -63,8 +63,8 @@ CONVOLUTIONS = [
 @pytest.mark.parametrize(("kernel", "stride", "padding", "dilation"), CONVOLUTIONS)
 def test_convolution_sums_equal_int64(kernel, stride, padding, dilation):
     x, w = random_int8(2, 5, 11, 9), random_int8(7, 5, kernel, kernel)
-    windows, (height, width) = conv2d_windows(x, (kernel, kernel), stride, padding, dilation)
-    sums = int_matmul(windows, w.permute(0, 2, 3, 1).flatten(1)).reshape(2, height, width, 7).permute(0, 3, 1, 2)
+    sums = conv2d_sums(x, w, stride, padding, dilation)
+    assert sums.dtype == torch.int32
     assert torch.equal(sums.long(), convolution_int64(x, w, stride, padding, dilation))
 
 
