@@ -1,5 +1,6 @@
 """The pack on a running ComfyUI, over its HTTP and websocket API."""
 
+import json
 import re
 import signal
 import subprocess
@@ -9,8 +10,10 @@ import time
 import comfyui
 import psutil
 import pytest
+import requests
 import server
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 NODES = {
@@ -92,10 +95,21 @@ def choices(spec):
     return spec[0] if isinstance(spec[0], list) else spec[1]["options"]
 
 
-def test_help_pages_exist_for_every_node():
+def test_help_pages_are_served_and_name_every_input(host):
+    info = host.get("/object_info")
     for name in NODES:
-        text = (comfyui.ROOT / "web/docs" / f"{name}.md").read_text()
-        assert len(text) > 300, name
+        answer = requests.get(f"{host.url}/extensions/{comfyui.PACK}/docs/{name}.md", timeout=60)
+        assert answer.status_code == 200, name
+        inputs = {**info[name]["input"].get("required", {}), **info[name]["input"].get("optional", {})}
+        own = set(inputs) - (set(info["KSampler"]["input"]["required"]) if name == "IECKSampler" else set())
+        assert [key for key in own if f"`{key}`" not in answer.text] == [], name
+        assert answer.text.startswith(f"# {info[name]['display_name']}\n"), name
+
+
+def test_help_page_lists_the_classes_of_the_model():
+    text = " ".join((comfyui.ROOT / "web/docs/IECClassLabel.md").read_text().split())
+    with safe_open(comfyui.ROOT / "nodes/assets/emoji32.safetensors", "pt") as file:
+        assert ", ".join(json.loads(file.metadata()["iec.classes"])) in text
 
 
 def test_events_tell_step_and_evaluations(host):
