@@ -9,11 +9,11 @@ import torch
 class RunReport:
     """Filled by the corrected sampler while it runs.
 
-    label: the run's name in tables and plots. correction: its `correction_steps`. sigmas: the schedule, n + 1 values.
-    nfe: evaluations of the denoiser. seconds: wall time of the sampler function. latents: with `keep_latents`, the
-    latent at the start of every step and the final one, n + 1 float32 CPU tensors [B, ...]; a sampler that does not
-    evaluate at a step's own sigma leaves None in its place. They are in the network's coordinates; `result` is the run's
-    output as the host hands it on, which is what a VAE decodes.
+    label: the run's name in tables and plots. correction: which steps, and where they are evaluated again. sigmas: the
+    schedule, n + 1 values. nfe: evaluations of the denoiser. seconds: wall time of the sampler function. latents: with
+    `keep_latents`, the latent at the start of every step and the final one, n + 1 float32 CPU tensors [B, ...]; a sampler
+    that does not evaluate at a step's own sigma leaves None in its place. They are in the network's coordinates; `result`
+    is the run's output as the host hands it on, which is what a VAE decodes.
     """
 
     label: str

@@ -4,7 +4,7 @@ import comfy.samplers
 import nodes as host_nodes
 from comfy_api.latest import io
 
-from ..iec_core.correction import CorrectionSettings
+from ..iec_core.correction import EVALUATION_POINTS, CorrectionSettings
 from ..iec_core.report import RunReport
 from ..iec_core.schedule import FORMS
 from .host.correction import apply_correction, with_correction
@@ -13,7 +13,7 @@ Report = io.Custom("IEC_REPORT")
 
 
 def correction_inputs():
-    """The method's four inputs, the same on every node."""
+    """The method's inputs, the same on every node."""
     return [
         io.String.Input(
             "correction_steps",
@@ -44,6 +44,14 @@ def correction_inputs():
             step=1e-6,
             round=False,
             tooltip="With two or more iterations: an image whose latent changes by less than this share is not iterated on.",
+        ),
+        io.Combo.Input(
+            "evaluation_point",
+            options=list(EVALUATION_POINTS),
+            default="paper",
+            optional=True,
+            tooltip="Where a step's result is evaluated again. paper: at the step's own timestep. next: at the timestep that "
+            "it belongs to (Heun's rule at lambda 0.5, one iteration); the last step, which ends at no noise, has none.",
         ),
     ]
 
@@ -142,10 +150,10 @@ class IECKSampler(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise,
-        correction_steps, lambda_, max_iterations, tolerance, label="", keep_latents=False,
+        correction_steps, lambda_, max_iterations, tolerance, evaluation_point="paper", label="", keep_latents=False,
     ):  # fmt: skip
-        settings = CorrectionSettings.parse(correction_steps, lambda_, max_iterations, tolerance)
-        report = RunReport(label or "run", correction_steps, keep_latents)
+        settings = CorrectionSettings.parse(correction_steps, lambda_, max_iterations, tolerance, evaluation_point)
+        report = RunReport(label or "run", settings.summary(), keep_latents)
         model = apply_correction(model, settings, report)
         (latent,) = host_nodes.common_ksampler(
             model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise=denoise
@@ -174,9 +182,9 @@ class IECApply(io.ComfyNode):
         return check(correction_steps, lambda_)
 
     @classmethod
-    def execute(cls, model, correction_steps, lambda_, max_iterations, tolerance):
-        settings = CorrectionSettings.parse(correction_steps, lambda_, max_iterations, tolerance)
-        return io.NodeOutput(apply_correction(model, settings, RunReport("run", correction_steps)))
+    def execute(cls, model, **settings):
+        settings = CorrectionSettings.parse(**settings)
+        return io.NodeOutput(apply_correction(model, settings, RunReport("run", settings.summary())))
 
 
 class IECSampler(io.ComfyNode):
@@ -199,9 +207,9 @@ class IECSampler(io.ComfyNode):
         return check(correction_steps, lambda_)
 
     @classmethod
-    def execute(cls, sampler, correction_steps, lambda_, max_iterations, tolerance):
-        settings = CorrectionSettings.parse(correction_steps, lambda_, max_iterations, tolerance)
-        return io.NodeOutput(with_correction(sampler, settings, RunReport("run", correction_steps)))
+    def execute(cls, sampler, **settings):
+        settings = CorrectionSettings.parse(**settings)
+        return io.NodeOutput(with_correction(sampler, settings, RunReport("run", settings.summary())))
 
 
 NODES = [IECKSampler, IECApply, IECSampler]

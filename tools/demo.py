@@ -35,11 +35,13 @@ def with_settings(workflow, **settings):
 
 def promised_evaluations(workflow):
     """Return the number of evaluations that the workflow's samplers will take in all."""
-    schedule = pack.load("iec_core.schedule")
+    correction, schedule = pack.load("iec_core.correction"), pack.load("iec_core.schedule")
+    names = ("correction_steps", "lambda_", "max_iterations", "tolerance", "evaluation_point")
     total = 0
     for inputs in samplers(workflow):
-        corrected = schedule.parse_correction_steps(inputs["correction_steps"]).of(inputs["steps"])
-        total += schedule.evaluations(inputs["steps"], corrected, inputs["max_iterations"])
+        settings = correction.CorrectionSettings.parse(**{name: inputs[name] for name in names if name in inputs})
+        sigmas = [1.0] * inputs["steps"] + [0.0]  # what counts is that the schedule ends at zero
+        total += schedule.evaluations(inputs["steps"], settings.corrected_steps(sigmas), inputs["max_iterations"])
     return total
 
 

@@ -29,7 +29,7 @@ class CorrectedDenoiser:
     def __init__(self, model, sigmas, settings, report):
         self._model = model
         self._schedule = sigmas.tolist()
-        self._corrected = settings.steps.of(len(self._schedule) - 1) if settings.max_iterations else frozenset()
+        self._corrected = settings.corrected_steps(self._schedule)
         self._settings = settings
         self._report = report
         self._progress = events.ProgressEvents(report, len(self._schedule) - 1)
@@ -47,7 +47,7 @@ class CorrectedDenoiser:
 
         predictions = []
 
-        def evaluate(x_in, iteration):
+        def evaluate(x_in, sigma, iteration):
             self._report.nfe += 1
             told = _tell(extra_args, {"step": step, "iteration": iteration})
             predictions.append(self._model(x_in, sigma, **told))

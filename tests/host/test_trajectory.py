@@ -64,7 +64,7 @@ def start(seed=7):
     return (1 - alpha_bars()[timesteps(STEPS)[0]]).sqrt() * noise
 
 
-def paper_trajectory(eps, corrected, lambda_, iterations):
+def paper_trajectory(eps, corrected, lambda_, iterations, evaluation_point="paper"):
     """DDIM with IEC as in the paper: x'_{k+1} = (1 - lam) x'_k + lam (A_t x + B_t eps(x'_k, t)), x'_0 = A_t x + B_t eps(x, t).
 
     Returns the final x_0 (where the cumulative product is 1).
@@ -76,8 +76,13 @@ def paper_trajectory(eps, corrected, lambda_, iterations):
         a = (bar_next / bar).sqrt()
         b = (1 - bar_next).sqrt() - (bar_next * (1 - bar) / bar).sqrt()
         x_next = a * x + b * eps(x, t)
+        place = t
+        if evaluation_point == "next":
+            if i + 1 == len(steps):  # the cumulative product is 1 there: no noise to predict
+                return x_next
+            place = steps[i + 1]
         for _ in range(iterations if i in corrected else 0):
-            x_next = (1 - lambda_) * x_next + lambda_ * (a * x + b * eps(x_next, t))
+            x_next = (1 - lambda_) * x_next + lambda_ * (a * x + b * eps(x_next, place))
         x = x_next
     return x
 
@@ -94,6 +99,18 @@ def test_agrees_with_the_paper(sample, model, guided_eps, relative, steps, lambd
     euler = sample(model, sampler_name="euler", **settings)
     assert relative(euler, expected) < 1e-4
     assert torch.equal(sample(model, sampler_name="ddim", **settings), euler)
+
+
+@pytest.mark.parametrize(("steps", "lambda_", "iterations"), [("all", 0.5, 1), ("all", 0.7, 2), ("ends:1/10", 0.5, 3)])
+def test_next_evaluation_point_agrees_with_its_formula(sample, model, guided_eps, relative, steps, lambda_, iterations):
+    expected = paper_trajectory(guided_eps, CORRECTED[steps], lambda_, iterations, "next")
+    settings = {"correction_steps": steps, "lambda_": lambda_, "max_iterations": iterations, "evaluation_point": "next"}
+    assert relative(sample(model, **settings), expected) < 1e-4
+
+
+def test_next_evaluation_point_at_one_half_is_the_hosts_heun(sample, stock_sample, model, relative):
+    corrected = sample(model, correction_steps="all", evaluation_point="next")
+    assert relative(corrected, stock_sample(model, sampler_name="heun")) < 1e-5
 
 
 def test_wrong_evaluation_point_is_told_apart(sample, model, guided_eps, relative, monkeypatch, host):

@@ -21,10 +21,13 @@ def run(settings, x=X, slope=SLOPE):
     """Return (x' after an Euler step with the corrected prediction, list of inputs that the network saw)."""
     seen = []
 
-    def evaluate(x_in, iteration):
+    def evaluate(x_in, sigma, iteration):
         assert iteration == len(seen)
+        assert torch.equal(
+            sigma, torch.full_like(sigma, SIGMA if settings.evaluation_point == "paper" or not seen else SIGMA_NEXT)
+        )
         seen.append(x_in)
-        return x_in - SIGMA * (slope * x_in + OFFSET)
+        return x_in - sigma[:, None] * (slope * x_in + OFFSET)
 
     sigma = torch.full((len(x),), SIGMA, dtype=x.dtype)
     denoised = corrected_denoised(evaluate, x, sigma, sigma.new_tensor(SIGMA_NEXT), SCALE.to(x), settings)
@@ -45,6 +48,27 @@ def test_equals_the_iteration_on_the_result(lambda_, iterations):
     torch.testing.assert_close(seen, inputs, rtol=1e-14, atol=0)
 
 
+@pytest.mark.parametrize("lambda_", [0.5, 1.0])
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_next_point_blends_with_the_prediction_at_the_next_sigma(lambda_, iterations):
+    step = SIGMA_NEXT - SIGMA
+    expected = X + step * eps(X)
+    inputs = [X]
+    for _ in range(iterations):
+        inputs.append(expected)
+        expected = (1 - lambda_) * expected + lambda_ * (X + step * eps(expected))
+    result, seen = run(CorrectionSettings.parse("all", lambda_, iterations, 0, "next"))
+    torch.testing.assert_close(result, expected, rtol=1e-14, atol=0)
+    torch.testing.assert_close(seen, inputs, rtol=1e-14, atol=0)
+
+
+def test_next_point_has_nothing_to_correct_before_sigma_zero():
+    settings = CorrectionSettings.parse("all", evaluation_point="next")
+    assert settings.corrected_steps([3.0, 2.0, 1.0, 0.0]) == {0, 1}
+    assert CorrectionSettings.parse("all").corrected_steps([3.0, 2.0, 1.0, 0.0]) == {0, 1, 2}
+    assert CorrectionSettings.parse("all", max_iterations=0).corrected_steps([3.0, 2.0, 0.0]) == set()
+
+
 def test_converges_to_the_fixed_point():
     step = SIGMA_NEXT - SIGMA
     fixed_point = (X + step * OFFSET) / (1 - step * SLOPE * SCALE)
@@ -57,7 +81,7 @@ def test_no_iterations_is_the_plain_prediction():
     denoised = torch.randn(2, 3)
     settings = CorrectionSettings.parse("all", 0.5, 0)
     sigma = torch.tensor([SIGMA, SIGMA])
-    assert corrected_denoised(lambda x, k: denoised, torch.randn(2, 3), sigma, sigma[0] / 2, sigma[0], settings) is denoised
+    assert corrected_denoised(lambda *_: denoised, torch.randn(2, 3), sigma, sigma[0] / 2, sigma[0], settings) is denoised
 
 
 def test_items_of_a_batch_stop_each_for_itself():
@@ -82,6 +106,7 @@ def test_items_of_a_batch_stop_each_for_itself():
         ({"tolerance": -1e-9}, "tolerance"),
         ({"tolerance": math.nan}, "tolerance"),
         ({"correction_steps": "some"}, "correction_steps"),
+        ({"evaluation_point": "middle"}, "evaluation_point"),
     ],
 )
 def test_bad_settings_are_refused_with_the_input_named(values, name):
