@@ -108,9 +108,10 @@ def with_correction(sampler, settings, report):
             "kind; choose one of those."
         )
     function = sampler.sampler_function
-    if "cfg_pp" in function.__name__ and settings.steps.kind != "none" and settings.max_iterations:
+    name = getattr(function, "__name__", "")
+    if "cfg_pp" in name and settings.steps.kind != "none" and settings.max_iterations:
         raise ValueError(
-            f"sampler: {function.__name__.removeprefix('sample_')} steps with the unguided prediction of its last evaluation, "
+            f"sampler: {name.removeprefix('sample_')} steps with the unguided prediction of its last evaluation, "
             "which a correction moves elsewhere; choose a sampler without cfg_pp, or correction_steps none."
         )
     if getattr(function, "corrected_by_iec", False):
