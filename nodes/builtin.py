@@ -49,7 +49,7 @@ class IECClassLabel(io.ComfyNode):
             inputs=[
                 io.String.Input(
                     "labels",
-                    default="face, heart, mammal, fruit",
+                    default="face, heart, fruit, clock",
                     tooltip="Class names, separated by commas, for the images of the batch in turn. none is no label, as "
                     "for the negative conditioning. The node's help page lists the classes.",
                 )

@@ -61,12 +61,22 @@ def test_weight_hooks_reach_quantized_layers(host, sample, model, conditioning, 
     assert relative(sample(quantized), without) < 0.2 * effect
 
 
-def test_perturbed_attention_guidance_keeps_its_two_passes_apart(host, sample, model, relative):
-    guided = host.run("PerturbedAttentionGuidance", model=model, scale=30.0)[0]
-    expected, without = sample(guided), sample(model)
-    effect = relative(expected, without)
-    cached = sample(host.run("IECDeepCache", model=guided, interval=2, branch=7)[0])
-    assert relative(cached, expected) < 0.3 * effect
+def test_perturbed_attention_guidance_keeps_its_two_passes_apart(host, sample, model):
+    """It evaluates the positive conditioning a second time, with another attention: each pass has a feature of its own."""
+    features = {False: [], True: []}
+
+    def note(h, hsp, options):
+        if options["block"] == ("output", 0):
+            features["attn1" in options.get("patches_replace", {})].append(h.clone())
+        return h, hsp
+
+    guided = host.run("PerturbedAttentionGuidance", model=model, scale=3.0)[0]
+    cached = host.run("IECDeepCache", model=guided, interval=2, branch=7)[0]
+    cached.set_model_output_block_patch(note)
+    sample(cached, steps=2, cfg=1.0)
+    (plain, plain_cached), (perturbed, perturbed_cached) = features[False], features[True]
+    assert torch.equal(plain_cached, plain) and torch.equal(perturbed_cached, perturbed)
+    assert not torch.equal(plain, perturbed)
 
 
 def test_samplers_that_step_with_the_unguided_prediction_are_refused(sample, model):
