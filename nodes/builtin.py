@@ -3,6 +3,7 @@
 import torch
 from comfy_api.latest import io
 
+from .choices import unknown_choice
 from .host.builtin_model import class_conditioning, load_builtin_model
 
 PRECISIONS = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -29,6 +30,10 @@ class IECLoadBuiltinModel(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, precision=None):
+        return unknown_choice(PRECISIONS, precision=precision) or True
+
+    @classmethod
     def execute(cls, precision):
         return io.NodeOutput(load_builtin_model(PRECISIONS[precision]))
 
@@ -50,8 +55,8 @@ class IECClassLabel(io.ComfyNode):
                 io.String.Input(
                     "labels",
                     default="face, heart, fruit, clock",
-                    tooltip="Class names, separated by commas, for the images of the batch in turn. none is no label, as "
-                    "for the negative conditioning. The node's help page lists the classes.",
+                    tooltip="Class names, separated by commas, for the images of the batch in turn; with more images than names "
+                    "they begin again. none is no label, as for the negative conditioning. The help page lists the classes.",
                 )
             ],
             outputs=[io.Conditioning.Output(tooltip="Conditioning for the built-in model.")],

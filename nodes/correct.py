@@ -7,7 +7,8 @@ from comfy_api.latest import io
 from ..iec_core.correction import EVALUATION_POINTS, CorrectionSettings
 from ..iec_core.report import RunReport
 from ..iec_core.schedule import FORMS
-from .host.correction import apply_correction, with_correction
+from .choices import unknown_choice
+from .host.correction import apply_correction, check_sampler, with_correction
 
 Report = io.Custom("IEC_REPORT")
 
@@ -56,17 +57,21 @@ def correction_inputs():
     ]
 
 
-def check(correction_steps=None, lambda_=None, total=None):
+def check(correction_steps=None, lambda_=None, evaluation_point=None, total=None, sampler_name=None):
     """Return True, or the sentence for a wrong value. A value that is None comes over a link and is not known yet.
 
     The bounds of max_iterations and tolerance are the host's to check: it shows our sentence at every input that is named
-    in `validate_inputs`, and leaves those inputs to us altogether.
+    in `validate_inputs`, and leaves those inputs to us altogether. What is no number where it has to be one is the host's
+    too.
     """
-    given = {"correction_steps": correction_steps, "lambda_": lambda_}
+    lambda_ = lambda_ if isinstance(lambda_, (int, float)) else None
+    given = {"correction_steps": correction_steps, "lambda_": lambda_, "evaluation_point": evaluation_point}
     try:
         settings = CorrectionSettings.parse(**{name: value for name, value in given.items() if value is not None})
-        if total is not None:
+        if isinstance(total, int):
             settings.steps.of(total)
+        if sampler_name is not None:
+            check_sampler(sampler_name, settings)
     except ValueError as error:
         return str(error)
     return True
@@ -138,14 +143,17 @@ class IECKSampler(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, steps=None, scheduler=None, correction_steps=None, lambda_=None):
-        if steps is not None and not 1 <= steps <= 10000:
+    def validate_inputs(
+        cls, steps=None, sampler_name=None, scheduler=None, correction_steps=None, lambda_=None, evaluation_point=None
+    ):  # fmt: skip
+        if isinstance(steps, int) and not 1 <= steps <= 10000:
             return f"steps: {steps} is outside 1 to 10000."
-        if scheduler is not None and scheduler not in comfy.samplers.KSampler.SCHEDULERS:
-            return f"scheduler: '{scheduler}' is none of {', '.join(comfy.samplers.KSampler.SCHEDULERS)}."
+        known = comfy.samplers.KSampler
+        wrong_choice = unknown_choice(known.SAMPLERS, sampler_name=sampler_name)
+        wrong_choice = wrong_choice or unknown_choice(known.SCHEDULERS, scheduler=scheduler)
         # ddim_uniform takes every (timesteps // steps)-th timestep of the model, which can be more than `steps` of them.
         total = None if scheduler in (None, "ddim_uniform") else steps
-        return check(correction_steps, lambda_, total)
+        return wrong_choice or check(correction_steps, lambda_, evaluation_point, total, sampler_name)
 
     @classmethod
     def execute(
@@ -178,8 +186,8 @@ class IECApply(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, correction_steps=None, lambda_=None):
-        return check(correction_steps, lambda_)
+    def validate_inputs(cls, correction_steps=None, lambda_=None, evaluation_point=None):
+        return check(correction_steps, lambda_, evaluation_point)
 
     @classmethod
     def execute(cls, model, **settings):
@@ -203,8 +211,8 @@ class IECSampler(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, correction_steps=None, lambda_=None):
-        return check(correction_steps, lambda_)
+    def validate_inputs(cls, correction_steps=None, lambda_=None, evaluation_point=None):
+        return check(correction_steps, lambda_, evaluation_point)
 
     @classmethod
     def execute(cls, sampler, **settings):

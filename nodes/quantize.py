@@ -3,7 +3,11 @@
 from comfy_api.latest import io
 
 from ..iec_core.quantization import ACTIVATION_BITS, WEIGHT_BITS
+from .choices import unknown_choice
 from .host.quantize import apply_quantization
+
+WEIGHT_CHOICES = [str(bits) for bits in WEIGHT_BITS]
+ACTIVATION_CHOICES = [str(bits) for bits in ACTIVATION_BITS]
 
 
 class IECQuantizeModel(io.ComfyNode):
@@ -19,13 +23,13 @@ class IECQuantizeModel(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model to quantize; it stays as it is."),
                 io.Combo.Input(
                     "weight_bits",
-                    options=[str(bits) for bits in WEIGHT_BITS],
+                    options=WEIGHT_CHOICES,
                     default="8",
                     tooltip="Bits of a weight: symmetric integers, one scale per output channel.",
                 ),
                 io.Combo.Input(
                     "activation_bits",
-                    options=[str(bits) for bits in ACTIVATION_BITS],
+                    options=ACTIVATION_CHOICES,
                     default="8",
                     tooltip="8: integers with scales taken at run time, summed exactly in int32. 16: activations are not "
                     "quantized and stay in the model's compute type.",
@@ -38,6 +42,11 @@ class IECQuantizeModel(io.ComfyNode):
             ],
             outputs=[io.Model.Output(tooltip="A clone of the model that is evaluated in integers.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, weight_bits=None, activation_bits=None):
+        wrong_weight = unknown_choice(WEIGHT_CHOICES, weight_bits=weight_bits)
+        return wrong_weight or unknown_choice(ACTIVATION_CHOICES, activation_bits=activation_bits) or True
 
     @classmethod
     def execute(cls, model, weight_bits, activation_bits, keep_sensitive_layers):

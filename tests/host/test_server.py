@@ -133,6 +133,11 @@ BAD = [
     ({"lambda_": 1.5}, "lambda_: 1.5 is outside (0, 1]"),
     ({"steps": 0}, "steps: 0 is outside 1 to 10000"),
     ({"scheduler": "fast"}, "scheduler: 'fast' is none of simple"),
+    ({"sampler_name": "fast"}, "sampler_name: 'fast' is none of euler"),
+    ({"sampler_name": "euler_cfg_pp"}, "sampler: euler_cfg_pp steps with the unguided prediction"),
+    ({"evaluation_point": "middle"}, "evaluation_point: 'middle' is neither of paper and next"),
+    ({"lambda_": "x"}, "Failed to convert an input value to a FLOAT value: lambda_, x"),
+    ({"steps": "x"}, "Failed to convert an input value to a INT value: steps, x"),
     ({"max_iterations": -1}, "Value -1 smaller than min of 0: max_iterations"),
     ({"tolerance": -1.0}, "Value -1.0 smaller than min of 0.0: tolerance"),
 ]
@@ -146,6 +151,21 @@ def test_bad_input_is_refused_at_validation_and_the_next_prompt_works(host, outp
     assert sentence in str(refusal.value)
     seed = 1000 + BAD.index((settings, sentence))
     assert torch.isfinite(saved_latent(output, host.run(workflow(steps=1, seed=seed)))).all()
+
+
+@pytest.mark.parametrize(
+    ("node", "name", "value", "choices"),
+    [
+        ("quantized", "weight_bits", "3", "8, 4"),
+        ("quantized", "activation_bits", "7", "8, 16"),
+        ("model", "precision", "float8", "auto, float32, bfloat16, float16"),
+    ],
+)
+def test_unknown_choice_is_refused_at_validation(host, node, name, value, choices):
+    bad = workflow()
+    bad[node]["inputs"][name] = value
+    with pytest.raises(server.Refused, match=rf"{name}: '{value}' is none of {choices}\."):
+        host.run(bad)
 
 
 def test_bad_label_is_refused_at_validation(host):

@@ -54,10 +54,13 @@ def test_broken_cache_is_noticed_and_made_again(cache, download, damage):
     host = cache / "custom_nodes" / "host"  # a checkout may lie among another ComfyUI's custom nodes
     host.parent.mkdir()
     comfyui.unpack(host)
+    (host / "output").mkdir()
+    (host / "output/image.png").write_text("a user's")
     damage(host)
     assert not comfyui.is_whole(host)
     comfyui.unpack(host)
     assert comfyui.is_whole(host)
+    assert (host / "output/image.png").read_text() == "a user's"
 
 
 def test_what_the_host_writes_at_run_time_does_not_count_as_damage(cache, download):
