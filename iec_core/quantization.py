@@ -59,7 +59,7 @@ def _has_exact_int_mm(device_type):
     a = torch.full((32, 1024), -127, dtype=torch.int8, device=device_type)
     try:
         return bool((torch._int_mm(a, a.t()) == 127 * 127 * 1024).all())
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:  # no such kernel
         return False
 
 
