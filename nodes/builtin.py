@@ -56,7 +56,7 @@ class IECClassLabel(io.ComfyNode):
                     "labels",
                     default="face, heart, fruit, clock",
                     tooltip="Class names, separated by commas, for the images of the batch in turn; with more images than "
-                    "names they begin again. none is no label, as for the negative conditioning. The help page lists the classes.",
+                    "names they begin again. none is no label, as for the negative. The help page lists the classes.",
                 )
             ],
             outputs=[io.Conditioning.Output(tooltip="Conditioning for the built-in model.")],
