@@ -8,13 +8,13 @@ of no channels, at no cost.
 
 import copy
 
-import comfy.model_patcher
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential, UNetModel
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 
 from ...iec_core.caching import FeatureCache, is_full_step
+from .runs import keep_for_run
 from .steps import current_step
 
 KEY = "iec_deepcache"
@@ -35,6 +35,10 @@ class DeepCache:
         self.branch = branch
         self.first = len(unet.output_blocks) - 1 - branch  # the first output block that a cached evaluation runs
         self.features = FeatureCache()
+
+    def clear(self):
+        """Forget the features."""
+        self.features.clear()
 
     def forward(self, executor, x, timesteps, context, y, control, transformer_options, **kwargs):
         """Evaluate the U-Net in full, keeping the deep feature, or over the shallow blocks with the kept one."""
@@ -147,22 +151,11 @@ def apply_deepcache(model, interval, branch):
     if model.get_wrappers(WrappersMP.DIFFUSION_MODEL, KEY):
         raise ValueError("model: this MODEL has a DeepCache already; use one IECDeepCache node only.")
 
-    def outer_sample(executor, *args, **kwargs):
-        guider = executor.class_obj
-        before = guider.model_options
-        guider.model_options = comfy.model_patcher.create_model_options_clone(before)
-        run = guider.model_options["transformer_options"][KEY] = DeepCache(unet, interval, branch)
-        try:
-            return executor(*args, **kwargs)
-        finally:
-            run.features.clear()
-            guider.model_options = before
-
     def forward(executor, x, timesteps, context, y, control, transformer_options, **kwargs):
         run = transformer_options[KEY]
         return run.forward(executor, x, timesteps, context, y, control, transformer_options, **kwargs)
 
     model = model.clone()
-    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, outer_sample)
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, keep_for_run(KEY, lambda: DeepCache(unet, interval, branch)))
     model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, forward)
     return model

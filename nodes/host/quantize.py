@@ -9,12 +9,12 @@ by which the host's layers compute with weights that need work before use: whate
 import contextlib
 import functools
 
-import comfy.model_patcher
 import comfy.ops
 import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...iec_core.quantization import conv2d_int8, linear_int8, quantize_weight
+from .runs import keep_for_run
 
 KEY = "iec_quantize"
 
@@ -70,6 +70,10 @@ class QuantizedRun:
         self.activation_bits = activation_bits
         self.weights = {}
 
+    def clear(self):
+        """Forget the weights."""
+        self.weights.clear()
+
     def forward(self, layer, reusable, x):
         """Evaluate `layer` on x; with `reusable`, the weight is known to stay as it is for the whole run."""
         ready = self.weights.get(layer) if reusable else None
@@ -119,17 +123,6 @@ def apply_quantization(model, weight_bits, activation_bits, keep_sensitive):
     if model.get_wrappers(WrappersMP.APPLY_MODEL, KEY):
         raise ValueError("model: this MODEL is quantized already; use one IECQuantizeModel node only.")
 
-    def outer_sample(executor, *args, **kwargs):
-        guider = executor.class_obj
-        before = guider.model_options
-        guider.model_options = comfy.model_patcher.create_model_options_clone(before)
-        run = guider.model_options["transformer_options"][KEY] = QuantizedRun(weight_bits, activation_bits)
-        try:
-            return executor(*args, **kwargs)
-        finally:
-            run.weights.clear()
-            guider.model_options = before
-
     def apply_model(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
         run = transformer_options[KEY]
         base = executor.class_obj
@@ -139,6 +132,8 @@ def apply_quantization(model, weight_bits, activation_bits, keep_sensitive):
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
     model = model.clone()
-    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, outer_sample)
+    model.add_wrapper_with_key(
+        WrappersMP.OUTER_SAMPLE, KEY, keep_for_run(KEY, lambda: QuantizedRun(weight_bits, activation_bits))
+    )
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, apply_model)
     return model
