@@ -4,9 +4,16 @@ The paper (arXiv 2511.06250, section 3.2) turns a DDIM step x' = A_t x + B_t eps
 
     x'_{k+1} = (1 - lam) x'_k + lam (A_t x + B_t eps(x'_k, t)).
 
-A sampler in k-diffusion coordinates steps x' = x + (sigma' - sigma) eps with eps = (x - denoised) / sigma. That is
-affine in eps, so that blending results is blending predictions, eps <- (1 - lam) eps + lam eps_k, and the sampler can
-be left as it is: it is handed the denoised image that belongs to the corrected eps.
+In k-diffusion coordinates a sampler's step is affine in the denoised prediction D that it is taken with,
+
+    x' = a x + b D + noise,        Euler: a = sigma' / sigma, b = 1 - a, no noise,
+
+so that iterating on x' is iterating on D, and the sampler can be left as it is: it is handed the D that belongs to the
+corrected x'. The map whose fixed point is sought is, with eps = (x - D) / sigma,
+
+    G(D) = x - sigma eps_k,        eps_k = (x_in - D(x_in, place)) / place,        x_in from x' = a x + b D + noise.
+
+The noise of a stochastic step is one draw, the same in every iterate.
 
 Where x'_k is evaluated is the `evaluation_point`:
 
@@ -16,13 +23,19 @@ Where x'_k is evaluated is the `evaluation_point`:
   trapezoidal rule with an explicit predictor, of second order in the step. Where sigma' = 0 there is nothing to evaluate.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from .schedule import CorrectionSteps, parse_correction_steps
 
 EVALUATION_POINTS = ("paper", "next")
+LAMBDA_MODES = ("fixed", "contractive", "anderson")
+
+
+def _one_of(name, value, known):
+    if value not in known:
+        raise ValueError(f"{name}: '{value}' is none of {', '.join(known)}.")
 
 
 @dataclass(frozen=True)
@@ -31,7 +44,9 @@ class CorrectionSettings:
 
     steps: which steps are corrected. lambda_: damping, in (0, 1]. max_iterations: K, 0 turns the correction off.
     tolerance: tau, the relative change of x' below which an item of the batch is taken as converged. evaluation_point:
-    "paper" or "next", see above.
+    "paper" or "next", see above. lambda_mode: "fixed"; "contractive", in which lambda_ is the largest damping and each
+    iteration takes what its own residuals allow (`contractive_lambda`); "anderson", acceleration of depth 1 from the second
+    iteration on (`anderson_gamma`).
     """
 
     steps: CorrectionSteps
@@ -39,9 +54,13 @@ class CorrectionSettings:
     max_iterations: int = 1
     tolerance: float = 1e-5
     evaluation_point: str = "paper"
+    lambda_mode: str = "fixed"
 
     @classmethod
-    def parse(cls, correction_steps="all", lambda_=0.5, max_iterations=1, tolerance=1e-5, evaluation_point="paper"):
+    def parse(
+        cls, correction_steps="all", lambda_=0.5, max_iterations=1, tolerance=1e-5, evaluation_point="paper",
+        lambda_mode="fixed",
+    ):  # fmt: skip
         """Check the values as a user gives them. Raises ValueError with a sentence that names the input."""
         if not 0 < lambda_ <= 1:
             raise ValueError(f"lambda_: {lambda_} is outside (0, 1]; the paper uses 0.5.")
@@ -49,14 +68,23 @@ class CorrectionSettings:
             raise ValueError(f"max_iterations: {max_iterations} is negative; 0 turns the correction off.")
         if not tolerance >= 0:
             raise ValueError(f"tolerance: {tolerance} is not a number of at least 0; the paper uses 1e-5.")
-        if evaluation_point not in EVALUATION_POINTS:
-            raise ValueError(f"evaluation_point: '{evaluation_point}' is neither of {' and '.join(EVALUATION_POINTS)}.")
-        return cls(parse_correction_steps(correction_steps), lambda_, max_iterations, tolerance, evaluation_point)
+        _one_of("evaluation_point", evaluation_point, EVALUATION_POINTS)
+        _one_of("lambda_mode", lambda_mode, LAMBDA_MODES)
+        steps = parse_correction_steps(correction_steps)
+        return cls(steps, lambda_, max_iterations, tolerance, evaluation_point, lambda_mode)
+
+    @property
+    def is_off(self):
+        """Whether no step can be corrected."""
+        return self.steps.kind == "none" or self.max_iterations == 0
 
     def summary(self):
-        """Return what tells runs apart in a table: the steps, and the evaluation point where it is not the paper's."""
-        is_plain = self.evaluation_point == "paper" or self.steps.kind == "none"
-        return self.steps.text if is_plain else f"{self.steps.text} {self.evaluation_point}"
+        """Return what tells runs apart in a table: the steps, and what is not the paper's."""
+        if self.is_off:
+            return "none"
+        point = "" if self.evaluation_point == "paper" else self.evaluation_point
+        mode = "" if self.lambda_mode == "fixed" else self.lambda_mode
+        return " ".join(filter(None, (self.steps.text, point, mode)))
 
     def corrected_steps(self, sigmas):
         """Return the frozenset of the steps that are corrected over a schedule of n + 1 sigmas (floats)."""
@@ -68,8 +96,43 @@ class CorrectionSettings:
         return steps
 
 
+@dataclass(frozen=True)
+class Step:
+    """One step of a sampler, x' = x_factor * x + denoised_factor * D + noise, from sigma to sigma_next (floats).
+
+    input_scale: c_in(sigma_next) / c_in(sigma), which brings x' to the network's input coordinates at sigma.
+    """
+
+    sigma: float
+    sigma_next: float
+    x_factor: float
+    denoised_factor: float
+    input_scale: float = 1.0
+
+    @classmethod
+    def euler(cls, sigma, sigma_next, input_scale=1.0):
+        """Return the Euler step of the probability-flow equation: DDIM's."""
+        return cls(sigma, sigma_next, sigma_next / sigma, 1 - sigma_next / sigma, input_scale)
+
+
+@dataclass
+class StepTrace:
+    """What the iteration of one corrected step did: for each iteration a tensor [B], left on the device.
+
+    residuals: ||T(x'_k) - x'_k|| / ||x'_k||, for T(y) the step's result with the prediction at y. contraction: how much the
+    damped map (1 - lam) I + lam T shrank the last move of the iterate, an estimate from below of its Lipschitz constant; the
+    first takes the latent that the step starts from for x'_{-1}. lambdas: the damping that was used, 0 where an item was not
+    moved. fell_back: bool [B], items whose residual grew or was not finite, and which kept their best iterate.
+    """
+
+    residuals: list[torch.Tensor] = field(default_factory=list)
+    contraction: list[torch.Tensor] = field(default_factory=list)
+    lambdas: list[torch.Tensor] = field(default_factory=list)
+    fell_back: torch.Tensor | None = None
+
+
 def _per_item(value, like):
-    """Reshape a scalar or [B] tensor so that it broadcasts over `like` [B, ...]."""
+    """Reshape a [B] tensor so that it broadcasts over `like` [B, ...]."""
     return value.reshape(-1, *[1] * (like.ndim - 1))
 
 
@@ -78,36 +141,126 @@ def _norm(x):
     return torch.linalg.vector_norm(x.flatten(1), dim=1)
 
 
-def corrected_denoised(evaluate, x, sigma, sigma_next, input_scale, settings):
-    """Return the denoised image [B, ...] with which an affine sampler step from sigma to sigma_next is the IEC step.
+def _dot(x, y):
+    """Inner product of every item of x and y [B, ...], as [B]."""
+    return torch.linalg.vecdot(x.flatten(1), y.flatten(1))
 
-    evaluate(x_in, sigma, iteration): the denoised prediction at x_in and the timestep of that sigma [B]; iteration 0 is the
-    sampler's own evaluation, k the k-th correction. x: latent at sigma [B, ...]. sigma: tensor [B]; sigma_next: scalar.
-    input_scale: c_in(sigma') / c_in(sigma), a scalar, which brings x' to the network's input coordinates at sigma.
 
-    Items of a batch stop one by one, each as if it were alone. Nothing is read back from the device at K = 1.
+def contractive_lambda(slope, lipschitz, largest):
+    """Return the damping [B], at most `largest`, that contracts the most along the direction u last measured.
+
+    For J the Jacobian of T, ||((1 - lam) I + lam J) u||^2 = 1 - 2 lam (1 - s) + lam^2 (1 - 2 s + L^2), where s = <u, J u> is
+    the slope and L = ||J u||: least at lam = (1 - s) / (1 - 2 s + L^2), and below 1 for every smaller lam. With s >= 1 no
+    positive damping contracts, and 0 is returned.
     """
-    denoised = evaluate(x, sigma, 0)
+    best = (1 - slope) / (1 - 2 * slope + lipschitz**2)
+    return torch.nan_to_num(best, nan=0.0).clamp(0, largest)
+
+
+def damped_contraction(slope, lipschitz, lambda_):
+    """Return ||((1 - lam) I + lam J) u|| [B] for a unit vector u with <u, J u> = slope and ||J u|| = lipschitz."""
+    square = 1 - 2 * lambda_ * (1 - slope) + lambda_**2 * (1 - 2 * slope + lipschitz**2)
+    return square.clamp(min=0).sqrt()
+
+
+def anderson_gamma(residual, previous):
+    """Return the mixing weight [B] of Anderson acceleration of depth 1: the gamma that makes
+    ||residual - gamma (residual - previous)|| least; 0 where both are equal.
+    """
+    difference = residual - previous
+    square = _dot(difference, difference)
+    return torch.where(square > 0, _dot(residual, difference) / square, torch.zeros_like(square))
+
+
+class _Iteration:
+    """The iterate D_k of one step's fixed-point iteration, and how it moves. All state is per item of the batch, [B]."""
+
+    def __init__(self, denoised, settings):
+        self.denoised = denoised
+        self.active = torch.ones(denoised.shape[0], dtype=torch.bool, device=denoised.device)
+        self._settings = settings
+        self._change = self._residual = self._residual_norm = None  # of the last iteration
+        self.trace = StepTrace(fell_back=torch.zeros_like(self.active))
+
+    def advance(self, residual, moved):
+        """Move on by the residual G(D_k) - D_k, and return how D has changed.
+
+        moved: how the iterate came to D_k from where the network was evaluated before, in units of D; taken in the first
+        iteration only, afterwards it is the last change.
+        """
+        moved, image = (moved, residual) if self._change is None else (self._change, self._image(residual))
+        moved_norm, residual_norm = _norm(moved), _norm(residual)
+        lipschitz, slope = _norm(image) / moved_norm, _dot(image, moved) / moved_norm**2
+        lambda_ = self._lambda(slope, lipschitz)
+        contraction = torch.nan_to_num(damped_contraction(slope, lipschitz, lambda_), nan=0.0)
+        is_good = residual_norm.isfinite() & self._shrinks(contraction, residual_norm)
+        update = self._update(residual, _per_item(lambda_, residual))
+        reverted = _per_item(self.active & ~is_good, residual)
+        back = torch.zeros_like(residual) if self._change is None else -self._change
+        self.trace.fell_back |= self.active & ~is_good
+        self.active = self.active & is_good
+        change = torch.where(_per_item(self.active, residual), update, torch.where(reverted, back, 0))
+        self.denoised = self.denoised + change
+        self.trace.contraction.append(contraction)
+        self.trace.lambdas.append(torch.where(self.active, lambda_, 0))
+        self._change, self._residual, self._residual_norm = change, residual, residual_norm
+        return change
+
+    def _image(self, residual):
+        """Return G(D_k) - G(D_{k-1})."""
+        return self._change + residual - self._residual
+
+    def _lambda(self, slope, lipschitz):
+        if self._settings.lambda_mode == "contractive":
+            return contractive_lambda(slope, lipschitz, self._settings.lambda_)
+        return torch.full_like(slope, self._settings.lambda_)
+
+    def _shrinks(self, contraction, residual_norm):
+        """Tell whether the iteration converges: by its residuals, in the first iteration by the estimate alone."""
+        return contraction <= 1 if self._residual_norm is None else residual_norm <= self._residual_norm
+
+    def _update(self, residual, lambda_):
+        if self._settings.lambda_mode != "anderson" or self._change is None:
+            return lambda_ * residual
+        gamma = _per_item(anderson_gamma(residual, self._residual), residual)
+        return lambda_ * residual - gamma * (self._change + lambda_ * (residual - self._residual))
+
+    def settle(self, relative_change):
+        """Take the items that changed by less than the tolerance as converged; return whether any goes on."""
+        self.active = self.active & (relative_change >= self._settings.tolerance)
+        return bool(self.active.any())
+
+
+def corrected_denoised(evaluate, x, step, settings, noise=None):
+    """Return (denoised [B, ...], StepTrace) with which the sampler's step is the IEC step.
+
+    evaluate(x_in, sigma, iteration): the denoised prediction at x_in and the timestep of that sigma (a float); iteration 0
+    is the sampler's own evaluation, k the k-th correction. x: latent at step.sigma [B, ...]. noise(): the noise term of the
+    step, called once; None for a deterministic step.
+
+    Items of a batch converge, and fall back, one by one, each as if it were alone. Nothing is read back from the device at
+    K = 1, and one flag an iteration at K >= 2. While the network is evaluated, two latents are held beside x at K = 1, at
+    K >= 2 also the last change and residual.
+    """
+    denoised = evaluate(x, step.sigma, 0)
     if settings.max_iterations == 0:
-        return denoised
+        return denoised, StepTrace()
     is_next = settings.evaluation_point == "next"
-    place = sigma_next.expand_as(sigma) if is_next else sigma
-    sigma = _per_item(sigma, x)
-    step = sigma_next - sigma
-    eps = (x - denoised) / sigma
-    active = None
-    for iteration in range(1, settings.max_iterations + 1):
-        x_next = x + step * eps
-        x_in = x_next if is_next else x_next * input_scale
-        eps_k = (x_in - evaluate(x_in, place, iteration)) / _per_item(place, x)
-        change = settings.lambda_ * (eps_k - eps)
-        if active is not None:
-            change = torch.where(_per_item(active, x), change, 0)
-        eps = eps + change
-        if iteration < settings.max_iterations:
-            residual = _norm(step * change) / _norm(x_next)
-            still = residual >= settings.tolerance
-            active = still if active is None else active & still
-            if not active.any():
-                break
-    return x - sigma * eps
+    place = step.sigma_next if is_next else step.sigma
+    scale = 1.0 if is_next else step.input_scale
+    reach = scale * step.denoised_factor  # by how much x_in moves with D
+    x_in = (step.x_factor * x + step.denoised_factor * denoised).mul_(scale)
+    if noise is not None:
+        x_in += noise() * scale
+    iteration = _Iteration(denoised, settings)
+    del denoised
+    for number in range(1, settings.max_iterations + 1):
+        target = x - (x_in - evaluate(x_in, place, number)) * (step.sigma / place)  # G(D)
+        residual, x_norm = target - iteration.denoised, _norm(x_in)
+        change = iteration.advance(residual, (x_in - x) / reach)
+        iteration.trace.residuals.append(reach * _norm(residual) / x_norm)
+        del target, residual
+        if number == settings.max_iterations or not iteration.settle(reach * _norm(change) / x_norm):
+            break
+        x_in = x_in + reach * change
+    return iteration.denoised, iteration.trace

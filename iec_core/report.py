@@ -1,37 +1,124 @@
 """What one sampling run did and cost."""
 
-from dataclasses import dataclass, field
+import itertools
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, field
 
 import torch
+
+
+@dataclass
+class StepReport:
+    """One step of a run. step: from 0. sigma, sigma_next: where it begins and leads. nfe: evaluations of the denoiser.
+    seconds: from its first evaluation to the next step's.
+
+    The rest is of a corrected step, one list an iteration with a number for each item of the batch (see
+    `correction.StepTrace`); fell_back has one entry an item. What is not a finite number is None.
+    """
+
+    step: int
+    sigma: float
+    sigma_next: float
+    corrected: bool
+    nfe: int = 0
+    seconds: float = 0.0
+    lambdas: list[list[float | None]] = field(default_factory=list)
+    residuals: list[list[float | None]] = field(default_factory=list)
+    contraction: list[list[float | None]] = field(default_factory=list)
+    fell_back: list[bool] = field(default_factory=list)
+
+    def take(self, trace):
+        """Read a StepTrace back from the device."""
+        for name in ("lambdas", "residuals", "contraction"):
+            values = torch.stack(getattr(trace, name)).tolist() if getattr(trace, name) else []
+            setattr(self, name, [[value if math.isfinite(value) else None for value in row] for row in values])
+        self.fell_back = [] if trace.fell_back is None else trace.fell_back.tolist()
 
 
 @dataclass
 class RunReport:
     """Filled by the corrected sampler while it runs.
 
-    label: the run's name in tables and plots. correction: which steps, and where they are evaluated again. sigmas: the
-    schedule, n + 1 values. nfe: evaluations of the denoiser. seconds: wall time of the sampler function. latents: with
-    `keep_latents`, the latent at the start of every step and the final one, n + 1 float32 CPU tensors [B, ...]; a sampler
-    that does not evaluate at a step's own sigma leaves None in its place. They are in the network's coordinates; `result`
-    is the run's output as the host hands it on, which is what a VAE decodes.
+    label: the run's name in tables and plots. correction: which steps, and where they are evaluated again. steps: a
+    StepReport each. sigmas: where the steps begin, and the last one's end, n + 1 values. nfe: evaluations of the denoiser.
+    seconds: wall time of the sampler function. warnings: sentences on what a user should know. latents: with `keep_latents`,
+    the latent at the start of every step and the final one, n + 1 float32 CPU tensors [B, ...]. They are in the network's
+    coordinates; `result` is the run's output as the host hands it on, which is what a VAE decodes.
     """
 
     label: str
     correction: str
     keep_latents: bool = False
+    steps: list[StepReport] = field(default_factory=list)
     sigmas: list[float] = field(default_factory=list)
     nfe: int = 0
     seconds: float = 0.0
+    warnings: list[str] = field(default_factory=list)
     latents: list[torch.Tensor | None] = field(default_factory=list)
     result: torch.Tensor | None = None
 
-    def start(self, sigmas):
-        """Begin a run over `sigmas` (n + 1 floats); whatever an earlier run left is dropped."""
+    def start(self, sigmas, corrected):
+        """Begin a run over `sigmas` (n + 1 floats) that corrects the steps in `corrected`; what an earlier run left is
+        dropped.
+        """
         self.sigmas = list(sigmas)
-        self.nfe = 0
+        self.steps = [StepReport(i, *pair, i in corrected) for i, pair in enumerate(itertools.pairwise(sigmas))]
+        self.nfe, self.seconds, self.warnings, self.result = 0, 0.0, [], None
         self.latents = [None] * len(self.sigmas)
 
     def keep(self, step, latent):
         """Keep the latent at the start of `step` (n for the final one), if latents are asked for."""
         if self.keep_latents:
             self.latents[step] = latent.detach().to("cpu", torch.float32, copy=True)
+
+    def finish(self, traces, seconds):
+        """Take the StepTrace of every corrected step ({step: trace}) and the seconds of every step; say which fell back."""
+        for step, trace in traces.items():
+            self.steps[step].take(trace)
+        for step, value in zip(self.steps, seconds):
+            step.seconds = value
+        self.seconds = sum(seconds)
+        fallen = [step.step for step in self.steps if any(step.fell_back)]
+        if fallen:
+            named = f"step {fallen[0]}" if len(fallen) == 1 else f"steps {', '.join(map(str, fallen))}"
+            self.warnings.append(
+                f"{self.label}: the correction of {named} did not converge for every image, and fell back to its best iterate; "
+                "try a smaller lambda_, lambda_mode contractive, or evaluation_point next."
+            )
+
+    def as_dict(self):
+        """Return the report as JSON has it: all but the latents."""
+        names = ("label", "correction", "nfe", "seconds", "warnings")
+        return {name: getattr(self, name) for name in names} | {"steps": [asdict(step) for step in self.steps]}
+
+
+def to_json(reports):
+    """Return RunReports as JSON text, a list."""
+    return json.dumps([report.as_dict() for report in reports], indent=1, allow_nan=False)
+
+
+class Stopwatch:
+    """Takes times without waiting for the device; they are read at the end."""
+
+    def __init__(self, device):
+        self._is_cuda = device.type == "cuda"
+        self._marks = []
+
+    def mark(self):
+        """Take the time, on the device's own clock where it has one."""
+        if self._is_cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def seconds(self):
+        """Return the seconds between the marks, waiting for the device."""
+        pairs = list(itertools.pairwise(self._marks))
+        if not self._is_cuda:
+            return [after - before for before, after in pairs]
+        torch.cuda.synchronize()
+        return [before.elapsed_time(after) / 1000 for before, after in pairs]

@@ -3,8 +3,9 @@
 import comfy.samplers
 import nodes as host_nodes
 from comfy_api.latest import io
+from comfy_execution.utils import get_executing_context
 
-from ..iec_core.correction import EVALUATION_POINTS, CorrectionSettings
+from ..iec_core.correction import EVALUATION_POINTS, LAMBDA_MODES, CorrectionSettings
 from ..iec_core.report import RunReport
 from ..iec_core.schedule import FORMS
 from .choices import unknown_choice
@@ -54,10 +55,44 @@ def correction_inputs():
             tooltip="Where a step's result is evaluated again. paper: at the step's own timestep. next: at the timestep that "
             "it belongs to (Heun's rule at lambda 0.5, one iteration); the last step, which ends at no noise, has none.",
         ),
+        io.Combo.Input(
+            "lambda_mode",
+            options=list(LAMBDA_MODES),
+            default="fixed",
+            optional=True,
+            tooltip="How the damping is chosen. fixed: lambda_, as in the paper. contractive: at most that, as each iteration "
+            "shows it to converge. anderson: lambda_, accelerated from the second iteration.",
+        ),
     ]
 
 
-def check(correction_steps=None, lambda_=None, evaluation_point=None, total=None, sampler_name=None):
+def later_report():
+    """The report output of a node whose run comes later."""
+    return Report.Output(display_name="report", tooltip="What the runs did and cost; for IEC Report, which waits for them.")
+
+
+class RunLog(list):
+    """The RunReports of one prompt's runs, in order; filled while they run."""
+
+    def __init__(self, settings):
+        super().__init__()
+        self._settings = settings
+        self._prompt = None
+
+    def begin(self):
+        """Return the report of a run that begins; the runs of an earlier prompt are dropped."""
+        context = get_executing_context()
+        prompt = context and context.prompt_id
+        if prompt != self._prompt:
+            self.clear()
+        self._prompt = prompt
+        self.append(RunReport(f"run {len(self) + 1}", self._settings.summary()))
+        return self[-1]
+
+
+def check(
+    correction_steps=None, lambda_=None, evaluation_point=None, lambda_mode=None, total=None, sampler_name=None
+):  # fmt: skip
     """Return True, or the sentence for a wrong value. A value that is None comes over a link and is not known yet.
 
     The bounds of max_iterations and tolerance are the host's to check: it shows our sentence at every input that is named
@@ -65,7 +100,12 @@ def check(correction_steps=None, lambda_=None, evaluation_point=None, total=None
     too.
     """
     lambda_ = lambda_ if isinstance(lambda_, (int, float)) else None
-    given = {"correction_steps": correction_steps, "lambda_": lambda_, "evaluation_point": evaluation_point}
+    given = {
+        "correction_steps": correction_steps,
+        "lambda_": lambda_,
+        "evaluation_point": evaluation_point,
+        "lambda_mode": lambda_mode,
+    }
     try:
         settings = CorrectionSettings.parse(**{name: value for name, value in given.items() if value is not None})
         if isinstance(total, int):
@@ -144,7 +184,8 @@ class IECKSampler(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, steps=None, sampler_name=None, scheduler=None, correction_steps=None, lambda_=None, evaluation_point=None
+        cls, steps=None, sampler_name=None, scheduler=None, correction_steps=None, lambda_=None, evaluation_point=None,
+        lambda_mode=None,
     ):  # fmt: skip
         if isinstance(steps, int) and not 1 <= steps <= 10000:
             return f"steps: {steps} is outside 1 to 10000."
@@ -153,16 +194,17 @@ class IECKSampler(io.ComfyNode):
         wrong_choice = wrong_choice or unknown_choice(known.SCHEDULERS, scheduler=scheduler)
         # ddim_uniform takes every (timesteps // steps)-th timestep of the model, which can be more than `steps` of them.
         total = None if scheduler in (None, "ddim_uniform") else steps
-        return wrong_choice or check(correction_steps, lambda_, evaluation_point, total, sampler_name)
+        return wrong_choice or check(correction_steps, lambda_, evaluation_point, lambda_mode, total, sampler_name)
 
     @classmethod
     def execute(
         cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise,
-        correction_steps, lambda_, max_iterations, tolerance, evaluation_point="paper", label="", keep_latents=False,
+        correction_steps, lambda_, max_iterations, tolerance, evaluation_point="paper", lambda_mode="fixed", label="",
+        keep_latents=False,
     ):  # fmt: skip
-        settings = CorrectionSettings.parse(correction_steps, lambda_, max_iterations, tolerance, evaluation_point)
+        settings = CorrectionSettings.parse(correction_steps, lambda_, max_iterations, tolerance, evaluation_point, lambda_mode)
         report = RunReport(label or "run", settings.summary(), keep_latents)
-        model = apply_correction(model, settings, report)
+        model = apply_correction(model, settings, lambda: report)
         (latent,) = host_nodes.common_ksampler(
             model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise=denoise
         )
@@ -182,17 +224,18 @@ class IECApply(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model whose sampling runs are corrected."),
                 *correction_inputs(),
             ],
-            outputs=[io.Model.Output(tooltip="A clone of the model that carries the correction.")],
+            outputs=[io.Model.Output(tooltip="A clone of the model that carries the correction."), later_report()],
         )
 
     @classmethod
-    def validate_inputs(cls, correction_steps=None, lambda_=None, evaluation_point=None):
-        return check(correction_steps, lambda_, evaluation_point)
+    def validate_inputs(cls, correction_steps=None, lambda_=None, evaluation_point=None, lambda_mode=None):
+        return check(correction_steps, lambda_, evaluation_point, lambda_mode)
 
     @classmethod
     def execute(cls, model, **settings):
         settings = CorrectionSettings.parse(**settings)
-        return io.NodeOutput(apply_correction(model, settings, RunReport("run", settings.summary())))
+        runs = RunLog(settings)
+        return io.NodeOutput(apply_correction(model, settings, runs.begin), runs)
 
 
 class IECSampler(io.ComfyNode):
@@ -207,17 +250,18 @@ class IECSampler(io.ComfyNode):
                 io.Sampler.Input("sampler", tooltip="The sampler whose steps are corrected."),
                 *correction_inputs(),
             ],
-            outputs=[io.Sampler.Output(tooltip="The corrected sampler.")],
+            outputs=[io.Sampler.Output(tooltip="The corrected sampler."), later_report()],
         )
 
     @classmethod
-    def validate_inputs(cls, correction_steps=None, lambda_=None, evaluation_point=None):
-        return check(correction_steps, lambda_, evaluation_point)
+    def validate_inputs(cls, correction_steps=None, lambda_=None, evaluation_point=None, lambda_mode=None):
+        return check(correction_steps, lambda_, evaluation_point, lambda_mode)
 
     @classmethod
     def execute(cls, sampler, **settings):
         settings = CorrectionSettings.parse(**settings)
-        return io.NodeOutput(with_correction(sampler, settings, RunReport("run", settings.summary())))
+        runs = RunLog(settings)
+        return io.NodeOutput(with_correction(sampler, settings, runs.begin), runs)
 
 
 NODES = [IECKSampler, IECApply, IECSampler]

@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
-from iec_core.correction import CorrectionSettings, corrected_denoised
+from iec_core.correction import CorrectionSettings, Step, corrected_denoised
 
 SIGMA, SIGMA_NEXT = 2.0, 1.5
 X = torch.tensor([[0.7, -1.2], [3.0, 0.4]], dtype=torch.float64)
-SCALE = torch.tensor(1.1, dtype=torch.float64)
+SCALE = 1.1
+STEP = Step.euler(SIGMA, SIGMA_NEXT, SCALE)
 SLOPE, OFFSET = 0.3, 0.05
 
 
@@ -23,14 +24,12 @@ def run(settings, x=X, slope=SLOPE):
 
     def evaluate(x_in, sigma, iteration):
         assert iteration == len(seen)
-        assert torch.equal(
-            sigma, torch.full_like(sigma, SIGMA if settings.evaluation_point == "paper" or not seen else SIGMA_NEXT)
-        )
-        seen.append(x_in)
-        return x_in - sigma[:, None] * (slope * x_in + OFFSET)
+        assert sigma == (SIGMA if settings.evaluation_point == "paper" or not seen else SIGMA_NEXT)
+        seen.append(x_in.clone())
+        return x_in - sigma * (slope * x_in + OFFSET)
 
-    sigma = torch.full((len(x),), SIGMA, dtype=x.dtype)
-    denoised = corrected_denoised(evaluate, x, sigma, sigma.new_tensor(SIGMA_NEXT), SCALE.to(x), settings)
+    denoised, trace = corrected_denoised(evaluate, x, STEP, settings)
+    assert not trace.fell_back.any()
     return x + (x - denoised) / SIGMA * (SIGMA_NEXT - SIGMA), seen
 
 
@@ -80,12 +79,11 @@ def test_converges_to_the_fixed_point():
 def test_no_iterations_is_the_plain_prediction():
     denoised = torch.randn(2, 3)
     settings = CorrectionSettings.parse("all", 0.5, 0)
-    sigma = torch.tensor([SIGMA, SIGMA])
-    assert corrected_denoised(lambda *_: denoised, torch.randn(2, 3), sigma, sigma[0] / 2, sigma[0], settings) is denoised
+    assert corrected_denoised(lambda *_: denoised, torch.randn(2, 3), STEP, settings)[0] is denoised
 
 
 def test_items_of_a_batch_stop_each_for_itself():
-    quick = torch.full((1, 2), -OFFSET / SLOPE / SCALE.item(), dtype=torch.float64)  # close to where eps vanishes
+    quick = torch.full((1, 2), -OFFSET / SLOPE / SCALE, dtype=torch.float64)  # close to where eps vanishes
     slow = torch.full((1, 2), 40.0, dtype=torch.float64)
     settings = CorrectionSettings.parse("all", 0.5, 12, 1e-4)
     alone_quick, seen_quick = run(settings, quick)
@@ -107,6 +105,7 @@ def test_items_of_a_batch_stop_each_for_itself():
         ({"tolerance": math.nan}, "tolerance"),
         ({"correction_steps": "some"}, "correction_steps"),
         ({"evaluation_point": "middle"}, "evaluation_point"),
+        ({"lambda_mode": "free"}, "lambda_mode"),
     ],
 )
 def test_bad_settings_are_refused_with_the_input_named(values, name):

@@ -1,0 +1,202 @@
+"""What a sampler function of the host will do over a schedule, learned by running it once on numbers.
+
+A correction has to know, at every evaluation, which step it belongs to, whether the step is taken with it, and to where the
+step leads. The samplers do not say; and to read a sigma back from the device would stall it at every evaluation. So the
+sampler function is rehearsed on the CPU before the run, with a stand-in for the network. A sampler's step is affine in its
+latent, its predictions and its noise: a rehearsal batch of unit vectors reads off the coefficients, one item each.
+
+    item 0: latent 1, predictions 0, noise 0        x' -> a_0 ... a_i
+    item 1: latent 0, predictions 1, noise 0        history and further evaluations of a step count as the step's own
+    item 2 + m: latent 0, predictions 0, draw m is 1
+"""
+
+import inspect
+import math
+from bisect import bisect
+from dataclasses import dataclass, field
+
+import torch
+
+from ...iec_core.correction import Step
+
+
+class CannotRehearse(ValueError):
+    """The sampler's steps cannot be told before it runs."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A draw of noise: its number among the run's draws, the two sigmas it was asked for, and its factor in the step."""
+
+    number: int
+    sigma: torch.Tensor
+    sigma_next: torch.Tensor
+    factor: float
+
+
+@dataclass(frozen=True)
+class RehearsedStep:
+    """A step and the draws of noise that enter its result."""
+
+    step: Step
+    draws: tuple[Draw, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """steps: those of the run. evaluations: for each evaluation of the denoiser, in order, (number of its step, whether the
+    step is taken with its prediction).
+    """
+
+    steps: list[RehearsedStep]
+    evaluations: list[tuple[int, bool]]
+
+    @property
+    def sigmas(self):
+        """The sigmas at which the steps begin, and the last one's end: n + 1 floats."""
+        return [rehearsed.step.sigma for rehearsed in self.steps] + [self.steps[-1].step.sigma_next]
+
+
+@dataclass
+class _Record:
+    """What happened in a rehearsal, in order; `final` is the sampler's result. Latents are numbers, [items] in float64."""
+
+    evaluations: list[tuple[float, torch.Tensor]] = field(default_factory=list)  # sigma, latent
+    callbacks: list[tuple[int, int]] = field(default_factory=list)  # step, evaluations before
+    draws: list[tuple[int, torch.Tensor, torch.Tensor]] = field(default_factory=list)  # evaluations before, sigmas
+    final: torch.Tensor | None = None
+
+    def pattern(self):
+        """Return what has to be the same in every run of a sampler that does not look at its latent."""
+        draws = [(before, float(sigma), float(sigma_next)) for before, sigma, sigma_next in self.draws]
+        return [sigma for sigma, _ in self.evaluations], self.callbacks, draws
+
+
+class _StandIn:
+    """Takes the place of the host's denoiser; attributes that samplers read are the denoiser's."""
+
+    def __init__(self, model, record, prediction):
+        self._model = model
+        self._record = record
+        self._prediction = prediction
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def __call__(self, x, sigma, **_):
+        self._record.evaluations.append((float(sigma.flatten()[0]), _numbers(x)))
+        return self._prediction.reshape(-1, *[1] * (x.ndim - 1)).expand_as(x).to(x)
+
+
+def _numbers(x):
+    return x.detach().flatten(1)[:, 0].double()
+
+
+def _play(function, model, like, sigmas, extra_args, options, latent, prediction, noise):
+    """Run the sampler function on a batch of numbers, and return the _Record.
+
+    latent, prediction: [items]; noise(number): [items] for each draw. like: the run's latent, for shape and dtype.
+    """
+    record = _Record()
+
+    def on_step(info):
+        record.callbacks.append((info["i"], len(record.evaluations)))
+
+    def draw(sigma, sigma_next):
+        record.draws.append((len(record.evaluations), torch.as_tensor(sigma), torch.as_tensor(sigma_next)))
+        return noise(len(record.draws) - 1).reshape(shape).expand(x.shape).to(x)
+
+    shape = (-1, *[1] * (like.ndim - 1))
+    size = (len(latent), *[min(length, 8) for length in like.shape[1:]])
+    x = latent.reshape(shape).expand(size).to(like.dtype).clone()
+    if "noise_sampler" in inspect.signature(function).parameters:
+        options = {**options, "noise_sampler": draw}
+    with torch.random.fork_rng(devices=[]):
+        final = function(
+            _StandIn(model, record, prediction), x, sigmas.clone(), extra_args=dict(extra_args), callback=on_step,
+            disable=True, **options,
+        )  # fmt: skip
+    record.final = _numbers(final)
+    return record
+
+
+def _own_evaluations(record, begins):
+    """Return the number of the evaluation that each step is taken with.
+
+    A sampler calls back right after it, and before it evaluates anything else for the step. Where a second evaluation at the
+    same sigma follows (predict, evaluate, correct, evaluate), the step is taken with that one.
+    """
+    own = []
+    for number, end in zip(begins, [*begins[1:], len(record.evaluations)]):
+        while number + 1 < end and record.evaluations[number + 1][0] == record.evaluations[number][0]:
+            number += 1
+        own.append(number)
+    return own
+
+
+def _factors(record, own, index):
+    """Return (a, b, [(draw, factor)]) of x' = a x + b D + sum of factor * noise, for the step with this index."""
+    x = record.evaluations[own[index]][1]
+    is_last = index + 1 == len(own)
+    x_next = record.final if is_last else record.evaluations[own[index + 1]][1]
+    a = (x_next[0] / x[0]).item() if x[0] != 0 else 0.0
+    within = range(own[index] + 1, len(record.evaluations) + 1 if is_last else own[index + 1] + 1)
+    draws = [number for number, (before, *_) in enumerate(record.draws) if before in within]
+    moved = x_next - a * x
+    return a, moved[1].item(), [(number, moved[2 + number].item()) for number in draws]
+
+
+def _preserves_the_image(a, b, sigma, sigma_next):
+    """Tell whether x' = a x + b D takes D + sigma noise to D + sigma' noise, or (1 - sigma) D + ... to (1 - sigma') D + ...
+
+    It does not where a sampler adds noise of its own before it evaluates, which is in the rehearsed numbers then.
+    """
+    return math.isclose(a + b, 1, abs_tol=1e-4) or math.isclose((1 - sigma) * a + b, 1 - sigma_next, abs_tol=1e-4)
+
+
+def rehearse(function, model, like, sigmas, extra_args, options, can_draw):
+    """Return the Rehearsal of a sampler function of the host over `sigmas` (n + 1, on the CPU).
+
+    model: the host's denoiser, which is not evaluated. like: the latent of the run. extra_args, options: as the host passes
+    them to the function. can_draw: whether the run can draw a step's noise ahead; otherwise a stochastic step is taken to
+    lead where the probability-flow equation leads.
+
+    Raises CannotRehearse where the function fails on the stand-in, picks its steps by its latent, or does not take them one
+    after the other.
+    """
+
+    def play(latent, prediction, noise):
+        try:
+            return _play(function, model, like, sigmas, extra_args, options, latent, prediction, noise)
+        except Exception as error:
+            raise CannotRehearse(f"it cannot be run on numbers ({type(error).__name__}: {error})") from error
+
+    first = play(torch.tensor([3.0, -2.0]), torch.tensor([0.5, 1.0]), lambda _: torch.zeros(2))
+    units = torch.eye(2 + len(first.draws))
+    record = play(units[0], units[1], lambda number: units[min(2 + number, len(units) - 1)])
+    if record.pattern() != first.pattern():
+        raise CannotRehearse("it picks its steps as it goes")
+    if not record.callbacks or [step for step, _ in record.callbacks] != list(range(len(record.callbacks))):
+        raise CannotRehearse("it does not take its steps one after the other")
+    begins = [before - 1 for _, before in record.callbacks]
+    own = _own_evaluations(record, begins)
+    starts = [record.evaluations[number][0] for number in own]
+    ends = sigmas[1:].tolist() if len(own) == len(sigmas) - 1 else [*starts[1:], None]
+    sampling = model.inner_model.inner_model.model_sampling
+    steps = []
+    for index, (sigma, sigma_next) in enumerate(zip(starts, ends)):
+        a, b, draws = _factors(record, own, index)
+        sigma_next = a * sigma if sigma_next is None else sigma_next
+        scale = _input_scale(sampling, sigma_next) / _input_scale(sampling, sigma)
+        draws = tuple(Draw(number, *record.draws[number][1:], factor) for number, factor in draws if factor)
+        if (draws and not can_draw) or not _preserves_the_image(a, b, sigma, sigma_next):
+            steps.append(RehearsedStep(Step.euler(sigma, sigma_next, scale)))
+        else:
+            steps.append(RehearsedStep(Step(sigma, sigma_next, a, b, scale), draws))
+    evaluations = [(max(bisect(begins, number) - 1, 0), number in own) for number in range(len(record.evaluations))]
+    return Rehearsal(steps, evaluations)
+
+
+def _input_scale(sampling, sigma):
+    """Return the host's c_in(sigma), whatever the model's parameterization."""
+    return sampling.calculate_input(torch.tensor([sigma], dtype=torch.float64), torch.ones(1, dtype=torch.float64)).item()
