@@ -179,21 +179,21 @@ class _Iteration:
         self.denoised = denoised
         self.active = torch.ones(denoised.shape[0], dtype=torch.bool, device=denoised.device)
         self._settings = settings
-        self._change = self._residual = self._residual_norm = None  # of the last iteration
+        self._change = self._residual = self._residual_norm = self._last_lambda = None  # of the last iteration
         self.trace = StepTrace(fell_back=torch.zeros_like(self.active))
 
-    def advance(self, residual, moved):
+    def advance(self, residual, moved, rounding):
         """Move on by the residual G(D_k) - D_k, and return how D has changed.
 
         moved: how the iterate came to D_k from where the network was evaluated before, in units of D; taken in the first
-        iteration only, afterwards it is the last change.
+        iteration only, afterwards it is the last change. rounding: [B], a norm of the residual that is none.
         """
         moved, image = (moved, residual) if self._change is None else (self._change, self._image(residual))
         moved_norm, residual_norm = _norm(moved), _norm(residual)
         lipschitz, slope = _norm(image) / moved_norm, _dot(image, moved) / moved_norm**2
         lambda_ = self._lambda(slope, lipschitz)
         contraction = torch.nan_to_num(damped_contraction(slope, lipschitz, lambda_), nan=0.0)
-        is_good = residual_norm.isfinite() & self._shrinks(contraction, residual_norm)
+        is_good = residual_norm.isfinite() & (self._shrinks(contraction, residual_norm) | (residual_norm <= rounding))
         update = self._update(residual, _per_item(lambda_, residual))
         reverted = _per_item(self.active & ~is_good, residual)
         back = torch.zeros_like(residual) if self._change is None else -self._change
@@ -203,12 +203,14 @@ class _Iteration:
         self.denoised = self.denoised + change
         self.trace.contraction.append(contraction)
         self.trace.lambdas.append(torch.where(self.active, lambda_, 0))
-        self._change, self._residual, self._residual_norm = change, residual, residual_norm
+        self._change, self._residual_norm, self._last_lambda = change, residual_norm, lambda_
+        self._residual = residual if self._settings.lambda_mode == "anderson" else None
         return change
 
     def _image(self, residual):
-        """Return G(D_k) - G(D_{k-1})."""
-        return self._change + residual - self._residual
+        """Return G(D_k) - G(D_{k-1}). Without acceleration the last residual need not be kept: the change is lam times it."""
+        last = self._change / _per_item(self._last_lambda, residual) if self._residual is None else self._residual
+        return self._change + residual - last
 
     def _lambda(self, slope, lipschitz):
         if self._settings.lambda_mode == "contractive":
@@ -240,7 +242,7 @@ def corrected_denoised(evaluate, x, step, settings, noise=None):
 
     Items of a batch converge, and fall back, one by one, each as if it were alone. Nothing is read back from the device at
     K = 1, and one flag an iteration at K >= 2. While the network is evaluated, two latents are held beside x at K = 1, at
-    K >= 2 also the last change and residual.
+    K >= 2 a third, by which the best iterate is kept, and with "anderson" a fourth.
     """
     denoised = evaluate(x, step.sigma, 0)
     if settings.max_iterations == 0:
@@ -254,10 +256,11 @@ def corrected_denoised(evaluate, x, step, settings, noise=None):
         x_in += noise() * scale
     iteration = _Iteration(denoised, settings)
     del denoised
+    rounding = 10 * torch.finfo(x.dtype).eps * _norm(x)
     for number in range(1, settings.max_iterations + 1):
         target = x - (x_in - evaluate(x_in, place, number)) * (step.sigma / place)  # G(D)
         residual, x_norm = target - iteration.denoised, _norm(x_in)
-        change = iteration.advance(residual, (x_in - x) / reach)
+        change = iteration.advance(residual, (x_in - x) / reach, rounding)
         iteration.trace.residuals.append(reach * _norm(residual) / x_norm)
         del target, residual
         if number == settings.max_iterations or not iteration.settle(reach * _norm(change) / x_norm):

@@ -66,12 +66,13 @@ class CorrectedDenoiser(CountedDenoiser):
 
         def evaluate(x_in, at, iteration):
             place = sigma if iteration == 0 else torch.full_like(sigma, at)
-            denoised = self._evaluate(step, iteration, x_in, place, extra_args)
+            told = _tell(extra_args, {"step": step, "iteration": iteration}) if is_own else extra_args
+            denoised = self._evaluate(step, iteration, x_in, place, told)
             if not predictions:
                 predictions.append(denoised if extra_args.get("denoise_mask") is not None else None)
             return denoised
 
-        if not is_own or step not in self._corrected:
+        if step not in self._corrected or not is_own:
             return evaluate(x, None, 0)
         rehearsed = self._rehearsal.steps[step]
         noise = (lambda: self._noise.of(rehearsed.draws)) if rehearsed.draws else None
@@ -80,7 +81,7 @@ class CorrectedDenoiser(CountedDenoiser):
 
     def _evaluate(self, step, iteration, x, sigma, extra_args):
         self._report.steps[step].nfe += 1
-        denoised = super().__call__(x, sigma, **_tell(extra_args, {"step": step, "iteration": iteration}))
+        denoised = super().__call__(x, sigma, **extra_args)
         if iteration == 0:  # a correction that is not finite falls back
             self._finite.append((step, denoised.isfinite().all()))
         self._progress.evaluated()

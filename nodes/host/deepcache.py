@@ -19,6 +19,10 @@ from .steps import current_step
 
 KEY = "iec_deepcache"
 
+# What the correction of a full step does: refresh the features (in the authors' code), leave those of the step's own
+# evaluation (keep), or take these up and be evaluated over the shallow blocks alone (reuse).
+CORRECTION_PASSES = ("refresh", "keep", "reuse")
+
 
 class _Skipped(torch.nn.Module):
     """A block that is not run: passes on no channels, so that what the host concatenates stays empty."""
@@ -30,9 +34,10 @@ class _Skipped(torch.nn.Module):
 class DeepCache:
     """One sampling run's cache: `forward` decides for each evaluation whether it is full or cached."""
 
-    def __init__(self, unet, interval, branch):
+    def __init__(self, unet, interval, branch, correction_pass):
         self.interval = interval
         self.branch = branch
+        self.correction_pass = correction_pass
         self.first = len(unet.output_blocks) - 1 - branch  # the first output block that a cached evaluation runs
         self.features = FeatureCache()
 
@@ -43,10 +48,14 @@ class DeepCache:
     def forward(self, executor, x, timesteps, context, y, control, transformer_options, **kwargs):
         """Evaluate the U-Net in full, keeping the deep feature, or over the shallow blocks with the kept one."""
         keys = _entry_keys(x, transformer_options)
+        is_correction = transformer_options.get("iec", {}).get("iteration", 0) > 0
+        is_full = is_full_step(current_step(transformer_options), self.interval)
         feature = None
-        if not is_full_step(current_step(transformer_options), self.interval):
+        if not is_full or (is_correction and self.correction_pass == "reuse"):
             feature = self.features.load(keys, x.shape[0])
         if feature is None:
+            if is_correction and self.correction_pass == "keep":
+                return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
             options = self._at_feature(transformer_options, lambda h, options: self._keep(keys, h))
             return executor(x, timesteps, context, y, control, options, **kwargs)
 
@@ -135,8 +144,9 @@ def _entry_keys(x, transformer_options):
     return [(*entry, *place) for entry in zip(transformer_options["cond_or_uncond"], transformer_options["uuids"])]
 
 
-def apply_deepcache(model, interval, branch):
+def apply_deepcache(model, interval, branch, correction_pass="refresh"):
     """Return a clone of a U-Net MODEL that evaluates its deep blocks on the first of every `interval` steps only.
+    correction_pass: one of CORRECTION_PASSES.
 
     Raises ValueError where the MODEL is no U-Net, has no such branch, or has a DeepCache already.
     """
@@ -151,11 +161,14 @@ def apply_deepcache(model, interval, branch):
     if model.get_wrappers(WrappersMP.DIFFUSION_MODEL, KEY):
         raise ValueError("model: this MODEL has a DeepCache already; use one IECDeepCache node only.")
 
+    def make_cache():
+        return DeepCache(unet, interval, branch, correction_pass)
+
     def forward(executor, x, timesteps, context, y, control, transformer_options, **kwargs):
         run = transformer_options[KEY]
         return run.forward(executor, x, timesteps, context, y, control, transformer_options, **kwargs)
 
     model = model.clone()
-    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, keep_for_run(KEY, lambda: DeepCache(unet, interval, branch)))
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, keep_for_run(KEY, make_cache))
     model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, forward)
     return model

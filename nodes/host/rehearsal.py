@@ -158,8 +158,8 @@ def rehearse(function, model, like, sigmas, extra_args, options, can_draw):
     """Return the Rehearsal of a sampler function of the host over `sigmas` (n + 1, on the CPU).
 
     model: the host's denoiser, which is not evaluated. like: the latent of the run. extra_args, options: as the host passes
-    them to the function. can_draw: whether the run can draw a step's noise ahead; otherwise a stochastic step is taken to
-    lead where the probability-flow equation leads.
+    them to the function. can_draw: whether the run can draw a step's noise ahead. If not, and for a deterministic step of
+    whatever order, the step is taken to lead where the probability-flow equation leads to first order.
 
     Raises CannotRehearse where the function fails on the stand-in, picks its steps by its latent, or does not take them one
     after the other.
@@ -189,10 +189,10 @@ def rehearse(function, model, like, sigmas, extra_args, options, can_draw):
         sigma_next = a * sigma if sigma_next is None else sigma_next
         scale = _input_scale(sampling, sigma_next) / _input_scale(sampling, sigma)
         draws = tuple(Draw(number, *record.draws[number][1:], factor) for number, factor in draws if factor)
-        if (draws and not can_draw) or not _preserves_the_image(a, b, sigma, sigma_next):
-            steps.append(RehearsedStep(Step.euler(sigma, sigma_next, scale)))
-        else:
+        if draws and can_draw and _preserves_the_image(a, b, sigma, sigma_next):
             steps.append(RehearsedStep(Step(sigma, sigma_next, a, b, scale), draws))
+        else:
+            steps.append(RehearsedStep(Step.euler(sigma, sigma_next, scale)))
     evaluations = [(max(bisect(begins, number) - 1, 0), number in own) for number in range(len(record.evaluations))]
     return Rehearsal(steps, evaluations)
 

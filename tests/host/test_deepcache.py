@@ -101,11 +101,35 @@ def test_correction_of_a_full_step_refreshes_the_feature(host, sample, model, ca
     patched = cached(3)
     patched.set_model_output_block_patch(entering)
     sample(patched, correction_steps="steps:0", steps=3)
-    assert [note for note, _ in seen] == [{"step": 0, "iteration": 0}, {"step": 0, "iteration": 1}, None, None]
+    assert [(note["step"], note["iteration"]) for note, _ in seen] == [(0, 0), (0, 1), (1, 0), (2, 0)]
     (_, first), (_, correction), (_, reused), (_, last) = seen
     assert not torch.equal(first, correction)
     assert torch.equal(reused, correction) and torch.equal(last, correction)
     assert WrappersMP.DIFFUSION_MODEL not in model.wrappers
+
+
+@pytest.mark.parametrize(("correction_pass", "full_passes", "fed_on"), [("refresh", 2, 1), ("keep", 2, 0), ("reuse", 1, 0)])
+def test_correction_pass(host, sample, model, correction_pass, full_passes, fed_on):
+    """How often the deep blocks run for a corrected full step, and which pass's feature the next step is fed with."""
+    unet, entering, deep = model.model.diffusion_model, [], []
+
+    def note(h, hsp, options):
+        if options["block"] == ("output", 7):
+            entering.append(h.clone())
+        return h, hsp
+
+    cache = {"interval": 3, "branch": 0, "correction_pass": correction_pass}
+    patched = host.run("IECDeepCache", model=model, **cache)[0]
+    patched.set_model_output_block_patch(note)
+    hook = unet.middle_block[0].register_forward_hook(lambda *_: deep.append(1))
+    try:
+        sample(patched, correction_steps="steps:0", steps=2)
+    finally:
+        hook.remove()
+    first, correction, reused = entering
+    assert len(deep) == full_passes
+    assert torch.equal(reused, (first, correction)[fed_on])
+    assert torch.equal(first, correction) == (correction_pass == "reuse")
 
 
 def test_split_guidance_gives_what_one_batch_gives(sample, cached, relative, monkeypatch):
@@ -122,7 +146,7 @@ def test_control_reaches_the_blocks_that_are_run(model):
 
     module = sys.modules[next(name for name in sys.modules if name.endswith("nodes.host.deepcache"))]
     unet = model.model.diffusion_model
-    cache = module.DeepCache(unet, 2, 1)
+    cache = module.DeepCache(unet, 2, 1, "refresh")
     control = {
         "input": [f"in {i}" for i in reversed(range(8))],
         "middle": ["mid"],

@@ -135,7 +135,7 @@ BAD = [
     ({"scheduler": "fast"}, "scheduler: 'fast' is none of simple"),
     ({"sampler_name": "fast"}, "sampler_name: 'fast' is none of euler"),
     ({"sampler_name": "euler_cfg_pp"}, "sampler: euler_cfg_pp steps with the unguided prediction"),
-    ({"evaluation_point": "middle"}, "evaluation_point: 'middle' is neither of paper and next"),
+    ({"evaluation_point": "middle"}, "evaluation_point: 'middle' is none of paper, next"),
     ({"lambda_": "x"}, "Failed to convert an input value to a FLOAT value: lambda_, x"),
     ({"steps": "x"}, "Failed to convert an input value to a INT value: steps, x"),
     ({"max_iterations": -1}, "Value -1 smaller than min of 0: max_iterations"),

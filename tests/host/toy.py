@@ -1,4 +1,4 @@
-"""A network that is a line, under the host's own samplers and parameterizations, in float64: its fixed points are known."""
+"""A network of one formula under the host's own samplers and parameterizations, in float64."""
 
 import types
 
@@ -7,32 +7,29 @@ import torch
 SLOPE, OFFSET = 0.35, 0.2
 
 
-class LinearGuider:
-    """Stands where the host's guider does: model(x, sigma) is the denoised prediction of the network SLOPE * x + OFFSET in
-    the host's own parameterization. `calls` takes (x, sigma, iteration) of every evaluation.
+class ToyGuider:
+    """Stands where the host's guider does: model(x, sigma) is the denoised prediction of `network` in the host's own
+    parameterization. The default network is a line, whose fixed points are known. `calls` takes (x, sigma, iteration) of
+    every evaluation.
     """
 
-    def __init__(self, model_type, settings=None, slope=SLOPE):
+    def __init__(self, model_type, settings=None, network=lambda x: SLOPE * x + OFFSET):
         import comfy.model_base
 
         config = types.SimpleNamespace(sampling_settings=settings or {})
         sampling = comfy.model_base.model_sampling(config, comfy.model_base.ModelType[model_type])
-        self.inner_model = types.SimpleNamespace(model_sampling=sampling, scale_latent_inpaint=self._no_inpaint)
+        self.inner_model = types.SimpleNamespace(model_sampling=sampling)
         self.model_patcher = types.SimpleNamespace(
             get_model_object=lambda name: getattr(self.inner_model, name), model=self.inner_model
         )
         self.cfg = 1.0
-        self.slope = slope
+        self.network = network
         self.calls = []
-
-    def _no_inpaint(self, **_):
-        raise AssertionError("no mask was given")
 
     def denoised(self, x, sigma):
         """The denoised prediction at x, for sigma [B]."""
         sampling = self.inner_model.model_sampling
-        output = self.slope * sampling.calculate_input(sigma, x) + OFFSET
-        return sampling.calculate_denoised(sigma, output, x)
+        return sampling.calculate_denoised(sigma, self.network(sampling.calculate_input(sigma, x)), x)
 
     def line(self, sigma):
         """(p, q) with denoised(x) = p x + q at this sigma (a float)."""
@@ -40,14 +37,19 @@ class LinearGuider:
         zero, one = (self.denoised(torch.full((1, 1), value, dtype=torch.float64), at).item() for value in (0.0, 1.0))
         return one - zero, zero
 
+    def input_scale(self, sigma):
+        """The host's c_in at this sigma (a float)."""
+        at, one = torch.tensor([sigma], dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+        return self.inner_model.model_sampling.calculate_input(at, one).item()
+
     def __call__(self, x, sigma, model_options=None, seed=None):
         told = (model_options or {}).get("transformer_options", {}).get("iec", {})
         self.calls.append((x.clone(), sigma[0].item(), told.get("iteration")))
         return self.denoised(x, sigma)
 
 
-def run(sampler, guider, sigmas, seed=3, shape=(2, 1, 2, 2), callback=None):
+def run(sampler, guider, sigmas, seed=3, shape=(2, 1, 2, 2), callback=None, dtype=torch.float64):
     """Run a SAMPLER of the host over `sigmas`, from noise; returns the final latent."""
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
     extra = {"model_options": {}, "seed": seed}
-    return sampler.sample(guider, sigmas, extra, callback, noise, torch.zeros_like(noise), None, True)
+    return sampler.sample(guider, sigmas.to(dtype), extra, callback, noise, torch.zeros_like(noise), None, True)

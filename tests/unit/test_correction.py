@@ -18,7 +18,7 @@ def eps(x):
     return SLOPE * x + OFFSET
 
 
-def run(settings, x=X, slope=SLOPE):
+def run(settings, x=X):
     """Return (x' after an Euler step with the corrected prediction, list of inputs that the network saw)."""
     seen = []
 
@@ -26,7 +26,7 @@ def run(settings, x=X, slope=SLOPE):
         assert iteration == len(seen)
         assert sigma == (SIGMA if settings.evaluation_point == "paper" or not seen else SIGMA_NEXT)
         seen.append(x_in.clone())
-        return x_in - sigma * (slope * x_in + OFFSET)
+        return x_in - sigma * (SLOPE * x_in + OFFSET)
 
     denoised, trace = corrected_denoised(evaluate, x, STEP, settings)
     assert not trace.fell_back.any()
@@ -92,6 +92,122 @@ def test_items_of_a_batch_stop_each_for_itself():
     assert len(seen_quick) != len(seen_slow)
     assert len(seen) == max(len(seen_quick), len(seen_slow))
     assert torch.equal(together, torch.cat([alone_quick, alone_slow]))
+
+
+def iterate(slope, lambda_=0.5, iterations=1, mode="fixed", x=X, broken=None):
+    """Iterate a line x' -> slope x' + ..., whose slope may differ between items: (predictions D_0, D after, trace).
+
+    broken: {iteration: value}, what the network returns instead at that iteration.
+    """
+    slope = torch.as_tensor(slope, dtype=torch.float64).reshape(-1, 1) * torch.ones_like(x)
+    reach, first = STEP.denoised_factor * SCALE, []
+
+    def evaluate(x_in, sigma, iteration):
+        if iteration in (broken or {}):
+            return torch.full_like(x_in, broken[iteration])
+        # G(D) = x - x_in + D(x_in) is to have the slope d G / d D = slope, by x_in = ... + reach D
+        denoised = x_in + slope / reach * x_in - 0.3
+        first.append(denoised)
+        return denoised
+
+    settings = CorrectionSettings.parse("all", lambda_, iterations, 0.0, lambda_mode=mode)
+    denoised, trace = corrected_denoised(evaluate, x, STEP, settings)
+    return first[0], denoised, trace
+
+
+def fixed_point(slope, x=X):
+    """D = x - x_in + D(x_in) of the line in `iterate`, solved for D."""
+    reach = STEP.denoised_factor * SCALE
+    start = x - 0.3 + slope / reach * SCALE * STEP.x_factor * x
+    return start / (1 - slope)
+
+
+@pytest.mark.parametrize("slope", [-4.0, -0.8, 0.3, 0.95])
+def test_anderson_solves_a_line_in_two_iterations(slope):
+    damping = 0.1  # a damping with which every one of them converges
+    _, denoised, trace = iterate(slope, damping, 2, "anderson")
+    torch.testing.assert_close(denoised, fixed_point(slope), rtol=1e-10, atol=0)
+    assert not trace.fell_back.any()
+
+
+@pytest.mark.parametrize("slope", [-4.0, -1.0, -0.2])
+def test_contractive_takes_the_damping_that_solves_a_line(slope):
+    _, denoised, trace = iterate(slope, 1.0, 1, "contractive")
+    torch.testing.assert_close(denoised, fixed_point(slope), rtol=1e-10, atol=0)
+    torch.testing.assert_close(trace.lambdas[0], torch.full((2,), 1 / (1 - slope), dtype=torch.float64))
+
+
+def test_contractive_never_takes_more_than_lambda_and_nothing_where_nothing_contracts():
+    _, _, trace = iterate([0.4, 1.2], 0.5, 1, "contractive")
+    assert trace.lambdas[0].tolist() == [0.5, 0.0]
+    first, denoised, _ = iterate(1.2, 0.5, 3, "contractive")
+    assert torch.equal(denoised, first)
+
+
+@pytest.mark.parametrize("lambda_", [0.2, 0.5, 0.9])
+def test_contraction_is_that_of_the_damped_map(lambda_):
+    slopes = torch.tensor([-0.6, 0.7], dtype=torch.float64)
+    _, _, trace = iterate(slopes, lambda_, 4)
+    for contraction in trace.contraction:
+        torch.testing.assert_close(contraction, (1 - lambda_ + lambda_ * slopes).abs())
+    residuals = torch.stack(trace.residuals)
+    assert (residuals[1:] < residuals[:-1]).all()
+
+
+def test_an_iteration_that_would_not_converge_keeps_the_prediction():
+    first, denoised, trace = iterate([-4.0, 0.3], 0.5, 3)
+    assert trace.fell_back.tolist() == [True, False]
+    assert torch.equal(denoised[0], first[0])
+    torch.testing.assert_close(denoised[1], iterate(0.3, 0.5, 3, x=X[1:])[1][0])
+
+
+@pytest.mark.parametrize("value", [1e6, math.nan, math.inf])
+@pytest.mark.parametrize("mode", ["fixed", "contractive", "anderson"])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_residual_that_grows_or_is_not_finite_falls_back_to_the_best_iterate(value, mode, at):
+    if (value, mode, at) == (1e6, "contractive", 1):
+        pytest.skip("a steep first slope is met with a damping that contracts it")
+    best = iterate(0.3, 0.5, at - 2, mode)[1] if at > 2 else iterate(0.3)[0]
+    _, denoised, trace = iterate(0.3, 0.5, 3, mode, broken={at: value})
+    assert trace.fell_back.all()
+    torch.testing.assert_close(denoised, best, rtol=1e-12, atol=0)
+    assert denoised.isfinite().all()
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 5])
+def test_device_is_read_at_most_once_an_iteration_and_not_at_one(iterations):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function is torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    with Reads() as reads:
+        iterate(0.3, 0.5, iterations)
+        assert reads.count == iterations - 1
+        X.sum().item()
+    assert reads.count == iterations
+
+
+@pytest.mark.parametrize(
+    ("mode", "iterations", "held"), [("fixed", 1, 2), ("fixed", 3, 3), ("contractive", 3, 3), ("anderson", 3, 4)]
+)
+def test_latents_held_while_the_network_runs(mode, iterations, held):
+    import gc
+
+    x, counts = torch.randn(2, 977, dtype=torch.float64), []
+
+    def evaluate(x_in, sigma, iteration):
+        gc.collect()
+        tensors = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor and thing.shape == x.shape]
+        counts.append(len({tensor.data_ptr() for tensor in tensors}) - 1)
+        return 0.9 * x_in
+
+    corrected_denoised(evaluate, x, STEP, CorrectionSettings.parse("all", 0.5, iterations, 0.0, lambda_mode=mode))
+    assert counts[0] == 0 and max(counts) == held
 
 
 @pytest.mark.parametrize(
