@@ -179,49 +179,53 @@ class _Iteration:
         self.denoised = denoised
         self.active = torch.ones(denoised.shape[0], dtype=torch.bool, device=denoised.device)
         self._settings = settings
-        self._change = self._residual = self._residual_norm = self._last_lambda = None  # of the last iteration
+        self._change = self._residual = self._norm = self._last_lambda = None  # of the last iteration
         self.trace = StepTrace(fell_back=torch.zeros_like(self.active))
 
-    def advance(self, residual, moved, rounding):
+    def advance(self, residual, moved, rounding, relative):
         """Move on by the residual G(D_k) - D_k, and return how D has changed.
 
         moved: how the iterate came to D_k from where the network was evaluated before, in units of D; taken in the first
-        iteration only, afterwards it is the last change. rounding: [B], a norm of the residual that is none.
+        iteration only, afterwards it is the last change. rounding: [B], a norm of the residual that is none. relative: [B],
+        what makes a change of D relative to x'.
         """
-        moved, image = (moved, residual) if self._change is None else (self._change, self._image(residual))
-        moved_norm, residual_norm = _norm(moved), _norm(residual)
-        lipschitz, slope = _norm(image) / moved_norm, _dot(image, moved) / moved_norm**2
+        is_first = self._change is None
+        moved, image = (moved, residual) if is_first else (self._change, self._image(residual))
+        moved_norm, norm = _norm(moved), _norm(residual)
+        lipschitz, slope = (norm if is_first else _norm(image)) / moved_norm, _dot(image, moved) / moved_norm**2
         lambda_ = self._lambda(slope, lipschitz)
         contraction = torch.nan_to_num(damped_contraction(slope, lipschitz, lambda_), nan=0.0)
-        is_good = residual_norm.isfinite() & (self._shrinks(contraction, residual_norm) | (residual_norm <= rounding))
-        update = self._update(residual, _per_item(lambda_, residual))
-        reverted = _per_item(self.active & ~is_good, residual)
-        back = torch.zeros_like(residual) if self._change is None else -self._change
-        self.trace.fell_back |= self.active & ~is_good
-        self.active = self.active & is_good
-        change = torch.where(_per_item(self.active, residual), update, torch.where(reverted, back, 0))
+        shrinks = contraction <= 1 if is_first else norm <= self._norm  # before the second, the estimate is all there is
+        fails = self.active & ~(norm.isfinite() & (shrinks | (norm <= rounding)))
+        self.trace.fell_back |= fails
+        self.active = self.active & ~fails
+        change = self._update(residual, lambda_).masked_fill(_per_item(~self.active, residual), 0)
+        if not is_first:
+            change = torch.where(_per_item(fails, residual), -self._change, change)
         self.denoised = self.denoised + change
+        self.trace.residuals.append(norm * relative)
         self.trace.contraction.append(contraction)
-        self.trace.lambdas.append(torch.where(self.active, lambda_, 0))
-        self._change, self._residual_norm, self._last_lambda = change, residual_norm, lambda_
+        self.trace.lambdas.append(self.active * lambda_)
+        self._change, self._norm, self._last_lambda = change, norm, lambda_
         self._residual = residual if self._settings.lambda_mode == "anderson" else None
         return change
 
     def _image(self, residual):
         """Return G(D_k) - G(D_{k-1}). Without acceleration the last residual need not be kept: the change is lam times it."""
-        last = self._change / _per_item(self._last_lambda, residual) if self._residual is None else self._residual
+        last = self._change / self._broadcast(self._last_lambda, residual) if self._residual is None else self._residual
         return self._change + residual - last
 
     def _lambda(self, slope, lipschitz):
+        """Return the damping: a number, or [B]."""
         if self._settings.lambda_mode == "contractive":
             return contractive_lambda(slope, lipschitz, self._settings.lambda_)
-        return torch.full_like(slope, self._settings.lambda_)
+        return self._settings.lambda_
 
-    def _shrinks(self, contraction, residual_norm):
-        """Tell whether the iteration converges: by its residuals, in the first iteration by the estimate alone."""
-        return contraction <= 1 if self._residual_norm is None else residual_norm <= self._residual_norm
+    def _broadcast(self, lambda_, like):
+        return _per_item(lambda_, like) if self._settings.lambda_mode == "contractive" else lambda_
 
     def _update(self, residual, lambda_):
+        lambda_ = self._broadcast(lambda_, residual)
         if self._settings.lambda_mode != "anderson" or self._change is None:
             return lambda_ * residual
         gamma = _per_item(anderson_gamma(residual, self._residual), residual)
@@ -256,14 +260,13 @@ def corrected_denoised(evaluate, x, step, settings, noise=None):
         x_in += noise() * scale
     iteration = _Iteration(denoised, settings)
     del denoised
-    rounding = 10 * torch.finfo(x.dtype).eps * _norm(x)
+    rounding = _norm(x) * (10 * torch.finfo(x.dtype).eps)
     for number in range(1, settings.max_iterations + 1):
         target = x - (x_in - evaluate(x_in, place, number)) * (step.sigma / place)  # G(D)
-        residual, x_norm = target - iteration.denoised, _norm(x_in)
-        change = iteration.advance(residual, (x_in - x) / reach, rounding)
-        iteration.trace.residuals.append(reach * _norm(residual) / x_norm)
-        del target, residual
-        if number == settings.max_iterations or not iteration.settle(reach * _norm(change) / x_norm):
+        relative = reach / _norm(x_in)
+        change = iteration.advance(target - iteration.denoised, (x_in - x) / reach, rounding, relative)
+        del target
+        if number == settings.max_iterations or not iteration.settle(_norm(change) * relative):
             break
         x_in = x_in + reach * change
     return iteration.denoised, iteration.trace

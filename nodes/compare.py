@@ -4,13 +4,11 @@ import csv
 import io as text_io
 import math
 
-import numpy as np
-import torch
 from comfy_api.latest import io
 
 from ..iec_core.metrics import psnr, relative_error
 from . import plots
-from .correct import Report
+from .types import Report, as_image
 
 COLUMNS = ("variant", "correction_steps", "NFE", "seconds", "relative_error", "PSNR")
 
@@ -100,12 +98,7 @@ class IECCompare(io.ComfyNode):
         captions = [f"{report.label}\nIEC {report.correction}, NFE {report.nfe}" for report in reports]
         grid = plots.image_grid([(caption, image.numpy()) for caption, image in zip(captions, images)])
         curves = [(run.label, run.correction, trajectory_error(run, reports[0])) for run in reports[1:]]
-        return io.NodeOutput(_image(grid), _image(plots.error_growth(curves)), table(reports, images))
-
-
-def _image(array):
-    """uint8 [H, W, 3] to the host's IMAGE, float [1, H, W, 3] in 0..1."""
-    return torch.from_numpy(array.astype(np.float32) / 255)[None]
+        return io.NodeOutput(as_image(grid), as_image(plots.error_growth(curves)), table(reports, images))
 
 
 NODES = [IECJoinReports, IECCompare]

@@ -10,8 +10,7 @@ from ..iec_core.report import RunReport
 from ..iec_core.schedule import FORMS
 from .choices import unknown_choice
 from .host.correction import apply_correction, check_sampler, with_correction
-
-Report = io.Custom("IEC_REPORT")
+from .types import Report
 
 
 def correction_inputs():
@@ -178,7 +177,7 @@ class IECKSampler(io.ComfyNode):
             ],
             outputs=[
                 io.Latent.Output(tooltip="The denoised latent."),
-                Report.Output(display_name="report", tooltip="What the run did and cost; for IECCompare."),
+                Report.Output(display_name="report", tooltip="What the run did and cost; for IEC Report and Compare Runs."),
             ],
         )
 

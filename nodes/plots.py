@@ -8,6 +8,67 @@ from PIL import Image, ImageDraw, ImageFont
 # Okabe and Ito's palette: told apart with every common colour blindness.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 STYLES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+def _picture(figure):
+    """Render a figure to uint8 [H, W, 3]."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _batch_means(rows):
+    """Mean over the batch of every iteration's numbers, nan where none is finite; rows: [iterations][items] or None."""
+    kept = [[value for value in row if value is not None] for row in rows]
+    return [np.mean(row) if row else np.nan for row in kept]
+
+
+def run_steps(report):
+    """Draw one run's steps: evaluations and sigma, residuals, contraction and damping; uint8 [H, W, 3].
+
+    report: RunReport. Numbers are means over the batch; a point for each iteration.
+    """
+    figure = Figure(figsize=(10, 8), dpi=110, layout="constrained")
+    cost, residual, contraction = figure.subplots(3, 1, sharex=True)
+    steps = [step.step for step in report.steps]
+    figure.suptitle(f"{report.label}: IEC {report.correction}, NFE {report.nfe}, {report.seconds:.2f} s")
+    colours = [COLOURS[1] if step.corrected else "#BBBBBB" for step in report.steps]
+    cost.bar(steps, [step.nfe for step in report.steps], color=colours, width=0.8)
+    cost.set_ylabel("evaluations\n(blue: corrected)")
+    cost.yaxis.get_major_locator().set_params(integer=True)
+    noise = cost.twinx()
+    noise.plot(steps, [step.sigma for step in report.steps], color=COLOURS[2], marker=".")
+    noise.set_yscale("log")
+    noise.set_ylabel("sigma", color=COLOURS[2])
+
+    corrected = [step for step in report.steps if step.residuals]
+    for iteration in range(max((len(step.residuals) for step in corrected), default=0)):
+        reached = [step for step in corrected if len(step.residuals) > iteration]
+        at, style = [step.step for step in reached], MARKERS[iteration % len(MARKERS)]
+        name, colour = f"iteration {iteration + 1}", COLOURS[1 + iteration % (len(COLOURS) - 1)]
+        for axes, rows in ((residual, "residuals"), (contraction, "contraction")):
+            values = [_batch_means(getattr(step, rows))[iteration] for step in reached]
+            axes.plot(at, values, style, color=colour, label=name, alpha=0.9)
+    damping = [(step.step, _batch_means(step.lambdas)[0]) for step in corrected]
+    contraction.plot(*zip(*damping) if damping else ([], []), "_", color=COLOURS[0], markersize=10, label="lambda used first")
+    fallen = [step.step for step in report.steps if any(step.fell_back)]
+    contraction.plot(fallen, [1] * len(fallen), "X", color=COLOURS[2], markersize=11, label="fell back")
+    residual.set_yscale("log")
+    residual.set_ylabel("relative residual")
+    contraction.axhline(1, color="black", linewidth=0.8)
+    contraction.set_ylabel("contraction estimate,\nbelow 1 converges")
+    contraction.set_ylim(bottom=0)
+    contraction.set_xlabel("step")
+    contraction.xaxis.get_major_locator().set_params(integer=True)
+    for axes in (cost, residual, contraction):
+        axes.grid(True, alpha=0.25)
+        axes.set_xlim(-0.7, len(steps) - 0.3)
+    if corrected:
+        figure.legend(*contraction.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
+    else:
+        residual.text(0.5, 0.5, "no step was corrected", ha="center", transform=residual.transAxes)
+    return _picture(figure)
 
 
 def error_growth(curves):
@@ -20,7 +81,6 @@ def error_growth(curves):
     corrections = dict.fromkeys(correction for _, correction, _ in curves)
     corrections = sorted(corrections, key=lambda correction: correction != "none")  # solid is uncorrected
     figure = Figure(figsize=(10, 6), dpi=120, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for label, correction, errors in curves:
         errors = np.where(np.asarray(errors) > 0, errors, np.nan)
@@ -32,8 +92,7 @@ def error_growth(curves):
     axes.set_ylabel("relative latent error to the reference run")
     axes.grid(True, which="both", alpha=0.25)
     figure.legend(loc="outside right upper", fontsize=9)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return _picture(figure)
 
 
 def image_grid(rows, tile=96, columns=8):

@@ -5,6 +5,7 @@ guidance and the in-paint mask applied. That callable is what is corrected.
 """
 
 import copy
+import logging
 
 import comfy.patcher_extension
 import comfy.samplers
@@ -122,6 +123,8 @@ class CorrectedDenoiser(CountedDenoiser):
         self._begin(len(self._rehearsal.steps), samples)
         flags = torch.stack([flag for _, flag in self._finite]).tolist()
         self._report.finish(self._traces, self._stopwatch.seconds())
+        for warning in self._report.warnings:
+            logging.warning(f"[ComfyUI-IEC] {warning}")
         if not all(flags):
             step = self._finite[flags.index(False)][0]
             raise RuntimeError(

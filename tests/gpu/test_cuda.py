@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from iec_core.correction import CorrectionSettings, Step, corrected_denoised
 from iec_core.quantization import conv2d_int8, int_matmul, linear_int8, quantize_weight
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU; run `make test-gpu` where there is one")
@@ -25,3 +26,20 @@ def test_layers_agree_with_the_cpu(dtype):
     rows, matrix = x.flatten(0, 2), torch.randn(8, 12, generator=generator)
     on_gpu = linear_int8(rows.cuda(), quantize_weight(matrix.cuda(), 8), None)
     torch.testing.assert_close(on_gpu.cpu(), linear_int8(rows, quantize_weight(matrix, 8), None), rtol=1e-2, atol=1e-2)
+
+
+def test_one_iteration_never_waits_for_the_device():
+    x, step = torch.randn(2, 4, 64, 64, device="cuda"), Step.euler(5.0, 4.0, 1.2)
+
+    def iterate(iterations):
+        settings = CorrectionSettings.parse("all", 0.5, iterations, 0.0)
+        corrected_denoised(lambda x_in, sigma, iteration: 0.9 * x_in, x, step, settings)
+
+    iterate(2)  # whatever is set up at first use
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        iterate(1)
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            iterate(2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -18,10 +18,13 @@ from safetensors.torch import load_file
 
 NODES = {
     "IECKSampler", "IECApply", "IECSampler", "IECQuantizeModel", "IECDeepCache", "IECLoadBuiltinModel", "IECClassLabel",
-    "IECJoinReports", "IECCompare",
+    "IECJoinReports", "IECCompare", "IECReport",
 }  # fmt: skip
 
 
+STOCK_INPUTS = (
+    "model", "seed", "steps", "cfg", "sampler_name", "scheduler", "positive", "negative", "latent_image", "denoise",
+)  # fmt: skip
 W8A8 = {"weight_bits": "8", "activation_bits": "8", "keep_sensitive_layers": True}
 
 
@@ -123,6 +126,27 @@ def test_events_tell_step_and_evaluations(host):
     assert [(event["step"], event["nfe"]) for event in events] == [(i, 2 * i) for i in range(7)]
     for event in events:
         assert (event["node"], event["label"], event["correction"], event["steps"]) == ("sampler", "events", "all", 6)
+
+
+def test_report_of_a_patched_model_waits_for_its_runs(host):
+    """Apply IEC's report has the runs of the prompt that asks, in order: two stock samplers on one model."""
+
+    def graph(seed):
+        nodes = workflow()
+        stock = {name: value for name, value in nodes["sampler"]["inputs"].items() if name in STOCK_INPUTS}
+        settings = {"correction_steps": "last:1", "lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0}
+        nodes["iec"] = {"class_type": "IECApply", "inputs": {"model": ["model", 0], **settings}}
+        first = {**stock, "model": ["iec", 0], "seed": seed, "steps": 3}
+        second = {**first, "latent_image": ["sampler", 0], "steps": 4, "denoise": 0.5}
+        nodes["sampler"] = {"class_type": "KSampler", "inputs": first}
+        nodes["second"] = {"class_type": "KSampler", "inputs": second}
+        nodes["report"] = {"class_type": "IECReport", "inputs": {"report": ["iec", 1], "after": ["second", 0]}}
+        nodes["text"] = {"class_type": "PreviewAny", "inputs": {"source": ["report", 0]}}
+        return nodes
+
+    for seed in (1, 2):
+        runs = json.loads(host.run(graph(seed))["text"]["text"][0])
+        assert [(run["label"], run["nfe"], len(run["steps"])) for run in runs] == [("run 1", 4, 3), ("run 2", 5, 4)]
 
 
 FORMS = "all, none, ends:1/10, first:3, last:3 or steps:0,1,48,49"

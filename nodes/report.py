@@ -1,0 +1,46 @@
+"""IECReport: what a sampling run did, as JSON and as a plot."""
+
+import torch
+from comfy_api.latest import io
+
+from ..iec_core.report import to_json
+from . import plots
+from .types import Report, as_image
+
+
+class IECReport(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="IECReport",
+            display_name="IEC Report",
+            category="sampling/IEC",
+            description="What sampling runs did, step by step: sigma, corrected or not, damping, residuals, contraction, "
+            "evaluations and seconds; as JSON and as a plot.",
+            inputs=[
+                Report.Input("report", tooltip="The report of KSampler (IEC), Apply IEC or IEC Sampler."),
+                io.Latent.Input(
+                    "after",
+                    optional=True,
+                    tooltip="With Apply IEC and IEC Sampler: the latent of the last sampler that the report is of, so that it "
+                    "is read after the run. KSampler (IEC) needs none.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(display_name="json", tooltip="The report as JSON text: a list with an entry for each run."),
+                io.Image.Output(display_name="plot", tooltip="One picture a run."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, report, after=None):
+        if not report:
+            raise ValueError(
+                "report: no run has happened yet; wire the latent of the sampler that it is about into 'after', so that the "
+                "report is read when that is done."
+            )
+        pictures = [as_image(plots.run_steps(run)) for run in report]
+        return io.NodeOutput(to_json(report), torch.cat(pictures))
+
+
+NODES = [IECReport]

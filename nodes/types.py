@@ -1,0 +1,13 @@
+"""The pack's own socket type, and the host's IMAGE from an array."""
+
+import numpy as np
+import torch
+from comfy_api.latest import io
+
+# A list of iec_core.report.RunReport.
+Report = io.Custom("IEC_REPORT")
+
+
+def as_image(array):
+    """uint8 [H, W, 3] to the host's IMAGE, float [1, H, W, 3] in 0..1."""
+    return torch.from_numpy(array.astype(np.float32) / 255)[None]

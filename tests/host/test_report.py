@@ -1,0 +1,136 @@
+"""What a run reports, and what it does when the network fails."""
+
+import json
+
+import pytest
+import torch
+from toy import ToyGuider, run
+
+SETTINGS = {"correction_steps": "steps:0,2", "lambda_": 0.4, "max_iterations": 3, "tolerance": 0.0}
+
+
+def test_report_says_what_the_iteration_did(host):
+    """On a line: every number of the report against the network's own inputs and the closed form."""
+    import comfy.samplers
+
+    guider = ToyGuider("V_PREDICTION")
+    sigmas = torch.tensor([6.0, 4.0, 2.5, 1.0, 0.0], dtype=torch.float64)
+    sampler, reports = host.run("IECSampler", sampler=comfy.samplers.sampler_object("euler"), **SETTINGS)
+    run(sampler, guider, sigmas)
+    text, _ = host.run("IECReport", report=reports)
+    (told,) = json.loads(text)
+    assert (told["nfe"], told["correction"], told["warnings"]) == (10, "steps:0,2", [])
+    assert [step["sigma"] for step in told["steps"]] == sigmas[:-1].tolist()
+    assert [step["sigma_next"] for step in told["steps"]] == sigmas[1:].tolist()
+    assert [step["corrected"] for step in told["steps"]] == [True, False, True, False]
+    assert [step["nfe"] for step in told["steps"]] == [4, 1, 4, 1]
+    assert sum(step["seconds"] for step in told["steps"]) == pytest.approx(told["seconds"])
+    assert all(step["seconds"] > 0 for step in told["steps"])
+    for number, begin in ((0, 0), (2, 5)):
+        step, inputs = told["steps"][number], [call[0] for call in guider.calls[begin + 1 : begin + 4]]
+        sigma, sigma_next = sigmas[number].item(), sigmas[number + 1].item()
+        p, _ = guider.line(sigma)
+        scale = guider.input_scale(sigma_next) / guider.input_scale(sigma)
+        rate = 1 - 0.4 - 0.4 * (1 - p) * scale * (1 - sigma_next / sigma)
+        assert step["lambdas"] == [[0.4, 0.4]] * 3 and step["fell_back"] == [False, False]
+        assert torch.allclose(torch.tensor(step["contraction"]), torch.tensor(abs(rate)).expand(3, 2), atol=1e-6)
+        for found, here, then in zip(step["residuals"], inputs, inputs[1:]):  # x'_{k+1} - x'_k = lam (T(x'_k) - x'_k)
+            expected = ((then - here).flatten(1).norm(dim=1) / 0.4 / here.flatten(1).norm(dim=1)).tolist()
+            assert found == pytest.approx(expected, rel=1e-5)
+    for step in (told["steps"][1], told["steps"][3]):
+        assert step["lambdas"] == step["residuals"] == step["contraction"] == step["fell_back"] == []
+
+
+def test_plot_has_a_picture_for_every_run(host, sample, model):
+    reports = []
+    sample(model, reports, steps=3, correction_steps="all", max_iterations=2)
+    sample(model, reports, steps=3)
+    _, plot = host.run("IECReport", report=reports)
+    assert plot.ndim == 4 and plot.shape[0] == 2 and plot.shape[-1] == 3
+    assert 0 <= plot.min() < plot.max() <= 1 and not torch.equal(plot[0], plot[1])
+
+
+def test_report_of_no_run_is_refused(host, model):
+    reports = host.run("IECApply", model=model, **SETTINGS)[1]
+    with pytest.raises(ValueError, match=r"^report: no run has happened yet"):
+        host.run("IECReport", report=reports)
+
+
+@pytest.fixture
+def failing(model):
+    """failing(where, value): the model, whose network returns `value` in one pixel of the first image at the evaluations
+    (step, iteration) in `where`.
+    """
+    from comfy.patcher_extension import WrappersMP
+
+    def patched(where, value):
+        def forward(executor, x, timesteps, *args, **kwargs):
+            out = executor(x, timesteps, *args, **kwargs)
+            told = args[3]["iec"]
+            if (told["step"], told["iteration"]) in where:
+                out = out.clone()
+                out[0, 0, 0, 0] = value
+            return out
+
+        clone = model.clone()
+        clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "failing", forward)
+        return clone
+
+    return patched
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("steps", ["none", "all"])
+def test_network_that_is_not_finite_is_reported_with_its_step(sample, failing, value, steps):
+    with pytest.raises(RuntimeError, match=r"^model: in step 2 of 4, numbered from 0 \(sigma 0\.\d+\), .* NaN or infinity"):
+        sample(failing({(2, 0)}, value), steps=4, correction_steps=steps)
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_correction_that_is_not_finite_keeps_the_prediction(sample, failing, model, relative, iterations):
+    reports = []
+    result = sample(failing({(2, 1)}, float("nan")), reports, steps=4, correction_steps="all", max_iterations=iterations)
+    assert result.isfinite().all()
+    assert [step.fell_back for step in reports[0].steps] == [[step == 2, False] for step in range(4)]
+    assert reports[0].steps[2].residuals[0][0] is None
+    expected = sample(model, steps=4, correction_steps="steps:0,1,3", max_iterations=iterations)
+    untouched = sample(model, steps=4, correction_steps="all", max_iterations=iterations)
+    assert relative(result[0], expected[0]) < 1e-5 < relative(expected[0], untouched[0])
+    assert relative(result[1], untouched[1]) < 1e-5
+    assert "step 2 did not converge for every image" in reports[0].warnings[0]
+
+
+@pytest.mark.parametrize(("mode", "lambda_"), [("contractive", 0.9), ("anderson", 0.5)])
+def test_modes_leave_less_of_the_residual_than_fixed_damping(sample, model, mode, lambda_):
+    def last_residuals(**settings):
+        reports = []
+        sample(model, reports, steps=6, correction_steps="all", max_iterations=4, **settings)
+        return torch.tensor([step.residuals[-1] for step in reports[0].steps]).mean().item()
+
+    assert last_residuals(lambda_mode=mode, lambda_=lambda_) < 0.7 * last_residuals(lambda_=0.5)
+
+
+def test_loop_reads_nothing_back_at_one_iteration(host):
+    """On torch's meta device there is nothing to read: a run of one iteration gets through to its end, of two it does not.
+
+    The schedule stays on the CPU; dpmpp_2m is a sampler that works so.
+    """
+    import comfy.samplers
+
+    class Unread(ToyGuider):
+        def __call__(self, x, sigma, model_options=None, seed=None):
+            self.calls.append(1)
+            return self.denoised(x, sigma)
+
+    def evaluations(iterations):
+        guider = Unread("EPS")
+        settings = {**SETTINGS, "correction_steps": "all", "max_iterations": iterations}
+        sampler, _ = host.run("IECSampler", sampler=comfy.samplers.sampler_object("dpmpp_2m"), **settings)
+        noise = torch.empty(2, 1, 4, 4, device="meta")
+        sigmas = torch.tensor([6.0, 4.0, 2.5, 1.0, 0.0])
+        with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+            sampler.sample(guider, sigmas, {"model_options": {}, "seed": 1}, None, noise, noise.clone(), None, True)
+        return len(guider.calls)
+
+    assert evaluations(1) == 8
+    assert evaluations(2) == 2  # the first step's own and one correction, then it asks whether to go on

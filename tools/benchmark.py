@@ -1,0 +1,214 @@
+"""Benchmarks behind `make benchmark`: what the correction costs and keeps, each against a baseline in the same run.
+
+    python tools/benchmark.py [overhead] [correction_pass] [evaluation_point] [--repeat N]
+
+Prints the tables of docs/benchmarks.md. Times are medians after a warm-up; errors are means over seeds and images.
+"""
+
+import argparse
+import asyncio
+import platform
+import statistics
+import time
+import types
+
+import comfyui
+import torch
+
+# Stable Diffusion 1.5's U-Net, as the host detects it.
+SD15 = {
+    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": [2, 2, 2, 2],
+    "channel_mult": [1, 2, 4, 4], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0], "transformer_depth_middle": 1,
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "num_heads": 8, "num_head_channels": -1,
+    "use_spatial_transformer": True, "context_dim": 768, "use_linear_in_transformer": False, "legacy": False,
+}  # fmt: skip
+CORRECTION = {"correction_steps": "all", "lambda_": 0.5, "max_iterations": 1, "tolerance": 1e-5}
+
+
+def load_nodes():
+    """Return the host's node classes, the pack's among them."""
+    comfyui.import_comfy(cpu=not torch.cuda.is_available())
+    import comfy.utils
+    import nodes
+
+    comfy.utils.set_progress_bar_enabled(False)
+    if not asyncio.run(nodes.load_custom_node(str(comfyui.provide() / "custom_nodes" / comfyui.PACK))):
+        raise RuntimeError("the pack did not load; see the log above")
+    return nodes.NODE_CLASS_MAPPINGS
+
+
+def device():
+    """Return the device that the host computes on, and its name."""
+    import comfy.model_management
+
+    found = comfy.model_management.get_torch_device()
+    name = torch.cuda.get_device_name(found) if found.type == "cuda" else f"{torch.get_num_threads()} threads of a CPU"
+    return found, f"{name}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def median_seconds(function, repeat):
+    """Return the median wall time of `function` in seconds, after one call that is not counted."""
+    times = []
+    for _ in range(repeat + 1):
+        begin = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[1:])
+
+
+class InstantGuider:
+    """Stands where the host's guider does, with a network that costs next to nothing."""
+
+    def __init__(self):
+        import comfy.model_base
+
+        config = types.SimpleNamespace(sampling_settings={})
+        sampling = comfy.model_base.model_sampling(config, comfy.model_base.ModelType.EPS)
+        self.inner_model = types.SimpleNamespace(model_sampling=sampling)
+        self.model_patcher = types.SimpleNamespace(get_model_object=lambda name: getattr(self.inner_model, name))
+        self.cfg = 1.0
+
+    def __call__(self, x, sigma, model_options=None, seed=None):
+        return x * 0.9
+
+
+def overhead(nodes, repeat):
+    """What the wrapper adds to an evaluation, against an evaluation of a U-Net of SD 1.5's shape."""
+    import comfy.samplers
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    at, name = device()
+    dtype, steps = torch.float16 if at.type == "cuda" else torch.float32, 50
+    unet = UNetModel(**SD15, dtype=dtype, device=at, operations=comfy.ops.disable_weight_init).eval()
+    for parameter in unet.parameters():  # the layers come without values
+        torch.nn.init.normal_(parameter, std=0.02)
+    x, context = torch.randn(2, 4, 64, 64, device=at, dtype=dtype), torch.randn(2, 77, 768, device=at, dtype=dtype)
+    timesteps = torch.full((2,), 500.0, device=at)
+    evaluation = median_seconds(lambda: unet(x, timesteps, context=context, transformer_options={}), repeat)
+
+    latent, sigmas = torch.randn(1, 4, 64, 64, device=at), torch.linspace(14, 0, steps + 1, device=at)
+    stock = comfy.samplers.sampler_object("euler")
+    rows = []
+    for kind, iterations in (("stock sampler", None), ("IEC, none", 0), ("IEC, all, K 1", 1), ("IEC, all, K 3", 3)):
+        sampler = stock
+        if iterations is not None:
+            settings = {**CORRECTION, "max_iterations": iterations, "tolerance": 0.0}
+            sampler = nodes["IECSampler"].execute(sampler=stock, **settings).result[0]
+
+        def run(sampler=sampler):
+            extra = {"model_options": {}, "seed": 1}
+            sampler.sample(InstantGuider(), sigmas, extra, None, latent.clone(), torch.zeros_like(latent), None, True)
+
+        seconds = median_seconds(run, 5 * repeat)
+        evaluations = steps * (1 + (iterations or 0))
+        rows.append((kind, evaluations, seconds))
+    print(f"\nWrapper overhead. {name}; latent 1 x 4 x 64 x 64, {steps} Euler steps, a network that costs nothing; ", end="")
+    print(f"one evaluation of the U-Net of SD 1.5's shape (batch 2, {dtype}): {evaluation * 1e3:.1f} ms\n")
+    print("| run | evaluations | whole run, ms | above stock, a run, ms | above stock, share of the U-Net's evaluations |")
+    print("| --- | --- | --- | --- | --- |")
+    for kind, evaluations, seconds in rows:
+        above = seconds - rows[0][2]
+        share = above / (evaluations * evaluation)
+        print(f"| {kind} | {evaluations} | {seconds * 1e3:.1f} | {above * 1e3:.1f} | {share:.3%} |")
+
+
+class Builtin:
+    """Samples of the built-in model in float32: eight classes, guidance scale 3, DDIM."""
+
+    LABELS = "face, heart, person, vehicle, fruit, boat, clock, flag"
+
+    def __init__(self, nodes):
+        self._nodes = nodes
+        self.model = nodes["IECLoadBuiltinModel"].execute(precision="float32").result[0]
+        self._conditioning = [nodes["IECClassLabel"].execute(labels=text).result[0] for text in (self.LABELS, "none")]
+
+    def variant(self, bits=None, **cache):
+        """Return the model with weights of `bits` and 8-bit activations, and with a DeepCache of these inputs."""
+        model = self.model
+        if bits:
+            inputs = {"weight_bits": str(bits), "activation_bits": "8", "keep_sensitive_layers": True}
+            model = self._nodes["IECQuantizeModel"].execute(model=model, **inputs).result[0]
+        if cache:
+            model = self._nodes["IECDeepCache"].execute(model=model, branch=0, **cache).result[0]
+        return model
+
+    def sample(self, model, seed, steps=50, **correction):
+        """Return the latents [8, 3, 32, 32]; correction: inputs of IECKSampler, default none."""
+        positive, negative = self._conditioning
+        settings = {**CORRECTION, "correction_steps": "none", **correction}
+        sampled = self._nodes["IECKSampler"].execute(
+            model=model, seed=seed, steps=steps, cfg=3.0, sampler_name="ddim", scheduler="ddim_uniform", positive=positive,
+            negative=negative, latent_image={"samples": torch.zeros(8, 3, 32, 32)}, denoise=1.0, **settings,
+        )  # fmt: skip
+        return sampled.result[0]["samples"]
+
+
+def mean_error(latents, references):
+    """Return ||x - reference|| / ||reference||, the mean over all images of all seeds; lists of [B, ...]."""
+    errors = [(x - y).flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1) for x, y in zip(latents, references)]
+    return torch.cat(errors).mean().item()
+
+
+def correction_pass(nodes, repeat):
+    """What the passes of a correction on cached features cost and keep."""
+    builtin, seeds = Builtin(nodes), (2, 3)
+    references = [builtin.sample(builtin.model, seed) for seed in seeds]
+    full = median_seconds(lambda: builtin.sample(builtin.model, 2), repeat)
+    print(f"\nCorrection on cached features. {device()[1]}; built-in model, float32, 50 DDIM steps, batch 8, cfg 3,")
+    print(f"seeds {seeds}; ", end="")
+    print(f"DeepCache branch 0. Full precision without a cache takes {full:.2f} s\n")
+    print("| interval | corrected | evaluation_point | correction_pass | time, share of full | error to full precision |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    passes = [("none", "paper", "refresh")]
+    passes += [("all", point, kind) for point in ("paper", "next") for kind in ("refresh", "keep", "reuse")]
+    for interval in (3, 5):
+        for steps, point, kind in passes:
+            model = builtin.variant(interval=interval, correction_pass=kind)
+            correction = {"correction_steps": steps, "evaluation_point": point}
+            seconds = median_seconds(lambda: builtin.sample(model, 2, **correction), repeat)  # noqa: B023
+            error = mean_error([builtin.sample(model, seed, **correction) for seed in seeds], references)
+            shown = "- | -" if steps == "none" else f"{point} | {kind}"
+            print(f"| {interval} | {steps} | {shown} | {seconds / full:.2f} | {error:.3f} |", flush=True)
+
+
+def evaluation_point(nodes, repeat):
+    """Where a correction should be evaluated: the error over steps, bits and intervals."""
+    builtin, seeds = Builtin(nodes), (2, 3)
+    variants = {"full precision": {}, "W8A8": {"bits": 8}, "W4A8": {"bits": 4}}
+    variants |= {f"DeepCache {interval}": {"interval": interval} for interval in (2, 3, 5)}
+    corrections = [{}]
+    for point in ("paper", "next"):
+        corrections += [{"evaluation_point": point, "correction_steps": steps} for steps in ("ends:1/10", "all")]
+    converged = [builtin.sample(builtin.model, seed, 500) for seed in seeds]
+    print(f"\nEvaluation points. {device()[1]}; built-in model, float32, DDIM, batch 8, cfg 3, seeds {seeds}. First")
+    print("the error to the uncorrected full-precision run of as many steps, then in brackets the error to 500 steps of it.\n")
+    print("| steps | variant | none | paper, ends:1/10 | paper, all | next, ends:1/10 | next, all |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for steps in (10, 20, 50):
+        references = [builtin.sample(builtin.model, seed, steps) for seed in seeds]
+        for name, inputs in variants.items():
+            cells = []
+            for correction in corrections:
+                latents = [builtin.sample(builtin.variant(**inputs), seed, steps, **correction) for seed in seeds]
+                cells.append(f"{mean_error(latents, references):.3f} ({mean_error(latents, converged):.3f})")
+            print(f"| {steps} | {name} | {' | '.join(cells)} |", flush=True)
+
+
+BENCHMARKS = {"overhead": overhead, "correction_pass": correction_pass, "evaluation_point": evaluation_point}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", choices=[[], *BENCHMARKS], help="default: all")
+    parser.add_argument("--repeat", type=int, default=5, help="timed calls of each, after one that is not timed")
+    arguments = parser.parse_args()
+    nodes = load_nodes()
+    with torch.inference_mode():
+        for name in arguments.names or BENCHMARKS:
+            BENCHMARKS[name](nodes, arguments.repeat)
+
+
+if __name__ == "__main__":
+    main()
