@@ -187,6 +187,8 @@ class CorrectedSampler(comfy.samplers.KSAMPLER):
     def _run(self, report, progress, model, x, sigmas, extra_args, callback, disable, options):
         """Rehearse the sampler function, then run it on the corrected denoiser."""
         function, schedule = self.sampler_function, sigmas.cpu()
+        if len(schedule) < 2:  # no step: the host's samplers hand the latent on
+            return self._run_uncorrected(report, model, x, sigmas, extra_args, callback, disable, options)
         seed = extra_args.get("seed")
         can_draw = seed is not None and can_draw_ahead(function, options)
         try:
@@ -218,7 +220,7 @@ class CorrectedSampler(comfy.samplers.KSAMPLER):
         return samples
 
     def _run_uncorrected(self, report, model, x, sigmas, extra_args, callback, disable, options):
-        """Run a sampler function that cannot be rehearsed as the host would; the report has no steps."""
+        """Run a sampler function as the host would, where no step can be told; the report has none."""
         report.start(sigmas.tolist(), frozenset())
         report.steps = []
         stopwatch = Stopwatch(x.device)

@@ -85,7 +85,7 @@ class _StandIn:
 
     def __call__(self, x, sigma, **_):
         self._record.evaluations.append((float(sigma.flatten()[0]), _numbers(x)))
-        return self._prediction.reshape(-1, *[1] * (x.ndim - 1)).expand_as(x).to(x)
+        return self._prediction.reshape(-1, *[1] * (x.ndim - 1)).expand_as(x).to(x, copy=True)
 
 
 def _numbers(x):

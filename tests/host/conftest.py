@@ -7,7 +7,8 @@ import comfyui
 import pytest
 import torch
 
-EXTRAS = ("custom_sampler", "model_advanced", "chroma_radiance", "pag")  # stock nodes that are not in the host's nodes.py
+# stock nodes that are not in the host's nodes.py
+EXTRAS = ("custom_sampler", "model_advanced", "chroma_radiance", "pag", "perpneg", "differential_diffusion")
 
 
 @pytest.fixture(scope="session")
@@ -19,9 +20,7 @@ def host():
 
     comfy.utils.set_progress_bar_enabled(False)
     folder = comfyui.provide()
-    extras = [
-        folder / "comfy_extras" / f"nodes_{name}.py" for name in ("custom_sampler", "model_advanced", "chroma_radiance", "pag")
-    ]
+    extras = [folder / "comfy_extras" / f"nodes_{name}.py" for name in EXTRAS]
     for path in (folder / "custom_nodes" / comfyui.PACK, *extras):
         assert asyncio.run(nodes.load_custom_node(str(path)))
     known = nodes.NODE_CLASS_MAPPINGS
@@ -85,6 +84,26 @@ def stock_sample(host, conditioning):
         latent = {"samples": torch.zeros(2, 3, 32, 32)}
         run = host.common_ksampler(model, seed, steps, cfg, sampler_name, scheduler, *conditioning, latent, denoise)
         return run[0]["samples"]
+
+    return run
+
+
+@pytest.fixture
+def advanced(host):
+    """advanced(guider, sampler, **settings): latents of SamplerCustomAdvanced; a sampler function stands for its SAMPLER."""
+    import comfy.samplers
+
+    def run(guider, sampler="euler", seed=7, steps=3, scheduler="ddim_uniform", denoise=1.0, latent=None):
+        if isinstance(sampler, str):
+            sampler = host.run("KSamplerSelect", sampler_name=sampler)[0]
+        elif callable(sampler):
+            sampler = comfy.samplers.KSAMPLER(sampler)
+        schedule = {"scheduler": scheduler, "steps": steps, "denoise": denoise}
+        return host.run(
+            "SamplerCustomAdvanced", noise=host.run("RandomNoise", noise_seed=seed)[0], guider=guider, sampler=sampler,
+            sigmas=host.run("BasicScheduler", model=guider.model_patcher, **schedule)[0],
+            latent_image=latent or {"samples": torch.zeros(2, 3, 16, 16)},
+        )[0]["samples"]  # fmt: skip
 
     return run
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from reference import iec_euler
 
 
 def latent_image():
@@ -9,16 +10,66 @@ def latent_image():
     return image
 
 
-@pytest.mark.parametrize("steps", ["none", "ends:1/10", "all"])
-def test_inpainting_keeps_the_outside_as_the_stock_run_does(host, sample, model, conditioning, steps):
+@pytest.fixture(params=["hard", "soft", "soft, thresholded"])
+def masked(request, host, model):
+    """(MODEL, LATENT, where the mask is 0) of an in-painting graph; DifferentialDiffusion makes a threshold of a soft mask,
+    which falls from step to step.
+    """
     mask = torch.zeros(1, 32, 32)
     mask[:, 8:24, 8:24] = 1
-    latent = {"samples": latent_image(), "noise_mask": mask}
-    ours = sample(model, latent_image=latent, correction_steps=steps, scheduler="simple")
-    stock = host.common_ksampler(model, 7, 8, 2.0, "euler", "simple", *conditioning, latent)[0]["samples"]
-    outside = (mask == 0).expand(2, 3, 32, 32)
+    if request.param != "hard":
+        mask = torch.nn.functional.avg_pool2d(mask, 7, stride=1, padding=3)
+        assert mask.unique().numel() > 10
+    if "thresholded" in request.param:
+        model = host.run("DifferentialDiffusion", model=model)[0]
+    latent = host.run("SetLatentNoiseMask", samples={"samples": latent_image()}, mask=mask)[0]
+    return model, latent, (mask == 0).expand(2, 3, 32, 32)
+
+
+INPAINTED = [
+    ("euler", {"correction_steps": "none"}),
+    ("euler", {"correction_steps": "ends:1/10"}),
+    ("euler", {"correction_steps": "all", "max_iterations": 2}),
+    ("euler", {"correction_steps": "all", "evaluation_point": "next"}),
+    ("heun", {"correction_steps": "all"}),
+    ("dpmpp_2m", {"correction_steps": "all"}),
+    ("euler_ancestral", {"correction_steps": "all"}),
+]
+
+
+@pytest.mark.parametrize(("sampler", "settings"), INPAINTED)
+def test_inpainting_keeps_the_outside_as_the_stock_run_does(host, sample, conditioning, masked, sampler, settings):
+    model, latent, outside = masked
+    ours = sample(model, latent_image=latent, sampler_name=sampler, scheduler="simple", steps=4, **settings)
+    stock = host.common_ksampler(model, 7, 4, 2.0, sampler, "simple", *conditioning, latent)[0]["samples"]
     assert torch.equal(ours[outside], stock[outside])
-    assert torch.equal(ours, stock) == (steps == "none")
+    assert torch.equal(ours, stock) == (settings["correction_steps"] == "none")
+
+
+def test_inpainting_agrees_with_the_correction_written_out(host, sample, advanced, conditioning, masked, relative):
+    model, latent, _ = masked
+    positive, negative = conditioning
+    guider = host.run("CFGGuider", model=model, positive=positive, negative=negative, cfg=2.0)[0]
+    expected = advanced(guider, iec_euler, scheduler="simple", steps=4, latent=latent)
+    ours = sample(model, latent_image=latent, scheduler="simple", steps=4, correction_steps="all")
+    assert relative(ours, expected) < 1e-5
+
+
+def test_denoise_below_one_counts_the_steps_that_are_run(host, sample, advanced, model, conditioning, relative):
+    latent, reports = {"samples": latent_image()}, []
+
+    def run(correction_steps):
+        settings = {"latent_image": latent, "denoise": 0.5, "scheduler": "normal"}
+        return sample(model, reports, steps=3, correction_steps=correction_steps, **settings)
+
+    guider = host.run("CFGGuider", model=model, positive=conditioning[0], negative=conditioning[1], cfg=2.0)[0]
+    settings = {"scheduler": "normal", "denoise": 0.5, "latent": latent}
+    assert torch.equal(run("none"), advanced(guider, **settings))
+    assert relative(run("all"), advanced(guider, iec_euler, **settings)) < 1e-5
+    assert torch.equal(run("last:1"), run("steps:2"))
+    assert [report.nfe for report in reports] == [3, 6, 4, 4]
+    with pytest.raises(ValueError, match="names step 3, but the run has 3 steps"):
+        run("steps:3")
 
 
 def test_start_and_end_step_count_from_the_first_step_that_is_run(host, model, conditioning):
@@ -38,6 +89,59 @@ def test_start_and_end_step_count_from_the_first_step_that_is_run(host, model, c
     assert torch.equal(run(host.run("IECApply", model=model, correction_steps="none", **settings)[0]), plain)
     with pytest.raises(ValueError, match="names step 4, but the run has 4 steps"):
         run(host.run("IECApply", model=model, correction_steps="steps:4", **settings)[0])
+
+
+def test_start_and_end_step_agree_with_the_correction_written_out(host, model, conditioning, relative):
+    """A run that begins after the schedule's first step, and leaves noise in its latent."""
+    import comfy.samplers
+
+    settings = {"correction_steps": "all", "lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0}
+    latent = {"samples": latent_image()}
+    wiring = {"positive": conditioning[0], "negative": conditioning[1], "latent_image": latent, "cfg": 2.0, "noise_seed": 7}
+    applied, reports = host.run("IECApply", model=model, **settings)
+    ours = host.run(
+        "KSamplerAdvanced", model=applied, add_noise="enable", steps=8, sampler_name="euler", scheduler="normal",
+        start_at_step=3, end_at_step=6, return_with_leftover_noise="enable", **wiring,
+    )[0]["samples"]  # fmt: skip
+    sigmas = host.run("BasicScheduler", model=model, scheduler="normal", steps=8, denoise=1.0)[0][3:7]
+    sampler = comfy.samplers.KSAMPLER(iec_euler)
+    custom = host.run("SamplerCustom", model=model, add_noise=True, sampler=sampler, sigmas=sigmas, **wiring)
+    assert relative(ours, custom[0]["samples"]) < 1e-5
+    assert (reports[0].sigmas, reports[0].nfe) == (sigmas.tolist(), 6)
+
+
+@pytest.mark.parametrize("correction_steps", ["none", "ends:1/10", "all"])
+def test_run_of_no_steps_is_the_stock_run(host, model, conditioning, correction_steps):
+    """What SplitSigmas leaves before its step 0, the node's default: one sigma."""
+    settings = {"correction_steps": correction_steps, "lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0}
+    sigmas = host.run("BasicScheduler", model=model, scheduler="normal", steps=4, denoise=1.0)[0]
+    wiring = {
+        "model": model, "add_noise": True, "noise_seed": 7, "cfg": 2.0, "positive": conditioning[0],
+        "negative": conditioning[1], "sigmas": host.run("SplitSigmas", sigmas=sigmas, step=0)[0],
+        "latent_image": {"samples": latent_image()},
+    }  # fmt: skip
+    sampler = host.run("KSamplerSelect", sampler_name="euler")[0]
+    wrapped, reports = host.run("IECSampler", sampler=sampler, **settings)
+    ours, stock = (host.run("SamplerCustom", sampler=one, **wiring)[0]["samples"] for one in (wrapped, sampler))
+    assert torch.equal(ours, stock)
+    assert (reports[0].nfe, reports[0].steps) == (0, [])
+
+
+@pytest.mark.parametrize("mode", ["fixed", "anderson"])
+def test_items_of_a_batch_are_iterated_as_if_alone(host, sample, model, relative, mode):
+    """The tolerance is one that the two reach at different iterations."""
+    settings = {"steps": 4, "correction_steps": "all", "max_iterations": 3, "tolerance": 0.055, "lambda_mode": mode}
+    reports, batch = [], {"samples": torch.zeros(2, 3, 32, 32)}
+    together = sample(model, reports, **settings)
+    for item, label in enumerate(("face", "flag")):
+        positive = host.run("IECClassLabel", labels=label)[0]
+        latent = host.run("LatentFromBatch", samples=batch, batch_index=item, length=1)[0]
+        alone = sample(model, reports, positive=positive, latent_image=latent, **settings)
+        assert relative(together[item : item + 1], alone) < 1e-5
+    iterations = [[[row[item] > 0 for row in step.lambdas].count(True) for step in reports[0].steps] for item in (0, 1)]
+    alone = [[len(step.lambdas) for step in report.steps] for report in reports[1:]]
+    assert iterations == alone
+    assert (alone[0][0], alone[1][0]) == (2, 3)
 
 
 def test_weight_hooks_reach_quantized_layers(host, sample, model, conditioning, relative):

@@ -349,3 +349,37 @@ def test_churned_noise_is_the_samplers_own(host):
         assert at == sigma > start
         euler = x + (sigma_next - sigma) * (x - guider.denoised(x, torch.full((2,), sigma, dtype=torch.float64))) / sigma
         torch.testing.assert_close(x_in, euler * guider.input_scale(sigma_next) / guider.input_scale(sigma), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "euler_ancestral", "uni_pc"])
+def test_schedule_of_no_step_hands_the_latent_on(host, name):
+    import comfy.samplers
+
+    sigmas, single = torch.tensor([1.5]), {"dtype": torch.float32}
+    if name == "uni_pc":
+        sigmas = torch.tensor([1.5, 0.0])  # one step is the least that it takes
+    stock = run(comfy.samplers.sampler_object(name), ToyGuider("EPS"), sigmas.clone(), **single)
+    sampler, reports = corrected(host, name)
+    result = run(sampler, ToyGuider("EPS"), sigmas.clone(), **single)
+    assert len(reports[0].steps) == len(sigmas) - 1
+    assert result.isfinite().all() and (len(sigmas) > 1 or torch.equal(result, stock))
+
+
+@pytest.mark.parametrize("model_type", ["EPS", "V_PREDICTION", "FLOW"])
+@pytest.mark.parametrize("point", ["paper", "next"])
+def test_unsampling_goes_up_the_same_way(host, model_type, point):
+    """Flipped sigmas, as FlipSigmas gives them: from a small sigma that stands for 0 up to the highest."""
+    guider = guider_of(model_type)
+    sigmas = schedule(guider).flip(0)
+    sigmas[0] = 0.0001
+    sigmas[-1] *= 0.99  # at a flow's 1 there is no latent left that the host could hand on
+    sampler, reports = corrected(host, "euler", evaluation_point=point)
+    assert run(sampler, guider, sigmas).isfinite().all()
+    assert all(step.corrected for step in reports[0].steps)
+    for (x, sigma), (x_in, at) in groups(guider.calls):
+        step = (sigmas - sigma).abs().argmin().item()
+        sigma_next = sigmas[step + 1].item()
+        euler = x + (sigma_next - sigma) * (x - guider.denoised(x, torch.full((2,), sigma, dtype=torch.float64))) / sigma
+        scale = guider.input_scale(sigma_next) / guider.input_scale(sigma) if point == "paper" else 1
+        torch.testing.assert_close(x_in, scale * euler, rtol=1e-6, atol=1e-6)
+        assert at == pytest.approx(sigma if point == "paper" else sigma_next)
