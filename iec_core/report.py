@@ -33,8 +33,13 @@ class StepReport:
         """Read a StepTrace back from the device."""
         for name in ("lambdas", "residuals", "contraction"):
             values = torch.stack(getattr(trace, name)).tolist() if getattr(trace, name) else []
-            setattr(self, name, [[value if math.isfinite(value) else None for value in row] for row in values])
+            setattr(self, name, [[_shown(value) for value in row] for row in values])
         self.fell_back = [] if trace.fell_back is None else trace.fell_back.tolist()
+
+
+def _shown(value):
+    """A float32 number with the digits that it has; None where it is not finite, which JSON cannot say."""
+    return float(f"{value:.7g}") if math.isfinite(value) else None
 
 
 @dataclass
