@@ -82,9 +82,14 @@ class CorrectionSettings:
         """Return what tells runs apart in a table: the steps, and what is not the paper's."""
         if self.is_off:
             return "none"
-        point = "" if self.evaluation_point == "paper" else self.evaluation_point
-        mode = "" if self.lambda_mode == "fixed" else self.lambda_mode
-        return " ".join(filter(None, (self.steps.text, point, mode)))
+        paper = CorrectionSettings(self.steps)
+        words = [self.steps.text]
+        words += [
+            getattr(self, name) for name in ("evaluation_point", "lambda_mode") if getattr(self, name) != getattr(paper, name)
+        ]
+        words += [f"lambda {self.lambda_:g}"] if self.lambda_ != paper.lambda_ else []
+        words += [f"K {self.max_iterations}"] if self.max_iterations != paper.max_iterations else []
+        return " ".join(words)
 
     def corrected_steps(self, sigmas):
         """Return the frozenset of the steps that are corrected over a schedule of n + 1 sigmas (floats)."""
@@ -121,8 +126,9 @@ class StepTrace:
 
     residuals: ||T(x'_k) - x'_k|| / ||x'_k||, for T(y) the step's result with the prediction at y. contraction: how much the
     damped map (1 - lam) I + lam T shrank the last move of the iterate, an estimate from below of its Lipschitz constant; the
-    first takes the latent that the step starts from for x'_{-1}. lambdas: the damping that was used, 0 where an item was not
-    moved. fell_back: bool [B], items whose residual grew or was not finite, and which kept their best iterate.
+    first takes the latent that the step starts from for x'_{-1}. NaN where an item was not iterated on, or did not move.
+    lambdas: the damping that was used, 0 where an item was not moved. fell_back: bool [B], items whose residual grew or was not
+    finite, and which kept their best iterate.
     """
 
     residuals: list[torch.Tensor] = field(default_factory=list)
@@ -154,7 +160,7 @@ def contractive_lambda(slope, lipschitz, largest):
     positive damping contracts, and 0 is returned.
     """
     best = (1 - slope) / (1 - 2 * slope + lipschitz**2)
-    return torch.nan_to_num(best, nan=0.0).clamp(0, largest)
+    return torch.where(slope < 1, best, 0).clamp(max=largest)  # NaN slopes, of an item that did not move, get 0 too
 
 
 def damped_contraction(slope, lipschitz, lambda_):
@@ -194,8 +200,8 @@ class _Iteration:
         moved_norm, norm = _norm(moved), _norm(residual)
         lipschitz, slope = (norm if is_first else _norm(image)) / moved_norm, _dot(image, moved) / moved_norm**2
         lambda_ = self._lambda(slope, lipschitz)
-        contraction = torch.nan_to_num(damped_contraction(slope, lipschitz, lambda_), nan=0.0)
-        shrinks = contraction <= 1 if is_first else norm <= self._norm  # before the second, the estimate is all there is
+        contraction = damped_contraction(slope, lipschitz, lambda_).where(self.active, torch.nan)
+        shrinks = ~(contraction > 1) if is_first else norm <= self._norm  # before the second, the estimate is all there is
         fails = self.active & ~(norm.isfinite() & (shrinks | (norm <= rounding)))
         self.trace.fell_back |= fails
         self.active = self.active & ~fails
@@ -244,9 +250,10 @@ def corrected_denoised(evaluate, x, step, settings, noise=None):
     is the sampler's own evaluation, k the k-th correction. x: latent at step.sigma [B, ...]. noise(): the noise term of the
     step, called once; None for a deterministic step.
 
-    Items of a batch converge, and fall back, one by one, each as if it were alone. Nothing is read back from the device at
-    K = 1, and one flag an iteration at K >= 2. While the network is evaluated, two latents are held beside x at K = 1, at
-    K >= 2 a third, by which the best iterate is kept, and with "anderson" a fourth.
+    Items of a batch converge, and fall back, one by one, each as if it were alone. An iterate is judged by its residual; the
+    last update, which is not evaluated again, is not judged. Nothing is read back from the device at K = 1, and one flag an
+    iteration at K >= 2. While the network is evaluated, two latents are held beside x at K = 1, at K >= 2 a third, by which
+    the best iterate is kept, and with "anderson" a fourth.
     """
     denoised = evaluate(x, step.sigma, 0)
     if settings.max_iterations == 0:
@@ -263,7 +270,7 @@ def corrected_denoised(evaluate, x, step, settings, noise=None):
     rounding = _norm(x) * (10 * torch.finfo(x.dtype).eps)
     for number in range(1, settings.max_iterations + 1):
         target = x - (x_in - evaluate(x_in, place, number)) * (step.sigma / place)  # G(D)
-        relative = reach / _norm(x_in)
+        relative = abs(reach) / _norm(x_in)
         change = iteration.advance(target - iteration.denoised, (x_in - x) / reach, rounding, relative)
         del target
         if number == settings.max_iterations or not iteration.settle(_norm(change) * relative):

@@ -46,7 +46,7 @@ def _shown(value):
 class RunReport:
     """Filled by the corrected sampler while it runs.
 
-    label: the run's name in tables and plots. correction: which steps, and where they are evaluated again. steps: a
+    label: the run's name in tables and plots. correction: `CorrectionSettings.summary`. steps: a
     StepReport each. sigmas: where the steps begin, and the last one's end, n + 1 values. nfe: evaluations of the denoiser.
     seconds: wall time of the sampler function. warnings: sentences on what a user should know. latents: with `keep_latents`,
     the latent at the start of every step and the final one, n + 1 float32 CPU tensors [B, ...]. They are in the network's
@@ -90,7 +90,7 @@ class RunReport:
             named = f"step {fallen[0]}" if len(fallen) == 1 else f"steps {', '.join(map(str, fallen))}"
             self.warnings.append(
                 f"{self.label}: the correction of {named} did not converge for every image, and fell back to its best iterate; "
-                "try a smaller lambda_, lambda_mode contractive, or evaluation_point next."
+                "try a smaller lambda_, another evaluation_point or lambda_mode, or more steps."
             )
 
     def as_dict(self):

@@ -5,6 +5,7 @@ from comfy_api.latest import io
 
 from ..iec_core.report import to_json
 from . import plots
+from .correct import RunLog
 from .types import Report, as_image
 
 
@@ -34,10 +35,10 @@ class IECReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, report, after=None):
-        if not report:
+        if not report or (isinstance(report, RunLog) and after is None):
             raise ValueError(
-                "report: no run has happened yet; wire the latent of the sampler that it is about into 'after', so that the "
-                "report is read when that is done."
+                "report: it is of runs that come later; wire the latent of the last sampler that it is about into 'after', so "
+                "that it is read when that is done."
             )
         pictures = [as_image(plots.run_steps(run)) for run in report]
         return io.NodeOutput(to_json(report), torch.cat(pictures))

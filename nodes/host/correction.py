@@ -5,6 +5,7 @@ guidance and the in-paint mask applied. That callable is what is corrected.
 """
 
 import copy
+import functools
 import logging
 
 import comfy.patcher_extension
@@ -39,94 +40,97 @@ class CountedDenoiser:
 
 
 class CorrectedDenoiser(CountedDenoiser):
-    """Corrects the steps that `settings` name, each at the evaluation that it is taken with; a sampler's further evaluations
-    pass through. Nothing is read back from the device before `finish`.
+    """Corrects the steps in `corrected`, each at the evaluation that it is taken with; a sampler's further evaluations pass
+    through. Nothing is read back from the device before `finish`.
     """
 
-    def __init__(self, model, rehearsal, settings, report, noise, progress, stopwatch):
+    def __init__(self, model, report, rehearsal, corrected, settings, noise, progress):
         super().__init__(model, report)
         self._rehearsal = rehearsal
-        self._corrected = settings.corrected_steps(rehearsal.sigmas)
+        self._corrected = corrected
         self._settings = settings
         self._noise = noise
         self._progress = progress
-        self._stopwatch = stopwatch
-        self._evaluation = 0
+        self._stopwatch = None
+        self._evaluation = self._begun = 0
         self._finite = []
         self._traces = {}
-        report.start(rehearsal.sigmas, self._corrected)
+        report.start(rehearsal.sigmas, corrected)
 
     def __call__(self, x, sigma, **extra_args):
         if self._evaluation >= len(self._rehearsal.evaluations):
-            raise self._departed()
+            raise _departed()
         step, is_own = self._rehearsal.evaluations[self._evaluation]
         self._evaluation += 1
+        if step == self._begun:
+            self._begin(x.device)
         if is_own:
-            self._begin(step, x)
-        predictions = []
+            self._report.keep(step, x)
+        if step in self._corrected and is_own:
+            return self._correct(step, x, sigma, extra_args)
+        return self._evaluate(step, x, sigma, _tell(extra_args, step) if is_own else extra_args)
+
+    def _correct(self, step, x, sigma, extra_args):
+        rehearsed = self._rehearsal.steps[step]
+        uncorrected = None  # kept where an in-paint mask will ask for it
 
         def evaluate(x_in, at, iteration):
+            nonlocal uncorrected
             place = sigma if iteration == 0 else torch.full_like(sigma, at)
-            told = _tell(extra_args, {"step": step, "iteration": iteration}) if is_own else extra_args
-            denoised = self._evaluate(step, iteration, x_in, place, told)
-            if not predictions:
-                predictions.append(denoised if extra_args.get("denoise_mask") is not None else None)
+            denoised = self._evaluate(step, x_in, place, _tell(extra_args, step, iteration))
+            if iteration == 0 and extra_args.get("denoise_mask") is not None:
+                uncorrected = denoised
             return denoised
 
-        if step not in self._corrected or not is_own:
-            return evaluate(x, None, 0)
-        rehearsed = self._rehearsal.steps[step]
         noise = (lambda: self._noise.of(rehearsed.draws)) if rehearsed.draws else None
         corrected, self._traces[step] = corrected_denoised(evaluate, x, rehearsed.step, self._settings, noise)
-        return self._outside_mask(predictions[0], corrected, sigma, extra_args)
+        return corrected if uncorrected is None else self._outside_mask(uncorrected, corrected, sigma, extra_args)
 
-    def _evaluate(self, step, iteration, x, sigma, extra_args):
+    def _evaluate(self, step, x, sigma, extra_args):
         self._report.steps[step].nfe += 1
         denoised = super().__call__(x, sigma, **extra_args)
-        if iteration == 0:  # a correction that is not finite falls back
+        iec = extra_args.get("model_options", {}).get("transformer_options", {}).get(KEY, {})
+        if not iec.get("iteration"):  # a correction that is not finite falls back
             self._finite.append((step, denoised.isfinite().all()))
         self._progress.evaluated()
         return denoised
 
-    def _outside_mask(self, first, corrected, sigma, extra_args):
+    def _outside_mask(self, uncorrected, corrected, sigma, extra_args):
         """Keep the uncorrected prediction outside the in-paint mask: there it is the image to keep, and not the network's."""
-        mask = extra_args.get("denoise_mask")
-        if mask is None:
-            return corrected
+        mask = extra_args["denoise_mask"]
         change = extra_args.get("model_options", {}).get("denoise_mask_function")
         if change is not None:  # as in the host's KSamplerX0Inpaint
             options = {"model": self._model.inner_model, "sigmas": self._model.sigmas}
             mask = change(sigma, mask, extra_options=options)
-        return torch.lerp(first, corrected, mask.to(corrected).expand_as(corrected))
+        return torch.lerp(uncorrected, corrected, mask.to(corrected).expand_as(corrected))
 
-    def _begin(self, step, x):
-        self._report.keep(step, x)
+    def _begin(self, device):
+        self._stopwatch = self._stopwatch or Stopwatch(device)
         self._stopwatch.mark()
-        self._progress.step(step)
+        self._progress.step(self._begun)
+        self._begun += 1
 
     def on_step(self, info):
         """Check a sampler's callback, with the number of its step, against the rehearsal."""
         if self._evaluation == 0 or self._rehearsal.evaluations[self._evaluation - 1][0] != info["i"]:
-            raise self._departed()
-
-    def _departed(self):
-        return RuntimeError(
-            "sampler: it takes other steps in this run than its schedule says, so that no step can be corrected; choose a "
-            "sampler of the host's list other than dpm_adaptive, or correction_steps none."
-        )
+            raise _departed()
 
     def finish(self, samples):
         """Take down the run's final latent, and read back what happened.
 
-        Raises RuntimeError where an evaluation that the sampler used was not finite.
+        Raises RuntimeError where an evaluation that the sampler used, or its result, was not finite.
         """
-        self._begin(len(self._rehearsal.steps), samples)
-        flags = torch.stack([flag for _, flag in self._finite]).tolist()
+        if self._evaluation != len(self._rehearsal.evaluations):
+            raise _departed()
+        self._begin(samples.device)
+        self._report.keep(len(self._rehearsal.steps), samples)
+        steps = [*(step for step, _ in self._finite), len(self._rehearsal.steps) - 1]
+        flags = torch.stack([*(flag for _, flag in self._finite), samples.isfinite().all()]).tolist()
         self._report.finish(self._traces, self._stopwatch.seconds())
         for warning in self._report.warnings:
             logging.warning(f"[ComfyUI-IEC] {warning}")
         if not all(flags):
-            step = self._finite[flags.index(False)][0]
+            step = steps[flags.index(False)]
             raise RuntimeError(
                 f"model: in step {step} of {len(self._rehearsal.steps)}, numbered from 0 (sigma "
                 f"{self._rehearsal.steps[step].step.sigma:.4g}), the network returned NaN or infinity; no latent is passed "
@@ -134,33 +138,42 @@ class CorrectedDenoiser(CountedDenoiser):
             )
 
 
-def _tell(extra_args, iec):
-    """Return the sampler's extra arguments with `iec` in the transformer options, for whatever else is on the MODEL."""
+def _departed():
+    return RuntimeError(
+        "sampler: it takes other steps in this run than its schedule says, so that they cannot be told; choose a sampler of "
+        "the host's list, or sample without IEC."
+    )
+
+
+def _tell(extra_args, step, iteration=0):
+    """Return the sampler's extra arguments with the step and iteration in the transformer options, for whatever else is on
+    the MODEL.
+    """
     model_options = dict(extra_args.get("model_options", {}))
+    iec = {"step": step, "iteration": iteration}
     model_options["transformer_options"] = {**model_options.get("transformer_options", {}), KEY: iec}
     return {**extra_args, "model_options": model_options}
 
 
-def check_sampler(name, settings):
-    """Raise ValueError for a sampler, by its name in the host's list, that cannot be corrected as `settings` say."""
-    if settings.is_off:
-        return
-    instead = "or correction_steps none."
+def refusal(name):
+    """Return why a sampler, by its name in the host's list, cannot be corrected; None where nothing is known against it."""
     if "cfg_pp" in name:
-        raise ValueError(
-            f"sampler: {name} steps with the unguided prediction of its last evaluation, which a correction moves "
-            f"elsewhere; choose a sampler without cfg_pp, {instead}"
-        )
+        return f"{name} steps with the unguided prediction of its last evaluation, which a correction moves elsewhere"
     if name in ("dpm_adaptive", "dpm_adaptive_function"):
-        raise ValueError(
-            "sampler: dpm_adaptive picks its steps by its own error estimate, so that no step can be named beforehand, and "
-            f"the estimate takes a correction for an error; choose another sampler, {instead}"
+        return (
+            "dpm_adaptive picks its steps by its own error estimate, so that no step can be named beforehand, and the estimate "
+            "takes a correction for an error"
         )
     if name == "ar_video":
-        raise ValueError(
-            f"sampler: ar_video keeps what each evaluation computed, so that a step cannot be evaluated again; choose another "
-            f"sampler, {instead}"
-        )
+        return "ar_video keeps what each evaluation computed, so that a step cannot be evaluated again"
+    return None
+
+
+def check_sampler(name, settings):
+    """Raise ValueError for a sampler, by its name in the host's list, that cannot be corrected as `settings` say."""
+    reason = None if settings.is_off else refusal(name)
+    if reason:
+        raise ValueError(f"sampler: {reason}; choose another sampler, or correction_steps none.")
 
 
 class CorrectedSampler(comfy.samplers.KSAMPLER):
@@ -187,28 +200,28 @@ class CorrectedSampler(comfy.samplers.KSAMPLER):
     def _run(self, report, progress, model, x, sigmas, extra_args, callback, disable, options):
         """Rehearse the sampler function, then run it on the corrected denoiser."""
         function, schedule = self.sampler_function, sigmas.cpu()
-        if len(schedule) < 2:  # no step: the host's samplers hand the latent on
-            return self._run_uncorrected(report, model, x, sigmas, extra_args, callback, disable, options)
+        name = sampler_name(function) or type(function).__name__
+        plain = functools.partial(self._run_uncorrected, report, model, x, sigmas, extra_args, callback, disable, options)
+        if len(schedule) < 2 or (self._settings.is_off and refusal(name)):  # no step, or none that can be told
+            return plain()
         seed = extra_args.get("seed")
         can_draw = seed is not None and can_draw_ahead(function, options)
         try:
             rehearsal = rehearse(function, model, x, schedule, extra_args, options, can_draw)
         except CannotRehearse as reason:
-            if not self._settings.is_off:
-                name = sampler_name(function) or type(function).__name__
-                raise ValueError(
-                    f"sampler: the steps of {name} cannot be told before it runs, because {reason}; choose a sampler of the "
-                    "host's list, or correction_steps none."
-                ) from reason
-            return self._run_uncorrected(report, model, x, sigmas, extra_args, callback, disable, options)
+            if self._settings.is_off:
+                return plain()
+            raise ValueError(
+                f"sampler: the steps of {name} cannot be corrected, because {reason}; choose a sampler of the host's list, or "
+                "correction_steps none."
+            ) from reason
         corrected = self._settings.corrected_steps(rehearsal.sigmas)
         ahead = None
         if any(rehearsal.steps[step].draws for step in corrected):
             ahead = NoiseAhead(function, x, sigmas, seed)
             options = {**options, **ahead.options}
         progress.begin(len(rehearsal.steps), len(rehearsal.evaluations) + self._settings.max_iterations * len(corrected))
-        stopwatch = Stopwatch(x.device)
-        denoiser = CorrectedDenoiser(model, rehearsal, self._settings, report, ahead, progress, stopwatch)
+        denoiser = CorrectedDenoiser(model, report, rehearsal, corrected, self._settings, ahead, progress)
 
         def on_step(info):
             denoiser.on_step(info)

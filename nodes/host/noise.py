@@ -26,6 +26,7 @@ class NoiseAhead:
     """
 
     def __init__(self, function, x, sigmas, seed):
+        self._place = {"device": x.device, "dtype": x.dtype}  # a Brownian path answers on the device of the sigmas
         name = sampler_name(function)
         self._is_path = name.removesuffix("_gpu") in BROWNIAN
         self._drawn = 0
@@ -44,7 +45,7 @@ class NoiseAhead:
                 while self._drawn < draw.number:
                     self._sample(draw.sigma, draw.sigma_next)
                     self._drawn += 1
-            noise = self._sample(draw.sigma, draw.sigma_next)
+            noise = self._sample(draw.sigma, draw.sigma_next).to(**self._place)
             self._drawn += 1
             total = noise * draw.factor if total is None else torch.add(total, noise, alpha=draw.factor)
         return total

@@ -5,9 +5,10 @@ step leads. The samplers do not say; and to read a sigma back from the device wo
 sampler function is rehearsed on the CPU before the run, with a stand-in for the network. A sampler's step is affine in its
 latent, its predictions and its noise: a rehearsal batch of unit vectors reads off the coefficients, one item each.
 
-    item 0: latent 1, predictions 0, noise 0        x' -> a_0 ... a_i
+    item 0: latent 1, predictions 0, noise 0
     item 1: latent 0, predictions 1, noise 0        history and further evaluations of a step count as the step's own
     item 2 + m: latent 0, predictions 0, draw m is 1
+    last item: three times all of them together, which a sampler that is affine takes to three times their sum
 """
 
 import inspect
@@ -75,27 +76,41 @@ class _Record:
 class _StandIn:
     """Takes the place of the host's denoiser; attributes that samplers read are the denoiser's."""
 
-    def __init__(self, model, record, prediction):
+    def __init__(self, model, record, predict, patches):
         self._model = model
         self._record = record
-        self._prediction = prediction
+        self._predict = predict
+        self._patches = patches
 
     def __getattr__(self, name):
         return getattr(self._model, name)
 
-    def __call__(self, x, sigma, **_):
+    def __call__(self, x, sigma, model_options=None, **_):
+        if _guidance_patches(model_options) != self._patches:
+            raise CannotRehearse("it steps with the unguided prediction of its last evaluation")
         self._record.evaluations.append((float(sigma.flatten()[0]), _numbers(x)))
-        return self._prediction.reshape(-1, *[1] * (x.ndim - 1)).expand_as(x).to(x, copy=True)
+        return self._predict(x)
+
+
+def _guidance_patches(model_options):
+    """Return how many functions see the parts of the guided prediction; a sampler that adds its own steps with a part."""
+    return len((model_options or {}).get("sampler_post_cfg_function", []))
 
 
 def _numbers(x):
     return x.detach().flatten(1)[:, 0].double()
 
 
-def _play(function, model, like, sigmas, extra_args, options, latent, prediction, noise):
+def _spread(numbers, x):
+    """[items] to the shape and dtype of x [items, ...]."""
+    return numbers.reshape(-1, *[1] * (x.ndim - 1)).expand_as(x).to(x, copy=True)
+
+
+def _play(function, model, like, sigmas, extra_args, options, latent, predict, noise):
     """Run the sampler function on a batch of numbers, and return the _Record.
 
-    latent, prediction: [items]; noise(number): [items] for each draw. like: the run's latent, for shape and dtype.
+    latent: [items]; predict(x): the denoised prediction at x; noise(number): [items] for each draw. like: the run's latent,
+    for its dimensions and dtype.
     """
     record = _Record()
 
@@ -104,17 +119,16 @@ def _play(function, model, like, sigmas, extra_args, options, latent, prediction
 
     def draw(sigma, sigma_next):
         record.draws.append((len(record.evaluations), torch.as_tensor(sigma), torch.as_tensor(sigma_next)))
-        return noise(len(record.draws) - 1).reshape(shape).expand(x.shape).to(x)
+        return _spread(noise(len(record.draws) - 1), x)
 
-    shape = (-1, *[1] * (like.ndim - 1))
-    size = (len(latent), *[min(length, 8) for length in like.shape[1:]])
-    x = latent.reshape(shape).expand(size).to(like.dtype).clone()
+    size = (len(latent), *[min(length, 2) for length in like.shape[1:]])
+    x = _spread(latent, torch.empty(size, dtype=torch.promote_types(like.dtype, torch.float32)))
     if "noise_sampler" in inspect.signature(function).parameters:
         options = {**options, "noise_sampler": draw}
     with torch.random.fork_rng(devices=[]):
         final = function(
-            _StandIn(model, record, prediction), x, sigmas.clone(), extra_args=dict(extra_args), callback=on_step,
-            disable=True, **options,
+            _StandIn(model, record, predict, _guidance_patches(extra_args.get("model_options"))), x, sigmas.clone(),
+            extra_args=dict(extra_args), callback=on_step, disable=True, **options,
         )  # fmt: skip
     record.final = _numbers(final)
     return record
@@ -135,7 +149,7 @@ def _own_evaluations(record, begins):
 
 
 def _factors(record, own, index):
-    """Return (a, b, [(draw, factor)]) of x' = a x + b D + sum of factor * noise, for the step with this index."""
+    """Return (a, b, [(draw, factor)], whether it is so) for x' = a x + b D + sum of factor * noise of a step."""
     x = record.evaluations[own[index]][1]
     is_last = index + 1 == len(own)
     x_next = record.final if is_last else record.evaluations[own[index + 1]][1]
@@ -143,7 +157,8 @@ def _factors(record, own, index):
     within = range(own[index] + 1, len(record.evaluations) + 1 if is_last else own[index + 1] + 1)
     draws = [number for number, (before, *_) in enumerate(record.draws) if before in within]
     moved = x_next - a * x
-    return a, moved[1].item(), [(number, moved[2 + number].item()) for number in draws]
+    is_affine = math.isclose(moved[-1], 3 * moved[:-1].sum(), rel_tol=1e-4, abs_tol=1e-4)
+    return a, moved[1].item(), [(number, moved[2 + number].item()) for number in draws], is_affine
 
 
 def _preserves_the_image(a, b, sigma, sigma_next):
@@ -165,19 +180,25 @@ def rehearse(function, model, like, sigmas, extra_args, options, can_draw):
     after the other.
     """
 
-    def play(latent, prediction, noise):
+    def play(latent, predict, noise):
         try:
-            return _play(function, model, like, sigmas, extra_args, options, latent, prediction, noise)
+            return _play(function, model, like, sigmas, extra_args, options, latent, predict, noise)
+        except CannotRehearse:
+            raise
         except Exception as error:
             raise CannotRehearse(f"it cannot be run on numbers ({type(error).__name__}: {error})") from error
 
-    first = play(torch.tensor([3.0, -2.0]), torch.tensor([0.5, 1.0]), lambda _: torch.zeros(2))
-    units = torch.eye(2 + len(first.draws))
-    record = play(units[0], units[1], lambda number: units[min(2 + number, len(units) - 1)])
+    # First over a curve and far out: a sampler that looks at its latent does something else than over the unit vectors.
+    first = play(torch.tensor([20.0, -15.0]), lambda x: torch.sin(3 * x), lambda _: torch.zeros(2))
+    units = torch.eye(2 + len(first.draws), 3 + len(first.draws))
+    units[:, -1] = 3
+    record = play(units[0], lambda x: _spread(units[1], x), lambda number: units[min(2 + number, len(units) - 1)])
     if record.pattern() != first.pattern():
         raise CannotRehearse("it picks its steps as it goes")
     if not record.callbacks or [step for step, _ in record.callbacks] != list(range(len(record.callbacks))):
         raise CannotRehearse("it does not take its steps one after the other")
+    if record.callbacks[0][1] != 1:
+        raise CannotRehearse("it does not say that a step begins before it evaluates further")
     begins = [before - 1 for _, before in record.callbacks]
     own = _own_evaluations(record, begins)
     starts = [record.evaluations[number][0] for number in own]
@@ -185,11 +206,13 @@ def rehearse(function, model, like, sigmas, extra_args, options, can_draw):
     sampling = model.inner_model.inner_model.model_sampling
     steps = []
     for index, (sigma, sigma_next) in enumerate(zip(starts, ends)):
-        a, b, draws = _factors(record, own, index)
+        if sigma == 0:
+            raise CannotRehearse("a step of its schedule begins at sigma 0")
+        a, b, factors, is_affine = _factors(record, own, index)
         sigma_next = a * sigma if sigma_next is None else sigma_next
         scale = _input_scale(sampling, sigma_next) / _input_scale(sampling, sigma)
-        draws = tuple(Draw(number, *record.draws[number][1:], factor) for number, factor in draws if factor)
-        if draws and can_draw and _preserves_the_image(a, b, sigma, sigma_next):
+        if factors and can_draw and is_affine and _preserves_the_image(a, b, sigma, sigma_next):
+            draws = tuple(Draw(number, *record.draws[number][1:], factor) for number, factor in factors if factor)
             steps.append(RehearsedStep(Step(sigma, sigma_next, a, b, scale), draws))
         else:
             steps.append(RehearsedStep(Step.euler(sigma, sigma_next, scale)))

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 # stock nodes that are not in the host's nodes.py
-EXTRAS = ("custom_sampler", "model_advanced", "chroma_radiance", "pag", "perpneg", "differential_diffusion")
+EXTRAS = (
+    "custom_sampler", "model_advanced", "chroma_radiance", "pag", "perpneg", "differential_diffusion", "advanced_samplers",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from reference import iec_euler
 from toy import ToyGuider, run
 
 LAMBDA, ITERATIONS, STEPS = 0.4, 2, 12
@@ -134,6 +135,21 @@ def test_euler_agrees_with_the_parameterizations_own_formula(host, model_type):
         plain = plain + (sigma_next - sigma) * (plain - guider.denoised(plain, at)) / sigma
     torch.testing.assert_close(result, x, rtol=1e-8, atol=1e-8)
     assert (result - plain).norm() > 1e-3 * x.norm()
+
+
+@pytest.mark.parametrize("sampling", ["eps", "v_prediction", "x0", "lcm"])
+def test_a_nodes_parameterization_agrees_with_the_written_out_sampler(host, model, conditioning, advanced, relative, sampling):
+    """The built-in network read as what it is not: the images are none, the correction is the same rule."""
+    read = host.run("ModelSamplingDiscrete", model=model, sampling=sampling, zsnr=False)[0]
+    settings = {"correction_steps": "all", "lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0}
+
+    def guider(patched):
+        return host.run("CFGGuider", model=patched, positive=conditioning[0], negative=conditioning[1], cfg=1.5)[0]
+
+    plain, expected = advanced(guider(read), "euler", steps=6), advanced(guider(read), iec_euler, steps=6)
+    patched, reports = host.run("IECApply", model=read, **settings)
+    assert relative(advanced(guider(patched), "euler", steps=6), expected) < 1e-5 < 1e-3 < relative(plain, expected)
+    assert not any(any(step.fell_back) for step in reports[0].steps)
 
 
 @pytest.mark.parametrize("model_type", ["EPS", "EDM", "FLOW"])

@@ -17,9 +17,9 @@ def test_report_says_what_the_iteration_did(host):
     sigmas = torch.tensor([6.0, 4.0, 2.5, 1.0, 0.0], dtype=torch.float64)
     sampler, reports = host.run("IECSampler", sampler=comfy.samplers.sampler_object("euler"), **SETTINGS)
     run(sampler, guider, sigmas)
-    text, _ = host.run("IECReport", report=reports)
+    text, _ = host.run("IECReport", report=reports, after={"samples": torch.zeros(1)})
     (told,) = json.loads(text)
-    assert (told["nfe"], told["correction"], told["warnings"]) == (10, "steps:0,2", [])
+    assert (told["nfe"], told["correction"], told["warnings"]) == (10, "steps:0,2 lambda 0.4 K 3", [])
     assert [step["sigma"] for step in told["steps"]] == sigmas[:-1].tolist()
     assert [step["sigma_next"] for step in told["steps"]] == sigmas[1:].tolist()
     assert [step["corrected"] for step in told["steps"]] == [True, False, True, False]
@@ -52,7 +52,11 @@ def test_plot_has_a_picture_for_every_run(host, sample, model):
 
 def test_report_of_no_run_is_refused(host, model):
     reports = host.run("IECApply", model=model, **SETTINGS)[1]
-    with pytest.raises(ValueError, match=r"^report: no run has happened yet"):
+    later = {"samples": torch.zeros(1, 3, 32, 32)}
+    with pytest.raises(ValueError, match=r"^report: it is of runs that come later"):
+        host.run("IECReport", report=reports, after=later)
+    reports.begin()
+    with pytest.raises(ValueError, match=r"^report: it is of runs that come later"):
         host.run("IECReport", report=reports)
 
 
@@ -92,7 +96,7 @@ def test_correction_that_is_not_finite_keeps_the_prediction(sample, failing, mod
     result = sample(failing({(2, 1)}, float("nan")), reports, steps=4, correction_steps="all", max_iterations=iterations)
     assert result.isfinite().all()
     assert [step.fell_back for step in reports[0].steps] == [[step == 2, False] for step in range(4)]
-    assert reports[0].steps[2].residuals[0][0] is None
+    assert reports[0].steps[2].residuals[0][0] is None and reports[0].steps[2].contraction[0][0] is None
     expected = sample(model, steps=4, correction_steps="steps:0,1,3", max_iterations=iterations)
     untouched = sample(model, steps=4, correction_steps="all", max_iterations=iterations)
     assert relative(result[0], expected[0]) < 1e-5 < relative(expected[0], untouched[0])
@@ -110,17 +114,20 @@ def test_modes_leave_less_of_the_residual_than_fixed_damping(sample, model, mode
     assert last_residuals(lambda_mode=mode, lambda_=lambda_) < 0.7 * last_residuals(lambda_=0.5)
 
 
+class Unread(ToyGuider):
+    """A guider that reads nothing back itself."""
+
+    def __call__(self, x, sigma, model_options=None, seed=None):
+        self.calls.append(1)
+        return self.denoised(x, sigma)
+
+
 def test_loop_reads_nothing_back_at_one_iteration(host):
     """On torch's meta device there is nothing to read: a run of one iteration gets through to its end, of two it does not.
 
     The schedule stays on the CPU; dpmpp_2m is a sampler that works so.
     """
     import comfy.samplers
-
-    class Unread(ToyGuider):
-        def __call__(self, x, sigma, model_options=None, seed=None):
-            self.calls.append(1)
-            return self.denoised(x, sigma)
 
     def evaluations(iterations):
         guider = Unread("EPS")
@@ -134,3 +141,32 @@ def test_loop_reads_nothing_back_at_one_iteration(host):
 
     assert evaluations(1) == 8
     assert evaluations(2) == 2  # the first step's own and one correction, then it asks whether to go on
+
+
+@pytest.mark.parametrize("name", ["euler", "euler_ancestral", "heun", "lcm"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_reads_of_a_run_do_not_grow_with_its_corrections(host, name, masked):
+    """Scalars that are read while the sampler runs: as many with every step corrected as with none."""
+    import comfy.samplers
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function is torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    def reads(steps):
+        guider = Unread("EPS")
+        guider.inner_model.scale_latent_inpaint = lambda x, sigma, noise, latent_image: latent_image
+        settings = {**SETTINGS, "correction_steps": steps, "max_iterations": 1}
+        sampler, _ = host.run("IECSampler", sampler=comfy.samplers.sampler_object(name), **settings)
+        noise, mask = torch.ones(2, 1, 4, 4), torch.ones(2, 1, 4, 4) if masked else None
+        sigmas = torch.tensor([6.0, 4.0, 2.5, 1.0, 0.0])
+        with Reads() as counted:
+            sampler.sample(guider, sigmas, {"model_options": {}, "seed": 1}, None, noise, noise.clone(), mask, True)
+        return counted.count, len(guider.calls)
+
+    (none, evaluations), (every, corrected) = reads("none"), reads("all")
+    assert corrected == evaluations + 4 and every == none

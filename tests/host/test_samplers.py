@@ -298,7 +298,7 @@ def test_a_sampler_that_picks_its_steps_by_the_latent_is_refused(host):
     import comfy.samplers
 
     def sample_by_size(model, x, sigmas, extra_args=None, callback=None, disable=None):
-        for i in range(1 + int(x.abs().max() > 2.5)):
+        for i in range(1 + int(x.abs().max() > 5)):
             denoised = model(x, sigmas[i] * x.new_ones([len(x)]))
             callback({"x": x, "i": i, "denoised": denoised})
         return denoised
@@ -306,7 +306,9 @@ def test_a_sampler_that_picks_its_steps_by_the_latent_is_refused(host):
     settings = {"correction_steps": "all", "lambda_": LAMBDA, "max_iterations": 1, "tolerance": 0.0}
     sampler = host.run("IECSampler", sampler=comfy.samplers.KSAMPLER(sample_by_size), **settings)[0]
     guider = ToyGuider("EPS")
-    with pytest.raises(ValueError, match=r"^sampler: the steps of by_size cannot be told .* picks its steps as it goes"):
+    with pytest.raises(
+        ValueError, match=r"^sampler: the steps of by_size cannot be corrected, because it picks its steps as it goes"
+    ):
         run(sampler, guider, schedule(guider))
     assert not guider.calls
 
@@ -375,7 +377,7 @@ def test_unsampling_goes_up_the_same_way(host, model_type, point):
     sigmas[-1] *= 0.99  # at a flow's 1 there is no latent left that the host could hand on
     sampler, reports = corrected(host, "euler", evaluation_point=point)
     assert run(sampler, guider, sigmas).isfinite().all()
-    assert all(step.corrected for step in reports[0].steps)
+    assert all(step.corrected and 0 < step.residuals[0][0] < 10 for step in reports[0].steps)
     for (x, sigma), (x_in, at) in groups(guider.calls):
         step = (sigmas - sigma).abs().argmin().item()
         sigma_next = sigmas[step + 1].item()
@@ -383,3 +385,130 @@ def test_unsampling_goes_up_the_same_way(host, model_type, point):
         scale = guider.input_scale(sigma_next) / guider.input_scale(sigma) if point == "paper" else 1
         torch.testing.assert_close(x_in, scale * euler, rtol=1e-6, atol=1e-6)
         assert at == pytest.approx(sigma if point == "paper" else sigma_next)
+
+
+@pytest.mark.parametrize("model_type", ["EPS", "FLOW"])
+def test_unsampling_iterates_on(host, model_type):
+    """The way up has a negative factor of the prediction: a residual is a length all the same."""
+    guider = guider_of(model_type)
+    sampler, reports = corrected(host, "euler", max_iterations=4, tolerance=1e-9)
+    run(sampler, guider, torch.linspace(0.3, 0.9, 7))
+    assert all(step.nfe == 5 for step in reports[0].steps)
+    assert all(value > 0 for step in reports[0].steps for row in step.residuals for value in row)
+
+
+def test_dpm_adaptive_runs_uncorrected_over_any_range(host):
+    """Over a short range its error estimate is small enough to be the same for many latents."""
+    import comfy.samplers
+
+    for high, low in itertools.product((0.4, 1.0, 2.0), (0.2, 0.35)):
+        sigmas, single = torch.tensor([high, (high + low) / 2, low, 0.0]), {"dtype": torch.float32}
+        stock = run(comfy.samplers.sampler_object("dpm_adaptive"), ToyGuider("EPS"), sigmas, **single)
+        sampler = corrected(host, "dpm_adaptive", correction_steps="none")[0]
+        assert torch.equal(run(sampler, ToyGuider("EPS"), sigmas, **single), stock)
+
+
+def test_guidance_plus_plus_is_known_by_what_it_does(host):
+    """A CFG++ sampler of the host that has no cfg_pp in its name."""
+    sampler = host.run("SamplerEulerCFGpp", version="alternative")[0]
+    settings = {"correction_steps": "all", "lambda_": LAMBDA, "max_iterations": 1, "tolerance": 0.0}
+    guider = ToyGuider("EPS")
+    with pytest.raises(ValueError, match=r"^sampler: the steps of euler_pp .* because it steps with the unguided"):
+        run(host.run("IECSampler", sampler=sampler, **settings)[0], guider, schedule(guider))
+    assert not guider.calls
+
+
+def test_a_step_that_is_told_after_its_further_evaluations_is_refused(host):
+    import comfy.samplers
+
+    def sample_late(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        for i in range(len(sigmas) - 1):
+            s_in = x.new_ones([len(x)])
+            slope = (x - model(x, sigmas[i] * s_in, **extra_args)) / sigmas[i]
+            denoised = model(x + (sigmas[i + 1] - sigmas[i]) * slope, sigmas[i] * s_in, **extra_args)
+            callback({"x": x, "i": i, "denoised": denoised})
+            x = x + (sigmas[i + 1] - sigmas[i]) * (x - denoised) / sigmas[i]
+        return x
+
+    settings = {"correction_steps": "all", "lambda_": LAMBDA, "max_iterations": 1, "tolerance": 0.0}
+    guider = ToyGuider("EPS")
+    with pytest.raises(ValueError, match="because it does not say that a step begins before it evaluates further"):
+        run(host.run("IECSampler", sampler=comfy.samplers.KSAMPLER(sample_late), **settings)[0], guider, schedule(guider))
+
+
+@pytest.mark.parametrize("steps", ["none", "all"])
+def test_schedule_with_a_zero_inside(host, steps):
+    """lcm runs over it; no step can begin at no noise for a correction."""
+    import comfy.samplers
+
+    sigmas, single = torch.tensor([5.0, 2.0, 0.0, 0.0]), {"dtype": torch.float32}
+    sampler = corrected(host, "lcm", correction_steps=steps)[0]
+    if steps == "none":
+        stock = run(comfy.samplers.sampler_object("lcm"), ToyGuider("EPS"), sigmas, **single)
+        assert torch.equal(run(sampler, ToyGuider("EPS"), sigmas, **single), stock)
+    else:
+        with pytest.raises(ValueError, match="because a step of its schedule begins at sigma 0"):
+            run(sampler, ToyGuider("EPS"), sigmas, **single)
+
+
+@pytest.mark.filterwarnings("ignore:Should have t")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("euler_ancestral", {"s_noise": 0.0}), ("euler_ancestral", {"eta": 0.4, "s_noise": 1.1}), ("er_sde", {"s_noise": 0.5}),
+        ("dpmpp_sde", {"eta": 0.3, "r": 0.7}), ("dpmpp_2m_sde", {"eta": 0.5, "solver_type": "heun"}), ("seeds_2", {"eta": 0.5}),
+    ],
+)  # fmt: skip
+def test_options_of_a_sampler_are_in_its_steps(host, name, options):
+    import comfy.samplers
+
+    settings = {"correction_steps": "all", "lambda_": LAMBDA, "max_iterations": 1, "tolerance": 0.0}
+    for model_type in ("EPS", "FLOW"):
+        guider = SilentGuider(model_type)
+        sampler = host.run("IECSampler", sampler=comfy.samplers.ksampler(name, options), **settings)[0]
+        run(sampler, guider, schedule(guider))
+        for ((_, sigma), (x_in, _)), ((x_next, sigma_next), _) in itertools.pairwise(groups(guider.calls)):
+            scale = guider.input_scale(sigma_next) / guider.input_scale(sigma)
+            torch.testing.assert_close(x_in, scale * x_next, rtol=2e-6, atol=2e-6)
+
+
+def test_noise_that_is_no_multiple_of_the_draw_is_left_out(host):
+    """A sampler that clips its noise: where the step leads is not known, and the iterates go without."""
+    import comfy.samplers
+
+    def clipping(function):
+        def sample_lcm(model, x, sigmas, noise_sampler=None, **kwargs):
+            plain = noise_sampler or comfy.k_diffusion.sampling.default_noise_sampler(x, seed=kwargs["extra_args"]["seed"])
+            return function(model, x, sigmas, noise_sampler=lambda *at: plain(*at).clamp(-0.5, 0.5), **kwargs)
+
+        return sample_lcm
+
+    host_module = comfy.k_diffusion.sampling
+    stock = host_module.sample_lcm
+    host_module.sample_lcm = clipping(stock)
+    try:
+        guider = ToyGuider("EPS")
+        run(corrected(host, "lcm")[0], guider, schedule(guider))
+    finally:
+        host_module.sample_lcm = stock
+    sigmas = schedule(guider)
+    for ((x, sigma), (x_in, _)), sigma_next in zip(groups(guider.calls), sigmas[1:].tolist()):
+        euler = x + (sigma_next - sigma) * (x - guider.denoised(x, torch.full((2,), sigma, dtype=torch.float64))) / sigma
+        torch.testing.assert_close(
+            x_in, euler * guider.input_scale(sigma_next) / guider.input_scale(sigma), rtol=1e-6, atol=1e-6
+        )
+
+
+@pytest.mark.filterwarnings("ignore:Should have t")
+@pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde_gpu"])
+def test_noise_ahead_is_as_the_latent_is(host, name):
+    """A Brownian path answers as the sigmas are that it is asked for, and the rehearsal's are on the CPU."""
+    import sys
+
+    import comfy.samplers
+
+    place = host.nodes["IECSampler"].__module__.removesuffix("correct") + "host."
+    noise, rehearsal = (sys.modules[place + module] for module in ("noise", "rehearsal"))
+    x, sigmas = torch.zeros(2, 4, 8, 8, dtype=torch.float16), torch.tensor([6.0, 4.0, 1.0])
+    ahead = noise.NoiseAhead(comfy.samplers.sampler_object(name).sampler_function, x, sigmas, 3)
+    assert ahead.of([rehearsal.Draw(0, sigmas[0], sigmas[1], 0.5)]).dtype == torch.float16

@@ -50,6 +50,6 @@ class ToyGuider:
 
 def run(sampler, guider, sigmas, seed=3, shape=(2, 1, 2, 2), callback=None, dtype=torch.float64):
     """Run a SAMPLER of the host over `sigmas`, from noise; returns the final latent."""
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype).to(sigmas.device)
     extra = {"model_options": {}, "seed": seed}
     return sampler.sample(guider, sigmas.to(dtype), extra, callback, noise, torch.zeros_like(noise), None, True)
