@@ -159,7 +159,7 @@ def test_reads_of_a_run_do_not_grow_with_its_corrections(host, name, masked):
 
     def reads(steps):
         guider = Unread("EPS")
-        guider.inner_model.scale_latent_inpaint = lambda x, sigma, noise, latent_image: latent_image
+        guider.inner_model.scale_latent_inpaint = lambda latent_image, **_: latent_image
         settings = {**SETTINGS, "correction_steps": steps, "max_iterations": 1}
         sampler, _ = host.run("IECSampler", sampler=comfy.samplers.sampler_object(name), **settings)
         noise, mask = torch.ones(2, 1, 4, 4), torch.ones(2, 1, 4, 4) if masked else None
