@@ -1,36 +1,102 @@
 """DeepCache (arXiv 2312.00858): which steps are evaluated in full, and the deep features kept between them."""
 
+import math
+import re
+from dataclasses import dataclass
+
 import torch
 
+SCHEDULE_FORMS = "uniform, power:15,1.4 (center, power) or steps:0,5,9"
+FORECASTS = ("hold", "linear", "quadratic")
 
-def is_full_step(step, interval):
-    """Tell whether `step` (from 0) is evaluated in full: the first of every `interval` steps."""
-    return step % interval == 0
+
+@dataclass(frozen=True)
+class CacheSchedule:
+    """Which steps are evaluated in full. kind: "uniform", "power" (numbers: center, power), "steps" (numbers: the steps)."""
+
+    kind: str
+    numbers: tuple[float, ...] = ()
+
+    def full_steps(self, total, interval):
+        """Return the frozenset of full steps in a run of `total` steps; the first always is.
+
+        uniform: the first of every `interval` steps. power: as many steps as that, which crowd around the center, the paper's
+        non-uniform schedule (section 3.3): l^p + c, rounded down, for l evenly spaced from the p-th root of -c to that of
+        total - c, with the sign kept. Steps that coincide are taken once.
+        """
+        if self.kind == "uniform":
+            return frozenset(range(0, total, interval))
+        if self.kind == "steps":
+            return frozenset({0, *(int(step) for step in self.numbers if step < total)})
+        center, power = self.numbers
+        count = math.ceil(total / interval)
+        low, high = (math.copysign(abs(end) ** (1 / power), end) for end in (-center, total - center))
+        places = [low + (high - low) * number / count for number in range(count)]
+        steps = {math.floor(math.copysign(abs(place) ** power, place) + center + 1e-9) for place in places}
+        return frozenset({0, *(step for step in steps if 0 <= step < total)})
+
+
+def parse_cache_schedule(text):
+    """Parse a `schedule` text. Raises ValueError, with a sentence that lists the forms, for anything else."""
+    compact = re.sub(r"\s+", "", text).lower()
+    if compact == "uniform":
+        return CacheSchedule("uniform")
+    if match := re.fullmatch(r"steps:(\d+(?:,\d+)*)", compact):
+        return CacheSchedule("steps", tuple(int(part) for part in match[1].split(",")))
+    if match := re.fullmatch(r"power:(\d+(?:\.\d+)?),(\d+(?:\.\d+)?)", compact):
+        center, power = float(match[1]), float(match[2])
+        if power >= 1:
+            return CacheSchedule("power", (center, power))
+        raise ValueError(f"schedule: '{text}' has a power below 1; the paper uses 1.2 to 1.6.")
+    raise ValueError(f"schedule: '{text}' is not a known form; write {SCHEDULE_FORMS}.")
+
+
+def extrapolation_weights(positions, position):
+    """Return the weights of the values at `positions` (distinct floats) in the polynomial through them, at `position`."""
+    weights = []
+    for one in positions:
+        others = [other for other in positions if other != one]
+        weights.append(math.prod((position - other) / (one - other) for other in others))
+    return weights
 
 
 class FeatureCache:
-    """The deep feature of the last full evaluation, one slice for each conditioning entry that was in the batch.
+    """The deep features of the last full evaluations, one slice for each conditioning entry that was in the batch.
 
     A host may evaluate its conditioning entries in one batch or apart, in any order: a feature is found by the keys of
-    its entries, never by its place in a batch.
+    its entries, never by its place in a batch. forecast: "hold" keeps the last feature; "linear" and "quadratic" carry the last
+    two, three forward along the positions at which they were stored.
     """
 
-    def __init__(self):
+    def __init__(self, forecast="hold"):
+        self._kept = FORECASTS.index(forecast) + 1
         self._slices = {}
 
-    def store(self, keys, feature):
-        """Keep `feature` [len(keys) * b, ...]: equal slices along dimension 0, one a key. The tensor is copied."""
-        for key, part in zip(keys, feature.detach().clone().chunk(len(keys))):
-            self._slices[key] = part
+    def store(self, keys, feature, position):
+        """Keep `feature` [len(keys) * b, ...]: equal slices along dimension 0, one a key. The tensor is copied.
 
-    def load(self, keys, items):
-        """Return the feature for a batch of these entries with `items` rows in all, as a tensor of its own, or None
-        where an entry has none or where the batch size has changed.
+        position: where on the schedule it was evaluated, in steps; a feature at the same position is replaced.
+        """
+        for key, part in zip(keys, feature.detach().clone().chunk(len(keys))):
+            kept = [(at, old) for at, old in self._slices.get(key, []) if at != position and old.shape == part.shape]
+            self._slices[key] = [*kept, (position, part)][-self._kept :]
+
+    def load(self, keys, items, position):
+        """Return the feature at `position` for a batch of these entries with `items` rows in all, as a tensor of its own, or
+        None where an entry has none or where the batch size has changed.
         """
         parts = [self._slices.get(key) for key in keys]
-        if any(part is None or part.shape[0] * len(keys) != items for part in parts):
+        if any(part is None or part[-1][1].shape[0] * len(keys) != items for part in parts):
             return None
-        return torch.cat(parts)
+        return torch.cat([self._forecast(part, position) for part in parts])
+
+    def _forecast(self, kept, position):
+        weights = extrapolation_weights([at for at, _ in kept], position)
+        first, *rest = zip(weights, (feature for _, feature in kept))
+        total = first[1] if not rest else first[0] * first[1]
+        for weight, feature in rest:
+            total = torch.add(total, feature, alpha=weight)
+        return total
 
     def clear(self):
         """Forget every feature."""

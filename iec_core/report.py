@@ -87,9 +87,14 @@ class RunReport:
         self.seconds = sum(seconds)
         fallen = [step.step for step in self.steps if any(step.fell_back)]
         if fallen:
+            size = max(len(step.fell_back) for step in self.steps)
+            numbers = sorted({image for step in self.steps for image, fell in enumerate(step.fell_back) if fell})
+            images = (
+                "all images" if len(numbers) == size else f"the images {', '.join(map(str, numbers))} of the batch (from 0)"
+            )
             named = f"step {fallen[0]}" if len(fallen) == 1 else f"steps {', '.join(map(str, fallen))}"
             self.warnings.append(
-                f"{self.label}: the correction of {named} did not converge for every image, and fell back to its best iterate; "
+                f"{self.label}: the correction of {named} did not converge for {images}, which kept their best iterate; "
                 "try a smaller lambda_, another evaluation_point or lambda_mode, or more steps."
             )
 

@@ -31,8 +31,11 @@ class CorrectionSteps:
         if self.kind == "ends":
             count = max(1, round(total * Fraction(*self.numbers)))
             return frozenset(i for i in range(total) if i < count or i >= total - count)
-        highest = max(self.numbers) if self.kind == "steps" else self.numbers[0] - 1
-        if highest >= total:
+        if self.kind != "steps" and self.numbers[0] > total:
+            count = f"asks for {self.numbers[0]} steps, and the run has {total}"
+            raise ValueError(f"correction_steps: '{self.text}' {count}; ask for {total} at most.")
+        highest = max(self.numbers)
+        if self.kind == "steps" and highest >= total:
             raise ValueError(
                 f"correction_steps: '{self.text}' names step {highest}, but the run has {total} steps, numbered from 0 "
                 f"to {total - 1}; name steps of the run only."
@@ -53,7 +56,7 @@ def parse_correction_steps(text):
         over, under = map(int, match.groups())
         if over > 0 and 2 * over <= under:
             return CorrectionSteps(compact, "ends", (over, under))
-        raise ValueError(f"correction_steps: '{text}' takes a share at each end that is not above 0 and at most 1/2.")
+        raise ValueError(f"correction_steps: '{text}' needs a share above 0 and at most 1/2, such as ends:1/10.")
     if match := re.fullmatch(r"(first|last):(\d+)", compact):
         if int(match[2]) > 0:
             return CorrectionSteps(compact, match[1], (int(match[2]),))

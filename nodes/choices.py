@@ -8,5 +8,7 @@ def unknown_choice(options, **values):
     """
     for name, value in values.items():
         if value is not None and value not in options:
+            if not isinstance(value, str) and str(value) in options:
+                return f'{name}: {value} is a number; write it as text, "{value}".'
             return f"{name}: '{value}' is none of {', '.join(options)}."
     return None

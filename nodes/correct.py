@@ -110,7 +110,7 @@ def check(
         if isinstance(total, int):
             settings.steps.of(total)
         if sampler_name is not None:
-            check_sampler(sampler_name, settings)
+            check_sampler(sampler_name, settings, "sampler_name")
     except ValueError as error:
         return str(error)
     return True

@@ -2,8 +2,9 @@
 
 from comfy_api.latest import io
 
+from ..iec_core.caching import FORECASTS, SCHEDULE_FORMS, parse_cache_schedule
 from .choices import unknown_choice
-from .host.deepcache import CORRECTION_PASSES, apply_deepcache
+from .host.deepcache import CORRECTION_PASSES, CacheSettings, apply_deepcache
 
 
 class IECDeepCache(io.ComfyNode):
@@ -41,17 +42,62 @@ class IECDeepCache(io.ComfyNode):
                     "keep: evaluated in full, the step's first feature is reused on. reuse: evaluated as cheaply as a cached "
                     "step, on the step's own feature.",
                 ),
+                io.String.Input(
+                    "schedule",
+                    default="uniform",
+                    optional=True,
+                    tooltip=f"Which steps are evaluated in full: {SCHEDULE_FORMS}. power takes as many as uniform does at this "
+                    "interval, and crowds them around the center. The first step always is.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    optional=True,
+                    tooltip="Share of the denoising before which every step is evaluated in full.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    optional=True,
+                    tooltip="Share of the denoising from which on every step is evaluated in full.",
+                ),
+                io.Combo.Input(
+                    "forecast",
+                    options=list(FORECASTS),
+                    default="hold",
+                    optional=True,
+                    tooltip="What stands for the deep feature on the other steps. hold: that of the last full evaluation. "
+                    "linear, quadratic: those of the last two, three carried forward.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="A clone of the model that caches.")],
         )
 
     @classmethod
-    def validate_inputs(cls, correction_pass=None):
-        return unknown_choice(CORRECTION_PASSES, correction_pass=correction_pass) or True
+    def validate_inputs(cls, correction_pass=None, schedule=None, forecast=None):
+        try:
+            if schedule is not None:
+                parse_cache_schedule(schedule)
+        except ValueError as error:
+            return str(error)
+        wrong = unknown_choice(CORRECTION_PASSES, correction_pass=correction_pass)
+        return wrong or unknown_choice(FORECASTS, forecast=forecast) or True
 
     @classmethod
-    def execute(cls, model, interval, branch, correction_pass="refresh"):
-        return io.NodeOutput(apply_deepcache(model, interval, branch, correction_pass))
+    def execute(
+        cls, model, interval, branch, correction_pass="refresh", schedule="uniform", start_percent=0.0, end_percent=1.0,
+        forecast="hold",
+    ):  # fmt: skip
+        sampling = model.get_model_object("model_sampling")
+        start, end = (float(sampling.percent_to_sigma(percent)) for percent in (start_percent, end_percent))
+        settings = CacheSettings(interval, branch, parse_cache_schedule(schedule), start, end, forecast, correction_pass)
+        return io.NodeOutput(apply_deepcache(model, settings))
 
 
 NODES = [IECDeepCache]

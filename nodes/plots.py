@@ -1,5 +1,7 @@
 """Pictures of sampling runs, as RGB arrays: the error-growth plot and the labelled image grid."""
 
+import textwrap
+
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -18,21 +20,28 @@ def _picture(figure):
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _batch_means(rows):
-    """Mean over the batch of every iteration's numbers, nan where none is finite; rows: [iterations][items] or None."""
-    kept = [[value for value in row if value is not None] for row in rows]
-    return [np.mean(row) if row else np.nan for row in kept]
+def _means(step, rows):
+    """Mean of every iteration's numbers over the images that it was iterated for, nan where there is none.
+
+    step: StepReport; rows: the name of one of its lists. An image that is done has no contraction.
+    """
+    means = []
+    for row, contraction in zip(getattr(step, rows), step.contraction):
+        kept = [value for value, still in zip(row, contraction) if still is not None and value is not None]
+        means.append(np.mean(kept) if kept else np.nan)
+    return means
 
 
 def run_steps(report):
     """Draw one run's steps: evaluations and sigma, residuals, contraction and damping; uint8 [H, W, 3].
 
-    report: RunReport. Numbers are means over the batch; a point for each iteration.
+    report: RunReport. A point for each iteration, the mean over the images that it was iterated for.
     """
     figure = Figure(figsize=(10, 8), dpi=110, layout="constrained")
     cost, residual, contraction = figure.subplots(3, 1, sharex=True)
     steps = [step.step for step in report.steps]
-    figure.suptitle(f"{report.label}: IEC {report.correction}, NFE {report.nfe}, {report.seconds:.2f} s")
+    name = textwrap.shorten(report.label, 60, placeholder="...")
+    figure.suptitle(f"{name}\nIEC {report.correction}, NFE {report.nfe}, {report.seconds:.2f} s", fontsize=11)
     colours = [COLOURS[1] if step.corrected else "#BBBBBB" for step in report.steps]
     cost.bar(steps, [step.nfe for step in report.steps], color=colours, width=0.8)
     cost.set_ylabel("evaluations\n(blue: corrected)")
@@ -48,26 +57,29 @@ def run_steps(report):
         at, style = [step.step for step in reached], MARKERS[iteration % len(MARKERS)]
         name, colour = f"iteration {iteration + 1}", COLOURS[1 + iteration % (len(COLOURS) - 1)]
         for axes, rows in ((residual, "residuals"), (contraction, "contraction")):
-            values = [_batch_means(getattr(step, rows))[iteration] for step in reached]
+            values = [_means(step, rows)[iteration] for step in reached]
             axes.plot(at, values, style, color=colour, label=name, alpha=0.9)
-    damping = [(step.step, _batch_means(step.lambdas)[0]) for step in corrected]
+    damping = [(step.step, _means(step, "lambdas")[0]) for step in corrected]
     contraction.plot(*zip(*damping) if damping else ([], []), "_", color=COLOURS[0], markersize=10, label="lambda used first")
     fallen = [step.step for step in report.steps if any(step.fell_back)]
-    contraction.plot(fallen, [1] * len(fallen), "X", color=COLOURS[2], markersize=11, label="fell back")
+    for step in fallen:
+        some = {"label": "an image fell back"} if step == fallen[0] else {}
+        contraction.axvspan(step - 0.4, step + 0.4, color=COLOURS[5], alpha=0.35, linewidth=0, **some)
     residual.set_yscale("log")
     residual.set_ylabel("relative residual")
     contraction.axhline(1, color="black", linewidth=0.8)
-    contraction.set_ylabel("contraction estimate,\nbelow 1 converges")
+    contraction.set_ylabel("contraction of the\ndamped map; lambda")
     contraction.set_ylim(bottom=0)
     contraction.set_xlabel("step")
     contraction.xaxis.get_major_locator().set_params(integer=True)
     for axes in (cost, residual, contraction):
         axes.grid(True, alpha=0.25)
-        axes.set_xlim(-0.7, len(steps) - 0.3)
+        axes.set_xlim(-0.7, max(len(steps), 1) - 0.3)
     if corrected:
         figure.legend(*contraction.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
     else:
-        residual.text(0.5, 0.5, "no step was corrected", ha="center", transform=residual.transAxes)
+        text = "no step was corrected" if steps else "the sampler's steps are not known"
+        residual.text(0.5, 0.5, text, ha="center", transform=residual.transAxes)
     return _picture(figure)
 
 

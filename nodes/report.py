@@ -35,10 +35,15 @@ class IECReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, report, after=None):
-        if not report or (isinstance(report, RunLog) and after is None):
+        if isinstance(report, RunLog) and after is None:
             raise ValueError(
                 "report: it is of runs that come later; wire the latent of the last sampler that it is about into 'after', so "
                 "that it is read when that is done."
+            )
+        if not report:
+            raise ValueError(
+                "report: none of its runs was in this prompt; wire the latent of a sampler that it is about into 'after', and "
+                "change the seed if that sampler is done already."
             )
         pictures = [as_image(plots.run_steps(run)) for run in report]
         return io.NodeOutput(to_json(report), torch.cat(pictures))

@@ -1,6 +1,6 @@
 """Benchmarks behind `make benchmark`: what the correction costs and keeps, each against a baseline in the same run.
 
-    python tools/benchmark.py [overhead] [correction_pass] [evaluation_point] [--repeat N]
+    python tools/benchmark.py [overhead] [correction_pass] [evaluation_point] [samplers] [forecast] [--repeat N]
 
 Prints the tables of docs/benchmarks.md. Times are medians after a warm-up; errors are means over seeds and images.
 """
@@ -134,12 +134,12 @@ class Builtin:
             model = self._nodes["IECDeepCache"].execute(model=model, branch=0, **cache).result[0]
         return model
 
-    def sample(self, model, seed, steps=50, scheduler="ddim_uniform", **correction):
+    def sample(self, model, seed, steps=50, scheduler="ddim_uniform", sampler="ddim", **correction):
         """Return the latents [8, 3, 32, 32]; correction: inputs of IECKSampler, default none."""
         positive, negative = self._conditioning
         settings = {**CORRECTION, "correction_steps": "none", **correction}
         sampled = self._nodes["IECKSampler"].execute(
-            model=model, seed=seed, steps=steps, cfg=3.0, sampler_name="ddim", scheduler=scheduler, positive=positive,
+            model=model, seed=seed, steps=steps, cfg=3.0, sampler_name=sampler, scheduler=scheduler, positive=positive,
             negative=negative, latent_image={"samples": torch.zeros(8, 3, 32, 32)}, denoise=1.0, **settings,
         )  # fmt: skip
         return sampled.result[0]["samples"]
@@ -201,7 +201,62 @@ def evaluation_point(nodes, repeat):
             print(f"| {steps} | {name} | {' | '.join(cells)} |", flush=True)
 
 
-BENCHMARKS = {"overhead": overhead, "correction_pass": correction_pass, "evaluation_point": evaluation_point}
+def samplers(nodes, repeat):
+    """What a correction does to a full-precision run, over samplers and schedules."""
+    builtin, seed, corrections = Builtin(nodes), 2, [{}]
+    for point in ("paper", "next"):
+        corrections += [{"evaluation_point": point, "correction_steps": steps} for steps in ("ends:1/10", "all")]
+    converged = [builtin.sample(builtin.model, seed, 400, "karras")]
+    print(
+        f"\nSamplers and schedules. {device()[1]}; built-in model, float32, 20 steps, batch 8, cfg 3, seed {seed}. The error to"
+    )
+    print("400 Euler steps on karras, from the same noise.\n")
+    print("| sampler | schedule | none | paper, ends:1/10 | paper, all | next, ends:1/10 | next, all |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    rows = [("euler", schedule) for schedule in ("normal", "simple", "sgm_uniform", "karras", "beta")]
+    rows += [(name, schedule) for name in ("dpmpp_2m", "lms", "deis", "uni_pc", "heun") for schedule in ("normal", "karras")]
+    for name, schedule in rows:
+        cells = []
+        for correction in [{}] + [
+            {"evaluation_point": point, "correction_steps": steps}
+            for point in ("paper", "next")
+            for steps in ("ends:1/10", "all")
+        ]:
+            latents = [builtin.sample(builtin.model, seed, 20, schedule, name, **correction)]
+            cells.append(f"{mean_error(latents, converged):.3f}")
+        print(f"| {name} | {schedule} | {' | '.join(cells)} |", flush=True)
+
+
+def forecast(nodes, repeat):
+    """What carrying the cached features forward keeps, against holding them and against a correction of the full steps."""
+    builtin, seeds = Builtin(nodes), (2, 3)
+    print(
+        f"\nForecast. {device()[1]}; built-in model, float32, DDIM, batch 8, cfg 3, seeds {seeds}; DeepCache branch 0. Error to"
+    )
+    print("full precision without a cache, and in brackets the time as a share of its.\n")
+    print("| steps | interval | hold | linear | quadratic | hold, next on full steps | linear, next on full steps |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for steps in (20, 50):
+        references = [builtin.sample(builtin.model, seed, steps) for seed in seeds]
+        full = median_seconds(lambda: builtin.sample(builtin.model, 2, steps), repeat)  # noqa: B023
+        for interval in (2, 3, 5):
+            on_full = {"evaluation_point": "next", "correction_steps": f"steps:{','.join(map(str, range(0, steps, interval)))}"}
+            cells = []
+            for kind, correction in (("hold", {}), ("linear", {}), ("quadratic", {}), ("hold", on_full), ("linear", on_full)):
+                model = builtin.variant(interval=interval, forecast=kind)
+                error = mean_error([builtin.sample(model, seed, steps, **correction) for seed in seeds], references)
+                seconds = median_seconds(lambda: builtin.sample(model, 2, steps, **correction), repeat)  # noqa: B023
+                cells.append(f"{error:.3f} ({seconds / full:.2f})")
+            print(f"| {steps} | {interval} | {' | '.join(cells)} |", flush=True)
+
+
+BENCHMARKS = {
+    "overhead": overhead,
+    "correction_pass": correction_pass,
+    "evaluation_point": evaluation_point,
+    "samplers": samplers,
+    "forecast": forecast,
+}
 
 
 def main():

@@ -68,7 +68,8 @@ class CorrectedDenoiser(CountedDenoiser):
             self._report.keep(step, x)
         if step in self._corrected and is_own:
             return self._correct(step, x, sigma, extra_args)
-        return self._evaluate(step, x, sigma, _tell(extra_args, step) if is_own else extra_args)
+        begins = self._rehearsal.steps[step].step.sigma
+        return self._evaluate(step, x, sigma, _tell(extra_args, step, begins) if is_own else extra_args)
 
     def _correct(self, step, x, sigma, extra_args):
         rehearsed = self._rehearsal.steps[step]
@@ -77,7 +78,7 @@ class CorrectedDenoiser(CountedDenoiser):
         def evaluate(x_in, at, iteration):
             nonlocal uncorrected
             place = sigma if iteration == 0 else torch.full_like(sigma, at)
-            denoised = self._evaluate(step, x_in, place, _tell(extra_args, step, iteration))
+            denoised = self._evaluate(step, x_in, place, _tell(extra_args, step, at, iteration))
             if iteration == 0 and extra_args.get("denoise_mask") is not None:
                 uncorrected = denoised
             return denoised
@@ -145,12 +146,12 @@ def _departed():
     )
 
 
-def _tell(extra_args, step, iteration=0):
-    """Return the sampler's extra arguments with the step and iteration in the transformer options, for whatever else is on
-    the MODEL.
+def _tell(extra_args, step, sigma, iteration=0):
+    """Return the sampler's extra arguments with step, iteration and sigma (a float) in the transformer options, for whatever
+    else is on the MODEL.
     """
     model_options = dict(extra_args.get("model_options", {}))
-    iec = {"step": step, "iteration": iteration}
+    iec = {"step": step, "iteration": iteration, "sigma": sigma}
     model_options["transformer_options"] = {**model_options.get("transformer_options", {}), KEY: iec}
     return {**extra_args, "model_options": model_options}
 
@@ -169,11 +170,13 @@ def refusal(name):
     return None
 
 
-def check_sampler(name, settings):
-    """Raise ValueError for a sampler, by its name in the host's list, that cannot be corrected as `settings` say."""
+def check_sampler(name, settings, of="sampler"):
+    """Raise ValueError for a sampler, by its name in the host's list, that cannot be corrected as `settings` say; of: the
+    input that names it.
+    """
     reason = None if settings.is_off else refusal(name)
     if reason:
-        raise ValueError(f"sampler: {reason}; choose another sampler, or correction_steps none.")
+        raise ValueError(f"{of}: {reason}; choose another sampler, or correction_steps none.")
 
 
 class CorrectedSampler(comfy.samplers.KSAMPLER):

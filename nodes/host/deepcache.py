@@ -7,15 +7,17 @@ of no channels, at no cost.
 """
 
 import copy
+import math
+from dataclasses import dataclass
 
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential, UNetModel
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 
-from ...iec_core.caching import FeatureCache, is_full_step
+from ...iec_core.caching import CacheSchedule, FeatureCache
 from .runs import keep_for_run
-from .steps import current_step
+from .steps import Schedule
 
 KEY = "iec_deepcache"
 
@@ -31,32 +33,64 @@ class _Skipped(torch.nn.Module):
         return x[:, :0]
 
 
+UNIFORM = CacheSchedule("uniform")
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """interval, branch: DeepCache's. schedule: a CacheSchedule. start, end: sigmas between which (start inclusive, end
+    exclusive) steps are cached. forecast: one of iec_core.caching.FORECASTS. correction_pass: one of CORRECTION_PASSES.
+    """
+
+    interval: int
+    branch: int
+    schedule: CacheSchedule = UNIFORM
+    start: float = math.inf
+    end: float = -math.inf
+    forecast: str = "hold"
+    correction_pass: str = "refresh"
+
+    def full_steps(self, sigmas):
+        """Return the frozenset of the steps that are evaluated in full over a schedule of n + 1 sigmas."""
+        full = self.schedule.full_steps(max(len(sigmas) - 1, 1), self.interval)
+        outside = {step for step, sigma in enumerate(sigmas[:-1]) if not self.start >= sigma > self.end}
+        return full | outside
+
+
 class DeepCache:
     """One sampling run's cache: `forward` decides for each evaluation whether it is full or cached."""
 
-    def __init__(self, unet, interval, branch, correction_pass):
-        self.interval = interval
-        self.branch = branch
-        self.correction_pass = correction_pass
-        self.first = len(unet.output_blocks) - 1 - branch  # the first output block that a cached evaluation runs
-        self.features = FeatureCache()
+    def __init__(self, unet, settings):
+        self.settings = settings
+        self.branch = settings.branch
+        self.first = len(unet.output_blocks) - 1 - settings.branch  # the first output block that a cached evaluation runs
+        self.features = FeatureCache(settings.forecast)
+        self._schedule = self._full = None
 
     def clear(self):
         """Forget the features."""
         self.features.clear()
 
+    def _locate(self, transformer_options):
+        """Return (whether the evaluation's step is a full one, its position on the schedule)."""
+        if self._schedule is None:
+            self._schedule = Schedule(transformer_options)
+            self._full = self.settings.full_steps(self._schedule.sigmas)
+        step, position = self._schedule.locate(transformer_options)
+        return step in self._full, position
+
     def forward(self, executor, x, timesteps, context, y, control, transformer_options, **kwargs):
         """Evaluate the U-Net in full, keeping the deep feature, or over the shallow blocks with the kept one."""
         keys = _entry_keys(x, transformer_options)
         is_correction = transformer_options.get("iec", {}).get("iteration", 0) > 0
-        is_full = is_full_step(current_step(transformer_options), self.interval)
+        is_full, position = self._locate(transformer_options)
         feature = None
-        if not is_full or (is_correction and self.correction_pass == "reuse"):
-            feature = self.features.load(keys, x.shape[0])
+        if not is_full or (is_correction and self.settings.correction_pass == "reuse"):
+            feature = self.features.load(keys, x.shape[0], position)
         if feature is None:
-            if is_correction and self.correction_pass == "keep":
+            if is_correction and self.settings.correction_pass == "keep":
                 return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
-            options = self._at_feature(transformer_options, lambda h, options: self._keep(keys, h))
+            options = self._at_feature(transformer_options, lambda h, options: self._keep(keys, h, position))
             return executor(x, timesteps, context, y, control, options, **kwargs)
 
         shallow = self._shallow(executor.class_obj)
@@ -77,8 +111,8 @@ class DeepCache:
         patches = {**patches, "output_block_patch": [patch, *patches.get("output_block_patch", [])]}
         return {**transformer_options, "patches": patches}
 
-    def _keep(self, keys, h):
-        self.features.store(keys, h)
+    def _keep(self, keys, h, position):
+        self.features.store(keys, h, position)
         return h
 
     def _resume(self, feature, unet, options):
@@ -144,9 +178,8 @@ def _entry_keys(x, transformer_options):
     return [(*entry, *place) for entry in zip(transformer_options["cond_or_uncond"], transformer_options["uuids"])]
 
 
-def apply_deepcache(model, interval, branch, correction_pass="refresh"):
-    """Return a clone of a U-Net MODEL that evaluates its deep blocks on the first of every `interval` steps only.
-    correction_pass: one of CORRECTION_PASSES.
+def apply_deepcache(model, settings):
+    """Return a clone of a U-Net MODEL that evaluates its deep blocks on full steps only, as CacheSettings say.
 
     Raises ValueError where the MODEL is no U-Net, has no such branch, or has a DeepCache already.
     """
@@ -156,19 +189,16 @@ def apply_deepcache(model, interval, branch, correction_pass="refresh"):
             f"model: IECDeepCache needs a U-Net such as those of SD 1.5 or SDXL, and this MODEL is a {type(unet).__name__}."
         )
     blocks = len(unet.output_blocks)
-    if not 0 <= branch < blocks:
-        raise ValueError(f"branch: this U-Net has branches 0 to {blocks - 1}, and {branch} is none of them.")
+    if not 0 <= settings.branch < blocks:
+        raise ValueError(f"branch: this U-Net has branches 0 to {blocks - 1}, and {settings.branch} is none of them.")
     if model.get_wrappers(WrappersMP.DIFFUSION_MODEL, KEY):
         raise ValueError("model: this MODEL has a DeepCache already; use one IECDeepCache node only.")
-
-    def make_cache():
-        return DeepCache(unet, interval, branch, correction_pass)
 
     def forward(executor, x, timesteps, context, y, control, transformer_options, **kwargs):
         run = transformer_options[KEY]
         return run.forward(executor, x, timesteps, context, y, control, transformer_options, **kwargs)
 
     model = model.clone()
-    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, keep_for_run(KEY, make_cache))
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, keep_for_run(KEY, lambda: DeepCache(unet, settings)))
     model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, forward)
     return model

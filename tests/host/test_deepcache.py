@@ -10,8 +10,8 @@ STEPS = 8
 
 @pytest.fixture
 def cached(host, model):
-    return lambda interval, branch=0, source=None: host.run(
-        "IECDeepCache", model=source or model, interval=interval, branch=branch
+    return lambda interval, branch=0, source=None, **settings: host.run(
+        "IECDeepCache", model=source or model, interval=interval, branch=branch, **settings
     )[0]
 
 
@@ -46,21 +46,56 @@ def shallow_and_deep(unet, x, timesteps, y, branch, deep):
     return unet.out(h), deep
 
 
-@pytest.mark.parametrize(("interval", "branch", "cfg"), [(2, 0, 2.0), (3, 2, 2.0), (5, 0, 1.0), (3, 7, 2.0), (4, 4, 2.0)])
-def test_equals_deepcache_restated(host, sample, model, cached, conditioning, relative, interval, branch, cfg):
-    result = sample(cached(interval, branch), steps=STEPS, cfg=cfg)
+def carried_forward(features, step, degree):
+    """Lagrange's polynomial through the last degree + 1 of the (step, feature), at `step`."""
+    nodes, total = features[-degree - 1 :], 0
+    for i, (here, feature) in enumerate(nodes):
+        weight = 1.0
+        for j, (there, _) in enumerate(nodes):
+            weight *= (step - there) / (here - there) if i != j else 1
+        total = total + weight * feature
+    return total
+
+
+@pytest.mark.parametrize(
+    ("interval", "branch", "cfg", "settings", "full"),
+    [
+        (2, 0, 2.0, {}, {0, 2, 4, 6}),
+        (3, 2, 2.0, {}, {0, 3, 6}),
+        (5, 0, 1.0, {}, {0, 5}),
+        (3, 7, 2.0, {}, {0, 3, 6}),
+        (4, 4, 2.0, {}, {0, 4}),
+        (2, 0, 2.0, {"forecast": "linear"}, {0, 2, 4, 6}),
+        (3, 1, 2.0, {"forecast": "quadratic", "schedule": "steps:1,3,4,7"}, {0, 1, 3, 4, 7}),
+        (3, 0, 1.0, {"schedule": "steps:2,5"}, {0, 2, 5}),
+        (3, 0, 2.0, {"schedule": "power:2,1.6"}, {0, 1, 3}),
+        (
+            4,
+            0,
+            2.0,
+            {"start_percent": 0.4, "end_percent": 0.8},
+            {0, 1, 2, 4, 6, 7},
+        ),  # timesteps 876, 751 ... 1, of which those up to 599 and above 200 are cached
+    ],
+)
+def test_equals_deepcache_restated(
+    host, sample, model, cached, conditioning, relative, interval, branch, cfg, settings, full
+):  # fmt: skip
+    result = sample(cached(interval, branch, **settings), steps=STEPS, cfg=cfg)
+    degree = {"linear": 1, "quadratic": 2}.get(settings.get("forecast"), 0)
 
     unet, sampling = model.model.diffusion_model, model.get_model_object("model_sampling")
     labels = [entry[0][1]["pooled_output"] for entry in conditioning]
     y = torch.cat([labels[0], labels[1].expand(2, -1)])
     sigmas = host.run("BasicScheduler", model=model, scheduler="ddim_uniform", steps=STEPS, denoise=1.0)[0]
     x = torch.randn(2, 3, 32, 32, generator=torch.manual_seed(7)) * sigmas[0]
-    feature = None
+    features = []
     for step, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
         x2 = torch.cat([x, x]) / (sigma**2 + 1).sqrt()
         timestep = sampling.timestep(sigma).expand(4).float()
-        reuse = feature if step % interval else None
+        reuse = None if step in full else carried_forward(features, step, degree)
         v, feature = shallow_and_deep(unet, x2, timestep, y, branch, reuse)
+        features += [(step, feature)] if step in full else []
         denoised = torch.cat([x, x]) / (sigma**2 + 1) - v * sigma / (sigma**2 + 1).sqrt()
         guided = denoised[2:] + cfg * (denoised[:2] - denoised[2:])
         x = x + (sigma_next - sigma) * (x - guided) / sigma
@@ -146,7 +181,7 @@ def test_control_reaches_the_blocks_that_are_run(model):
 
     module = sys.modules[next(name for name in sys.modules if name.endswith("nodes.host.deepcache"))]
     unet = model.model.diffusion_model
-    cache = module.DeepCache(unet, 2, 1, "refresh")
+    cache = module.DeepCache(unet, module.CacheSettings(2, 1))
     control = {
         "input": [f"in {i}" for i in reversed(range(8))],
         "middle": ["mid"],
@@ -195,7 +230,7 @@ def test_an_error_in_the_run_leaves_nothing_behind(host, sample, model, cached):
     ]
 
     def fail(h, hsp, options):
-        if options.get("iec") == {"step": 3, "iteration": 1}:
+        if (options["iec"]["step"], options["iec"]["iteration"]) == (3, 1):
             raise RuntimeError("stop here")
         return h, hsp
 

@@ -53,7 +53,7 @@ def test_plot_has_a_picture_for_every_run(host, sample, model):
 def test_report_of_no_run_is_refused(host, model):
     reports = host.run("IECApply", model=model, **SETTINGS)[1]
     later = {"samples": torch.zeros(1, 3, 32, 32)}
-    with pytest.raises(ValueError, match=r"^report: it is of runs that come later"):
+    with pytest.raises(ValueError, match=r"^report: none of its runs was in this prompt"):
         host.run("IECReport", report=reports, after=later)
     reports.begin()
     with pytest.raises(ValueError, match=r"^report: it is of runs that come later"):
@@ -101,7 +101,7 @@ def test_correction_that_is_not_finite_keeps_the_prediction(sample, failing, mod
     untouched = sample(model, steps=4, correction_steps="all", max_iterations=iterations)
     assert relative(result[0], expected[0]) < 1e-5 < relative(expected[0], untouched[0])
     assert relative(result[1], untouched[1]) < 1e-5
-    assert "step 2 did not converge for every image" in reports[0].warnings[0]
+    assert "step 2 did not converge for the images 0 of the batch" in reports[0].warnings[0]
 
 
 @pytest.mark.parametrize(("mode", "lambda_"), [("contractive", 0.9), ("anderson", 0.5)])

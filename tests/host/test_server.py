@@ -158,7 +158,7 @@ BAD = [
     ({"steps": 0}, "steps: 0 is outside 1 to 10000"),
     ({"scheduler": "fast"}, "scheduler: 'fast' is none of simple"),
     ({"sampler_name": "fast"}, "sampler_name: 'fast' is none of euler"),
-    ({"sampler_name": "euler_cfg_pp"}, "sampler: euler_cfg_pp steps with the unguided prediction"),
+    ({"sampler_name": "euler_cfg_pp"}, "sampler_name: euler_cfg_pp steps with the unguided prediction"),
     ({"evaluation_point": "middle"}, "evaluation_point: 'middle' is none of paper, next"),
     ({"lambda_": "x"}, "Failed to convert an input value to a FLOAT value: lambda_, x"),
     ({"steps": "x"}, "Failed to convert an input value to a INT value: steps, x"),

@@ -38,10 +38,17 @@ def test_unknown_word_lists_the_forms():
         parse_correction_steps("middle")
 
 
-@pytest.mark.parametrize(("text", "step"), [("steps:0,10", 10), ("first:11", 10), ("last:11", 10)])
+@pytest.mark.parametrize(("text", "step"), [("steps:0,10", 10), ("steps:12", 12)])
 def test_step_outside_the_run_is_refused(text, step):
     assert parse_correction_steps(text).of(step + 1)
     with pytest.raises(ValueError, match=rf"names step {step}, but the run has 10 steps, numbered from 0 to 9"):
+        parse_correction_steps(text).of(10)
+
+
+@pytest.mark.parametrize("text", ["first:11", "last:11"])
+def test_more_steps_than_the_run_has_are_refused(text):
+    assert len(parse_correction_steps(text).of(11)) == 11
+    with pytest.raises(ValueError, match=r"asks for 11 steps, and the run has 10; ask for 10 at most"):
         parse_correction_steps(text).of(10)
 
 
