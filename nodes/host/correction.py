@@ -19,6 +19,7 @@ from .noise import NoiseAhead, can_draw_ahead, sampler_name
 from .rehearsal import CannotRehearse, rehearse
 
 KEY = "iec"
+HIGH_GAIN = 2  # steps of even width have 1.5 with dpmpp_2m
 TRY_PRECISION = "Try another precision of the model, or fewer patches on it."
 
 
@@ -128,8 +129,7 @@ class CorrectedDenoiser(CountedDenoiser):
         steps = [*(step for step, _ in self._finite), len(self._rehearsal.steps) - 1]
         flags = torch.stack([*(flag for _, flag in self._finite), samples.isfinite().all()]).tolist()
         self._report.finish(self._traces, self._stopwatch.seconds())
-        for warning in self._report.warnings:
-            logging.warning(f"[ComfyUI-IEC] {warning}")
+        self._warn()
         if not all(flags):
             step = steps[flags.index(False)]
             raise RuntimeError(
@@ -137,6 +137,19 @@ class CorrectedDenoiser(CountedDenoiser):
                 f"{self._rehearsal.steps[step].step.sigma:.4g}), the network returned NaN or infinity; no latent is passed "
                 f"on. {TRY_PRECISION}"
             )
+
+    def _warn(self):
+        """Add to the report what the sampler makes of a correction, if that is much, and log its warnings."""
+        gains = {step: abs(self._rehearsal.steps[step].gain) for step in self._corrected}
+        worst = max(gains, key=gains.get, default=None)
+        if worst is not None and gains[worst] > HIGH_GAIN:
+            self._report.warnings.append(
+                f"{self._report.label}: this sampler extrapolates from its last predictions, and so multiplies what a "
+                f"correction changes, by {gains[worst]:.1f} in step {worst}; take a schedule of even steps such as karras, or "
+                "leave that step out."
+            )
+        for warning in self._report.warnings:
+            logging.warning(f"[ComfyUI-IEC] {warning}")
 
 
 def _departed():

@@ -8,6 +8,7 @@ latent, its predictions and its noise: a rehearsal batch of unit vectors reads o
     item 0: latent 1, predictions 0, noise 0
     item 1: latent 0, predictions 1, noise 0        history and further evaluations of a step count as the step's own
     item 2 + m: latent 0, predictions 0, draw m is 1
+    last item but one: latent 0, every other prediction 1, noise 0: tells what a prediction does by itself, without history
     last item: three times all of them together, which a sampler that is affine takes to three times their sum
 """
 
@@ -37,10 +38,15 @@ class Draw:
 
 @dataclass(frozen=True)
 class RehearsedStep:
-    """A step and the draws of noise that enter its result."""
+    """A step and the draws of noise that enter its result.
+
+    gain: by how much the step multiplies a change of its own prediction, against a step without history: for dpmpp_2m
+    1 + h / (2 h_last), about that where the history is longer, 1 for a sampler of several evaluations a step.
+    """
 
     step: Step
     draws: tuple[Draw, ...] = ()
+    gain: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ class _StandIn:
         if _guidance_patches(model_options) != self._patches:
             raise CannotRehearse("it steps with the unguided prediction of its last evaluation")
         self._record.evaluations.append((float(sigma.flatten()[0]), _numbers(x)))
-        return self._predict(x)
+        return self._predict(x, len(self._record.evaluations) - 1)
 
 
 def _guidance_patches(model_options):
@@ -109,8 +115,8 @@ def _spread(numbers, x):
 def _play(function, model, like, sigmas, extra_args, options, latent, predict, noise):
     """Run the sampler function on a batch of numbers, and return the _Record.
 
-    latent: [items]; predict(x): the denoised prediction at x; noise(number): [items] for each draw. like: the run's latent,
-    for its dimensions and dtype.
+    latent: [items]; predict(x, number): the denoised prediction at x, in the evaluation of that number; noise(number): [items]
+    for each draw. like: the run's latent, for its dimensions and dtype.
     """
     record = _Record()
 
@@ -149,7 +155,7 @@ def _own_evaluations(record, begins):
 
 
 def _factors(record, own, index):
-    """Return (a, b, [(draw, factor)], whether it is so) for x' = a x + b D + sum of factor * noise of a step."""
+    """Return (a, b, [(draw, factor)], gain, whether it is so) for x' = a x + b D + sum of factor * noise of a step."""
     x = record.evaluations[own[index]][1]
     is_last = index + 1 == len(own)
     x_next = record.final if is_last else record.evaluations[own[index + 1]][1]
@@ -158,7 +164,10 @@ def _factors(record, own, index):
     draws = [number for number, (before, *_) in enumerate(record.draws) if before in within]
     moved = x_next - a * x
     is_affine = math.isclose(moved[-1], 3 * moved[:-1].sum(), rel_tol=1e-4, abs_tol=1e-4)
-    return a, moved[1].item(), [(number, moved[2 + number].item()) for number in draws], is_affine
+    b, alone = moved[1].item(), moved[-2].item()
+    has_one_evaluation = len(own) == len(record.evaluations)
+    gain = (1 - alone / b if index % 2 else alone / b) if b and has_one_evaluation else 1.0
+    return a, b, [(number, moved[2 + number].item()) for number in draws], gain, is_affine
 
 
 def _preserves_the_image(a, b, sigma, sigma_next):
@@ -189,10 +198,16 @@ def rehearse(function, model, like, sigmas, extra_args, options, can_draw):
             raise CannotRehearse(f"it cannot be run on numbers ({type(error).__name__}: {error})") from error
 
     # First over a curve and far out: a sampler that looks at its latent does something else than over the unit vectors.
-    first = play(torch.tensor([20.0, -15.0]), lambda x: torch.sin(3 * x), lambda _: torch.zeros(2))
-    units = torch.eye(2 + len(first.draws), 3 + len(first.draws))
+    first = play(torch.tensor([20.0, -15.0]), lambda x, _: torch.sin(3 * x), lambda _: torch.zeros(2))
+    units = torch.eye(2 + len(first.draws), 4 + len(first.draws))
     units[:, -1] = 3
-    record = play(units[0], lambda x: _spread(units[1], x), lambda number: units[min(2 + number, len(units) - 1)])
+    alternating = torch.zeros(units.shape[1])
+    alternating[-2:] = torch.tensor([1.0, 3.0])
+    record = play(
+        units[0],
+        lambda x, number: _spread(units[1] + (number + 1) % 2 * alternating, x),
+        lambda number: units[min(2 + number, len(units) - 1)],
+    )
     if record.pattern() != first.pattern():
         raise CannotRehearse("it picks its steps as it goes")
     if not record.callbacks or [step for step, _ in record.callbacks] != list(range(len(record.callbacks))):
@@ -208,14 +223,14 @@ def rehearse(function, model, like, sigmas, extra_args, options, can_draw):
     for index, (sigma, sigma_next) in enumerate(zip(starts, ends)):
         if sigma == 0:
             raise CannotRehearse("a step of its schedule begins at sigma 0")
-        a, b, factors, is_affine = _factors(record, own, index)
+        a, b, factors, gain, is_affine = _factors(record, own, index)
         sigma_next = a * sigma if sigma_next is None else sigma_next
         scale = _input_scale(sampling, sigma_next) / _input_scale(sampling, sigma)
         if factors and can_draw and is_affine and _preserves_the_image(a, b, sigma, sigma_next):
             draws = tuple(Draw(number, *record.draws[number][1:], factor) for number, factor in factors if factor)
-            steps.append(RehearsedStep(Step(sigma, sigma_next, a, b, scale), draws))
+            steps.append(RehearsedStep(Step(sigma, sigma_next, a, b, scale), draws, gain))
         else:
-            steps.append(RehearsedStep(Step.euler(sigma, sigma_next, scale)))
+            steps.append(RehearsedStep(Step.euler(sigma, sigma_next, scale), gain=gain))
     evaluations = [(max(bisect(begins, number) - 1, 0), number in own) for number in range(len(record.evaluations))]
     return Rehearsal(steps, evaluations)
 

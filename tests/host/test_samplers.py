@@ -512,3 +512,27 @@ def test_noise_ahead_is_as_the_latent_is(host, name):
     x, sigmas = torch.zeros(2, 4, 8, 8, dtype=torch.float16), torch.tensor([6.0, 4.0, 1.0])
     ahead = noise.NoiseAhead(comfy.samplers.sampler_object(name).sampler_function, x, sigmas, 3)
     assert ahead.of([rehearsal.Draw(0, sigmas[0], sigmas[1], 0.5)]).dtype == torch.float16
+
+
+@pytest.mark.parametrize(("scheduler", "is_warned"), [("normal", True), ("karras", False)])
+def test_history_that_multiplies_a_correction_is_reported(host, scheduler, is_warned):
+    """dpmpp_2m takes its step with (1 + h / (2 h_last)) D - h / (2 h_last) D_last, h being the step's width in log sigma."""
+    import sys
+
+    import comfy.samplers
+
+    module = sys.modules[host.nodes["IECSampler"].__module__.removesuffix("correct") + "host.rehearsal"]
+    guider = ToyGuider("EPS")
+    sigmas = comfy.samplers.calculate_sigmas(guider.inner_model.model_sampling, scheduler, 20)
+    function = comfy.samplers.sampler_object("dpmpp_2m").sampler_function
+    wrap = comfy.samplers.KSamplerX0Inpaint(guider, sigmas)
+    steps = module.rehearse(function, wrap, torch.zeros(1, 1, 2, 2), sigmas, {"seed": 1}, {}, True).steps
+    widths = [(here / then).log().item() for here, then in itertools.pairwise(sigmas[:-1])]
+    for number in range(1, 19):
+        expected = 1 + widths[number] / (2 * widths[number - 1])
+        assert steps[number].gain == pytest.approx(expected, rel=1e-2)
+    assert steps[0].gain == pytest.approx(1) and steps[-1].gain == pytest.approx(1)
+    for name, warned in (("dpmpp_2m", is_warned), ("euler", False), ("heun", False)):
+        sampler, reports = corrected(host, name, correction_steps="ends:1/10")
+        run(sampler, ToyGuider("EPS"), sigmas)
+        assert any("extrapolates from its last predictions" in text for text in reports[0].warnings) == warned
