@@ -27,15 +27,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .choices import unknown_choice
 from .schedule import CorrectionSteps, parse_correction_steps
 
 EVALUATION_POINTS = ("paper", "next")
 LAMBDA_MODES = ("fixed", "contractive", "anderson")
-
-
-def _one_of(name, value, known):
-    if value not in known:
-        raise ValueError(f"{name}: '{value}' is none of {', '.join(known)}.")
 
 
 @dataclass(frozen=True)
@@ -68,8 +64,10 @@ class CorrectionSettings:
             raise ValueError(f"max_iterations: {max_iterations} is negative; 0 turns the correction off.")
         if not tolerance >= 0:
             raise ValueError(f"tolerance: {tolerance} is not a number of at least 0; the paper uses 1e-5.")
-        _one_of("evaluation_point", evaluation_point, EVALUATION_POINTS)
-        _one_of("lambda_mode", lambda_mode, LAMBDA_MODES)
+        wrong = unknown_choice(EVALUATION_POINTS, evaluation_point=evaluation_point)
+        wrong = wrong or unknown_choice(LAMBDA_MODES, lambda_mode=lambda_mode)
+        if wrong:
+            raise ValueError(wrong)
         steps = parse_correction_steps(correction_steps)
         return cls(steps, lambda_, max_iterations, tolerance, evaluation_point, lambda_mode)
 
@@ -84,9 +82,8 @@ class CorrectionSettings:
             return "none"
         paper = CorrectionSettings(self.steps)
         words = [self.steps.text]
-        words += [
-            getattr(self, name) for name in ("evaluation_point", "lambda_mode") if getattr(self, name) != getattr(paper, name)
-        ]
+        words += [self.evaluation_point] if self.evaluation_point != paper.evaluation_point else []
+        words += [self.lambda_mode] if self.lambda_mode != paper.lambda_mode else []
         words += [f"lambda {self.lambda_:g}"] if self.lambda_ != paper.lambda_ else []
         words += [f"K {self.max_iterations}"] if self.max_iterations != paper.max_iterations else []
         return " ".join(words)

@@ -46,11 +46,11 @@ def _shown(value):
 class RunReport:
     """Filled by the corrected sampler while it runs.
 
-    label: the run's name in tables and plots. correction: `CorrectionSettings.summary`. steps: a
-    StepReport each. sigmas: where the steps begin, and the last one's end, n + 1 values. nfe: evaluations of the denoiser.
-    seconds: wall time of the sampler function. warnings: sentences on what a user should know. latents: with `keep_latents`,
-    the latent at the start of every step and the final one, n + 1 float32 CPU tensors [B, ...]. They are in the network's
-    coordinates; `result` is the run's output as the host hands it on, which is what a VAE decodes.
+    label: the run's name in tables and plots. correction: `CorrectionSettings.summary`. steps: a StepReport each. sigmas: where
+    the steps begin, and the last one's end, n + 1 values. nfe: evaluations of the denoiser. seconds: wall time of the sampler
+    function. warnings: sentences on what a user should know. latents: with `keep_latents`, the latent at the start of every
+    step and the final one, n + 1 float32 CPU tensors [B, ...]. They are in the network's coordinates; `result` is the run's
+    output as the host hands it on, which is what a VAE decodes.
     """
 
     label: str

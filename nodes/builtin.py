@@ -3,7 +3,7 @@
 import torch
 from comfy_api.latest import io
 
-from .choices import unknown_choice
+from ..iec_core.choices import unknown_choice
 from .host.builtin_model import class_conditioning, load_builtin_model
 
 PRECISIONS = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

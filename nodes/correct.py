@@ -5,10 +5,10 @@ import nodes as host_nodes
 from comfy_api.latest import io
 from comfy_execution.utils import get_executing_context
 
+from ..iec_core.choices import unknown_choice
 from ..iec_core.correction import EVALUATION_POINTS, LAMBDA_MODES, CorrectionSettings
 from ..iec_core.report import RunReport
 from ..iec_core.schedule import FORMS
-from .choices import unknown_choice
 from .host.correction import apply_correction, check_sampler, with_correction
 from .types import Report
 

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..iec_core.caching import FORECASTS, SCHEDULE_FORMS, parse_cache_schedule
-from .choices import unknown_choice
+from ..iec_core.choices import unknown_choice
 from .host.deepcache import CORRECTION_PASSES, CacheSettings, apply_deepcache
 
 

@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io
 
+from ..iec_core.choices import unknown_choice
 from ..iec_core.quantization import ACTIVATION_BITS, WEIGHT_BITS
-from .choices import unknown_choice
 from .host.quantize import apply_quantization
 
 WEIGHT_CHOICES = [str(bits) for bits in WEIGHT_BITS]

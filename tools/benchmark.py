@@ -6,7 +6,6 @@ Prints the tables of docs/benchmarks.md. Times are medians after a warm-up; erro
 """
 
 import argparse
-import asyncio
 import platform
 import statistics
 import time
@@ -23,18 +22,6 @@ SD15 = {
     "use_spatial_transformer": True, "context_dim": 768, "use_linear_in_transformer": False, "legacy": False,
 }  # fmt: skip
 CORRECTION = {"correction_steps": "all", "lambda_": 0.5, "max_iterations": 1, "tolerance": 1e-5}
-
-
-def load_nodes():
-    """Return the host's node classes, the pack's among them."""
-    comfyui.import_comfy(cpu=not torch.cuda.is_available())
-    import comfy.utils
-    import nodes
-
-    comfy.utils.set_progress_bar_enabled(False)
-    if not asyncio.run(nodes.load_custom_node(str(comfyui.provide() / "custom_nodes" / comfyui.PACK))):
-        raise RuntimeError("the pack did not load; see the log above")
-    return nodes.NODE_CLASS_MAPPINGS
 
 
 def device():
@@ -264,7 +251,7 @@ def main():
     parser.add_argument("names", nargs="*", choices=[[], *BENCHMARKS], help="default: all")
     parser.add_argument("--repeat", type=int, default=5, help="timed calls of each, after one that is not timed")
     arguments = parser.parse_args()
-    nodes = load_nodes()
+    nodes = comfyui.load_nodes(cpu=not torch.cuda.is_available())
     with torch.inference_mode():
         for name in arguments.names or BENCHMARKS:
             BENCHMARKS[name](nodes, arguments.repeat)

@@ -7,6 +7,7 @@ pack is linked into the host's `custom_nodes`. A folder counts as whole only if 
 last: one that is broken or half made is made again.
 """
 
+import asyncio
 import hashlib
 import os
 import pathlib
@@ -130,6 +131,24 @@ def import_comfy(**options):
 
     for name, value in options.items():
         setattr(args, name, value)
+
+
+def load_nodes(*stock, **options):
+    """Load ComfyUI and the pack into this process, without a console bar; return the node classes by id.
+
+    stock: names of further node files of the host, such as "custom_sampler". options: as for `import_comfy`. Raises
+    RuntimeError where one of them does not load.
+    """
+    import_comfy(**options)
+    import comfy.utils
+    import nodes
+
+    comfy.utils.set_progress_bar_enabled(False)
+    folder = provide()
+    for path in (folder / "custom_nodes" / PACK, *(folder / "comfy_extras" / f"nodes_{name}.py" for name in stock)):
+        if not asyncio.run(nodes.load_custom_node(str(path))):
+            raise RuntimeError(f"ComfyUI could not load {path.name}; see the log above")
+    return nodes.NODE_CLASS_MAPPINGS
 
 
 if __name__ == "__main__":

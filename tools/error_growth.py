@@ -13,7 +13,6 @@ sqrt(sigma_i^2 + 1), which cancels: the curve is the same in them and in the sam
 """
 
 import argparse
-import asyncio
 import csv
 import functools
 import pathlib
@@ -65,18 +64,6 @@ SAMPLER_LINES = {  # ddpm and euler_ancestral lie on each other
 }
 STYLES = {"none": "-", "all": "--"}
 STEP_COLOURS = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00")
-
-
-def load_host():
-    """Load ComfyUI and the pack into this process, and return the node classes by id."""
-    comfyui.import_comfy(cpu=True)
-    import comfy.utils
-    import nodes
-
-    comfy.utils.set_progress_bar_enabled(False)
-    if not asyncio.run(nodes.load_custom_node(str(comfyui.provide() / "custom_nodes" / comfyui.PACK))):
-        raise RuntimeError("ComfyUI could not load the pack")
-    return nodes.NODE_CLASS_MAPPINGS
 
 
 def with_wrapper(model, wrapper):
@@ -287,7 +274,7 @@ def impulses(run, reference, steps):
 
 def measure(steps, batch):
     """Return (growth, impulses), two lists of (row of the table, its curve [n + 1])."""
-    known = load_host()
+    known = comfyui.load_nodes(cpu=True)
     model = known["IECLoadBuiltinModel"].execute(precision="float32").result[0]
 
     def run(change, *case):

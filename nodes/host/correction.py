@@ -79,7 +79,7 @@ class CorrectedDenoiser(CountedDenoiser):
         def evaluate(x_in, at, iteration):
             nonlocal uncorrected
             place = sigma if iteration == 0 else torch.full_like(sigma, at)
-            denoised = self._evaluate(step, x_in, place, _tell(extra_args, step, at, iteration))
+            denoised = self._evaluate(step, x_in, place, _tell(extra_args, step, at, iteration), iteration > 0)
             if iteration == 0 and extra_args.get("denoise_mask") is not None:
                 uncorrected = denoised
             return denoised
@@ -88,11 +88,10 @@ class CorrectedDenoiser(CountedDenoiser):
         corrected, self._traces[step] = corrected_denoised(evaluate, x, rehearsed.step, self._settings, noise)
         return corrected if uncorrected is None else self._outside_mask(uncorrected, corrected, sigma, extra_args)
 
-    def _evaluate(self, step, x, sigma, extra_args):
+    def _evaluate(self, step, x, sigma, extra_args, is_correction=False):
         self._report.steps[step].nfe += 1
         denoised = super().__call__(x, sigma, **extra_args)
-        iec = extra_args.get("model_options", {}).get("transformer_options", {}).get(KEY, {})
-        if not iec.get("iteration"):  # a correction that is not finite falls back
+        if not is_correction:  # a correction that is not finite falls back
             self._finite.append((step, denoised.isfinite().all()))
         self._progress.evaluated()
         return denoised

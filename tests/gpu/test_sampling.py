@@ -1,7 +1,5 @@
 """Corrected runs of the host's samplers on a GPU. Run with `make test-gpu`."""
 
-import asyncio
-
 import comfyui
 import pytest
 import torch
@@ -13,11 +11,7 @@ SAMPLERS = ("euler", "euler_ancestral", "dpmpp_2m", "dpmpp_sde", "dpmpp_2m_sde_g
 
 @pytest.fixture(scope="module")
 def nodes():
-    comfyui.import_comfy(cpu=not torch.cuda.is_available())
-    import nodes
-
-    assert asyncio.run(nodes.load_custom_node(str(comfyui.provide() / "custom_nodes" / comfyui.PACK)))
-    return nodes.NODE_CLASS_MAPPINGS
+    return comfyui.load_nodes(cpu=not torch.cuda.is_available())
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -1,6 +1,5 @@
 """The real ComfyUI in this process: its modules, with the pack loaded by its own loader."""
 
-import asyncio
 import types
 
 import comfyui
@@ -16,16 +15,8 @@ EXTRAS = (
 @pytest.fixture(scope="session")
 def host():
     """ComfyUI on the CPU. `nodes`: all node classes by id, the pack's among them; `run(id, ...)`: one node's outputs."""
-    comfyui.import_comfy(cpu=True)
-    import comfy.utils
+    known = comfyui.load_nodes(*EXTRAS, cpu=True)
     import nodes
-
-    comfy.utils.set_progress_bar_enabled(False)
-    folder = comfyui.provide()
-    extras = [folder / "comfy_extras" / f"nodes_{name}.py" for name in EXTRAS]
-    for path in (folder / "custom_nodes" / comfyui.PACK, *extras):
-        assert asyncio.run(nodes.load_custom_node(str(path)))
-    known = nodes.NODE_CLASS_MAPPINGS
 
     def run(node, **inputs):
         cls = known[node]

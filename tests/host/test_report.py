@@ -135,7 +135,7 @@ def test_loop_reads_nothing_back_at_one_iteration(host):
         sampler, _ = host.run("IECSampler", sampler=comfy.samplers.sampler_object("dpmpp_2m"), **settings)
         noise = torch.empty(2, 1, 4, 4, device="meta")
         sigmas = torch.tensor([6.0, 4.0, 2.5, 1.0, 0.0])
-        with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        with pytest.raises(RuntimeError, match="meta"):
             sampler.sample(guider, sigmas, {"model_options": {}, "seed": 1}, None, noise, noise.clone(), None, True)
         return len(guider.calls)
 

@@ -1,4 +1,4 @@
-"""Validation of combo inputs. Hosts before 2026 do not check the choices of V3 nodes, so the nodes do."""
+"""Validation of inputs that take one of several words. Hosts before 2026 do not check those of V3 nodes, so the nodes do."""
 
 
 def unknown_choice(options, **values):
