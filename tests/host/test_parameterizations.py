@@ -137,6 +137,19 @@ def test_euler_agrees_with_the_parameterizations_own_formula(host, model_type):
     assert (result - plain).norm() > 1e-3 * x.norm()
 
 
+@pytest.mark.parametrize("model_type", REFERENCES)
+def test_next_at_one_half_is_the_hosts_heun(host, model_type):
+    import comfy.samplers
+
+    guider, stock = guider_of(model_type), guider_of(model_type)
+    settings = {"correction_steps": "all", "lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0, "evaluation_point": "next"}
+    sampler, reports = host.run("IECSampler", sampler=comfy.samplers.sampler_object("euler"), **settings)
+    sigmas = schedule(guider, 3 * STEPS)  # fine enough for the guard to have nothing to hold back
+    expected = run(comfy.samplers.sampler_object("heun"), stock, sigmas)
+    torch.testing.assert_close(run(sampler, guider, sigmas), expected, rtol=1e-9, atol=1e-9)
+    assert len(guider.calls) == len(stock.calls) and not reports[0].warnings
+
+
 @pytest.mark.parametrize("sampling", ["eps", "v_prediction", "x0", "lcm"])
 def test_a_nodes_parameterization_agrees_with_the_written_out_sampler(host, model, conditioning, advanced, relative, sampling):
     """The built-in network read as what it is not: the images are none, the correction is the same rule."""
