@@ -42,7 +42,7 @@ class CorrectionSettings:
     tolerance: tau, the relative change of x' below which an item of the batch is taken as converged. evaluation_point:
     "paper" or "next", see above. lambda_mode: "fixed"; "contractive", in which lambda_ is the largest damping and each
     iteration takes what its own residuals allow (`contractive_lambda`); "anderson", acceleration of depth 1 from the second
-    iteration on (`anderson_gamma`).
+    iteration on (`anderson_lambda`).
     """
 
     steps: CorrectionSteps
@@ -153,11 +153,28 @@ def contractive_lambda(slope, lipschitz, largest):
     """Return the damping [B], at most `largest`, that contracts the most along the direction u last measured.
 
     For J the Jacobian of T, ||((1 - lam) I + lam J) u||^2 = 1 - 2 lam (1 - s) + lam^2 (1 - 2 s + L^2), where s = <u, J u> is
-    the slope and L = ||J u||: least at lam = (1 - s) / (1 - 2 s + L^2), and below 1 for every smaller lam. With s >= 1 no
-    positive damping contracts, and 0 is returned.
+    the slope and L = ||J u||: least at `_least_lambda`, and below 1 for every smaller lam. With s >= 1 no positive damping
+    contracts, and 0 is returned.
     """
-    best = (1 - slope) / (1 - 2 * slope + lipschitz**2)
+    best = _least_lambda(slope, lipschitz)
     return torch.where(slope < 1, best, 0).clamp(max=largest)  # NaN slopes, of an item that did not move, get 0 too
+
+
+def anderson_lambda(slope, lipschitz, largest):
+    """Return the damping [B] with which x' + lam (T(x') - x') is a step of Anderson acceleration of depth 1; `largest` for an
+    item that did not move.
+
+    Depth 1 mixes the last two points and residuals r by the gamma that makes ||r - gamma (r - r_last)|| least, and moves on
+    from the mixture by a factor beta of its residual. With beta = lam_last, the damping of the last move lam_last r_last, the
+    old point drops out: what is left is r times lam_last (1 - gamma), Aitken's dynamic relaxation (Irons and Tuck 1969).
+    That is the least of `contractive_lambda`'s quadratic, unbounded. Nothing but the last move need be kept for it.
+    """
+    best = _least_lambda(slope, lipschitz)
+    return torch.where(best.isfinite(), best, largest)
+
+
+def _least_lambda(slope, lipschitz):
+    return (1 - slope) / (1 - 2 * slope + lipschitz**2)
 
 
 def damped_contraction(slope, lipschitz, lambda_):
@@ -166,111 +183,132 @@ def damped_contraction(slope, lipschitz, lambda_):
     return square.clamp(min=0).sqrt()
 
 
-def anderson_gamma(residual, previous):
-    """Return the mixing weight [B] of Anderson acceleration of depth 1: the gamma that makes
-    ||residual - gamma (residual - previous)|| least; 0 where both are equal.
-    """
-    difference = residual - previous
-    square = _dot(difference, difference)
-    return torch.where(square > 0, _dot(residual, difference) / square, torch.zeros_like(square))
-
-
 class _Iteration:
-    """The iterate D_k of one step's fixed-point iteration, and how it moves. All state is per item of the batch, [B]."""
+    """The iterate D_k of one step's fixed-point iteration, and how it moves. All state is per item of the batch, [B].
+
+    kept: the iterate that an active item falls back to, D_{k-1}, and that an item which is no longer active ends with.
+    """
 
     def __init__(self, denoised, settings):
-        self.denoised = denoised
-        self.active = torch.ones(denoised.shape[0], dtype=torch.bool, device=denoised.device)
+        self.kept = denoised
         self._settings = settings
-        self._change = self._residual = self._norm = self._last_lambda = None  # of the last iteration
-        self.trace = StepTrace(fell_back=torch.zeros_like(self.active))
+        self._active = torch.ones(denoised.shape[0], dtype=torch.bool, device=denoised.device)
+        self._norm = self._last_lambda = None  # of the last iteration
+        self.trace = StepTrace(fell_back=torch.zeros_like(self._active))
 
-    def advance(self, residual, moved, rounding, relative):
-        """Move on by the residual G(D_k) - D_k, and return how D has changed.
+    def among_active(self, denoised):
+        """Return D_k from what is `denoised` for the active items."""
+        return torch.where(_per_item(self._active, denoised), denoised, self.kept)
 
-        moved: how the iterate came to D_k from where the network was evaluated before, in units of D; taken in the first
-        iteration only, afterwards it is the last change. rounding: [B], a norm of the residual that is none. relative: [B],
-        what makes a change of D relative to x'.
+    def advance(self, denoised, residual, moved, rounding, relative):
+        """Move on from D_k, `denoised`, by its residual G(D_k) - D_k, and return D_{k+1}.
+
+        moved: how the iterate came to D_k from where the network was evaluated before. rounding: [B], a norm of the residual
+        that is none. relative: [B], what makes a change of D relative to x'.
         """
-        is_first = self._change is None
-        moved, image = (moved, residual) if is_first else (self._change, self._image(residual))
+        is_first = self._norm is None
         moved_norm, norm = _norm(moved), _norm(residual)
-        lipschitz, slope = (norm if is_first else _norm(image)) / moved_norm, _dot(image, moved) / moved_norm**2
-        lambda_ = self._lambda(slope, lipschitz)
-        contraction = damped_contraction(slope, lipschitz, lambda_).where(self.active, torch.nan)
+        image = residual if is_first else moved + residual - moved / _per_item(self._last_lambda, moved)  # G(D_k) - G(D_{k-1})
+        lipschitz, slope = _norm(image) / moved_norm, _dot(image, moved) / moved_norm**2
+        del image
+        lambda_ = self._lambda(slope, lipschitz, is_first)
+        contraction = damped_contraction(slope, lipschitz, lambda_).where(self._active, torch.nan)
         shrinks = ~(contraction > 1) if is_first else norm <= self._norm  # before the second, the estimate is all there is
-        fails = self.active & ~(norm.isfinite() & (shrinks | (norm <= rounding)))
+        fails = self._active & ~(norm.isfinite() & (shrinks | (norm <= rounding)))
         self.trace.fell_back |= fails
-        self.active = self.active & ~fails
-        change = self._update(residual, lambda_).masked_fill(_per_item(~self.active, residual), 0)
-        if not is_first:
-            change = torch.where(_per_item(fails, residual), -self._change, change)
-        self.denoised = self.denoised + change
+        self._active = self._active & ~fails
         self.trace.residuals.append(norm * relative)
         self.trace.contraction.append(contraction)
-        self.trace.lambdas.append(self.active * lambda_)
-        self._change, self._norm, self._last_lambda = change, norm, lambda_
-        self._residual = residual if self._settings.lambda_mode == "anderson" else None
-        return change
+        self.trace.lambdas.append(self._active * lambda_)
+        self._norm, self._last_lambda = norm, lambda_
+        return self.among_active(denoised + _per_item(lambda_, residual) * residual)
 
-    def _image(self, residual):
-        """Return G(D_k) - G(D_{k-1}). Without acceleration the last residual need not be kept: the change is lam times it."""
-        last = self._change / self._broadcast(self._last_lambda, residual) if self._residual is None else self._residual
-        return self._change + residual - last
+    def _lambda(self, slope, lipschitz, is_first):
+        """Return the damping [B]."""
+        largest, mode = self._settings.lambda_, self._settings.lambda_mode
+        if mode == "contractive":
+            return contractive_lambda(slope, lipschitz, largest)
+        if mode == "anderson" and not is_first:
+            return anderson_lambda(slope, lipschitz, largest)
+        return torch.full_like(slope, largest)
 
-    def _lambda(self, slope, lipschitz):
-        """Return the damping: a number, or [B]."""
-        if self._settings.lambda_mode == "contractive":
-            return contractive_lambda(slope, lipschitz, self._settings.lambda_)
-        return self._settings.lambda_
-
-    def _broadcast(self, lambda_, like):
-        return _per_item(lambda_, like) if self._settings.lambda_mode == "contractive" else lambda_
-
-    def _update(self, residual, lambda_):
-        lambda_ = self._broadcast(lambda_, residual)
-        if self._settings.lambda_mode != "anderson" or self._change is None:
-            return lambda_ * residual
-        gamma = _per_item(anderson_gamma(residual, self._residual), residual)
-        return lambda_ * residual - gamma * (self._change + lambda_ * (residual - self._residual))
-
-    def settle(self, relative_change):
-        """Take the items that changed by less than the tolerance as converged; return whether any goes on."""
-        self.active = self.active & (relative_change >= self._settings.tolerance)
-        return bool(self.active.any())
+    def settle(self, denoised, advanced, relative):
+        """Keep D_k, `denoised`, for the items that go on to D_{k+1}, `advanced`, and D_{k+1} for those that did not move, or by
+        less than the tolerance; return whether any goes on.
+        """
+        change = _norm(advanced - denoised) * relative
+        self._active = self._active & (change > 0) & (change >= self._settings.tolerance)
+        self.kept = torch.where(_per_item(self._active, denoised), denoised, advanced)
+        return bool(self._active.any())
 
 
-def corrected_denoised(evaluate, x, step, settings, noise=None):
+class _Place:
+    """Where a step's prediction D is tried: x_in = scale (a x + b D + noise), and back."""
+
+    def __init__(self, x, step, settings, noise):
+        self._x, self._step, self._noise = x, step, noise
+        is_next = settings.evaluation_point == "next"
+        self.sigma = step.sigma_next if is_next else step.sigma
+        self.scale = 1.0 if is_next else step.input_scale
+
+    def _start(self):
+        start = self._step.x_factor * self._x
+        return start if self._noise is None else start + self._noise()
+
+    def of(self, denoised):
+        """Return x_in [B, ...]."""
+        return torch.add(self._start(), denoised, alpha=self._step.denoised_factor).mul_(self.scale)
+
+    def denoised(self, x_in):
+        """Return the D that x_in belongs to. The step with it ends where x_in says, to the rounding of x_in."""
+        return (x_in / self.scale - self._start()).div_(self._step.denoised_factor)
+
+    def target(self, x_in, denoised):
+        """Return G(D) = x - sigma eps, for the prediction `denoised` at x_in."""
+        return self._x - (x_in - denoised) * (self._step.sigma / self.sigma)
+
+
+def corrected_denoised(evaluate, x, step, settings, noise=None, mask=None):
     """Return (denoised [B, ...], StepTrace) with which the sampler's step is the IEC step.
 
     evaluate(x_in, sigma, iteration): the denoised prediction at x_in and the timestep of that sigma (a float); iteration 0
     is the sampler's own evaluation, k the k-th correction. x: latent at step.sigma [B, ...]. noise(): the noise term of the
-    step, called once; None for a deterministic step.
+    step, each time the same; None for a deterministic step. mask(): [B, ...], in [0, 1], by how much each number is to be
+    corrected, each time the same; None for all.
 
     Items of a batch converge, and fall back, one by one, each as if it were alone. An iterate is judged by its residual; the
     last update, which is not evaluated again, is not judged. Nothing is read back from the device at K = 1, and one flag an
-    iteration at K >= 2. While the network is evaluated, two latents are held beside x at K = 1, at K >= 2 a third, by which
-    the best iterate is kept, and with "anderson" a fourth.
+    iteration at K >= 2. While the network is evaluated, two latents are held beside x: its input, and at the first
+    iteration D_0, afterwards D_{k-1}, by which the best iterate is kept. D_k is had from the input, for which `noise` and
+    `mask` are asked again.
     """
     denoised = evaluate(x, step.sigma, 0)
     if settings.max_iterations == 0:
         return denoised, StepTrace()
-    is_next = settings.evaluation_point == "next"
-    place = step.sigma_next if is_next else step.sigma
-    scale = 1.0 if is_next else step.input_scale
-    reach = scale * step.denoised_factor  # by how much x_in moves with D
-    x_in = (step.x_factor * x + step.denoised_factor * denoised).mul_(scale)
-    if noise is not None:
-        x_in += noise() * scale
+    place = _Place(x, step, settings, noise)
+    reach = place.scale * step.denoised_factor  # by how much x_in moves with D
+    x_in = place.of(denoised)
     iteration = _Iteration(denoised, settings)
+    rounding = _norm(x) * (10 * torch.finfo(x.dtype).eps) / min(1.0, abs(reach))
     del denoised
-    rounding = _norm(x) * (10 * torch.finfo(x.dtype).eps)
     for number in range(1, settings.max_iterations + 1):
-        target = x - (x_in - evaluate(x_in, place, number)) * (step.sigma / place)  # G(D)
+        target = place.target(x_in, evaluate(x_in, place.sigma, number))
+        inside = None if mask is None else mask()
+        if number == 1:
+            denoised, moved = iteration.kept, (x_in - x) / reach
+        else:
+            denoised = iteration.among_active(place.denoised(x_in))
+            if mask is not None:
+                denoised = torch.where(inside > 0, denoised, iteration.kept)
+            moved = denoised - iteration.kept
+        residual = target - denoised
+        if mask is not None:
+            residual, moved = residual * inside, moved * (inside > 0)
         relative = abs(reach) / _norm(x_in)
-        change = iteration.advance(target - iteration.denoised, (x_in - x) / reach, rounding, relative)
-        del target
-        if number == settings.max_iterations or not iteration.settle(_norm(change) * relative):
-            break
-        x_in = x_in + reach * change
-    return iteration.denoised, iteration.trace
+        advanced = iteration.advance(denoised, residual, moved, rounding, relative)
+        del target, residual, moved, inside
+        is_last = number == settings.max_iterations or reach == 0  # with no reach every D leads to the same x_in
+        if is_last or not iteration.settle(denoised, advanced, relative):
+            return advanced, iteration.trace
+        x_in = x_in + reach * (advanced - denoised)
+        del denoised, advanced

@@ -74,19 +74,17 @@ class CorrectedDenoiser(CountedDenoiser):
 
     def _correct(self, step, x, sigma, extra_args):
         rehearsed = self._rehearsal.steps[step]
-        uncorrected = None  # kept where an in-paint mask will ask for it
 
         def evaluate(x_in, at, iteration):
-            nonlocal uncorrected
             place = sigma if iteration == 0 else torch.full_like(sigma, at)
-            denoised = self._evaluate(step, x_in, place, _tell(extra_args, step, at, iteration), iteration > 0)
-            if iteration == 0 and extra_args.get("denoise_mask") is not None:
-                uncorrected = denoised
-            return denoised
+            return self._evaluate(step, x_in, place, _tell(extra_args, step, at, iteration), iteration > 0)
 
-        noise = (lambda: self._noise.of(rehearsed.draws)) if rehearsed.draws else None
-        corrected, self._traces[step] = corrected_denoised(evaluate, x, rehearsed.step, self._settings, noise)
-        return corrected if uncorrected is None else self._outside_mask(uncorrected, corrected, sigma, extra_args)
+        noise = self._noise.of(rehearsed.draws) if rehearsed.draws else None
+        mask = None
+        if extra_args.get("denoise_mask") is not None:
+            mask = functools.partial(self._mask, x, sigma, extra_args)
+        corrected, self._traces[step] = corrected_denoised(evaluate, x, rehearsed.step, self._settings, noise, mask)
+        return corrected
 
     def _evaluate(self, step, x, sigma, extra_args, is_correction=False):
         self._report.steps[step].nfe += 1
@@ -96,14 +94,16 @@ class CorrectedDenoiser(CountedDenoiser):
         self._progress.evaluated()
         return denoised
 
-    def _outside_mask(self, uncorrected, corrected, sigma, extra_args):
-        """Keep the uncorrected prediction outside the in-paint mask: there it is the image to keep, and not the network's."""
+    def _mask(self, x, sigma, extra_args):
+        """Return by how much each number of x may be corrected: outside the in-paint mask the prediction is the image to keep,
+        and not the network's.
+        """
         mask = extra_args["denoise_mask"]
         change = extra_args.get("model_options", {}).get("denoise_mask_function")
         if change is not None:  # as in the host's KSamplerX0Inpaint
             options = {"model": self._model.inner_model, "sigmas": self._model.sigmas}
             mask = change(sigma, mask, extra_options=options)
-        return torch.lerp(uncorrected, corrected, mask.to(corrected).expand_as(corrected))
+        return mask.to(x).expand_as(x)
 
     def _begin(self, device):
         self._stopwatch = self._stopwatch or Stopwatch(device)

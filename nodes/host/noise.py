@@ -1,5 +1,7 @@
 """A sampler's noise, known before the sampler draws it, so that one draw serves every iterate of a step."""
 
+import itertools
+
 import torch
 from comfy.k_diffusion import sampling
 
@@ -22,30 +24,59 @@ class NoiseAhead:
     """Draws the noise that a host sampler function is going to draw.
 
     A Brownian path gives the same noise each time that it is asked: `options` has it for the sampler function too. The other
-    samplers draw from a generator with the run's seed; a twin of it draws the same numbers, in the same order.
+    samplers draw from a generator with the run's seed; twins of it draw the same numbers, in the same order.
     """
 
     def __init__(self, function, x, sigmas, seed):
-        self._place = {"device": x.device, "dtype": x.dtype}  # a Brownian path answers on the device of the sigmas
+        self._x = x  # a Brownian path answers on the device of the sigmas
+        self._seed = seed
+        self._twins = []
+        self._path = None
         name = sampler_name(function)
-        self._is_path = name.removesuffix("_gpu") in BROWNIAN
-        self._drawn = 0
-        if self._is_path:
+        if name.removesuffix("_gpu") in BROWNIAN:
             lowest, highest = sigmas[sigmas > 0].min(), sigmas.max()
-            self._sample = sampling.BrownianTreeNoiseSampler(x, lowest, highest, seed=seed, cpu=not name.endswith("_gpu"))
-        else:
-            self._sample = sampling.default_noise_sampler(x, seed=seed)
-        self.options = {"noise_sampler": self._sample} if self._is_path else {}
+            self._path = sampling.BrownianTreeNoiseSampler(x, lowest, highest, seed=seed, cpu=not name.endswith("_gpu"))
+        self.options = {} if self._path is None else {"noise_sampler": self._path}
 
     def of(self, draws):
-        """Return the noise term of a step, the sum of its draws times their factors. Steps come in order."""
-        total = None
-        for draw in draws:
-            if not self._is_path:
-                while self._drawn < draw.number:
-                    self._sample(draw.sigma, draw.sigma_next)
-                    self._drawn += 1
-            noise = self._sample(draw.sigma, draw.sigma_next).to(**self._place)
+        """Return a function that returns the noise term of a step, the sum of its draws times their factors, and may be called
+        again for the same. Steps come in order.
+        """
+        askings = itertools.count()
+
+        def noise():
+            total, asking = None, next(askings)
+            for draw in draws:
+                drawn = self._draw(draw, asking)
+                total = drawn * draw.factor if total is None else torch.add(total, drawn, alpha=draw.factor)
+            return total
+
+        return noise
+
+    def _draw(self, draw, asking):
+        if self._path is not None:
+            return _without_waiting(self._path(draw.sigma, draw.sigma_next), self._x)
+        if asking == len(self._twins):  # each asking of a step has its own, since a generator does not go back
+            self._twins.append(_Twin(self._x, self._seed))
+        return self._twins[asking].draw(draw)
+
+
+class _Twin:
+    def __init__(self, x, seed):
+        self._sample = sampling.default_noise_sampler(x, seed=seed)
+        self._drawn = 0
+
+    def draw(self, draw):
+        while self._drawn < draw.number:
+            self._sample(draw.sigma, draw.sigma_next)
             self._drawn += 1
-            total = noise * draw.factor if total is None else torch.add(total, noise, alpha=draw.factor)
-        return total
+        self._drawn += 1
+        return self._sample(draw.sigma, draw.sigma_next)
+
+
+def _without_waiting(noise, x):
+    """Bring noise to the device and dtype of x. From pageable memory the copy would make the host wait for the device."""
+    noise = noise.to(x.dtype)
+    if x.device.type == "cuda" and noise.device.type == "cpu":
+        noise = noise.pin_memory()
+    return noise.to(x.device, non_blocking=True)

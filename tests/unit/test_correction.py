@@ -192,13 +192,15 @@ def test_device_is_read_at_most_once_an_iteration_and_not_at_one(iterations):
     assert reads.count == iterations
 
 
-@pytest.mark.parametrize(
-    ("mode", "iterations", "held"), [("fixed", 1, 2), ("fixed", 3, 3), ("contractive", 3, 3), ("anderson", 3, 4)]
-)
-def test_latents_held_while_the_network_runs(mode, iterations, held):
+@pytest.mark.parametrize("mode", ["fixed", "contractive", "anderson"])
+@pytest.mark.parametrize("iterations", [1, 2, 4])
+@pytest.mark.parametrize("within", ["a step", "a stochastic step", "a mask"])
+def test_two_latents_are_held_while_the_network_runs(mode, iterations, within):
     import gc
 
     x, counts = torch.randn(2, 977, dtype=torch.float64), []
+    noise = (lambda: torch.ones_like(x)) if within == "a stochastic step" else None
+    mask = (lambda: torch.ones_like(x)) if within == "a mask" else None
 
     def evaluate(x_in, sigma, iteration):
         gc.collect()
@@ -206,8 +208,81 @@ def test_latents_held_while_the_network_runs(mode, iterations, held):
         counts.append(len({tensor.data_ptr() for tensor in tensors}) - 1)
         return 0.9 * x_in
 
-    corrected_denoised(evaluate, x, STEP, CorrectionSettings.parse("all", 0.5, iterations, 0.0, lambda_mode=mode))
-    assert counts[0] == 0 and max(counts) == held
+    settings = CorrectionSettings.parse("all", 0.5, iterations, 0.0, lambda_mode=mode)
+    corrected_denoised(evaluate, x, STEP, settings, noise, mask)
+    assert counts == [0] + iterations * [2]
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 4])
+def test_noise_of_a_step_is_in_every_iterate(iterations):
+    noise = torch.tensor([[0.4, -1.1], [0.2, 0.9]], dtype=torch.float64)
+    expected = X + (SIGMA_NEXT - SIGMA) * eps(X) + noise
+    for _ in range(iterations):
+        expected = 0.5 * expected + 0.5 * (X + (SIGMA_NEXT - SIGMA) * eps(expected * SCALE) + noise)
+
+    def evaluate(x_in, sigma, iteration):
+        return x_in - sigma * eps(x_in)
+
+    settings = CorrectionSettings.parse("all", 0.5, iterations, 0)
+    denoised, _ = corrected_denoised(evaluate, X, STEP, settings, lambda: noise.clone())
+    result = STEP.x_factor * X + STEP.denoised_factor * denoised + noise
+    torch.testing.assert_close(result, expected, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_mask_is_how_much_of_a_number_is_corrected(iterations):
+    """Each iteration moves D by mask * lambda * (G(D) - D); where the mask is 0 the prediction stays, bit for bit."""
+    mask = torch.tensor([[1.0, 0.0], [0.25, 0.0]], dtype=torch.float64)
+    plain = X - SIGMA * eps(X)
+    expected = plain
+    for _ in range(iterations):
+        x_in = SCALE * (STEP.x_factor * X + STEP.denoised_factor * expected)
+        expected = expected + mask * 0.5 * (X - SIGMA * eps(x_in) - expected)
+
+    def evaluate(x_in, sigma, iteration):
+        return x_in - sigma * eps(x_in)
+
+    settings = CorrectionSettings.parse("all", 0.5, iterations, 0)
+    denoised, _ = corrected_denoised(evaluate, X, STEP, settings, mask=lambda: mask)
+    torch.testing.assert_close(denoised, expected, rtol=1e-13, atol=0)
+    assert torch.equal(denoised[mask == 0], plain[mask == 0])
+
+
+@pytest.mark.parametrize("iterations", [2, 3, 5])
+def test_anderson_is_the_mixture_of_depth_one_written_out(iterations):
+    """A map of four unequal slopes. The mixture goes on by the damping of the last move, as its docstring says."""
+    slopes = torch.tensor([-0.7, -0.1, 0.2, 0.6], dtype=torch.float64)
+    x = torch.tensor([[1.0, -0.5, 0.8, 0.3]], dtype=torch.float64)
+    reach = STEP.denoised_factor * SCALE
+    start = x + slopes / reach * SCALE * STEP.x_factor * x - 0.3  # G(D) = start + slopes D
+    points, residuals, beta = [x + slopes / reach * x - 0.3], [], 0.5
+    for _ in range(iterations):
+        residuals.append(start + slopes * points[-1] - points[-1])
+        if len(points) == 1:
+            points.append(points[0] + beta * residuals[0])
+            continue
+        difference = residuals[-1] - residuals[-2]
+        gamma = (residuals[-1] * difference).sum() / (difference * difference).sum()
+        mixed = points[-1] - gamma * (points[-1] - points[-2])
+        points.append(mixed + beta * (residuals[-1] - gamma * difference))
+        beta = beta * (1 - gamma)
+
+    settings = CorrectionSettings.parse("all", 0.5, iterations, 0.0, lambda_mode="anderson")
+    denoised, trace = corrected_denoised(lambda x_in, *_: x_in + slopes / reach * x_in - 0.3, x, STEP, settings)
+    torch.testing.assert_close(denoised, points[-1], rtol=1e-11, atol=0)
+    assert not trace.fell_back.any()
+    assert trace.lambdas[-1].item() == pytest.approx(beta.item(), rel=1e-9)
+
+
+def test_a_step_that_does_not_move_with_the_prediction_is_left_after_one_iteration():
+    step, count = Step(SIGMA, SIGMA, 1.0, 0.0), []
+
+    def evaluate(x_in, sigma, iteration):
+        count.append(iteration)
+        return 0.9 * x_in
+
+    denoised, _ = corrected_denoised(evaluate, X, step, CorrectionSettings.parse("all", 0.5, 3, 0.0))
+    assert count == [0, 1] and denoised.isfinite().all()
 
 
 @pytest.mark.parametrize(
