@@ -72,25 +72,26 @@ class FeatureCache:
         self._kept = FORECASTS.index(forecast) + 1
         self._slices = {}
 
-    def store(self, keys, feature, position):
+    def store(self, keys, feature, position, stream=""):
         """Keep `feature` [len(keys) * b, ...]: equal slices along dimension 0, one a key. The tensor is copied.
 
-        position: where on the schedule it was evaluated, in steps; a feature at the same position is replaced.
+        position: where on the schedule it was evaluated, in steps; a feature at the same position is replaced. stream: which
+        feature, where an evaluation has several.
         """
         for key, part in zip(keys, feature.detach().clone().chunk(len(keys))):
-            kept = [(at, old) for at, old in self._slices.get(key, []) if at != position and old.shape == part.shape]
-            self._slices[key] = [*kept, (position, part)][-self._kept :]
+            kept = [(at, old) for at, old in self._slices.get((key, stream), []) if at != position and old.shape == part.shape]
+            self._slices[key, stream] = [*kept, (position, part)][-self._kept :]
 
-    def load(self, keys, items, position):
+    def load(self, keys, items, position, stream=""):
         """Return the feature at `position` for a batch of these entries with `items` rows in all, as a tensor of its own, or
         None where an entry has none or where the batch size has changed.
         """
-        parts = [self._slices.get(key) for key in keys]
+        parts = [self._slices.get((key, stream)) for key in keys]
         if any(part is None or part[-1][1].shape[0] * len(keys) != items for part in parts):
             return None
-        return torch.cat([self._forecast(part, position) for part in parts])
+        return torch.cat([self._forecast(part, position, stream) for part in parts])
 
-    def _forecast(self, kept, position):
+    def _forecast(self, kept, position, stream):
         weights = extrapolation_weights([at for at, _ in kept], position)
         first, *rest = zip(weights, (feature for _, feature in kept))
         total = first[1] if not rest else first[0] * first[1]

@@ -2,14 +2,16 @@
 
 from comfy_api.latest import ComfyExtension
 
-from . import builtin, compare, correct, deepcache, quantize, report
+from . import builtin, cachequant, compare, correct, deepcache, quantize, report
 
 
 class IECExtension(ComfyExtension):
     """Every node of the pack."""
 
     async def get_node_list(self):
-        return [node for module in (correct, quantize, deepcache, builtin, compare, report) for node in module.NODES]
+        return [
+            node for module in (correct, quantize, deepcache, cachequant, builtin, compare, report) for node in module.NODES
+        ]
 
 
 async def comfy_entrypoint():

@@ -1,10 +1,11 @@
-"""IECDeepCache: a U-Net MODEL that reuses its deep features between steps."""
+"""IECDeepCache: a MODEL that reuses its deep features between steps."""
 
 from comfy_api.latest import io
 
 from ..iec_core.caching import FORECASTS, SCHEDULE_FORMS, parse_cache_schedule
 from ..iec_core.choices import unknown_choice
-from .host.deepcache import CORRECTION_PASSES, CacheSettings, apply_deepcache
+from .host.cached_model import apply_cache
+from .host.caching import CORRECTION_PASSES, CacheSettings
 
 
 class IECDeepCache(io.ComfyNode):
@@ -14,10 +15,12 @@ class IECDeepCache(io.ComfyNode):
             node_id="IECDeepCache",
             display_name="DeepCache (IEC)",
             category="advanced/model/IEC",
-            description="Evaluates a U-Net's deep blocks on every interval-th step only and reuses their feature between. "
+            description="Evaluates a network's deep blocks on every interval-th step only and reuses their feature between. "
             "A correction of a full step refreshes the feature, or reuses it.",
             inputs=[
-                io.Model.Input("model", tooltip="A U-Net model (SD 1.5, SDXL, the built-in model); it stays as it is."),
+                io.Model.Input(
+                    "model", tooltip="A U-Net (SD 1.5, SDXL …) or a transformer (Flux, SD3, Wan …); it stays as it is."
+                ),
                 io.Int.Input(
                     "interval",
                     default=3,
@@ -30,8 +33,8 @@ class IECDeepCache(io.ComfyNode):
                     default=0,
                     min=0,
                     max=100,
-                    tooltip="How much is evaluated on the other steps, counted from the outermost skip connection: 0 is the "
-                    "cheapest and the least exact.",
+                    tooltip="How much is evaluated on the other steps: of a U-Net the outermost skip connections, of a "
+                    "transformer the first and the last blocks, one more than this number. 0 is cheapest and least exact.",
                 ),
                 io.Combo.Input(
                     "correction_pass",
@@ -97,7 +100,7 @@ class IECDeepCache(io.ComfyNode):
         sampling = model.get_model_object("model_sampling")
         start, end = (float(sampling.percent_to_sigma(percent)) for percent in (start_percent, end_percent))
         settings = CacheSettings(interval, branch, parse_cache_schedule(schedule), start, end, forecast, correction_pass)
-        return io.NodeOutput(apply_deepcache(model, settings))
+        return io.NodeOutput(apply_cache(model, settings))
 
 
 NODES = [IECDeepCache]

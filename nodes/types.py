@@ -1,4 +1,4 @@
-"""The pack's own socket type, and the host's IMAGE from an array."""
+"""The pack's own socket types, and the host's IMAGE from an array."""
 
 import numpy as np
 import torch
@@ -6,6 +6,9 @@ from comfy_api.latest import io
 
 # A list of iec_core.report.RunReport.
 Report = io.Custom("IEC_REPORT")
+
+# An iec_core.cachequant.CacheProfile.
+CacheProfileSocket = io.Custom("IEC_CACHE_PROFILE")
 
 
 def as_image(array):

@@ -62,6 +62,11 @@ def quantizable_layers(network, keep_sensitive):
     return {name: layers[name] for name in list(layers)[1:-1] if not name.startswith("final_layer.")}
 
 
+def short_name(weight_bits, activation_bits):
+    """Return the field's short name of a quantization, such as W8A8."""
+    return f"W{weight_bits}A{activation_bits}"
+
+
 class QuantizedRun:
     """The integer weights of one sampling run, and the forward passes that use them."""
 
@@ -69,6 +74,21 @@ class QuantizedRun:
         self.weight_bits = weight_bits
         self.activation_bits = activation_bits
         self.weights = {}
+        self._is_paused = False
+
+    @property
+    def name(self):
+        """The field's short name, such as W8A8."""
+        return short_name(self.weight_bits, self.activation_bits)
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Within this, the network is evaluated in full precision."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
 
     def clear(self):
         """Forget the weights."""
@@ -76,6 +96,8 @@ class QuantizedRun:
 
     def forward(self, layer, reusable, x):
         """Evaluate `layer` on x; with `reusable`, the weight is known to stay as it is for the whole run."""
+        if self._is_paused:
+            return type(layer).forward_comfy_cast_weights(layer, x)
         ready = self.weights.get(layer) if reusable else None
         if ready is not None:
             return self._compute(layer, x, *ready)
@@ -131,9 +153,15 @@ def apply_quantization(model, weight_bits, activation_bits, keep_sensitive):
         with _forwards({layer: functools.partial(run.forward, layer, reusable) for layer in layers}):
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
+    apply_model.quantization = short_name(weight_bits, activation_bits)
     model = model.clone()
     model.add_wrapper_with_key(
         WrappersMP.OUTER_SAMPLE, KEY, keep_for_run(KEY, lambda: QuantizedRun(weight_bits, activation_bits))
     )
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, apply_model)
     return model
+
+
+def quantization_of(model):
+    """Return the short name of a MODEL's quantization, None where it has none."""
+    return next((wrapper.quantization for wrapper in model.get_wrappers(WrappersMP.APPLY_MODEL, KEY)), None)

@@ -1,6 +1,7 @@
 """IECDeepCache against the host's uncached run and against DeepCache restated over the host's blocks."""
 
 import itertools
+import types
 
 import pytest
 import torch
@@ -179,9 +180,9 @@ def test_control_reaches_the_blocks_that_are_run(model):
     """Residuals as the host hands them over: each list's last entry belongs to the first block that pops."""
     import sys
 
-    module = sys.modules[next(name for name in sys.modules if name.endswith("nodes.host.deepcache"))]
+    module = sys.modules[next(name for name in sys.modules if name.endswith("nodes.host.unet_cache"))]
     unet = model.model.diffusion_model
-    cache = module.DeepCache(unet, module.CacheSettings(2, 1))
+    cache = module.UnetCache(unet, types.SimpleNamespace(branch=1, full_steps=None), None)
     control = {
         "input": [f"in {i}" for i in reversed(range(8))],
         "middle": ["mid"],
@@ -212,14 +213,14 @@ def test_unknown_branch_is_refused(cached, branch):
 
 
 def test_second_cache_is_refused(cached):
-    with pytest.raises(ValueError, match=r"^model: this MODEL has a DeepCache already"):
+    with pytest.raises(ValueError, match=r"^model: this MODEL has a cache already"):
         cached(2, source=cached(2))
 
 
 def test_model_that_is_no_unet_is_refused(host, model):
     clone = model.clone()
     clone.add_object_patch("diffusion_model", torch.nn.Linear(1, 1))
-    with pytest.raises(ValueError, match=r"^model: IECDeepCache needs a U-Net .* this MODEL is a Linear"):
+    with pytest.raises(ValueError, match=r"^model: caching needs a U-Net .* this MODEL is a Linear"):
         host.run("IECDeepCache", model=clone, interval=2, branch=0)
 
 

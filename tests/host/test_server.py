@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 NODES = {
     "IECKSampler", "IECApply", "IECSampler", "IECQuantizeModel", "IECDeepCache", "IECLoadBuiltinModel", "IECClassLabel",
-    "IECJoinReports", "IECCompare", "IECReport",
+    "IECJoinReports", "IECCompare", "IECReport", "IECCalibrateCacheQuant", "IECSaveCacheProfile", "IECLoadCacheProfile",
+    "IECCacheQuant",
 }  # fmt: skip
 
 

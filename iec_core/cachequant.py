@@ -1,0 +1,298 @@
+"""CacheQuant (arXiv 2503.01323): which steps to evaluate in full, and how to correct what the others reuse, learned from runs.
+
+DPS, the schedule: the steps are split into contiguous groups, each of which holds the feature of its first step. Of all splits
+into as many groups as a uniform interval N has, each between ceil(N / 2) and 2 N long, the one with the least sum of
+|F_s - F_start| is found by dynamic programming.
+
+DEC, the correction: the feature that step s takes up, F_start, is mapped on F_s by an affine map a F + b for each channel,
+a = cov / var, the least-squares fit over all prompts, positions and conditioning entries. With a quantized model F_start is
+that of the quantized network and F_s that of the full-precision one, so that both errors are corrected; a second map corrects
+the output of the block that consumes the feature. Beyond the paper the map may be of the last two full steps' features, which
+is a forecast with fitted weights.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+
+import safetensors
+import safetensors.torch
+import torch
+
+from .caching import FORECASTS, FeatureCache
+
+FORMAT = "iec_cache_profile"
+VERSION = "1"
+
+
+def group_steps(cost, interval):
+    """Return the first steps of the groups with the least total cost, in order.
+
+    cost[i][s], i < s: what it costs that step s holds the feature of step i; a square table over the steps. Groups are between
+    ceil(interval / 2) and 2 * interval long and as many as ceil(steps / interval). The minimum is exact.
+    """
+    total, count = len(cost), math.ceil(len(cost) / interval)
+    shortest, longest = min(math.ceil(interval / 2), total // count), 2 * interval
+    of_group = [[0.0] for _ in range(total)]  # of_group[i][n - 1]: the cost of a group of n steps that begins at step i
+    for first in range(total):
+        for step in range(first + 1, min(first + longest, total)):
+            of_group[first].append(of_group[first][-1] + float(cost[first][step]))
+    best = {0: (0.0, ())}  # by the number of steps that are split already: (cost, the groups' first steps)
+    for _ in range(count):
+        longer = {}
+        for first, (spent, firsts) in best.items():
+            for length in range(shortest, min(longest, total - first) + 1):
+                candidate = spent + of_group[first][length - 1], (*firsts, first)
+                if first + length not in longer or candidate[0] < longer[first + length][0]:
+                    longer[first + length] = candidate
+        best = longer
+    return list(best[total][1])
+
+
+class ChannelFit:
+    """The least-squares map of tensors x_1 .. x_k on a tensor y, by channel: y = a_1 x_1 + .. + a_k x_k + b. In float64."""
+
+    def __init__(self, channel_dim):
+        self._channel_dim = channel_dim
+        self._count, self._sums, self._products = 0, 0.0, 0.0
+
+    def add(self, xs, y):
+        """Take up a list of tensors and y, all of one shape."""
+        values = [value.movedim(self._channel_dim, 0).flatten(1).double() for value in (*xs, y)]
+        stacked = torch.stack(values, dim=1)  # [C, k + 1, n]
+        self._count += stacked.shape[2]
+        self._sums = self._sums + stacked.sum(2).cpu()
+        self._products = self._products + (stacked @ stacked.mT).cpu()
+
+    def solve(self):
+        """Return float64 [C, k + 1], a_1 .. a_k and b. Where the x do not tell, it is a_1 = 1: x_1 is held, and moved by b."""
+        mean = self._sums / self._count
+        covariance = self._products / self._count - mean[:, :, None] * mean[:, None, :]
+        among, with_y = covariance[:, :-1, :-1], covariance[:, :-1, -1]
+        change = (torch.linalg.pinv(among, rtol=1e-9, hermitian=True) @ (with_y - among[:, :, 0])[:, :, None])[:, :, 0]
+        change[:, 0] += 1  # fitted is y - x_1, so that what the x do not tell falls to x_1
+        return torch.cat([change, mean[:, -1:] - (change * mean[:, :-1]).sum(1, keepdim=True)], dim=1)
+
+
+class StepDistances:
+    """How far the features of the steps are from each other, over calibration runs. Stands where a FeatureCache does.
+
+    interval: bounds how far back a feature may be held.
+    """
+
+    def __init__(self, interval):
+        self._window = 2 * interval
+        self._recent = {}
+        self._distance = {}
+        self.sigmas = None
+
+    def full_steps(self, sigmas):
+        """Return all steps of a run of these sigmas."""
+        self.sigmas = torch.as_tensor(sigmas, dtype=torch.float64)
+        return frozenset(range(len(sigmas) - 1))
+
+    def store(self, keys, feature, position, stream=""):
+        """Take up the feature of a step. A sampler's further evaluations of a step are not taken."""
+        step = _own_step(position)
+        for key, part in zip(keys, feature.detach().clone().chunk(len(keys))):
+            recent = self._recent.setdefault((key, stream), {})
+            if step is None or step in recent:
+                continue
+            for old in [old for old in recent if old <= step - self._window]:
+                del recent[old]
+            for start, held in recent.items():
+                distance = (part.double() - held.double()).abs().mean().item()
+                self._distance[start, step] = self._distance.get((start, step), 0.0) + distance
+            recent[step] = part
+
+    def load(self, keys, items, position, stream=""):
+        """Return None: every step is evaluated in full."""
+
+    def clear(self):
+        """Forget a run's features; the distances stay."""
+        self._recent.clear()
+
+    def cost(self):
+        """Return the table for `group_steps`: the sums over all runs and conditioning entries of the mean |F_s - F_start|."""
+        steps = range(len(self.sigmas) - 1)
+        return [[self._distance.get((start, step), 0.0) for step in steps] for start in steps]
+
+
+class FeatureFits:
+    """The corrections of the features that steps take up, over calibration runs. Stands where a FeatureCache does.
+
+    firsts: the groups' first steps. terms: how many of the last full steps' features the map is of; 1 is the paper's.
+    channel_dim: the dimension of a feature's channels.
+    """
+
+    def __init__(self, firsts, terms, channel_dim):
+        self._firsts, self._terms, self._channel_dim = frozenset(firsts), terms, channel_dim
+        self._held = {}
+        self._fits = {}
+        self.is_reference = True  # whether what is stored next is of the full-precision network
+
+    def store(self, keys, feature, position, stream=""):
+        """Take up the feature of a step. That of the full-precision network comes first, then, if there is one, that of the
+        network which is to be corrected, at the same position.
+        """
+        step = _own_step(position)
+        for key, part in zip(keys, feature.detach().clone().chunk(len(keys))):
+            held = self._held.setdefault((key, stream), {})
+            if step in self._firsts:
+                held[step] = part
+                for old in sorted(held)[: -self._terms]:
+                    del held[old]
+            elif step is not None and self.is_reference:
+                fit = self._fits.setdefault((stream, step), ChannelFit(self._channel_dim))
+                fit.add([held[start] for start in sorted(held, reverse=True)], part)
+
+    def load(self, keys, items, position, stream=""):
+        """Return None: every step is evaluated in full."""
+
+    def clear(self):
+        """Forget a run's features; the fits stay."""
+        self._held.clear()
+
+    def maps(self, steps):
+        """Return {stream: float32 [steps, C, terms + 1]}: the factors of the last full steps' features, the latest first, and
+        the offset. Full steps hold their own.
+        """
+        found = {}
+        for (stream, step), fit in self._fits.items():
+            solved = fit.solve().float()
+            if stream not in found:
+                found[stream] = torch.zeros(steps, solved.shape[0], self._terms + 1)
+                found[stream][:, :, 0] = 1
+            found[stream][step, :, : solved.shape[1] - 1] = solved[:, :-1]
+            found[stream][step, :, -1] = solved[:, -1]
+        return found
+
+
+def _own_step(position):
+    """Return the step that begins at this position on the schedule, None where none does."""
+    step = round(position)
+    return step if abs(position - step) < 1e-6 else None
+
+
+class ConsumerStatistics:
+    """What calibration runs tell about the output of the block that consumes the feature, by step."""
+
+    def __init__(self, channel_dim):
+        self._channel_dim = channel_dim
+        self._fits = {}
+        self._reference = None
+        self.is_reference = True  # whether what comes next is of the full-precision network
+
+    def consumed(self, h, position):
+        """Take up the block's output h, first the full-precision network's, then the other's, and return h."""
+        if self.is_reference:
+            self._reference = h
+        else:
+            self._fits.setdefault(int(position + 1e-6), ChannelFit(self._channel_dim)).add([h], self._reference)
+            self._reference = None
+        return h
+
+    def map(self, steps):
+        """Return float32 [steps, C, 2], factor and offset."""
+        return torch.stack([self._fits[step].solve() for step in range(steps)]).float()
+
+
+def mapped(tensors, weights, channel_dim):
+    """Return a_1 x_1 + .. + a_k x_k + b by channel, in the dtype of the tensors. weights: [C, k + 1]."""
+    shape = [-1 if dim == channel_dim % tensors[0].ndim else 1 for dim in range(tensors[0].ndim)]
+    *factors, offset = (column.to(tensors[0]).reshape(shape) for column in weights.unbind(1))
+    total = offset
+    for factor, tensor in zip(factors, tensors):
+        total = torch.addcmul(total, factor, tensor)
+    return total
+
+
+@dataclass
+class CacheProfile:
+    """What a calibration has found out.
+
+    facts: of the run and the model, texts, for people and to tell whose profile it is ("network", "branch", "interval", ...).
+    fingerprint: float32 [n], weights of the model. sigmas: float64 [steps + 1]. full_steps: those that are evaluated in full.
+    channel_dim: of a feature. features: {stream: float32 [steps, C, terms + 1]}, see FeatureFits.maps. consumer: float32
+    [steps, C, 2], the map of the output of the block that consumes the feature, or None.
+    """
+
+    facts: dict[str, str]
+    fingerprint: torch.Tensor
+    sigmas: torch.Tensor
+    full_steps: tuple[int, ...]
+    channel_dim: int
+    features: dict[str, torch.Tensor] = field(default_factory=dict)
+    consumer: torch.Tensor | None = None
+
+    def save(self, path):
+        """Write a .safetensors file."""
+        tensors = {"fingerprint": self.fingerprint, "sigmas": self.sigmas, "full_steps": torch.tensor(self.full_steps)}
+        tensors.update({f"feature.{stream}": weights for stream, weights in self.features.items()})
+        tensors.update({} if self.consumer is None else {"consumer": self.consumer})
+        about = {"format": FORMAT, "version": VERSION, "channel_dim": str(self.channel_dim), "facts": json.dumps(self.facts)}
+        safetensors.torch.save_file({name: value.contiguous() for name, value in tensors.items()}, path, about)
+
+    @classmethod
+    def load(cls, path):
+        """Read a file that `save` wrote. Raises ValueError, with a sentence, for any other."""
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                about = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ValueError(f"it cannot be read as a .safetensors file ({error})") from error
+        if about.get("format") != FORMAT or about.get("version") != VERSION:
+            raise ValueError("it is no cache profile, or one of another version; calibrate anew")
+        features = {name.removeprefix("feature."): value for name, value in tensors.items() if name.startswith("feature.")}
+        return cls(
+            json.loads(about["facts"]), tensors["fingerprint"], tensors["sigmas"], tuple(tensors["full_steps"].tolist()),
+            int(about["channel_dim"]), features, tensors.get("consumer"),
+        )  # fmt: skip
+
+    def place(self, sigmas):
+        """Return with which step of the calibrated schedule a run of these sigmas begins. Raises ValueError where it is another
+        schedule: the run's has to be the calibrated one or a part of it.
+        """
+        sigmas = torch.as_tensor(sigmas, dtype=torch.float64)
+        for first in range(len(self.sigmas) - len(sigmas) + 1):
+            part = self.sigmas[first : first + len(sigmas)]
+            if torch.allclose(part, sigmas, rtol=1e-3, atol=1e-4):
+                return first
+        raise ValueError(
+            f"profile: it was calibrated for {len(self.sigmas) - 1} steps of {self.facts['scheduler']} from sigma "
+            f"{self.sigmas[0]:.4g} to {self.sigmas[-1]:.4g}, and this run has {len(sigmas) - 1} steps from {sigmas[0]:.4g} to "
+            f"{sigmas[-1]:.4g}; sample with the calibrated schedule, or calibrate for this one."
+        )
+
+
+class CorrectedFeatures(FeatureCache):
+    """A FeatureCache for one run that maps what it holds on what the steps should take up, as a CacheProfile says."""
+
+    def __init__(self, profile):
+        self._terms = next((weights.shape[2] - 1 for weights in profile.features.values()), 1)
+        super().__init__(FORECASTS[self._terms - 1])
+        self._profile = profile
+        self._first = 0
+
+    def full_steps(self, sigmas):
+        """Return the frozenset of the steps of this run that are evaluated in full. Raises ValueError as CacheProfile.place."""
+        self._first = self._profile.place(sigmas)
+        own = {step - self._first for step in self._profile.full_steps}
+        return frozenset({0, *(step for step in own if 0 <= step < len(sigmas) - 1)})
+
+    def _forecast(self, kept, position, stream):
+        step, weights = self._step(position), self._profile.features.get(stream)
+        expected = [full for full in self._profile.full_steps if full <= step][-self._terms :]
+        if weights is None or [round(at) + self._first for at, _ in kept] != expected:
+            return kept[-1][1]  # a run that begins within the schedule holds others at first: it goes without correction
+        return mapped([feature for _, feature in reversed(kept)], weights[step], self._profile.channel_dim)
+
+    def _step(self, position):
+        return min(int(position + 1e-6) + self._first, len(self._profile.sigmas) - 2)
+
+    def consumed(self, h, position):
+        """Return what the block that consumes the feature gave, h, corrected for the step at this position."""
+        if self._profile.consumer is None:
+            return h
+        return mapped([h], self._profile.consumer[self._step(position)], self._profile.channel_dim)

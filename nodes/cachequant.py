@@ -1,0 +1,194 @@
+"""CacheQuant: calibrate a cache's schedule and corrections on the user's prompts, keep them in a file, apply them."""
+
+import os
+
+import comfy.samplers
+from comfy_api.latest import io
+
+from ..iec_core.choices import unknown_choice
+from .host.cachequant import apply_profile, calibrate
+from .host.caching import CORRECTION_PASSES
+from .host.profiles import load_profile, profile_names, profile_path, save_profile
+from .types import CacheProfileSocket
+
+CALIBRATED_FORECASTS = ["hold", "linear"]
+PROMPTS = ("positive", "positive_2", "positive_3", "positive_4")
+
+
+class IECCalibrateCacheQuant(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        prompts = [
+            io.Conditioning.Input(name, optional=name != "positive", tooltip="A prompt to calibrate on; more are better.")
+            for name in PROMPTS
+        ]
+        return io.Schema(
+            node_id="IECCalibrateCacheQuant",
+            display_name="Calibrate CacheQuant (IEC)",
+            category="advanced/model/IEC",
+            description="Runs the full-precision model on your prompts, and finds out which steps a cache should evaluate in "
+            "full and how to correct what it reuses on the others. With Quantize Model upstream, it corrects its errors too.",
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="The model to cache, with Quantize Model if it is to be used so; without DeepCache."
+                ),
+                *prompts,
+                io.Conditioning.Input("negative", tooltip="The negative prompt."),
+                io.Latent.Input(
+                    "latent_image", tooltip="An empty latent of the size, and with as many images, as a run is to have."
+                ),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="The seed of the first run's noise."),
+                io.Int.Input("runs", default=2, min=1, max=64, tooltip="How many runs a prompt, each with noise of its own."),
+                io.Int.Input(
+                    "steps", default=20, min=1, max=10000, tooltip="Steps of a run. The profile is for this schedule."
+                ),
+                io.Float.Input("cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Guidance scale."),
+                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="The sampler of the runs."),
+                io.Combo.Input(
+                    "scheduler",
+                    options=comfy.samplers.KSampler.SCHEDULERS,
+                    tooltip="The scheduler. The profile is for this schedule.",
+                ),
+                io.Int.Input(
+                    "interval",
+                    default=3,
+                    min=1,
+                    max=1000,
+                    tooltip="As many steps are evaluated in full as with a uniform interval of this length.",
+                ),
+                io.Int.Input(
+                    "branch",
+                    default=0,
+                    min=0,
+                    max=100,
+                    tooltip="How much is evaluated on the other steps, as in DeepCache (IEC); 0 is the cheapest.",
+                ),
+                io.Combo.Input(
+                    "forecast",
+                    options=CALIBRATED_FORECASTS,
+                    default="hold",
+                    optional=True,
+                    tooltip="What a step's feature is computed from. hold: the last full step's, the paper's. linear: the last "
+                    "two full steps', which is more exact and keeps a second feature.",
+                ),
+                io.Boolean.Input(
+                    "correct_consumer",
+                    default=False,
+                    optional=True,
+                    tooltip="With a quantized U-Net: correct the output of the block that consumes the feature too, as the "
+                    "paper does. The calibration takes half as long again.",
+                ),
+            ],
+            outputs=[CacheProfileSocket.Output(display_name="profile", tooltip="What was found out, for CacheQuant (IEC).")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, sampler_name=None, scheduler=None, forecast=None):
+        wrong = unknown_choice(comfy.samplers.KSampler.SAMPLERS, sampler_name=sampler_name)
+        wrong = wrong or unknown_choice(comfy.samplers.KSampler.SCHEDULERS, scheduler=scheduler)
+        return wrong or unknown_choice(CALIBRATED_FORECASTS, forecast=forecast) or True
+
+    @classmethod
+    def execute(
+        cls, model, positive, negative, latent_image, seed, runs, steps, cfg, sampler_name, scheduler, interval, branch,
+        forecast="hold", correct_consumer=False, **more,
+    ):  # fmt: skip
+        prompts = [positive, *(more[name] for name in PROMPTS[1:] if more.get(name) is not None)]
+        sampling = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler}
+        profile = calibrate(
+            model, prompts, negative, latent_image, seed, runs, sampling, interval, branch, forecast, correct_consumer
+        )
+        return io.NodeOutput(profile)
+
+
+class IECSaveCacheProfile(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="IECSaveCacheProfile",
+            display_name="Save Cache Profile (IEC)",
+            category="advanced/model/IEC",
+            description="Writes a cache profile to models/iec_profiles.",
+            is_output_node=True,
+            inputs=[
+                CacheProfileSocket.Input("profile", tooltip="The profile of Calibrate CacheQuant (IEC)."),
+                io.String.Input("name", default="profile", tooltip="Name of the file; one of the same name is replaced."),
+            ],
+            outputs=[CacheProfileSocket.Output(display_name="profile", tooltip="The same profile.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, name=None):
+        try:
+            name is None or profile_path(name)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, profile, name):
+        path = save_profile(profile, name)
+        return io.NodeOutput(profile, ui={"text": [path]})
+
+
+class IECLoadCacheProfile(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="IECLoadCacheProfile",
+            display_name="Load Cache Profile (IEC)",
+            category="advanced/model/IEC",
+            description="Reads a cache profile from models/iec_profiles.",
+            inputs=[io.Combo.Input("profile_name", options=profile_names(), tooltip="The file.")],
+            outputs=[CacheProfileSocket.Output(display_name="profile", tooltip="The profile, for CacheQuant (IEC).")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, profile_name=None):
+        names = profile_names()
+        if profile_name is not None and profile_name not in names:
+            known = ", ".join(names) or "none"
+            return f"profile_name: there is no profile '{profile_name}' in models/iec_profiles; there are: {known}."
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, profile_name):
+        return os.path.getmtime(profile_path(profile_name))
+
+    @classmethod
+    def execute(cls, profile_name):
+        return io.NodeOutput(load_profile(profile_name))
+
+
+class IECCacheQuant(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="IECCacheQuant",
+            display_name="CacheQuant (IEC)",
+            category="advanced/model/IEC",
+            description="DeepCache by a calibrated profile: its schedule, and its corrections of what is reused.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model that the profile is of; it stays as it is."),
+                CacheProfileSocket.Input("profile", tooltip="Of Calibrate CacheQuant (IEC) or Load Cache Profile (IEC)."),
+                io.Combo.Input(
+                    "correction_pass",
+                    options=list(CORRECTION_PASSES),
+                    default="refresh",
+                    optional=True,
+                    tooltip="What IEC's correction of a full step does, as in DeepCache (IEC).",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="A clone of the model that caches by the profile.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, correction_pass=None):
+        return unknown_choice(CORRECTION_PASSES, correction_pass=correction_pass) or True
+
+    @classmethod
+    def execute(cls, model, profile, correction_pass="refresh"):
+        return io.NodeOutput(apply_profile(model, profile, correction_pass))
+
+
+NODES = [IECCalibrateCacheQuant, IECSaveCacheProfile, IECLoadCacheProfile, IECCacheQuant]

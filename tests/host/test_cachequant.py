@@ -1,0 +1,299 @@
+"""CacheQuant's nodes: what a calibration finds against its definition restated, files, refusals."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+STEPS, INTERVAL = 8, 2
+SAMPLING = {"seed": 11, "steps": STEPS, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal"}
+
+
+@pytest.fixture
+def calibrate(host, model, conditioning):
+    def run(source=None, **settings):
+        inputs = {
+            "positive": conditioning[0], "negative": conditioning[1], "latent_image": {"samples": torch.zeros(2, 3, 16, 16)},
+            **SAMPLING, "runs": 1, "interval": INTERVAL, "branch": 0, **settings,
+        }  # fmt: skip
+        return host.run("IECCalibrateCacheQuant", model=source or model, **inputs)[0]
+
+    return run
+
+
+@pytest.fixture
+def quantized(host, model):
+    inputs = {"weight_bits": "4", "activation_bits": "8", "keep_sensitive_layers": True}
+    return host.run("IECQuantizeModel", model=model, **inputs)[0]
+
+
+@pytest.fixture
+def features(host, conditioning):
+    """features(model, trajectory=None, runs=1): {(run, step): what enters the last output block}, seen by a patch of the test
+    in a run of the host's own sampler; with `trajectory`, at its latents, one step each.
+    """
+
+    def run(model, runs=1):
+        seen = {}
+
+        def see(h, hsp, options):
+            if options["block"] == ("output", 7):
+                seen[len(seen)] = h.double()
+            return h, hsp
+
+        model = model.clone()
+        model.set_model_output_block_patch(see)
+        latent = {"samples": torch.zeros(2, 3, 16, 16)}
+        for number in range(runs):
+            host.common_ksampler(model, 11 + number, STEPS, 2.0, "euler", "normal", *conditioning, latent)
+        return [[seen[number * STEPS + step] for step in range(STEPS)] for number in range(runs)]
+
+    return run
+
+
+def splits():
+    """All ways to split the steps as the paper allows."""
+    count, shortest, longest = math.ceil(STEPS / INTERVAL), math.ceil(INTERVAL / 2), 2 * INTERVAL
+    for later in itertools.combinations(range(1, STEPS), count - 1):
+        firsts = [0, *later]
+        if all(shortest <= end - first <= longest for first, end in zip(firsts, [*later, STEPS])):
+            yield firsts
+
+
+def test_schedule_and_map_are_the_papers(host, calibrate, features, model):
+    """The schedule is the best of all splits for the features that the test sees; the map the least-squares one."""
+    seen = features(model, runs=2)
+    profile = calibrate(runs=2)
+
+    def cost(firsts):
+        start = [max(first for first in firsts if first <= step) for step in range(STEPS)]
+        return sum((run[step] - run[start[step]]).abs().mean().item() for run in seen for step in range(STEPS))
+
+    assert cost(list(profile.full_steps)) == pytest.approx(min(cost(firsts) for firsts in splits()), rel=1e-9)
+    assert len({cost(firsts) for firsts in splits()}) > 3
+    sigmas = host.run("BasicScheduler", model=model, scheduler="normal", steps=STEPS, denoise=1.0)[0]
+    torch.testing.assert_close(profile.sigmas.float(), sigmas)
+    weights = profile.features[""]
+    for step in set(range(STEPS)) - set(profile.full_steps):
+        start = max(first for first in profile.full_steps if first <= step)
+        x, y = (torch.cat([run[at] for run in seen]).movedim(1, 0).flatten(1) for at in (start, step))
+        slope = ((x - x.mean(1, keepdim=True)) * (y - y.mean(1, keepdim=True))).mean(1) / x.var(1, correction=0)
+        torch.testing.assert_close(weights[step, :, 0].double(), slope, rtol=1e-3, atol=1e-4)
+        offset = y.mean(1) - slope * x.mean(1)
+        torch.testing.assert_close(weights[step, :, 1].double(), offset, rtol=1e-3, atol=1e-4)
+
+
+def test_corrected_run_takes_up_what_the_map_says(host, calibrate, features, model):
+    profile = calibrate()
+    run = features(host.run("IECCacheQuant", model=model, profile=profile)[0])[0]
+    weights = profile.features[""].double()
+    for step in range(STEPS):
+        start = max(first for first in profile.full_steps if first <= step)
+        expected = run[start] * weights[step, :, 0, None, None] + weights[step, :, 1, None, None]
+        torch.testing.assert_close(run[step], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("forecast", ["hold", "linear"])
+def test_calibrated_is_nearer_to_full_precision(host, calibrate, sample, model, relative, forecast):
+    """At the same number of full steps, on noise that the calibration has not seen."""
+    settings = {"steps": STEPS, "scheduler": "normal", "latent_image": {"samples": torch.zeros(2, 3, 16, 16)}, "seed": 5}
+    profile = calibrate(runs=2, forecast=forecast)
+    exact = sample(model, **settings)
+    calibrated = sample(host.run("IECCacheQuant", model=model, profile=profile)[0], **settings)
+    uniform = sample(host.run("IECDeepCache", model=model, interval=INTERVAL, branch=0)[0], **settings)
+    assert len(profile.full_steps) == STEPS // INTERVAL
+    assert relative(calibrated, exact) < {"hold": 0.9, "linear": 0.7}[forecast] * relative(uniform, exact)
+
+
+def test_quantized_features_are_mapped_on_full_precision(calibrate, features, model, quantized):
+    """The trajectory is that of full precision, x is of the quantized network at the same latents, y of full precision."""
+    plain, profile = calibrate(), calibrate(quantized)
+    assert profile.facts["quantization"] == "W4A8" and plain.facts["quantization"] == "none"
+    assert profile.full_steps == plain.full_steps
+    step = min(set(range(STEPS)) - set(plain.full_steps))
+    assert step == 1  # so both networks have seen the same latent at step 0
+    x, y = features(quantized)[0][0], features(model)[0][1]
+    x, y = (value.movedim(1, 0).flatten(1) for value in (x, y))
+    slope = ((x - x.mean(1, keepdim=True)) * (y - y.mean(1, keepdim=True))).mean(1) / x.var(1, correction=0)
+    torch.testing.assert_close(profile.features[""][1, :, 0].double(), slope, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(plain.features[""], profile.features[""], atol=1e-3)
+
+
+def test_consumer_of_a_quantized_model_is_mapped_too(host, calibrate, sample, quantized):
+    profile = calibrate(quantized, correct_consumer=True)
+    assert profile.consumer.shape[0] == STEPS and profile.consumer.shape[2] == 2
+    settings = {"steps": STEPS, "scheduler": "normal", "latent_image": {"samples": torch.zeros(2, 3, 16, 16)}}
+    ours = sample(host.run("IECCacheQuant", model=quantized, profile=profile)[0], **settings)
+    profile.consumer[:, :, 0], profile.consumer[:, :, 1] = 1.0, 0.0
+    untouched = sample(host.run("IECCacheQuant", model=quantized, profile=profile)[0], **settings)
+    profile.consumer = None
+    without = sample(host.run("IECCacheQuant", model=quantized, profile=profile)[0], **settings)
+    assert torch.equal(untouched, without) and not torch.equal(ours, without)
+
+
+def test_calibration_leaves_the_model_as_it_is(calibrate, sample, model, quantized):
+    before = sample(model), sample(quantized)
+    calibrate(quantized, correct_consumer=True)
+    assert torch.equal(sample(model), before[0]) and torch.equal(sample(quantized), before[1])
+    assert not any("forward_comfy_cast_weights" in module.__dict__ for module in model.model.modules())
+
+
+def test_progress_counts_the_steps_of_all_runs(calibrate, quantized, conditioning, monkeypatch):
+    import comfy.utils
+
+    told = []
+
+    class Bar:
+        def __init__(self, total):
+            told.append(total)
+
+        def update(self, value):
+            told.append(value)
+
+    monkeypatch.setattr(comfy.utils, "ProgressBar", Bar)
+    calibrate(quantized, runs=2, positive_3=conditioning[0], correct_consumer=True)
+    assert told == [3 * 2 * 2 * STEPS, *[1] * (3 * 2 * 2 * STEPS)]
+
+
+@pytest.mark.parametrize("correction_pass", ["refresh", "keep", "reuse"])
+def test_corrections_run_on_a_calibrated_cache(host, calibrate, sample, model, correction_pass):
+    model = host.run("IECCacheQuant", model=model, profile=calibrate(), correction_pass=correction_pass)[0]
+    settings = {"steps": STEPS, "scheduler": "normal", "latent_image": {"samples": torch.zeros(2, 3, 16, 16)}}
+    corrected, plain = (sample(model, correction_steps=steps, **settings) for steps in ("all", "none"))
+    assert corrected.isfinite().all() and not torch.equal(corrected, plain)
+
+
+def test_another_model_is_refused(host, calibrate, model):
+    profile = calibrate()
+    other = model.clone()
+    other.model = type(model.model).__new__(type(model.model))
+    torch.nn.Module.__init__(other.model)
+    other.model.__dict__.update({key: value for key, value in model.model.__dict__.items() if key != "_modules"})
+    network = torch.nn.Module()
+    for name, parameter in model.model.diffusion_model.named_parameters():
+        network.register_parameter(name.replace(".", "_"), torch.nn.Parameter(parameter * 1.1))
+    other.model._modules = {**model.model._modules, "diffusion_model": network}
+    with pytest.raises(ValueError, match=r"^profile: it was calibrated for another model, a UNetModel with other weights"):
+        host.run("IECCacheQuant", model=other, profile=profile)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_the_same_model_in_another_precision_is_accepted(host, calibrate, precision):
+    other = host.run("IECLoadBuiltinModel", precision=precision)[0]
+    assert host.run("IECCacheQuant", model=other, profile=calibrate())[0] is not None
+
+
+def test_a_lora_does_not_make_it_another_model(host, calibrate, sample, model):
+    profile, patched = calibrate(), model.clone()
+    name = "diffusion_model.input_blocks.0.0.weight"
+    weight = model.model.diffusion_model.input_blocks[0][0].weight
+    patched.add_patches({name: ("diff", (torch.full_like(weight, 0.5),))})
+    settings = {"steps": STEPS, "scheduler": "normal", "latent_image": {"samples": torch.zeros(2, 3, 16, 16)}}
+    cached = host.run("IECCacheQuant", model=patched, profile=profile)[0]
+    one = sample(cached, **settings)
+    again = host.run("IECCacheQuant", model=patched, profile=profile)[0]  # now that the host has patched the weight in place
+    assert torch.equal(sample(again, **settings), one)
+
+
+def test_another_quantization_is_refused(host, calibrate, sample, model, quantized):
+    settings = {"steps": STEPS, "scheduler": "normal"}
+    for source, of in ((quantized, calibrate()), (model, calibrate(quantized))):
+        cached = host.run("IECCacheQuant", model=source, profile=of)[0]
+        with pytest.raises(ValueError, match=r"^profile: it was calibrated with quantization (none|W4A8), and this model"):
+            sample(cached, **settings)
+
+
+def test_another_schedule_is_refused_and_a_part_is_not(host, calibrate, sample, model):
+    cached = host.run("IECCacheQuant", model=model, profile=calibrate())[0]
+    with pytest.raises(ValueError, match=r"^profile: it was calibrated for 8 steps of normal from sigma"):
+        sample(cached, steps=STEPS, scheduler="karras")
+    latent = {"samples": torch.full((2, 3, 16, 16), 0.2)}
+    advanced = {
+        "add_noise": "enable", "noise_seed": 3, "steps": STEPS, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal",
+        "start_at_step": 3, "end_at_step": 7, "return_with_leftover_noise": "enable",
+    }  # fmt: skip
+    conditions = dict(zip(("positive", "negative"), (host.run("IECClassLabel", labels=text)[0] for text in ("face", "none"))))
+    result = host.run("KSamplerAdvanced", model=cached, latent_image=latent, **conditions, **advanced)[0]["samples"]
+    assert result.isfinite().all()
+
+
+def test_cached_model_is_refused(host, calibrate, model):
+    cached = host.run("IECDeepCache", model=model, interval=2, branch=0)[0]
+    with pytest.raises(ValueError, match=r"^model: this MODEL has a cache already"):
+        calibrate(cached)
+    with pytest.raises(ValueError, match=r"^model: this MODEL has a cache already"):
+        host.run("IECCacheQuant", model=cached, profile=calibrate())
+
+
+def test_an_interrupt_ends_the_calibration(host, calibrate, sample, model, monkeypatch):
+    import comfy.utils
+
+    class Stop(Exception):
+        pass
+
+    class Bar:
+        def __init__(self, total):
+            self.left = 5
+
+        def update(self, value):
+            self.left -= 1
+            if not self.left:
+                raise Stop
+
+    expected = sample(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(comfy.utils, "ProgressBar", Bar)
+        with pytest.raises(Stop):
+            calibrate()
+    assert torch.equal(sample(model), expected)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    import folder_paths
+
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "iec_profiles", ([str(tmp_path)], {".safetensors"}))
+    return tmp_path
+
+
+def test_profile_is_saved_and_loaded(host, folder, calibrate, sample, model):
+    profile = calibrate(forecast="linear")
+    assert host.run("IECSaveCacheProfile", profile=profile, name="small/net")[0] is profile
+    assert [path.name for path in folder.rglob("*") if path.is_file()] == ["net.safetensors"]
+    loaded = host.run("IECLoadCacheProfile", profile_name="small/net.safetensors")[0]
+    settings = {"steps": STEPS, "scheduler": "normal"}
+    one, other = (sample(host.run("IECCacheQuant", model=model, profile=each)[0], **settings) for each in (profile, loaded))
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/outside", "", "sub/", ".."])
+def test_a_name_outside_the_folder_is_refused(host, folder, name):
+    assert host.nodes["IECSaveCacheProfile"].validate_inputs(name=name).startswith(f"name: '{name}' is no name for a file")
+    assert host.nodes["IECSaveCacheProfile"].validate_inputs(name="net") is True
+
+
+def test_a_file_that_is_no_profile_is_refused(host, folder):
+    (folder / "junk.safetensors").write_bytes(b"junk")
+    load = host.nodes["IECLoadCacheProfile"]
+    assert load.validate_inputs(profile_name="junk.safetensors") is True
+    assert load.validate_inputs(profile_name="none.safetensors").startswith("profile_name: there is no profile 'none.safe")
+    with pytest.raises(ValueError, match=r"^profile_name: 'junk.safetensors' is of no use: it cannot be read"):
+        host.run("IECLoadCacheProfile", profile_name="junk.safetensors")
+
+
+def test_a_save_that_fails_leaves_the_older_file(host, folder, calibrate, monkeypatch):
+    profile = calibrate()
+    host.run("IECSaveCacheProfile", profile=profile, name="net")
+    before = (folder / "net.safetensors").read_bytes()
+
+    def fail(self, path):
+        with open(path, "wb") as file:
+            file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(type(profile), "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        host.run("IECSaveCacheProfile", profile=profile, name="net")
+    assert [path.name for path in folder.iterdir()] == ["net.safetensors"]
+    assert (folder / "net.safetensors").read_bytes() == before

@@ -1,0 +1,135 @@
+"""One server over many prompts of changing kind: what it holds, and whether anything of one prompt gets into another."""
+
+import itertools
+import random
+
+import comfyui
+import psutil
+import pytest
+import server
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+PROMPTS = 200
+STEPS = 4
+SIZES, BATCHES, LORAS = (16, 32, 48), (1, 2), (False, True)
+CACHES = {
+    "none": None,
+    "hold": {"interval": 2, "branch": 0},
+    "linear": {"interval": 2, "branch": 3, "forecast": "linear"},
+    "profile": {},
+}
+CONFIGURATIONS = list(itertools.product(SIZES, BATCHES, LORAS, CACHES))
+SAMPLING = {"steps": STEPS, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal"}
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    return tmp_path_factory.mktemp("output")
+
+
+@pytest.fixture(scope="module")
+def host(output, tmp_path_factory):
+    """A server with model folders of its own, in which there is a LoRA for the built-in model."""
+    models = tmp_path_factory.mktemp("models")
+    name = "middle_block.1.proj_in"  # in a deep block, whose feature the cache holds
+    with safe_open(comfyui.ROOT / "nodes/assets/emoji32.safetensors", "pt") as file:
+        out, into = next(file.get_slice(key) for key in file.keys() if key.endswith(f"{name}.weight")).get_shape()[:2]  # noqa: SIM118
+    generator = torch.Generator().manual_seed(0)
+    lora = {f"diffusion_model.{name}.lora_up.weight": torch.randn(out, 2, generator=generator)}
+    lora[f"diffusion_model.{name}.lora_down.weight"] = torch.randn(2, into, generator=generator)
+    (models / "loras").mkdir()
+    save_file(lora, models / "loras/deep.safetensors")
+    (models / "paths.yaml").write_text(f"test:\n  base_path: {models}\n  loras: loras\n  iec_profiles: profiles\n")
+    with server.serve(output, ["--extra-model-paths-config", str(models / "paths.yaml")]) as host:
+        yield host
+
+
+def node(kind, **inputs):
+    return {"class_type": kind, "inputs": inputs}
+
+
+def base(size, batch):
+    return {
+        "model": node("IECLoadBuiltinModel", precision="float32"),
+        "face": node("IECClassLabel", labels="face, flag"),
+        "none": node("IECClassLabel", labels="none"),
+        "empty": node("EmptyChromaRadianceLatentImage", width=size, height=size, batch_size=batch),
+    }
+
+
+def prompt(size, batch, lora, cache, seed=5):
+    nodes, source = base(size, batch), ["model", 0]
+    if lora:
+        nodes["lora"] = node("LoraLoaderModelOnly", model=source, lora_name="deep.safetensors", strength_model=1.0)
+        source = ["lora", 0]
+    if cache == "profile":
+        nodes["profile"] = node("IECLoadCacheProfile", profile_name="small.safetensors")
+        nodes["cached"] = node("IECCacheQuant", model=source, profile=["profile", 0])
+    elif cache != "none":
+        nodes["cached"] = node("IECDeepCache", model=source, **CACHES[cache])
+    sampling = {**SAMPLING, "denoise": 1.0, "lambda_": 0.5, "max_iterations": 1, "tolerance": 1e-5}
+    nodes["sampler"] = node(
+        "IECKSampler", model=["cached", 0] if cache != "none" else source, seed=seed, positive=["face", 0],
+        negative=["none", 0], latent_image=["empty", 0], correction_steps="first:1", **sampling,
+    )  # fmt: skip
+    nodes["save"] = node("SaveLatent", samples=["sampler", 0], filename_prefix="iec")
+    return nodes
+
+
+def latent(output, outputs):
+    entry = outputs["save"]["latents"][0]
+    path = output / entry["subfolder"] / entry["filename"]
+    tensor = load_file(path)["latent_tensor"]
+    path.unlink()
+    return tensor
+
+
+@pytest.fixture(scope="module")
+def profile(host):
+    nodes = base(32, 1)
+    nodes["calibrate"] = node(
+        "IECCalibrateCacheQuant", model=["model", 0], positive=["face", 0], negative=["none", 0], latent_image=["empty", 0],
+        seed=1, runs=1, interval=2, branch=0, **SAMPLING,
+    )  # fmt: skip
+    nodes["save"] = node("IECSaveCacheProfile", profile=["calibrate", 0], name="small")
+    host.run(nodes)
+
+
+def test_profile_is_used_by_a_later_prompt(host, output, profile):
+    cached, plain = (latent(output, host.run(prompt(32, 1, False, cache, seed=3))) for cache in ("profile", "none"))
+    assert cached.isfinite().all() and not torch.equal(cached, plain)
+    wrong = prompt(32, 1, False, "profile")
+    wrong["profile"]["inputs"]["profile_name"] = "none.safetensors"
+    with pytest.raises(server.Refused, match=r"profile_name: there is no profile 'none.safetensors' in models/iec_profiles"):
+        host.run(wrong)
+    other = prompt(32, 1, False, "profile", seed=4)
+    other["sampler"]["inputs"]["scheduler"] = "karras"
+    with pytest.raises(server.Failed, match="profile: it was calibrated for 4 steps of normal"):
+        host.run(other)
+    bad = {**base(32, 1), **{"calibrate": node("IECSaveCacheProfile", profile=["model", 0], name="../x")}}
+    with pytest.raises(server.Refused):
+        host.run(bad)
+
+
+def test_prompts_do_not_touch_one_another_and_memory_stays(host, output, profile):
+    """Every configuration again and again in changing order: each time its own latent, bit for bit, and the size of the process
+    no larger at the end than after each of them has been there.
+
+    A feature that outlived its prompt would show: the first image of a batch of two is the image of the batch of one, the seed
+    is always the same, and a LoRA changes the deep features alone.
+    """
+    process = psutil.Process().children()[0]
+    assert "main.py" in " ".join(process.cmdline())
+    order, draw, first, sizes = [], random.Random(0), {}, []
+    while len(order) < PROMPTS:
+        order += draw.sample(CONFIGURATIONS, len(CONFIGURATIONS))
+    for number, configuration in enumerate(order[:PROMPTS]):
+        seed = 5 if number % 2 else 6  # else the host would answer a prompt like the last one without running it
+        result = latent(output, host.run(prompt(*configuration, seed=seed)))
+        assert torch.equal(first.setdefault((*configuration, seed), result), result), configuration
+        sizes.append(process.memory_info().rss / 2**20)
+    assert len({result.double().sum().item() for result in first.values()}) == len(first)
+    warm = len(CONFIGURATIONS) + 1
+    assert max(sizes[-20:]) - max(sizes[:warm]) < 40, sizes[:: PROMPTS // 10]

@@ -1,0 +1,213 @@
+"""Cache profiles: the schedule against brute force, the correction against least squares written out, files."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from iec_core.cachequant import (
+    CacheProfile,
+    ChannelFit,
+    ConsumerStatistics,
+    CorrectedFeatures,
+    FeatureFits,
+    StepDistances,
+    group_steps,
+    mapped,
+)
+
+
+def cost_of(cost, firsts, total):
+    """The sum of |F_s - F_start| over all steps."""
+    ends = [*firsts[1:], total]
+    return sum(cost[first][step] for first, end in zip(firsts, ends) for step in range(first + 1, end))
+
+
+def all_splits(total, count, shortest, longest):
+    for later in itertools.combinations(range(1, total), count - 1):
+        firsts = [0, *later]
+        lengths = [end - first for first, end in zip(firsts, [*later, total])]
+        if all(shortest <= length <= longest for length in lengths):
+            yield firsts
+
+
+@pytest.mark.parametrize("interval", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("total", [1, 5, 9, 12])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_grouping_is_the_best_of_all(total, interval, seed):
+    generator = torch.Generator().manual_seed(seed)
+    cost = torch.rand(total, total, generator=generator, dtype=torch.float64).tolist()
+    count = math.ceil(total / interval)
+    shortest = min(math.ceil(interval / 2), total // count)
+    splits = list(all_splits(total, count, shortest, 2 * interval))
+    firsts = group_steps(cost, interval)
+    assert firsts in splits
+    assert cost_of(cost, firsts, total) == pytest.approx(min(cost_of(cost, split, total) for split in splits), abs=1e-12)
+
+
+def test_grouping_crowds_full_steps_where_features_change():
+    place = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 2.0, 4.0, 6.0, 8.0, 8.1, 8.2])
+    cost = (place[:, None] - place).abs().tolist()
+    assert group_steps(cost, 3) == [0, 3, 7, 9]  # 4.6 in all; every third step costs 6.9
+
+
+def channels(x, channel_dim):
+    return x.movedim(channel_dim, 0).flatten(1).double()
+
+
+@pytest.mark.parametrize(("shape", "channel_dim"), [((2, 3, 4, 5), 1), ((2, 7, 3), -1)])
+@pytest.mark.parametrize("terms", [1, 2])
+def test_fit_is_the_least_squares_one(shape, channel_dim, terms):
+    generator = torch.Generator().manual_seed(3)
+    fit, rows = ChannelFit(channel_dim), []
+    for _ in range(3):
+        xs = [torch.randn(shape, generator=generator) for _ in range(terms)]
+        y = 0.7 * xs[0] + 0.3 * torch.randn(shape, generator=generator) + 1.5
+        fit.add(xs, y)
+        rows.append(torch.stack([channels(value, channel_dim) for value in (*xs, torch.ones_like(y), y)], dim=2))
+    table = torch.cat(rows, dim=1)  # [C, n, terms + 2]
+    expected = torch.linalg.lstsq(table[:, :, :-1], table[:, :, -1:]).solution[:, :, 0]
+    torch.testing.assert_close(fit.solve(), expected, rtol=1e-9, atol=1e-9)
+    if terms == 1:  # the paper's a = cov / var
+        x, y = table[:, :, 0], table[:, :, -1]
+        covariance = ((x - x.mean(1, keepdim=True)) * (y - y.mean(1, keepdim=True))).mean(1)
+        torch.testing.assert_close(fit.solve()[:, 0], covariance / x.var(1, correction=0), rtol=1e-9, atol=1e-9)
+
+
+def test_fit_of_what_does_not_vary_holds_and_moves_it():
+    constant, y = torch.full((1, 1, 4), 2.0), torch.tensor([[[1.0, 2.0, 3.0, 6.0]]])
+    fit = ChannelFit(1)
+    fit.add([constant], y)
+    assert fit.solve().tolist() == [[1.0, 1.0]]
+    twice = ChannelFit(1)
+    twice.add([y, y], 3 * y)  # which of the two it is from cannot be told
+    weights = twice.solve()
+    torch.testing.assert_close(weights[:, :2].sum(1), torch.tensor([3.0], dtype=torch.float64))
+
+
+def feature(step, scale=1.0):
+    """A feature of two conditioning entries with three channels, each on its own line over the steps."""
+    base = torch.arange(24.0).reshape(2, 3, 4) / 10 + 1
+    return base * (1 + 0.1 * step) * scale + torch.tensor([0.0, 0.2, -0.1])[:, None] * step
+
+
+def curve(step):
+    """A feature that no map of one other step's gives: two patterns, each with a course of its own."""
+    one, other = torch.arange(24.0).reshape(2, 3, 4) / 10, torch.arange(24.0).reshape(2, 3, 4).sin()
+    return one * (1 + 0.1 * step) + other * (1 + 0.3 * step) ** 0.5
+
+
+def fitted(steps, full_steps, terms=1, of=feature, quantized=None):
+    fits = FeatureFits(full_steps, terms, 1)
+    for step in range(steps):
+        fits.is_reference = True
+        fits.store(["cond", "uncond"], of(step), float(step))
+        if quantized is not None:
+            fits.is_reference = False
+            fits.store(["cond", "uncond"], quantized(of(step)), float(step))
+    fits.clear()
+    return fits.maps(steps)
+
+
+def profile(steps=6, full_steps=(0, 2, 4), **settings):
+    sigmas = torch.linspace(10, 0, steps + 1, dtype=torch.float64)
+    maps = fitted(steps, full_steps, **settings)
+    return CacheProfile({"network": "Net", "scheduler": "even"}, torch.randn(8), sigmas, full_steps, 1, maps)
+
+
+def test_distances_are_means_and_reach_no_further_than_twice_the_interval():
+    distances = StepDistances(2)
+    distances.full_steps(range(7))
+    for step in [0.0, 1.0, 1.5, 2.0, 2.0, 3.0, 4.0, 5.0]:  # a sampler may evaluate a step more than once
+        distances.store(["cond", "uncond"], feature(step), step)
+    cost = distances.cost()
+    for start, step in [(0, 1), (0, 3), (2, 5)]:
+        parts = zip(feature(start).chunk(2), feature(step).chunk(2))
+        assert cost[start][step] == pytest.approx(sum((y - x).abs().mean().item() for x, y in parts), rel=1e-6)
+    assert cost[0][4] == 0 and cost[3][1] == 0
+
+
+@pytest.mark.parametrize("quantized", [None, lambda x: 0.9 * x - 0.3])
+@pytest.mark.parametrize(("of", "terms", "error"), [(feature, 1, 1e-4), (feature, 2, 1e-4), (curve, 2, 1e-4), (curve, 1, None)])
+def test_corrected_features_are_those_of_the_step(quantized, of, terms, error):
+    """What the map can express comes out exactly, whatever of the network's errors it can express too."""
+    full_steps = (0, 1, 3)
+    cache, worst = CorrectedFeatures(profile(full_steps=full_steps, of=of, terms=terms, quantized=quantized)), 0.0
+    assert cache.full_steps(torch.linspace(10, 0, 7, dtype=torch.float64).tolist()) == {*full_steps}
+    for step in range(6):
+        if step in full_steps:
+            cache.store(["cond", "uncond"], (quantized or (lambda x: x))(of(step)), float(step))
+        else:
+            loaded = cache.load(["uncond", "cond"], 2, float(step))
+            worst = max(worst, (loaded - of(step).flip(0)).abs().max().item())
+    assert worst < error if error else worst > 1e-3
+
+
+def test_a_run_within_the_schedule_takes_its_own_steps():
+    cache = CorrectedFeatures(profile())
+    sigmas = torch.linspace(10, 0, 7, dtype=torch.float64)[1:].tolist()
+    assert cache.full_steps(sigmas) == {0, 1, 3}
+    cache.store(["cond"], feature(1)[:1], 0.0)
+    cache.store(["cond"], feature(2)[:1], 1.0)
+    torch.testing.assert_close(cache.load(["cond"], 1, 2.0), feature(3)[:1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_that_begins_within_a_group_is_not_corrected_there():
+    cache = CorrectedFeatures(profile(full_steps=(0, 3)))
+    cache.full_steps(torch.linspace(10, 0, 7, dtype=torch.float64)[1:].tolist())
+    cache.store(["cond"], feature(1)[:1], 0.0)
+    assert torch.equal(cache.load(["cond"], 1, 1.0), feature(1)[:1])
+
+
+def test_consumer_statistics_map_one_network_on_the_other():
+    statistics = ConsumerStatistics(1)
+    for step in range(2):
+        statistics.is_reference = True
+        statistics.consumed(feature(step), float(step))
+        statistics.is_reference = False
+        statistics.consumed(0.5 * feature(step) - step, float(step))
+    weights = statistics.map(2)
+    torch.testing.assert_close(weights[1], torch.tensor([[2.0, 2.0]]).expand(3, 2), rtol=1e-4, atol=1e-4)
+    corrected = profile(full_steps=(0, 2, 4))
+    corrected.consumer = weights
+    cache = CorrectedFeatures(corrected)
+    torch.testing.assert_close(cache.consumed(0.5 * feature(1) - 1, 1.0), feature(1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sigmas", [[10.0, 5.0, 0.0], [9.0, 8.0, 7.0], [*range(12, -1, -1)]])
+def test_another_schedule_is_refused(sigmas):
+    with pytest.raises(ValueError, match=r"^profile: it was calibrated for 6 steps of even from sigma 10 to 0, and this run"):
+        CorrectedFeatures(profile()).full_steps(sigmas)
+
+
+def test_profile_survives_its_file(tmp_path):
+    before = profile(terms=2)
+    before.consumer = torch.ones(6, 3, 2)
+    before.save(tmp_path / "p.safetensors")
+    after = CacheProfile.load(tmp_path / "p.safetensors")
+    assert (after.facts, after.full_steps, after.channel_dim) == (before.facts, before.full_steps, before.channel_dim)
+    for name in ("fingerprint", "sigmas", "consumer"):
+        assert torch.equal(getattr(after, name), getattr(before, name))
+    assert set(after.features) == set(before.features) == {""}
+    assert torch.equal(after.features[""], before.features[""])
+
+
+@pytest.mark.parametrize("content", [b"", b"not a tensor file", None])
+def test_other_files_are_refused_with_a_sentence(tmp_path, content):
+    path = tmp_path / "other.safetensors"
+    if content is None:
+        import safetensors.torch
+
+        safetensors.torch.save_file({"weight": torch.zeros(2)}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"^it (is no cache profile|cannot be read)"):
+        CacheProfile.load(path)
+
+
+def test_mapping_keeps_the_dtype():
+    x, old = torch.ones(2, 3, 4, dtype=torch.bfloat16), torch.full((2, 3, 4), 2, dtype=torch.bfloat16)
+    weights = torch.tensor([[1.0, 0.5, 1.0], [2.0, 0.0, 1.0], [3.0, -1.0, 1.0]])
+    result = mapped([x, old], weights, 1)
+    assert result.dtype == torch.bfloat16 and result[0, :, 0].tolist() == [3.0, 3.0, 2.0]
