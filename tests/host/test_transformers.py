@@ -1,0 +1,851 @@
+"""IECDeepCache on each of the host's transformers: small networks of its own classes, with its samplers and guidances.
+
+What a run must give is the cache written out over the network's blocks (`Restated`), with nothing of the pack.
+"""
+
+import contextlib
+import functools
+import gc
+import itertools
+import weakref
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+STEPS = 6
+FULL = {0, 3}  # of an interval of 3
+
+
+def noise(*shape, seed=0):
+    """Gaussian noise that is the same in each run of the tests."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass
+class Family:
+    """config: the host's class. network: its unet_config. latent: the shape, or shapes. text: the dimension of a token.
+    lists: where the blocks are, and the streams that a block hands on, in the order in which it returns them, each by the place
+    or name of the argument in which it is given. values: of the conditioning; a function takes the seed. newer: of the network
+    in later hosts only. weights: beside the network's. method: by which the host runs a block. branches: those that are tested.
+    """
+
+    config: str
+    network: dict
+    latent: tuple
+    lists: dict
+    text: int = 12
+    values: dict = field(default_factory=dict)
+    newer: dict = field(default_factory=dict)
+    weights: dict = field(default_factory=dict)
+    method: str = "forward"
+    branches: tuple = (0, 1)
+
+
+BOTH = {"double_blocks": ("img", "txt"), "single_blocks": (0,)}
+QWEN_BLOCKS = {"transformer_blocks": ("encoder_hidden_states", "hidden_states")}
+ONE = {"blocks": (0,)}
+IMAGE, VIDEO, WIDE = (2, 16, 10, 14), (1, 16, 2, 8, 12), (1, 128, 6, 8)
+FLUX = {
+    "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 8, "context_in_dim": 12, "hidden_size": 32,
+    "mlp_ratio": 2.0, "num_heads": 2, "depth": 3, "depth_single_blocks": 4, "axes_dim": [4, 6, 6], "theta": 10000,
+    "qkv_bias": True, "guidance_embed": True, "patch_size": 2,
+}  # fmt: skip
+FLUX2 = {
+    "image_model": "flux2", "in_channels": 128, "out_channels": 128, "patch_size": 1, "vec_in_dim": None, "qkv_bias": False,
+    "axes_dim": [4, 4, 4, 4], "global_modulation": True, "mlp_silu_act": True, "ops_bias": False,
+}  # fmt: skip
+CHROMA = {
+    **{name: FLUX[name] for name in FLUX if name not in ("vec_in_dim", "guidance_embed")}, "image_model": "chroma",
+    "in_channels": 64, "out_channels": 64, "in_dim": 64, "out_dim": 32, "hidden_dim": 32, "n_layers": 2,
+}  # fmt: skip
+RADIANCE = {
+    "image_model": "chroma_radiance", "in_channels": 3, "out_channels": 3, "patch_size": 16, "nerf_hidden_size": 16,
+    "nerf_mlp_ratio": 2, "nerf_depth": 2, "nerf_max_freqs": 4, "nerf_tile_size": 32, "nerf_final_head_type": "conv",
+    "nerf_embedder_dtype": torch.float32,
+}  # fmt: skip
+IDS = {"txt_ids_dims": []}
+CHROMA_IDS = {**IDS, "vec_in_dim": None}
+SD3 = {
+    "in_channels": 16, "out_channels": 16, "input_size": None, "patch_size": 2, "depth": 2, "num_blocks": 5,
+    "adm_in_channels": 8, "pos_embed_max_size": 16, "num_patches": 256, "qk_norm": "rms", "pos_embed_scaling_factor": None,
+    "x_block_self_attn_layers": [0, 1],
+    "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 12, "out_features": 128}},
+}  # fmt: skip
+AURA = {
+    "cond_seq_dim": 12, "dim": 64, "n_layers": 6, "n_double_layers": 4, "n_heads": 4, "global_conddim": 64, "max_seq": 256,
+}  # fmt: skip
+HUNYUAN_DIT = {
+    "image_model": "hydit1", "hidden_size": 64, "depth": 6, "num_heads": 4, "mlp_ratio": 2.0, "text_states_dim": 12,
+    "text_states_dim_t5": 16, "text_len": 7, "text_len_t5": 5, "size_cond": True, "use_style_cond": True, "input_size": None,
+}  # fmt: skip
+HUNYUAN_VIDEO = {
+    "image_model": "hunyuan_video", "in_channels": 16, "out_channels": 16, "vec_in_dim": 8, "context_in_dim": 12,
+    "hidden_size": 128, "mlp_ratio": 1.0, "num_heads": 8, "depth": 3, "depth_single_blocks": 4, "axes_dim": [4, 6, 6],
+    "theta": 256, "patch_size": [1, 2, 2], "qkv_bias": True, "guidance_embed": True, "byt5": False, "meanflow": False,
+    "use_cond_type_embedding": False, "vision_in_dim": None,
+}  # fmt: skip
+MOCHI = {
+    "image_model": "mochi_preview", "in_channels": 12, "depth": 5, "hidden_size_x": 48, "hidden_size_y": 32, "num_heads": 4,
+    "mlp_ratio_x": 256.0,  # the host's class takes an MLP of this width only
+    "mlp_ratio_y": 2.0, "learn_sigma": False, "t5_feat_dim": 16, "t5_token_length": 7, "use_t5": True, "qk_norm": True,
+    "qkv_bias": False, "out_bias": True, "timestep_scale": 1000.0, "use_extended_posenc": True, "posenc_preserve_area": True,
+}  # fmt: skip
+LTXV = {
+    "image_model": "ltxv", "in_channels": 128, "cross_attention_dim": 64, "attention_head_dim": 32, "num_attention_heads": 2,
+    "caption_channels": 12, "num_layers": 5,
+}  # fmt: skip
+LTXAV = {
+    **LTXV, "image_model": "ltxav", "audio_in_channels": 128, "audio_cross_attention_dim": 32, "audio_attention_head_dim": 16,
+    "audio_num_attention_heads": 2, "connector_attention_head_dim": 6, "connector_num_attention_heads": 2,
+    "audio_connector_attention_head_dim": 6, "audio_connector_num_attention_heads": 2, "connector_num_layers": 1,
+}  # fmt: skip
+WAN = {
+    "image_model": "wan2.1", "model_type": "t2v", "dim": 48, "ffn_dim": 64, "freq_dim": 32, "text_dim": 12, "num_heads": 4,
+    "num_layers": 5, "in_dim": 16, "out_dim": 16,
+}  # fmt: skip
+VACE = {"model_type": "vace", "vace_layers": 3, "num_layers": 6, "vace_in_dim": 96}
+S2V = {"model_type": "s2v", "audio_dim": 16, "num_audio_token": 2, "audio_inject_layers": [0, 2, 3], "cond_dim": 16}
+ANIMATE = {"model_type": "animate", "in_dim": 36, "motion_encoder_dim": 32}
+DANCER = {
+    "model_type": "wandancer", "in_dim": 36, "audio_inject_layers": [0, 2], "music_dim": 32, "music_heads": 2,
+    "music_latent_dim": 32,
+}  # fmt: skip
+HEADS = {"num_layers": 5, "attention_head_dim": 16, "num_attention_heads": 2}
+ROPE = {"axes_dims_rope": (4, 6, 6)}
+SHAPE = {"in_channels": 64, "context_in_dim": 12, "hidden_size": 32, "mlp_ratio": 2.0, "num_heads": 2, "depth": 3}
+SHAPE21 = {
+    "in_channels": 64, "context_dim": 12, "hidden_size": 32, "num_heads": 2, "depth": 7, "num_moe_layers": 2, "num_experts": 3,
+    "guidance_cond_proj_dim": 32,
+}  # fmt: skip
+AUDIO = {
+    "audio_model": "dit1.0", "io_channels": 64, "embed_dim": 128, "cond_token_dim": 768, "project_cond_tokens": True,
+    "global_cond_dim": 1536, "project_global_cond": True, "depth": 5, "num_heads": 2,
+}  # fmt: skip
+SECONDS = {
+    f"conditioner.conditioners.seconds_{end}.embedder.embedding.{name}": noise(*shape, seed=seed) / 16
+    for end in ("start", "total")
+    for seed, (name, shape) in enumerate({"0.weights": (128,), "1.weight": (768, 257), "1.bias": (768,)}.items())
+}
+KANDINSKY = {
+    "image_model": "kandinsky5", "in_text_dim": 12, "in_text_dim2": 8, "time_dim": 32, "model_dim": 32, "ff_dim": 64,
+    "visual_embed_dim": 132, "num_text_blocks": 1, "num_visual_blocks": 5, "axes_dims": (4, 6, 6),
+}  # fmt: skip
+SEEDVR = {
+    "image_model": "seedvr2", "norm_eps": 1e-5, "num_layers": 6, "mlp_type": "swiglu", "vid_dim": 32, "txt_in_dim": 12,
+    "heads": 2, "head_dim": 16, "mm_layers": 2, "expand_ratio": 2, "rope_dim": 12, "vid_out_norm": True,
+}  # fmt: skip
+MINIMAX = {
+    **HEADS, "image_model": "minimax_h3", "hidden_size": 32, "token_refiner_num_layers": 1, "ffn_hidden_size": 64,
+    "text_dim": 12, "timestep_input_dim": 16, "time_embed_hidden_size": 32, "time_embed_dim": 16, "rope_inv_freq_len": 2,
+}  # fmt: skip
+HIDREAM = {
+    "image_model": "hidream_o1",
+    "text_config_overrides": {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "head_dim": 16, "rope_dims": [4, 2, 2],
+    },
+    "vision_config_overrides": {
+        "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "depth": 1, "num_position_embeddings": 16,
+    },
+}  # fmt: skip
+MASK = {"attention_mask": torch.ones(1, 7, dtype=torch.long)}
+T5 = {
+    "conditioning_mt5xl": lambda seed: noise(1, 5, 16, seed=seed + 50), "attention_mask": torch.ones(1, 7),
+    "attention_mask_mt5xl": torch.ones(1, 5),
+}  # fmt: skip
+TOKENS = {"text_input_ids": lambda seed: torch.randint(0, 1000, (1, 9), generator=torch.Generator().manual_seed(seed))}
+LTX_BLOCKS = {"transformer_blocks": (0,)}
+JOY = {"image_model": "joyimage", "text_dim": 12, "mlp_width_ratio": 2.0, "num_layers": 5, "rope_dim_list": [4, 6, 6]}
+FAMILIES = {
+    "Flux": Family("Flux", FLUX, IMAGE, BOTH, values={"guidance": 3.5}, newer=IDS, branches=(0, 1, 2)),
+    "Flux Schnell": Family("FluxSchnell", {**FLUX, "guidance_embed": False}, IMAGE, BOTH, newer=IDS, branches=(1,)),
+    "Flux 2": Family("Flux2", {**FLUX, **FLUX2}, WIDE, BOTH, newer={"txt_ids_dims": [3]}),
+    "Chroma": Family("Chroma", CHROMA, IMAGE, BOTH, newer=CHROMA_IDS),
+    "Chroma Radiance": Family(
+        "ChromaRadiance", {**CHROMA, **RADIANCE}, (1, 3, 48, 64), BOTH,
+        newer={**CHROMA_IDS, "use_x0": False, "use_sequential_txt_ids": False},
+    ),
+    "SD3": Family("SD3", SD3, IMAGE, {"joint_blocks": (0, 1)}),
+    "AuraFlow": Family("AuraFlow", AURA, (2, 4, 10, 14), {"double_layers": (0, 1), "single_layers": (0,)}),
+    "HunyuanDiT": Family("HunyuanDiT1", HUNYUAN_DIT, (2, 4, 10, 14), ONE, values=T5),
+    "HunyuanVideo": Family("HunyuanVideo", HUNYUAN_VIDEO, VIDEO, BOTH, newer={"meanflow_sum": False}, branches=(0, 2)),
+    "Mochi": Family("GenmoMochi", MOCHI, (1, 12, 2, 8, 12), {"blocks": (0, 2)}, text=16, values=MASK),
+    "LTXV": Family("LTXV", LTXV, (1, 128, 2, 4, 6), LTX_BLOCKS, values=MASK),
+    "Wan": Family("WAN21_T2V", WAN, VIDEO, ONE),
+    "Wan VACE": Family("WAN21_Vace", {**WAN, **VACE}, VIDEO, ONE, values={"vace_frames": [noise(1, 32, 2, 8, 12)]}),
+    "Wan S2V": Family("WAN22_S2V", {**WAN, **S2V}, VIDEO, ONE, values={"audio_embed": noise(1, 25, 16, 8)}),
+    "Wan Animate": Family(
+        "WAN22_Animate", {**WAN, **ANIMATE}, VIDEO, ONE, values={"pose_video_latent": noise(1, 16, 1, 8, 12)}
+    ),
+    "Wan HuMo": Family("WAN21_HuMo", {**WAN, "model_type": "humo", "in_dim": 36}, VIDEO, ONE),
+    "Wan Camera": Family("WAN21_Camera", {**WAN, "model_type": "camera", "in_dim": 32}, VIDEO, ONE),
+    "Qwen-Image": Family(
+        "QwenImage", {**HEADS, **ROPE, "image_model": "qwen_image", "joint_attention_dim": 12}, (1, 16, 1, 8, 12), QWEN_BLOCKS
+    ),
+    "Hunyuan3D": Family(
+        "Hunyuan3Dv2", {**SHAPE, "image_model": "hunyuan3d2", "depth_single_blocks": 4}, (2, 64, 20), BOTH
+    ),
+    "Hunyuan3D 2.1": Family("Hunyuan3Dv2_1", {**SHAPE21, "image_model": "hunyuan3d2_1"}, (2, 64, 20), ONE, branches=(0, 2)),
+    "Stable Audio": Family("StableAudio", AUDIO, (2, 64, 24), {"transformer.layers": (0,)}, text=768, weights=SECONDS),
+    "Kandinsky 5": Family("Kandinsky5", KANDINSKY, VIDEO, {"visual_transformer_blocks": (0,)}),
+    "LTX with sound": Family("LTXAV", LTXAV, ((1, 128, 2, 4, 6), (1, 8, 6, 16)), LTX_BLOCKS, text=24, values=MASK),
+    "Lens": Family(
+        "Lens", {**HEADS, **ROPE, "image_model": "lens", "enc_hidden_dim": 12, "selected_layer_index": (0, 1)}, WIDE,
+        QWEN_BLOCKS, text=24,
+    ),
+    "Mage-Flow": Family(
+        "MageFlow", {**HEADS, **ROPE, "image_model": "mage_flow", "joint_attention_dim": 12}, WIDE, QWEN_BLOCKS
+    ),
+    "JoyImage": Family(
+        "JoyImage", {**JOY, "hidden_size": 32, "num_attention_heads": 2}, (1, 16, 1, 8, 12),
+        {"double_blocks": ("hidden_states", "encoder_hidden_states")},
+    ),
+    "SeedVR2": Family("SeedVR2", SEEDVR, VIDEO, {"blocks": ("vid", "txt")}, values={"condition": noise(1, 17, 2, 8, 12)}),
+    "MiniMax H3": Family("MiniMaxH3", MINIMAX, (1, 24, 2, 8, 12), ONE),
+    "HiDream-O1": Family("HiDreamO1", HIDREAM, (1, 3, 96, 128), {"language_model.layers": ("x",)}, values=TOKENS),
+    "WanDancer": Family("WAN22_WanDancer", {**WAN, **DANCER}, VIDEO, ONE, values={"audio_embed": noise(1, 9, 35)}),
+    "Wan Animate 2": Family(
+        "WAN_Animate2", {**WAN, "model_type": "animate2", "in_dim": 36}, (1, 16, 3, 8, 12), ONE,
+        values={"pose_video_latent": noise(1, 16, 2, 8, 12)}, method="forward_gen",
+    ),
+}  # fmt: skip
+
+
+def build(name, dtype=torch.float32, **changes):
+    """A MODEL of the family with random weights and the host's own class for everything."""
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    family = FAMILIES[name]
+    if not hasattr(comfy.supported_models, family.config):
+        pytest.skip(f"this host has no {family.config}")
+    is_newer = hasattr(comfy.supported_models, "Kandinsky5")
+    network = {**family.network, **(family.newer if is_newer else {}), **changes}
+    config = getattr(comfy.supported_models, family.config)(network)
+    config.unet_config.update(network)
+    config.set_inference_dtype(dtype, None)
+    model = config.get_model(family.weights)
+    generator = torch.Generator().manual_seed(1)
+    weights = dict(model.diffusion_model.named_parameters())
+    of_checkpoint = ("inv_freq", "pos_embed")  # the buffers that are no constants of the network
+    weights.update(pair for pair in model.diffusion_model.named_buffers() if pair[0].endswith(of_checkpoint))
+    for key, weight in weights.items():
+        scale = max(1, weight[0].numel()) ** -0.5 if weight.dim() > 1 else 0.1
+        value = torch.randn(weight.shape, generator=generator) * scale
+        weight.copy_(1 + value if weight.dim() == 1 and ("weight" in key or "scale" in key) else value)
+    return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def models(host):
+    """models(name, **settings): the family's MODEL, made once."""
+    made = {}
+
+    def get(name, **settings):
+        key = (name, *settings.items())
+        if key not in made:
+            made[key] = build(name, **settings)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture
+def cached(host):
+    return lambda model, branch=0, interval=3, **settings: host.run(
+        "IECDeepCache", model=model, interval=interval, branch=branch, **settings
+    )[0]
+
+
+def conditioning(name, seed, tokens=7, **values):
+    """CONDITIONING for the family, as its text encoder and stock nodes give it."""
+    family = FAMILIES[name]
+    values = {"pooled_output": noise(1, 8, seed=seed + 100), **family.values, **values}
+    values = {key: value(seed) if callable(value) else value for key, value in values.items()}
+    return [[noise(1, tokens, family.text, seed=seed), values]]
+
+
+def empty_latent(shape):
+    import comfy.nested_tensor
+
+    several = isinstance(shape[0], tuple)
+    return {"samples": comfy.nested_tensor.NestedTensor([torch.zeros(one) for one in shape]) if several else torch.zeros(shape)}
+
+
+def flat(latents):
+    """One tensor of the latents of a sampler, of which picture and sound are two."""
+    samples = latents["samples"]
+    return torch.cat([one.flatten() for one in samples.unbind()]) if getattr(samples, "is_nested", False) else samples
+
+
+@pytest.fixture
+def sample(host):
+    """sample(name, model, **settings): the latents of the host's own KSampler. own: what the conditionings have besides."""
+
+    def run(name, model, cfg=2.0, sampler="euler", shape=None, tokens=(7, 7), own=(), steps=STEPS):
+        entries = [conditioning(name, seed, count, **dict(own)) for seed, count in zip((1, 2), tokens)]
+        latent = empty_latent(shape or FAMILIES[name].latent)
+        return flat(host.common_ksampler(model, 3, steps, cfg, sampler, "simple", *entries, latent)[0])
+
+    return run
+
+
+def blocks_of(network, family):
+    """[(block, the list it is of, its streams)] in the order of evaluation."""
+    return [(block, place, streams) for place, streams in family.lists.items() for block in network.get_submodule(place)]
+
+
+@contextlib.contextmanager
+def watched(blocks, method, function):
+    """Call function(number, forward, args, kwargs) in place of each block's forward pass."""
+    modules = [block for block, *_ in blocks]
+    for number, module in enumerate(modules):
+        forward = getattr(module, method)
+        setattr(module, method, lambda *args, n=number, f=forward, **kwargs: function(n, f, args, kwargs))
+    try:
+        yield
+    finally:
+        for module in modules:
+            delattr(module, method)
+
+
+def step_of(options):
+    """The step that an evaluation is part of: of the schedule's sigmas, the last that it has reached."""
+    reached = options["sample_sigmas"] >= options["sigmas"][0] * (1 - 1e-6)
+    return min(int(reached.sum()), len(reached) - 1) - 1
+
+
+MARKS = ("skipped", "stg_self_attn_blocks", "a2v_cross_attn", "v2a_cross_attn")  # an evaluation's own, beside its entry
+
+
+class Restated:
+    """The cache, over blocks that all run: in a cached evaluation what the last of the inner blocks of a list returns gives way
+    to what entered the first of them with the residual of the last full evaluation added.
+
+    degree: of the polynomial through the residuals. added(number, sigma): None, or (stream, first token, tensor) to be added to
+    what a block returns, as the host adds a ControlNet's.
+    """
+
+    def __init__(self, name, model, branch, full=FULL, degree=0, added=lambda number, sigma: None):
+        self.family, self.model, self.full, self.degree, self.added = FAMILIES[name], model, full, degree, added
+        self.blocks = blocks_of(model.model.diffusion_model, self.family)
+        self.first, self.last, self.inner = {}, {}, range(branch + 1, len(self.blocks) - branch - 1)
+        for number in self.inner:
+            place = self.blocks[number][1]
+            self.first.setdefault(place, number)
+            self.last[place] = number
+        self.kept, self.entered = {}, {}
+
+    def evaluate(self, executor, x, t, c_concat, c_crossattn, control, options, **kwargs):
+        """As the host's apply_model; takes down which evaluation it is."""
+        marks = tuple(options.get(mark) for mark in MARKS)
+        self.entries = [(uuid, marks, frozenset(kwargs)) for uuid in options["uuids"]]
+        self.step, self.sigma, self.skipped = step_of(options), options["sigmas"][0], options.get("skipped", ())
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+    def streams(self, number, args, kwargs):
+        """What the block is given of what it hands on; a tuple, as of picture and sound, as several."""
+        given = [kwargs[name] if isinstance(name, str) else args[name] for name in self.blocks[number][2]]
+        return list(given[0]) if isinstance(given[0], (tuple, list)) else given
+
+    def forecast(self, kept):
+        """Lagrange's polynomial through the last degree + 1 of the (step, residuals), at the step."""
+        kept, total = kept[-self.degree - 1 :], 0
+        for i, (here, residual) in enumerate(kept):
+            weight = 1.0
+            for j, (there, _) in enumerate(kept):
+                weight *= (self.step - there) / (here - there) if i != j else 1
+            total = total + weight * residual
+        return total
+
+    def leave(self, place, left):
+        """What goes out of the inner blocks of a list."""
+        keys = [[(*entry, place, number) for entry in self.entries] for number in range(len(left))]
+        if self.step not in self.full and all(key in self.kept for key in itertools.chain(*keys)):
+            residuals = [torch.cat([self.forecast(self.kept[key]) for key in own]) for own in keys]
+            return [entered + residual for entered, residual in zip(self.entered[place], residuals)]
+        for own, entered, value in zip(keys, self.entered[place], left):
+            for key, part in zip(own, (value - entered).chunk(len(own))):
+                earlier = [item for item in self.kept.get(key, []) if item[0] != self.step]
+                self.kept[key] = [*earlier, (self.step, part)]
+        return left
+
+    def block(self, number, forward, args, kwargs):
+        """In place of the block's forward pass."""
+        place, given = self.blocks[number][1], self.streams(number, args, kwargs)
+        if number == self.first.get(place):
+            self.entered[place] = [value.clone() for value in given]
+        out = (given if len(given) > 1 else given[0]) if number in self.skipped else forward(*args, **kwargs)
+        several = not torch.is_tensor(out)
+        left = list(out) if several else [out]
+        if number == self.last.get(place):
+            left[: len(given)] = self.leave(place, left[: len(given)])
+        if (one := self.added(number, self.sigma)) is not None:
+            stream, start, add = one
+            left[stream] = left[stream].clone()
+            left[stream][:, start : start + add.shape[1]] += add
+        return tuple(left) if several else left[0]
+
+    @contextlib.contextmanager
+    def patched(self, model=None):
+        """A clone of the MODEL under which this is sampled; `model` where it has more on it."""
+        from comfy.patcher_extension import WrappersMP
+
+        model = (model or self.model).clone()
+        model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, f"restated {id(self)}", self.evaluate)
+        with watched(self.blocks, self.family.method, self.block):
+            yield model
+
+
+@pytest.fixture
+def restated(sample, models):
+    """restated(name, branch, **settings): the latents that a cached run of the family must give."""
+
+    def run(name, branch, model=None, full=FULL, degree=0, added=lambda number, sigma: None, **settings):
+        model = model or models(name)
+        with Restated(name, model, branch, full, degree, added).patched() as patched:
+            return sample(name, patched, **settings)
+
+    return run
+
+
+@pytest.fixture
+def count_blocks(sample):
+    """count_blocks(name, model, **settings): (latents, {(step, block): how often it was run})."""
+    from comfy.patcher_extension import WrappersMP
+
+    def run(name, model, **settings):
+        now, counts = [], {}
+
+        def note(executor, *args, **kwargs):
+            now[:] = [step_of(args[5])]
+            return executor(*args, **kwargs)
+
+        def count(number, forward, args, kwargs):
+            counts[now[0], number] = counts.get((now[0], number), 0) + 1
+            return forward(*args, **kwargs)
+
+        model, family = model.clone(), FAMILIES[name]
+        model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "count", note)
+        with watched(blocks_of(model.model.diffusion_model, family), family.method, count):
+            return sample(name, model, **settings), counts
+
+    return run
+
+
+BRANCHES = [(name, branch) for name, family in FAMILIES.items() for branch in family.branches]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_interval_one_is_bit_identical_to_no_cache(sample, models, cached, name):
+    assert torch.equal(sample(name, cached(models(name), interval=1)), sample(name, models(name)))
+
+
+@pytest.mark.parametrize(("name", "branch"), BRANCHES)
+def test_equals_the_cache_restated(sample, models, cached, restated, count_blocks, relative, name, branch):
+    result, counts = count_blocks(name, cached(models(name), branch))
+    assert relative(result, restated(name, branch)) < 1e-5
+    assert relative(result, sample(name, models(name))) > 1e-4
+    total = len(blocks_of(models(name).model.diffusion_model, FAMILIES[name]))
+    outer = {*range(branch + 1), *range(total - branch - 1, total)}
+    assert set(counts) == {(step, block) for step in range(STEPS) for block in range(total) if step in FULL or block in outer}
+
+
+@pytest.mark.parametrize(("name", "takes_skip"), [("HunyuanDiT", lambda args, kwargs: args[4]),
+                                                  ("Hunyuan3D 2.1", lambda args, kwargs: kwargs["skip_tensor"])])  # fmt: skip
+def test_skip_connections_of_a_cached_step_are_its_own(sample, models, cached, name, takes_skip):
+    """The transformers that are built like a U-Net join block k to block n - 1 - k: a branch runs both or neither."""
+    model, left, joined = models(name), {}, []
+
+    def note(number, forward, args, kwargs):
+        left[number] = forward(*args, **kwargs)
+        if takes_skip(args, kwargs) is not None:
+            joined.append((number, [n for n, out in left.items() if out is takes_skip(args, kwargs)]))
+        return left[number]
+
+    blocks = blocks_of(model.model.diffusion_model, FAMILIES[name])
+    with watched(blocks, "forward", note):
+        sample(name, cached(model, branch=1, interval=9))
+    last = len(blocks) - 1
+    assert joined[-2:] == [(last - 1, [1]), (last, [0])]
+    assert len(joined) >= 2 * STEPS and all(origins == [last - number] for number, origins in joined)
+
+
+@pytest.mark.parametrize("name", ["Flux", "Wan"])
+def test_linear_forecast(sample, models, cached, restated, relative, name):
+    result = sample(name, cached(models(name), schedule="steps:1,4", forecast="linear"))
+    assert relative(result, restated(name, 0, full={0, 1, 4}, degree=1)) < 1e-5
+    assert relative(result, restated(name, 0, full={0, 1, 4})) > 1e-4
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpm_2", "dpmpp_2m"])
+def test_samplers_with_several_evaluations_a_step(sample, models, cached, restated, relative, sampler):
+    """Heun's second evaluation is at the next step's sigma and counts as that step's, dpm_2's is between the two."""
+    result = sample("Flux", cached(models("Flux"), 1), sampler=sampler)
+    assert relative(result, restated("Flux", 1, sampler=sampler)) < 1e-5
+    assert relative(result, sample("Flux", models("Flux"), sampler=sampler)) > 1e-4
+
+
+def test_bfloat16(sample, models, cached, restated, relative):
+    model = models("Flux", dtype=torch.bfloat16)
+    result = sample("Flux", cached(model))
+    assert relative(result, restated("Flux", 0, model)) < 1e-5
+    assert relative(result, sample("Flux", model)) > 1e-2
+
+
+def test_batch_and_resolution_may_change_from_run_to_run(sample, models, cached, restated, relative):
+    model = cached(models("Flux"))
+    for shape in ((2, 16, 10, 14), (1, 16, 8, 8), (3, 16, 8, 8)):
+        assert relative(sample("Flux", model, shape=shape), restated("Flux", 0, shape=shape)) < 1e-5
+
+
+def test_prompts_of_different_lengths(sample, models, cached, restated, relative):
+    """The host evaluates these two apart."""
+    result = sample("Flux", cached(models("Flux")), tokens=(11, 7))
+    assert relative(result, restated("Flux", 0, tokens=(11, 7))) < 1e-5
+
+
+@pytest.mark.parametrize("splits", [[True], [False, False, True], [True, True, False]])
+def test_split_guidance_gives_what_one_batch_gives(sample, models, cached, relative, monkeypatch, splits):
+    """Also where the host has the memory for one batch at one step and not at the next."""
+    import comfy.model_base
+
+    together = sample("SD3", cached(models("SD3")))
+    turns = itertools.cycle(splits)
+    monkeypatch.setattr(comfy.model_base.BaseModel, "memory_required", lambda *_, **__: 1e30 if next(turns) else 0)
+    assert relative(sample("SD3", cached(models("SD3"))), together) < 1e-5
+
+
+def test_lora(sample, models, cached, restated, relative):
+    def with_lora(model):
+        model = model.clone()
+        keys = [f"diffusion_model.{place}.proj.weight" for place in ("double_blocks.1.img_attn", "double_blocks.0.txt_attn")]
+        assert set(model.add_patches({key: (noise(32, 32) / 4,) for key in keys}, 0.7)) == set(keys)
+        return model
+
+    model = models("Flux")
+    result = sample("Flux", cached(with_lora(model)))
+    assert torch.equal(result, sample("Flux", with_lora(cached(model))))
+    assert relative(result, restated("Flux", 0, with_lora(model))) < 1e-5
+    assert relative(result, sample("Flux", cached(model))) > 1e-3
+
+
+@pytest.mark.parametrize(("correction_pass", "full_passes", "fed_on"), [("refresh", 2, 1), ("keep", 2, 0), ("reuse", 1, 0)])
+def test_correction_pass(host, models, cached, relative, correction_pass, full_passes, fed_on):
+    """How often the inner blocks run for a corrected full step, and which pass's residual the next step adds."""
+    model, residuals, inner = cached(models("Wan"), correction_pass=correction_pass), [], []
+    left = {}
+
+    def note(number, forward, args, kwargs):
+        if number == 4:
+            residuals.append(args[0] - left[0])
+        elif number == 2:
+            inner.append(number)
+        left[number] = forward(*args, **kwargs)
+        return left[number]
+
+    inputs = {
+        "seed": 7, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0,
+        "positive": conditioning("Wan", 1), "negative": conditioning("Wan", 2), "latent_image": empty_latent(VIDEO),
+        "correction_steps": "steps:0", "lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0,
+    }  # fmt: skip
+    with watched(blocks_of(model.model.diffusion_model, FAMILIES["Wan"]), "forward", note):
+        host.run("IECKSampler", model=model, **inputs)
+    first, correction, reused = residuals
+    assert len(inner) == full_passes
+    assert relative(reused, (first, correction)[fed_on]) < 1e-5
+    assert (relative(correction, first) < 1e-5) == (correction_pass == "reuse")
+
+
+def control_for(name, shape, tokens):
+    """(control, added): the residuals as the host gets them from a ControlNet, and the same for `Restated`.
+
+    They grow with the step's sigma, so that those of a full step are not those of a cached one.
+    """
+    values = [noise(1, *shape, seed=seed) for seed in range(7)]
+    if name == "SD3":
+        lists = {"output": [values[0], None, *values[2:5]]}
+        places = {number: (1, 0, value) for number, value in enumerate(lists["output"]) if value is not None}
+    else:
+        lists = {"input": [values[0], values[1], values[2]], "output": [None, *values[4:7]]}
+        places = {number: (0, 0 if number < 3 else tokens, values[number]) for number in (0, 1, 2, 4, 5, 6)}
+
+    def control(sigma):
+        return {kind: [value if value is None else value * sigma for value in own] for kind, own in lists.items()}
+
+    def added(number, sigma):
+        return (*places[number][:2], places[number][2] * sigma) if number in places else None
+
+    return control, added
+
+
+@pytest.fixture
+def control_net(host):
+    """control_net(control): what a conditioning has of a ControlNet that gives control(sigma)."""
+    import comfy.controlnet
+
+    class Fixed(comfy.controlnet.ControlBase):
+        given = []
+
+        def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
+            self.given.append((self.control(t[0]), self.control(t[0])))
+            return self.given[-1][0]
+
+    def make(control):
+        net = Fixed()
+        net.control, net.given = control, []
+        return net
+
+    return make
+
+
+@pytest.mark.parametrize(("name", "branch"), [("Flux", 0), ("Flux", 1), ("Flux", 2), ("SD3", 0), ("SD3", 1)])
+def test_control_reaches_the_blocks_that_are_run(sample, models, cached, restated, control_net, relative, name, branch):
+    """At the others the kept residual has what was added at the full step. Flux's is for the first part of the picture."""
+    control, added = control_for(name, (20, 32) if name == "Flux" else (35, 128), 7)
+    net = control_net(control)
+    own = {"control": net, "control_apply_to_uncond": True}
+    result = sample(name, cached(models(name), branch), own=own)
+    assert relative(result, restated(name, branch, added=added)) < 1e-5
+    assert relative(result, sample(name, cached(models(name), branch))) > 1e-2
+    assert relative(sample(name, models(name), own=own), restated(name, branch, full=range(STEPS), added=added)) < 1e-5
+    pairs = [(a, b) for given, same in net.given for kind in given for a, b in zip(given[kind], same[kind])]
+    assert all(a is b or torch.equal(a, b) for a, b in pairs)
+
+
+def skip_layers(model, layers, scale, start, end):
+    """The host's skip-layer guidance over `Restated`, which leaves the layers out itself."""
+    import comfy.samplers
+
+    sampling = model.get_model_object("model_sampling")
+    high, low = sampling.percent_to_sigma(start), sampling.percent_to_sigma(end)
+
+    def guide(args):
+        if not low <= args["sigma"][0].item() <= high:
+            return args["denoised"]
+        options = {**args["model_options"]}
+        options["transformer_options"] = {**options["transformer_options"], "skipped": frozenset(layers)}
+        skipped = comfy.samplers.calc_cond_batch(args["model"], [args["cond"]], args["input"], args["sigma"], options)[0]
+        return args["denoised"] + (args["cond_denoised"] - skipped) * scale
+
+    model = model.clone()
+    model.set_model_sampler_post_cfg_function(guide)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "double", "single", "layers", "start"),
+    [
+        ("Flux", "2", "1", {2, 4}, 0.0),
+        ("Flux", "1", "2", {1, 5}, 0.0),  # the first block of a list that is cached, and the last
+        ("Flux", "0,1", "3", {0, 1, 6}, 0.3),  # blocks that are run, and a guidance that begins on a cached step
+        ("SD3", "1,3", None, {1, 3}, 0.0),
+    ],
+)
+def test_skip_layer_guidance(sample, models, cached, relative, name, double, single, layers, start):
+    """The evaluation with skipped layers, of an entry that has another one, keeps residuals of its own."""
+    from comfy_extras import nodes_sd3, nodes_slg
+
+    settings = {"scale": 2.0, "start_percent": start, "end_percent": 0.8}
+
+    def guided(model):
+        if single is None:
+            return nodes_sd3.SkipLayerGuidanceSD3.execute(model, double, **settings).result[0]
+        return nodes_slg.SkipLayerGuidanceDiT.execute(model, double_layers=double, single_layers=single, **settings).result[0]
+
+    model = models(name)
+    result = sample(name, guided(cached(model)))
+    assert torch.equal(result, sample(name, cached(guided(model))))
+    one = Restated(name, model, 0)
+    with one.patched(skip_layers(model, layers, 2.0, start, 0.8)) as patched:
+        assert relative(result, sample(name, patched)) < 1e-5
+    assert relative(result, sample(name, cached(model))) > 1e-3
+
+
+@pytest.mark.parametrize("is_upstream", [True, False])
+def test_other_replacements_are_called_where_a_block_is_run(sample, models, cached, restated, relative, is_upstream):
+    calls = []
+
+    def replace(place, args, extra):
+        calls.append(place)
+        out = extra["original_block"]({**args, "img": args["img"] * 1.1})
+        return {**out, "img": out["img"] * 0.9}
+
+    def replaced(model):
+        model = model.clone()
+        for place in ("double_block", 0), ("single_block", 1), ("single_block", 3):
+            model.set_model_patch_replace(functools.partial(replace, place), "dit", *place)
+        return model
+
+    model = models("Flux")
+    expected = restated("Flux", 0, replaced(model))
+    calls.clear()
+    result = sample("Flux", cached(replaced(model)) if is_upstream else replaced(cached(model)))
+    assert relative(result, expected) < 1e-5
+    counts = {place: calls.count(place) for place in calls}
+    assert counts == {("double_block", 0): STEPS, ("single_block", 1): len(FULL), ("single_block", 3): STEPS}
+
+
+def test_conditions_left_out_make_another_evaluation(sample, models, cached, relative):
+    """A guidance may evaluate an entry a second time without one of its conditions."""
+    import comfy.samplers
+
+    def guided(model):
+        def guide(args):
+            less = [{**entry, "model_conds": {**entry["model_conds"]}} for entry in args["cond"]]
+            for entry in less:
+                del entry["model_conds"]["guidance"]
+            options = args["model_options"]
+            other = comfy.samplers.calc_cond_batch(args["model"], [less], args["input"], args["sigma"], options)[0]
+            return args["denoised"] + (args["cond_denoised"] - other) * 5
+
+        model = model.clone()
+        model.set_model_sampler_post_cfg_function(guide)
+        return model
+
+    model = models("Flux")
+    result = sample("Flux", guided(cached(model)))
+    with Restated("Flux", model, 0).patched(guided(model)) as patched:
+        assert relative(result, sample("Flux", patched)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("node", "settings"),
+    [("LTXVSpatioTemporalGuidance", {"scale": 3.0, "blocks": "1,2"}), ("LTXVModalityGuidance", {"modality_scale": 5.0})],
+)
+def test_guidances_of_ltxv(sample, models, cached, relative, node, settings):
+    """These evaluate an entry a second time with something of the blocks switched off."""
+    from comfy_extras import nodes_lt
+
+    model = models("LTX with sound")
+
+    def guided(model):
+        return getattr(nodes_lt, node).execute(model, **settings, start_percent=0.0, end_percent=1.0).result[0]
+
+    result = sample("LTX with sound", guided(cached(model)))
+    with Restated("LTX with sound", model, 0).patched(guided(model)) as patched:
+        assert relative(result, sample("LTX with sound", patched)) < 1e-5
+    assert relative(result, sample("LTX with sound", cached(model))) > 1e-3
+
+
+def test_an_entry_whose_text_has_grown_is_evaluated_in_full(sample, models, cached, count_blocks, restated, relative):
+    """What is kept of an entry does not fit it any more where another node has changed its text on the way."""
+    import comfy.conds
+    import comfy.samplers
+
+    def growing(model):
+        def calculate(args):
+            conds = [[{**entry, "model_conds": {**entry["model_conds"]}} for entry in own] for own in args["conds"]]
+            if args["sigma"][0] < 0.7:
+                for entry in itertools.chain(*conds):
+                    entry["model_conds"]["c_crossattn"] = comfy.conds.CONDRegular(noise(1, 9, 12))
+            return comfy.samplers.calc_cond_batch(args["model"], conds, args["input"], args["sigma"], args["model_options"])
+
+        model = model.clone()
+        model.set_model_sampler_calc_cond_batch_function(calculate)
+        return model
+
+    model = models("Flux")
+    result, counts = count_blocks("Flux", growing(cached(model, interval=9)))
+    full = {step for step, block in counts if block == 2}
+    assert full == {0, 4}
+    assert relative(result, restated("Flux", 0, growing(model), full=full)) < 1e-5
+
+
+def test_a_guider_with_another_network_for_the_negative(host, models, cached, relative):
+    import comfy.samplers
+    from comfy_extras import nodes_custom_sampler
+
+    if not hasattr(nodes_custom_sampler, "Guider_DualModel"):
+        pytest.skip("this host has no guider with two models")
+    model, small = models("Flux"), models("Flux", depth=2, depth_single_blocks=2)
+
+    def run(model):
+        guider = nodes_custom_sampler.Guider_DualModel(model, small)
+        guider.set_conds(conditioning("Flux", 1), conditioning("Flux", 2))
+        guider.set_cfg(2.0)
+        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", STEPS)
+        euler = comfy.samplers.sampler_object("euler")
+        return guider.sample(noise(*IMAGE), torch.zeros(IMAGE), euler, sigmas, disable_pbar=True, seed=3)
+
+    with Restated("Flux", model, 0).patched() as patched, Restated("Flux", small, 0).patched(patched) as patched:
+        expected = run(patched)
+    result = run(cached(model))
+    assert relative(result, expected) < 1e-5
+    assert relative(result, run(model)) > 1e-4
+
+
+def test_an_error_in_the_run_leaves_nothing_behind(sample, models, cached):
+    from comfy.patcher_extension import WrappersMP
+
+    model, kept = models("Flux"), []
+    expected = sample("Flux", model)
+
+    def fail(args, extra):
+        if args["transformer_options"]["sigmas"][0] < 0.4:
+            raise RuntimeError("stop here")
+        return extra["original_block"](args)
+
+    def note(executor, *args, **kwargs):
+        run = args[5]["iec_deepcache"]
+        kept[:] = [weakref.ref(run), *(weakref.ref(part) for own in run.features._slices.values() for _, part in own)]
+        return executor(*args, **kwargs)
+
+    failing = cached(model)
+    failing.set_model_patch_replace(fail, "dit", "single_block", 3)
+    failing.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "note", note)
+    with pytest.raises(RuntimeError, match="stop here") as error:
+        sample("Flux", failing)
+    del error
+    gc.collect()
+    assert len(kept) == 1 + 2 * 3 and not any(ref() is not None for ref in kept)
+    assert torch.equal(sample("Flux", model), expected)
+
+
+@pytest.mark.parametrize(("name", "branch"), [("Flux", 3), ("Flux", -1), ("Wan", 2), ("AuraFlow", 2)])
+def test_unknown_branch_is_refused(models, cached, name, branch):
+    total = len(blocks_of(models(name).model.diffusion_model, FAMILIES[name]))
+    with pytest.raises(ValueError, match=rf"^branch: of this transformer's {total} blocks, branches 0 to {(total - 3) // 2} "):
+        cached(models(name), branch)
+
+
+def test_second_cache_is_refused(models, cached):
+    with pytest.raises(ValueError, match=r"^model: this MODEL has a cache already"):
+        cached(cached(models("Flux")))
+
+
+PIXART = {"image_model": "pixart_alpha", "depth": 5, "hidden_size": 48, "num_heads": 2, "caption_channels": 12}
+COSMOS = {
+    "image_model": "cosmos_predict2", "max_img_h": 240, "max_img_w": 240, "max_frames": 8, "in_channels": 16,
+    "out_channels": 16, "patch_spatial": 2, "patch_temporal": 1, "model_channels": 32, "num_blocks": 5, "num_heads": 2,
+    "crossattn_emb_channels": 12, "pos_emb_cls": "rope3d",
+}  # fmt: skip
+LUMINA = {
+    "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 48, "n_layers": 5, "n_refiner_layers": 1,
+    "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 12, "axes_dims": [8, 8, 8], "axes_lens": [30, 30, 30], "qk_norm": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "network", "kind"),
+    [("PixArtAlpha", PIXART, "PixArtMS"), ("CosmosT2IPredict2", COSMOS, "MiniTrainDIT"), ("Lumina2", LUMINA, "NextDiT")],
+)
+def test_transformer_without_replacements_is_refused(host, models, cached, monkeypatch, config, network, kind):
+    monkeypatch.setitem(FAMILIES, config, Family(config, network, IMAGE, ONE))
+    with pytest.raises(ValueError, match=rf"^model: caching needs a U-Net .* Flux, SD3 or Wan; this MODEL is a {kind}"):
+        cached(build(config))
+
+
+def test_transformer_that_does_not_call_replacements_is_refused_by_its_first_evaluation(sample, models, cached, monkeypatch):
+    model = models("Wan")
+    network = type(model.model.diffusion_model)
+    forward = network.forward_orig
+
+    def deaf(self, *args, transformer_options, **kwargs):
+        options = {name: value for name, value in transformer_options.items() if name != "patches_replace"}
+        return forward(self, *args, transformer_options=options, **kwargs)
+
+    monkeypatch.setattr(network, "forward_orig", deaf)
+    with pytest.raises(ValueError, match=r"^model: this transformer \(WanModel\) does not let its blocks be replaced"):
+        sample("Wan", cached(model))

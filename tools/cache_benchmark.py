@@ -1,0 +1,237 @@
+"""What caches keep and save, for docs/caching.md.
+
+    python tools/cache_benchmark.py [--steps 20] [--seeds 16] [--repeat 3] [--intervals 2 3 5]
+    python tools/cache_benchmark.py --speed [--repeat 3] [--latent 32]
+
+First, caches of the built-in model: error and Fréchet distance against time. At every interval all of DeepCache and CacheQuant
+evaluate the same number of steps in full; beside them the host's EasyCache and LazyCache, with the threshold at which they
+evaluate as many steps as that time would allow. Errors are to the uncached run of the same seed, means over images; times are
+medians after a warm-up, as shares of the uncached run's. The Fréchet distance is to the uncached images of the same seeds, over
+16 principal components of the network's own features.
+
+Secondly, with --speed: how much less time DeepCache takes on U-Nets of the shapes of SD 1.5 and SDXL with random weights,
+beside how many floating-point operations fewer it needs, as counted while the same run goes on.
+"""
+
+import argparse
+
+import benchmark
+import comfyui
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+COMPONENTS = 16
+PROMPTS = ("face, heart", "person, vehicle", "fruit, boat", "clock, flag")  # the calibration's, on seeds of its own
+
+
+class Features:
+    """What the built-in network makes of images: the mean over the picture of its innermost block's output."""
+
+    def __init__(self, model):
+        self._model = model.model
+
+    def of(self, images):
+        """Return float64 [N, C] for latents [N, 3, 32, 32]."""
+        found = []
+        hook = self._model.diffusion_model.middle_block[-1].register_forward_hook(
+            lambda module, args, out: found.append(out.mean((2, 3)).double())
+        )
+        try:
+            for part in images.split(32):
+                label = torch.zeros(len(part), self._model.diffusion_model.label_emb[0][0].in_features)
+                self._model.apply_model(part, torch.full((len(part),), 0.3), c_crossattn=label[:, None], y=label)
+        finally:
+            hook.remove()
+        return torch.cat(found)
+
+
+def frechet(x, y):
+    """Return the Fréchet distance of the Gaussians fitted to x and y [N, C]."""
+    mean, covariance = (x.mean(0) - y.mean(0)).square().sum(), (x.T.cov(), y.T.cov())
+    cross = torch.linalg.eigvals(covariance[0] @ covariance[1]).real.clamp(min=0).sqrt().sum()
+    return (mean + covariance[0].trace() + covariance[1].trace() - 2 * cross).item()
+
+
+class Table:
+    """Measures variants against the uncached runs."""
+
+    def __init__(self, nodes, steps, seeds, repeat):
+        self.nodes, self.steps, self.repeat, self.seeds = nodes, steps, repeat, range(2, 2 + seeds)
+        self.builtin = benchmark.Builtin(nodes)
+        self._features = Features(self.builtin.model)
+        self._references = [self.sample(self.builtin.model, seed) for seed in self.seeds]
+        features = self._features.of(torch.cat(self._references))
+        self._basis = torch.linalg.svd(features - features.mean(0), full_matrices=False).Vh[:COMPONENTS].T
+        self._reference_features = features @ self._basis
+        self.full = self.seconds(self.builtin.model)
+        others = [self.sample(self.builtin.model, seed + 1000) for seed in self.seeds]
+        self.floor = frechet(self._features.of(torch.cat(others)) @ self._basis, self._reference_features)
+
+    def sample(self, model, seed, **correction):
+        return self.builtin.sample(model, seed, self.steps, "normal", **correction)
+
+    def seconds(self, model, **correction):
+        return benchmark.median_seconds(lambda: self.sample(model, 2, **correction), self.repeat)
+
+    def row(self, interval, name, model, correction=None):
+        """Print the line of a variant; correction: inputs of IECKSampler."""
+        correction = correction or {}
+        latents = [self.sample(model, seed, **correction) for seed in self.seeds]
+        error = benchmark.mean_error(latents, self._references)
+        distance = frechet(self._features.of(torch.cat(latents)) @ self._basis, self._reference_features)
+        share = self.seconds(model, **correction) / self.full
+        print(f"| {interval} | {name} | {share:.2f} | {error:.4f} | {distance:.4f} |", flush=True)
+        return share
+
+    def cached(self, **settings):
+        return self.nodes["IECDeepCache"].execute(model=self.builtin.model, branch=0, **settings).result[0]
+
+    def calibrate(self, interval, forecast):
+        label = self.nodes["IECClassLabel"]
+        prompts = [label.execute(labels=text).result[0] for text in PROMPTS]
+        names = ("positive", "positive_2", "positive_3", "positive_4")
+        profile = self.nodes["IECCalibrateCacheQuant"].execute(
+            model=self.builtin.model, **dict(zip(names, prompts)), negative=label.execute(labels="none").result[0],
+            latent_image={"samples": torch.zeros(2, 3, 32, 32)}, seed=500, runs=2, steps=self.steps, cfg=3.0,
+            sampler_name="ddim", scheduler="normal", interval=interval, branch=0, forecast=forecast,
+        )  # fmt: skip
+        return profile.result[0]
+
+    def profiled(self, profile):
+        return self.nodes["IECCacheQuant"].execute(model=self.builtin.model, profile=profile).result[0]
+
+    def skipping(self, node, share):
+        """Return (model, threshold) of the host's cache that skips whole steps, at about this share of evaluated steps."""
+        low, high, target = 0.0, 20.0, max(2, round(share * self.steps))
+        for _ in range(24):
+            middle = (low + high) / 2
+            count = self._evaluated(self._host_cache(node, middle))
+            low, high = (middle, high) if count > target else (low, middle)
+        return self._host_cache(node, high), high
+
+    def _host_cache(self, node, threshold):
+        inputs = {"reuse_threshold": threshold, "start_percent": 0.0, "end_percent": 1.0, "verbose": False}
+        return self.nodes[node].execute(model=self.builtin.model, **inputs).result[0]
+
+    def _evaluated(self, model):
+        count = []
+        block = self.builtin.model.model.diffusion_model.middle_block[-1]
+        hook = block.register_forward_hook(lambda *_: count.append(1))
+        try:
+            self.sample(model, 2)
+        finally:
+            hook.remove()
+        return len(count)
+
+
+def measure(table, interval):
+    """Print the lines of one interval."""
+    steps = table.steps
+    dec, fit = table.calibrate(interval, "hold"), table.calibrate(interval, "linear")
+    listed = "steps:" + ",".join(map(str, dec.full_steps))
+    of_uniform = {"correction_steps": f"steps:{','.join(map(str, range(0, steps, interval)))}", "evaluation_point": "next"}
+    of_profile = {"correction_steps": f"steps:{','.join(map(str, dec.full_steps))}", "evaluation_point": "next"}
+    share = table.row(interval, "DeepCache", table.cached(interval=interval))
+    power = f"power:{steps // 3},1.4"
+    table.row(interval, f"DeepCache, {power}", table.cached(interval=interval, schedule=power))
+    table.row(interval, "DeepCache, DPS", table.cached(interval=interval, schedule=listed))
+    table.row(interval, "DeepCache, forecast linear", table.cached(interval=interval, forecast="linear"))
+    table.row(interval, "CacheQuant: DPS, DEC", table.profiled(dec))
+    table.row(interval, "CacheQuant, forecast linear", table.profiled(fit))
+    table.row(interval, "DeepCache, IEC next on full steps", table.cached(interval=interval), of_uniform)
+    table.row(interval, "CacheQuant, IEC next on full steps", table.profiled(dec), of_profile)
+    table.row(interval, "CacheQuant, forecast linear, IEC next on full steps", table.profiled(fit), of_profile)
+    for node in ("EasyCache", "LazyCache"):
+        model, threshold = table.skipping(node, share)
+        table.row(interval, f"{node}, threshold {threshold:.3g}", model)
+
+
+SDXL = {
+    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": [2, 2, 2],
+    "channel_mult": [1, 2, 4], "transformer_depth": [0, 0, 2, 2, 10, 10], "transformer_depth_middle": 10,
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "num_heads": -1, "num_head_channels": 64,
+    "use_spatial_transformer": True, "context_dim": 2048, "use_linear_in_transformer": True, "legacy": False,
+    "num_classes": "sequential", "adm_in_channels": 2816,
+}  # fmt: skip
+
+
+def random_model(kind):
+    """Return (MODEL, CONDITIONING) of the shape of "SD 1.5" or "SDXL", with random weights."""
+    import comfy.model_base
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    at = benchmark.device()[0]
+    unet, config = (benchmark.SD15, comfy.supported_models.SD15) if kind == "SD 1.5" else (SDXL, comfy.supported_models.SDXL)
+    config = config(dict(unet))
+    dtype = torch.float16 if at.type == "cuda" else torch.float32
+    config.set_inference_dtype(dtype, None)
+    build = comfy.model_base.BaseModel if kind == "SD 1.5" else comfy.model_base.SDXL
+    model = build(config, device=at)
+    for parameter in model.parameters():  # the layers come without values
+        torch.nn.init.normal_(parameter, std=0.02)
+    patcher = comfy.model_patcher.ModelPatcher(model, at, comfy.model_management.unet_offload_device())
+    pooled = torch.randn(1, 1280)
+    return patcher, [[torch.randn(1, 77, unet["context_dim"]), {"pooled_output": pooled}]]
+
+
+def speed(nodes, repeat, latent, steps=12):
+    """Print how the time of a run with DeepCache compares to that without, and to its operations."""
+    import nodes as stock
+
+    print(
+        f"\nSpeed. {benchmark.device()[1]}; random weights, latent 4 x {latent} x {latent}, {steps} Euler steps, cfg 2, ",
+        end="",
+    )
+    print("branch 0.\n")
+    print("| network | interval | uncached, s | cached, s | faster by | fewer operations by | time over operations |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for kind in ("SD 1.5", "SDXL"):
+        model, conditioning = random_model(kind)
+        empty = {"samples": torch.zeros(1, 4, latent, latent)}
+
+        def run(model):
+            return stock.common_ksampler(model, 1, steps, 2.0, "euler", "normal", conditioning, conditioning, empty)  # noqa: B023
+
+        def operations(model):
+            with FlopCounterMode(display=False) as counter:
+                run(model)
+            return counter.get_total_flops()
+
+        full, full_operations = benchmark.median_seconds(lambda: run(model), repeat), operations(model)  # noqa: B023
+        for interval in (2, 3, 5):
+            cached = nodes["IECDeepCache"].execute(model=model, interval=interval, branch=0).result[0]
+            seconds = benchmark.median_seconds(lambda: run(cached), repeat)  # noqa: B023
+            faster, fewer = full / seconds, full_operations / operations(cached)
+            cells = f"{full:.2f} | {seconds:.2f} | {faster:.2f} | {fewer:.2f} | {faster / fewer:.2f}"
+            print(f"| {kind} | {interval} | {cells} |", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=16, help="eight images each")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--intervals", type=int, nargs="+", default=[2, 3, 5])
+    parser.add_argument("--speed", action="store_true", help="time U-Nets of true shapes instead")
+    parser.add_argument("--latent", type=int, default=32, help="side of the latent for --speed")
+    arguments = parser.parse_args()
+    nodes = comfyui.load_nodes("easycache", cpu=not torch.cuda.is_available())
+    with torch.inference_mode():
+        if arguments.speed:
+            return speed(nodes, arguments.repeat, arguments.latent)
+        table = Table(nodes, arguments.steps, arguments.seeds, arguments.repeat)
+        print(f"\nCaches. {benchmark.device()[1]}; built-in model, float32, {arguments.steps} DDIM steps on normal, cfg 3,")
+        print(
+            f"{arguments.seeds} seeds of 8 images, branch 0. An uncached run of 8 images takes {table.full:.2f} s; the Fréchet"
+        )
+        print(f"distance of as many uncached images of other seeds is {table.floor:.4f}.\n")
+        print("| interval | variant | time, share of uncached | error to uncached | Fréchet distance |")
+        print("| --- | --- | --- | --- | --- |")
+        for interval in arguments.intervals:
+            measure(table, interval)
+
+
+if __name__ == "__main__":
+    main()
