@@ -63,8 +63,8 @@ def _fit_consumer(model, settings, profile, all_steps, sample):
 
     def make_run(new):
         features = CorrectedFeatures(profile)
-        reference = new(FeatureCache(), all_steps, statistics.consumed)
-        return _PairedRun(reference, new(features, features.full_steps, statistics.consumed), statistics)
+        reference = new(FeatureCache(), all_steps, consumed=statistics.consumed)
+        return _PairedRun(reference, new(features, features.full_steps, consumed=statistics.consumed), statistics)
 
     sample(with_cache(model, settings, make_run))
     return statistics.map(len(profile.sigmas) - 1)
@@ -83,8 +83,8 @@ def apply_profile(model, profile, correction_pass):
 
     def make_run(new):
         features = CorrectedFeatures(profile)
-        consumed = None if profile.consumer is None else features.consumed
-        return _ProfiledRun(new(features, features.full_steps, consumed), profile)
+        consumer = {} if profile.consumer is None else {"consumed": features.consumed}
+        return _ProfiledRun(new(features, features.full_steps, **consumer), profile)
 
     interval, branch = int(profile.facts["interval"]), int(profile.facts["branch"])
     return with_cache(model, CacheSettings(interval, branch, correction_pass=correction_pass), make_run)

@@ -479,6 +479,24 @@ def test_linear_forecast(sample, models, cached, restated, relative, name):
     assert relative(result, restated(name, 0, full={0, 1, 4})) > 1e-4
 
 
+@pytest.mark.parametrize(("name", "streams"), [
+    ("Flux", {"double_block.1.img", "double_block.1.txt", "single_block.0.img"}), ("Wan", {"double_block.1.img"}),
+])  # fmt: skip
+@pytest.mark.parametrize("forecast", ["hold", "linear"])
+def test_calibrated_residuals(host, sample, models, cached, relative, name, streams, forecast):
+    """A profile of the run's own noise: nearer to the uncached run than the plain cache, at as many full steps."""
+    model, family = models(name), FAMILIES[name]
+    prompt, other = conditioning(name, 1), conditioning(name, 2)
+    profile = host.run(
+        "IECCalibrateCacheQuant", model=model, positive=prompt, negative=other, latent_image=empty_latent(family.latent), seed=3,
+        runs=1, steps=STEPS, cfg=2.0, sampler_name="euler", scheduler="simple", interval=3, branch=0, forecast=forecast,
+    )[0]  # fmt: skip
+    assert set(profile.features) == streams and len(profile.full_steps) == len(FULL)
+    exact, plain = sample(name, model), sample(name, cached(model))
+    calibrated = sample(name, host.run("IECCacheQuant", model=model, profile=profile)[0])
+    assert relative(calibrated, exact) < 0.9 * relative(plain, exact)
+
+
 @pytest.mark.parametrize("sampler", ["heun", "dpm_2", "dpmpp_2m"])
 def test_samplers_with_several_evaluations_a_step(sample, models, cached, restated, relative, sampler):
     """Heun's second evaluation is at the next step's sigma and counts as that step's, dpm_2's is between the two."""
