@@ -74,8 +74,22 @@ class ChannelFit:
         return torch.cat([change, mean[:, -1:] - (change * mean[:, :-1]).sum(1, keepdim=True)], dim=1)
 
 
-class StepDistances:
-    """How far the features of the steps are from each other, over calibration runs. Stands where a FeatureCache does.
+class _AllSteps:
+    """What a calibration run has in a FeatureCache's place: every step is evaluated in full. sigmas: float64, of the run."""
+
+    sigmas = None
+
+    def full_steps(self, sigmas):
+        """Return all steps of a run of these sigmas."""
+        self.sigmas = torch.as_tensor(sigmas, dtype=torch.float64)
+        return frozenset(range(len(sigmas) - 1))
+
+    def load(self, keys, items, position, stream=""):
+        """Return None: nothing is reused."""
+
+
+class StepDistances(_AllSteps):
+    """How far the features of the steps are from each other, over calibration runs.
 
     interval: bounds how far back a feature may be held.
     """
@@ -84,12 +98,6 @@ class StepDistances:
         self._window = 2 * interval
         self._recent = {}
         self._distance = {}
-        self.sigmas = None
-
-    def full_steps(self, sigmas):
-        """Return all steps of a run of these sigmas."""
-        self.sigmas = torch.as_tensor(sigmas, dtype=torch.float64)
-        return frozenset(range(len(sigmas) - 1))
 
     def store(self, keys, feature, position, stream=""):
         """Take up the feature of a step. A sampler's further evaluations of a step are not taken."""
@@ -105,9 +113,6 @@ class StepDistances:
                 self._distance[start, step] = self._distance.get((start, step), 0.0) + distance
             recent[step] = part
 
-    def load(self, keys, items, position, stream=""):
-        """Return None: every step is evaluated in full."""
-
     def clear(self):
         """Forget a run's features; the distances stay."""
         self._recent.clear()
@@ -118,18 +123,24 @@ class StepDistances:
         return [[self._distance.get((start, step), 0.0) for step in steps] for start in steps]
 
 
-class FeatureFits:
-    """The corrections of the features that steps take up, over calibration runs. Stands where a FeatureCache does.
+class FeatureFits(_AllSteps):
+    """The corrections of the features that steps take up, over calibration runs.
 
-    firsts: the groups' first steps. terms: how many of the last full steps' features the map is of; 1 is the paper's.
-    channel_dim: the dimension of a feature's channels.
+    schedule(steps): the steps that are to be evaluated in full, the groups' first. terms: how many of the last full steps'
+    features the map is of; 1 is the paper's. channel_dim: the dimension of a feature's channels.
     """
 
-    def __init__(self, firsts, terms, channel_dim):
-        self._firsts, self._terms, self._channel_dim = frozenset(firsts), terms, channel_dim
+    def __init__(self, schedule, terms, channel_dim):
+        self._schedule, self._terms, self._channel_dim = schedule, terms, channel_dim
         self._held = {}
         self._fits = {}
+        self.firsts = frozenset()
         self.is_reference = True  # whether what is stored next is of the full-precision network
+
+    def full_steps(self, sigmas):
+        """Return all steps of a run of these sigmas, whose features are to be stored."""
+        self.firsts = self._schedule(len(sigmas) - 1)
+        return super().full_steps(sigmas)
 
     def store(self, keys, feature, position, stream=""):
         """Take up the feature of a step. That of the full-precision network comes first, then, if there is one, that of the
@@ -138,7 +149,7 @@ class FeatureFits:
         step = _own_step(position)
         for key, part in zip(keys, feature.detach().clone().chunk(len(keys))):
             held = self._held.setdefault((key, stream), {})
-            if step in self._firsts:
+            if step in self.firsts:
                 held[step] = part
                 for old in sorted(held)[: -self._terms]:
                     del held[old]
@@ -146,18 +157,15 @@ class FeatureFits:
                 fit = self._fits.setdefault((stream, step), ChannelFit(self._channel_dim))
                 fit.add([held[start] for start in sorted(held, reverse=True)], part)
 
-    def load(self, keys, items, position, stream=""):
-        """Return None: every step is evaluated in full."""
-
     def clear(self):
         """Forget a run's features; the fits stay."""
         self._held.clear()
 
-    def maps(self, steps):
+    def maps(self):
         """Return {stream: float32 [steps, C, terms + 1]}: the factors of the last full steps' features, the latest first, and
         the offset. Full steps hold their own.
         """
-        found = {}
+        found, steps = {}, len(self.sigmas) - 1
         for (stream, step), fit in self._fits.items():
             solved = fit.solve().float()
             if stream not in found:

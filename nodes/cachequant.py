@@ -5,6 +5,7 @@ import os
 import comfy.samplers
 from comfy_api.latest import io
 
+from ..iec_core.caching import SCHEDULE_FORMS, parse_cache_schedule
 from ..iec_core.choices import unknown_choice
 from .host.cachequant import apply_profile, calibrate
 from .host.caching import CORRECTION_PASSES
@@ -13,6 +14,16 @@ from .types import CacheProfileSocket
 
 CALIBRATED_FORECASTS = ["hold", "linear"]
 PROMPTS = ("positive", "positive_2", "positive_3", "positive_4")
+
+
+def parse_calibrated_schedule(text):
+    """Parse a `schedule` text: a CacheSchedule, or None for "dps". Raises ValueError, with a sentence that lists the forms."""
+    if text.strip().lower() == "dps":
+        return None
+    try:
+        return parse_cache_schedule(text)
+    except ValueError as error:
+        raise ValueError(str(error).replace("write ", "write dps, ")) from error
 
 
 class IECCalibrateCacheQuant(io.ComfyNode):
@@ -63,6 +74,13 @@ class IECCalibrateCacheQuant(io.ComfyNode):
                     max=100,
                     tooltip="How much is evaluated on the other steps, as in DeepCache (IEC); 0 is the cheapest.",
                 ),
+                io.String.Input(
+                    "schedule",
+                    default="dps",
+                    optional=True,
+                    tooltip="Which steps are evaluated in full. dps: those that the calibration finds by dynamic programming, "
+                    f"the paper's; or {SCHEDULE_FORMS}, as in DeepCache (IEC).",
+                ),
                 io.Combo.Input(
                     "forecast",
                     options=CALIBRATED_FORECASTS,
@@ -83,7 +101,11 @@ class IECCalibrateCacheQuant(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, sampler_name=None, scheduler=None, forecast=None):
+    def validate_inputs(cls, sampler_name=None, scheduler=None, schedule=None, forecast=None):
+        try:
+            schedule is None or parse_calibrated_schedule(schedule)
+        except ValueError as error:
+            return str(error)
         wrong = unknown_choice(comfy.samplers.KSampler.SAMPLERS, sampler_name=sampler_name)
         wrong = wrong or unknown_choice(comfy.samplers.KSampler.SCHEDULERS, scheduler=scheduler)
         return wrong or unknown_choice(CALIBRATED_FORECASTS, forecast=forecast) or True
@@ -91,12 +113,23 @@ class IECCalibrateCacheQuant(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, positive, negative, latent_image, seed, runs, steps, cfg, sampler_name, scheduler, interval, branch,
-        forecast="hold", correct_consumer=False, **more,
+        schedule="dps", forecast="hold", correct_consumer=False, **more,
     ):  # fmt: skip
         prompts = [positive, *(more[name] for name in PROMPTS[1:] if more.get(name) is not None)]
         sampling = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler}
         profile = calibrate(
-            model, prompts, negative, latent_image, seed, runs, sampling, interval, branch, forecast, correct_consumer
+            model,
+            prompts,
+            negative,
+            latent_image,
+            seed,
+            runs,
+            sampling,
+            interval,
+            branch,
+            parse_calibrated_schedule(schedule),
+            forecast,
+            correct_consumer,
         )
         return io.NodeOutput(profile)
 

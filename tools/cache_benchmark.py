@@ -86,14 +86,15 @@ class Table:
     def cached(self, **settings):
         return self.nodes["IECDeepCache"].execute(model=self.builtin.model, branch=0, **settings).result[0]
 
-    def calibrate(self, interval, forecast):
+    def calibrate(self, interval, schedule, forecast):
         label = self.nodes["IECClassLabel"]
         prompts = [label.execute(labels=text).result[0] for text in PROMPTS]
         names = ("positive", "positive_2", "positive_3", "positive_4")
         profile = self.nodes["IECCalibrateCacheQuant"].execute(
             model=self.builtin.model, **dict(zip(names, prompts)), negative=label.execute(labels="none").result[0],
             latent_image={"samples": torch.zeros(2, 3, 32, 32)}, seed=500, runs=2, steps=self.steps, cfg=3.0,
-            sampler_name="ddim", scheduler="normal", interval=interval, branch=0, forecast=forecast,
+            sampler_name="ddim", scheduler="normal", interval=interval, branch=0, schedule=schedule,
+            forecast=forecast,
         )  # fmt: skip
         return profile.result[0]
 
@@ -126,21 +127,26 @@ class Table:
 
 def measure(table, interval):
     """Print the lines of one interval."""
-    steps = table.steps
-    dec, fit = table.calibrate(interval, "hold"), table.calibrate(interval, "linear")
-    listed = "steps:" + ",".join(map(str, dec.full_steps))
-    of_uniform = {"correction_steps": f"steps:{','.join(map(str, range(0, steps, interval)))}", "evaluation_point": "next"}
-    of_profile = {"correction_steps": f"steps:{','.join(map(str, dec.full_steps))}", "evaluation_point": "next"}
+    full = {"uniform": range(0, table.steps, interval)}
+    profiles = {}
+    for schedule in ("uniform", "dps"):
+        profiles |= {(schedule, forecast): table.calibrate(interval, schedule, forecast) for forecast in ("hold", "linear")}
+    full["dps"] = profiles["dps", "hold"].full_steps
+    listed = {schedule: "steps:" + ",".join(map(str, steps)) for schedule, steps in full.items()}
+    on_full = {schedule: {"correction_steps": text, "evaluation_point": "next"} for schedule, text in listed.items()}
     share = table.row(interval, "DeepCache", table.cached(interval=interval))
-    power = f"power:{steps // 3},1.4"
+    power = f"power:{table.steps // 3},1.4"
     table.row(interval, f"DeepCache, {power}", table.cached(interval=interval, schedule=power))
-    table.row(interval, "DeepCache, DPS", table.cached(interval=interval, schedule=listed))
-    table.row(interval, "DeepCache, forecast linear", table.cached(interval=interval, forecast="linear"))
-    table.row(interval, "CacheQuant: DPS, DEC", table.profiled(dec))
-    table.row(interval, "CacheQuant, forecast linear", table.profiled(fit))
-    table.row(interval, "DeepCache, IEC next on full steps", table.cached(interval=interval), of_uniform)
-    table.row(interval, "CacheQuant, IEC next on full steps", table.profiled(dec), of_profile)
-    table.row(interval, "CacheQuant, forecast linear, IEC next on full steps", table.profiled(fit), of_profile)
+    table.row(interval, "DeepCache, dps", table.cached(interval=interval, schedule=listed["dps"]))
+    table.row(interval, "DeepCache, linear", table.cached(interval=interval, forecast="linear"))
+    for (schedule, forecast), profile in profiles.items():
+        table.row(interval, f"CacheQuant, {schedule}, {forecast}", table.profiled(profile))
+    table.row(interval, "DeepCache; IEC next on full steps", table.cached(interval=interval), on_full["uniform"])
+    table.row(
+        interval, "CacheQuant, dps, hold; IEC next on full steps", table.profiled(profiles["dps", "hold"]), on_full["dps"]
+    )
+    last = {**on_full["dps"], "evaluation_point": "paper"}
+    table.row(interval, "CacheQuant, dps, hold; IEC paper on full steps", table.profiled(profiles["dps", "hold"]), last)
     for node in ("EasyCache", "LazyCache"):
         model, threshold = table.skipping(node, share)
         table.row(interval, f"{node}, threshold {threshold:.3g}", model)

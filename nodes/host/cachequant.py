@@ -14,7 +14,7 @@ from ...iec_core.cachequant import (
     StepDistances,
     group_steps,
 )
-from ...iec_core.caching import FORECASTS, FeatureCache
+from ...iec_core.caching import FORECASTS, CacheSchedule, FeatureCache
 from . import quantize
 from .cached_model import cache_kind, with_cache
 from .caching import CacheSettings
@@ -22,38 +22,39 @@ from .fingerprint import fingerprint, is_same
 
 
 def calibrate(
-    model, prompts, negative, latent_image, seed, runs, sampling, interval, branch, forecast, correct_consumer
+    model, prompts, negative, latent_image, seed, runs, sampling, interval, branch, schedule, forecast, correct_consumer
 ):  # fmt: skip
     """Return the CacheProfile of a MODEL, from `runs` sampling runs of each prompt (CONDITIONING) without its quantization.
 
-    sampling: steps, cfg, sampler_name and scheduler, as the host's KSampler has them. forecast: "hold", one feature is mapped,
-    or "linear", the last two. correct_consumer: whether the output of the block that consumes the feature gets a map too, if
-    the model is quantized. Raises ValueError where the MODEL cannot be cached.
+    sampling: steps, cfg, sampler_name and scheduler, as the host's KSampler has them. schedule: a CacheSchedule, None for the
+    one that is found by dynamic programming. forecast: "hold", one feature is mapped, or "linear", the last two.
+    correct_consumer: whether the output of the block that consumes the feature gets a map too, if the model is quantized.
+    Raises ValueError where the MODEL cannot be cached.
     """
     kind, settings = cache_kind(model), CacheSettings(interval, branch)
     bits = quantize.quantization_of(model) or "none"
     correct_consumer = correct_consumer and bits != "none" and kind.has_consumer
-    passes = 3 if correct_consumer else 2
+    passes = 1 + (schedule is None) + correct_consumer
     bar = _Bar(passes * runs * len(prompts) * sampling["steps"])
     sample = functools.partial(_sample_all, prompts, negative, latent_image, seed, runs, sampling, bar)
 
-    distances = StepDistances(interval)
-    sample(with_cache(model, settings, lambda new: _ReferenceRun(new(distances, distances.full_steps))))
-    firsts = group_steps(distances.cost(), interval)
-    fits = FeatureFits(firsts, FORECASTS.index(forecast) + 1, kind.channel_dim)
-    sample(with_cache(model, settings, lambda new: _PairedRun(*2 * [new(fits, distances.full_steps)], fits)))
+    if schedule is None:
+        distances = StepDistances(interval)
+        sample(with_cache(model, settings, lambda new: _ReferenceRun(new(distances, distances.full_steps))))
+        schedule = CacheSchedule("steps", tuple(group_steps(distances.cost(), interval)))
+    fits = FeatureFits(lambda steps: schedule.full_steps(steps, interval), FORECASTS.index(forecast) + 1, kind.channel_dim)
+    sample(with_cache(model, settings, lambda new: _PairedRun(*2 * [new(fits, fits.full_steps)], fits)))
 
-    steps = len(distances.sigmas) - 1
     facts = {
         "network": type(model.get_model_object("diffusion_model")).__name__, "branch": branch, "interval": interval,
         "forecast": forecast, "quantization": bits, "prompts": len(prompts), "runs": runs, **sampling,
     }  # fmt: skip
     profile = CacheProfile(
-        {name: str(value) for name, value in facts.items()}, fingerprint(model), distances.sigmas, tuple(firsts),
-        kind.channel_dim, fits.maps(steps),
+        {name: str(value) for name, value in facts.items()}, fingerprint(model), fits.sigmas, tuple(sorted(fits.firsts)),
+        kind.channel_dim, fits.maps(),
     )  # fmt: skip
     if correct_consumer:
-        profile.consumer = _fit_consumer(model, settings, profile, distances.full_steps, sample)
+        profile.consumer = _fit_consumer(model, settings, profile, fits.full_steps, sample)
     return profile
 
 

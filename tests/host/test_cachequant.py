@@ -94,6 +94,18 @@ def test_corrected_run_takes_up_what_the_map_says(host, calibrate, features, mod
         torch.testing.assert_close(run[step], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_corrections_are_fitted_to_another_schedule(host, calibrate, features, model):
+    profile = calibrate(schedule="steps:3,4")
+    assert profile.full_steps == (0, 3, 4)
+    seen, weights = features(model)[0], profile.features[""].double()
+    x, y = (seen[at].movedim(1, 0).flatten(1) for at in (4, 6))
+    slope = ((x - x.mean(1, keepdim=True)) * (y - y.mean(1, keepdim=True))).mean(1) / x.var(1, correction=0)
+    torch.testing.assert_close(weights[6, :, 0], slope, rtol=1e-3, atol=1e-4)
+    node = host.nodes["IECCalibrateCacheQuant"]
+    assert [node.validate_inputs(schedule=text) for text in ("dps", "uniform", "power:3,1.4")] == [True] * 3
+    assert node.validate_inputs(schedule="best").startswith("schedule: 'best' is not a known form; write dps, uniform")
+
+
 @pytest.mark.parametrize("forecast", ["hold", "linear"])
 def test_calibrated_is_nearer_to_full_precision(host, calibrate, sample, model, relative, forecast):
     """At the same number of full steps, on noise that the calibration has not seen."""

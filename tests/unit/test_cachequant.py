@@ -99,7 +99,8 @@ def curve(step):
 
 
 def fitted(steps, full_steps, terms=1, of=feature, quantized=None):
-    fits = FeatureFits(full_steps, terms, 1)
+    fits = FeatureFits(lambda total: frozenset(full_steps), terms, 1)
+    assert fits.full_steps(range(steps + 1)) == {*range(steps)}
     for step in range(steps):
         fits.is_reference = True
         fits.store(["cond", "uncond"], of(step), float(step))
@@ -107,7 +108,7 @@ def fitted(steps, full_steps, terms=1, of=feature, quantized=None):
             fits.is_reference = False
             fits.store(["cond", "uncond"], quantized(of(step)), float(step))
     fits.clear()
-    return fits.maps(steps)
+    return fits.maps()
 
 
 def profile(steps=6, full_steps=(0, 2, 4), **settings):
