@@ -30,13 +30,23 @@ def with_cache(model, settings, make_run):
     kind.check(network, settings.branch)
 
     def evaluate(executor, *args, **kwargs):
+        kwargs.pop(KEY, None)
         return args[5][KEY].evaluate(executor, *args, **kwargs)  # the host's transformer options
 
     new = functools.partial(kind, network, settings)
     model = model.clone()
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, keep_for_run(KEY, lambda: make_run(new)))
     model.add_wrapper_with_key(kind.wrapper_type, KEY, evaluate)
+    if kind.wrapper_type == WrappersMP.DIFFUSION_MODEL:
+        model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _mark)
     return model
+
+
+def _mark(executor, *args, **kwargs):
+    """Give the network an argument more than it has without a cache. The host compiles a network without regard to what is in
+    the transformer options, among it the cache's wrapper; by this argument what it compiled for a run without one is not taken.
+    """
+    return executor(*args, **kwargs, **{KEY: True})
 
 
 def apply_cache(model, settings):

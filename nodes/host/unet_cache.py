@@ -54,44 +54,68 @@ class UnetCache(CacheRun):
         if not 0 <= branch < blocks:
             raise ValueError(f"branch: this U-Net has branches 0 to {blocks - 1}, and {branch} is none of them.")
 
+    @torch.compiler.disable(recursive=False)
     def evaluate(self, executor, x, timesteps, context, y, control, transformer_options, **kwargs):
-        """Evaluate the U-Net in full, keeping the deep feature, or over the shallow blocks with the kept one."""
-        plan, unet = self.plan(x, transformer_options), executor.class_obj
+        """Evaluate the U-Net in full, keeping the deep feature, or over the shallow blocks with the kept one.
+
+        A compiled model runs this as it is, for it decides anew in each step. What is compiled is the network's forward pass:
+        once over all blocks, and once over the shallow ones.
+        """
+        plan, network, control, options, kept = self._prepare(executor.class_obj, x, control, transformer_options)
+        inner = WrapperExecutor.new_class_executor(network._forward, network, executor.wrappers, executor.idx + 1)
+        output = inner.execute(x, timesteps, context, y, control, options, **kwargs)
+        self._store(plan, kept)
+        return output
+
+    @torch.compiler.disable
+    def _prepare(self, unet, x, control, options):
+        """Return (Plan, network, control, options, list that takes the feature to keep) of the evaluation of x."""
+        if options.get("patches", {}).get("middle_block_after_patch"):
+            raise ValueError(
+                "model: a cache leaves out the middle block, and this MODEL has a patch behind it on which others depend, as "
+                "SUPIR's do; use one of the two."
+            )
+        plan, network, kept = self.plan(x, options), unet, []
         feature = self.features.load(plan.keys, x.shape[0], plan.position) if plan.reuses else None
-        network, options = unet, transformer_options
         if feature is not None:
             network, control = self._shallow(unet), self._shallow_control(control)
-            options = self._without_skipped_patches(options)
-            options = self._at_feature(options, lambda h, options: self._resume(feature, unet, options))
+            options = self._at_feature(self._without_skipped_patches(options), self._resuming(feature, unet))
         elif plan.keeps:
-            options = self._at_feature(options, lambda h, options: self._keep(plan, h))
+            # A copy, for other patches may change the tensor in place; a list, for a compiled network cannot look up keys.
+            options = self._at_feature(options, lambda h, options: kept.append(h.clone()) or h)
         if self._consumed is not None:
             network = self._telling(network, plan.position)
-        inner = WrapperExecutor.new_class_executor(network._forward, network, executor.wrappers, executor.idx + 1)
-        return inner.execute(x, timesteps, context, y, control, options, **kwargs)
+        return plan, network, control, options, kept
+
+    @torch.compiler.disable
+    def _store(self, plan, kept):
+        for feature in kept:
+            self.features.store(plan.keys, feature, plan.position)
 
     def _at_feature(self, transformer_options, replace):
         """Return the options with h -> replace(h, options) applied to what enters the first shallow output block, before
         any other patch, so that the others see what they would see without the cache.
         """
+        first = ("output", self.first)
 
         def patch(h, hsp, options):
-            return replace(h, options) if options["block"] == ("output", self.first) else h, hsp
+            return replace(h, options) if options["block"] == first else h, hsp
 
         patches = transformer_options.get("patches", {})
         patches = {**patches, "output_block_patch": [patch, *patches.get("output_block_patch", [])]}
         return {**transformer_options, "patches": patches}
 
-    def _keep(self, plan, h):
-        self.features.store(plan.keys, h, plan.position)
-        return h
-
-    def _resume(self, feature, unet, options):
-        """Go on with the kept feature, the host's running number of the transformer counted past the skipped blocks."""
+    def _resuming(self, feature, unet):
+        """Return what goes on with the kept feature, the host's number of the transformer counted past the skipped blocks."""
         skipped = [*unet.input_blocks[self.branch + 1 :], unet.middle_block, *unet.output_blocks[: self.first]]
         layers = [layer for block in skipped if block is not None for layer in block]
-        options["transformer_index"] += sum(isinstance(layer, SpatialTransformer) for layer in layers)
-        return feature
+        transformers = sum(isinstance(layer, SpatialTransformer) for layer in layers)
+
+        def resume(h, options):
+            options["transformer_index"] += transformers
+            return feature
+
+        return resume
 
     def _shallow(self, unet):
         """Return a copy of the U-Net that shares the blocks which are run; the U-Net itself stays as it is."""
@@ -135,7 +159,6 @@ class UnetCache(CacheRun):
         for name in ("input_block_patch", "input_block_patch_after_skip"):
             patches[name] = [self._on_run_input(patch) for patch in patches.get(name, [])]
         patches["output_block_patch"] = [self._on_run_output(patch) for patch in patches.get("output_block_patch", [])]
-        patches.pop("middle_block_after_patch", None)
         return {**transformer_options, "patches": patches}
 
     def _on_run_input(self, patch):

@@ -9,6 +9,7 @@ import torch
 # stock nodes that are not in the host's nodes.py
 EXTRAS = (
     "custom_sampler", "model_advanced", "chroma_radiance", "pag", "perpneg", "differential_diffusion", "advanced_samplers",
+    "freelunch", "hypertile", "model_downscale", "sag", "tomesd", "torch_compile", "context_windows",
 )  # fmt: skip
 
 
