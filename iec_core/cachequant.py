@@ -23,6 +23,7 @@ from .caching import FORECASTS, FeatureCache
 
 FORMAT = "iec_cache_profile"
 VERSION = "1"
+FACTS = {"network", "branch", "interval", "quantization", "sampler_name", "scheduler"}  # that a profile cannot do without
 
 
 def group_steps(cost, interval):
@@ -77,12 +78,31 @@ class ChannelFit:
 class _AllSteps:
     """What a calibration run has in a FeatureCache's place: every step is evaluated in full. sigmas: float64, of the run."""
 
-    sigmas = None
+    def __init__(self):
+        self.sigmas = None
+        self._visited = set()
 
     def full_steps(self, sigmas):
         """Return all steps of a run of these sigmas."""
         self.sigmas = torch.as_tensor(sigmas, dtype=torch.float64)
         return frozenset(range(len(sigmas) - 1))
+
+    def _own_step(self, position):
+        """Return the step that begins at this position on the schedule, None where none does."""
+        step = round(position)
+        if abs(position - step) > 1e-6:
+            return None
+        self._visited.add(step)
+        return step
+
+    def check_every_step_was_seen(self):
+        """Raise ValueError where the sampler has not evaluated the network at every step's own sigma."""
+        missing = sorted(set(range(len(self.sigmas) - 1)) - self._visited)
+        if missing:
+            raise ValueError(
+                f"sampler_name: it does not evaluate the network where step {missing[0]} of the schedule begins, so that "
+                "nothing can be found out for that step; calibrate with another, such as euler."
+            )
 
     def load(self, keys, items, position, stream=""):
         """Return None: nothing is reused."""
@@ -95,13 +115,16 @@ class StepDistances(_AllSteps):
     """
 
     def __init__(self, interval):
+        super().__init__()
         self._window = 2 * interval
         self._recent = {}
         self._distance = {}
 
     def store(self, keys, feature, position, stream=""):
-        """Take up the feature of a step. A sampler's further evaluations of a step are not taken."""
-        step = _own_step(position)
+        """Take up the feature of a step [len(keys) * b, ...]. Of several evaluations at a step's sigma the first is taken
+        (Heun's second one is at the next step's), and those between two steps are not.
+        """
+        step = self._own_step(position)
         for key, part in zip(keys, feature.detach().clone().chunk(len(keys))):
             recent = self._recent.setdefault((key, stream), {})
             if step is None or step in recent:
@@ -131,6 +154,7 @@ class FeatureFits(_AllSteps):
     """
 
     def __init__(self, schedule, terms, channel_dim):
+        super().__init__()
         self._schedule, self._terms, self._channel_dim = schedule, terms, channel_dim
         self._held = {}
         self._fits = {}
@@ -143,23 +167,27 @@ class FeatureFits(_AllSteps):
         return super().full_steps(sigmas)
 
     def store(self, keys, feature, position, stream=""):
-        """Take up the feature of a step. That of the full-precision network comes first, then, if there is one, that of the
-        network which is to be corrected, at the same position.
+        """Take up the feature of a step [len(keys) * b, ...]. That of the full-precision network comes first, then, if there is
+        one, that of the network which is to be corrected, at the same position. An entry that was not there at the full steps
+        which its map would be of, because its range of the denoising has only begun, is left out.
         """
-        step = _own_step(position)
+        step = self._own_step(position)
         for key, part in zip(keys, feature.detach().clone().chunk(len(keys))):
             held = self._held.setdefault((key, stream), {})
             if step in self.firsts:
                 held[step] = part
                 for old in sorted(held)[: -self._terms]:
                     del held[old]
-            elif step is not None and self.is_reference:
+            elif step is not None and self.is_reference and sorted(held) == self._starts(step):
                 fit = self._fits.setdefault((stream, step), ChannelFit(self._channel_dim))
                 fit.add([held[start] for start in sorted(held, reverse=True)], part)
 
     def clear(self):
         """Forget a run's features; the fits stay."""
         self._held.clear()
+
+    def _starts(self, step):
+        return sorted(first for first in self.firsts if first <= step)[-self._terms :]
 
     def maps(self):
         """Return {stream: float32 [steps, C, terms + 1]}: the factors of the last full steps' features, the latest first, and
@@ -174,12 +202,6 @@ class FeatureFits(_AllSteps):
             found[stream][step, :, : solved.shape[1] - 1] = solved[:, :-1]
             found[stream][step, :, -1] = solved[:, -1]
         return found
-
-
-def _own_step(position):
-    """Return the step that begins at this position on the schedule, None where none does."""
-    step = round(position)
-    return step if abs(position - step) < 1e-6 else None
 
 
 class ConsumerStatistics:
@@ -206,13 +228,12 @@ class ConsumerStatistics:
 
 
 def mapped(tensors, weights, channel_dim):
-    """Return a_1 x_1 + .. + a_k x_k + b by channel, in the dtype of the tensors. weights: [C, k + 1]."""
+    """Return a_1 x_1 + .. + a_k x_k + b by channel, computed in float32, in the dtype of the tensors. weights: [C, k + 1]."""
     shape = [-1 if dim == channel_dim % tensors[0].ndim else 1 for dim in range(tensors[0].ndim)]
-    *factors, offset = (column.to(tensors[0]).reshape(shape) for column in weights.unbind(1))
-    total = offset
+    *factors, total = (column.reshape(shape) for column in weights.to(tensors[0].device, torch.float32).unbind(1))
     for factor, tensor in zip(factors, tensors):
-        total = torch.addcmul(total, factor, tensor)
-    return total
+        total = torch.addcmul(total, factor, tensor.float())
+    return total.to(tensors[0].dtype)
 
 
 @dataclass
@@ -253,10 +274,30 @@ class CacheProfile:
         if about.get("format") != FORMAT or about.get("version") != VERSION:
             raise ValueError("it is no cache profile, or one of another version; calibrate anew")
         features = {name.removeprefix("feature."): value for name, value in tensors.items() if name.startswith("feature.")}
-        return cls(
-            json.loads(about["facts"]), tensors["fingerprint"], tensors["sigmas"], tuple(tensors["full_steps"].tolist()),
-            int(about["channel_dim"]), features, tensors.get("consumer"),
-        )  # fmt: skip
+        try:
+            profile = cls(
+                dict(json.loads(about["facts"])), tensors["fingerprint"], tensors["sigmas"],
+                tuple(tensors["full_steps"].tolist()), int(about["channel_dim"]), features, tensors.get("consumer"),
+            )  # fmt: skip
+            whole = profile._is_whole()
+        except (KeyError, ValueError, TypeError, IndexError, AttributeError):
+            whole = False
+        if not whole:
+            raise ValueError("its content is not that of a cache profile; calibrate anew")
+        return profile
+
+    def _is_whole(self):
+        """Tell whether everything is there and of the shapes that belong together."""
+        steps = len(self.sigmas) - 1
+        maps = [*self.features.values(), *([] if self.consumer is None else [self.consumer])]
+        return (
+            set(self.facts) >= FACTS
+            and self.fingerprint.ndim == self.sigmas.ndim == 1
+            and self.full_steps[0] == 0
+            and all(0 <= step < steps for step in self.full_steps)
+            and all(weights.ndim == 3 and weights.shape[0] == steps and weights.shape[2] in (2, 3) for weights in maps)
+            and all(value.isfinite().all() for value in (self.fingerprint, self.sigmas, *maps))
+        )
 
     def place(self, sigmas):
         """Return with which step of the calibrated schedule a run of these sigmas begins. Raises ValueError where it is another
@@ -265,10 +306,12 @@ class CacheProfile:
         sigmas = torch.as_tensor(sigmas, dtype=torch.float64)
         for first in range(len(self.sigmas) - len(sigmas) + 1):
             part = self.sigmas[first : first + len(sigmas)]
-            if torch.allclose(part, sigmas, rtol=1e-3, atol=1e-4):
+            ended = len(sigmas) - (sigmas[-1] == 0).int()  # a run that stops early may take its last step to 0
+            if torch.allclose(part[:ended], sigmas[:ended], rtol=1e-3, atol=1e-4):
                 return first
         raise ValueError(
-            f"profile: it was calibrated for {len(self.sigmas) - 1} steps of {self.facts['scheduler']} from sigma "
+            f"profile: it was calibrated for {len(self.sigmas) - 1} steps of {self.facts['sampler_name']} on "
+            f"{self.facts['scheduler']} from sigma "
             f"{self.sigmas[0]:.4g} to {self.sigmas[-1]:.4g}, and this run has {len(sigmas) - 1} steps from {sigmas[0]:.4g} to "
             f"{sigmas[-1]:.4g}; sample with the calibrated schedule, or calibrate for this one."
         )
@@ -288,6 +331,14 @@ class CorrectedFeatures(FeatureCache):
         self._first = self._profile.place(sigmas)
         own = {step - self._first for step in self._profile.full_steps}
         return frozenset({0, *(step for step in own if 0 <= step < len(sigmas) - 1)})
+
+    def store(self, keys, feature, position, stream=""):
+        """As FeatureCache.store, for the profile's full steps, of whose features its maps are, and for a run's first step. What
+        a sampler or a correction evaluates elsewhere is not taken.
+        """
+        step = round(position)
+        if abs(position - step) < 1e-6 and (step == 0 or step + self._first in self._profile.full_steps):
+            super().store(keys, feature, position, stream)
 
     def _forecast(self, kept, position, stream):
         step, weights = self._step(position), self._profile.features.get(stream)

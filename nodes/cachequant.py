@@ -9,7 +9,7 @@ from ..iec_core.caching import SCHEDULE_FORMS, parse_cache_schedule
 from ..iec_core.choices import unknown_choice
 from .host.cachequant import apply_profile, calibrate
 from .host.caching import CORRECTION_PASSES
-from .host.profiles import load_profile, profile_names, profile_path, save_profile
+from .host.profiles import load_profile, path_to_write, profile_names, profile_path, save_profile
 from .types import CacheProfileSocket
 
 CALIBRATED_FORECASTS = ["hold", "linear"]
@@ -45,9 +45,7 @@ class IECCalibrateCacheQuant(io.ComfyNode):
                 ),
                 *prompts,
                 io.Conditioning.Input("negative", tooltip="The negative prompt."),
-                io.Latent.Input(
-                    "latent_image", tooltip="An empty latent of the size, and with as many images, as a run is to have."
-                ),
+                io.Latent.Input("latent_image", tooltip="An empty latent of the size that you sample at."),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="The seed of the first run's noise."),
                 io.Int.Input("runs", default=2, min=1, max=64, tooltip="How many runs a prompt, each with noise of its own."),
                 io.Int.Input(
@@ -153,7 +151,7 @@ class IECSaveCacheProfile(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, name=None):
         try:
-            name is None or profile_path(name)
+            name is None or path_to_write(name)
         except ValueError as error:
             return str(error)
         return True

@@ -41,9 +41,11 @@ def calibrate(
     if schedule is None:
         distances = StepDistances(interval)
         sample(with_cache(model, settings, lambda new: _ReferenceRun(new(distances, distances.full_steps))))
+        distances.check_every_step_was_seen()
         schedule = CacheSchedule("steps", tuple(group_steps(distances.cost(), interval)))
     fits = FeatureFits(lambda steps: schedule.full_steps(steps, interval), FORECASTS.index(forecast) + 1, kind.channel_dim)
     sample(with_cache(model, settings, lambda new: _PairedRun(*2 * [new(fits, fits.full_steps)], fits)))
+    fits.check_every_step_was_seen()
 
     facts = {
         "network": type(model.get_model_object("diffusion_model")).__name__, "branch": branch, "interval": interval,
@@ -103,14 +105,22 @@ class _Bar:
 
 def _sample_all(prompts, negative, latent_image, seed, runs, sampling, callback, model):
     """Run the model on every prompt, each run with noise of its own."""
-    latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
+    ratios = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # newer hosts' empty latents have these
+    ratios = {name: latent_image[name] for name in ratios if name in latent_image}
+    latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"], **ratios)
     for prompt in prompts:
         for run in range(runs):
             noise = comfy.sample.prepare_noise(latent, seed + run)
-            comfy.sample.sample(
+            samples = comfy.sample.sample(
                 model, noise, positive=prompt, negative=negative, latent_image=latent, seed=seed + run, callback=callback,
                 disable_pbar=True, **sampling,
             )  # fmt: skip
+            parts = samples.unbind() if getattr(samples, "is_nested", False) else [samples]
+            if not all(part.isfinite().all() for part in parts):
+                raise ValueError(
+                    "model: it returned NaN or infinity in a calibration run, from which nothing can be found out; try another "
+                    "precision of the model, or fewer patches on it."
+                )
 
 
 class _ReferenceRun:

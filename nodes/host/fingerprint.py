@@ -6,19 +6,22 @@ PLACES, VALUES = 256, 16
 
 
 def fingerprint(model):
-    """Return float32 [n <= 4096]: weights of the network at fixed places, as they were loaded; LoRAs and hooks do not show.
+    """Return float32 [n <= 4096]: numbers of the network's matrices and kernels at fixed places, as they were loaded; LoRAs and
+    hooks do not show. Those of one matrix have norm 1, so that all of them count alike.
 
     A network in float32, float16 or bfloat16 has the same to about 0.3 %.
     """
-    named = sorted(dict(model.model.diffusion_model.named_parameters()).items())
+    named = [(name, weight) for name, weight in model.model.diffusion_model.named_parameters() if weight.ndim > 1]
+    named.sort(key=lambda item: item[0])
     chosen = [named[number * len(named) // PLACES] for number in range(PLACES)] if len(named) > PLACES else named
     sample = []
     for name, parameter in chosen:
         backup = model.backup.get(f"diffusion_model.{name}")  # of a weight that the host has patched in place
         weight = (parameter if backup is None else backup.weight).detach().flatten()
         places = torch.arange(min(VALUES, weight.numel()), device=weight.device) * weight.numel() // VALUES
-        sample.append(weight[places].float().cpu())
-    return torch.cat(sample)
+        values = weight[places].float().cpu()
+        sample.append(values / values.norm().clamp(min=1e-12))
+    return torch.cat(sample) if sample else torch.zeros(0)
 
 
 def is_same(one, other):

@@ -62,24 +62,20 @@ def quantizable_layers(network, keep_sensitive):
     return {name: layers[name] for name in list(layers)[1:-1] if not name.startswith("final_layer.")}
 
 
-def short_name(weight_bits, activation_bits):
-    """Return the field's short name of a quantization, such as W8A8."""
-    return f"W{weight_bits}A{activation_bits}"
+def short_name(weight_bits, activation_bits, keep_sensitive):
+    """Return the field's short name of a quantization, such as W8A8, with a word more where it is of all layers."""
+    return f"W{weight_bits}A{activation_bits}" + ("" if keep_sensitive else " of all layers")
 
 
 class QuantizedRun:
-    """The integer weights of one sampling run, and the forward passes that use them."""
+    """The integer weights of one sampling run, and the forward passes that use them. name: see `short_name`."""
 
-    def __init__(self, weight_bits, activation_bits):
+    def __init__(self, weight_bits, activation_bits, name):
+        self.name = name
         self.weight_bits = weight_bits
         self.activation_bits = activation_bits
         self.weights = {}
         self._is_paused = False
-
-    @property
-    def name(self):
-        """The field's short name, such as W8A8."""
-        return short_name(self.weight_bits, self.activation_bits)
 
     @contextlib.contextmanager
     def paused(self):
@@ -153,10 +149,10 @@ def apply_quantization(model, weight_bits, activation_bits, keep_sensitive):
         with _forwards({layer: functools.partial(run.forward, layer, reusable) for layer in layers}):
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
-    apply_model.quantization = short_name(weight_bits, activation_bits)
+    name = apply_model.quantization = short_name(weight_bits, activation_bits, keep_sensitive)
     model = model.clone()
     model.add_wrapper_with_key(
-        WrappersMP.OUTER_SAMPLE, KEY, keep_for_run(KEY, lambda: QuantizedRun(weight_bits, activation_bits))
+        WrappersMP.OUTER_SAMPLE, KEY, keep_for_run(KEY, lambda: QuantizedRun(weight_bits, activation_bits, name))
     )
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, apply_model)
     return model

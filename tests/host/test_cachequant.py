@@ -1,5 +1,6 @@
 """CacheQuant's nodes: what a calibration finds against its definition restated, files, refusals."""
 
+import copy
 import itertools
 import math
 
@@ -30,8 +31,8 @@ def quantized(host, model):
 
 @pytest.fixture
 def features(host, conditioning):
-    """features(model, trajectory=None, runs=1): {(run, step): what enters the last output block}, seen by a patch of the test
-    in a run of the host's own sampler; with `trajectory`, at its latents, one step each.
+    """features(model, runs=1): for each run, a list of what enters the last output block at each step, seen by a patch of the
+    test in a run of the host's own sampler.
     """
 
     def run(model, runs=1):
@@ -176,18 +177,31 @@ def test_corrections_run_on_a_calibrated_cache(host, calibrate, sample, model, c
     assert corrected.isfinite().all() and not torch.equal(corrected, plain)
 
 
-def test_another_model_is_refused(host, calibrate, model):
-    profile = calibrate()
+def with_weights(model, change):
+    """A MODEL whose network's parameters are change(name, parameter)."""
     other = model.clone()
     other.model = type(model.model).__new__(type(model.model))
     torch.nn.Module.__init__(other.model)
     other.model.__dict__.update({key: value for key, value in model.model.__dict__.items() if key != "_modules"})
-    network = torch.nn.Module()
-    for name, parameter in model.model.diffusion_model.named_parameters():
-        network.register_parameter(name.replace(".", "_"), torch.nn.Parameter(parameter * 1.1))
+    network = copy.deepcopy(model.model.diffusion_model)
+    for name, parameter in network.named_parameters():
+        parameter.data = change(name, parameter.data)
     other.model._modules = {**model.model._modules, "diffusion_model": network}
+    return other
+
+
+@pytest.mark.parametrize("share", [0.03, 0.1])
+def test_another_model_is_refused(host, calibrate, model, share):
+    """A fine-tune, whose matrices differ and whose gains and offsets do not."""
+    generator = torch.Generator().manual_seed(1)
+
+    def tune(name, weight):
+        return weight + share * weight.std() * torch.randn(weight.shape, generator=generator) if weight.ndim > 1 else weight
+
+    profile = calibrate()
+    assert host.run("IECCacheQuant", model=with_weights(model, lambda name, weight: weight), profile=profile)
     with pytest.raises(ValueError, match=r"^profile: it was calibrated for another model, a UNetModel with other weights"):
-        host.run("IECCacheQuant", model=other, profile=profile)
+        host.run("IECCacheQuant", model=with_weights(model, tune), profile=profile)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -208,6 +222,66 @@ def test_a_lora_does_not_make_it_another_model(host, calibrate, sample, model):
     assert torch.equal(sample(again, **settings), one)
 
 
+@pytest.mark.parametrize(("sampler", "point"), [("dpm_2", "paper"), ("heun", "paper"), ("euler", "next"), ("euler", "paper")])
+def test_maps_are_used_whatever_else_is_evaluated(host, calibrate, model, sample, sampler, point):
+    """Cached steps take up the map of the feature that their full step's own evaluation left, or its correction at the same
+    sigma; not what a sampler evaluates between two steps, or a correction at the next step's sigma.
+    """
+    profile = calibrate(sampler_name=sampler)
+    weights, own, checked = profile.features[""].double(), {}, []
+
+    def see(h, hsp, options):
+        told = options.get("iec")  # of a step's own evaluation and of corrections
+        if told is None or options["block"] != ("output", 7) or abs(told["sigma"] - profile.sigmas[told["step"]]) > 1e-3:
+            return h, hsp
+        step = told["step"]
+        if step in profile.full_steps:
+            own[step] = h.double()
+        elif told["iteration"] == 0:
+            start = max(first for first in profile.full_steps if first <= step)
+            expected = own[start] * weights[step, :, 0, None, None] + weights[step, :, 1, None, None]
+            torch.testing.assert_close(h.double(), expected, rtol=1e-4, atol=1e-4)
+            checked.append(step)
+        return h, hsp
+
+    cached = host.run("IECCacheQuant", model=model, profile=profile)[0]
+    cached.set_model_output_block_patch(see)
+    latent = {"samples": torch.zeros(2, 3, 16, 16)}
+    settings = {"steps": STEPS, "scheduler": "normal", "latent_image": latent, "correction_steps": "first:2"}
+    sample(cached, sampler_name=sampler, evaluation_point=point, **settings)
+    assert len(set(checked)) >= 3
+
+
+def test_all_layers_are_another_quantization(host, calibrate, sample, model, quantized):
+    inputs = {"weight_bits": "4", "activation_bits": "8", "keep_sensitive_layers": False}
+    every = host.run("IECQuantizeModel", model=model, **inputs)[0]
+    cached = host.run("IECCacheQuant", model=every, profile=calibrate(quantized))[0]
+    with pytest.raises(ValueError, match="calibrated with quantization W4A8, and this model is sampled with W4A8 of all"):
+        sample(cached, steps=STEPS, scheduler="normal")
+
+
+def test_an_entry_with_a_range_of_its_own(host, calibrate, conditioning):
+    """The first part of the denoising has another prompt than the rest: two entries, of which one comes later."""
+    early, late = (
+        host.run("ConditioningSetTimestepRange", conditioning=conditioning[0], start=start, end=end)[0]
+        for start, end in ((0.0, 0.45), (0.45, 1.0))
+    )
+    profile = calibrate(positive=early + late, forecast="linear")
+    assert profile.features[""].isfinite().all()
+
+
+def test_a_calibration_that_gives_no_numbers_is_refused(calibrate, model):
+    broken = model.clone()
+    broken.set_model_output_block_patch(lambda h, hsp, options: (h * float("nan"), hsp))
+    with pytest.raises(ValueError, match=r"^model: it returned NaN or infinity in a calibration run"):
+        calibrate(broken)
+
+
+def test_a_sampler_that_leaves_the_schedule_is_refused(calibrate):
+    with pytest.raises(ValueError, match=r"^sampler_name: it does not evaluate the network where step \d+ of the schedule"):
+        calibrate(sampler_name="dpm_fast")
+
+
 def test_another_quantization_is_refused(host, calibrate, sample, model, quantized):
     settings = {"steps": STEPS, "scheduler": "normal"}
     for source, of in ((quantized, calibrate()), (model, calibrate(quantized))):
@@ -216,14 +290,15 @@ def test_another_quantization_is_refused(host, calibrate, sample, model, quantiz
             sample(cached, **settings)
 
 
-def test_another_schedule_is_refused_and_a_part_is_not(host, calibrate, sample, model):
+@pytest.mark.parametrize("leftover", ["enable", "disable"])
+def test_another_schedule_is_refused_and_a_part_is_not(host, calibrate, sample, model, leftover):
     cached = host.run("IECCacheQuant", model=model, profile=calibrate())[0]
-    with pytest.raises(ValueError, match=r"^profile: it was calibrated for 8 steps of normal from sigma"):
+    with pytest.raises(ValueError, match=r"^profile: it was calibrated for 8 steps of euler on normal from sigma"):
         sample(cached, steps=STEPS, scheduler="karras")
     latent = {"samples": torch.full((2, 3, 16, 16), 0.2)}
     advanced = {
         "add_noise": "enable", "noise_seed": 3, "steps": STEPS, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal",
-        "start_at_step": 3, "end_at_step": 7, "return_with_leftover_noise": "enable",
+        "start_at_step": 3, "end_at_step": 7, "return_with_leftover_noise": leftover,
     }  # fmt: skip
     conditions = dict(zip(("positive", "negative"), (host.run("IECClassLabel", labels=text)[0] for text in ("face", "none"))))
     result = host.run("KSamplerAdvanced", model=cached, latent_image=latent, **conditions, **advanced)[0]["samples"]
@@ -279,8 +354,9 @@ def test_profile_is_saved_and_loaded(host, folder, calibrate, sample, model):
     assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("name", ["../outside", "/outside", "", "sub/", ".."])
+@pytest.mark.parametrize("name", ["../net", "/net", "", "sub/", "..", "a//b", "n\0", "x" * 300, "../net.safetensors"])
 def test_a_name_outside_the_folder_is_refused(host, folder, name):
+    (folder / "net.safetensors").touch()
     assert host.nodes["IECSaveCacheProfile"].validate_inputs(name=name).startswith(f"name: '{name}' is no name for a file")
     assert host.nodes["IECSaveCacheProfile"].validate_inputs(name="net") is True
 
@@ -305,7 +381,7 @@ def test_a_save_that_fails_leaves_the_older_file(host, folder, calibrate, monkey
         raise OSError("disk full")
 
     monkeypatch.setattr(type(profile), "save", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ValueError, match=r"^name: 'net' cannot be written to models/iec_profiles \(disk full\)"):
         host.run("IECSaveCacheProfile", profile=profile, name="net")
     assert [path.name for path in folder.iterdir()] == ["net.safetensors"]
     assert (folder / "net.safetensors").read_bytes() == before

@@ -4,6 +4,8 @@ import itertools
 import math
 
 import pytest
+import safetensors
+import safetensors.torch
 import torch
 
 from iec_core.cachequant import (
@@ -98,6 +100,11 @@ def curve(step):
     return one * (1 + 0.1 * step) + other * (1 + 0.3 * step) ** 0.5
 
 
+FACTS = {
+    "network": "Net", "scheduler": "even", "sampler_name": "euler", "branch": "0", "interval": "2", "quantization": "none",
+}  # fmt: skip
+
+
 def fitted(steps, full_steps, terms=1, of=feature, quantized=None):
     fits = FeatureFits(lambda total: frozenset(full_steps), terms, 1)
     assert fits.full_steps(range(steps + 1)) == {*range(steps)}
@@ -114,7 +121,7 @@ def fitted(steps, full_steps, terms=1, of=feature, quantized=None):
 def profile(steps=6, full_steps=(0, 2, 4), **settings):
     sigmas = torch.linspace(10, 0, steps + 1, dtype=torch.float64)
     maps = fitted(steps, full_steps, **settings)
-    return CacheProfile({"network": "Net", "scheduler": "even"}, torch.randn(8), sigmas, full_steps, 1, maps)
+    return CacheProfile(dict(FACTS), torch.randn(8), sigmas, full_steps, 1, maps)
 
 
 def test_distances_are_means_and_reach_no_further_than_twice_the_interval():
@@ -161,6 +168,49 @@ def test_a_run_that_begins_within_a_group_is_not_corrected_there():
     assert torch.equal(cache.load(["cond"], 1, 1.0), feature(1)[:1])
 
 
+def test_a_run_that_ends_early_may_take_its_last_step_to_zero():
+    cache = CorrectedFeatures(profile())
+    sigmas = [*torch.linspace(10, 0, 7, dtype=torch.float64)[1:4].tolist(), 0.0]
+    assert cache.full_steps(sigmas) == {0, 1}
+
+
+def test_only_features_of_the_profiles_full_steps_are_taken():
+    """A sampler's evaluation between two steps, and a correction at the next step's sigma, leave the step's own feature."""
+    cache = CorrectedFeatures(profile())
+    cache.full_steps(torch.linspace(10, 0, 7, dtype=torch.float64).tolist())
+    cache.store(["cond"], feature(2)[:1], 2.0)
+    for elsewhere in (2.52, 3.0):
+        cache.store(["cond"], torch.zeros_like(feature(2)[:1]), elsewhere)
+    torch.testing.assert_close(cache.load(["cond"], 1, 3.0), feature(3)[:1], rtol=1e-4, atol=1e-4)
+    cache.store(["cond"], feature(2)[:1] + 1, 2.0)  # a correction at the step's own sigma refreshes it
+    assert not torch.allclose(cache.load(["cond"], 1, 3.0), feature(3)[:1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("terms", [1, 2])
+def test_an_entry_that_comes_later_is_left_out_until_its_full_steps_are_there(terms):
+    def fit(entries):
+        fits = FeatureFits(lambda total: frozenset({0, 2, 4}), terms, 1)
+        fits.full_steps(range(7))
+        for step in range(6):
+            fits.store(["cond"], feature(step)[:1], float(step))
+            if "late" in entries and step >= 3:  # not there at step 2, whose feature step 3 would take up
+                fits.store(["late"], 5 - feature(step)[1:] ** 2, float(step))
+        return fits.maps()[""]
+
+    alone, both = fit([]), fit(["late"])
+    assert torch.equal(alone[:5], both[:5])
+    assert torch.equal(alone[5], both[5]) == (terms == 2)  # of step 4 alone there is one, of steps 2 and 4 there is none
+
+
+def test_steps_that_a_sampler_never_evaluates_are_told():
+    distances = StepDistances(2)
+    distances.full_steps(range(5))
+    for position in (0.0, 0.7, 1.4, 2.0):
+        distances.store(["cond"], feature(0)[:1], position)
+    with pytest.raises(ValueError, match=r"^sampler_name: it does not evaluate the network where step 1 of"):
+        distances.check_every_step_was_seen()
+
+
 def test_consumer_statistics_map_one_network_on_the_other():
     statistics = ConsumerStatistics(1)
     for step in range(2):
@@ -178,7 +228,7 @@ def test_consumer_statistics_map_one_network_on_the_other():
 
 @pytest.mark.parametrize("sigmas", [[10.0, 5.0, 0.0], [9.0, 8.0, 7.0], [*range(12, -1, -1)]])
 def test_another_schedule_is_refused(sigmas):
-    with pytest.raises(ValueError, match=r"^profile: it was calibrated for 6 steps of even from sigma 10 to 0, and this run"):
+    with pytest.raises(ValueError, match=r"^profile: it was calibrated for 6 steps of euler on even from sigma 10 to 0, and"):
         CorrectedFeatures(profile()).full_steps(sigmas)
 
 
@@ -198,13 +248,35 @@ def test_profile_survives_its_file(tmp_path):
 def test_other_files_are_refused_with_a_sentence(tmp_path, content):
     path = tmp_path / "other.safetensors"
     if content is None:
-        import safetensors.torch
-
         safetensors.torch.save_file({"weight": torch.zeros(2)}, path)
     else:
         path.write_bytes(content)
     with pytest.raises(ValueError, match=r"^it (is no cache profile|cannot be read)"):
         CacheProfile.load(path)
+
+
+SPOILED = {
+    "no sigmas": lambda tensors, about: tensors.pop("sigmas"),
+    "no facts": lambda tensors, about: about.pop("facts"),
+    "facts that are no table": lambda tensors, about: about.update(facts="[1]"),
+    "facts without a branch": lambda tensors, about: about.update(facts='{"network": "Net"}'),
+    "no channels": lambda tensors, about: about.update(channel_dim="x"),
+    "a map of fewer steps": lambda tensors, about: tensors.update({"feature.": tensors["feature."][:3].clone()}),
+    "a map of no channels": lambda tensors, about: tensors.update({"feature.": torch.zeros(6)}),
+    "NaN": lambda tensors, about: tensors["feature."].fill_(float("nan")),
+    "a step beyond the last": lambda tensors, about: tensors.update(full_steps=torch.tensor([0, 6])),
+}
+
+
+@pytest.mark.parametrize("kind", SPOILED)
+def test_a_spoiled_profile_is_refused_with_a_sentence(tmp_path, kind):
+    profile().save(tmp_path / "p.safetensors")
+    with safetensors.safe_open(tmp_path / "p.safetensors", "pt") as file:
+        tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    SPOILED[kind](tensors, about)
+    safetensors.torch.save_file(tensors, tmp_path / "spoiled.safetensors", about)
+    with pytest.raises(ValueError, match=r"^its content is not that of a cache profile"):
+        CacheProfile.load(tmp_path / "spoiled.safetensors")
 
 
 def test_mapping_keeps_the_dtype():
