@@ -14,9 +14,12 @@ demo: setup
 error-growth: setup
 	$(RUN) tools/error_growth.py
 
-# What the correction costs and keeps: the tables of docs/benchmarks.md, about an hour on two CPU cores.
+# What the correction and the caches cost and keep: the tables of docs/benchmarks.md and docs/caching.md, about two hours on
+# two CPU cores.
 benchmark: setup
 	$(RUN) tools/benchmark.py
+	$(RUN) tools/cache_benchmark.py
+	$(RUN) tools/cache_benchmark.py --speed --latent 16
 
 test: setup lint
 	$(RUN) -m pytest tests
