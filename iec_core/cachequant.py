@@ -23,6 +23,7 @@ from .caching import FORECASTS, FeatureCache
 
 FORMAT = "iec_cache_profile"
 VERSION = "1"
+COLUMNS = 65536  # of a feature's numbers in a channel, how many are summed at a time in float64: for the memory
 FACTS = {"network", "branch", "interval", "quantization", "sampler_name", "scheduler"}  # that a profile cannot do without
 
 
@@ -50,6 +51,10 @@ def group_steps(cost, interval):
     return list(best[total][1])
 
 
+def _in_float64(x):
+    return (x if x.device.type in ("cpu", "cuda") else x.cpu()).double()  # other devices may have no float64
+
+
 class ChannelFit:
     """The least-squares map of tensors x_1 .. x_k on a tensor y, by channel: y = a_1 x_1 + .. + a_k x_k + b. In float64."""
 
@@ -59,11 +64,12 @@ class ChannelFit:
 
     def add(self, xs, y):
         """Take up a list of tensors and y, all of one shape."""
-        values = [value.movedim(self._channel_dim, 0).flatten(1).double() for value in (*xs, y)]
-        stacked = torch.stack(values, dim=1)  # [C, k + 1, n]
-        self._count += stacked.shape[2]
-        self._sums = self._sums + stacked.sum(2).cpu()
-        self._products = self._products + (stacked @ stacked.mT).cpu()
+        values = [value.movedim(self._channel_dim, 0).flatten(1) for value in (*xs, y)]
+        for parts in zip(*(value.split(COLUMNS, dim=1) for value in values)):
+            stacked = torch.stack([_in_float64(part) for part in parts], dim=1)  # [C, k + 1, n]
+            self._count += stacked.shape[2]
+            self._sums = self._sums + stacked.sum(2).cpu()
+            self._products = self._products + (stacked @ stacked.mT).cpu()
 
     def solve(self):
         """Return float64 [C, k + 1], a_1 .. a_k and b. Where the x do not tell, it is a_1 = 1: x_1 is held, and moved by b."""
@@ -132,7 +138,7 @@ class StepDistances(_AllSteps):
             for old in [old for old in recent if old <= step - self._window]:
                 del recent[old]
             for start, held in recent.items():
-                distance = (part.double() - held.double()).abs().mean().item()
+                distance = (part.float() - held.float()).abs().mean().item()
                 self._distance[start, step] = self._distance.get((start, step), 0.0) + distance
             recent[step] = part
 

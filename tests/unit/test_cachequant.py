@@ -60,7 +60,9 @@ def channels(x, channel_dim):
 
 @pytest.mark.parametrize(("shape", "channel_dim"), [((2, 3, 4, 5), 1), ((2, 7, 3), -1)])
 @pytest.mark.parametrize("terms", [1, 2])
-def test_fit_is_the_least_squares_one(shape, channel_dim, terms):
+@pytest.mark.parametrize("columns", [5, 65536])
+def test_fit_is_the_least_squares_one(monkeypatch, shape, channel_dim, terms, columns):
+    monkeypatch.setattr("iec_core.cachequant.COLUMNS", columns)
     generator = torch.Generator().manual_seed(3)
     fit, rows = ChannelFit(channel_dim), []
     for _ in range(3):
