@@ -131,7 +131,7 @@ class StepDistances(_AllSteps):
         (Heun's second one is at the next step's), and those between two steps are not.
         """
         step = self._own_step(position)
-        for key, part in zip(keys, feature.detach().clone().chunk(len(keys))):
+        for key, part in zip(keys, feature.detach().chunk(len(keys))):
             recent = self._recent.setdefault((key, stream), {})
             if step is None or step in recent:
                 continue
@@ -178,7 +178,7 @@ class FeatureFits(_AllSteps):
         which its map would be of, because its range of the denoising has only begun, is left out.
         """
         step = self._own_step(position)
-        for key, part in zip(keys, feature.detach().clone().chunk(len(keys))):
+        for key, part in zip(keys, feature.detach().chunk(len(keys))):
             held = self._held.setdefault((key, stream), {})
             if step in self.firsts:
                 held[step] = part

@@ -73,12 +73,13 @@ class FeatureCache:
         self._slices = {}
 
     def store(self, keys, feature, position, stream=""):
-        """Keep `feature` [len(keys) * b, ...]: equal slices along dimension 0, one a key. The tensor is copied.
+        """Keep `feature` [len(keys) * b, ...]: equal slices along dimension 0, one a key. It is not copied: nobody else
+        may change it.
 
         position: where on the schedule it was evaluated, in steps; a feature at the same position is replaced. stream: which
         feature, where an evaluation has several.
         """
-        for key, part in zip(keys, feature.detach().clone().chunk(len(keys))):
+        for key, part in zip(keys, feature.detach().chunk(len(keys))):
             kept = [(at, old) for at, old in self._slices.get((key, stream), []) if at != position and old.shape == part.shape]
             self._slices[key, stream] = [*kept, (position, part)][-self._kept :]
 

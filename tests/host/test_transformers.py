@@ -240,15 +240,7 @@ def build(name, dtype=torch.float32, **changes):
 @pytest.fixture(scope="module")
 def models(host):
     """models(name, **settings): the family's MODEL, made once."""
-    made = {}
-
-    def get(name, **settings):
-        key = (name, *settings.items())
-        if key not in made:
-            made[key] = build(name, **settings)
-        return made[key]
-
-    return get
+    return functools.cache(build)
 
 
 @pytest.fixture

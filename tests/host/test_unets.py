@@ -3,6 +3,7 @@
 What a run must give is DeepCache written out over the network's blocks (`Restated`), with nothing of the pack.
 """
 
+import functools
 import gc
 import inspect
 import math
@@ -117,15 +118,7 @@ def build(family, dtype=torch.float32, compute=None):
 @pytest.fixture(scope="module")
 def models(host):
     """models(name, **settings): the family's MODEL, made once."""
-    made = {}
-
-    def get(name, **settings):
-        key = (name, *settings.items())
-        if key not in made:
-            made[key] = build({**FAMILIES, **OTHERS}[name], **settings)
-        return made[key]
-
-    return get
+    return functools.cache(lambda name, **settings: build({**FAMILIES, **OTHERS}[name], **settings))
 
 
 def conditioning(name, seed, tokens=7, **values):
