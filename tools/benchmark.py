@@ -33,16 +33,25 @@ def device():
     return found, f"{name}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
+def seconds(function):
+    """Return the wall time of a call of `function`."""
+    begin = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
 def median_seconds(function, repeat):
     """Return the median wall time of `function` in seconds, after one call that is not counted."""
-    times = []
-    for _ in range(repeat + 1):
-        begin = time.perf_counter()
-        function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times[1:])
+    function()
+    return statistics.median(seconds(function) for _ in range(repeat))
+
+
+def median_share(function, baseline, repeat):
+    """Return the median of `function`'s wall time over `baseline`'s, called in turn, after a call that is not counted."""
+    function()
+    return statistics.median(seconds(function) / seconds(baseline) for _ in range(repeat))
 
 
 class InstantGuider:

@@ -1,12 +1,12 @@
 """What caches keep and save, for docs/caching.md.
 
     python tools/cache_benchmark.py [--steps 20] [--seeds 16] [--repeat 3] [--intervals 2 3 5]
-    python tools/cache_benchmark.py --speed [--repeat 3] [--latent 32]
+    python tools/cache_benchmark.py --speed [--repeat 3] [--latent 32] [--networks "SD 1.5" SDXL]
 
 First, caches of the built-in model: error and Fréchet distance against time. At every interval all of DeepCache and CacheQuant
 evaluate the same number of steps in full; beside them the host's EasyCache and LazyCache, with the threshold at which they
 evaluate as many steps as that time would allow. Errors are to the uncached run of the same seed, means over images; times are
-medians after a warm-up, as shares of the uncached run's. The Fréchet distance is to the uncached images of the same seeds, over
+medians of shares of an uncached run's, measured in turn. The Fréchet distance is to the uncached images of the same seeds, over
 16 principal components of the network's own features.
 
 Secondly, with --speed: how much less time DeepCache takes on U-Nets of the shapes of SD 1.5 and SDXL with random weights,
@@ -63,15 +63,18 @@ class Table:
         features = self._features.of(torch.cat(self._references))
         self._basis = torch.linalg.svd(features - features.mean(0), full_matrices=False).Vh[:COMPONENTS].T
         self._reference_features = features @ self._basis
-        self.full = self.seconds(self.builtin.model)
+        self.full = benchmark.median_seconds(lambda: self.sample(self.builtin.model, 2), repeat)
         others = [self.sample(self.builtin.model, seed + 1000) for seed in self.seeds]
         self.floor = frechet(self._features.of(torch.cat(others)) @ self._basis, self._reference_features)
 
     def sample(self, model, seed, **correction):
         return self.builtin.sample(model, seed, self.steps, "normal", **correction)
 
-    def seconds(self, model, **correction):
-        return benchmark.median_seconds(lambda: self.sample(model, 2, **correction), self.repeat)
+    def share(self, model, **correction):
+        """Return the share of an uncached run's time that a run takes."""
+        return benchmark.median_share(
+            lambda: self.sample(model, 2, **correction), lambda: self.sample(self.builtin.model, 2), self.repeat
+        )
 
     def row(self, interval, name, model, correction=None):
         """Print the line of a variant; correction: inputs of IECKSampler."""
@@ -79,7 +82,7 @@ class Table:
         latents = [self.sample(model, seed, **correction) for seed in self.seeds]
         error = benchmark.mean_error(latents, self._references)
         distance = frechet(self._features.of(torch.cat(latents)) @ self._basis, self._reference_features)
-        share = self.seconds(model, **correction) / self.full
+        share = self.share(model, **correction)
         print(f"| {interval} | {name} | {share:.2f} | {error:.4f} | {distance:.4f} |", flush=True)
         return share
 
@@ -108,6 +111,8 @@ class Table:
             middle = (low + high) / 2
             count = self._evaluated(self._host_cache(node, middle))
             low, high = (middle, high) if count > target else (low, middle)
+            if count == target:
+                break
         return self._host_cache(node, high), high
 
     def _host_cache(self, node, threshold):
@@ -182,7 +187,7 @@ def random_model(kind):
     return patcher, [[torch.randn(1, 77, unet["context_dim"]), {"pooled_output": pooled}]]
 
 
-def speed(nodes, repeat, latent, steps=12):
+def speed(nodes, kinds, repeat, latent, steps=12):
     """Print how the time of a run with DeepCache compares to that without, and to its operations."""
     import nodes as stock
 
@@ -191,9 +196,9 @@ def speed(nodes, repeat, latent, steps=12):
         end="",
     )
     print("branch 0.\n")
-    print("| network | interval | uncached, s | cached, s | faster by | fewer operations by | time over operations |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for kind in ("SD 1.5", "SDXL"):
+    print("| network | interval | uncached, s | faster by | fewer operations by | time over operations |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for kind in kinds:
         model, conditioning = random_model(kind)
         empty = {"samples": torch.zeros(1, 4, latent, latent)}
 
@@ -205,12 +210,12 @@ def speed(nodes, repeat, latent, steps=12):
                 run(model)
             return counter.get_total_flops()
 
-        full, full_operations = benchmark.median_seconds(lambda: run(model), repeat), operations(model)  # noqa: B023
+        full, full_operations = benchmark.median_seconds(lambda: run(model), 1), operations(model)  # noqa: B023
         for interval in (2, 3, 5):
             cached = nodes["IECDeepCache"].execute(model=model, interval=interval, branch=0).result[0]
-            seconds = benchmark.median_seconds(lambda: run(cached), repeat)  # noqa: B023
-            faster, fewer = full / seconds, full_operations / operations(cached)
-            cells = f"{full:.2f} | {seconds:.2f} | {faster:.2f} | {fewer:.2f} | {faster / fewer:.2f}"
+            faster = 1 / benchmark.median_share(lambda: run(cached), lambda: run(model), repeat)  # noqa: B023
+            fewer = full_operations / operations(cached)
+            cells = f"{full:.2f} | {faster:.2f} | {fewer:.2f} | {faster / fewer:.2f}"
             print(f"| {kind} | {interval} | {cells} |", flush=True)
 
 
@@ -222,11 +227,12 @@ def main():
     parser.add_argument("--intervals", type=int, nargs="+", default=[2, 3, 5])
     parser.add_argument("--speed", action="store_true", help="time U-Nets of true shapes instead")
     parser.add_argument("--latent", type=int, default=32, help="side of the latent for --speed")
+    parser.add_argument("--networks", nargs="+", default=["SD 1.5", "SDXL"], help="for --speed")
     arguments = parser.parse_args()
     nodes = comfyui.load_nodes("easycache", cpu=not torch.cuda.is_available())
     with torch.inference_mode():
         if arguments.speed:
-            return speed(nodes, arguments.repeat, arguments.latent)
+            return speed(nodes, arguments.networks, arguments.repeat, arguments.latent)
         table = Table(nodes, arguments.steps, arguments.seeds, arguments.repeat)
         print(f"\nCaches. {benchmark.device()[1]}; built-in model, float32, {arguments.steps} DDIM steps on normal, cfg 3,")
         print(
