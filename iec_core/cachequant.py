@@ -260,6 +260,11 @@ class CacheProfile:
     features: dict[str, torch.Tensor] = field(default_factory=dict)
     consumer: torch.Tensor | None = None
 
+    @property
+    def full_steps_text(self):
+        """The steps that are evaluated in full, as `schedule` and `correction_steps` take them."""
+        return "steps:" + ",".join(map(str, self.full_steps))
+
     def save(self, path):
         """Write a .safetensors file."""
         tensors = {"fingerprint": self.fingerprint, "sigmas": self.sigmas, "full_steps": torch.tensor(self.full_steps)}
@@ -319,8 +324,16 @@ class CacheProfile:
             f"profile: it was calibrated for {len(self.sigmas) - 1} steps of {self.facts['sampler_name']} on "
             f"{self.facts['scheduler']} from sigma "
             f"{self.sigmas[0]:.4g} to {self.sigmas[-1]:.4g}, and this run has {len(sigmas) - 1} steps from {sigmas[0]:.4g} to "
-            f"{sigmas[-1]:.4g}; sample with the calibrated schedule, or calibrate for this one."
+            f"{sigmas[-1]:.4g}{self._difference(sigmas)}; sample with the calibrated sampler, scheduler and steps, or "
+            "calibrate for these."
         )
+
+    def _difference(self, sigmas):
+        """Return where sigmas of as many steps and the same ends differ from the calibrated ones, in words; else nothing."""
+        if len(sigmas) != len(self.sigmas) or not torch.allclose(sigmas[[0, -1]], self.sigmas[[0, -1]], rtol=1e-3, atol=1e-4):
+            return ""
+        step = int((sigmas - self.sigmas).abs().gt(1e-3 * self.sigmas + 1e-4).nonzero()[0])
+        return f", whose step {step} begins at {sigmas[step]:.4g} instead of {self.sigmas[step]:.4g}"
 
 
 class CorrectedFeatures(FeatureCache):

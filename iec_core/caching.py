@@ -23,11 +23,19 @@ class CacheSchedule:
         uniform: the first of every `interval` steps. power: as many steps as that, which crowd around the center, the paper's
         non-uniform schedule (section 3.3): l^p + c, rounded down, for l evenly spaced from the p-th root of -c to that of
         total - c, with the sign kept. Steps that coincide are taken once.
+
+        Raises ValueError where a step or the center is none of the run's.
         """
         if self.kind == "uniform":
             return frozenset(range(0, total, interval))
+        outside = max(self.numbers if self.kind == "steps" else self.numbers[:1])
+        if outside >= total:
+            raise ValueError(
+                f"schedule: it names step {outside:g}, and the run has {total} steps, numbered from 0 to {total - 1}; name "
+                "steps of the run only."
+            )
         if self.kind == "steps":
-            return frozenset({0, *(int(step) for step in self.numbers if step < total)})
+            return frozenset({0, *map(int, self.numbers)})
         center, power = self.numbers
         count = math.ceil(total / interval)
         low, high = (math.copysign(abs(end) ** (1 / power), end) for end in (-center, total - center))

@@ -26,6 +26,13 @@ def parse_calibrated_schedule(text):
         raise ValueError(str(error).replace("write ", "write dps, ")) from error
 
 
+def full_steps_output():
+    """Return the output that says which steps a profile's cache evaluates in full."""
+    return io.String.Output(
+        display_name="full_steps", tooltip="The steps that are evaluated in full, such as for a sampler's correction_steps."
+    )
+
+
 class IECCalibrateCacheQuant(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -95,7 +102,10 @@ class IECCalibrateCacheQuant(io.ComfyNode):
                     "paper does. The calibration takes half as long again.",
                 ),
             ],
-            outputs=[CacheProfileSocket.Output(display_name="profile", tooltip="What was found out, for CacheQuant (IEC).")],
+            outputs=[
+                CacheProfileSocket.Output(display_name="profile", tooltip="What was found out, for CacheQuant (IEC)."),
+                full_steps_output(),
+            ],
         )
 
     @classmethod
@@ -129,7 +139,7 @@ class IECCalibrateCacheQuant(io.ComfyNode):
             forecast,
             correct_consumer,
         )
-        return io.NodeOutput(profile)
+        return io.NodeOutput(profile, profile.full_steps_text)
 
 
 class IECSaveCacheProfile(io.ComfyNode):
@@ -171,7 +181,10 @@ class IECLoadCacheProfile(io.ComfyNode):
             category="advanced/model/IEC",
             description="Reads a cache profile from models/iec_profiles.",
             inputs=[io.Combo.Input("profile_name", options=profile_names(), tooltip="The file.")],
-            outputs=[CacheProfileSocket.Output(display_name="profile", tooltip="The profile, for CacheQuant (IEC).")],
+            outputs=[
+                CacheProfileSocket.Output(display_name="profile", tooltip="The profile, for CacheQuant (IEC)."),
+                full_steps_output(),
+            ],
         )
 
     @classmethod
@@ -188,7 +201,8 @@ class IECLoadCacheProfile(io.ComfyNode):
 
     @classmethod
     def execute(cls, profile_name):
-        return io.NodeOutput(load_profile(profile_name))
+        profile = load_profile(profile_name)
+        return io.NodeOutput(profile, profile.full_steps_text)
 
 
 class IECCacheQuant(io.ComfyNode):

@@ -83,7 +83,11 @@ class IECDeepCache(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, correction_pass=None, schedule=None, forecast=None):
+    def validate_inputs(cls, correction_pass=None, schedule=None, forecast=None, start_percent=None, end_percent=None):
+        if None not in (start_percent, end_percent) and start_percent >= end_percent:
+            return (
+                f"end_percent: {end_percent:g} is not above start_percent, {start_percent:g}; caching needs some steps between."
+            )
         try:
             if schedule is not None:
                 parse_cache_schedule(schedule)

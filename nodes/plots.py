@@ -103,7 +103,8 @@ def error_growth(curves):
     axes.set_xlabel("step")
     axes.set_ylabel("relative latent error to the reference run")
     axes.grid(True, which="both", alpha=0.25)
-    figure.legend(loc="outside right upper", fontsize=9)
+    if curves:
+        figure.legend(loc="outside right upper", fontsize=9)
     return _picture(figure)
 
 

@@ -104,7 +104,7 @@ def main():
     parser.add_argument("--steps", type=int, help="steps of every run; default: the workflow's")
     arguments = parser.parse_args()
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # SIGINT is ignored in a job of the background
         signal.signal(number, lambda number, _: sys.exit(128 + number))  # unwinds, and so takes the server down
     workflow = with_settings(json.loads(arguments.workflow.read_text()), seed=arguments.seed, steps=arguments.steps)
     try:

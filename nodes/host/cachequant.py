@@ -177,8 +177,8 @@ class _ProfiledRun:
         bits, calibrated = "none" if quantized is None else quantized.name, self._profile.facts["quantization"]
         if bits != calibrated:
             raise ValueError(
-                f"profile: it was calibrated with quantization {calibrated}, and this model is sampled with {bits}; quantize "
-                "it likewise, or calibrate anew."
+                f"profile: it was calibrated with quantization {calibrated}, and this model is sampled with quantization "
+                f"{bits}; quantize it likewise, or calibrate anew."
             )
         return self._run.evaluate(executor, *args, **kwargs)
 

@@ -31,7 +31,7 @@ def path_to_write(name):
     folder = os.path.realpath(folder_paths.get_folder_paths(FOLDER)[0])
     plain = name.removesuffix(SUFFIX)
     parts = plain.replace("\\", "/").split("/")
-    if any(not part or part.startswith(".") or len(part) > 200 or not part.isprintable() for part in parts):
+    if any(not part.strip() or part.startswith(".") or len(part) > 200 or not part.isprintable() for part in parts):
         raise ValueError(f"name: '{name}' is no name for a file in models/{FOLDER}; write one such as sd15_20_steps.")
     return os.path.join(folder, *parts) + SUFFIX
 

@@ -290,6 +290,22 @@ def test_another_quantization_is_refused(host, calibrate, sample, model, quantiz
             sample(cached, **settings)
 
 
+def test_the_full_steps_are_told(host, folder, sample, model, conditioning):
+    """As text that other nodes take; with a correction of these steps a sampler evaluates just as many times more."""
+    inputs = {
+        "positive": conditioning[0], "negative": conditioning[1], "latent_image": {"samples": torch.zeros(2, 3, 16, 16)},
+        **SAMPLING, "runs": 1, "interval": INTERVAL, "branch": 0,
+    }  # fmt: skip
+    profile, text = host.run("IECCalibrateCacheQuant", model=model, **inputs)
+    assert text == "steps:" + ",".join(map(str, profile.full_steps)) and len(profile.full_steps) == STEPS // INTERVAL
+    host.run("IECSaveCacheProfile", profile=profile, name="told")
+    assert host.run("IECLoadCacheProfile", profile_name="told.safetensors")[1] == text
+    reports = []
+    cached = host.run("IECCacheQuant", model=model, profile=profile)[0]
+    sample(cached, reports, steps=STEPS, scheduler="normal", correction_steps=text)
+    assert [step.step for step in reports[0].steps if step.corrected] == list(profile.full_steps)
+
+
 @pytest.mark.parametrize("leftover", ["enable", "disable"])
 def test_another_schedule_is_refused_and_a_part_is_not(host, calibrate, sample, model, leftover):
     cached = host.run("IECCacheQuant", model=model, profile=calibrate())[0]

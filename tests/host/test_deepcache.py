@@ -206,6 +206,20 @@ def test_quantized_and_cached(host, sample, model, cached, relative):
     assert 0 < relative(one, sample(cached(3))) < 0.1
 
 
+def test_a_schedule_outside_the_run_is_refused(host, sample, model):
+    cached = host.run("IECDeepCache", model=model, interval=2, branch=0, schedule="steps:0,8")[0]
+    with pytest.raises(ValueError, match=r"^schedule: it names step 8, and the run has 8 steps, numbered from 0 to 7"):
+        sample(cached)
+
+
+def test_a_window_without_steps_is_refused(host):
+    node = host.nodes["IECDeepCache"]
+    assert node.validate_inputs(start_percent=0.8, end_percent=0.2).startswith(
+        "end_percent: 0.2 is not above start_percent, 0.8"
+    )
+    assert node.validate_inputs(start_percent=0.2, end_percent=0.8) is True
+
+
 @pytest.mark.parametrize("branch", [-1, 8])
 def test_unknown_branch_is_refused(cached, branch):
     with pytest.raises(ValueError, match=r"^branch: this U-Net has branches 0 to 7"):

@@ -259,9 +259,12 @@ def test_demo_takes_its_server_down_when_it_is_stopped(tmp_path, number):
     demo = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     servers = []
     deadline = time.monotonic() + 120
-    while not servers and time.monotonic() < deadline:
-        time.sleep(0.1)
-        servers = psutil.Process(demo.pid).children()
-    demo.send_signal(number)
-    assert demo.wait(60) != 0
+    try:
+        while not servers and time.monotonic() < deadline:
+            time.sleep(0.1)
+            servers = psutil.Process(demo.pid).children()
+        demo.send_signal(number)
+        assert demo.wait(60) != 0
+    finally:
+        demo.terminate()
     assert servers and not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in servers)

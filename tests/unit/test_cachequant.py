@@ -234,6 +234,15 @@ def test_another_schedule_is_refused(sigmas):
         CorrectedFeatures(profile()).full_steps(sigmas)
 
 
+def test_another_schedule_of_the_same_ends_is_told_apart():
+    sigmas = profile().sigmas.tolist()
+    sigmas[3] *= 1.1
+    with pytest.raises(
+        ValueError, match=rf"from {sigmas[0]:g} to 0, whose step 3 begins at {sigmas[3]:.4g} instead of {sigmas[3] / 1.1:.4g};"
+    ):
+        CorrectedFeatures(profile()).full_steps(sigmas)
+
+
 def test_profile_survives_its_file(tmp_path):
     before = profile(terms=2)
     before.consumer = torch.ones(6, 3, 2)

@@ -14,7 +14,13 @@ def test_first_of_every_interval_is_full():
 
 
 def test_steps_are_taken_as_written_and_the_first_always_is():
-    assert parse_cache_schedule(" steps: 3, 7,40 ").full_steps(20, 5) == {0, 3, 7}
+    assert parse_cache_schedule(" steps: 3, 7,19 ").full_steps(20, 5) == {0, 3, 7, 19}
+
+
+@pytest.mark.parametrize("text", ["steps:3,20", "power:20,1.4", "power:40,2"])
+def test_schedule_outside_the_run_is_refused(text):
+    with pytest.raises(ValueError, match=r"^schedule: it names step (20|40), and the run has 20 steps, numbered from 0 to 19"):
+        parse_cache_schedule(text).full_steps(20, 5)
 
 
 @pytest.mark.parametrize(("center", "power"), [(15, 1.4), (0, 1.2), (10, 1.6), (40, 2.0), (7.5, 1.0)])
