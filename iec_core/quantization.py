@@ -1,116 +1,180 @@
-"""Post-training quantization with exact integer arithmetic.
+"""How a weight is quantized, and how it lies in memory.
 
-Weights are symmetric with a scale per output channel. 8-bit activations are symmetric with dynamic scales: one per row
-(token) for Linear, one per batch item for Conv2d, whose window mixes pixels; so no item depends on its neighbours in
-the batch. Products are summed in int32, exactly; only then are the two scales and the bias applied, in float32.
+Weights are symmetric, with a scale for each output channel, or for each group of consecutive inputs of one. A layer's integers
+and scales are packed into one tensor of bytes, so that whoever moves, backs up or counts a weight does so with one tensor.
+Convolutions lie with their channels last, as the matrix [out, height * width * in] that they are computed with.
 """
 
-import functools
+import math
 from dataclasses import dataclass
 
 import torch
 
-WEIGHT_BITS = (8, 4)
-ACTIVATION_BITS = (8, 16)
+# The largest number of each kind.
+LIMITS = {"int8": 127, "int4": 7, "fp8": 448}
+
+# Shares of the largest magnitude that a search tries as clipping range.
+CLIPPING = torch.linspace(1, 0.4, 31).tolist()
+
+ALIGNMENT = 16  # bytes: where the scales begin
 
 
 @dataclass(frozen=True)
-class IntegerWeight:
-    """values: int8 [O, ...], within +-(2^(bits-1) - 1); scale: float32 [O]; weight = values * scale."""
-
-    values: torch.Tensor
-    scale: torch.Tensor
-
-    def dequantize(self, dtype):
-        """Return the weight in `dtype`, of the shape it had."""
-        return (self.values * self.scale.reshape(-1, *[1] * (self.values.ndim - 1))).to(dtype)
-
-
-def _symmetric(x, bits):
-    """Quantize every row of x [R, C] to integers within +-(2^(bits-1) - 1): (int8 [R, C], scale float32 [R]).
-
-    The scale is the row's largest magnitude over the largest integer; a row of zeros gets scale 1.
+class WeightFormat:
+    """kind: one of LIMITS; fp8 is float8 e4m3 with one scale for the whole weight. group_size: how many consecutive inputs
+    share a scale, 0 all of an output channel; where it does not divide the inputs, it is 0. rotation: size of the Hadamard
+    blocks by which a Linear layer's inputs are rotated before they are quantized, 0 none. search: whether scales are those of
+    least error over clipping ranges, instead of those of the largest magnitude.
     """
-    limit = 2 ** (bits - 1) - 1
-    x = x.float()
-    largest = x.abs().amax(dim=1)
-    scale = torch.where(largest > 0, largest / limit, torch.ones_like(largest))
-    return (x / scale[:, None]).round_().clamp_(-limit, limit).to(torch.int8), scale
+
+    kind: str = "int8"
+    group_size: int = 0
+    rotation: int = 0
+    search: bool = False
 
 
-def quantize_weight(weight, bits):
-    """Quantize a Linear or Conv2d weight [O, ...] to `bits` (8 or 4), one scale per output channel."""
-    values, scale = _symmetric(weight.detach().flatten(1), bits)
-    return IntegerWeight(values.reshape(weight.shape), scale)
-
-
-def quantize_activation(x):
-    """Quantize x [R, ...] to 8 bits, one scale per row of dimension 0: (int8 like x, scale float32 [R])."""
-    values, scale = _symmetric(x.flatten(1), 8)
-    return values.reshape(x.shape), scale
-
-
-@functools.cache
-def _has_exact_int_mm(device_type):
-    """Tell whether torch._int_mm on this kind of device exists and is exact at the extremes of int8.
-
-    Some processors without a dot-product instruction sum pairs of products in 16 bits, which saturates.
+def hadamard(size):
+    """Return the regular Hadamard matrix of `size` (a power of 4), over its square root: float32 [size, size], symmetric and
+    its own inverse. It is that of ConvRot (arXiv 2512.03673), as comfy-kitchen has it.
     """
-    a = torch.full((32, 1024), -127, dtype=torch.int8, device=device_type)
-    try:
-        return bool((torch._int_mm(a, a.t()) == 127 * 127 * 1024).all())
-    except RuntimeError:  # no such kernel
-        return False
+    block = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]])
+    matrix = block
+    while len(matrix) < size:
+        matrix = torch.kron(matrix, block)
+    if len(matrix) != size:
+        raise ValueError(f"rotation: {size} is no power of 4.")
+    return matrix / math.sqrt(size)
 
 
-def int_matmul(a, b):
-    """Return a @ b.T in int32, exactly: a int8 [M, K], b int8 [N, K]."""
-    if not _has_exact_int_mm(a.device.type):
-        wide = torch.float32 if a.device.type == "mps" else torch.float64
-        parts = zip(a.split(1024, dim=1), b.split(1024, dim=1))  # 1024 * 127^2 < 2^24: exact in float32 too
-        return sum((part_a.to(wide) @ part_b.to(wide).t()).to(torch.int32) for part_a, part_b in parts)
-    rows, columns = a.shape[0], b.shape[0]
-    if a.device.type == "cuda":  # cuBLASLt: more than 16 rows, K and N in eights
-        pad = torch.nn.functional.pad
-        depth = -a.shape[1] % 8
-        a = pad(a, (0, depth, 0, max(0, 17 - rows)))
-        b = pad(b, (0, depth, 0, -columns % 8))
-    return torch._int_mm(a, b.t())[:rows, :columns]
+_matrices = {}  # by size, device and type: a copy to the device in every call would wait for it
 
 
-def conv2d_sums(x, weight, stride, padding, dilation):
-    """Return the convolution (groups 1, zero padding) of int8 x [B, C, H, W] and int8 weight [O, C, kh, kw], exactly, as
-    int32 [B, O, H', W'].
+def rotate(x, size):
+    """Rotate the last dimension of x [..., C] in blocks of `size`, which divides C."""
+    key = size, x.device, x.dtype
+    if key not in _matrices:
+        _matrices[key] = hadamard(size).to(x)
+    return (x.unflatten(-1, (-1, size)) @ _matrices[key]).flatten(-2)
 
-    An implicit matrix product over gathered windows. Channels come last within a window, so that memory is read in runs.
+
+def rotation_size(inputs):
+    """Return the largest block in which as many inputs can be rotated, 0 where there is none."""
+    return next((size for size in (256, 64, 16) if inputs % size == 0), 0)
+
+
+def _scaled_integers(rows, scale, limit):
+    return (rows / scale).round_().clamp_(-limit, limit)
+
+
+def _scales(rows, limit, search):
+    """Return float32 [..., 1] for rows [..., C]: the largest magnitude over the limit, or the scale of least squared error."""
+    largest = rows.abs().amax(-1, keepdim=True)
+    widest = torch.where(largest > 0, largest / limit, torch.ones_like(largest))
+    if not search:
+        return widest
+    best, least = widest, torch.full_like(widest, math.inf)
+    for share in CLIPPING:
+        scale = widest * share
+        error = (_scaled_integers(rows, scale, limit).mul_(scale) - rows).square_().sum(-1, keepdim=True)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return best
+
+
+def quantize_rows(rows, fmt):
+    """Quantize rows [O, K]: (values int8 or float8 [O, K], scale float32 [O, G]); G is the number of groups.
+
+    The paper's weights are kind int8 or int4, group_size 0, search.
     """
-    (kh, kw), (sh, sw), (ph, pw), (dh, dw) = weight.shape[2:], stride, padding, dilation
-    x = torch.nn.functional.pad(x.permute(0, 2, 3, 1), (0, 0, pw, pw, ph, ph))
-    windows = x.unfold(1, dh * (kh - 1) + 1, sh).unfold(2, dw * (kw - 1) + 1, sw)[..., ::dh, ::dw]
-    height, width = windows.shape[1:3]
-    windows = windows.permute(0, 1, 2, 4, 5, 3).reshape(x.shape[0] * height * width, -1)
-    sums = int_matmul(windows, weight.permute(0, 2, 3, 1).flatten(1))
-    return sums.reshape(x.shape[0], height, width, -1).permute(0, 3, 1, 2)
+    rows, limit = rows.float(), LIMITS[fmt.kind]
+    if fmt.kind == "fp8":
+        scale = _scales(rows.reshape(1, -1), limit, False)
+        values = (rows / scale).clamp_(-limit, limit).to(torch.float8_e4m3fn)
+        return values, scale.expand(rows.shape[0], 1).contiguous()
+    groups = rows.unflatten(1, (-1, fmt.group_size)) if fmt.group_size else rows[:, None]
+    scale = _scales(groups, limit, fmt.search)
+    return _scaled_integers(groups, scale, limit).to(torch.int8).flatten(1), scale[..., 0]
 
 
-def _scaled(sums, activation_scale, weight_scale, bias, dtype):
-    """Apply scales and bias, which broadcast over the int32 sums, in float32; return a contiguous tensor of `dtype`."""
-    out = sums * activation_scale * weight_scale
-    if bias is not None:
-        out += bias.float()
-    return out.to(dtype).contiguous()
+def pack_nibbles(values):
+    """Return uint8 [O, ceil(K / 2)] of int8 [O, K] within +-7: two to a byte, the first in the lower half."""
+    values = torch.nn.functional.pad(values, (0, values.shape[1] % 2)).view(torch.uint8)
+    return (values[:, ::2] & 0xF) | (values[:, 1::2] << 4)
 
 
-def linear_int8(x, weight, bias):
-    """Linear layer with 8-bit activations: x float [..., C], weight [O, C]; returns [..., O] in x's dtype."""
-    values, scale = quantize_activation(x.reshape(-1, x.shape[-1]))
-    sums = int_matmul(values, weight.values)
-    return _scaled(sums, scale[:, None], weight.scale, bias, x.dtype).reshape(*x.shape[:-1], -1)
+def unpack_nibbles(packed, inputs):
+    """Return int8 [O, inputs] of what `pack_nibbles` made."""
+    signed = packed.view(torch.int8)
+    return torch.stack([(signed << 4) >> 4, signed >> 4], dim=-1).flatten(1)[:, :inputs].contiguous()
 
 
-def conv2d_int8(x, weight, bias, stride, padding, dilation):
-    """Conv2d (groups 1, zero padding) with 8-bit activations: x float [B, C, H, W]; returns [B, O, H', W'] likewise."""
-    values, scale = quantize_activation(x)
-    sums = conv2d_sums(values, weight.values, stride, padding, dilation)
-    bias = None if bias is None else bias[:, None, None]
-    return _scaled(sums, scale[:, None, None, None], weight.scale[:, None, None], bias, x.dtype)
+class Packing:
+    """Where in one tensor of bytes (int8 [nbytes]) the integers and the scales of a weight are.
+
+    shape: the weight's, [O, C] of a Linear or [O, C, kh, kw] of a Conv2d layer. format: a WeightFormat; what the shape does not
+    allow (groups, rotation) it does without.
+    """
+
+    def __init__(self, shape, fmt):
+        self.shape = torch.Size(shape)
+        self.rows, self.inputs = self.shape[0], math.prod(self.shape[1:])
+        group = fmt.group_size if fmt.kind != "fp8" and fmt.group_size and self.inputs % fmt.group_size == 0 else 0
+        rotation = fmt.rotation if len(self.shape) == 2 and fmt.rotation and self.inputs % fmt.rotation == 0 else 0
+        self.format = WeightFormat(fmt.kind, group, rotation, fmt.search)
+        self.groups = self.inputs // group if group else 1
+        self._row_bytes = -(-self.inputs // 2) if fmt.kind == "int4" else self.inputs
+        self._scales_at = -(-self.rows * self._row_bytes // ALIGNMENT) * ALIGNMENT
+        self.nbytes = self._scales_at + 4 * self.rows * self.groups
+
+    def pack(self, values, scale):
+        """Return int8 [nbytes] of values as `stored` gives them, and scale float32 [O, G]."""
+        packed = torch.zeros(self.nbytes, dtype=torch.int8, device=values.device)
+        stored, scales = self.stored(packed)
+        stored.copy_(values)
+        scales.copy_(scale)
+        return packed
+
+    def stored(self, packed):
+        """Return views into a packed weight: what is stored, int8 or float8 [O, K] or, of int4, uint8 [O, ceil(K / 2)]; and the
+        scales, float32 [O, G].
+        """
+        dtype = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}[self.format.kind]
+        values = packed[: self.rows * self._row_bytes].view(dtype).view(self.rows, self._row_bytes)
+        return values, packed[self._scales_at :].view(torch.float32).view(self.rows, self.groups)
+
+    def values(self, packed):
+        """Return (int8 or float8 [O, K], scale float32 [O, G]) of a packed weight, as it is computed with."""
+        stored, scale = self.stored(packed)
+        return unpack_nibbles(stored, self.inputs) if self.format.kind == "int4" else stored, scale
+
+    def quantize(self, weight):
+        """Return a weight in floating point, of `shape`, packed."""
+        rows = self._rows(weight.detach().float())
+        if self.format.rotation:
+            rows = rotate(rows, self.format.rotation)
+        values, scale = quantize_rows(rows, self.format)
+        return self.pack(pack_nibbles(values) if self.format.kind == "int4" else values, scale)
+
+    def dequantize(self, packed, dtype=torch.float32):
+        """Return a packed weight in `dtype`, of `shape`."""
+        rows = self.scaled(packed)
+        if self.format.rotation:
+            rows = rotate(rows, self.format.rotation)
+        return self._shaped(rows).to(dtype)
+
+    def scaled(self, packed, dtype=torch.float32):
+        """Return integers times scales, [O, K] in `dtype`; a rotated weight stays rotated."""
+        values, scale = self.values(packed)
+        return (values.float().unflatten(1, (self.groups, -1)) * scale[..., None]).flatten(1).to(dtype)
+
+    def kernel(self, rows):
+        """Return rows [O, K] as the weight of a Conv2d, [O, C, kh, kw]: a view."""
+        return self._shaped(rows)
+
+    def _rows(self, weight):
+        return weight.flatten(1) if weight.ndim == 2 else weight.permute(0, 2, 3, 1).flatten(1)
+
+    def _shaped(self, rows):
+        if len(self.shape) == 2:
+            return rows
+        out, channels, height, width = self.shape
+        return rows.view(out, height, width, channels).permute(0, 3, 1, 2)

@@ -3,14 +3,17 @@
 import pytest
 import torch
 
-from iec_core import quantization
+from iec_core import int8
+from iec_core.int8 import conv2d_int8, conv2d_sums, dynamic_scale, int_matmul, linear_int8, quantize_activation
 from iec_core.quantization import (
-    conv2d_int8,
-    conv2d_sums,
-    int_matmul,
-    linear_int8,
-    quantize_activation,
-    quantize_weight,
+    LIMITS,
+    Packing,
+    WeightFormat,
+    hadamard,
+    pack_nibbles,
+    quantize_rows,
+    rotate,
+    unpack_nibbles,
 )
 
 
@@ -32,9 +35,14 @@ def test_int_matmul_at_the_extremes():
 
 
 def test_fallback_of_int_matmul_is_exact(monkeypatch):
-    monkeypatch.setattr(quantization, "_has_exact_int_mm", lambda device: False)
+    monkeypatch.setattr(int8, "has_exact_int_mm", lambda device: False)
     for a, b in [(random_int8(9, 5000), random_int8(4, 5000)), (torch.full((2, 2048), -127, dtype=torch.int8),) * 2]:
         assert torch.equal(int_matmul(a, b).long(), a.long() @ b.long().t())
+
+
+def rows(kernel):
+    """A kernel [O, C, kh, kw] as the matrix that it is computed with, channels last."""
+    return kernel.permute(0, 2, 3, 1).flatten(1).contiguous()
 
 
 def convolution_int64(x, w, stride, padding, dilation):
@@ -63,58 +71,198 @@ CONVOLUTIONS = [
 @pytest.mark.parametrize(("kernel", "stride", "padding", "dilation"), CONVOLUTIONS)
 def test_convolution_sums_equal_int64(kernel, stride, padding, dilation):
     x, w = random_int8(2, 5, 11, 9), random_int8(7, 5, kernel, kernel)
-    sums = conv2d_sums(x, w, stride, padding, dilation)
+    sums = conv2d_sums(x, rows(w), w.shape[2:], stride, padding, dilation)
     assert sums.dtype == torch.int32
     assert torch.equal(sums.long(), convolution_int64(x, w, stride, padding, dilation))
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_weights_are_symmetric_per_output_channel(bits):
-    weight = torch.randn(6, 5, 3, 3, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 2, 6)[:, None, None, None]
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_weights_are_symmetric_per_output_channel(kind):
+    weight = normal(6, 45) * torch.logspace(-3, 2, 6)[:, None]
     weight[3] = 0
-    quantized = quantize_weight(weight, bits)
-    limit = 2 ** (bits - 1) - 1
-    expected = weight.flatten(1).abs().amax(1) / limit
-    torch.testing.assert_close(quantized.scale, torch.where(expected > 0, expected, 1.0), rtol=0, atol=0)
+    values, scale = quantize_rows(weight, WeightFormat(kind))
+    limit = LIMITS[kind]
+    assert limit == {"int8": 127, "int4": 7}[kind]
+    expected = weight.abs().amax(1, keepdim=True) / limit
+    torch.testing.assert_close(scale, torch.where(expected > 0, expected, 1.0), rtol=0, atol=0)
     nonzero = [0, 1, 2, 4, 5]
-    assert quantized.values.flatten(1).abs().amax(1)[nonzero].tolist() == [limit] * 5
-    error = (quantized.dequantize(torch.float64) - weight).abs()
-    assert (error <= quantized.scale[:, None, None, None] * 0.5000001).all()
+    assert values.abs().amax(1)[nonzero].tolist() == [limit] * 5
+    assert ((values.double() * scale - weight).abs() <= scale * 0.5000001).all()
+
+
+def test_groups_have_scales_of_their_own():
+    weight = normal(5, 96) * torch.logspace(-2, 2, 96)
+    values, scale = quantize_rows(weight, WeightFormat("int4", group_size=32))
+    assert scale.shape == (5, 3)
+    for group in range(3):
+        part = slice(32 * group, 32 * group + 32)
+        expected = weight[:, part].abs().amax(1) / 7
+        torch.testing.assert_close(scale[:, group], expected, rtol=0, atol=0)
+        assert torch.equal(values[:, part], (weight[:, part] / expected[:, None]).round().to(torch.int8))
+
+
+def test_search_finds_the_scale_of_least_error():
+    """Against a search in float64 over many more clipping ranges; heavy tails make clipping worth it."""
+    weight = normal(8, 400) ** 3
+    searched, plain = (quantize_rows(weight, WeightFormat("int4", search=search)) for search in (True, False))
+    rows64 = weight.double()
+
+    def error(values, scale):
+        return (values.double() * scale.double() - rows64).square().sum(1)
+
+    best = torch.full((8,), float("inf"), dtype=torch.float64)
+    for share in torch.linspace(1, 0.2, 801, dtype=torch.float64):
+        scale = rows64.abs().amax(1, keepdim=True) / 7 * share
+        best = torch.minimum(best, error((rows64 / scale).round().clamp(-7, 7), scale))
+    assert (error(*searched) <= 1.02 * best).all()
+    assert error(*searched).sum() < 0.9 * error(*plain).sum()
+
+
+def test_fp8_is_the_nearest_e4m3_with_one_scale():
+    weight = normal(4, 64)
+    values, scale = quantize_rows(weight, WeightFormat("fp8"))
+    assert values.dtype == torch.float8_e4m3fn and scale.unique().tolist() == [pytest.approx(weight.abs().max().item() / 448)]
+    error = (values.double() * scale.double() - weight).abs()
+    assert (error <= weight.abs() / 16 + scale * 2**-10).all()  # three bits of mantissa; the least step is 2^-9
+
+
+def test_hadamard_is_orthogonal_and_rotations_cancel():
+    """The regular Hadamard matrix: entries of one magnitude, all rows of the same sum, H H = 1 for it is symmetric."""
+    for size in (4, 16, 64, 256):
+        matrix = hadamard(size).double()
+        torch.testing.assert_close(matrix @ matrix.t(), torch.eye(size, dtype=torch.float64))
+        assert torch.equal(matrix, matrix.t()) and matrix.abs().unique().numel() == 1
+        assert matrix.sum(1).std() < 1e-6
+    x, weight = normal(3, 128), normal(5, 128, seed=1)
+    torch.testing.assert_close(rotate(x, 64) @ rotate(weight, 64).t(), x @ weight.t(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="power of 4"):
+        hadamard(32)
+
+
+def test_rotation_lowers_the_error_of_outliers():
+    weight = normal(16, 256)
+    weight[:, 7] *= 30
+    errors = [
+        (Packing((16, 256), fmt).dequantize(Packing((16, 256), fmt).quantize(weight)) - weight).norm()
+        for fmt in (WeightFormat("int4"), WeightFormat("int4", rotation=256))
+    ]
+    assert errors[1] < 0.5 * errors[0]
+
+
+@pytest.mark.parametrize("inputs", [1, 2, 7, 64])
+def test_nibbles_come_back(inputs):
+    values = torch.randint(-7, 8, (9, inputs), dtype=torch.int8, generator=torch.Generator().manual_seed(inputs))
+    packed = pack_nibbles(values)
+    assert packed.dtype == torch.uint8 and packed.shape == (9, -(-inputs // 2))
+    assert torch.equal(unpack_nibbles(packed, inputs), values)
+
+
+@pytest.mark.parametrize("shape", [(24, 64), (7, 5, 3, 3), (3, 33), (16, 256)])
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        WeightFormat("int8"), WeightFormat("int4"), WeightFormat("fp8"), WeightFormat("int4", group_size=32),
+        WeightFormat("int8", group_size=64, search=True), WeightFormat("int8", rotation=64),
+    ],
+)  # fmt: skip
+def test_packing_holds_a_weight_in_one_tensor(shape, fmt):
+    weight = normal(*shape)
+    packing = Packing(shape, fmt)
+    packed = packing.quantize(weight)
+    count = weight.numel()
+    assert packed.dtype == torch.int8 and packed.shape == (packing.nbytes,)
+    bits = {"int8": 8, "int4": 4, "fp8": 8}[fmt.kind]
+    odd = shape[0] if fmt.kind == "int4" and packing.inputs % 2 else 0
+    assert (
+        count * bits / 8 + 4 * shape[0] * packing.groups
+        <= packing.nbytes
+        < count * bits / 8 + odd + 4 * shape[0] * packing.groups + 16
+    )
+    restored = packing.dequantize(packed)
+    assert restored.shape == weight.shape and restored.dtype == torch.float32
+    assert (restored - weight).norm() < {"int8": 0.02, "int4": 0.2, "fp8": 0.04}[fmt.kind] * weight.norm()
+    assert torch.equal(packing.quantize(restored), packed) or fmt.kind != "int8" or packing.format.rotation or fmt.search
+    values, scale = packing.values(packed)
+    matrix = weight if len(shape) == 2 else rows(weight)
+    if packing.format.rotation:
+        matrix = rotate(matrix, packing.format.rotation)
+    expected, expected_scale = quantize_rows(matrix, packing.format)
+    assert torch.equal(values.float(), expected.float()) and torch.equal(scale, expected_scale)
+    torch.testing.assert_close(
+        packing.scaled(packed), (values.float().unflatten(1, (packing.groups, -1)) * scale[..., None]).flatten(1)
+    )
+
+
+def test_a_format_that_the_shape_does_not_allow_is_done_without():
+    assert Packing((4, 48), WeightFormat("int4", group_size=32)).format.group_size == 0
+    assert Packing((4, 48), WeightFormat("int8", rotation=64)).format.rotation == 0
+    assert Packing((4, 16, 3, 3), WeightFormat("int8", rotation=16)).format.rotation == 0
 
 
 def test_linear_is_the_integer_sum_times_both_scales():
-    generator = torch.Generator().manual_seed(1)
-    x, weight, bias = (torch.randn(*shape, generator=generator) for shape in [(2, 3, 40), (24, 40), (24,)])
-    quantized = quantize_weight(weight, 8)
-    sx = x.abs().amax(-1) / 127
-    xq = (x / sx[..., None]).round().long()
-    expected = (xq @ quantized.values.long().t()).double() * sx[..., None].double() * quantized.scale.double() + bias
-    torch.testing.assert_close(linear_int8(x, quantized, bias).double(), expected, rtol=1e-6, atol=1e-6)
+    x, weight, bias = normal(2, 3, 40), normal(24, 40, seed=1), normal(24, seed=2)
+    values, scale = quantize_rows(weight, WeightFormat())
+    for per_tensor in (False, True):
+        sx = (x.abs().amax() if per_tensor else x.abs().amax(-1)) / 127
+        sx = sx.expand(2, 3)
+        xq = (x / sx[..., None]).round().long()
+        expected = (xq @ values.long().t()).double() * sx[..., None].double() * scale[:, 0].double() + bias
+        result = linear_int8(x, values, scale[:, 0], bias, per_tensor=per_tensor)
+        torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize(("kernel", "stride", "padding", "dilation"), CONVOLUTIONS)
-def test_convolution_is_the_integer_sum_times_both_scales(kernel, stride, padding, dilation):
-    generator = torch.Generator().manual_seed(2)
-    x, weight, bias = (torch.randn(*shape, generator=generator) for shape in [(2, 5, 11, 9), (7, 5, kernel, kernel), (7,)])
-    quantized = quantize_weight(weight, 4)
-    sx = (x.flatten(1).abs().amax(1) / 127)[:, None, None, None]
-    sums = convolution_int64((x / sx).round(), quantized.values, stride, padding, dilation).double()
-    expected = sums * sx.double() * quantized.scale.double()[:, None, None] + bias[:, None, None]
-    result = conv2d_int8(x, quantized, bias, stride, padding, dilation)
+def test_convolution_is_the_integer_sum_times_both_scales(kernel, stride, padding, dilation, given):
+    """A window of one pixel has a scale for each pixel, a larger one for each batch item; or it is given."""
+    x, weight, bias = normal(2, 5, 11, 9), normal(7, 5, kernel, kernel, seed=1), normal(7, seed=2)
+    values, scale = quantize_rows(rows(weight), WeightFormat("int4"))
+    sx = (x.abs().amax(1, keepdim=True) if kernel == 1 else x.abs().amax((1, 2, 3), keepdim=True)) / 127
+    sx = torch.full_like(sx, 0.011) if given else sx
+    kernels = values.view(7, kernel, kernel, 5).permute(0, 3, 1, 2)
+    xq = (x / sx).round().clamp(-127, 127)
+    sums = convolution_int64(xq, kernels, stride, padding, dilation).double()
+    expected = sums * sx.double() * scale.double()[:, 0, None, None] + bias[:, None, None]
+    taken = torch.tensor(0.011) if given else None
+    result = conv2d_int8(x, values, scale[:, 0], bias, weight.shape[2:], stride, padding, dilation, taken)
     torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_activation_scales_do_not_depend_on_neighbours():
-    x = torch.randn(3, 4, 6, 6, generator=torch.Generator().manual_seed(3))
-    values, scale = quantize_activation(x)
-    alone = [quantize_activation(item[None]) for item in x]
-    assert torch.equal(values, torch.cat([v for v, _ in alone]))
-    assert torch.equal(scale, torch.cat([s for _, s in alone]))
-    weight = quantize_weight(torch.randn(8, 4, 3, 3), 8)
-    together = conv2d_int8(x, weight, None, (1, 1), (1, 1), (1, 1))
-    assert torch.equal(together[1:2], conv2d_int8(x[1:2], weight, None, (1, 1), (1, 1), (1, 1)))
+    x = normal(3, 4, 6, 6, seed=3)
+    values, scale = quantize_rows(normal(8, 36), WeightFormat())
+    assert torch.equal(dynamic_scale(x, True), torch.cat([dynamic_scale(item[None], True) for item in x]))
+    assert dynamic_scale(torch.zeros(2, 3), True).unique().tolist() == [1.0]
+    broken = x.clone()
+    broken[1, 2, 3, 3] = torch.nan
+    found = conv2d_int8(broken, values, scale[:, 0], None, (3, 3), (1, 1), (1, 1), (1, 1))
+    assert found[1].isnan().all() and found[[0, 2]].isfinite().all()
+    assert quantize_activation(torch.tensor([300.0, -300.0, 0.6]), torch.tensor(1.0)).tolist() == [127, -127, 1]
+    together, alone = (conv2d_int8(batch, values, scale[:, 0], None, (3, 3), (1, 1), (1, 1), (1, 1)) for batch in (x, x[1:2]))
+    assert torch.equal(together[1:2], alone)
 
 
 def test_half_precision_stays_half():
-    weight = quantize_weight(torch.randn(8, 16), 8)
-    assert linear_int8(torch.randn(2, 16).half(), weight, torch.zeros(8).half()).dtype == torch.float16
+    values, scale = quantize_rows(normal(8, 16), WeightFormat())
+    assert linear_int8(normal(2, 16).half(), values, scale[:, 0], torch.zeros(8).half()).dtype == torch.float16
+
+
+@pytest.mark.parametrize("rotation", [0, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kitchen_computes_the_same(monkeypatch, dtype, rotation):
+    """comfy-kitchen's eager kernel, which serves on a GPU where it has no faster one."""
+    monkeypatch.setattr(int8, "linear_backend", lambda device_type, per_row: int8.KITCHEN)
+    x, bias = normal(2, 5, 64).to(dtype), normal(24, seed=2).to(dtype)
+    values, scale = quantize_rows(normal(24, 64, seed=1), WeightFormat())
+    result = linear_int8(x, values, scale[:, 0], bias, rotation=rotation)
+    rows64 = x.double().flatten(0, 1)
+    rows64 = (rows64.unflatten(1, (-1, rotation)) @ hadamard(rotation).double()).flatten(1) if rotation else rows64
+    sx = rows64.abs().amax(1, keepdim=True) / 127
+    expected = ((rows64 / sx).round() @ values.double().t()) * sx * scale[:, 0].double() + bias.double()
+    tolerance = 1e-4 if dtype == torch.float32 and not rotation else 2e-2
+    torch.testing.assert_close(result.double().flatten(0, 1), expected, rtol=tolerance, atol=tolerance * 10)
+    assert result.dtype == dtype and result.shape == (2, 5, 24)

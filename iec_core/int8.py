@@ -1,0 +1,146 @@
+"""Layers with 8-bit activations, in exact integer arithmetic.
+
+Activations are symmetric. Their scales are taken at run time: one for each row (token, or pixel of a 1 x 1 convolution), and
+one for each batch item where a convolution's window mixes pixels, so that no item depends on its neighbours in the batch; or
+one for the whole tensor. Or they are given, from a calibration. Products are summed in int32, exactly; only then are the two
+scales and the bias applied, in float32.
+"""
+
+import torch
+
+from . import conv_triton
+from .quantization import rotate
+
+try:
+    import comfy_kitchen
+except ImportError:  # a host without it: the products are PyTorch's
+    comfy_kitchen = None
+
+LIMIT = 127
+KITCHEN_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def dynamic_scale(x, kept):
+    """Return float32 [R, 1, ...] for x [R, ...]: the largest magnitude of each item of dimension 0 over 127, with kept; else
+    that of all of x. Zeros get scale 1.
+    """
+    magnitude = x.abs()
+    largest = magnitude.flatten(1).amax(1) if kept else magnitude.amax()[None]
+    largest = largest.float().reshape(-1, *[1] * (x.ndim - 1))
+    return torch.where(largest == 0, torch.ones_like(largest), largest / LIMIT)  # of NaN it is NaN, and so is what comes out
+
+
+def quantize_activation(x, scale):
+    """Return x over scale, which broadcasts, rounded to int8 within +-127."""
+    return (x.float() / scale).round_().clamp_(-LIMIT, LIMIT).to(torch.int8)
+
+
+_exact = {}  # by kind of device; a dict, for the compiler sees through functools.cache
+
+
+@torch.compiler.assume_constant_result
+def has_exact_int_mm(device_type):
+    """Tell whether torch._int_mm on this kind of device exists and is exact at the extremes of int8.
+
+    Some processors without a dot-product instruction sum pairs of products in 16 bits, which saturates.
+    """
+    if device_type not in _exact:
+        _exact[device_type] = _is_exact(device_type)
+    return _exact[device_type]
+
+
+def _is_exact(device_type):
+    a = torch.full((32, 1024), -127, dtype=torch.int8, device=device_type)
+    try:
+        return bool((torch._int_mm(a, a.t()) == 127 * 127 * 1024).all())
+    except RuntimeError:  # no such kernel
+        return False
+
+
+def int_matmul(a, b):
+    """Return a @ b.T in int32, exactly: a int8 [M, K], b int8 [N, K]."""
+    if not has_exact_int_mm(a.device.type):
+        wide = torch.float32 if a.device.type == "mps" else torch.float64
+        parts = zip(a.split(1024, dim=1), b.split(1024, dim=1))  # 1024 * 127^2 < 2^24: exact in float32 too
+        return sum((part_a.to(wide) @ part_b.to(wide).t()).to(torch.int32) for part_a, part_b in parts)
+    rows, columns = a.shape[0], b.shape[0]
+    if a.device.type == "cuda":  # cuBLASLt: more than 16 rows, K and N in eights
+        pad = torch.nn.functional.pad
+        depth = -a.shape[1] % 8
+        a = pad(a, (0, depth, 0, max(0, 17 - rows)))
+        b = pad(b, (0, depth, 0, -columns % 8))
+    return torch._int_mm(a, b.t())[:rows, :columns]
+
+
+def conv2d_sums(x, weight, kernel_size, stride, padding, dilation):
+    """Return the convolution (groups 1, zero padding) of int8 x [B, C, H, W] and int8 weight [O, kh * kw * C], exactly, as
+    int32 [B, O, H', W'].
+
+    An implicit matrix product over gathered windows. Channels come last within a window, so that memory is read in runs.
+    """
+    (kh, kw), (sh, sw), (ph, pw), (dh, dw) = kernel_size, stride, padding, dilation
+    x = torch.nn.functional.pad(x.permute(0, 2, 3, 1), (0, 0, pw, pw, ph, ph))
+    windows = x.unfold(1, dh * (kh - 1) + 1, sh).unfold(2, dw * (kw - 1) + 1, sw)[..., ::dh, ::dw]
+    height, width = windows.shape[1:3]
+    windows = windows.permute(0, 1, 2, 4, 5, 3).reshape(x.shape[0] * height * width, -1)
+    sums = int_matmul(windows, weight)
+    return sums.reshape(x.shape[0], height, width, -1).permute(0, 3, 1, 2)
+
+
+def _scaled(sums, activation_scale, weight_scale, bias, dtype):
+    """Apply scales and bias, which broadcast over the int32 sums, in float32; return a contiguous tensor of `dtype`."""
+    out = sums * activation_scale * weight_scale
+    if bias is not None:
+        out += bias.float()
+    return out.to(dtype).contiguous()
+
+
+def linear_int8(x, values, weight_scale, bias, scale=None, per_tensor=False, rotation=0):
+    """Linear layer with 8-bit activations: x float [..., C], values int8 [O, C], weight_scale float32 [O]; returns [..., O] in
+    x's dtype. scale: the activations' where it is given, a tensor of one number. rotation: size of the blocks by which x is to
+    be rotated first, as the weight is, 0 for none.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if linear_backend(x.device.type, scale is None and not per_tensor) == KITCHEN:
+        turned = bool(rotation), rotation or 256
+        out = torch.ops.comfy_kitchen.int8_linear(rows, values, weight_scale, bias, KITCHEN_DTYPES[x.dtype], *turned)
+    else:
+        rows = rotate(rows, rotation) if rotation else rows
+        scale = dynamic_scale(rows, kept=not per_tensor) if scale is None else scale
+        out = _scaled(int_matmul(quantize_activation(rows, scale), values), scale, weight_scale, bias, x.dtype)
+    return out.reshape(*x.shape[:-1], -1)
+
+
+def conv2d_int8(x, values, weight_scale, bias, kernel_size, stride, padding, dilation, scale=None, per_tensor=False):
+    """Conv2d (groups 1, zero padding) with 8-bit activations: x float [B, C, H, W], values int8 [O, kh * kw * C], weight_scale
+    float32 [O]; returns [B, O, H', W'] in x's dtype. scale: as in `linear_int8`.
+    """
+    if (*kernel_size, *stride, *padding) == (1, 1, 1, 1, 0, 0):
+        return linear_int8(x.permute(0, 2, 3, 1), values, weight_scale, bias, scale, per_tensor).permute(0, 3, 1, 2)
+    scale = dynamic_scale(x, kept=not per_tensor) if scale is None else scale
+    if conv_backend(x.device.type) == TRITON:
+        kernel = values.view(values.shape[0], *kernel_size, -1)
+        return conv_triton.conv2d_int8(
+            x, scale.reshape(-1), kernel, weight_scale, bias, stride, padding, dilation, x.dtype
+        )  # fmt: skip
+    sums = conv2d_sums(quantize_activation(x, scale), values, kernel_size, stride, padding, dilation)
+    bias = None if bias is None else bias[:, None, None]
+    return _scaled(sums, scale, weight_scale[:, None, None], bias, x.dtype)
+
+
+KITCHEN, TRITON = "comfy-kitchen int8_linear", "Triton implicit GEMM"
+
+
+def _products(device_type):
+    return "torch._int_mm" if has_exact_int_mm(device_type) else "exact products in floating point"
+
+
+def linear_backend(device_type, per_row):
+    """Return what computes a Linear layer of 8-bit activations; per_row: with a scale for each row, taken at run time."""
+    usable = comfy_kitchen is not None and per_row and device_type == "cuda"
+    return KITCHEN if usable else _products(device_type)
+
+
+def conv_backend(device_type):
+    """Return what computes a Conv2d layer whose window mixes pixels."""
+    return TRITON if conv_triton.is_available(device_type) else f"gathered windows, {_products(device_type)}"
