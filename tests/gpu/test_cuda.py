@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from iec_core.correction import CorrectionSettings, Step, corrected_denoised
-from iec_core.quantization import conv2d_int8, int_matmul, linear_int8, quantize_weight
+from iec_core.fp8 import has_scaled_mm, linear_fp8
+from iec_core.int8 import conv2d_int8, int_matmul, linear_int8
+from iec_core.quantization import Packing, WeightFormat, quantize_rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU; run `make test-gpu` where there is one")
 
@@ -17,15 +19,34 @@ def test_int_matmul_equals_int64(m, k, n):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_layers_agree_with_the_cpu(dtype):
+@pytest.mark.parametrize("rotation", [0, 16])
+def test_layers_agree_with_the_cpu(dtype, rotation):
     generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(2, 16, 12, 12, generator=generator).to(dtype), torch.randn(24, 16, 3, 3, generator=generator)
-    quantized, geometry = quantize_weight(weight, 8), ((1, 1), (1, 1), (1, 1))
-    on_gpu = conv2d_int8(x.cuda(), quantize_weight(weight.cuda(), 8), None, *geometry)
-    torch.testing.assert_close(on_gpu.cpu(), conv2d_int8(x, quantized, None, *geometry), rtol=1e-2, atol=1e-2)
-    rows, matrix = x.flatten(0, 2), torch.randn(8, 12, generator=generator)
-    on_gpu = linear_int8(rows.cuda(), quantize_weight(matrix.cuda(), 8), None)
-    torch.testing.assert_close(on_gpu.cpu(), linear_int8(rows, quantize_weight(matrix, 8), None), rtol=1e-2, atol=1e-2)
+    x, weight = torch.randn(2, 16, 12, 12, generator=generator).to(dtype), torch.randn(24, 144, generator=generator)
+    values, scale = quantize_rows(weight, WeightFormat())
+    geometry = (3, 3), (1, 1), (1, 1), (1, 1)
+    on_gpu = conv2d_int8(x.cuda(), values.cuda(), scale[:, 0].cuda(), None, *geometry)
+    torch.testing.assert_close(on_gpu.cpu(), conv2d_int8(x, values, scale[:, 0], None, *geometry), rtol=1e-2, atol=1e-2)
+    rows, (values, scale) = torch.randn(50, 64, generator=generator).to(dtype), quantize_rows(weight[:, :64], WeightFormat())
+    for settings in ({}, {"per_tensor": True}, {"scale": torch.tensor(0.02)}):
+        on_cpu = linear_int8(rows, values, scale[:, 0], None, rotation=rotation, **settings)
+        moved = {name: value.cuda() if torch.is_tensor(value) else value for name, value in settings.items()}
+        on_gpu = linear_int8(rows.cuda(), values.cuda(), scale[:, 0].cuda(), None, rotation=rotation, **moved)
+        torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=2e-2, atol=2e-2 * on_cpu.abs().max().item())
+
+
+def test_float8_is_multiplied_by_its_definition():
+    if not has_scaled_mm("cuda"):
+        pytest.skip("this GPU does not multiply float8")
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((40, 64), (32, 64), (32,)))
+    packing = Packing((32, 64), WeightFormat("fp8"))
+    values, scale = packing.values(packing.quantize(weight).cuda())
+    result = linear_fp8(x.cuda().bfloat16(), values, scale[0], bias.cuda()).double().cpu()
+    sx = x.bfloat16().abs().amax().float() / 448
+    rounded = (x.bfloat16().float() / sx).to(torch.float8_e4m3fn).double() * sx.double()
+    expected = rounded @ (values.double() * scale.double()).cpu().t() + bias.bfloat16().double()
+    torch.testing.assert_close(result, expected, rtol=1e-2, atol=5e-2)
 
 
 def test_one_iteration_never_waits_for_the_device():
