@@ -1,13 +1,20 @@
-"""IECQuantizeModel: a MODEL evaluated with integer weights and activations."""
+"""Quantized MODELs: made from another, and kept in a file."""
+
+import os
 
 from comfy_api.latest import io
 
 from ..iec_core.choices import unknown_choice
-from ..iec_core.quantization import ACTIVATION_BITS, WEIGHT_BITS
-from .host.quantize import apply_quantization
+from ..iec_core.quantization import WeightFormat
+from .host.quantize import LayerRules, Quantization, parse_patterns, quantize_model
+from .host.quantized_files import FILES, load_quantized_model, save_quantized_model
+from .host.quantized_layers import ActivationFormat
 
-WEIGHT_CHOICES = [str(bits) for bits in WEIGHT_BITS]
-ACTIVATION_CHOICES = [str(bits) for bits in ACTIVATION_BITS]
+KINDS = {"8": "int8", "4": "int4", "fp8": "fp8"}
+ACTIVATION_BITS = ["8", "16"]
+GROUP_SIZES = ["none", "32", "64", "128"]
+SCALES = ["absmax", "search"]
+ACTIVATION_SCALES = ["token", "tensor"]
 
 
 class IECQuantizeModel(io.ComfyNode):
@@ -17,40 +24,157 @@ class IECQuantizeModel(io.ComfyNode):
             node_id="IECQuantizeModel",
             display_name="Quantize Model (IEC)",
             category="advanced/model/IEC",
-            description="Evaluates a model's Linear and Conv2d layers with quantized weights and activations. LoRAs reach "
-            "the quantized layers, wherever in the chain they are.",
+            description="Makes a model with quantized Linear and Conv2d layers, which takes less memory and computes in "
+            "integers. LoRAs reach the quantized layers, wherever in the chain they are.",
             inputs=[
                 io.Model.Input("model", tooltip="The model to quantize; it stays as it is."),
                 io.Combo.Input(
                     "weight_bits",
-                    options=WEIGHT_CHOICES,
+                    options=list(KINDS),
                     default="8",
-                    tooltip="Bits of a weight: symmetric integers, one scale per output channel.",
+                    tooltip="8, 4: symmetric integers, one scale per output channel. fp8: float8 e4m3, one scale per weight.",
                 ),
                 io.Combo.Input(
                     "activation_bits",
-                    options=ACTIVATION_CHOICES,
+                    options=ACTIVATION_BITS,
                     default="8",
-                    tooltip="8: integers with scales taken at run time, summed exactly in int32. 16: activations are not "
-                    "quantized and stay in the model's compute type.",
+                    tooltip="8: quantized at run time, and products summed exactly. 16: left in the model's compute type; this "
+                    "saves memory, not time.",
                 ),
                 io.Boolean.Input(
                     "keep_sensitive_layers",
                     default=True,
                     tooltip="Leave the first and the last layer and the embeddings of timestep and label unquantized.",
                 ),
+                io.Combo.Input(
+                    "group_size",
+                    options=GROUP_SIZES,
+                    default="none",
+                    optional=True,
+                    tooltip="With activation_bits 16: how many weights share a scale. Fewer are more exact, and take more "
+                    "memory. none: a whole output channel.",
+                ),
+                io.Combo.Input(
+                    "weight_scale",
+                    options=SCALES,
+                    default="absmax",
+                    optional=True,
+                    tooltip="absmax: the largest weight fits. search: the scale of least squared error, which clips the "
+                    "largest ones; the paper's. It takes longer to quantize, and is the better one with 4 bits.",
+                ),
+                io.Boolean.Input(
+                    "rotate",
+                    default=False,
+                    optional=True,
+                    tooltip="Rotate the inputs of Linear layers by a Hadamard matrix (ConvRot), which spreads outliers. It "
+                    "costs a small product more per layer.",
+                ),
+                io.Combo.Input(
+                    "activation_scale",
+                    options=ACTIVATION_SCALES,
+                    default="token",
+                    optional=True,
+                    tooltip="With activation_bits 8. token: a scale for each token or pixel, of larger convolutions for each "
+                    "image. tensor: one for all of it.",
+                ),
+                io.Boolean.Input(
+                    "keep_output_projections",
+                    default=False,
+                    optional=True,
+                    tooltip="Leave the last layers of attention and of feed-forward networks unquantized too.",
+                ),
+                io.String.Input(
+                    "include",
+                    default="",
+                    optional=True,
+                    tooltip="Quantize only layers that one of these names fits, such as input_blocks.*; * is any part of a "
+                    "name. Nothing: all layers.",
+                ),
+                io.String.Input(
+                    "exclude",
+                    default="",
+                    optional=True,
+                    tooltip="Leave layers unquantized that one of these names fits, such as *.proj_in middle_block.*",
+                ),
             ],
-            outputs=[io.Model.Output(tooltip="A clone of the model that is evaluated in integers.")],
+            outputs=[io.Model.Output(tooltip="The quantized model.")],
         )
 
     @classmethod
-    def validate_inputs(cls, weight_bits=None, activation_bits=None):
-        wrong_weight = unknown_choice(WEIGHT_CHOICES, weight_bits=weight_bits)
-        return wrong_weight or unknown_choice(ACTIVATION_CHOICES, activation_bits=activation_bits) or True
+    def validate_inputs(
+        cls, weight_bits=None, activation_bits=None, group_size=None, weight_scale=None, activation_scale=None
+    ):  # fmt: skip
+        wrong = unknown_choice(list(KINDS), weight_bits=weight_bits)
+        wrong = wrong or unknown_choice(ACTIVATION_BITS, activation_bits=activation_bits)
+        wrong = wrong or unknown_choice(GROUP_SIZES, group_size=group_size)
+        wrong = wrong or unknown_choice(SCALES, weight_scale=weight_scale)
+        return wrong or unknown_choice(ACTIVATION_SCALES, activation_scale=activation_scale) or True
 
     @classmethod
-    def execute(cls, model, weight_bits, activation_bits, keep_sensitive_layers):
-        return io.NodeOutput(apply_quantization(model, int(weight_bits), int(activation_bits), keep_sensitive_layers))
+    def execute(
+        cls, model, weight_bits, activation_bits, keep_sensitive_layers, group_size="none", weight_scale="absmax", rotate=False,
+        activation_scale="token", keep_output_projections=False, include="", exclude="",
+    ):  # fmt: skip
+        group = 0 if group_size == "none" else int(group_size)
+        if group and (activation_bits == "8" or weight_bits == "fp8"):
+            raise ValueError(
+                f"group_size: {group} needs integer weights with activation_bits 16, for sums of integers have one scale an "
+                "output channel; write none."
+            )
+        rules = LayerRules(keep_sensitive_layers, keep_output_projections, parse_patterns(include), parse_patterns(exclude))
+        weight = WeightFormat(KINDS[weight_bits], group, 0, weight_scale == "search" and weight_bits != "fp8")
+        activation = ActivationFormat(int(activation_bits), activation_scale == "tensor")
+        return io.NodeOutput(quantize_model(model, Quantization(weight, activation, rules, rotate)))
 
 
-NODES = [IECQuantizeModel]
+class IECSaveQuantizedModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="IECSaveQuantizedModel",
+            display_name="Save Quantized Model (IEC)",
+            category="advanced/model/IEC",
+            description="Writes a quantized model to models/diffusion_models, with the LoRAs that are on it.",
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="A model from Quantize Model (IEC)."),
+                io.String.Input("name", default="quantized", tooltip="Name of the file; one of the same name is replaced."),
+            ],
+            outputs=[],
+        )
+
+    @classmethod
+    def validate_inputs(cls, name=None):
+        return FILES.wrong_name(name) or True
+
+    @classmethod
+    def execute(cls, model, name):
+        return io.NodeOutput(ui={"text": [save_quantized_model(model, name)]})
+
+
+class IECLoadQuantizedModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="IECLoadQuantizedModel",
+            display_name="Load Quantized Model (IEC)",
+            category="advanced/model/IEC",
+            description="Reads a quantized model that Save Quantized Model (IEC) wrote to models/diffusion_models.",
+            inputs=[io.Combo.Input("model_name", options=FILES.names(), tooltip="The file.")],
+            outputs=[io.Model.Output(tooltip="The quantized model.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model_name=None):
+        return FILES.missing(model_name=model_name) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name):
+        return os.path.getmtime(FILES.path(model_name))
+
+    @classmethod
+    def execute(cls, model_name):
+        return io.NodeOutput(load_quantized_model(model_name))
+
+
+NODES = [IECQuantizeModel, IECSaveQuantizedModel, IECLoadQuantizedModel]

@@ -61,15 +61,21 @@ def load_builtin_model(dtype=None):
     """Return the built-in model as a ModelPatcher; dtype: torch dtype of the network, None for the host's choice."""
     weights = comfy.utils.load_torch_file(str(PATH))
     management = comfy.model_management
-    config = BuiltinConfig(metadata()["unet_config"])
-    device, supported = management.get_torch_device(), config.supported_inference_dtypes
     if dtype is None:
-        dtype = management.unet_dtype(model_params=comfy.utils.calculate_parameters(weights), supported_dtypes=supported)
+        count, supported = comfy.utils.calculate_parameters(weights), BuiltinConfig.supported_inference_dtypes
+        dtype = management.unet_dtype(model_params=count, supported_dtypes=supported)
+    model = empty_builtin_model(dtype)
+    model.load_model_weights({name: tensor.to(dtype) for name, tensor in weights.items()})  # the host may take them as they are
+    device, offload_device = management.get_torch_device(), management.unet_offload_device()
+    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload_device)
+
+
+def empty_builtin_model(dtype):
+    """Return the built-in model's BaseModel, its network in a torch dtype and without values."""
+    management, config = comfy.model_management, BuiltinConfig(metadata()["unet_config"])
+    device, supported = management.get_torch_device(), config.supported_inference_dtypes
     config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, supported))
-    weights = {name: tensor.to(dtype) for name, tensor in weights.items()}  # the host may take them as they are
-    model = config.get_model(weights).to(management.unet_offload_device())
-    model.load_model_weights(weights)
-    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=management.unet_offload_device())
+    return config.get_model({}).to(management.unet_offload_device())
 
 
 def class_conditioning(labels):

@@ -1,24 +1,29 @@
-"""Quantized evaluation of a MODEL: its Linear and Conv2d layers compute in integers while the model is evaluated.
+"""A MODEL with quantized weights, made from another.
 
-The weights stay the host's, so that whatever the host does to them (LoRA before or after, weight hooks, offloading,
-unloading) reaches the quantized layers too. A layer's quantized weight is kept until the sampling run ends, unless the
-layer is offloaded or weight hooks are at work. What is replaced, and for the duration of an evaluation only, is the method
-by which the host's layers compute with weights that need work before use: whatever else wraps a layer stays in place.
+The network is copied, but for its weights: those that stay in floating point are shared with the source, the others are
+quantized one at a time. What else is on the source MODEL (patches, hooks, wrappers, options) comes along; a LoRA that lies on a
+weight which is quantized goes into it first.
 """
 
-import contextlib
-import functools
+import copy
+import hashlib
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
-import comfy.ops
+import comfy.hooks
+import comfy.lora
+import comfy.model_management
+import comfy.model_patcher
+import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ...iec_core.quantization import conv2d_int8, linear_int8, quantize_weight
-from .runs import keep_for_run
+from ...iec_core.quantization import Packing, WeightFormat, rotation_size
+from .quantized_layers import ActivationFormat, is_host_state, quantized_class, quantized_layers
+from .weights import fingerprint, original_weight
 
 KEY = "iec_quantize"
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+PREFIX = "diffusion_model."
 
 # Modules that embed the timestep and the label, as the host's networks name them.
 EMBEDDINGS = (
@@ -36,128 +41,204 @@ EMBEDDINGS = (
     "time_text_embed",
 )
 
-
-def _is_supported(layer):
-    weight = getattr(layer, "weight", None)
-    if not isinstance(layer, comfy.ops.CastWeightBiasOp) or weight is None:
-        return False
-    if weight.dtype not in FLOATS or type(weight.data) is not torch.Tensor:
-        return False  # quantized already, by the host
-    if isinstance(layer, torch.nn.Linear):
-        return True
-    plain = isinstance(layer, torch.nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros"
-    return plain and not isinstance(layer.padding, str)
+# The last layers of attention and of feed-forward networks, as the host's networks name them.
+OUTPUT_PROJECTIONS = (
+    "*.to_out.0", "*.to_add_out", "*.attn.proj", "*_attn.proj", "*.self_attn.o", "*.cross_attn.o", "*.ff.net.2",
+    "*.ff_context.net.2", "*_mlp.2", "*.ffn.2", "*.mlp.fc2", "*.linear2",
+)  # fmt: skip
 
 
-def quantizable_layers(network, keep_sensitive):
-    """Return {name: layer} of the Linear and Conv2d layers to quantize.
-
-    With keep_sensitive, the embeddings of timestep and label are left out, then the first and the last of the other layers
-    (in a U-Net the first and the last convolution), and a transformer's final layer.
+@dataclass(frozen=True)
+class LayerRules:
+    """Which layers are quantized: those that a pattern of `include` fits (all where there is none), without those that one of
+    `exclude` fits. keep_sensitive: without the embeddings of timestep and label, the first and the last of the other layers (in
+    a U-Net the first and the last convolution), and a transformer's final layer. keep_outputs: without the last layers of
+    attention and of feed-forward networks. Patterns are names of layers, in which * stands for anything.
     """
-    layers = {name: layer for name, layer in network.named_modules() if _is_supported(layer)}
-    if not keep_sensitive:
-        return layers
-    layers = {name: layer for name, layer in layers.items() if not set(EMBEDDINGS) & set(name.split("."))}
-    return {name: layers[name] for name in list(layers)[1:-1] if not name.startswith("final_layer.")}
+
+    keep_sensitive: bool = True
+    keep_outputs: bool = False
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def select(self, names):
+        """Return which of the names, in the network's order, are quantized. Raises ValueError where a pattern fits none."""
+        for option in ("include", "exclude"):
+            for pattern in getattr(self, option):
+                if not any(fnmatchcase(name, pattern) for name in names):
+                    raise ValueError(
+                        f"{option}: '{pattern}' fits none of this MODEL's {len(names)} Linear and Conv2d layers, which have "
+                        f"names such as {names[len(names) // 2]}; write names, with * for any part of one."
+                    )
+        kept = self._kept(names)
+        return [
+            name
+            for name in names
+            if name not in kept
+            and (not self.include or any(fnmatchcase(name, pattern) for pattern in self.include))
+            and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
+        ]
+
+    def _kept(self, names):
+        kept = set()
+        if self.keep_sensitive:
+            kept = {name for name in names if set(EMBEDDINGS) & set(name.split("."))}
+            others = [name for name in names if name not in kept]
+            kept |= {*others[:1], *others[-1:], *(name for name in others if name.startswith("final_layer."))}
+        if self.keep_outputs:
+            kept |= {name for name in names if any(fnmatchcase(name, pattern) for pattern in OUTPUT_PROJECTIONS)}
+        return kept
 
 
-def short_name(weight_bits, activation_bits, keep_sensitive):
-    """Return the field's short name of a quantization, such as W8A8, with a word more where it is of all layers."""
-    return f"W{weight_bits}A{activation_bits}" + ("" if keep_sensitive else " of all layers")
+def parse_patterns(text):
+    """Return the patterns of an `include` or `exclude` text, which commas, spaces or lines part."""
+    return tuple(text.replace(",", " ").split())
 
 
-class QuantizedRun:
-    """The integer weights of one sampling run, and the forward passes that use them. name: see `short_name`."""
-
-    def __init__(self, weight_bits, activation_bits, name):
-        self.name = name
-        self.weight_bits = weight_bits
-        self.activation_bits = activation_bits
-        self.weights = {}
-        self._is_paused = False
-
-    @contextlib.contextmanager
-    def paused(self):
-        """Within this, the network is evaluated in full precision."""
-        self._is_paused = True
-        try:
-            yield
-        finally:
-            self._is_paused = False
-
-    def clear(self):
-        """Forget the weights."""
-        self.weights.clear()
-
-    def forward(self, layer, reusable, x):
-        """Evaluate `layer` on x; with `reusable`, the weight is known to stay as it is for the whole run."""
-        if self._is_paused:
-            return type(layer).forward_comfy_cast_weights(layer, x)
-        ready = self.weights.get(layer) if reusable else None
-        if ready is not None:
-            return self._compute(layer, x, *ready)
-        weight, bias, stream = comfy.ops.cast_bias_weight(layer, x, offloadable=True)
-        quantized = quantize_weight(weight, self.weight_bits)
-        if self.activation_bits == 16:
-            quantized = quantized.dequantize(x.dtype)
-        if reusable and layer.weight.device == x.device:  # an offloaded layer must not stay on the device
-            self.weights[layer] = quantized, bias
-        out = self._compute(layer, x, quantized, bias)
-        comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
-        return out
-
-    def _compute(self, layer, x, weight, bias):
-        if isinstance(layer, torch.nn.Linear):
-            return (linear_int8 if self.activation_bits == 8 else torch.nn.functional.linear)(x, weight, bias)
-        convolve = conv2d_int8 if self.activation_bits == 8 else torch.nn.functional.conv2d
-        return convolve(x, weight, bias, layer.stride, layer.padding, layer.dilation)
+def _short(patterns):
+    """Return patterns as text; of many, their number and a digest, by which other ones are told."""
+    text = " ".join(patterns)
+    return text if len(text) <= 60 else f"{len(patterns)} names ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
 
 
-@contextlib.contextmanager
-def _forwards(replacements):
-    """Let every layer of {layer: forward} compute by its replacement, and as before afterwards, whatever happens."""
-    names = ("comfy_cast_weights", "forward_comfy_cast_weights")
-    before = [(layer, {name: layer.__dict__[name] for name in names if name in layer.__dict__}) for layer in replacements]
-    try:
-        for layer, forward in replacements.items():
-            layer.__dict__.update(zip(names, (True, forward)))
-        yield
-    finally:
-        for layer, attributes in before:
-            for name in names:
-                layer.__dict__.pop(name, None)
-            layer.__dict__.update(attributes)
+@dataclass(frozen=True)
+class Quantization:
+    """What is asked of a MODEL. rotate: whether Linear layers' inputs are rotated where their number allows it."""
+
+    weight: WeightFormat
+    activation: ActivationFormat
+    rules: LayerRules = LayerRules()
+    rotate: bool = False
+
+    @property
+    def name(self):
+        """The field's short name, such as W8A8, with a word for what is not usual."""
+        bits = {"int8": "8", "int4": "4", "fp8": "8"}[self.weight.kind]
+        return f"{'FP8 ' if self.weight.kind == 'fp8' else ''}W{bits}A{self.activation.bits}{self._details()}"
+
+    def _details(self):
+        details = [
+            f"groups of {self.weight.group_size}" if self.weight.group_size else "",
+            "scales by search" if self.weight.search else "",
+            "rotated" if self.rotate else "",
+            "one scale a tensor" if self.activation.per_tensor else "",
+            "" if self.rules.keep_sensitive else "of all layers",
+            "output projections kept" if self.rules.keep_outputs else "",
+            f"only {_short(self.rules.include)}" if self.rules.include else "",
+            f"not {_short(self.rules.exclude)}" if self.rules.exclude else "",
+        ]
+        return "".join(f", {detail}" for detail in details if detail).replace(", of", " of", 1)
+
+    def packing(self, layer):
+        """Return the Packing of a layer's weight."""
+        linear = isinstance(layer, torch.nn.Linear)
+        rotation = rotation_size(layer.weight.shape[1]) if self.rotate and linear else 0
+        fmt = WeightFormat(self.weight.kind, self.weight.group_size, rotation, self.weight.search)
+        return Packing(layer.weight.shape, fmt)
 
 
-def apply_quantization(model, weight_bits, activation_bits, keep_sensitive):
-    """Return a clone of a MODEL whose network is evaluated with weights of `weight_bits` (8, 4) and activations of
-    `activation_bits` (8: integers with dynamic scales; 16: left in the model's compute dtype).
+def quantizable_layers(network):
+    """Return {name: layer} of the Linear and Conv2d layers that can be quantized."""
+    return {name: layer for name, layer in network.named_modules() if quantized_class(layer)}
 
-    Raises ValueError where the MODEL has no layer to quantize, or is quantized already.
+
+def quantize_model(model, quantization):
+    """Return a MODEL like this one with quantized weights. The source stays as it is.
+
+    Raises ValueError where the MODEL has no layer to quantize, is quantized already or compiled, or a pattern fits no layer.
     """
-    if not quantizable_layers(model.get_model_object("diffusion_model"), keep_sensitive):
-        raise ValueError("model: this MODEL has no Linear or Conv2d layer in floating point to quantize.")
-    if model.get_wrappers(WrappersMP.APPLY_MODEL, KEY):
+    network = model.get_model_object("diffusion_model")
+    if quantization_of(model):
         raise ValueError("model: this MODEL is quantized already; use one IECQuantizeModel node only.")
-
-    def apply_model(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
-        run = transformer_options[KEY]
-        base = executor.class_obj
-        reusable = base.current_patcher.current_hooks is None  # weight hooks change weights between steps
-        layers = quantizable_layers(base.diffusion_model, keep_sensitive).values()
-        with _forwards({layer: functools.partial(run.forward, layer, reusable) for layer in layers}):
-            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
-
-    name = apply_model.quantization = short_name(weight_bits, activation_bits, keep_sensitive)
-    model = model.clone()
-    model.add_wrapper_with_key(
-        WrappersMP.OUTER_SAMPLE, KEY, keep_for_run(KEY, lambda: QuantizedRun(weight_bits, activation_bits, name))
-    )
-    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, apply_model)
-    return model
+    if "torch.compile" in model.wrappers.get(WrappersMP.APPLY_MODEL, {}):
+        raise ValueError(
+            "model: this MODEL is compiled, and what is compiled cannot be quantized; compile it after quantizing."
+        )
+    layers = quantizable_layers(network)
+    if not layers or network is not model.model.diffusion_model:
+        raise ValueError("model: this MODEL has no Linear or Conv2d layer in floating point to quantize.")
+    chosen = quantization.rules.select(list(layers))
+    if not chosen:
+        raise ValueError("include, exclude: together they leave no layer of this MODEL to quantize; let some be quantized.")
+    bar, replaced = comfy.utils.ProgressBar(len(chosen)), {}
+    for name in chosen:
+        layer, packing = layers[name], quantization.packing(layers[name])
+        packed = _quantized_weight(model, f"{PREFIX}{name}.weight", packing)
+        replaced[layer] = quantized_class(layer).of(name, layer, packing, packed, quantization.activation)
+        bar.update(1)
+    base = _copy_of_model(model, replaced)
+    base.iec_quantization, base.iec_fingerprint = quantization.name, fingerprint(model)
+    return _patcher(model, base, [f"{PREFIX}{name}.weight" for name in chosen])
 
 
 def quantization_of(model):
     """Return the short name of a MODEL's quantization, None where it has none."""
-    return next((wrapper.quantization for wrapper in model.get_wrappers(WrappersMP.APPLY_MODEL, KEY)), None)
+    return getattr(model.model, "iec_quantization", None)
+
+
+def _quantized_weight(model, key, packing):
+    """Return the packed weight of a layer, with the patches that lie on it, on the MODEL's offload device."""
+    device = model.load_device
+    weight = original_weight(model, key, comfy.utils.get_attr(model.model, key)).to(device)
+    if key in model.patches:
+        weight = comfy.lora.calculate_weight(model.patches[key], weight.float().clone(), key)
+    return packing.quantize(weight).to(model.offload_device)
+
+
+def _copy_of_model(model, replaced):
+    """Return a copy of the MODEL's BaseModel, with layers replaced: all other weights are shared where they lie on the offload
+    device.
+    """
+    source = model.model
+    copies = {module: replaced.get(module) or module.__class__.__new__(module.__class__) for module in source.modules()}
+    memo = {id(module): new for module, new in copies.items()}
+    for name, tensor in [*source.named_parameters(), *source.named_buffers()]:
+        weight = original_weight(model, name, tensor).to(model.offload_device)
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        memo[id(tensor)] = torch.nn.Parameter(weight, requires_grad=False) if is_parameter else weight
+    for shared in (source.model_config, getattr(source, "latent_format", None)):
+        memo[id(shared)] = shared
+    for module, new in copies.items():
+        if module not in replaced:
+            own = {name: value for name, value in module.__dict__.items() if not is_host_state(name)}
+            new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in own.items()})
+            if "prev_comfy_cast_weights" in module.__dict__:  # it is offloaded
+                new.comfy_cast_weights = module.prev_comfy_cast_weights
+    base = copies[source]
+    base.device, base.current_patcher = model.offload_device, None
+    return base
+
+
+def _patcher(model, base, baked):
+    """Return the MODEL of a BaseModel, with all that is on `model` but for the patches on the keys `baked`."""
+    dynamic = getattr(model, "is_dynamic", lambda: False)()
+    kind = comfy.model_patcher.ModelPatcher if dynamic else type(model)
+    template = kind.__new__(kind)
+    template.__dict__.update(model.__dict__)
+    template.model, template.size = base, 0
+    template.backup, template.backup_buffers, template.object_patches_backup = {}, {}, {}
+    template.hook_backup, template.cached_hook_patches, template.pinned = {}, {}, set()
+    template.current_hooks, template.is_injected = None, False
+    quantized = template.clone()
+    for key in baked:
+        quantized.patches.pop(key, None)
+    return mark_quantized(quantized)
+
+
+def mark_quantized(model):
+    """Return a MODEL whose network is quantized, with what its patcher and its runs need to know of that."""
+    # In the host's faster mode hooks' weights are kept in floating point and copied over the packed ones.
+    model.set_hook_mode(comfy.hooks.EnumHookMode.MinVram)
+    model.model_options["transformer_options"][KEY] = quantization_of(model)
+    return model
+
+
+def memory(model):
+    """Return bytes of a MODEL's weights, as the host counts them."""
+    return comfy.model_management.module_size(model.model)
+
+
+def layer_table(model, device_type):
+    """Return rows (name, format, backend) of a quantized MODEL's quantized layers on a kind of device."""
+    layers = quantized_layers(model.model.diffusion_model)
+    return [(name, layer.packing.format, layer.backend(device_type)) for name, layer in layers.items()]

@@ -129,3 +129,22 @@ def relative(x, reference):
 @pytest.fixture(name="relative")
 def relative_fixture():
     return relative
+
+
+@pytest.fixture
+def rounded(host):
+    """rounded(model): (a quantized MODEL of all layers, the MODEL with these weights rounded alike, by patches of the host)."""
+
+    def make(model):
+        bits = {"weight_bits": "8", "activation_bits": "16", "keep_sensitive_layers": False}
+        quantized = host.run("IECQuantizeModel", model=model, **bits)[0]
+        layers = {
+            name: layer for name, layer in quantized.model.diffusion_model.named_modules() if hasattr(layer, "convert_weight")
+        }
+        assert len(layers) > 10
+        values = {f"diffusion_model.{name}.weight": layer.convert_weight(layer.weight) for name, layer in layers.items()}
+        reference = model.clone()
+        assert len(reference.add_patches({key: ("set", (value,)) for key, value in values.items()})) == len(values)
+        return quantized, reference
+
+    return make

@@ -252,5 +252,4 @@ def test_an_error_in_the_run_leaves_nothing_behind(host, sample, model, cached):
     quantized.set_model_output_block_patch(fail)
     with pytest.raises(RuntimeError, match="stop here"):
         sample(quantized, correction_steps="all")
-    assert not any("forward_comfy_cast_weights" in module.__dict__ for module in model.model.modules())
     assert torch.equal(sample(model), expected)

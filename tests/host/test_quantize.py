@@ -5,28 +5,37 @@ import sys
 import pytest
 import torch
 
+PROJ_IN = "diffusion_model.middle_block.1.proj_in.weight"
+
 
 @pytest.fixture
 def quantized(host, model):
-    def make(weight_bits=8, activation_bits=8, source=None, keep_sensitive_layers=True):
+    def make(weight_bits=8, activation_bits=8, source=None, keep_sensitive_layers=True, **more):
         return host.run(
             "IECQuantizeModel", model=source or model, weight_bits=str(weight_bits), activation_bits=str(activation_bits),
-            keep_sensitive_layers=keep_sensitive_layers,
+            keep_sensitive_layers=keep_sensitive_layers, **more,
         )[0]  # fmt: skip
 
     return make
 
 
+def layers_of(model):
+    return {
+        name: layer
+        for name, layer in model.model.diffusion_model.named_modules()
+        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))
+    }
+
+
 def evaluated_layers(model, run):
-    """Return {name: (layer, input, output)} of the first call of every Linear and Conv2d while run() runs."""
+    """Return {name: (input, output)} of the first call of every Linear and Conv2d while run() runs."""
     seen, hooks = {}, []
-    for name, layer in model.model.diffusion_model.named_modules():
-        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
+    for name, layer in layers_of(model).items():
 
-            def note(layer, inputs, output, name=name):
-                seen.setdefault(name, (layer, inputs[0].clone(), output.clone()))
+        def note(layer, inputs, output, name=name):
+            seen.setdefault(name, (inputs[0].clone(), output.clone()))
 
-            hooks.append(layer.register_forward_hook(note))
+        hooks.append(layer.register_forward_hook(note))
     try:
         run()
     finally:
@@ -42,43 +51,51 @@ def symmetric(x, limit):
     return (x / scale[:, None]).round().long(), scale.double()
 
 
-def reference(layer, x, weight_bits, activation_bits):
-    """The layer's output by its definition: int64 sums, then float64 scales."""
-    weight, weight_scale = symmetric(layer.weight.flatten(1), 2 ** (weight_bits - 1) - 1)
-    weight = weight.reshape(layer.weight.shape)
+def reference(layer, x, weight_bits, activation_bits, group=None, per_tensor=False):
+    """A full-precision layer's output, quantized by the definition: int64 sums, then float64 scales."""
+    weight = layer.weight.flatten(1) if layer.weight.ndim == 2 else layer.weight.permute(0, 2, 3, 1).flatten(1)
+    groups = weight.reshape(-1, group) if group and weight.shape[1] % group == 0 else weight
+    values, scale = symmetric(groups, 2 ** (weight_bits - 1) - 1)
+    matrix = (values * scale[:, None]).reshape(weight.shape)
     is_conv = isinstance(layer, torch.nn.Conv2d)
+    pixels = is_conv and layer.kernel_size == (1, 1) and layer.stride == (1, 1)
+    rows = x.movedim(1, -1) if is_conv else x
     if activation_bits == 16:
-        values, scale = x.double(), torch.ones(1)
-    elif is_conv:
-        values, scale = symmetric(x.flatten(1), 127)
-        values, scale = values.reshape(x.shape), scale[:, None, None, None]
+        rows = rows.double()
     else:
-        values, scale = symmetric(x.reshape(-1, x.shape[-1]), 127)
-        values, scale = values.reshape(x.shape), scale.reshape(*x.shape[:-1], 1)
-    if is_conv:  # float64 holds these sums exactly
-        sums = torch.nn.functional.conv2d(values.double(), weight.double(), None, layer.stride, layer.padding)
-        return sums * scale * weight_scale[:, None, None] + (0 if layer.bias is None else layer.bias[:, None, None])
-    return (values.double() @ weight.double().t()) * scale * weight_scale + (0 if layer.bias is None else layer.bias)
+        parts = rows.flatten()[None] if per_tensor else (rows.flatten(0, -2) if pixels or not is_conv else rows.flatten(1))
+        integers, factor = symmetric(parts, 127)
+        rows = (integers * factor[:, None]).reshape(rows.shape)
+    bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias
+    if not is_conv:
+        return rows @ matrix.t() + bias
+    kernel = matrix.reshape(len(weight), *layer.kernel_size, -1).permute(0, 3, 1, 2)
+    return torch.nn.functional.conv2d(rows.movedim(-1, 1), kernel, bias.double(), layer.stride, layer.padding)
 
 
-@pytest.mark.parametrize(("weight_bits", "activation_bits"), [(8, 8), (4, 8), (8, 16), (4, 16)])
-def test_every_layer_computes_by_the_definition(model, sample, quantized, weight_bits, activation_bits):
-    variant = quantized(weight_bits, activation_bits)
-    layers = evaluated_layers(model, lambda: sample(variant, steps=1))
-    plain = {name for name in layers if name.split(".")[0] in ("time_embed", "label_emb")} | {"input_blocks.0.0", "out.2"}
-    assert len(layers) > 60 and plain < set(layers)
-    for name, (layer, x, output) in layers.items():
+@pytest.mark.parametrize(
+    ("weight_bits", "activation_bits", "more"),
+    [(8, 8, {}), (4, 8, {}), (8, 16, {}), (4, 16, {}), (4, 16, {"group_size": "32"}), (8, 8, {"activation_scale": "tensor"})],
+)
+def test_every_layer_computes_by_the_definition(model, sample, quantized, weight_bits, activation_bits, more):
+    variant = quantized(weight_bits, activation_bits, **more)
+    seen, full = evaluated_layers(variant, lambda: sample(variant, steps=1)), layers_of(model)
+    plain = {name for name in seen if name.split(".")[0] in ("time_embed", "label_emb")} | {"input_blocks.0.0", "out.2"}
+    assert len(seen) > 60 and plain < set(seen)
+    group = int(more.get("group_size", 0))
+    for name, (x, output) in seen.items():
+        exact = full[name](x)
         if name in plain:
-            assert torch.equal(output, layer(x)), name
+            assert torch.equal(output, exact), name
             continue
-        expected = reference(layer, x, weight_bits, activation_bits)
-        assert (output.double() - expected).abs().max() <= 3e-6 * expected.abs().max(), name
-        assert not torch.equal(output, layer(x)), name
+        expected = reference(full[name], x, weight_bits, activation_bits, group, "activation_scale" in more)
+        assert (output.double() - expected).abs().max() <= 1e-5 * expected.abs().max(), name
+        assert not torch.equal(output, exact), name
 
 
-def test_integer_sums_of_every_layer_equal_int64_bit_for_bit(model, sample, quantized, monkeypatch):
+def test_integer_sums_of_every_layer_equal_int64_bit_for_bit(sample, quantized, monkeypatch):
     """What the integer kernels are given and give in a real run, before any scale is applied."""
-    core = sys.modules[next(name for name in sys.modules if name.endswith(".iec_core.quantization"))]
+    core = sys.modules[next(name for name in sys.modules if name.endswith(".iec_core.int8"))]
     int_matmul, conv2d_sums, seen = core.int_matmul, core.conv2d_sums, []
 
     def matmul(a, b):
@@ -87,62 +104,213 @@ def test_integer_sums_of_every_layer_equal_int64_bit_for_bit(model, sample, quan
         seen.append("matmul")
         return result
 
-    def convolve(x, w, stride, padding, dilation):
-        result = conv2d_sums(x, w, stride, padding, dilation)
-        exact = torch.nn.functional.conv2d(x.double(), w.double(), None, stride, padding, dilation)  # below 2^53
+    def convolve(x, w, size, stride, padding, dilation):
+        result = conv2d_sums(x, w, size, stride, padding, dilation)
+        kernel = w.view(len(w), *size, -1).permute(0, 3, 1, 2)
+        exact = torch.nn.functional.conv2d(x.double(), kernel.double(), None, stride, padding, dilation)  # below 2^53
         assert torch.equal(result.long(), exact.long())
         seen.append("convolution")
         return result
 
+    variant = quantized()
     monkeypatch.setattr(core, "int_matmul", matmul)
     monkeypatch.setattr(core, "conv2d_sums", convolve)
-    sample(quantized(), steps=1)
-    layers = model.model.diffusion_model.named_modules()
-    convolutions = sum(isinstance(layer, torch.nn.Conv2d) for _, layer in layers) - 2
-    assert seen.count("convolution") == convolutions > 20
-    assert seen.count("matmul") > convolutions
+    sample(variant, steps=1)
+    windows = [layer for layer in layers_of(variant).values() if getattr(layer, "kernel_size", (1, 1)) != (1, 1)]
+    assert seen.count("convolution") == len(windows) - 2 > 15
+    assert seen.count("matmul") > len(windows)
 
 
 def test_sensitive_layers_can_be_quantized_too(model, sample, quantized):
-    layers = evaluated_layers(model, lambda: sample(quantized(keep_sensitive_layers=False), steps=1))
-    assert all(not torch.equal(output, layer(x)) for layer, x, output in layers.values())
+    variant = quantized(keep_sensitive_layers=False)
+    full = layers_of(model)
+    seen = evaluated_layers(variant, lambda: sample(variant, steps=1))
+    assert all(not torch.equal(output, full[name](x)) for name, (x, output) in seen.items())
 
 
 def test_fewer_bits_cost_more_error(sample, model, quantized, relative):
     expected = sample(model)
-    errors = {bits: relative(sample(quantized(*bits)), expected) for bits in [(8, 16), (8, 8), (4, 16), (4, 8)]}
+    errors = {bits: relative(sample(quantized(*bits)), expected) for bits in [(8, 16), (8, 8), (4, 16), (4, 8), ("fp8", 16)]}
     assert 0 < errors[8, 16] < errors[8, 8] < errors[4, 8] < 0.5
-    assert errors[8, 16] < errors[4, 16] < 0.5
+    assert errors[8, 16] < errors["fp8", 16] < errors[4, 16] < 0.5
+    grouped = relative(sample(quantized(4, 16, group_size="32")), expected)
+    searched = relative(sample(quantized(4, 16, weight_scale="search")), expected)
+    assert max(grouped, searched) < errors[4, 16]
+
+
+def test_memory_is_what_the_formats_say(model, quantized):
+    """As the host counts it; the source is in float32 here."""
+    from comfy.model_management import module_size as size
+
+    full = layers_of(model)
+    total = size(model.model)
+    for bits, share in (("8", 1 / 4), ("4", 1 / 8), ("fp8", 1 / 4)):
+        variant = quantized(bits, 16)
+        chosen = {name for name, layer in layers_of(variant).items() if layer.weight.dtype == torch.int8}
+        weights = {name: layer.weight.nbytes for name, layer in full.items() if name in chosen}
+        scales = sum(4 * len(layer.weight) for name, layer in full.items() if name in chosen)
+        expected = total - sum(weights.values()) * (1 - share) + scales
+        assert len(chosen) > 60 and abs(size(variant.model) - expected) < 16 * len(chosen)
+        assert variant.model_size() == size(variant.model) < {"8": 0.3, "4": 0.18, "fp8": 0.3}[bits] * total
 
 
 def test_source_model_and_other_clones_stay_as_they_are(sample, model, quantized):
     expected = sample(model)
+    weights = {name: layer.weight.clone() for name, layer in layers_of(model).items()}
     w8, w4 = quantized(8), quantized(4)
     first8, first4 = sample(w8), sample(w4)
     assert torch.equal(sample(model), expected)
     assert torch.equal(sample(w8), first8)
     assert torch.equal(sample(w4), first4)
-    assert not any("forward_comfy_cast_weights" in module.__dict__ for module in model.model.modules())
+    assert not torch.equal(first8, first4)
+    assert all(torch.equal(layer.weight, weights[name]) for name, layer in layers_of(model).items())
 
 
-def test_lora_reaches_quantized_layers_before_and_after(sample, model, quantized):
-    """A weight patch as stock LoRA loaders make it; alternating with the plain model, which shares the weights."""
+@pytest.fixture
+def with_lora(model):
+    """with_lora(source): a clone with a weight patch as stock LoRA loaders make it."""
+    shape = model.model.state_dict()[PROJ_IN].shape
+    patch = {PROJ_IN: (torch.randn(shape, generator=torch.Generator().manual_seed(0)),)}
+
+    def patched(source):
+        clone = source.clone()
+        assert clone.add_patches(patch, 0.8) == [PROJ_IN]
+        return clone
+
+    return patched
+
+
+def test_lora_before_is_quantized_with_the_weight(sample, model, quantized, relative, with_lora):
+    """The weight that is quantized is the patched one, once."""
+    patched = with_lora(model)
+    variant = quantized(source=patched)
+    layer = variant.model.get_submodule(PROJ_IN.removesuffix(".weight"))
     generator = torch.Generator().manual_seed(0)
-    key = "diffusion_model.middle_block.1.proj_in.weight"
-    patch = {key: (0.3 * torch.randn(model.model.state_dict()[key].shape, generator=generator),)}
+    plain = model.model.state_dict()[PROJ_IN]
+    full = plain + 0.8 * torch.randn(plain.shape, generator=generator)
+    values, scale = symmetric(full.flatten(1), 127)
+    restored = layer.convert_weight(layer.weight)
+    torch.testing.assert_close(restored.double().flatten(1), values * scale[:, None], rtol=1e-6, atol=1e-7)
+    assert relative(sample(variant), sample(patched)) < 0.3 * relative(sample(quantized()), sample(patched))
 
-    def with_lora(source):
-        patched = source.clone()
-        assert patched.add_patches(patch, 0.8) == [key]
-        return patched
 
-    plain, full = sample(quantized()), sample(with_lora(model))
-    before = sample(quantized(source=with_lora(model)))
-    assert torch.equal(sample(quantized()), plain)
-    after = sample(with_lora(quantized()))
-    assert torch.equal(before, after)
-    assert not torch.equal(before, plain) and not torch.equal(before, full)
-    assert torch.equal(sample(with_lora(model)), full)
+def test_lora_after_reaches_the_quantized_weight_and_goes_again(sample, model, quantized, relative, with_lora):
+    """Alternating with the MODEL without it, which shares the weights; by the host's own patching of a packed weight."""
+    base = quantized()
+    plain = sample(base)
+    before, after = sample(quantized(source=with_lora(model))), sample(with_lora(base))
+    assert torch.equal(sample(base), plain)
+    effect = relative(sample(with_lora(model)), sample(model))
+    assert relative(after, before) < 0.25 * effect and relative(after, plain) > 0.5 * effect
+    assert torch.equal(sample(with_lora(base)), after)
+    layer = base.model.get_submodule(PROJ_IN.removesuffix(".weight"))
+    assert layer.weight.dtype == torch.int8 and not layer.weight_function  # patched once, at no cost in the steps
+
+
+def test_lora_on_an_offloaded_layer_is_the_same(sample, quantized, with_lora):
+    """In low VRAM the host leaves the weight as it is and patches it in every evaluation."""
+    base = quantized()
+    patched = with_lora(base)
+    key = PROJ_IN.removesuffix(".weight")
+    expected = sample(patched)
+    sample(base)  # the host takes the LoRA off again
+    patched.load(torch.device("cpu"), lowvram_model_memory=1)
+    layer = patched.model.get_submodule(key)
+    assert len(layer.weight_function) == 1
+    x = torch.randn(2, 16, layer.packing.inputs, generator=torch.Generator().manual_seed(3))
+    offloaded = layer(x)
+    patched.detach()
+    patched.load(torch.device("cpu"), full_load=True)
+    assert not layer.weight_function
+    assert torch.equal(layer(x), offloaded)
+    patched.detach()
+    assert torch.equal(sample(patched), expected)
+
+
+def test_merging_quantized_models(sample, model, quantized, relative, with_lora):
+    """The host's ModelMergeSimple of two quantized MODELs, and of one with full precision."""
+    from comfy_extras.nodes_model_merging import ModelMergeSimple
+
+    merge = ModelMergeSimple().merge
+    one, other = quantized(8, 16), quantized(8, 16, source=with_lora(model))
+    expected = sample(merge(model, with_lora(model), 0.5)[0])
+    effect = relative(expected, sample(model))
+    for merged in (merge(one, other, 0.5)[0], merge(one, with_lora(model), 0.5)[0]):
+        assert relative(sample(merged), expected) < 0.3 * effect
+    assert relative(sample(merge(model, other, 0.5)[0]), expected) < 0.3 * effect
+
+
+def test_rotation_and_search_are_of_use_where_there_are_outliers(host, sample, model, quantized, relative):
+    spiked = model.clone()
+    key = "diffusion_model.input_blocks.7.1.transformer_blocks.0.ff.net.2.weight"
+    weight = model.model.state_dict()[key]
+    outliers = torch.zeros_like(weight)
+    outliers[:, 3] = 20 * weight.std()
+    spiked.add_patches({key: (outliers,)}, 1.0)
+    expected = sample(spiked)
+    plain, rotated = (relative(sample(quantized(4, 16, source=spiked, rotate=value)), expected) for value in (False, True))
+    assert rotated < plain
+
+
+def compiled(source):
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    clone = source.clone()
+    set_torch_compile_wrapper(model=clone, backend="eager")
+    return clone
+
+
+@pytest.mark.parametrize("weight_bits", ["8", "4"])
+def test_compiled_is_the_same(sample, quantized, weight_bits):
+    base = quantized(weight_bits)
+    torch.testing.assert_close(sample(compiled(base)), sample(base), rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiled_model_is_refused(model, quantized):
+    with pytest.raises(ValueError, match=r"^model: this MODEL is compiled, and what is compiled cannot be quantized"):
+        quantized(source=compiled(model))
+
+
+def names(model):
+    return [name for name, layer in layers_of(model).items() if layer.weight.dtype == torch.int8]
+
+
+def test_layers_are_chosen_by_patterns(quantized):
+    every, blocks = names(quantized()), names(quantized(include="input_blocks.*, middle_block.*"))
+    assert blocks == [name for name in every if name.startswith(("input_blocks.", "middle_block."))]
+    assert names(quantized(exclude="*.proj_in *.proj_out")) == [n for n in every if not n.endswith((".proj_in", ".proj_out"))]
+    kept = set(every) - set(names(quantized(keep_output_projections=True)))
+    assert kept == {name for name in every if name.endswith((".to_out.0", ".ff.net.2"))} != set()
+    one = names(quantized(include="middle_block.*", exclude="middle_block.1.*"))
+    assert one and all(name.startswith("middle_block.") and not name.startswith("middle_block.1.") for name in one)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"include": "nothing.*"}, r"^include: 'nothing\.\*' fits none of this MODEL's \d+ Linear and Conv2d layers"),
+        ({"exclude": "*.proj_in, out"}, r"^exclude: 'out' fits none"),
+        ({"include": "out.2"}, r"^include, exclude: together they leave no layer"),
+        ({"group_size": "32"}, r"^group_size: 32 needs integer weights with activation_bits 16"),
+    ],
+)
+def test_rules_that_cannot_be_are_refused(quantized, inputs, message):
+    with pytest.raises(ValueError, match=message):
+        quantized(**inputs)
+
+
+def test_choices_are_validated(host):
+    node = host.nodes["IECQuantizeModel"]
+    for name in ("weight_bits", "activation_bits", "group_size", "weight_scale", "activation_scale"):
+        assert node.validate_inputs(**{name: "9"}).startswith(f"{name}: '9' is none of ")
+        assert node.validate_inputs(**{name: None}) is True
+
+
+def test_every_layer_says_what_computes_it(quantized):
+    said = {layer.backend("cpu") for name, layer in layers_of(quantized()).items() if layer.weight.dtype == torch.int8}
+    assert said == {"torch._int_mm", "gathered windows, torch._int_mm"}
+    fp8 = {layer.backend("cpu") for layer in layers_of(quantized("fp8", 8)).values() if layer.weight.dtype == torch.int8}
+    assert fp8 == {"dequantized weight"}
 
 
 def test_quantizing_twice_is_refused(quantized):
@@ -150,8 +318,23 @@ def test_quantizing_twice_is_refused(quantized):
         quantized(source=quantized())
 
 
-def test_model_without_layers_is_refused(host, model, quantized):
+def test_model_without_layers_is_refused(model, quantized):
     clone = model.clone()
     clone.add_object_patch("diffusion_model", torch.nn.ReLU())
     with pytest.raises(ValueError, match=r"^model: this MODEL has no Linear or Conv2d layer"):
         quantized(source=clone)
+
+
+def test_names_of_quantizations(quantized):
+    """Two quantizations have the same name only if they are the same."""
+
+    def name(**inputs):
+        return quantized(**inputs).model.iec_quantization
+
+    assert name() == "W8A8"
+    assert name(activation_bits=16, group_size="32") == "W8A16, groups of 32"
+    assert name(exclude="*.proj_in") == "W8A8, not *.proj_in"
+    assert name(keep_sensitive_layers=False) == "W8A8 of all layers"
+    every = names(quantized())[:4]
+    one, other = name(exclude=" ".join(every)), name(exclude=" ".join(every[:3]))
+    assert one.startswith("W8A8, not 4 names (") and other.startswith("W8A8, not 3 names (") and len(one) < 60

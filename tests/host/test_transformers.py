@@ -859,3 +859,21 @@ def test_transformer_that_does_not_call_replacements_is_refused_by_its_first_eva
     monkeypatch.setattr(network, "forward_orig", deaf)
     with pytest.raises(ValueError, match=r"^model: this transformer \(WanModel\) does not let its blocks be replaced"):
         sample("Wan", cached(model))
+
+
+# These take the type of what enters a layer from its weight.
+CAST_TO_A_WEIGHT = {"Hunyuan3D 2.1": "t_embedder.mlp.0"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_quantized(host, sample, models, rounded, relative, name):
+    """Every family's Linear and Conv2d layers can be quantized."""
+    model = models(name)
+    if name in CAST_TO_A_WEIGHT:
+        quantized = rounded(model)[0]
+        with pytest.raises(ValueError, match=rf"^exclude: this network takes the type of what enters {CAST_TO_A_WEIGHT[name]}"):
+            sample(name, quantized)
+        return
+    quantized, reference = rounded(model)
+    assert relative(sample(name, quantized), sample(name, reference)) < 1e-4
+    assert relative(sample(name, reference), sample(name, model)) > 1e-4

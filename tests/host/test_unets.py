@@ -770,3 +770,12 @@ def test_compiled(host, models, draw, cached, relative, graphs):
         assert count == fewer
     assert relative(draw(compiled(model), "short"), plain) < 1e-4
     assert relative(draw(compiled(cached(model, branch=1)), "short"), draw(cached(model, branch=1), "short")) < 1e-4
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_quantized(models, draw, rounded, relative, name):
+    """Every family's Linear and Conv2d layers can be quantized."""
+    model = models(name)
+    quantized, reference = rounded(model)
+    assert relative(draw(quantized, name), draw(reference, name)) < 1e-4
+    assert relative(draw(reference, name), draw(model, name)) > 1e-4

@@ -1,23 +1,31 @@
-"""By what a MODEL is told from another: a sample of its own weights, before any patch."""
+"""A MODEL's own weights, before any patch, and by what it is told from another."""
 
 import torch
 
 PLACES, VALUES = 256, 16
 
 
+def original_weight(model, key, parameter):
+    """Return the value of a parameter of `model.model` as it was before the host patched it in place."""
+    if key in model.backup:
+        return model.backup[key].weight.detach()
+    return (model.hook_backup[key][0] if key in model.hook_backup else parameter).detach()
+
+
 def fingerprint(model):
     """Return float32 [n <= 4096]: numbers of the network's matrices and kernels at fixed places, as they were loaded; LoRAs and
     hooks do not show. Those of one matrix have norm 1, so that all of them count alike.
 
-    A network in float32, float16 or bfloat16 has the same to about 0.3 %.
+    A network in float32, float16 or bfloat16 has the same to about 0.3 %; a quantized one has its source's.
     """
+    if getattr(model.model, "iec_fingerprint", None) is not None:
+        return model.model.iec_fingerprint
     named = [(name, weight) for name, weight in model.model.diffusion_model.named_parameters() if weight.ndim > 1]
     named.sort(key=lambda item: item[0])
     chosen = [named[number * len(named) // PLACES] for number in range(PLACES)] if len(named) > PLACES else named
     sample = []
     for name, parameter in chosen:
-        backup = model.backup.get(f"diffusion_model.{name}")  # of a weight that the host has patched in place
-        weight = (parameter if backup is None else backup.weight).detach().flatten()
+        weight = original_weight(model, f"diffusion_model.{name}", parameter).flatten()
         places = torch.arange(min(VALUES, weight.numel()), device=weight.device) * weight.numel() // VALUES
         values = weight[places].float().cpu()
         sample.append(values / values.norm().clamp(min=1e-12))

@@ -1,0 +1,189 @@
+"""The host's Linear and Conv2d layers with a quantized weight.
+
+The parameter `weight` is the packed one: a plain tensor of bytes, which the host moves, offloads, pins, backs up and counts as
+it does any other. `convert_weight` and `set_weight` are the host's own contract for weights that are not what they are computed
+with: through them LoRAs, weight hooks and merges reach it.
+"""
+
+import contextlib
+import copy
+from dataclasses import dataclass
+
+import comfy.ops
+import torch
+
+from ...iec_core import fp8
+from ...iec_core.int8 import conv2d_int8, conv_backend, linear_backend, linear_int8
+from ...iec_core.quantization import rotate
+
+# What the host keeps on a model and its layers while they are loaded; a copy that is not loaded goes without.
+HOST_STATE = (
+    "weight_function", "bias_function", "weight_lowvram_function", "bias_lowvram_function", "prev_comfy_cast_weights",
+    "comfy_patched_weights", "seed_key", "current_patcher", "device", "model_loaded_weight_memory", "lowvram_patch_counter",
+    "model_lowvram", "current_weight_patches_uuid", "model_offload_buffer_memory", "dynamic_vbars", "dynamic_pins",
+    "dynamic_patchers",
+)  # fmt: skip
+
+
+def is_host_state(name):
+    """Tell whether an attribute of a model or a layer is there only because the host has loaded it."""
+    return name in HOST_STATE or name == "_v" or name.startswith(("_v_", "_pin", "_prefetch"))
+
+
+@dataclass(frozen=True)
+class ActivationFormat:
+    """bits: 16 (as they are) or 8. per_tensor: one scale for a whole tensor, instead of one for each row or batch item."""
+
+    bits: int = 16
+    per_tensor: bool = False
+
+
+class _QuantizedLayer:
+    """What both kinds of layer share. packing: a Packing. activation: an ActivationFormat. input_scale: of calibrated
+    activations, float32 of one number, set before an evaluation; None: taken from what comes in.
+    """
+
+    input_scale = None
+
+    @classmethod
+    def of(cls, name, layer, packing, packed, activation):
+        """Return a quantized layer in place of one of the host's: packed is its weight as `packing` has it. name: in the
+        network.
+        """
+        quantized = cls.__new__(cls)
+        own = {name: value for name, value in layer.__dict__.items() if not is_host_state(name)}
+        quantized.__dict__.update({name: copy.copy(value) if isinstance(value, dict) else value for name, value in own.items()})
+        bias = None if layer.bias is None else torch.nn.Parameter(layer.bias.detach(), requires_grad=False)
+        quantized._parameters = {"weight": torch.nn.Parameter(packed, requires_grad=False), "bias": bias}
+        quantized.weight_function, quantized.bias_function = [], []
+        quantized.name, quantized.packing, quantized.activation = name, packing, activation
+        return quantized
+
+    def convert_weight(self, weight, inplace=False, **kwargs):
+        """Return the weight in floating point; weight: the packed one, in whatever type the host has cast its bytes to."""
+        return weight if weight.ndim > 1 else self.packing.dequantize(weight.to(torch.int8))
+
+    def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
+        """Take up a weight in floating point. It is rounded to the nearest, whatever the seed, so that what is offloaded and
+        patched anew in every step is the same as what is patched once.
+        """
+        packed = self.packing.quantize(weight)
+        if return_weight:
+            return packed
+        if inplace_update:
+            self.weight.data.copy_(packed)
+        else:
+            self.weight = torch.nn.Parameter(packed, requires_grad=False)
+
+    def forward_comfy_cast_weights(self, x):
+        """Evaluate the layer on x. Raises ValueError where the network has cast x to the type of the packed weight."""
+        if not x.is_floating_point():
+            raise ValueError(
+                f"exclude: this network takes the type of what enters {self.name} from that layer's weight, so that it cannot "
+                "be quantized; name it in exclude."
+            )
+        with self._at(x) as (packed, bias):
+            return self._compute(x, packed, bias)
+
+    @contextlib.contextmanager
+    def _at(self, x):
+        """Yield (packed weight, bias) on x's device; what an offloaded layer's weight is to be patched with is done here, for
+        the host would do it to the bytes.
+        """
+        functions, self.weight_function = self.weight_function, []
+        try:
+            packed, bias, stream = comfy.ops.cast_bias_weight(
+                self, dtype=torch.int8, device=x.device, bias_dtype=x.dtype, offloadable=True
+            )
+        finally:
+            self.weight_function = functions
+        patched = packed
+        if functions:
+            weight = self.packing.dequantize(packed)
+            for function in functions:
+                weight = self.convert_weight(function(weight))
+            patched = self.packing.quantize(weight)
+        try:
+            yield patched, bias
+        finally:
+            comfy.ops.uncast_bias_weight(self, packed, bias, stream)
+
+    def rotated(self, x):
+        """Return what comes in as it is quantized."""
+        return rotate(x, self.packing.format.rotation) if self.packing.format.rotation else x
+
+    def backend(self, device_type):
+        """Return, in words, what computes this layer on a kind of device."""
+        kind, quantized = self.packing.format.kind, self.activation.bits == 8
+        if not quantized or (kind == "fp8" and not self._multiplies_fp8(device_type)):
+            return "dequantized weight"
+        if kind == "fp8":
+            return "torch._scaled_mm"
+        return self._integer_backend(device_type)
+
+    def _multiplies_fp8(self, device_type):
+        return False
+
+    def _per_row(self):
+        return self.input_scale is None and not self.activation.per_tensor
+
+
+class QuantizedLinear(_QuantizedLayer, comfy.ops.manual_cast.Linear):
+    """A Linear layer: weight [O, C]."""
+
+    def _compute(self, x, packed, bias):
+        activation, fmt = self.activation, self.packing.format
+        if activation.bits == 16 or (fmt.kind == "fp8" and not self._multiplies_fp8(x.device.type)):
+            return torch.nn.functional.linear(self.rotated(x), self.packing.scaled(packed, x.dtype), bias)
+        values, scale = self.packing.values(packed)
+        if fmt.kind == "fp8":
+            return fp8.linear_fp8(self.rotated(x), values, scale[0], bias, self.input_scale)
+        return linear_int8(x, values, scale[:, 0], bias, self.input_scale, activation.per_tensor, fmt.rotation)
+
+    def _multiplies_fp8(self, device_type):
+        fits = fp8.fits(self.packing.inputs, self.packing.rows)
+        return self.packing.format.kind == "fp8" and fits and fp8.has_scaled_mm(device_type)
+
+    def _integer_backend(self, device_type):
+        return linear_backend(device_type, self._per_row())
+
+
+class QuantizedConv2d(_QuantizedLayer, comfy.ops.manual_cast.Conv2d):
+    """A Conv2d layer (groups 1, zero padding): weight [O, C, kh, kw]."""
+
+    def _compute(self, x, packed, bias):
+        geometry = self.stride, self.padding, self.dilation
+        if self.activation.bits == 16 or self.packing.format.kind == "fp8":
+            kernel = self.packing.kernel(self.packing.scaled(packed, x.dtype))
+            return torch.nn.functional.conv2d(x, kernel, bias, *geometry)
+        values, scale = self.packing.values(packed)
+        per_tensor = self.activation.per_tensor
+        return conv2d_int8(x, values, scale[:, 0], bias, self.kernel_size, *geometry, self.input_scale, per_tensor)
+
+    def _integer_backend(self, device_type):
+        if (*self.kernel_size, *self.stride, *self.padding) == (1, 1, 1, 1, 0, 0):
+            return linear_backend(device_type, self._per_row())
+        return conv_backend(device_type)
+
+
+def quantized_class(layer):
+    """Return the class of quantized layer for one of the host's, None where there is none."""
+    weight = getattr(layer, "weight", None)
+    if not isinstance(layer, comfy.ops.CastWeightBiasOp) or weight is None or isinstance(layer, _QuantizedLayer):
+        return None
+    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16) or type(weight.data) is not torch.Tensor:
+        return None  # quantized already, by the host
+    return class_for(layer)
+
+
+def class_for(layer):
+    """Return the class of quantized layer for a layer of this geometry, None where there is none."""
+    if isinstance(layer, torch.nn.Linear):
+        return QuantizedLinear
+    plain = isinstance(layer, torch.nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros"
+    return QuantizedConv2d if plain and not isinstance(layer.padding, str) else None
+
+
+def quantized_layers(network):
+    """Return {name: layer} of the quantized layers of a network."""
+    return {name: layer for name, layer in network.named_modules() if isinstance(layer, _QuantizedLayer)}
