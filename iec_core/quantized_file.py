@@ -1,0 +1,379 @@
+"""Quantized models as .safetensors files.
+
+A quantized layer is three tensors, named as ComfyUI names them: `<layer>.weight`, its integers or float8 numbers [O, K], of
+int4 two to a byte; `<layer>.weight_scale`; `<layer>.comfy_quant`, its description (JSON in bytes). The descriptions are in the
+header's metadata too, where older hosts look for them. Linear layers of 8-bit weights, in float8 such without rotation, are as
+ComfyUI (0.33 or later) has them, so that it opens a file of such layers by itself. All others are of formats that no host
+knows, and convolutions of shapes that its layers do not have, so that it fails instead of taking them for something else. What
+only we need to know is in the metadata as `iec.quantized`.
+
+A file is read by its own header, which is checked before anything is allocated; then tensors are read one at a time, each into
+memory of its own, so that no file stays mapped and what is allocated is never more than what the file holds.
+"""
+
+import json
+import math
+import os
+import re
+from dataclasses import asdict, dataclass, fields
+
+import torch
+
+from .quantization import LIMITS, Packing, WeightFormat, rotation_size
+
+FORMAT_KEY, VERSION = "iec.quantized", 1
+HOST_KEY = "_quantization_metadata"  # ComfyUI's
+CONFIG_KEY = "config"  # ComfyUI's too: {"transformer": what the weights do not tell of the network}
+HOST_FORMATS = {"int8": "int8_tensorwise", "fp8": "float8_e4m3fn"}
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+STORED = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
+NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+
+LARGEST_HEADER = 16 * 2**20  # bytes; that of a network of ten thousand layers has half as many
+LARGEST_DIMENSIONS = 8  # of a tensor
+LARGEST_FINGERPRINT = 4096  # numbers
+
+
+@dataclass(frozen=True)
+class LayerFile:
+    """How a layer is described in a file. shape: of its weight. format: a WeightFormat."""
+
+    shape: tuple[int, ...]
+    format: WeightFormat
+
+    @property
+    def is_hosts(self):
+        """Whether it is written as the host has it. In float8 the host does not rotate."""
+        is_rotated_fp8 = self.format.kind == "fp8" and self.format.rotation
+        return self.format.kind in HOST_FORMATS and len(self.shape) == 2 and not self.format.group_size and not is_rotated_fp8
+
+
+def host_description(layer, activation_bits):
+    """Return the host's description of a layer, a dict."""
+    about = {"format": HOST_FORMATS[layer.format.kind] if layer.is_hosts else f"iec_{layer.format.kind}"}
+    if activation_bits == 16:
+        about["full_precision_matrix_mult"] = True
+    if layer.format.rotation:
+        about |= {"convrot": True, "convrot_groupsize": layer.format.rotation}
+    return about
+
+
+def _description_bytes(layer, activation_bits):
+    text = json.dumps(host_description(layer, activation_bits)).encode()
+    return text + b" " * (-len(text) % 8)  # so that what comes next stays aligned
+
+
+def layer_tensors(name, layer, packed, activation_bits):
+    """Return {key: tensor} of a layer: packed int8 [nbytes], as its Packing has it."""
+    values, scale = Packing(layer.shape, layer.format).stored(packed)
+    return {
+        f"{name}.weight": values,
+        f"{name}.weight_scale": scale[0, 0] if layer.format.kind == "fp8" else scale,
+        f"{name}.comfy_quant": torch.tensor(list(_description_bytes(layer, activation_bits)), dtype=torch.uint8),
+    }
+
+
+def write(path, sources, metadata):
+    """Write a .safetensors file, one tensor after the other, so that no second copy of all of them is needed.
+
+    sources: {key: (dtype, shape, get)}; get() returns the tensor, on any device. metadata: {str: str}. Raises ValueError for
+    what `QuantizedFile` would not read.
+    """
+    sizes = {key: math.prod(shape) * dtype.itemsize for key, (dtype, shape, _) in sources.items()}
+    ordered = sorted(sources, key=lambda key: -math.gcd(sizes[key], 8))  # every tensor aligned; a layer's mostly side by side
+    text = _header_bytes(ordered, sources, sizes, metadata)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key in ordered:
+            file.write(_bytes(key, *sources[key]))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _bytes(key, dtype, shape, get):
+    """Return what get() gives, as bytes in memory of the CPU."""
+    tensor = get()
+    if tensor.dtype != dtype or tensor.shape != torch.Size(shape):
+        raise ValueError(f"{key} is {tensor.dtype} {tuple(tensor.shape)}, and was to be {dtype} {tuple(shape)}")
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _header_bytes(keys, sources, sizes, metadata):
+    header, at = {"__metadata__": metadata}, 0
+    for key in keys:
+        dtype, shape, _ = sources[key]
+        if dtype not in NAMES or not NAME.fullmatch(key) or len(shape) > LARGEST_DIMENSIONS:
+            raise ValueError(
+                f"model: its weight {key} ({dtype}, {len(shape)} dimensions) cannot be kept in a file of this kind."
+            )
+        header[key] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + sizes[key]]}
+        at += sizes[key]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    if len(text) > LARGEST_HEADER - 8:
+        raise ValueError(f"model: it has too many layers for a file of this kind; their description has {len(text)} bytes.")
+    return text + b" " * (-len(text) % 8)
+
+
+class QuantizedFile:
+    """An opened file: its header is checked, and nothing else of it is read yet. A context manager.
+
+    about: its metadata, {"name": short name of the quantization, "activation": {"bits": 8 or 16, "per_tensor": bool},
+    "dtype": of the network, "network": its class, "fingerprint": list of float}. settings: of the network, what its weights do
+    not tell, {name: number, text, or list of such}. layers: {name: LayerFile}. plain: names of the tensors that are not
+    quantized.
+
+    Raises ValueError, with a sentence, for a file that is damaged or that another program has written.
+    """
+
+    def __init__(self, path):
+        try:
+            self._file = open(path, "rb")  # noqa: SIM115
+        except OSError as error:
+            raise ValueError(f"it cannot be opened ({error})") from error
+        try:
+            metadata, self._tensors, self._start = _read_header(self._file)
+            self._check(_description(metadata))
+            self.settings = _settings(metadata)
+        except OSError as error:
+            self.close()
+            raise ValueError(f"it cannot be read ({error})") from error
+        except ValueError:
+            self.close()
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        """Let go of the file."""
+        self._file.close()
+
+    def tensor(self, key):
+        """Return a tensor of the file."""
+        entry = self._tensors[key]
+        data = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
+        self._file.seek(self._start + entry.start)
+        if self._file.readinto(data.numpy().data) != len(data):
+            raise ValueError(f"it has become shorter; {key} is not whole")
+        return data.view(entry.dtype).view(entry.shape)
+
+    def packed(self, name):
+        """Return the packed weight of a layer, int8 [nbytes]."""
+        layer = self.layers[name]
+        packing, scale = Packing(layer.shape, layer.format), self.tensor(f"{name}.weight_scale")
+        scale = scale.expand(packing.rows, 1) if scale.ndim == 0 else scale
+        return packing.pack(self.tensor(f"{name}.weight"), scale)
+
+    def _check(self, about):
+        try:
+            _check_about(about)
+            self.about = {name: about[name] for name in ("name", "activation", "dtype", "network", "fingerprint")}
+            self.layers = {name: _layer(entry) for name, entry in about["layers"].items()}
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise ValueError(f"its description is damaged ({type(error).__name__}: {_short(error)})") from error
+        if not self.layers:
+            raise ValueError("its description has no layer")
+        wanted = {}
+        for name, layer in self.layers.items():
+            wanted |= _expected(name, layer, self.about["activation"]["bits"])
+        for key, (dtype, shape) in wanted.items():
+            self._check_tensor(key, dtype, shape)
+        self.plain = [key for key in self._tensors if key not in wanted]
+
+    def _check_tensor(self, key, dtype, shape):
+        if key not in self._tensors:
+            raise ValueError(f"{_short(key)} is missing")
+        found = self._tensors[key]
+        if found.dtype != dtype:
+            raise ValueError(f"{key} is {NAMES[found.dtype]}, and should be {NAMES[dtype]}")
+        if found.shape != tuple(shape):
+            raise ValueError(f"{key} has shape {found.shape}, and should have {tuple(shape)}")
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of a file. start, stop: bytes, from where the data begin."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def _short(value):
+    """Return an error's words, or a value from a file as it can be shown."""
+    text = str(value) if isinstance(value, Exception) and str(value).isprintable() else repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def _parsed(text, what):
+    """Return what a JSON text says. Raises ValueError, also where a name is there twice."""
+
+    def unique(pairs):
+        named = dict(pairs)
+        if len(named) != len(pairs):
+            raise ValueError("a name is there twice")
+        return named
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its {what} is damaged ({_short(error)})") from error
+
+
+def _read_header(file):
+    """Return (metadata, {key: _Tensor}, where the data begin) of a file."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if size < 10 or not 2 <= length <= min(size - 8, LARGEST_HEADER):
+        raise ValueError(
+            f"it is no .safetensors file, or a damaged one (of its {size} bytes {length} are said to be the header, which can "
+            f"have {LARGEST_HEADER} at most)"
+        )
+    text = file.read(length)
+    try:
+        text = text.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is no .safetensors file, or its header is damaged ({error})") from error
+    header = _parsed(text, "header")
+    if not isinstance(header, dict) or not text.startswith("{"):
+        raise ValueError("it is no .safetensors file, or its header is damaged (it is no table)")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its header is damaged (the metadata are no table of texts)")
+    tensors = {key: _tensor(key, entry) for key, entry in header.items()}
+    _check_places(tensors, size - 8 - length)
+    return metadata, tensors, 8 + length
+
+
+def _tensor(key, entry):
+    """Return the _Tensor of an entry in a header."""
+    if not NAME.fullmatch(key):
+        raise ValueError(f"it has a tensor of the name {_short(key)}, which is no name of a weight")
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{_short(key)} is not described by dtype, shape and data_offsets")
+    dtype, shape, places = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"{_short(key)} has a type that is not known ({_short(dtype)})")
+    if not _are_sizes(shape, LARGEST_DIMENSIONS) or not _are_sizes(places, 2) or len(places) != 2:
+        raise ValueError(f"{_short(key)} has a shape or a place that cannot be ({_short(shape)}, {_short(places)})")
+    if places[1] - places[0] != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise ValueError(f"{_short(key)} has shape {tuple(shape)} and type {dtype}, and not the bytes {places} for it")
+    return _Tensor(DTYPES[dtype], tuple(shape), *places)
+
+
+def _are_sizes(values, most):
+    """Tell whether a value is a list of so many whole numbers at most, none of them negative or larger than any file."""
+    return (
+        isinstance(values, list) and len(values) <= most and all(type(value) is int and 0 <= value < 2**62 for value in values)
+    )
+
+
+def _check_places(tensors, size):
+    """Raise ValueError where the tensors do not fill so many bytes without gap or overlap."""
+    end = 0
+    for key, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if tensor.start != end:
+            raise ValueError(f"{_short(key)} does not begin where what is before it ends")
+        end = tensor.stop
+    if end != size:
+        raise ValueError(f"it is truncated or has been added to (its tensors have {end} bytes, and it has {size} for them)")
+
+
+def _description(metadata):
+    """Return the description in a file's metadata."""
+    if FORMAT_KEY not in metadata:
+        raise ValueError("it was not written by Save Quantized Model (IEC); load it with the host's own node")
+    about = _parsed(metadata[FORMAT_KEY], "description")
+    version = about.get("version") if isinstance(about, dict) else None
+    if type(version) is not int or version != VERSION:
+        raise ValueError(f"it is of version {_short(version)}, and only version {VERSION} can be read; save the model anew")
+    return about
+
+
+def _settings(metadata):
+    """Return the settings of a network in a file's metadata."""
+    about = _parsed(metadata.get(CONFIG_KEY, '{"transformer": {}}'), "settings of the network")
+    settings = about.get("transformer") if isinstance(about, dict) else None
+    lists = (
+        [value if isinstance(value, list) else [value] for value in settings.values()] if isinstance(settings, dict) else [[{}]]
+    )
+    if not all(len(values) <= 64 and all(_is_setting(value) for value in values) for values in lists):
+        raise ValueError(f"its settings of the network cannot be ({_short(about)})")
+    return settings
+
+
+def _is_setting(value):
+    if isinstance(value, (int, float)):
+        return -(2**16) <= value <= 2**16  # no network is larger, and what is built by it stays bounded
+    return value is None or (isinstance(value, str) and len(value) <= 200)
+
+
+def _expected(name, layer, activation_bits):
+    """Return {key: (dtype, shape)} of what a layer needs in the file."""
+    packing, kind = Packing(layer.shape, layer.format), layer.format.kind
+    row = -(-packing.inputs // 2) if kind == "int4" else packing.inputs
+    return {
+        f"{name}.weight": (STORED[kind], (packing.rows, row)),
+        f"{name}.weight_scale": (torch.float32, () if kind == "fp8" else (packing.rows, packing.groups)),
+        f"{name}.comfy_quant": (torch.uint8, (len(_description_bytes(layer, activation_bits)),)),
+    }
+
+
+def _layer(entry):
+    """Return the LayerFile of an entry in a file's description. Raises ValueError or TypeError for what is none."""
+    if set(entry) != {"shape", "format"} or set(entry["format"]) != {field.name for field in fields(WeightFormat)}:
+        raise ValueError(f"its description has a layer of other words than shape and format ({_short(entry)})")
+    shape, fmt = entry["shape"], WeightFormat(**entry["format"])
+    whole = _are_sizes(shape, 4) and len(shape) in (2, 4) and 0 not in shape
+    numbers = _are_sizes([fmt.group_size, fmt.rotation], 2) and type(fmt.search) is bool
+    rotation = fmt.rotation if numbers else 0
+    if not whole or not numbers or fmt.kind not in LIMITS or (rotation and rotation_size(rotation) != rotation):
+        raise ValueError(f"its description has a layer that cannot be ({_short(entry)})")
+    if Packing(shape, fmt).format != fmt:
+        raise ValueError(f"its description has a layer whose format does not go with its shape ({_short(entry)})")
+    return LayerFile(tuple(shape), fmt)
+
+
+def _check_about(about):
+    """Raise ValueError, KeyError, TypeError or OverflowError where a description is none, but for its layers."""
+    activation = about["activation"]
+    known = set(activation) == {"bits", "per_tensor"} and type(activation["bits"]) is int and activation["bits"] in (8, 16)
+    if not known or type(activation["per_tensor"]) is not bool:
+        raise ValueError(f"its description has activations that cannot be ({_short(activation)})")
+    if not all(isinstance(about[key], str) and about[key].isprintable() for key in ("name", "dtype", "network")):
+        raise ValueError("its description has a name that is no text")
+    if about["dtype"] not in ("float32", "float16", "bfloat16"):
+        raise ValueError(f"its description has a type of network that cannot be ({_short(about['dtype'])})")
+    numbers = about["fingerprint"]
+    whole = isinstance(numbers, list) and len(numbers) <= LARGEST_FINGERPRINT
+    if not whole or not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+        raise ValueError("its fingerprint is damaged")
+
+
+def description(layers, name, activation, dtype, network, fingerprint, settings):
+    """Return the metadata of a file. layers: {name: LayerFile}. activation: dict. fingerprint: float32 [n]. settings: dict, of
+    the network. Raises ValueError where they cannot be kept.
+    """
+    about = {
+        "version": VERSION, "name": name, "activation": activation, "dtype": dtype, "network": network,
+        "fingerprint": fingerprint.tolist(),
+        "layers": {key: {"shape": list(layer.shape), "format": asdict(layer.format)} for key, layer in layers.items()},
+    }  # fmt: skip
+    hosts = {key: host_description(layer, activation["bits"]) for key, layer in layers.items()}
+    try:
+        config = {CONFIG_KEY: json.dumps({"transformer": settings})} if settings else {}
+        _settings(config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"model: it cannot be saved, for {error}.") from error
+    return config | {
+        FORMAT_KEY: json.dumps(about, separators=(",", ":")),
+        HOST_KEY: json.dumps({"format_version": "1.0", "layers": hosts}, separators=(",", ":")),
+    }

@@ -1,0 +1,301 @@
+"""Quantized MODELs in files of the host's model folder for diffusion models."""
+
+import functools
+import itertools
+import json
+
+import comfy.lora
+import comfy.model_detection
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.utils
+import torch
+
+from ...iec_core.quantization import Packing
+from ...iec_core.quantized_file import LayerFile, QuantizedFile, description, layer_tensors, write
+from .builtin_model import BuiltinConfig, BuiltinModel, metadata
+from .folders import ModelFolder
+from .quantize import PREFIX, mark_quantized, quantization_of
+from .quantized_layers import ActivationFormat, class_for, quantized_layers
+from .weights import fingerprint, original_weight
+
+FILES = ModelFolder("diffusion_models")
+
+# By these tensors, which no network has, the host tells how a model is to be used.
+MARKS = (
+    "v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min", "__index_timestep_zero__",
+)  # fmt: skip
+
+
+def save_quantized_model(model, name):
+    """Write a quantized MODEL, with the LoRAs that lie on it, and return the file's path.
+
+    Raises ValueError, with a sentence, where the MODEL is not quantized, the host would not make the same of its file, or the
+    file cannot be written.
+    """
+    if quantization_of(model) is None:
+        raise ValueError(
+            "model: this MODEL is not quantized; put Quantize Model (IEC) in front, or save it with the host's nodes."
+        )
+    base = model.model
+    quantized = quantized_layers(base.diffusion_model)
+    layers = {key: LayerFile(tuple(layer.packing.shape), layer.packing.format) for key, layer in quantized.items()}
+    activation = next(iter(quantized.values())).activation
+    about = description(
+        layers, quantization_of(model), {"bits": activation.bits, "per_tensor": activation.per_tensor}, _dtype_name(base),
+        type(base).__name__, fingerprint(model), _settings_to_keep(base, layers),
+    )  # fmt: skip
+    return FILES.write(name, lambda path: write(path, _sources(model, layers, activation.bits), about))
+
+
+def load_quantized_model(name):
+    """Return the MODEL in a file that `save_quantized_model` wrote. Raises ValueError, with a sentence, where there is none, or
+    none that can be read.
+    """
+    try:
+        with QuantizedFile(FILES.path(name)) as file:
+            weights = {key: file.tensor(key) for key in file.plain}
+            base = _made(file.about["network"], getattr(torch, file.about["dtype"]), weights, file.layers, file.settings)
+            if type(base).__name__ != file.about["network"]:
+                raise ValueError(
+                    f"it is of a {file.about['network']}, and this ComfyUI would make a {type(base).__name__} of it"
+                )
+            _fill(base.diffusion_model, weights, file)
+            base.iec_quantization = file.about["name"]
+            base.iec_fingerprint = torch.tensor(file.about["fingerprint"], dtype=torch.float32)
+    except ValueError as error:
+        raise ValueError(f"model_name: '{name}' is of no use: {error}.") from error
+    device, offload_device = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
+    model = comfy.model_patcher.ModelPatcher(base.to(offload_device), load_device=device, offload_device=offload_device)
+    return mark_quantized(model)
+
+
+# What is written
+
+
+def _sources(model, layers, activation_bits):
+    """Return what `write` wants to know of every tensor."""
+    network = model.model.diffusion_model
+
+    @functools.lru_cache(maxsize=1)
+    def tensors(name):
+        layer, key = comfy.utils.get_attr(network, name), f"{PREFIX}{name}.weight"
+        packed = original_weight(model, key, layer.weight)
+        if key in model.patches:
+            packed = layer.packing.quantize(_patched(model, key, layer.convert_weight(packed)))
+        return layer_tensors(name, layers[name], packed, activation_bits)
+
+    def plain(name, tensor):
+        key = PREFIX + name
+        weight = original_weight(model, key, tensor)
+        return _patched(model, key, weight).to(tensor.dtype) if key in model.patches else weight
+
+    sources = {}
+    for name, layer in layers.items():
+        empty = torch.empty(Packing(layer.shape, layer.format).nbytes, dtype=torch.int8, device="meta")
+        for key, tensor in layer_tensors(name, layer, empty, activation_bits).items():
+            sources[key] = tensor.dtype, tensor.shape, lambda name=name, key=key: tensors(name)[key]
+    for name, tensor in _plain_tensors(network, layers).items():
+        sources[name] = tensor.dtype, tensor.shape, functools.partial(plain, name, tensor)
+    for name, tensor in _marks(model.model).items():
+        sources[name] = tensor.dtype, tensor.shape, lambda tensor=tensor: tensor
+    return sources
+
+
+def _patched(model, key, weight):
+    """Return a weight in floating point with the MODEL's patches on it."""
+    return comfy.lora.calculate_weight(model.patches[key], weight.float().clone(), key)
+
+
+def _plain_tensors(network, layers):
+    """Return {name: tensor} of what is not quantized."""
+    return {key: tensor for key, tensor in network.state_dict().items() if key.removesuffix(".weight") not in layers}
+
+
+def _marks(base):
+    """Return those of MARKS by which the host makes the like of a BaseModel."""
+    settings, empty = base.model_config.sampling_settings, torch.zeros(0)
+    if base.model_config.unet_config.get("default_ref_method") == "index_timestep_zero":
+        return {"__index_timestep_zero__": empty}
+    if base.model_type.name == "V_PREDICTION":
+        return {"v_pred": empty} | ({"ztsnr": empty} if settings.get("zsnr") else {})
+    if base.model_type.name == "EDM":
+        return {"edm_mean": empty, "edm_std": empty}
+    if base.model_type.name == "V_PREDICTION_EDM":
+        return {f"edm_vpred.{name}": torch.tensor(settings[name]) for name in ("sigma_max", "sigma_min") if name in settings}
+    return {}
+
+
+def _dtype_name(base):
+    name = str(base.get_dtype()).removeprefix("torch.")
+    if name not in ("float32", "float16", "bfloat16"):
+        raise ValueError(f"model: its network is in {name}; one in float32, float16 or bfloat16 can be saved.")
+    return name
+
+
+def _settings_to_keep(base, layers):
+    """Return the settings of a BaseModel's network, a dict, that its weights do not tell the host. Raises ValueError where the
+    host would not make the like of it from its file.
+    """
+    apart = [name for name, _ in base.named_parameters() if not name.startswith(PREFIX)]
+    kept = [name for name, weight in base.named_parameters() if type(weight.data) is not torch.Tensor]
+    if apart or kept:
+        why = "is not of its diffusion network" if apart else "is quantized by ComfyUI"
+        raise ValueError(
+            f"model: it cannot be saved, for its weight {[*apart, *kept][0]} {why}, and the file has no place for it."
+        )
+    if isinstance(base, BuiltinModel):
+        return {}
+    weights, made = (
+        {**_plain_tensors(base.diffusion_model, layers), **_marks(base)},
+        functools.partial(_made, type(base).__name__),
+    )
+    try:
+        again = made(base.get_dtype(), weights, layers, {})
+        settings = _untold_settings(base, again)
+        again = made(base.get_dtype(), weights, layers, settings) if settings else again
+    except ValueError as error:
+        raise ValueError(f"model: it cannot be saved, for it could not be loaded: {error}.") from error
+    difference = _difference(base, again, layers)
+    if difference:
+        raise ValueError(
+            f"model: it cannot be saved, for its weights do not tell ComfyUI its {difference}, and another model would be "
+            "loaded."
+        )
+    return settings
+
+
+def _difference(base, again, layers):
+    """Return, in words, in what another BaseModel differs from a quantized one, None where in nothing."""
+    one, other = base.model_config, again.model_config
+    if type(base) is not type(again):
+        return f"class {type(base).__name__}"
+    if base.model_type != again.model_type or one.sampling_settings != other.sampling_settings:
+        return f"sampling ({base.model_type.name}, {one.sampling_settings})"
+    if type(base.latent_format) is not type(again.latent_format):
+        return f"latents ({type(base.latent_format).__name__})"
+    settings = _untold_settings(base, again)
+    if settings:
+        return f"settings {', '.join(settings)}"
+    shapes = {name: tuple(tensor.shape) for name, tensor in base.diffusion_model.state_dict().items()}
+    shapes |= {f"{name}.weight": layer.shape for name, layer in layers.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in again.diffusion_model.state_dict().items()}
+    return next((f"weight {name}" for name in {**shapes, **found} if shapes.get(name) != found.get(name)), None)
+
+
+def _untold_settings(base, again):
+    """Return the settings of a BaseModel's network that another has not."""
+    found = again.model_config.unet_config
+    settings = base.model_config.unet_config.items()
+    return {key: value for key, value in settings if key != "dtype" and not _are_alike(value, found.get(key))}
+
+
+def _are_alike(one, other):
+    """Tell whether two settings are the same; of lists of numbers the host takes the order from that of the file."""
+    if (
+        isinstance(one, (list, tuple))
+        and isinstance(other, (list, tuple))
+        and all(type(value) is int for value in (*one, *other))
+    ):
+        return sorted(one) == sorted(other)
+    return one == other
+
+
+# What is read
+
+
+def _made(network, dtype, weights, layers, settings):
+    """Return the BaseModel that the host makes of a file, in a torch dtype; its large weights have no values and no memory.
+
+    network: the name of its class. weights: {name: tensor} of those that are not quantized. layers: {name: LayerFile}.
+    settings: dict, what the weights do not tell of the network. Raises ValueError where the host makes none.
+    """
+    shapes = {f"{name}.weight": torch.empty(layer.shape, dtype=dtype, device="meta") for name, layer in layers.items()}
+    weights = {**weights, **shapes}
+    try:
+        is_builtin = network == BuiltinModel.__name__
+        config = BuiltinConfig(metadata()["unet_config"]) if is_builtin else _detected(weights, settings)
+        return _from_config(config, dtype, weights)
+    except Exception as error:  # of the host's code, on whatever is in a file
+        words = " ".join(str(error).split())[:200]
+        raise ValueError(f"this ComfyUI cannot make a network of it ({type(error).__name__}: {words})") from error
+
+
+def _detected(weights, settings):
+    """Return the host's config for weights. settings: dict, what the weights do not tell."""
+    detection = comfy.model_detection
+    if settings and set(settings) & set(detection.detect_unet_config(weights, "") or {}):
+        raise ValueError(f"the weights tell otherwise than the settings {', '.join(settings)}")
+    about = {"config": json.dumps({"transformer": settings})} if settings else None
+    config = detection.model_config_from_unet(weights, "", metadata=about)
+    if config is None:
+        raise ValueError("its weights are of no model that it knows")
+    return config
+
+
+def _from_config(config, dtype, weights):
+    management = comfy.model_management
+    cast = management.unet_manual_cast(dtype, management.get_torch_device(), config.supported_inference_dtypes)
+    config.set_inference_dtype(dtype, cast)
+    fast = config.optimizations.get("fp8", False)
+    operations = comfy.ops.pick_operations(dtype, cast, fp8_optimizations=fast, model_config=config)
+    config.custom_operations = _without_memory(operations, len(weights))
+    base = config.get_model(weights, "")
+    config.custom_operations = None
+    for module in base.modules():
+        module.__class__ = getattr(module, "iec_class", module.__class__)
+    return base
+
+
+def _without_memory(operations, most):
+    """Return the host's operations, but with layers whose weights have no memory. Their `iec_class` is the host's. They raise
+    ValueError where there are to be more than `most`, which a file has weights for.
+    """
+    made = itertools.count(1)
+
+    def without(kind):
+        class WithoutMemory(kind):
+            iec_class = kind
+
+            def __init__(self, *args, **kwargs):
+                if next(made) > most:
+                    raise ValueError("its network would have more layers than the file has weights")
+                super().__init__(*args, **{**kwargs, "device": "meta"})
+
+            def _load_from_state_dict(self, *args):  # by one of its own the host tells that weights are to be made now
+                super()._load_from_state_dict(*args)
+
+        return WithoutMemory
+
+    kinds = {name: without(getattr(operations, name)) for name in ("Linear", "Conv2d", "Embedding")}
+    return type("WithoutMemory", (operations,), kinds)
+
+
+def _fill(network, weights, file):
+    """Give a network the file's weights, and put quantized layers where the file has them."""
+    activation, modules = ActivationFormat(**file.about["activation"]), dict(network.named_modules())
+    missing = set(network.state_dict()) - set(weights) - {f"{name}.weight" for name in file.layers}
+    if missing:
+        raise ValueError(f"{min(missing)} is missing")
+    for key, tensor in weights.items():
+        if key not in MARKS:
+            _set(modules, key, tensor)
+    for name, layer in file.layers.items():
+        kind = class_for(modules.get(name))
+        if kind is None or tuple(modules[name].weight.shape) != layer.shape:
+            raise ValueError(f"its network has no layer {name} of shape {layer.shape}")
+        quantized = kind.of(name, modules[name], Packing(layer.shape, layer.format), file.packed(name), activation)
+        comfy.utils.set_attr(network, name, quantized)
+
+
+def _set(modules, key, tensor):
+    owner, _, name = key.rpartition(".")
+    module = modules.get(owner)
+    before = None if module is None else module._parameters.get(name, module._buffers.get(name))
+    if before is None or before.shape != tensor.shape or before.is_floating_point() != tensor.is_floating_point():
+        raise ValueError(f"its network has no weight {key} of shape {tuple(tensor.shape)} and type {tensor.dtype}")
+    if name in module._buffers:
+        module._buffers[name] = tensor
+    else:
+        module._parameters[name] = torch.nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,730 @@
+"""IECSaveQuantizedModel and IECLoadQuantizedModel on the host: what comes back, what ComfyUI's own loader makes of a file, what
+is refused, and what memory it takes.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import random
+import resource
+import sys
+import time
+import types
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+
+SMALL = {"steps": 2, "latent_image": {"samples": torch.zeros(2, 3, 16, 16)}}
+FORMATS = {
+    "W8A8": {},
+    "W4A8": {"weight_bits": "4"},
+    "W8A8, one scale a tensor": {"activation_scale": "tensor"},
+    "W8A8, rotated": {"rotate": True},
+    "W8A16": {"activation_bits": "16"},
+    "W8A16, groups of 32": {"activation_bits": "16", "group_size": "32"},
+    "W4A16, groups of 64, rotated": {"weight_bits": "4", "activation_bits": "16", "group_size": "64", "rotate": True},
+    "W4A8, scales by search": {"weight_bits": "4", "weight_scale": "search"},
+    "W4A16 of all layers": {"weight_bits": "4", "activation_bits": "16", "keep_sensitive_layers": False},
+    "FP8 W8A8": {"weight_bits": "fp8"},
+    "FP8 W8A16, rotated": {"weight_bits": "fp8", "activation_bits": "16", "rotate": True},
+    "W8A8, output projections kept": {"keep_output_projections": True},
+    "W8A8, only middle_block.* *.proj_in": {"include": "middle_block.* *.proj_in"},
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    import folder_paths
+
+    folder = tmp_path / "diffusion_models"
+    folder.mkdir()
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", ([str(folder)], {".safetensors"}))
+    return folder
+
+
+@pytest.fixture
+def quantize(host):
+    def run(model, **settings):
+        settings = {"weight_bits": "8", "activation_bits": "8", "keep_sensitive_layers": True, **settings}
+        return host.run("IECQuantizeModel", model=model, **settings)[0]
+
+    return run
+
+
+@pytest.fixture
+def save(host, folder):
+    def run(model, name="q"):
+        host.run("IECSaveQuantizedModel", model=model, name=name)
+        return folder / f"{name}.safetensors"
+
+    return run
+
+
+@pytest.fixture
+def load(host, folder):
+    return lambda name="q.safetensors": host.run("IECLoadQuantizedModel", model_name=name)[0]
+
+
+def pack_module(name):
+    return sys.modules[next(module for module in sys.modules if module.endswith(name))]
+
+
+def has_quantized_loader():
+    import comfy.utils
+
+    return hasattr(comfy.utils, "detect_layer_quantization")
+
+
+def tensors_of(model):
+    return model.model.diffusion_model.state_dict()
+
+
+def assert_same_weights(one, other):
+    one, other = tensors_of(one), tensors_of(other)
+    assert set(one) == set(other)
+    for name, tensor in one.items():
+        assert (tensor.dtype, tensor.shape) == (other[name].dtype, other[name].shape), name
+        assert torch.equal(tensor.reshape(-1).view(torch.uint8), other[name].reshape(-1).view(torch.uint8)), name
+
+
+# What comes back
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_saved_model_is_the_same(model, sample, quantize, save, load, name):
+    quantized = quantize(model, **FORMATS[name])
+    expected = sample(quantized, **SMALL)
+    save(quantized)
+    loaded = load()
+    assert loaded.model_options["transformer_options"]["iec_quantize"] == name
+    assert_same_weights(quantized, loaded)
+    assert torch.equal(sample(loaded, **SMALL), expected)
+    assert not torch.equal(sample(model, **SMALL), expected)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_other_precisions_are_the_same(host, sample, quantize, save, load, precision):
+    quantized = quantize(host.run("IECLoadBuiltinModel", precision=precision)[0])
+    save(quantized)
+    loaded = load()
+    assert loaded.model.get_dtype() == getattr(torch, precision) and loaded.model_dtype() == quantized.model_dtype()
+    assert_same_weights(quantized, loaded)
+    assert torch.equal(sample(loaded, **SMALL), sample(quantized, **SMALL))
+
+
+def test_a_loaded_model_is_saved_as_the_same_file(model, quantize, save, load):
+    first = save(quantize(model, weight_bits="4"))
+    again = save(load(), "again")
+    assert again.read_bytes() == first.read_bytes()
+
+
+def lora(model, seed=0):
+    """Patches of a quantized layer, of its bias, and of layers that are not quantized."""
+    generator, weights = torch.Generator().manual_seed(seed), model.model.state_dict()
+    names = ("middle_block.1.proj_in.weight", "middle_block.1.proj_in.bias", "input_blocks.0.0.weight", "out.0.bias")
+    keys = [f"diffusion_model.{name}" for name in names]
+    return {key: (0.3 * torch.randn(weights[key].shape, generator=generator),) for key in keys}
+
+
+@pytest.mark.parametrize("sampled_before", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"weight_bits": "4"}, {"weight_bits": "fp8", "rotate": True}])
+def test_loras_are_in_the_file(model, sample, quantize, save, load, settings, sampled_before):
+    """Also where the host has put them into the weights already."""
+    quantized = quantize(model, **settings)
+    plain, patched = sample(quantized, **SMALL), quantized.clone()
+    patch = lora(model)
+    assert len(patched.add_patches(patch, 0.8)) == len(patch)
+    expected = sample(patched, **SMALL) if sampled_before else None
+    before = {name: tensor.clone() for name, tensor in tensors_of(quantized).items()}
+    save(patched)
+    assert all(
+        torch.equal(tensor.view(torch.uint8), before[name].view(torch.uint8)) for name, tensor in tensors_of(quantized).items()
+    )
+    loaded = load()
+    assert not loaded.patches
+    result = sample(loaded, **SMALL)
+    assert torch.equal(result, sample(patched, **SMALL) if expected is None else expected)
+    assert not torch.equal(result, plain) and torch.equal(sample(quantized, **SMALL), plain)
+
+
+def test_loras_reach_a_loaded_model(model, sample, quantize, save, load):
+    quantized = quantize(model)
+    save(quantized)
+    loaded = load()
+    for each in (quantized, loaded):
+        each.add_patches(lora(model), 0.8)
+    assert torch.equal(sample(loaded, **SMALL), sample(quantized, **SMALL))
+
+
+def test_a_cache_profile_goes_with_the_loaded_model(host, model, sample, quantize, save, load, conditioning):
+    """A profile is refused for another model and for another quantization, by the fingerprint and the name."""
+    quantized = quantize(model, weight_bits="4")
+    settings = {"steps": 4, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal"}
+    profile = host.run(
+        "IECCalibrateCacheQuant", model=quantized, full_precision=model, positive=conditioning[0], negative=conditioning[1],
+        latent_image=SMALL["latent_image"], seed=1, runs=1, interval=2, branch=0, **settings,
+    )[0]  # fmt: skip
+    save(quantized)
+    settings["latent_image"] = SMALL["latent_image"]
+    one, other = (sample(host.run("IECCacheQuant", model=each, profile=profile)[0], **settings) for each in (quantized, load()))
+    assert torch.equal(one, other)
+    save(quantize(model), "w8")
+    with pytest.raises(ValueError, match="calibrated with quantization W4A8, and this model is sampled with W8A8"):
+        sample(host.run("IECCacheQuant", model=load("w8.safetensors"), profile=profile)[0], **settings)
+
+
+def test_a_loaded_model_is_quantized_already(model, quantize, save, load):
+    save(quantize(model))
+    with pytest.raises(ValueError, match=r"^model: this MODEL is quantized already"):
+        quantize(load())
+
+
+def test_the_node_tells_the_path_and_lists_the_file(host, folder, model, quantize):
+    node = host.nodes["IECSaveQuantizedModel"]
+    told = node.execute(model=quantize(model), name="sub/one")
+    assert told.ui == {"text": [str(folder / "sub" / "one.safetensors")]}
+    listed = host.nodes["IECLoadQuantizedModel"].define_schema().inputs[0].options
+    assert [pathlib.PurePath(name).as_posix() for name in listed] == ["sub/one.safetensors"]
+    assert host.nodes["IECLoadQuantizedModel"].fingerprint_inputs(listed[0]) > 0
+
+
+# Networks that the host finds out about by itself
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+SD3 = {
+    "in_channels": 16, "patch_size": 2, "out_channels": 16, "depth": 2, "input_size": None, "adm_in_channels": 8,
+    "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 12, "out_features": 128}},
+    "num_patches": 256, "pos_embed_max_size": 16, "qk_norm": "rms", "pos_embed_scaling_factor": None,
+    "x_block_self_attn_layers": [0],
+}  # fmt: skip
+LTXV = {
+    "image_model": "ltxv", "num_layers": 2, "attention_head_dim": 8, "cross_attention_dim": 256, "caption_channels": 12,
+    "causal_temporal_positioning": True, "positional_embedding_max_pos": [20, 1024, 2048],
+}  # fmt: skip
+UNET = {
+    "use_checkpoint": False, "image_size": 32, "use_spatial_transformer": True, "legacy": False, "adm_in_channels": None,
+    "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": [1], "transformer_depth": [1],
+    "transformer_depth_output": [1, 1], "channel_mult": [1], "transformer_depth_middle": 1, "use_linear_in_transformer": False,
+    "context_dim": 768, "use_temporal_resblock": False, "use_temporal_attention": False,
+}  # fmt: skip
+NETWORKS = {  # (the host's class, unet_config, latent, tokens' size)
+    "SD3": ("SD3", SD3, (1, 16, 8, 8), 12),
+    "LTXV": ("LTXV", LTXV, (1, 128, 2, 4, 6), 12),
+    "UNet": ("SD15", UNET, (1, 4, 8, 8), 768),
+}
+
+
+def build(name, dtype=torch.float32):
+    """A MODEL of the host's own class with random weights."""
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    kind, unet_config = NETWORKS[name][:2]
+    config = getattr(comfy.supported_models, kind)(unet_config)
+    config.set_inference_dtype(dtype, None)
+    base = config.get_model({})
+    generator = torch.Generator().manual_seed(1)
+    for key, weight in base.diffusion_model.state_dict().items():
+        value = torch.randn(weight.shape, generator=generator) * (weight[0].numel() ** -0.5 if weight.dim() > 1 else 0.1)
+        weight.copy_(1 + value if weight.dim() == 1 and "weight" in key else value)
+    return comfy.model_patcher.ModelPatcher(base, torch.device("cpu"), torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def network(host):
+    """network(name, dtype=float32): its MODEL, made once."""
+    return functools.cache(build)
+
+
+@pytest.fixture
+def sampled(host):
+    """sampled(name, model): latents of the host's own KSampler."""
+
+    def run(name, model):
+        latent, tokens = NETWORKS[name][2:]
+        values = {"pooled_output": noise(1, 8, seed=4), "attention_mask": torch.ones(1, 7, dtype=torch.long)}
+        values = values if name != "UNet" else {}
+        entries = [[[noise(1, 7, tokens, seed=seed), values]] for seed in (1, 2)]
+        return host.common_ksampler(model, 3, 2, 2.0, "euler", "simple", *entries, {"samples": torch.zeros(latent)})[0][
+            "samples"
+        ]
+
+    return run
+
+
+DETECTED = [
+    ("SD3", {}), ("SD3", {"weight_bits": "4", "rotate": True}), ("SD3", {"weight_bits": "fp8", "keep_sensitive_layers": False}),
+    ("LTXV", {"rotate": True}), ("UNet", {}), ("UNet", {"weight_bits": "4", "keep_sensitive_layers": False}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "settings"), DETECTED)
+def test_networks_are_found_out_from_the_file(network, sampled, quantize, save, load, name, settings):
+    quantized = quantize(network(name), **settings)
+    save(quantized)
+    loaded = load()
+    assert type(loaded.model) is type(quantized.model) and loaded.model.model_type == quantized.model.model_type
+    kinds = [{type(module) for module in each.model.diffusion_model.modules()} for each in (loaded, quantized)]
+    assert kinds[0] == kinds[1]  # no class of the loader's own is left
+    assert_same_weights(quantized, loaded)
+    expected = sampled(name, quantized)
+    assert expected.isfinite().all()
+    assert torch.equal(sampled(name, loaded), expected)
+
+
+def test_settings_that_weights_do_not_tell_are_kept(network, quantize, save, load):
+    path = save(quantize(network("LTXV")))
+    with safetensors.safe_open(path, "pt") as file:
+        kept = json.loads(file.metadata()["config"])["transformer"]
+    wanted = {"causal_temporal_positioning": True, "positional_embedding_max_pos": [20, 1024, 2048], "caption_channels": 12}
+    assert kept == wanted
+    assert load().model.diffusion_model.causal_temporal_positioning is True
+
+
+def test_a_bfloat16_network_is_found_out(network, quantize, save, load):
+    quantized = quantize(network("SD3", torch.bfloat16), weight_bits="4")
+    save(quantized)
+    assert_same_weights(quantized, load())
+
+
+def test_marks_tell_the_host_how_a_model_is_sampled(host):
+    """As its SDXL class reads them."""
+    import comfy.model_base
+    import comfy.supported_models
+
+    marks, types_ = pack_module(".nodes.host.quantized_files")._marks, comfy.model_base.ModelType
+    cases = {
+        types_.EPS: {}, types_.V_PREDICTION: {"zsnr": True},
+        types_.EDM: {"sigma_data": 0.5, "sigma_max": 80.0, "sigma_min": 0.002},
+        types_.V_PREDICTION_EDM: {"sigma_max": 120.5, "sigma_min": 0.25},
+    }  # fmt: skip
+    for kind, settings in [*cases.items(), (types_.V_PREDICTION, {})]:
+        base = types.SimpleNamespace(
+            model_type=kind, model_config=types.SimpleNamespace(sampling_settings=settings, unet_config={})
+        )
+        config = comfy.supported_models.SDXL({"in_channels": 4})
+        assert config.model_type(marks(base)) == kind
+        assert config.sampling_settings == settings
+
+
+def test_weights_are_not_made_twice(network, model, quantize, save, load, monkeypatch):
+    """Also where the host makes weights only when it loads them."""
+    management = pytest.importorskip("comfy.memory_management", reason="this host always makes weights at once")
+    for source in (network("SD3"), model):
+        quantized = quantize(source)
+        with monkeypatch.context() as patch:
+            patch.setattr(management, "aimdo_enabled", True)
+            save(quantized)
+            loaded = load()
+        assert_same_weights(quantized, loaded)
+
+
+# ComfyUI's own loader
+
+
+def stock(path, with_metadata=True):
+    import comfy.sd
+    import comfy.utils
+
+    if with_metadata:
+        return comfy.sd.load_diffusion_model(str(path))
+    model = comfy.sd.load_diffusion_model_state_dict(comfy.utils.load_torch_file(str(path)))
+    if model is None:
+        raise RuntimeError("no model is known")  # as who calls it has to say
+    return model
+
+
+OPENED = [
+    {"activation_bits": "16"}, {}, {"activation_bits": "16", "rotate": True}, {"rotate": True}, {"weight_scale": "search"},
+    {"activation_bits": "16", "weight_bits": "fp8"}, {"weight_bits": "fp8"}, {"include": "joint_blocks.1.*"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", OPENED, ids=str)
+def test_stock_loader_opens_linear_8_bit_files(network, sampled, quantize, save, relative, settings):
+    """Every layer is the same there; over a network a number that is rounded the other way shows in what comes after."""
+    if not has_quantized_loader() and settings.get("weight_bits") != "fp8":
+        pytest.skip("the stock loader of ComfyUI before 0.33 does not read these files")
+    quantized = quantize(network("SD3"), **settings)
+    opened = stock(save(quantized))
+    # The host quantizes what enters an int8 layer in any case.
+    like = quantize(network("SD3"), **{**settings, "activation_bits": "8"})
+    layers = pack_module(".nodes.host.quantized_layers").quantized_layers(like.model.diffusion_model)
+    assert len(layers) > 5
+    for number, (name, layer) in enumerate(layers.items()):
+        theirs = opened.model.diffusion_model.get_submodule(name)
+        assert type(theirs.weight.data) is not torch.Tensor  # it is quantized there too
+        assert relative(theirs.weight.dequantize(), layer.convert_weight(layer.weight)) < 1e-6
+        x = noise(5, layer.in_features, seed=number)
+        assert relative(theirs(x), layer(x)) < 1e-6, name
+    ours, full = sampled("SD3", quantized), sampled("SD3", network("SD3"))
+    assert relative(sampled("SD3", opened), ours) < 2 * relative(sampled("SD3", like), full) < 0.06
+
+
+def test_older_stock_loaders_fail_on_int8(network, quantize, save):
+    if has_quantized_loader():
+        pytest.skip("this host opens them")
+    path = save(quantize(network("SD3")))
+    with pytest.raises(KeyError, match="int8_tensorwise"):
+        stock(path)
+
+
+UNOPENED = [
+    ("SD3", {"weight_bits": "4"}), ("SD3", {"weight_bits": "4", "include": "joint_blocks.1.x_block.mlp.fc1"}),
+    ("SD3", {"activation_bits": "16", "group_size": "32"}), ("SD3", {"weight_bits": "fp8", "rotate": True}),
+    ("SD3", {"keep_sensitive_layers": False}),
+    ("UNet", {}), ("UNet", {"include": "middle_block.0.*"}), ("UNet", {"weight_bits": "fp8", "include": "middle_block.0.*"}),
+    ("UNet", {"weight_bits": "4", "include": "middle_block.*"}), ("UNet", {"include": "middle_block.1.proj_in"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("with_metadata", [True, False])
+@pytest.mark.parametrize(("name", "settings"), UNOPENED, ids=str)
+def test_stock_loader_fails_on_all_others(network, quantize, save, name, settings, with_metadata):
+    """At loading, not with a wrong picture; so do nodes that do not give it the metadata."""
+    if not with_metadata and not has_quantized_loader():
+        pytest.skip("hosts before 0.33 find quantized layers by the metadata only")
+    path = save(quantize(network(name), **settings))
+    with pytest.raises((KeyError, IndexError, AttributeError, RuntimeError)):
+        stock(path, with_metadata)
+
+
+# What is refused
+
+
+def test_a_model_that_is_not_quantized_is_refused(save, model, folder):
+    with pytest.raises(ValueError, match=r"^model: this MODEL is not quantized; put Quantize Model .IEC. in front"):
+        save(model)
+    assert list(folder.iterdir()) == []
+
+
+NAMES = [
+    "../net", "/net", "", "sub/", "..", "a//b", "n\0", "x" * 300, "../net.safetensors", "a/../../net", "C:/net", "C:net",
+    "..\\net", ".hidden", "a/.b", "net:stream", "net.", "net ", "a\nb", "what?", ".safetensors",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_outside_the_folder_is_refused(host, folder, model, quantize, name):
+    message = f"name: '{name}' is no name for a file in models/diffusion_models; write one such as"
+    assert host.nodes["IECSaveQuantizedModel"].validate_inputs(name=name).startswith(message)
+    with pytest.raises(ValueError, match=r"^name: "):
+        host.run("IECSaveQuantizedModel", model=quantize(model, include="middle_block.*"), name=name)
+    assert list(folder.iterdir()) == [] and [path.name for path in folder.parent.iterdir()] == ["diffusion_models"]
+
+
+def test_plain_names_are_accepted(host):
+    node = host.nodes["IECSaveQuantizedModel"]
+    for name in ("net", "net.safetensors", "sub/net 2", "a.b-c_d", "\u7d75"):
+        assert node.validate_inputs(name=name) is True
+    assert node.validate_inputs(name=None) is True
+
+
+def test_a_file_that_is_not_there_is_refused(host, folder, load):
+    (folder / "other.safetensors").write_bytes(b"junk")
+    node = host.nodes["IECLoadQuantizedModel"]
+    message = "model_name: there is no file 'none.safetensors' in models/diffusion_models; there are: other.safetensors."
+    assert node.validate_inputs(model_name="none.safetensors") == message
+    assert node.validate_inputs(model_name="../other.safetensors").startswith("model_name: there is no file '../other.safe")
+    assert node.validate_inputs(model_name="other.safetensors") is True and node.validate_inputs(model_name=None) is True
+    for name in ("none.safetensors", "../other.safetensors"):
+        with pytest.raises(
+            ValueError, match=r"^model_name: '.*' is of no use: there is no such file in models/diffusion_models"
+        ):
+            load(name)
+
+
+def changed(path, change):
+    """Rewrite a file whose description and tensors change(description, tensors) changes; what it returns are the tensors."""
+    tensors = safetensors.torch.load_file(path)
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    about = json.loads(metadata["iec.quantized"])
+    tensors = change(about, tensors) or tensors
+    safetensors.torch.save_file(tensors, path, metadata | {"iec.quantized": json.dumps(about)})
+
+
+def without(key):
+    return lambda about, tensors: {name: tensor for name, tensor in tensors.items() if name != key}
+
+
+DAMAGED = {
+    "junk": (lambda path: path.write_bytes(b"junk"), "it is no .safetensors file, or a damaged one"),
+    "half": (
+        lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), "it is truncated or has been added to"
+    ),
+    "another program's": (
+        lambda path: safetensors.torch.save_file({"weight": torch.zeros(2)}, path), "it was not written by Save Quantized Model"
+    ),
+    "another version": (
+        lambda path: changed(path, lambda about, tensors: about.update(version=9)), "it is of version 9, and only version 1"
+    ),
+    "no bias": (
+        lambda path: changed(path, without("joint_blocks.0.x_block.mlp.fc1.bias")), "joint_blocks.0.x_block.mlp.fc1.bias is"
+    ),
+    "no scale": (
+        lambda path: changed(path, without("joint_blocks.0.x_block.mlp.fc1.weight_scale")), "'.*weight_scale' is missing"
+    ),
+    "a weight too many": (
+        lambda path: changed(path, lambda about, tensors: tensors | {"more.weight": torch.zeros(2)}),
+        r"its network has no weight more.weight of shape \(2,\)",
+    ),
+    "a bias of another shape": (
+        lambda path: changed(path, lambda about, tensors: tensors | {"joint_blocks.0.x_block.mlp.fc1.bias": torch.zeros(3)}),
+        r"its network has no weight joint_blocks.0.x_block.mlp.fc1.bias of shape \(3,\)",
+    ),
+    "a bias of integers": (
+        lambda path: changed(
+            path, lambda about, tensors: tensors | {"joint_blocks.0.x_block.mlp.fc1.bias": torch.zeros(512, dtype=torch.int64)}
+        ),
+        "its network has no weight joint_blocks.0.x_block.mlp.fc1.bias of shape .512,. and type torch.int64",
+    ),
+    "a network that the host does not know": (
+        lambda path: changed(path, without("x_embedder.proj.weight")), "this ComfyUI cannot make a network of it .KeyError"
+    ),
+    "a network of another class": (
+        lambda path: changed(path, lambda about, tensors: about.update(network="Flux")),
+        "it is of a Flux, and this ComfyUI would make a SD3 of it",
+    ),
+    "the built-in network's class": (
+        lambda path: changed(path, lambda about, tensors: about.update(network="BuiltinModel")),
+        "this ComfyUI cannot make a network of it",
+    ),
+    "a network of very many layers": (  # the host counts the blocks by the width
+        lambda path: changed(path, lambda about, tensors: tensors | {"x_embedder.proj.weight": torch.zeros(639936, 16, 1, 1)}),
+        "this ComfyUI cannot make a network of it .ValueError: its network would have more layers than the file has weights.",
+    ),
+    "a network of another size": (
+        lambda path: changed(path, lambda about, tensors: tensors | {"x_embedder.proj.weight": torch.zeros(192, 16, 2, 2)}),
+        "joint_blocks.* is missing",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_file_is_refused(network, quantize, save, load, kind):
+    path = save(quantize(network("SD3"), include="joint_blocks.*"))
+    damage, message = DAMAGED[kind]
+    damage(path)
+    with pytest.raises(ValueError, match=rf"^model_name: 'q.safetensors' is of no use: {message}.*\.$"):
+        load()
+
+
+def change_of_network(rng, about, tensors):
+    """Change one thing in a file whose header stays in order."""
+    keys, names = sorted(tensors), sorted(about["layers"])
+    key, name, kind = rng.choice(keys), rng.choice(names) if names else "", rng.randrange(8)
+    if kind == 0:
+        del tensors[key]
+    elif kind == 1:
+        tensors[rng.choice([f"{key}.more", f"more.{key}", rng.choice(keys)])] = tensors.pop(key)
+    elif kind in (2, 3):
+        shape = list(tensors[key].shape) or [1]
+        place = rng.randrange(len(shape))
+        shape[place] = rng.choice([0, 1, shape[place] + 1, 2 * shape[place], shape[place] // 2])
+        shape = rng.choice([shape, shape[::-1], [1, *shape], shape[1:]])
+        tensors[key] = torch.zeros(shape, dtype=tensors[key].dtype)
+    elif kind == 4:
+        tensors[key] = tensors[key].to(rng.choice([torch.float16, torch.float64, torch.int8, torch.int64, torch.bool]))
+    elif kind == 5 and name:  # a layer that is no longer described
+        del about["layers"][name]
+    elif kind == 6 and name:  # a layer of another size
+        rows, inputs = about["layers"][name]["shape"]
+        rows, inputs = rng.choice([(2 * rows, inputs), (rows, 2 * inputs), (inputs, rows), (1, 1)])
+        about["layers"][name]["shape"] = [rows, inputs]
+        tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"] = torch.zeros(rows, inputs).char(), torch.ones(rows, 1)
+    else:
+        about.update(rng.choice([{"network": "Flux"}, {"network": "BuiltinModel"}, {"dtype": "float16"}, {"fingerprint": []}]))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_changed_networks_are_read_or_refused(network, quantize, save, load, seed):
+    """100 files of each seed that are in order for themselves: the host's detection, and what is filled into its network."""
+    path, rng, refused = save(quantize(network("SD3"), include="joint_blocks.*")), random.Random(seed), []
+    whole = path.read_bytes()
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(100):
+        path.write_bytes(whole)
+        changed(
+            path,
+            lambda about, tensors: [change_of_network(rng, about, tensors) for _ in range(rng.choice([1, 1, 2]))] and tensors,
+        )
+        began = time.perf_counter()
+        try:
+            assert load().model_options["transformer_options"]["iec_quantize"] == "W8A8, only joint_blocks.*"
+        except ValueError as error:
+            refused.append(str(error))
+            assert refused[-1].startswith("model_name: 'q.safetensors' is of no use: ") and refused[-1].isprintable()
+        assert time.perf_counter() - began < 10
+    assert 50 < len(refused) < 100 and len(set(refused)) > 30
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most < 100 * 1024  # KiB
+
+
+def test_a_model_that_would_come_back_otherwise_is_refused(network, quantize, save, folder, monkeypatch):
+    """What the host does not find out from the weights, and what is not of the network."""
+    quantized = quantize(network("SD3"))
+    base, config = quantized.model, quantized.model.model_config
+    with monkeypatch.context() as patch:
+        patch.setitem(config.unet_config, "learn_sigma", True)
+        with pytest.raises(
+            ValueError, match=r"^model: it cannot be saved, for its weights do not tell ComfyUI its settings learn_sigma"
+        ):
+            save(quantized)
+    with monkeypatch.context() as patch:
+        patch.setattr(config, "sampling_settings", {"shift": 9.0})
+        with pytest.raises(ValueError, match=r"do not tell ComfyUI its sampling \(FLOW, {'shift': 9.0}\)"):
+            save(quantized)
+    with monkeypatch.context() as patch:
+        patch.setattr(base, "__class__", type("Other", (type(base),), {}))
+        with pytest.raises(ValueError, match="do not tell ComfyUI its class Other"):
+            save(quantized)
+    base.register_parameter("embedder", torch.nn.Parameter(torch.zeros(2)))
+    try:
+        with pytest.raises(
+            ValueError, match=r"^model: it cannot be saved, for its weight embedder is not of its diffusion network"
+        ):
+            save(quantized)
+    finally:
+        del base.embedder
+    assert list(folder.iterdir()) == []
+    save(quantized)
+
+
+def test_a_network_that_the_host_does_not_know_is_refused(quantize, save, folder):
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    config = comfy.supported_models.SD3({**SD3, "num_blocks": 3})  # which weights do not tell: the host counts by the width
+    config.set_inference_dtype(torch.float32, None)
+    base = config.get_model({})
+    for weight in base.diffusion_model.state_dict().values():
+        weight.fill_(0.5)
+    cpu = torch.device("cpu")
+    with pytest.raises(
+        ValueError, match=r"^model: it cannot be saved, for its weights do not tell ComfyUI its settings num_blocks"
+    ):
+        save(quantize(comfy.model_patcher.ModelPatcher(base, cpu, cpu)))
+    assert list(folder.iterdir()) == []
+
+
+# Half-written files
+
+
+def fail_at(monkeypatch, number, fail):
+    """Let the reading of the so-many-th weight for a file fail."""
+    module, calls = pack_module(".nodes.host.quantized_files"), []
+    original = module.original_weight
+
+    def read(*args):
+        calls.append(args)
+        return fail() if len(calls) == number else original(*args)
+
+    monkeypatch.setattr(module, "original_weight", read)
+    return calls
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt(), OSError("disk full")])
+def test_a_save_that_fails_leaves_the_older_file(monkeypatch, model, quantize, save, load, folder, error):
+    path = save(quantize(model))
+    before = path.read_bytes()
+
+    def fail():
+        half = [name for name in os.listdir(folder) if name.endswith(".part")]
+        assert len(half) == 1 and (folder / half[0]).stat().st_size > 0  # it is in the midst of it
+        raise error
+
+    with monkeypatch.context() as patch:
+        calls = fail_at(patch, 40, fail)
+        with pytest.raises(ValueError if isinstance(error, OSError) else type(error)) as raised:
+            save(quantize(model, weight_bits="4"))
+    assert len(calls) == 40
+    if isinstance(error, OSError):
+        assert str(raised.value) == "name: 'q' cannot be written to models/diffusion_models (disk full)."
+    assert [path.name for path in folder.iterdir()] == ["q.safetensors"] and path.read_bytes() == before
+    assert load().model_options["transformer_options"]["iec_quantize"] == "W8A8"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_crash_leaves_the_older_file(monkeypatch, model, quantize, save, load, folder):
+    """A process that ends at once in the midst of it."""
+    path, other = save(quantize(model)), quantize(model, weight_bits="4")
+    before, child = path.read_bytes(), os.fork()
+    if child == 0:
+        try:
+            fail_at(monkeypatch, 40, lambda: os._exit(9))
+            save(other)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert path.read_bytes() == before and len(list(folder.iterdir())) == 2
+    names = pack_module(".nodes.host.quantized_files").FILES.names()
+    assert names == ["q.safetensors"]  # what is half written is not listed
+    assert load().model_options["transformer_options"]["iec_quantize"] == "W8A8"
+
+
+# Memory
+
+
+def peak_of(run):
+    """(result, bytes by which the process grew at most while run() ran)."""
+    status = pathlib.Path("/proc/self/status")
+
+    def read(name):
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(name))
+
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = read("VmRSS")
+    result = run()
+    return result, read("VmHWM") - before
+
+
+def big_file(path):
+    """Write a file of an SD3 network of 254 million random 8-bit weights; nothing of it is held."""
+    import comfy.supported_models
+
+    core, quantization = pack_module(".iec_core.quantized_file"), pack_module(".iec_core.quantization")
+    params = {"in_features": 12, "out_features": 768}
+    config = comfy.supported_models.SD3(
+        {**SD3, "depth": 12, "context_embedder_config": {"target": "torch.nn.Linear", "params": params}}
+    )
+    config.set_inference_dtype(torch.bfloat16, None)
+    weights = config.get_model({}, device="meta").diffusion_model.state_dict()
+    big = {name for name, weight in weights.items() if weight.ndim == 2 and name.startswith("joint_blocks")}
+    fmt = quantization.WeightFormat("int8")
+    layers = {name.removesuffix(".weight"): core.LayerFile(tuple(weights[name].shape), fmt) for name in big}
+    sources = {}
+    for name, layer in layers.items():
+        rows = layer.shape[0]
+        sources[f"{name}.weight"] = torch.int8, layer.shape, lambda s=layer.shape: torch.randint(-9, 9, s, dtype=torch.int8)
+        sources[f"{name}.weight_scale"] = torch.float32, (rows, 1), lambda rows=rows: torch.full((rows, 1), 1e-3)
+        told = core._description_bytes(layer, 8)
+        sources[f"{name}.comfy_quant"] = (
+            torch.uint8, (len(told),), lambda told=told: torch.frombuffer(bytearray(told), dtype=torch.uint8)
+        )  # fmt: skip
+    for name in set(weights) - big:
+        sources[name] = torch.bfloat16, weights[name].shape, lambda s=weights[name].shape: torch.zeros(s, dtype=torch.bfloat16)
+    activation = {"bits": 8, "per_tensor": False}
+    core.write(path, sources, core.description(layers, "W8A8", activation, "bfloat16", "SD3", torch.ones(4), {}))
+    return max(rows * inputs for rows, inputs in (layer.shape for layer in layers.values()))
+
+
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="this system does not tell a process's peak of memory"
+)
+def test_no_second_copy_is_in_memory(folder, save, load):
+    """Both at once would be two; read and written layer by layer it is one, and what the largest layers take."""
+    largest = big_file(folder / "q.safetensors")
+    size = (folder / "q.safetensors").stat().st_size
+    assert size > 250e6 and largest < 0.03 * size
+    loaded, growth = peak_of(load)
+    assert 0.9 * size < growth < 1.2 * size  # the model itself
+    _, growth = peak_of(lambda: save(loaded, "again"))
+    assert growth < 0.1 * size  # beside the model, which is there already
+    assert_same_weights(loaded, load("again.safetensors"))

@@ -1,0 +1,762 @@
+"""Files of quantized models: what is in them, by the safetensors library and by the format's definition; what is refused; and
+thousands of damaged ones.
+"""
+
+import json
+import math
+import random
+import re
+import resource
+import time
+import tracemalloc
+import weakref
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from iec_core import quantized_file
+from iec_core.quantization import Packing, WeightFormat
+from iec_core.quantized_file import LayerFile, QuantizedFile, description, layer_tensors, write
+
+LAYERS = {
+    "a.int8": ((6, 20), WeightFormat("int8")),
+    "a.int8_search": ((6, 20), WeightFormat("int8", search=True)),
+    "a.int8_rotated": ((5, 128), WeightFormat("int8", rotation=64)),
+    "a.int8_groups": ((6, 96), WeightFormat("int8", 32)),
+    "a.int4": ((5, 7), WeightFormat("int4")),
+    "a.int4_groups_rotated": ((3, 64), WeightFormat("int4", 32, 16, True)),
+    "b.0.int8_conv": ((4, 3, 3, 3), WeightFormat("int8")),
+    "b.1.int4_conv": ((3, 5, 3, 1), WeightFormat("int4")),
+    "b.int8_conv_groups": ((4, 32, 1, 1), WeightFormat("int8", 32)),
+    "c.fp8": ((16, 32), WeightFormat("fp8")),
+    "c.fp8_rotated": ((4, 256), WeightFormat("fp8", rotation=256)),
+    "c.fp8_conv": ((3, 2, 2, 2), WeightFormat("fp8")),
+}
+HOSTS = {"a.int8", "a.int8_search", "a.int8_rotated", "c.fp8"}
+ABOUT = {
+    "name": "W8A8, rotated", "activation": {"bits": 8, "per_tensor": False}, "dtype": "bfloat16", "network": "Net",
+    "settings": {},
+}  # fmt: skip
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def weight_of(name):
+    return normal(*LAYERS[name][0], seed=len(name))
+
+
+def packed_of(name):
+    return Packing(*LAYERS[name]).quantize(weight_of(name))
+
+
+PLAIN = {
+    "a.int8.bias": normal(6), "norm.weight": normal(5).bfloat16(), "norm.scale": torch.tensor(3.5).half(),
+    "count": torch.tensor([[1, -2]]), "mask": torch.tensor([True, False, True]), "v_pred": torch.zeros(0),
+    "x.pos_embed": normal(1, 3, 2),
+}  # fmt: skip
+
+
+def save(path, names=tuple(LAYERS), plain=None, **about):
+    """Write a file of layers of LAYERS and PLAIN tensors."""
+    plain, about = PLAIN if plain is None else plain, {**ABOUT, "fingerprint": normal(40, seed=9), **about}
+    layers = {name: LayerFile(*LAYERS[name]) for name in names}
+    tensors = dict(plain)
+    for name, layer in layers.items():
+        tensors |= layer_tensors(name, layer, packed_of(name), about["activation"]["bits"])
+    sources = {key: (tensor.dtype, tensor.shape, lambda tensor=tensor: tensor) for key, tensor in tensors.items()}
+    write(path, sources, description(layers, **about))
+    return path
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "model.safetensors"
+
+
+# What is in a file
+
+
+def hadamard(size):
+    """By its definition: every pair of digits to base 4 that sums to 3 gives a minus."""
+    matrix, places = torch.ones(size, size, dtype=torch.float64), torch.arange(size)
+    for digit in range(round(math.log(size, 4))):
+        at = places // 4**digit % 4
+        matrix = torch.where(at[:, None] + at == 3, -matrix, matrix)
+    return matrix / math.sqrt(size)
+
+
+def rows_of(weight, rotation):
+    """A weight as the matrix of float64 that is quantized."""
+    rows = (weight if weight.ndim == 2 else weight.permute(0, 2, 3, 1)).double().flatten(1)
+    return (rows.unflatten(1, (-1, rotation)) @ hadamard(rotation)).flatten(1) if rotation else rows
+
+
+def numbers_of(name, stored):
+    """What is stored of a layer, as float64 [O, K]."""
+    shape, fmt = LAYERS[name]
+    if fmt.kind != "int4":
+        return stored.double()
+    low, high = stored.int() % 16, stored.int() // 16
+    pairs = torch.stack([low, high], 2).flatten(1)[:, : math.prod(shape[1:])]
+    return torch.where(pairs > 7, pairs - 16, pairs).double()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_library_reads_what_the_weights_were(path, name):
+    """By the format's definition: numbers times scales, with the rotation undone, are the weight to the kind's precision."""
+    (shape, fmt), weight = LAYERS[name], weight_of(name)
+    with safetensors.safe_open(save(path), "pt") as file:
+        stored, scale = file.get_tensor(f"{name}.weight"), file.get_tensor(f"{name}.weight_scale")
+    kinds = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
+    inputs = math.prod(shape[1:])
+    assert stored.dtype == kinds[fmt.kind] and scale.dtype == torch.float32
+    assert stored.shape == (shape[0], (inputs + 1) // 2 if fmt.kind == "int4" else inputs)
+    groups = inputs // fmt.group_size if fmt.group_size else 1
+    assert scale.shape == (() if fmt.kind == "fp8" else (shape[0], groups))
+    wide = scale.double() if fmt.kind == "fp8" else scale.double().repeat_interleave(inputs // groups, 1)
+    rows = rows_of(weight, fmt.rotation)
+    error = numbers_of(name, stored) * wide - rows
+    if fmt.kind == "fp8":
+        assert (error.abs() <= rows.abs() / 16 + wide / 512).all()
+    else:  # a share of one is among those that a search tries, so that it is no worse
+        largest = rows.unflatten(1, (groups, -1)).abs().amax(2) / {"int8": 127, "int4": 7}[fmt.kind]
+        bound = largest / 2 * math.sqrt(inputs // groups) * (1 + 1e-5)
+        assert (error.unflatten(1, (groups, -1)).norm(dim=2) <= bound).all()
+    restored = numbers_of(name, stored) * wide
+    if fmt.rotation:
+        restored = (restored.unflatten(1, (-1, fmt.rotation)) @ hadamard(fmt.rotation)).flatten(1)
+    if len(shape) == 4:
+        restored = restored.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
+    assert (restored - weight).norm() <= {"int8": 0.02, "int4": 0.2, "fp8": 0.05}[fmt.kind] * weight.norm()
+    torch.testing.assert_close(Packing(shape, fmt).dequantize(packed_of(name)).double(), restored, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_layers_are_described_as_the_host_has_it(path, bits):
+    expected = {
+        "a.int8": {"format": "int8_tensorwise"},
+        "a.int8_rotated": {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 64},
+        "c.fp8": {"format": "float8_e4m3fn"},
+        "c.fp8_rotated": {"format": "iec_fp8", "convrot": True, "convrot_groupsize": 256},  # the host's float8 is not rotated
+        "a.int8_groups": {"format": "iec_int8"},
+        "a.int4": {"format": "iec_int4"},
+        "b.0.int8_conv": {"format": "iec_int8"},
+        "c.fp8_conv": {"format": "iec_fp8"},
+    }
+    with safetensors.safe_open(save(path, activation={"bits": bits, "per_tensor": False}), "pt") as file:
+        layers = json.loads(file.metadata()["_quantization_metadata"])["layers"]
+        told = {name: bytes(file.get_tensor(f"{name}.comfy_quant").tolist()) for name in LAYERS}
+    assert set(layers) == set(LAYERS)
+    for name, about in expected.items():
+        wanted = about | ({"full_precision_matrix_mult": True} if bits == 16 else {})
+        assert json.loads(told[name]) == layers[name] == wanted
+    assert {name for name in LAYERS if not layers[name]["format"].startswith("iec_")} == HOSTS
+
+
+def test_only_hosts_layers_have_the_shape_of_their_weight(path):
+    """A host that does not know the format of another must not be able to take it for a weight."""
+    with safetensors.safe_open(save(path), "pt") as file:
+        for name, (shape, fmt) in LAYERS.items():
+            found = tuple(file.get_slice(f"{name}.weight").get_shape())
+            assert (found == shape) == (name in HOSTS or (len(shape) == 2 and fmt.kind != "int4")), name
+
+
+def as_bytes(tensor):
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def test_everything_survives(path):
+    settings = {"heads": 3, "causal": True, "name": "x", "eps": 1e-6, "dims": [4, 6, 6], "none": None}
+    about = {"activation": {"bits": 16, "per_tensor": True}, "dtype": "float16", "settings": settings}
+    fingerprint = normal(300, seed=4)
+    with QuantizedFile(save(path, fingerprint=fingerprint, **about)) as file:
+        assert file.layers == {name: LayerFile(*layer) for name, layer in LAYERS.items()}
+        assert file.settings == settings
+        assert {name: file.about[name] for name in ("name", "dtype", "network", "activation")} == {
+            "name": "W8A8, rotated", "dtype": "float16", "network": "Net", "activation": about["activation"]
+        }  # fmt: skip
+        assert torch.equal(torch.tensor(file.about["fingerprint"]), fingerprint)
+        for name in LAYERS:
+            assert torch.equal(file.packed(name), packed_of(name)), name
+        assert set(file.plain) == set(PLAIN)
+        for key, tensor in PLAIN.items():
+            found = file.tensor(key)
+            assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape) and torch.equal(as_bytes(found), as_bytes(tensor))
+
+
+def test_a_file_of_a_file_is_the_same(path, tmp_path):
+    """Writing what was read gives the same bytes."""
+    with QuantizedFile(save(path)) as file:
+        tensors = {key: file.tensor(key) for key in file._tensors}
+        sources = {key: (tensor.dtype, tensor.shape, lambda tensor=tensor: tensor) for key, tensor in tensors.items()}
+        about = {**file.about, "fingerprint": torch.tensor(file.about["fingerprint"])}
+        write(tmp_path / "again", sources, description(file.layers, **about, settings=file.settings))
+    assert (tmp_path / "again").read_bytes() == path.read_bytes()
+
+
+def test_tensors_are_aligned(path):
+    header = taken_apart(save(path).read_bytes())[0]
+    sizes = {"F64": 8, "I64": 8, "F32": 4, "BF16": 2, "F16": 2}
+    odd = [name for name, entry in header.items() if math.prod(entry["shape"]) % 2]
+    assert len(odd) > 3  # so that an order as they come would not do
+    assert all(entry["data_offsets"][0] % sizes.get(entry["dtype"], 1) == 0 for entry in header.values())
+    assert (int.from_bytes(path.read_bytes()[:8], "little") + 8) % 8 == 0
+
+
+def test_one_tensor_at_a_time_is_held(path):
+    alive, most = weakref.WeakSet(), []
+
+    def get():
+        tensor = torch.zeros(1000)
+        alive.add(tensor)
+        most.append(len(alive))
+        return tensor
+
+    write(path, {f"w{number}": (torch.float32, (1000,), get) for number in range(20)}, {})
+    assert len(most) == 20 and max(most) == 1
+    assert len(safetensors.torch.load_file(path)) == 20
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ((torch.float32, (2,), lambda: torch.zeros(3)), "w is torch.float32 .3,., and was to be torch.float32 .2,."),
+        ((torch.float32, (2,), lambda: torch.zeros(2, dtype=torch.float64)), "w is torch.float64"),
+        (
+            (torch.complex64, (2,), lambda: torch.zeros(2)),
+            "^model: its weight w .torch.complex64, 1 dimensions. cannot be kept",
+        ),
+        ((torch.float32, (1,) * 9, lambda: torch.zeros((1,) * 9)), "^model: its weight w .torch.float32, 9 dimensions. cannot"),
+    ],
+)
+def test_what_could_not_be_read_is_not_written(path, source, message):
+    with pytest.raises(ValueError, match=message):
+        write(path, {"w": source}, {})
+
+
+@pytest.mark.parametrize("key", ["", "../x", "a..b", "a b", "a/b", ".a", "a.", "a\nb", "\u00e9"])
+def test_names_that_could_not_be_read_are_not_written(path, key):
+    with pytest.raises(ValueError, match=r"^model: its weight "):
+        write(path, {key: (torch.float32, (1,), lambda: torch.zeros(1))}, {})
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), 10**6, {"a": 1}, [[1]], "x" * 300, torch.float32])
+def test_settings_that_could_not_be_read_are_not_written(path, value):
+    with pytest.raises(ValueError, match=r"^model: it cannot be saved, for "):
+        save(path, settings={"x": value})
+
+
+# What is refused
+
+
+def taken_apart(raw):
+    """(header without metadata, metadata, description, data) of a file."""
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    metadata = header.pop("__metadata__")
+    return header, metadata, json.loads(metadata["iec.quantized"]), raw[8 + length :]
+
+
+def put_together(header, metadata, about, data):
+    whole = {"__metadata__": metadata | {"iec.quantized": json.dumps(about)}, **header}
+    text = json.dumps(whole).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def moved(header, data):
+    """The data for a header, each tensor at its place: offsets and length are made right."""
+    parts, at = [], 0
+    sizes = {"F64": 8, "I64": 8, "F32": 4, "BF16": 2, "F16": 2}
+    for entry in header.values():
+        size = math.prod(entry["shape"]) * sizes.get(entry["dtype"], 1)
+        old = data[entry["data_offsets"][0] : entry["data_offsets"][1]]
+        parts.append(old[:size].ljust(size, b"\0"))
+        entry["data_offsets"] = [at, at + size]
+        at += size
+    return b"".join(parts)
+
+
+def header_change(change):
+    """A change of the header after which all offsets are right again."""
+
+    def run(header, metadata, about, data):
+        change(header)
+        return moved(header, data)
+
+    return run
+
+
+def entry_change(key, **fields):
+    """A change of an entry, with offsets as they were."""
+    return lambda header, metadata, about, data: header[key].update(fields)
+
+
+def about_change(change):
+    return lambda header, metadata, about, data: change(about)
+
+
+def layer_change(name, fields=None, **entry):
+    return about_change(
+        lambda about: (about["layers"][name].update(entry), about["layers"][name]["format"].update(fields or {}))
+    )
+
+
+def rename(header, old, new):
+    header[new] = header.pop(old)
+
+
+A, SCALE = "a.int8.weight", "a.int8.weight_scale"
+CANNOT = "^its description has a layer that cannot be "
+NOT_WITH = "^its description has a layer whose format does not go with its shape"
+CHANGES = {
+    "no weight": (header_change(lambda header: header.pop(A)), "^'a.int8.weight' is missing"),
+    "no scale": (header_change(lambda header: header.pop(SCALE)), "^'a.int8.weight_scale' is missing"),
+    "no description": (header_change(lambda header: header.pop("a.int8.comfy_quant")), "^'a.int8.comfy_quant' is missing"),
+    "a weight of another type": (entry_change(A, dtype="U8"), "^a.int8.weight is U8, and should be I8"),
+    "a scale of another type": (
+        header_change(lambda header: header[SCALE].update(dtype="F16")), "^a.int8.weight_scale is F16, and should be F32"
+    ),
+    "a weight of another shape": (
+        entry_change(A, shape=[20, 6]), r"^a.int8.weight has shape \(20, 6\), and should have \(6, 20\)"
+    ),
+    "a weight of one dimension": (entry_change(A, shape=[120]), r"^a.int8.weight has shape \(120,\)"),
+    "a smaller weight": (
+        header_change(lambda header: header[A].update(shape=[5, 20])), r"^a.int8.weight has shape \(5, 20\), and should have"
+    ),
+    "a scale for each group": (
+        header_change(lambda header: header[SCALE].update(shape=[6, 2])), r"^a.int8.weight_scale has shape \(6, 2\)"
+    ),
+    "a scale for each row of fp8": (
+        header_change(lambda header: header["c.fp8.weight_scale"].update(shape=[16, 1])), "^c.fp8.weight_scale has shape"
+    ),
+    "a name that leads elsewhere": (
+        lambda header, *_: rename(header, "norm.weight", "../../x"), r"^it has a tensor of the name '../../x', which is no name"
+    ),
+    "an absolute name": (lambda header, *_: rename(header, "norm.weight", "/etc/x"), "^it has a tensor of the name '/etc/x'"),
+    "a layer whose name leads elsewhere": (
+        about_change(lambda about: rename(about["layers"], "a.int8", "../../x")), "^'../../x.weight' is missing"
+    ),
+    "a name with a line break": (
+        lambda header, *_: rename(header, "norm.weight", "a\nb"), r"^it has a tensor of the name 'a\\nb'"
+    ),
+    "a very long name": (lambda header, *_: rename(header, "norm.weight", "/" * 9999), "^it has a tensor of the name '/////"),
+    "an unknown type": (entry_change(A, dtype="F4"), "^'a.int8.weight' has a type that is not known .'F4'."),
+    "a type that is no text": (entry_change(A, dtype=["I8"]), "^'a.int8.weight' has a type that is not known"),
+    "a negative size": (entry_change(A, shape=[-6, -20]), "^'a.int8.weight' has a shape or a place that cannot be"),
+    "a size with a fraction": (entry_change(A, shape=[6.0, 20]), "^'a.int8.weight' has a shape or a place that cannot be"),
+    "a size that is true": (
+        entry_change("x.pos_embed", shape=[True, 3, 2]), "^'x.pos_embed' has a shape or a place that cannot"
+    ),
+    "a size that is text": (entry_change(A, shape="620"), "^'a.int8.weight' has a shape or a place that cannot be"),
+    "a huge size": (entry_change(A, shape=[2**40, 2**20]), "^'a.int8.weight' has shape .* and type I8, and not the bytes"),
+    "a size beyond any": (entry_change(A, shape=[2**63, 0]), "^'a.int8.weight' has a shape or a place that cannot be"),
+    "nine dimensions": (entry_change(A, shape=[6, 20] + [1] * 7), "^'a.int8.weight' has a shape or a place that cannot be"),
+    "a hundred thousand dimensions": (
+        entry_change(A, shape=[9] * 100000), "^'a.int8.weight' has a shape or a place that cannot"
+    ),
+    "a place with a fraction": (
+        entry_change(A, data_offsets=[0.0, 120.0]), "^'a.int8.weight' has a shape or a place that cannot"
+    ),
+    "a negative place": (entry_change(A, data_offsets=[-120, 0]), "^'a.int8.weight' has a shape or a place that cannot"),
+    "a place of one number": (entry_change(A, data_offsets=[120]), "^'a.int8.weight' has a shape or a place that cannot"),
+    "a place far off": (entry_change(A, data_offsets=[2**50, 2**50 + 120]), "does not begin where what is before it ends"),
+    "two tensors at one place": (
+        lambda header, *_: header[A].update(data_offsets=header["a.int8_search.weight"]["data_offsets"]),
+        "does not begin where what is before it ends",
+    ),
+    "an entry that is no table": (
+        lambda header, *_: header.update({A: [1]}), "^'a.int8.weight' is not described by dtype, shape"
+    ),
+    "an entry with more": (entry_change(A, more=1), "^'a.int8.weight' is not described by dtype, shape"),
+    "metadata that are no texts": (
+        lambda header, metadata, *_: metadata.update(more=1), "^its header is damaged .the metadata are no table of texts"
+    ),
+    "another version": (
+        about_change(lambda about: about.update(version=2)), "^it is of version 2, and only version 1 can be read"
+    ),
+    "a version that is true": (about_change(lambda about: about.update(version=True)), "^it is of version True"),
+    "a version that is text": (about_change(lambda about: about.update(version="1")), "^it is of version '1'"),
+    "no layers": (about_change(lambda about: about.pop("layers")), "^its description is damaged .KeyError: 'layers'"),
+    "layers in a list": (about_change(lambda about: about.update(layers=[1])), "^its description is damaged .AttributeError"),
+    "an empty table of layers": (about_change(lambda about: about.update(layers={})), "^its description has no layer"),
+    "a layer that is no table": (
+        about_change(lambda about: about["layers"].update({"a.int8": "x"})), "^its description has a layer of other words"
+    ),
+    "no format": (
+        about_change(lambda about: about["layers"]["a.int8"].pop("format")), "^its description has a layer of other words"
+    ),
+    "a layer that is null": (
+        about_change(lambda about: about["layers"].update({"a.int8": None})), "^its description is damaged .TypeError"
+    ),
+    "a layer's size with a fraction": (layer_change("a.int8", shape=[6.0, 20]), CANNOT),
+    "a layer's size that is true": (layer_change("a.int8", shape=[True, 20]), CANNOT),
+    "a layer's size that is text": (layer_change("a.int8", shape=["6", "20"]), CANNOT),
+    "a layer's negative size": (layer_change("a.int8", shape=[-6, -20]), CANNOT),
+    "a layer's size of zero": (layer_change("a.int8", shape=[0, 20]), CANNOT),
+    "a layer's huge size": (layer_change("a.int8", shape=[2**62, 20]), CANNOT),
+    "a layer's large size": (layer_change("a.int8", shape=[2**61, 2**61]), "^a.int8.weight has shape"),
+    "a layer of three dimensions": (layer_change("a.int8", shape=[6, 5, 4]), CANNOT),
+    "a layer of very many dimensions": (layer_change("a.int8", shape=[2] * 99999), CANNOT),
+    "an unknown kind": (layer_change("a.int8", {"kind": "int2"}), CANNOT),
+    "a kind that is a list": (layer_change("a.int8", {"kind": ["int8"]}), "^its description is damaged .TypeError"),
+    "a group with a fraction": (layer_change("a.int8_groups", {"group_size": 32.0}), CANNOT),
+    "a group that is true": (layer_change("a.int8", {"group_size": True}), CANNOT),
+    "a negative group": (layer_change("a.int8_groups", {"group_size": -32}), CANNOT),
+    "a group that does not divide": (layer_change("a.int8_groups", {"group_size": 36}), NOT_WITH),
+    "a huge group": (layer_change("a.int8_groups", {"group_size": 2**61}), NOT_WITH),
+    "other groups": (layer_change("a.int8_groups", {"group_size": 48}), r"^a.int8_groups.weight_scale has shape \(6, 3\)"),
+    "groups of fp8": (layer_change("c.fp8", {"group_size": 16}), NOT_WITH),
+    "a rotation that is none": (layer_change("a.int8_rotated", {"rotation": 32}), CANNOT),
+    "a rotation with a fraction": (layer_change("a.int8_rotated", {"rotation": 64.0}), CANNOT),
+    "a negative rotation": (layer_change("a.int8_rotated", {"rotation": -64}), CANNOT),
+    "a huge rotation": (layer_change("c.fp8_rotated", {"rotation": 4**20}), CANNOT),
+    "a rotation that does not divide": (layer_change("a.int8", {"rotation": 16}), NOT_WITH),
+    "a rotation of a convolution": (layer_change("b.int8_conv_groups", {"rotation": 16}), NOT_WITH),
+    "another rotation": (layer_change("c.fp8", {"rotation": 16}), r"^c.fp8.comfy_quant has shape"),
+    "a search that is a number": (layer_change("a.int8", {"search": 1}), CANNOT),
+    "a format with more": (layer_change("a.int8", {"more": 1}), "^its description has a layer of other words than shape and"),
+    "activations of 4 bits": (
+        about_change(lambda about: about["activation"].update(bits=4)), "^its description has activations that cannot be"
+    ),
+    "bits with a fraction": (
+        about_change(lambda about: about["activation"].update(bits=8.0)), "^its description has activations that cannot be"
+    ),
+    "activations with more": (
+        about_change(lambda about: about["activation"].update(more=1)), "^its description has activations that cannot be"
+    ),
+    "a switch that is a number": (
+        about_change(lambda about: about["activation"].update(per_tensor=0)), "^its description has activations that cannot be"
+    ),
+    "activations in a list": (about_change(lambda about: about.update(activation=[8])), "^its description "),
+    "a network in float64": (
+        about_change(lambda about: about.update(dtype="float64")), "^its description has a type of network"
+    ),
+    "a name that is a number": (
+        about_change(lambda about: about.update(name=8)), "^its description has a name that is no text"
+    ),
+    "a name that cannot be shown": (
+        about_change(lambda about: about.update(name="W8\n\ud800")), "^its description has a name that is no text"
+    ),
+    "NaN in the fingerprint": (
+        about_change(lambda about: about["fingerprint"].__setitem__(3, math.nan)), "^its fingerprint is damaged"
+    ),
+    "infinity in the fingerprint": (
+        about_change(lambda about: about["fingerprint"].__setitem__(3, -math.inf)), "^its fingerprint is damaged"
+    ),
+    "a huge number in the fingerprint": (
+        about_change(lambda about: about["fingerprint"].__setitem__(3, 10**400)), "^its description is damaged .OverflowError"
+    ),
+    "text in the fingerprint": (
+        about_change(lambda about: about["fingerprint"].__setitem__(3, "1")), "^its fingerprint is damaged"
+    ),
+    "a very long fingerprint": (
+        about_change(lambda about: about.update(fingerprint=[0.5] * 5000)), "^its fingerprint is damaged"
+    ),
+    "no fingerprint": (about_change(lambda about: about.pop("fingerprint")), "^its description is damaged .KeyError"),
+    "a setting that is a table": (
+        lambda header, metadata, *_: metadata.update(config='{"transformer": {"x": {}}}'), "^its settings of the network"
+    ),
+    "a huge setting": (
+        lambda header, metadata, *_: metadata.update(config='{"transformer": {"layers": 10000000}}'), "^its settings of the net"
+    ),
+    "settings in a list": (
+        lambda header, metadata, *_: metadata.update(config="[1]"), "^its settings of the network cannot be"
+    ),
+    "settings that cannot be parsed": (
+        lambda header, metadata, *_: metadata.update(config="{"), "^its settings of the network is damaged"
+    ),
+}  # fmt: skip
+
+
+def refusal(path):
+    """The sentence with which a file is refused."""
+    with pytest.raises(ValueError) as refused:
+        QuantizedFile(path)
+    sentence = str(refused.value)
+    assert 10 < len(sentence) < 700 and sentence.isprintable(), sentence
+    return sentence
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_changed_file_is_refused_with_a_sentence(path, kind):
+    header, metadata, about, data = taken_apart(save(path).read_bytes())
+    path.write_bytes(put_together(header, metadata, about, data))
+    QuantizedFile(path).close()  # so that the change is what is refused
+    change, message = CHANGES[kind]
+    changed = change(header, metadata, about, data)
+    path.write_bytes(put_together(header, metadata, about, changed if isinstance(changed, bytes) else data))
+    assert re.search(message, refusal(path)), refusal(path)
+
+
+def with_header(raw, text):
+    length = int.from_bytes(raw[:8], "little")
+    return len(text).to_bytes(8, "little") + text + raw[8 + length :]
+
+
+def with_length(raw, length):
+    return length.to_bytes(8, "little") + raw[8:]
+
+
+def with_description(raw, text):
+    header, metadata, _, data = taken_apart(raw)
+    whole = json.dumps({"__metadata__": metadata | {"iec.quantized": text}, **header}).encode()
+    return len(whole).to_bytes(8, "little") + whole + data
+
+
+NO_FILE = "^it is no .safetensors file, or a damaged one .of its"
+BYTES = {
+    "nothing": (lambda raw: b"", NO_FILE),
+    "three bytes": (lambda raw: raw[:3], NO_FILE),
+    "no header": (lambda raw: raw[:8], NO_FILE),
+    "a picture": (lambda raw: b"\x89PNG\r\n\x1a\n" + raw, NO_FILE),
+    "half a header": (lambda raw: raw[:500], NO_FILE),
+    "a header longer than the file": (lambda raw: with_length(raw, len(raw)), NO_FILE),
+    "a header longer than any": (lambda raw: with_length(raw, 2**64 - 1), NO_FILE),
+    "no length": (lambda raw: with_length(raw, 0), NO_FILE),
+    "a shorter header": (lambda raw: with_length(raw, 200), "^its header is damaged"),
+    "truncated data": (lambda raw: raw[:-1], "^it is truncated or has been added to"),
+    "half the data": (lambda raw: raw[: -len(raw) // 8], "^it is truncated or has been added to"),
+    "more data": (lambda raw: raw + b"\0", "^it is truncated or has been added to"),
+    "no JSON": (lambda raw: with_header(raw, b"x" * 64), "^its header is damaged"),
+    "no UTF-8": (lambda raw: with_header(raw, b'{"\xff\xfe": 1}'), "^it is no .safetensors file, or its header is damaged"),
+    "UTF-16": (
+        lambda raw: with_header(raw, '{"a": 1}'.encode("utf-16")), "^it is no .safetensors file, or its header is damaged"
+    ),
+    "a mark of byte order": (lambda raw: with_header(raw, b"\xef\xbb\xbf{}"), "^its header is damaged"),
+    "a list": (lambda raw: with_header(raw, b"[1, 2]"), "^it is no .safetensors file, or its header is damaged"),
+    "a header after blanks": (lambda raw: with_header(raw, b"  {}"), "^it is no .safetensors file, or its header is damaged"),
+    "deep nesting": (lambda raw: with_header(raw, b"[" * 200000), "^its header is damaged .maximum recursion depth"),
+    "deep nesting in a table": (
+        lambda raw: with_header(raw, b'{"a":' * 200000), "^its header is damaged .maximum recursion depth"
+    ),
+    "a number of very many digits": (lambda raw: with_header(raw, b'{"a": ' + b"9" * 100000 + b"}"), "^its header is damaged"),
+    "metadata twice": (lambda raw: with_header(raw, b'{"__metadata__": {}, "__metadata__": {}}'), "a name is there twice"),
+    "no metadata": (lambda raw: (2).to_bytes(8, "little") + b"{}", "^it was not written by Save Quantized Model"),
+    "a description that is no JSON": (lambda raw: with_description(raw, "{"), "^its description is damaged"),
+    "a deeply nested description": (
+        lambda raw: with_description(raw, "[" * 200000), "^its description is damaged .maximum recursion depth"
+    ),
+    "a description that is a number": (lambda raw: with_description(raw, "1"), "^it is of version None"),
+    "a description that is null": (lambda raw: with_description(raw, "null"), "^it is of version None"),
+    "a name twice": (
+        lambda raw: with_description(raw, json.dumps(taken_apart(raw)[2])[:-1] + ', "version": 1}'), "a name is there twice"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BYTES)
+def test_other_bytes_are_refused_with_a_sentence(path, kind):
+    change, message = BYTES[kind]
+    path.write_bytes(change(save(path).read_bytes()))
+    assert re.search(message, refusal(path)), refusal(path)
+
+
+def test_somebody_elses_files_are_refused(path, tmp_path):
+    safetensors.torch.save_file({"weight": torch.zeros(2)}, path)
+    assert refusal(path).startswith("it was not written by Save Quantized Model (IEC); load it with the host's own node")
+    safetensors.torch.save_file({"weight": torch.zeros(2)}, path, {"format": "pt", "_quantization_metadata": '{"layers": {}}'})
+    assert refusal(path).startswith("it was not written by")
+    assert refusal(tmp_path).startswith("it cannot be opened")
+    assert refusal(tmp_path / "none").startswith("it cannot be opened")
+
+
+def test_a_header_larger_than_any_networks_is_not_parsed(path, monkeypatch):
+    save(path)
+    monkeypatch.setattr(quantized_file, "LARGEST_HEADER", 1000)
+    assert re.search(NO_FILE, refusal(path))
+    with pytest.raises(ValueError, match=r"^model: it has too many layers for a file of this kind"):
+        save(path)
+
+
+def test_a_file_that_becomes_shorter_is_told(path):
+    with QuantizedFile(save(path)) as file:
+        with open(path, "r+b") as other:
+            other.truncate(path.stat().st_size // 2)
+        with pytest.raises(ValueError, match=r"^it has become shorter; .* is not whole"):
+            [file.packed(name) for name in file.layers] + [file.tensor(key) for key in file.plain]
+
+
+# Thousands of damaged files
+
+JUNK = [
+    None, True, False, -1, 0, 1, 2, 3, 7, 255, 2**31 - 1, 2**31, 2**40, 2**53, 2**62, 2**63, 2**64, 10**30, -(2**63), 10**400,
+    1.0, 0.5, -0.0, math.nan, math.inf, 1e308, "", "x", "I8", "F32", "BOOL", "int4", "../../x", "a" * 3000, "\ud800", "\n", [],
+    [0], [1, 1], [2**31, 2**31], [2**40] * 8, [[[]]], {}, {"a": 1},
+    {"kind": "int8", "group_size": 0, "rotation": 0, "search": False},
+]  # fmt: skip
+
+
+def places_in(node, path=()):
+    """All paths to what is in nested tables and lists."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        yield (*path, key)
+        yield from places_in(value, (*path, key))
+
+
+def at(node, path):
+    for key in path:
+        node = node[key]
+    return node
+
+
+def change_of_json(rng, tree):
+    """Change one thing in a tree of tables and lists."""
+    path = rng.choice(list(places_in(tree)))
+    owner, key, kind = at(tree, path[:-1]), path[-1], rng.randrange(6)
+    value = owner[key]
+    if kind == 0:
+        owner[key] = rng.choice(JUNK)
+    elif kind == 1:
+        del owner[key]
+    elif kind == 2 and isinstance(value, int):
+        owner[key] = rng.choice([value + 1, value - 1, -value, 2 * value, value // 2, value * 2**32, float(value)])
+    elif kind == 3 and isinstance(owner, dict):
+        owner[str(rng.choice(JUNK))] = owner.pop(key)
+    elif kind == 4:
+        other = rng.choice(list(places_in(tree)))
+        owner[key] = json.loads(json.dumps(at(tree, other)))
+    elif isinstance(owner, list):
+        rng.shuffle(owner)
+    else:
+        owner[key] = rng.choice(JUNK)
+
+
+def damaged_json(rng, raw):
+    header, metadata, about, data = taken_apart(raw)
+    tree = {"header": header, "about": about, "metadata": metadata}
+    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+        change_of_json(rng, tree)
+    if rng.random() < 0.5:  # so that what is behind the checks of places is reached
+        try:
+            if sum(math.prod(entry["shape"]) for entry in tree["header"].values()) < 1e5:
+                data = moved(tree["header"], data)
+        except (TypeError, KeyError, AttributeError, ValueError, IndexError, OverflowError):
+            pass
+    try:
+        return put_together(tree["header"], tree["metadata"], tree["about"], data)
+    except (TypeError, KeyError):  # the header itself is gone
+        return put_together({}, {}, tree.get("about"), data)
+
+
+def damaged_text(rng, raw):
+    """A name or a value twice, or two of them swapped, in the header's text."""
+    length = int.from_bytes(raw[:8], "little")
+    text = raw[8 : 8 + length].decode()
+    parts = re.split("([,:{}\\[\\]])", text)
+    one, other = rng.randrange(len(parts)), rng.randrange(len(parts))
+    if rng.random() < 0.5:
+        parts[one], parts[other] = parts[other], parts[one]
+    else:
+        parts.insert(one, "".join(parts[one : one + rng.choice([1, 2, 4, 8])]))
+    return with_header(raw, "".join(parts).encode())
+
+
+def damaged_bytes(rng, raw):
+    raw, length = bytearray(raw), 8 + int.from_bytes(raw[:8], "little")
+    where = rng.choice([(0, 8), (8, length), (length, len(raw)), (0, len(raw))])
+    kind, place = rng.randrange(5), rng.randrange(*where)
+    if kind == 0:
+        for _ in range(rng.choice([1, 2, 8])):
+            raw[rng.randrange(*where)] ^= 1 << rng.randrange(8)
+    elif kind == 1:
+        del raw[place : place + rng.choice([1, 8, 64, len(raw)])]
+    elif kind == 2:
+        raw[place:place] = rng.randbytes(rng.choice([1, 8, 64]))
+    elif kind == 3:
+        raw[place : place + 8] = rng.choice([0, 1, 2**31, 2**63, 2**64 - 1, len(raw), len(raw) - 8]).to_bytes(8, "little")
+    else:
+        raw[place : place + 8] = raw[where[0] : where[0] + 8]
+    return bytes(raw)
+
+
+class Allocations(TorchDispatchMode):
+    """Sums the bytes of new tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        held = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in held:
+            self.bytes += out.untyped_storage().nbytes()
+        return out
+
+
+def check_what_was_read(path, file, tensors, packed):
+    """An accepted file holds what the library finds in it, and weights of the shapes that are told."""
+    with safetensors.safe_open(path, "pt") as library:
+        for key, tensor in tensors.items():
+            assert torch.equal(as_bytes(tensor), as_bytes(library.get_tensor(key)))
+        for name, weight in packed.items():
+            packing = Packing(file.layers[name].shape, file.layers[name].format)
+            values, scale = packing.stored(weight)
+            assert torch.equal(as_bytes(values), as_bytes(library.get_tensor(f"{name}.weight")))
+            assert torch.equal(as_bytes(scale)[:4], as_bytes(library.get_tensor(f"{name}.weight_scale"))[:4])
+            assert packing.dequantize(weight).shape == file.layers[name].shape
+
+
+def outcome(path, raw):
+    """Read a file whole: None, or the sentence with which it was refused. What that may take is checked."""
+    path.write_bytes(raw)
+    began, before, taken = time.perf_counter(), tracemalloc.get_traced_memory()[0], Allocations()
+    tracemalloc.reset_peak()
+    try:
+        with taken:
+            file = QuantizedFile(path)
+    except ValueError as error:
+        sentence, peak = str(error), tracemalloc.get_traced_memory()[1]
+        assert 10 < len(sentence) < 900 and sentence.isprintable(), sentence
+    else:
+        sentence = None
+        assert taken.bytes == 0
+        with file, taken:
+            tensors, packed = {key: file.tensor(key) for key in file.plain}, {name: file.packed(name) for name in file.layers}
+        peak = tracemalloc.get_traced_memory()[1]
+        assert taken.bytes <= 3 * len(raw)  # what is read, and a layer's parts beside what is packed of them
+        check_what_was_read(path, file, tensors, packed)
+    assert taken.bytes == 0 or sentence is None
+    assert peak - before < 2**20 + 40 * len(raw)
+    assert time.perf_counter() - began < 5
+    return sentence
+
+
+SEEDS = range(8)
+
+
+@pytest.fixture(scope="module")
+def whole_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    small = {"x.weight": normal(2, 2)}
+    one = save(folder / "one", ["a.int8"], small)
+    other = save(folder / "other", ["a.int4_groups_rotated", "c.fp8_conv"], small, activation={"bits": 16, "per_tensor": True})
+    return [path.read_bytes() for path in (one, other, save(folder / "all", settings={"heads": 3, "dims": [4, 6]}))]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_damaged_files_are_read_or_refused(path, whole_files, seed):
+    """400 files of each seed: every one is read whole, as the library reads it, or refused with a sentence; no memory is taken
+    for what is refused, and for what is read no more than the file has.
+    """
+    for raw in whole_files:
+        assert outcome(path, raw) is None  # so that what is imported at the first use does not count
+    rng, sentences, most = random.Random(seed), [], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tracemalloc.start()
+    try:
+        for number in range(400):
+            damage = (damaged_json, damaged_json, damaged_text, damaged_bytes)[number % 4]
+            sentences.append(outcome(path, damage(rng, rng.choice(whole_files))))
+    finally:
+        tracemalloc.stop()
+    refused = [sentence for sentence in sentences if sentence]
+    assert 200 < len(refused) < 400
+    assert len({sentence[:12] for sentence in refused}) > 10  # many checks are reached
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most < 64 * 1024  # KiB
