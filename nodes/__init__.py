@@ -2,16 +2,16 @@
 
 from comfy_api.latest import ComfyExtension
 
-from . import builtin, cachequant, compare, correct, deepcache, quantize, report
+from . import builtin, cachequant, compare, correct, deepcache, quantization_profile, quantization_report, quantize, report
 
 
 class IECExtension(ComfyExtension):
     """Every node of the pack."""
 
     async def get_node_list(self):
-        return [
-            node for module in (correct, quantize, deepcache, cachequant, builtin, compare, report) for node in module.NODES
-        ]
+        quantization = quantize, quantization_profile, quantization_report
+        modules = correct, *quantization, deepcache, cachequant, builtin, compare, report
+        return [node for module in modules for node in module.NODES]
 
 
 async def comfy_entrypoint():

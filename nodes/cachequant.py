@@ -2,18 +2,17 @@
 
 import os
 
-import comfy.samplers
 from comfy_api.latest import io
 
 from ..iec_core.caching import SCHEDULE_FORMS, parse_cache_schedule
 from ..iec_core.choices import unknown_choice
+from .calibration import run_inputs, sampling_of, taken_prompts, wrong_run_choice
 from .host.cachequant import apply_profile, calibrate
 from .host.caching import CORRECTION_PASSES
-from .host.profiles import load_profile, path_to_write, profile_names, profile_path, save_profile
+from .host.profiles import PROFILES, load_cache_profile, save_profile
 from .types import CacheProfileSocket
 
 CALIBRATED_FORECASTS = ["hold", "linear"]
-PROMPTS = ("positive", "positive_2", "positive_3", "positive_4")
 
 
 def parse_calibrated_schedule(text):
@@ -36,10 +35,6 @@ def full_steps_output():
 class IECCalibrateCacheQuant(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        prompts = [
-            io.Conditioning.Input(name, optional=name != "positive", tooltip="A prompt to calibrate on; more are better.")
-            for name in PROMPTS
-        ]
         return io.Schema(
             node_id="IECCalibrateCacheQuant",
             display_name="Calibrate CacheQuant (IEC)",
@@ -50,21 +45,7 @@ class IECCalibrateCacheQuant(io.ComfyNode):
                 io.Model.Input(
                     "model", tooltip="The model to cache, with Quantize Model if it is to be used so; without DeepCache."
                 ),
-                *prompts,
-                io.Conditioning.Input("negative", tooltip="The negative prompt."),
-                io.Latent.Input("latent_image", tooltip="An empty latent of the size that you sample at."),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="The seed of the first run's noise."),
-                io.Int.Input("runs", default=2, min=1, max=64, tooltip="How many runs a prompt, each with noise of its own."),
-                io.Int.Input(
-                    "steps", default=20, min=1, max=10000, tooltip="Steps of a run. The profile is for this schedule."
-                ),
-                io.Float.Input("cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Guidance scale."),
-                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="The sampler of the runs."),
-                io.Combo.Input(
-                    "scheduler",
-                    options=comfy.samplers.KSampler.SCHEDULERS,
-                    tooltip="The scheduler. The profile is for this schedule.",
-                ),
+                *run_inputs(" The profile is for this schedule."),
                 io.Int.Input(
                     "interval",
                     default=3,
@@ -101,6 +82,11 @@ class IECCalibrateCacheQuant(io.ComfyNode):
                     tooltip="With a quantized U-Net: correct the output of the block that consumes the feature too, as the "
                     "paper does. The calibration takes half as long again.",
                 ),
+                io.Model.Input(
+                    "full_precision",
+                    optional=True,
+                    tooltip="With a quantized model: the model that it was made from, whose runs the calibration takes.",
+                ),
             ],
             outputs=[
                 CacheProfileSocket.Output(display_name="profile", tooltip="What was found out, for CacheQuant (IEC)."),
@@ -114,25 +100,23 @@ class IECCalibrateCacheQuant(io.ComfyNode):
             schedule is None or parse_calibrated_schedule(schedule)
         except ValueError as error:
             return str(error)
-        wrong = unknown_choice(comfy.samplers.KSampler.SAMPLERS, sampler_name=sampler_name)
-        wrong = wrong or unknown_choice(comfy.samplers.KSampler.SCHEDULERS, scheduler=scheduler)
+        wrong = wrong_run_choice(sampler_name, scheduler)
         return wrong or unknown_choice(CALIBRATED_FORECASTS, forecast=forecast) or True
 
     @classmethod
     def execute(
-        cls, model, positive, negative, latent_image, seed, runs, steps, cfg, sampler_name, scheduler, interval, branch,
-        schedule="dps", forecast="hold", correct_consumer=False, **more,
+        cls, model, negative, latent_image, seed, runs, interval, branch, schedule="dps", forecast="hold",
+        correct_consumer=False, full_precision=None, **more,
     ):  # fmt: skip
-        prompts = [positive, *(more[name] for name in PROMPTS[1:] if more.get(name) is not None)]
-        sampling = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler}
         profile = calibrate(
             model,
-            prompts,
+            full_precision,
+            taken_prompts(more),
             negative,
             latent_image,
             seed,
             runs,
-            sampling,
+            sampling_of(more),
             interval,
             branch,
             parse_calibrated_schedule(schedule),
@@ -160,11 +144,7 @@ class IECSaveCacheProfile(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, name=None):
-        try:
-            name is None or path_to_write(name)
-        except ValueError as error:
-            return str(error)
-        return True
+        return PROFILES.wrong_name(name) or True
 
     @classmethod
     def execute(cls, profile, name):
@@ -180,7 +160,7 @@ class IECLoadCacheProfile(io.ComfyNode):
             display_name="Load Cache Profile (IEC)",
             category="advanced/model/IEC",
             description="Reads a cache profile from models/iec_profiles.",
-            inputs=[io.Combo.Input("profile_name", options=profile_names(), tooltip="The file.")],
+            inputs=[io.Combo.Input("profile_name", options=PROFILES.names(), tooltip="The file.")],
             outputs=[
                 CacheProfileSocket.Output(display_name="profile", tooltip="The profile, for CacheQuant (IEC)."),
                 full_steps_output(),
@@ -189,19 +169,15 @@ class IECLoadCacheProfile(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, profile_name=None):
-        names = profile_names()
-        if profile_name is not None and profile_name not in names:
-            known = ", ".join(names) or "none"
-            return f"profile_name: there is no profile '{profile_name}' in models/iec_profiles; there are: {known}."
-        return True
+        return PROFILES.missing(profile_name=profile_name) or True
 
     @classmethod
     def fingerprint_inputs(cls, profile_name):
-        return os.path.getmtime(profile_path(profile_name))
+        return os.path.getmtime(PROFILES.path(profile_name))
 
     @classmethod
     def execute(cls, profile_name):
-        profile = load_profile(profile_name)
+        profile = load_cache_profile(profile_name)
         return io.NodeOutput(profile, profile.full_steps_text)
 
 

@@ -128,3 +128,32 @@ def image_grid(rows, tile=96, columns=8):
             method = Image.NEAREST if picture.width < tile else Image.LANCZOS
             grid.paste(picture.resize((tile, height), method), (text_width + column * (tile + gap), top))
     return np.asarray(grid)
+
+
+def layer_errors(errors, left):
+    """Draw the layers' output SQNR, the worst first; uint8 [H, W, 3].
+
+    errors: LayerErrors. left: names of those that are suggested to stay in full precision. More than 60 layers: the worst 60.
+    """
+    shown = sorted(errors, key=lambda error: -error.relative_noise)[:60]
+    figure = Figure(figsize=(11, 1.4 + 0.22 * len(shown)), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    places, ratios = range(len(shown)), np.array([error.sqnr for error in shown])
+    finite = np.isfinite(ratios)
+    widths = np.where(finite, ratios, np.where(np.isnan(ratios), 0, max(ratios[finite], default=1)))
+    is_left = [error.name in left for error in shown]
+    colours = [COLOURS[2] if one else COLOURS[1] for one in is_left]
+    bars = axes.barh(places, widths, color=colours, hatch=["//" if one else "" for one in is_left], edgecolor="white")
+    texts = [f"{ratio:.1f}" if np.isfinite(ratio) else "not run" if np.isnan(ratio) else "no error" for ratio in ratios]
+    axes.bar_label(bars, texts, padding=3, fontsize=8)
+    axes.set_yticks(places, [f"{error.name} ({error.format.split(',')[0]})" for error in shown], fontsize=8)
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    axes.margins(x=0.08)
+    axes.set_xlabel("output SQNR, dB: higher is better")
+    title = f"{len(shown)} of {len(errors)} quantized layers, the worst first"
+    if left:
+        title += f"\norange, hatched: suggested to leave in full precision ({len(left)} in all, {sum(is_left)} of these here)"
+    figure.suptitle(title, fontsize=11)
+    axes.set_axisbelow(True)
+    axes.grid(axis="x", alpha=0.3)
+    return _picture(figure)

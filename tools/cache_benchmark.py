@@ -18,57 +18,18 @@ import argparse
 import benchmark
 import comfyui
 import torch
+from networks import random_model
+from quality import PROMPTS, Quality
 from torch.utils.flop_counter import FlopCounterMode
 
-COMPONENTS = 16
-PROMPTS = ("face, heart", "person, vehicle", "fruit, boat", "clock, flag")  # the calibration's, on seeds of its own
 
-
-class Features:
-    """What the built-in network makes of images: the mean over the picture of its innermost block's output."""
-
-    def __init__(self, model):
-        self._model = model.model
-
-    def of(self, images):
-        """Return float64 [N, C] for latents [N, 3, 32, 32]."""
-        found = []
-        hook = self._model.diffusion_model.middle_block[-1].register_forward_hook(
-            lambda module, args, out: found.append(out.mean((2, 3)).double())
-        )
-        try:
-            for part in images.split(32):
-                label = torch.zeros(len(part), self._model.diffusion_model.label_emb[0][0].in_features)
-                self._model.apply_model(part, torch.full((len(part),), 0.3), c_crossattn=label[:, None], y=label)
-        finally:
-            hook.remove()
-        return torch.cat(found)
-
-
-def frechet(x, y):
-    """Return the Fréchet distance of the Gaussians fitted to x and y [N, C]."""
-    mean, covariance = (x.mean(0) - y.mean(0)).square().sum(), (x.T.cov(), y.T.cov())
-    cross = torch.linalg.eigvals(covariance[0] @ covariance[1]).real.clamp(min=0).sqrt().sum()
-    return (mean + covariance[0].trace() + covariance[1].trace() - 2 * cross).item()
-
-
-class Table:
-    """Measures variants against the uncached runs."""
+class Table(Quality):
+    """Measures caches against the uncached runs."""
 
     def __init__(self, nodes, steps, seeds, repeat):
-        self.nodes, self.steps, self.repeat, self.seeds = nodes, steps, repeat, range(2, 2 + seeds)
-        self.builtin = benchmark.Builtin(nodes)
-        self._features = Features(self.builtin.model)
-        self._references = [self.sample(self.builtin.model, seed) for seed in self.seeds]
-        features = self._features.of(torch.cat(self._references))
-        self._basis = torch.linalg.svd(features - features.mean(0), full_matrices=False).Vh[:COMPONENTS].T
-        self._reference_features = features @ self._basis
+        super().__init__(nodes, steps, seeds)
+        self.nodes, self.repeat = nodes, repeat
         self.full = benchmark.median_seconds(lambda: self.sample(self.builtin.model, 2), repeat)
-        others = [self.sample(self.builtin.model, seed + 1000) for seed in self.seeds]
-        self.floor = frechet(self._features.of(torch.cat(others)) @ self._basis, self._reference_features)
-
-    def sample(self, model, seed, **correction):
-        return self.builtin.sample(model, seed, self.steps, "normal", **correction)
 
     def share(self, model, **correction):
         """Return the share of an uncached run's time that a run takes."""
@@ -79,18 +40,14 @@ class Table:
     def row(self, interval, name, model, correction=None):
         """Print the line of a variant; correction: inputs of IECKSampler."""
         correction = correction or {}
-        latents = [self.sample(model, seed, **correction) for seed in self.seeds]
-        error = benchmark.mean_error(latents, self._references)
-        distance = frechet(self._features.of(torch.cat(latents)) @ self._basis, self._reference_features)
+        error, _, distance = self.of(model, **correction)
         share = self.share(model, **correction)
         print(f"| {interval} | {name} | {share:.2f} | {error:.4f} | {distance:.4f} |", flush=True)
         return share
 
     def fewer_steps(self, interval, steps):
         """Print the line of uncached runs of as many steps; their time is their share of the steps."""
-        latents = [self.builtin.sample(self.builtin.model, seed, steps, "normal") for seed in self.seeds]
-        error = benchmark.mean_error(latents, self._references)
-        distance = frechet(self._features.of(torch.cat(latents)) @ self._basis, self._reference_features)
+        error, _, distance = self.of(self.builtin.model, steps=steps)
         print(f"| {interval} | uncached, {steps} steps | {steps / self.steps:.2f} | {error:.4f} | {distance:.4f} |", flush=True)
 
     def cached(self, **settings):
@@ -163,36 +120,6 @@ def measure(table, interval):
     for node in ("EasyCache", "LazyCache"):
         model, threshold = table.skipping(node, share)
         table.row(interval, f"{node}, threshold {threshold:.3g}", model)
-
-
-SDXL = {
-    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": [2, 2, 2],
-    "channel_mult": [1, 2, 4], "transformer_depth": [0, 0, 2, 2, 10, 10], "transformer_depth_middle": 10,
-    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "num_heads": -1, "num_head_channels": 64,
-    "use_spatial_transformer": True, "context_dim": 2048, "use_linear_in_transformer": True, "legacy": False,
-    "num_classes": "sequential", "adm_in_channels": 2816,
-}  # fmt: skip
-
-
-def random_model(kind):
-    """Return (MODEL, CONDITIONING) of the shape of "SD 1.5" or "SDXL", with random weights."""
-    import comfy.model_base
-    import comfy.model_management
-    import comfy.model_patcher
-    import comfy.supported_models
-
-    at = benchmark.device()[0]
-    unet, config = (benchmark.SD15, comfy.supported_models.SD15) if kind == "SD 1.5" else (SDXL, comfy.supported_models.SDXL)
-    config = config(dict(unet))
-    dtype = torch.float16 if at.type == "cuda" else torch.float32
-    config.set_inference_dtype(dtype, None)
-    build = comfy.model_base.BaseModel if kind == "SD 1.5" else comfy.model_base.SDXL
-    model = build(config, device=at)
-    for parameter in model.parameters():  # the layers come without values
-        torch.nn.init.normal_(parameter, std=0.02)
-    patcher = comfy.model_patcher.ModelPatcher(model, at, comfy.model_management.unet_offload_device())
-    pooled = torch.randn(1, 1280)
-    return patcher, [[torch.randn(1, 77, unet["context_dim"]), {"pooled_output": pooled}]]
 
 
 def speed(nodes, kinds, repeat, latent, steps=12):

@@ -1,10 +1,8 @@
 """Calibration of a cache on runs of the full-precision model, and a MODEL that caches by what it found."""
 
-import contextlib
 import functools
 
-import comfy.sample
-import comfy.utils
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
 
 from ...iec_core.cachequant import (
     CacheProfile,
@@ -16,35 +14,43 @@ from ...iec_core.cachequant import (
 )
 from ...iec_core.caching import FORECASTS, CacheSchedule, FeatureCache
 from . import quantize
+from .activation_scales import calibrated, scales_of
 from .cached_model import cache_kind, with_cache
 from .caching import CacheSettings
-from .fingerprint import fingerprint, is_same
+from .calibration import Bar, sample_all
+from .layer_errors import source_of
+from .weights import fingerprint, is_same
 
 
 def calibrate(
-    model, prompts, negative, latent_image, seed, runs, sampling, interval, branch, schedule, forecast, correct_consumer
+    model, full_precision, prompts, negative, latent_image, seed, runs, sampling, interval, branch, schedule, forecast,
+    correct_consumer,
 ):  # fmt: skip
-    """Return the CacheProfile of a MODEL, from `runs` sampling runs of each prompt (CONDITIONING) without its quantization.
+    """Return the CacheProfile of a MODEL, from `runs` sampling runs of each prompt (CONDITIONING) in full precision.
+
+    full_precision: the MODEL that a quantized one is made from; not looked at where `model` is not quantized.
 
     sampling: steps, cfg, sampler_name and scheduler, as the host's KSampler has them. schedule: a CacheSchedule, None for the
     one that is found by dynamic programming. forecast: "hold", one feature is mapped, or "linear", the last two.
     correct_consumer: whether the output of the block that consumes the feature gets a map too, if the model is quantized.
-    Raises ValueError where the MODEL cannot be cached.
+    Raises ValueError where the MODEL cannot be cached, or what it is quantized from is not given.
     """
     kind, settings = cache_kind(model), CacheSettings(interval, branch)
     bits = quantize.quantization_of(model) or "none"
+    source = model if bits == "none" else source_of(model, full_precision)
     correct_consumer = correct_consumer and bits != "none" and kind.has_consumer
     passes = 1 + (schedule is None) + correct_consumer
-    bar = _Bar(passes * runs * len(prompts) * sampling["steps"])
-    sample = functools.partial(_sample_all, prompts, negative, latent_image, seed, runs, sampling, bar)
+    bar = Bar(passes * runs * len(prompts) * sampling["steps"])
+    sample = functools.partial(sample_all, prompts, negative, latent_image, seed, runs, sampling, bar)
 
     if schedule is None:
         distances = StepDistances(interval)
-        sample(with_cache(model, settings, lambda new: _ReferenceRun(new(distances, distances.full_steps))))
+        sample(with_cache(source, settings, lambda new: _ReferenceRun(new(distances, distances.full_steps))))
         distances.check_every_step_was_seen()
         schedule = CacheSchedule("steps", tuple(group_steps(distances.cost(), interval)))
     fits = FeatureFits(lambda steps: schedule.full_steps(steps, interval), FORECASTS.index(forecast) + 1, kind.channel_dim)
-    sample(with_cache(model, settings, lambda new: _PairedRun(*2 * [new(fits, fits.full_steps)], fits)))
+    paired = functools.partial(_PairedRun, kind, model, fits)
+    sample(with_cache(source, settings, lambda new: paired(*2 * [new(fits, fits.full_steps)])))
     fits.check_every_step_was_seen()
 
     facts = {
@@ -56,20 +62,21 @@ def calibrate(
         kind.channel_dim, fits.maps(),
     )  # fmt: skip
     if correct_consumer:
-        profile.consumer = _fit_consumer(model, settings, profile, fits.full_steps, sample)
+        profile.consumer = _fit_consumer(model, source, settings, profile, fits.full_steps, sample)
     return profile
 
 
-def _fit_consumer(model, settings, profile, all_steps, sample):
+def _fit_consumer(model, source, settings, profile, all_steps, sample):
     """Return the map of the consuming block's output from the quantized network, cached by the profile, on full precision."""
     statistics = ConsumerStatistics(profile.channel_dim)
 
     def make_run(new):
         features = CorrectedFeatures(profile)
         reference = new(FeatureCache(), all_steps, consumed=statistics.consumed)
-        return _PairedRun(reference, new(features, features.full_steps, consumed=statistics.consumed), statistics)
+        measured = new(features, features.full_steps, consumed=statistics.consumed)
+        return _PairedRun(cache_kind(model), model, statistics, reference, measured)
 
-    sample(with_cache(model, settings, make_run))
+    sample(with_cache(source, settings, make_run))
     return statistics.map(len(profile.sigmas) - 1)
 
 
@@ -93,66 +100,50 @@ def apply_profile(model, profile, correction_pass):
     return with_cache(model, CacheSettings(interval, branch, correction_pass=correction_pass), make_run)
 
 
-class _Bar:
-    """The node's progress bar, over the steps of all runs."""
-
-    def __init__(self, total):
-        self._bar = comfy.utils.ProgressBar(total)
-
-    def __call__(self, step, denoised, x, total_steps):
-        self._bar.update(1)
-
-
-def _sample_all(prompts, negative, latent_image, seed, runs, sampling, callback, model):
-    """Run the model on every prompt, each run with noise of its own."""
-    ratios = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # newer hosts' empty latents have these
-    ratios = {name: latent_image[name] for name in ratios if name in latent_image}
-    latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"], **ratios)
-    for prompt in prompts:
-        for run in range(runs):
-            noise = comfy.sample.prepare_noise(latent, seed + run)
-            samples = comfy.sample.sample(
-                model, noise, positive=prompt, negative=negative, latent_image=latent, seed=seed + run, callback=callback,
-                disable_pbar=True, **sampling,
-            )  # fmt: skip
-            parts = samples.unbind() if getattr(samples, "is_nested", False) else [samples]
-            if not all(part.isfinite().all() for part in parts):
-                raise ValueError(
-                    "model: it returned NaN or infinity in a calibration run, from which nothing can be found out; try another "
-                    "precision of the model, or fewer patches on it."
-                )
-
-
 class _ReferenceRun:
-    """Evaluates the network in full precision."""
+    """Evaluates the network with a ControlNet's residuals of its own, for others to have theirs."""
 
     def __init__(self, run):
         self._run = run
 
     def evaluate(self, executor, *args, **kwargs):
         """As CacheRun.evaluate."""
-        quantized = args[5].get(quantize.KEY)  # the host's transformer options
-        with contextlib.nullcontext() if quantized is None else quantized.paused():
-            return self._run.evaluate(executor, *_own_control(args), **kwargs)
+        return self._run.evaluate(executor, *_own_control(args), **kwargs)
 
     def clear(self):
         self._run.clear()
 
 
 class _PairedRun:
-    """Evaluates the full-precision network, whose result the sampler gets, then the quantized one at the same place."""
+    """Evaluates the full-precision network, whose result the sampler gets, then at the same place the model's where that is
+    quantized.
+    """
 
-    def __init__(self, reference, measured, statistics):
-        self._reference, self._measured, self._statistics = _ReferenceRun(reference), measured, statistics
+    def __init__(self, kind, model, statistics, reference, measured):
+        self._kind, self._statistics = kind, statistics
+        self._quantized, self._scales = model.model if quantize.quantization_of(model) else None, scales_of(model)
+        self._reference, self._measured = _ReferenceRun(reference), measured
 
     def evaluate(self, executor, *args, **kwargs):
         """As CacheRun.evaluate."""
         self._statistics.is_reference = True
         result = self._reference.evaluate(executor, *args, **kwargs)
-        if args[5].get(quantize.KEY) is not None:
+        if self._quantized is not None:
             self._statistics.is_reference = False
-            self._measured.evaluate(executor, *_own_control(args), **kwargs)
+            network, x, options = self._quantized.diffusion_model, args[0], args[5]
+            with calibrated(network, self._scales, x.device, options):
+                self._measured.evaluate(self._on_quantized(executor), *_own_control(args), **kwargs)
         return result
+
+    def _on_quantized(self, executor):
+        """Return the executor as it would be on the quantized model."""
+        if self._kind.wrapper_type == WrappersMP.APPLY_MODEL:
+            owner = self._quantized
+            function = owner._apply_model
+        else:
+            owner = self._quantized.diffusion_model
+            function = owner._forward
+        return WrapperExecutor.new_class_executor(function, owner, executor.wrappers, executor.idx)
 
     def clear(self):
         self._reference.clear()
@@ -173,8 +164,7 @@ class _ProfiledRun:
 
     def evaluate(self, executor, *args, **kwargs):
         """As CacheRun.evaluate."""
-        quantized = args[5].get(quantize.KEY)
-        bits, calibrated = "none" if quantized is None else quantized.name, self._profile.facts["quantization"]
+        bits, calibrated = args[5].get(quantize.KEY, "none"), self._profile.facts["quantization"]
         if bits != calibrated:
             raise ValueError(
                 f"profile: it was calibrated with quantization {calibrated}, and this model is sampled with quantization "

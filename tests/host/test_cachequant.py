@@ -121,7 +121,7 @@ def test_calibrated_is_nearer_to_full_precision(host, calibrate, sample, model, 
 
 def test_quantized_features_are_mapped_on_full_precision(calibrate, features, model, quantized):
     """The trajectory is that of full precision, x is of the quantized network at the same latents, y of full precision."""
-    plain, profile = calibrate(), calibrate(quantized)
+    plain, profile = calibrate(), calibrate(quantized, full_precision=model)
     assert profile.facts["quantization"] == "W4A8" and plain.facts["quantization"] == "none"
     assert profile.full_steps == plain.full_steps
     step = min(set(range(STEPS)) - set(plain.full_steps))
@@ -133,8 +133,60 @@ def test_quantized_features_are_mapped_on_full_precision(calibrate, features, mo
     assert not torch.allclose(plain.features[""], profile.features[""], atol=1e-3)
 
 
-def test_consumer_of_a_quantized_model_is_mapped_too(host, calibrate, sample, quantized):
-    profile = calibrate(quantized, correct_consumer=True)
+def test_a_quantized_transformers_residuals_are_mapped_on_full_precision(host, relative):
+    """As of a U-Net: x is of the quantized blocks at step 0, y of full precision at step 1; seen by hooks of the test."""
+    from test_transformers import FAMILIES, build, conditioning, empty_latent
+
+    model = build("Flux")
+    quantized = host.run("IECQuantizeModel", model=model, weight_bits="4", activation_bits="8", keep_sensitive_layers=True)[0]
+    entries, latent = [conditioning("Flux", seed) for seed in (1, 2)], empty_latent(FAMILIES["Flux"].latent)
+    sampling = {**SAMPLING, "scheduler": "simple", "steps": 6}
+    profile = host.run(
+        "IECCalibrateCacheQuant", model=quantized, full_precision=model, positive=entries[0], negative=entries[1],
+        latent_image=latent, runs=1, interval=3, branch=0, schedule="steps:3", **sampling,
+    )[0]  # fmt: skip
+
+    def sample(model):
+        inputs = (sampling[name] for name in ("seed", "steps", "cfg", "sampler_name", "scheduler"))
+        return host.common_ksampler(model, *inputs, *entries, latent)[0]["samples"]
+
+    def residuals(model):
+        """What the double blocks but for the first add to the picture's tokens, at each evaluation."""
+        first, last = model.model.diffusion_model.double_blocks[1:]
+        entered, left = [], []
+        hooks = [
+            first.register_forward_pre_hook(lambda block, args, given: entered.append(given["img"].double()), with_kwargs=True),
+            last.register_forward_hook(lambda block, args, out: left.append(out[0].double())),
+        ]
+        sample(model)
+        for hook in hooks:
+            hook.remove()
+        return [after - before for before, after in zip(entered, left)]
+
+    ours, full = residuals(quantized), residuals(model)
+    assert len(ours) == len(full) == 6
+    x, y = ours[0].movedim(-1, 0).flatten(1), full[1].movedim(-1, 0).flatten(1)
+    slope = ((x - x.mean(1, keepdim=True)) * (y - y.mean(1, keepdim=True))).mean(1) / x.var(1, correction=0)
+    torch.testing.assert_close(profile.features["double_block.1.img"][1, :, 0].double(), slope, rtol=1e-3, atol=1e-3)
+    exact, calibrated = sample(model), sample(host.run("IECCacheQuant", model=quantized, profile=profile)[0])
+    plain = sample(host.run("IECDeepCache", model=quantized, interval=3, branch=0)[0])
+    assert relative(calibrated, exact) < relative(plain, exact)
+
+
+def test_a_quantized_model_is_calibrated_with_what_it_was_made_from(host, calibrate, model, quantized):
+    with pytest.raises(ValueError, match=r"^full_precision: this model is quantized, and what it was made from is needed too"):
+        calibrate(quantized)
+    another = with_weights(model, lambda name, weight: weight.flip(0))
+    eight_bits = host.run("IECQuantizeModel", model=model, weight_bits="8", activation_bits="8", keep_sensitive_layers=True)[0]
+    for wrong in (another, quantized, eight_bits):
+        with pytest.raises(ValueError, match=r"^full_precision: this is not the MODEL that the quantized one was made from; c"):
+            calibrate(quantized, full_precision=wrong)
+    one, other = calibrate(), calibrate(full_precision=another)  # not looked at without a quantized model
+    assert one.facts == other.facts and torch.equal(one.features[""], other.features[""])
+
+
+def test_consumer_of_a_quantized_model_is_mapped_too(host, calibrate, sample, model, quantized):
+    profile = calibrate(quantized, full_precision=model, correct_consumer=True)
     assert profile.consumer.shape[0] == STEPS and profile.consumer.shape[2] == 2
     settings = {"steps": STEPS, "scheduler": "normal", "latent_image": {"samples": torch.zeros(2, 3, 16, 16)}}
     ours = sample(host.run("IECCacheQuant", model=quantized, profile=profile)[0], **settings)
@@ -147,12 +199,12 @@ def test_consumer_of_a_quantized_model_is_mapped_too(host, calibrate, sample, qu
 
 def test_calibration_leaves_the_model_as_it_is(calibrate, sample, model, quantized):
     before = sample(model), sample(quantized)
-    calibrate(quantized, correct_consumer=True)
+    calibrate(quantized, full_precision=model, correct_consumer=True)
     assert torch.equal(sample(model), before[0]) and torch.equal(sample(quantized), before[1])
     assert not any("forward_comfy_cast_weights" in module.__dict__ for module in model.model.modules())
 
 
-def test_progress_counts_the_steps_of_all_runs(calibrate, quantized, conditioning, monkeypatch):
+def test_progress_counts_the_steps_of_all_runs(calibrate, model, quantized, conditioning, monkeypatch):
     import comfy.utils
 
     told = []
@@ -165,7 +217,7 @@ def test_progress_counts_the_steps_of_all_runs(calibrate, quantized, conditionin
             told.append(value)
 
     monkeypatch.setattr(comfy.utils, "ProgressBar", Bar)
-    calibrate(quantized, runs=2, positive_3=conditioning[0], correct_consumer=True)
+    calibrate(quantized, full_precision=model, runs=2, positive_3=conditioning[0], correct_consumer=True)
     assert told == [3 * 2 * 2 * STEPS, *[1] * (3 * 2 * 2 * STEPS)]
 
 
@@ -255,7 +307,7 @@ def test_maps_are_used_whatever_else_is_evaluated(host, calibrate, model, sample
 def test_all_layers_are_another_quantization(host, calibrate, sample, model, quantized):
     inputs = {"weight_bits": "4", "activation_bits": "8", "keep_sensitive_layers": False}
     every = host.run("IECQuantizeModel", model=model, **inputs)[0]
-    cached = host.run("IECCacheQuant", model=every, profile=calibrate(quantized))[0]
+    cached = host.run("IECCacheQuant", model=every, profile=calibrate(quantized, full_precision=model))[0]
     with pytest.raises(ValueError, match="with quantization W4A8, and this model is sampled with quantization W4A8 of"):
         sample(cached, steps=STEPS, scheduler="normal")
 
@@ -284,7 +336,7 @@ def test_a_sampler_that_leaves_the_schedule_is_refused(calibrate):
 
 def test_another_quantization_is_refused(host, calibrate, sample, model, quantized):
     settings = {"steps": STEPS, "scheduler": "normal"}
-    for source, of in ((quantized, calibrate()), (model, calibrate(quantized))):
+    for source, of in ((quantized, calibrate()), (model, calibrate(quantized, full_precision=model))):
         cached = host.run("IECCacheQuant", model=source, profile=of)[0]
         with pytest.raises(ValueError, match=r"^profile: it was calibrated with quantization (none|W4A8), and this model"):
             sample(cached, **settings)
@@ -381,7 +433,7 @@ def test_a_file_that_is_no_profile_is_refused(host, folder):
     (folder / "junk.safetensors").write_bytes(b"junk")
     load = host.nodes["IECLoadCacheProfile"]
     assert load.validate_inputs(profile_name="junk.safetensors") is True
-    assert load.validate_inputs(profile_name="none.safetensors").startswith("profile_name: there is no profile 'none.safe")
+    assert load.validate_inputs(profile_name="none.safetensors").startswith("profile_name: there is no file 'none.safe")
     with pytest.raises(ValueError, match=r"^profile_name: 'junk.safetensors' is of no use: it cannot be read"):
         host.run("IECLoadCacheProfile", profile_name="junk.safetensors")
 

@@ -1,0 +1,144 @@
+"""Calibrated scales of activations: one for each layer, or, as in the paper's models, one for each layer and timestep."""
+
+import json
+from dataclasses import dataclass
+
+import safetensors
+import safetensors.torch
+import torch
+
+from .int8 import quantize_activation
+from .quantization import CLIPPING, LIMITS
+
+FORMAT, VERSION = "iec quantization profile", "1"
+
+
+@dataclass
+class ActivationScales:
+    """What a calibration has found out.
+
+    facts: {str: str}, of how it was made. fingerprint: float32 [n], weights of the model. names: of the L layers that were run;
+    others go on with scales of what comes in. sigmas: float64 [S], descending, where the scales are of. table: float32 [S, L].
+    One scale for all timesteps is a table of one row.
+    """
+
+    facts: dict[str, str]
+    fingerprint: torch.Tensor
+    names: tuple[str, ...]
+    sigmas: torch.Tensor
+    table: torch.Tensor
+
+    def at(self, sigma):
+        """Return the scales float32 [L] for sigma (a tensor of one number), on its device: between two calibrated sigmas on the
+        line, outside them those of the nearest.
+        """
+        table, sigmas = self.table.to(sigma.device), self.sigmas.to(sigma.device, torch.float32)
+        if len(table) == 1:
+            return table[0]
+        rising = sigmas.flip(0)
+        above = torch.searchsorted(rising, sigma.float().reshape(1).clamp(rising[0], rising[-1])).clamp(1, len(rising) - 1)
+        share = ((sigma - rising[above - 1]) / (rising[above] - rising[above - 1])).clamp(0, 1)
+        table = table.flip(0)
+        return torch.lerp(table[above[0] - 1], table[above[0]], share.to(table))
+
+    def save(self, path):
+        """Write a .safetensors file."""
+        tensors = {"fingerprint": self.fingerprint, "sigmas": self.sigmas, "table": self.table}
+        about = {"format": FORMAT, "version": VERSION, "facts": json.dumps(self.facts), "names": json.dumps(self.names)}
+        safetensors.torch.save_file({name: value.contiguous() for name, value in tensors.items()}, path, about)
+
+    @classmethod
+    def load(cls, path):
+        """Read a file that `save` wrote. Raises ValueError, with a sentence, for any other."""
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                about = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ValueError(f"it cannot be read as a .safetensors file ({error})") from error
+        if about.get("format") != FORMAT or about.get("version") != VERSION:
+            raise ValueError("it is no quantization profile, or one of another version; calibrate anew")
+        try:
+            names = tuple(json.loads(about["names"]))
+            scales = cls(dict(json.loads(about["facts"])), tensors["fingerprint"], names, tensors["sigmas"], tensors["table"])
+            whole = scales._is_whole()
+        except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+            whole = False
+        if not whole:
+            raise ValueError("its content is not that of a quantization profile; calibrate anew")
+        return scales
+
+    def _is_whole(self):
+        """Tell whether everything is there and of the shapes that belong together."""
+        return (
+            "quantization" in self.facts
+            and len(self.sigmas) > 0 < len(self.names)
+            and all(isinstance(name, str) for name in self.names)
+            and self.fingerprint.ndim == self.sigmas.ndim == 1
+            and self.table.dtype == torch.float32
+            and tuple(self.table.shape) == (len(self.sigmas), len(self.names))
+            and bool((self.sigmas[1:].float() < self.sigmas[:-1].float()).all())
+            and bool((self.table > 0).all() and self.table.isfinite().all() and self.sigmas.isfinite().all())
+        )
+
+
+class ScaleStatistics:
+    """What passes through the layers in calibration runs. step: where the run is now, from 0.
+
+    First `largest` takes up the largest magnitudes. `search`, in further runs of the same, sums the squared errors for every
+    share of these as clipping range. kinds: {name of a layer: what its activations are rounded to, "int8" or "fp8"}.
+    """
+
+    def __init__(self, kinds, steps, is_timestep_wise):
+        self.step = 0
+        self._kinds = dict(kinds)
+        self._columns = {name: column for column, name in enumerate(kinds)}
+        self._is_timestep_wise = is_timestep_wise
+        self._largest = torch.zeros(steps if is_timestep_wise else 1, len(kinds))
+        self._errors = torch.zeros(len(CLIPPING), *self._largest.shape, dtype=torch.float64)
+
+    def largest(self, name, x):
+        """Take up what enters the layer of this name, x float [...]. Raises ValueError where that is not finite, which the
+        layer's integers would hide.
+        """
+        place, largest = self._place(name), x.abs().amax().float().cpu()
+        if not largest.isfinite():
+            raise ValueError(
+                f"model: NaN or infinity came into its layer {name} in a calibration run, from which nothing can be found out; "
+                "try another precision of the model, or fewer patches on it."
+            )
+        self._largest[place] = torch.maximum(self._largest[place], largest)
+
+    def search(self, name, x):
+        """Take up what enters the layer of this name, once its largest magnitude is known."""
+        place, kind, x = self._place(name), self._kinds[name], x.float()
+        widest = self._largest[place].to(x.device) / LIMITS[kind]
+        scales = [(widest * share).clamp(min=torch.finfo(torch.float32).tiny) for share in CLIPPING]
+        errors = torch.stack([(_rounded(x, scale, kind) * scale - x).square_().sum() for scale in scales])
+        self._errors[:, *place] += errors.double().cpu()
+
+    def scales(self, searched):
+        """Return (names, scales float32 [steps or 1, n]) of the n layers that were run with anything but zeros.
+
+        A step at which one of them was not, because the sampler left the step out or a cache the layer, has the scale of the
+        step before, or of the first that there is.
+        """
+        limits = torch.tensor([float(LIMITS[kind]) for kind in self._kinds.values()])
+        share = torch.tensor(CLIPPING)[self._errors.argmin(0)] if searched else 1.0
+        scales = self._largest / limits * share
+        for step in range(1, len(scales)):
+            scales[step] = torch.where(scales[step] > 0, scales[step], scales[step - 1])
+        for step in reversed(range(len(scales) - 1)):
+            scales[step] = torch.where(scales[step] > 0, scales[step], scales[step + 1])
+        seen = scales[0] > 0
+        return tuple(name for name, is_seen in zip(self._kinds, seen.tolist()) if is_seen), scales[:, seen]
+
+    def _place(self, name):
+        return (self.step if self._is_timestep_wise else 0), self._columns[name]
+
+
+def _rounded(x, scale, kind):
+    """Return x over the scale, rounded to what the kind of activation can be, in float32."""
+    if kind == "int8":
+        return quantize_activation(x, scale).float()
+    return (x / scale).clamp_(-LIMITS[kind], LIMITS[kind]).to(torch.float8_e4m3fn).float()

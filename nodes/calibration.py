@@ -1,0 +1,43 @@
+"""What the calibrating nodes share: the inputs of their sampling runs."""
+
+import comfy.samplers
+from comfy_api.latest import io
+
+from ..iec_core.choices import unknown_choice
+
+PROMPTS = ("positive", "positive_2", "positive_3", "positive_4")
+
+
+def run_inputs(of_schedule):
+    """Return the inputs of the runs; of_schedule: what the tooltips of steps and scheduler add."""
+    prompts = [
+        io.Conditioning.Input(name, optional=name != "positive", tooltip="A prompt to calibrate on; more are better.")
+        for name in PROMPTS
+    ]
+    return [
+        *prompts,
+        io.Conditioning.Input("negative", tooltip="The negative prompt."),
+        io.Latent.Input("latent_image", tooltip="An empty latent of the size that you sample at."),
+        io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="The seed of the first run's noise."),
+        io.Int.Input("runs", default=2, min=1, max=64, tooltip="How many runs a prompt, each with noise of its own."),
+        io.Int.Input("steps", default=20, min=1, max=10000, tooltip=f"Steps of a run.{of_schedule}"),
+        io.Float.Input("cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Guidance scale."),
+        io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="The sampler of the runs."),
+        io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip=f"The scheduler.{of_schedule}"),
+    ]
+
+
+def wrong_run_choice(sampler_name, scheduler):
+    """Return the sentence for a sampler or scheduler that does not exist, else None."""
+    wrong = unknown_choice(comfy.samplers.KSampler.SAMPLERS, sampler_name=sampler_name)
+    return wrong or unknown_choice(comfy.samplers.KSampler.SCHEDULERS, scheduler=scheduler)
+
+
+def taken_prompts(inputs):
+    """Return the prompts among a node's inputs, in their order."""
+    return [inputs[name] for name in PROMPTS if inputs.get(name) is not None]
+
+
+def sampling_of(inputs):
+    """Return what the host's samplers take, of a node's inputs."""
+    return {name: inputs[name] for name in ("steps", "cfg", "sampler_name", "scheduler")}

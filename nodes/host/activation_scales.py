@@ -1,0 +1,151 @@
+"""Calibration of a quantized MODEL's activations on sampling runs, and a MODEL that uses what it found."""
+
+import contextlib
+import functools
+
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from ...iec_core.activation_scales import ActivationScales, ScaleStatistics
+from .calibration import Bar, sample_all, uncompiled
+from .quantize import quantization_of
+from .quantized_layers import quantized_layers
+from .steps import Schedule
+from .weights import fingerprint, is_same
+
+KEY = "iec_activation_scales"
+
+
+def calibrate_activations(model, prompts, negative, latent_image, seed, runs, sampling, timestep_wise, search):
+    """Return the ActivationScales of a quantized MODEL, from `runs` sampling runs of each prompt (CONDITIONING).
+
+    sampling: steps, cfg, sampler_name and scheduler, as the host's KSampler has them. timestep_wise: whether every step gets
+    scales of its own. search: whether scales are those of least squared error, for which all runs are done twice.
+
+    Raises ValueError where the MODEL has no quantized activations, or is calibrated already.
+    """
+    _check(model)
+    layers = quantized_layers(model.model.diffusion_model)
+    bar = Bar((1 + search) * runs * len(prompts) * sampling["steps"])
+    sample = functools.partial(sample_all, prompts, negative, latent_image, seed, runs, sampling, bar)
+    found = _Observed(layers, timestep_wise)
+    sample(found.observing(model, "largest"))
+    if search:
+        sample(found.observing(model, "search"))
+    names, sigmas, table = found.scales(search)
+    facts = {
+        "quantization": quantization_of(model), "scales": "timestep-wise" if timestep_wise else "static",
+        "scale": "search" if search else "absmax", "prompts": len(prompts), "runs": runs, **sampling,
+    }  # fmt: skip
+    facts = {name: str(value) for name, value in facts.items()}
+    return ActivationScales(facts, fingerprint(model), names, sigmas, table)
+
+
+def apply_scales(model, scales):
+    """Return a clone of a quantized MODEL whose activations have calibrated scales.
+
+    Raises ValueError where they are of another model or another quantization, or the MODEL is calibrated already.
+    """
+    _check(model)
+    if not is_same(fingerprint(model), scales.fingerprint):
+        raise ValueError("profile: it was calibrated for another model; calibrate for this model, or load its own profile.")
+    layers = quantized_layers(model.model.diffusion_model)
+    if scales.facts["quantization"] != quantization_of(model) or not set(scales.names) <= set(layers):
+        raise ValueError(
+            f"profile: it was calibrated for {scales.facts['quantization']}, and this MODEL is {quantization_of(model)}; "
+            "quantize it likewise, or calibrate anew."
+        )
+
+    def apply_model(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
+        with calibrated(executor.class_obj.diffusion_model, scales, x.device, transformer_options):
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+    model = model.clone()
+    model.set_attachments(KEY, scales)
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, apply_model)
+    return model
+
+
+def scales_of(model):
+    """Return the ActivationScales that are on a MODEL, None where there are none."""
+    return model.get_attachment(KEY)
+
+
+@contextlib.contextmanager
+def calibrated(network, scales, device, transformer_options):
+    """Give a quantized network's layers the ActivationScales, which may be None, of the evaluation that the host's
+    `transformer_options` belong to, on a device; take them away at the end.
+    """
+    layers = [] if scales is None else quantized_layers(network).values()
+    try:
+        if scales is not None:
+            found = dict(zip(scales.names, scales.at(transformer_options["sigmas"].flatten()[0].to(device))))
+            for layer in layers:
+                layer.input_scale = found.get(layer.name)
+        yield
+    finally:
+        for layer in layers:
+            layer.input_scale = None
+
+
+def _check(model):
+    layers = quantized_layers(model.model.diffusion_model).values()
+    if not any(layer.activation.bits == 8 for layer in layers):
+        raise ValueError("model: its activations are not quantized; put Quantize Model (IEC) with activation_bits 8 in front.")
+    if scales_of(model) is not None:
+        raise ValueError("model: this MODEL has calibrated activations already; connect the one without them.")
+
+
+class _Observed:
+    """Sees what enters the quantized layers, while a MODEL is sampled."""
+
+    def __init__(self, layers, timestep_wise):
+        self._layers, self._timestep_wise = layers, timestep_wise
+        self._statistics = self._sigmas = None
+
+    def observing(self, model, what):
+        """Return a clone of the MODEL in whose runs the statistics take up, by their method `what`, what enters its layers."""
+
+        def apply_model(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
+            self._locate(transformer_options)
+            hooks = [
+                layer.register_forward_pre_hook(functools.partial(self._take_up, getattr(self._statistics, what), name))
+                for name, layer in self._layers.items()
+            ]
+            try:
+                return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
+        model = uncompiled(model)
+        model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, apply_model)
+        return model
+
+    def scales(self, searched):
+        """Return (names, sigmas float64 [S], scales float32 [S, L]) as ActivationScales have them. Raises ValueError where no
+        layer was seen.
+        """
+        names, scales = self._statistics.scales(searched)
+        if not names:
+            raise ValueError(
+                "model: nothing was seen to enter its quantized layers; another node runs copies of them, as one that compiles "
+                "does: put that behind this one."
+            )
+        if len(scales) == 1:
+            return names, self._sigmas[:1], scales
+        # Of equal sigmas, as a scheduler gives them for more steps than it has timesteps, evaluations belong to the last.
+        last = torch.cat([self._sigmas[1:] < self._sigmas[:-1], torch.tensor([True])])
+        return names, self._sigmas[last], scales[last]
+
+    def _locate(self, transformer_options):
+        schedule = Schedule(transformer_options)
+        if self._statistics is None:
+            kinds = {name: "fp8" if layer.packing.format.kind == "fp8" else "int8" for name, layer in self._layers.items()}
+            self._statistics = ScaleStatistics(kinds, schedule.steps, self._timestep_wise)
+            self._sigmas = torch.tensor(schedule.sigmas[: schedule.steps], dtype=torch.float64)
+        self._statistics.step = schedule.locate(transformer_options)[0]
+
+    @staticmethod
+    def _take_up(take_up, name, layer, inputs):
+        take_up(name, layer.rotated(inputs[0]))

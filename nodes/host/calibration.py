@@ -1,0 +1,46 @@
+"""Sampling runs for a calibration, on the user's prompts."""
+
+import comfy.sample
+import comfy.utils
+from comfy.patcher_extension import WrappersMP
+
+
+class Bar:
+    """The node's progress bar, over the steps of all runs; a callback for the host's samplers."""
+
+    def __init__(self, total):
+        self._bar = comfy.utils.ProgressBar(total)
+
+    def __call__(self, step, denoised, x, total_steps):
+        self._bar.update(1)
+
+
+def uncompiled(model):
+    """Return a clone of a MODEL without the host's torch.compile: what is compiled calls no hooks that layers get later."""
+    model = model.clone()
+    model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, "torch.compile")
+    return model
+
+
+def sample_all(prompts, negative, latent_image, seed, runs, sampling, callback, model):
+    """Run the model on every prompt (CONDITIONING), `runs` times with noise of its own.
+
+    sampling: steps, cfg, sampler_name and scheduler, as the host's KSampler has them. Raises ValueError where a run ends in
+    numbers from which nothing can be found out.
+    """
+    ratios = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # newer hosts' empty latents have these
+    ratios = {name: latent_image[name] for name in ratios if name in latent_image}
+    latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"], **ratios)
+    for prompt in prompts:
+        for run in range(runs):
+            noise = comfy.sample.prepare_noise(latent, seed + run)
+            samples = comfy.sample.sample(
+                model, noise, positive=prompt, negative=negative, latent_image=latent, seed=seed + run, callback=callback,
+                disable_pbar=True, **sampling,
+            )  # fmt: skip
+            parts = samples.unbind() if getattr(samples, "is_nested", False) else [samples]
+            if not all(part.isfinite().all() for part in parts):
+                raise ValueError(
+                    "model: it returned NaN or infinity in a calibration run, from which nothing can be found out; try another "
+                    "precision of the model, or fewer patches on it."
+                )

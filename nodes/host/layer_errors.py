@@ -1,0 +1,98 @@
+"""What a quantized MODEL's layers differ from full precision by, seen in sampling runs."""
+
+import functools
+import math
+
+import comfy.lora
+from comfy.patcher_extension import WrappersMP
+
+from ...iec_core.layer_errors import LayerError, decibels
+from .calibration import Bar, sample_all, uncompiled
+from .quantize import KEY, PREFIX, quantization_of
+from .quantized_layers import quantized_layers
+from .weights import fingerprint, is_same, original_weight
+
+
+def source_of(quantized, full_precision):
+    """Return a clone of the MODEL that a quantized one was made from, with the quantized one loaded beside it.
+
+    Raises ValueError where it is not given, or another.
+    """
+    if full_precision is None:
+        raise ValueError(
+            "full_precision: this model is quantized, and what it was made from is needed too; connect that MODEL here."
+        )
+    if quantization_of(full_precision) or not is_same(fingerprint(full_precision), fingerprint(quantized)):
+        raise ValueError("full_precision: this is not the MODEL that the quantized one was made from; connect that.")
+    source = full_precision.clone()
+    source.set_additional_models(KEY, [quantized])
+    return source
+
+
+def layer_errors(model, full_precision, prompts, negative, latent_image, seed, runs, sampling):
+    """Return a LayerError for every quantized layer of a MODEL, over `runs` sampling runs of each prompt with it.
+
+    A layer's output is compared with that of the full-precision layer for the same input. Raises ValueError where the MODEL is
+    not quantized, `full_precision` is not what it was made from, or an output is not finite.
+    """
+    if quantization_of(model) is None:
+        raise ValueError("model: this MODEL is not quantized; put Quantize Model (IEC) in front.")
+    source = source_of(model, full_precision)
+    model = uncompiled(model)
+    model.set_additional_models(KEY, [full_precision])
+    layers, device = quantized_layers(model.model.diffusion_model), model.load_device.type
+    references = dict(source.model.diffusion_model.named_modules())
+    errors = {name: _of_weight(model, source, name, layer) for name, layer in layers.items()}
+
+    def apply_model(executor, *args, **kwargs):
+        hooks = [
+            layer.register_forward_hook(functools.partial(_take_up, errors[name], references[name], device))
+            for name, layer in layers.items()
+        ]
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "iec_layer_errors", apply_model)
+    sample_all(prompts, negative, latent_image, seed, runs, sampling, Bar(runs * len(prompts) * sampling["steps"]), model)
+    for name, error in errors.items():
+        if not math.isfinite(error.signal + error.noise):
+            raise ValueError(
+                f"model: NaN or infinity came out of its layer {name} or of that in full precision, from which nothing can be "
+                "found out; try another precision of the model, or fewer patches on it."
+            )
+    return list(errors.values())
+
+
+def _of_weight(model, source, name, layer):
+    """Return the LayerError of a layer that was not run yet. LoRAs are part of either weight."""
+    key, fmt = f"{PREFIX}{name}.weight", layer.packing.format
+    original = original_weight(source, key, source.model.get_parameter(key))
+    full = _patched(source, key, original.float())
+    ours = layer.convert_weight(original_weight(model, key, layer.weight))
+    if key in model.patches:
+        ours = layer.convert_weight(layer.packing.quantize(_patched(model, key, ours)))
+    noise = (ours.to(full.device) - full).square().sum().item()
+    words = [fmt.kind]
+    words += [f"groups of {fmt.group_size}"] if fmt.group_size else []
+    words += [f"rotated by {fmt.rotation}"] if fmt.rotation else []
+    return LayerError(
+        name, ", ".join(words) + f", activations {layer.activation.bits} bits",
+        layer.backend(model.load_device.type), layer.packing.nbytes, original.nbytes,
+        decibels(full.square().sum().item(), noise),
+    )  # fmt: skip
+
+
+def _patched(model, key, weight):
+    """Return a weight in float32 with the MODEL's patches on it."""
+    patches = model.patches.get(key)
+    return weight if patches is None else comfy.lora.calculate_weight(patches, weight.clone(), key)
+
+
+def _take_up(error, reference, device_type, layer, inputs, output):
+    error.backend = layer.backend(device_type)  # with calibrated activations another one than without
+    expected = reference(inputs[0]).float()
+    error.signal += expected.square().sum().item()
+    error.noise += (output.float() - expected).square().sum().item()

@@ -1,0 +1,138 @@
+"""Calibrated activations: find their scales on the user's prompts, keep them in a file, apply them."""
+
+import os
+
+from comfy_api.latest import io
+
+from ..iec_core.choices import unknown_choice
+from .calibration import run_inputs, sampling_of, taken_prompts, wrong_run_choice
+from .host.activation_scales import apply_scales, calibrate_activations
+from .host.profiles import PROFILES, load_activation_scales, save_profile
+from .types import QuantizationProfileSocket
+
+SCALES = ["timestep-wise", "static"]
+SCALE_BY = ["search", "absmax"]
+
+
+class IECCalibrateQuantization(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="IECCalibrateQuantization",
+            display_name="Calibrate Quantization (IEC)",
+            category="advanced/model/IEC",
+            description="Runs a quantized model on your prompts, and finds the scales of its activations: one for each layer "
+            "and timestep, as in the paper, or one for each layer.",
+            inputs=[
+                io.Model.Input("model", tooltip="A model from Quantize Model with activation_bits 8."),
+                *run_inputs(""),
+                io.Combo.Input(
+                    "scales",
+                    options=SCALES,
+                    default="timestep-wise",
+                    optional=True,
+                    tooltip="timestep-wise: a scale for each layer and step; between steps they are interpolated. static: one "
+                    "for each layer.",
+                ),
+                io.Combo.Input(
+                    "activation_scale",
+                    options=SCALE_BY,
+                    default="search",
+                    optional=True,
+                    tooltip="search: the scale of least squared error, which clips the largest values; runs are done twice. "
+                    "absmax: the largest value fits.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The model with calibrated activations."),
+                QuantizationProfileSocket.Output(display_name="profile", tooltip="The scales, to save."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, sampler_name=None, scheduler=None, scales=None, activation_scale=None):
+        wrong = wrong_run_choice(sampler_name, scheduler) or unknown_choice(SCALES, scales=scales)
+        return wrong or unknown_choice(SCALE_BY, activation_scale=activation_scale) or True
+
+    @classmethod
+    def execute(
+        cls, model, negative, latent_image, seed, runs, scales="timestep-wise", activation_scale="search", **more
+    ):  # fmt: skip
+        profile = calibrate_activations(
+            model, taken_prompts(more), negative, latent_image, seed, runs, sampling_of(more), scales == "timestep-wise",
+            activation_scale == "search",
+        )  # fmt: skip
+        return io.NodeOutput(apply_scales(model, profile), profile)
+
+
+class IECSaveQuantizationProfile(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="IECSaveQuantizationProfile",
+            display_name="Save Quantization Profile (IEC)",
+            category="advanced/model/IEC",
+            description="Writes calibrated scales of activations to models/iec_profiles.",
+            is_output_node=True,
+            inputs=[
+                QuantizationProfileSocket.Input("profile", tooltip="The profile of Calibrate Quantization (IEC)."),
+                io.String.Input("name", default="quantization", tooltip="Name of the file; one of the same name is replaced."),
+            ],
+            outputs=[QuantizationProfileSocket.Output(display_name="profile", tooltip="The same profile.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, name=None):
+        return PROFILES.wrong_name(name) or True
+
+    @classmethod
+    def execute(cls, profile, name):
+        return io.NodeOutput(profile, ui={"text": [save_profile(profile, name)]})
+
+
+class IECLoadQuantizationProfile(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="IECLoadQuantizationProfile",
+            display_name="Load Quantization Profile (IEC)",
+            category="advanced/model/IEC",
+            description="Reads calibrated scales of activations from models/iec_profiles.",
+            inputs=[io.Combo.Input("profile_name", options=PROFILES.names(), tooltip="The file.")],
+            outputs=[QuantizationProfileSocket.Output(display_name="profile", tooltip="The profile.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, profile_name=None):
+        return PROFILES.missing(profile_name=profile_name) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, profile_name):
+        return os.path.getmtime(PROFILES.path(profile_name))
+
+    @classmethod
+    def execute(cls, profile_name):
+        return io.NodeOutput(load_activation_scales(profile_name))
+
+
+class IECApplyQuantizationProfile(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="IECApplyQuantizationProfile",
+            display_name="Apply Quantization Profile (IEC)",
+            category="advanced/model/IEC",
+            description="Gives a quantized model's activations the scales of a calibration.",
+            inputs=[
+                io.Model.Input("model", tooltip="The quantized model that the profile is of; it stays as it is."),
+                QuantizationProfileSocket.Input("profile", tooltip="Of Calibrate or Load Quantization Profile (IEC)."),
+            ],
+            outputs=[io.Model.Output(tooltip="A clone of the model with calibrated activations.")],
+        )
+
+    @classmethod
+    def execute(cls, model, profile):
+        return io.NodeOutput(apply_scales(model, profile))
+
+
+NODES = [IECCalibrateQuantization, IECSaveQuantizationProfile, IECLoadQuantizationProfile, IECApplyQuantizationProfile]

@@ -1,0 +1,69 @@
+"""IECQuantizationReport: what quantization costs each layer, and which layers to leave out."""
+
+from comfy_api.latest import io
+
+from ..iec_core import layer_errors as core
+from ..iec_core.choices import unknown_choice
+from . import plots
+from .calibration import run_inputs, sampling_of, taken_prompts, wrong_run_choice
+from .host.layer_errors import layer_errors
+from .types import as_image
+
+BUDGETS = ["none", "size", "error"]
+
+
+class IECQuantizationReport(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="IECQuantizationReport",
+            display_name="Quantization Report (IEC)",
+            category="advanced/model/IEC",
+            description="Compares every quantized layer's output with full precision on your prompts: a table and a plot, the "
+            "worst first, and which layers to leave unquantized under a budget of size or error.",
+            inputs=[
+                io.Model.Input("model", tooltip="A model from Quantize Model (IEC), calibrated or not."),
+                io.Model.Input("full_precision", tooltip="The model that it was made from."),
+                *run_inputs(""),
+                io.Combo.Input(
+                    "budget",
+                    options=BUDGETS,
+                    default="none",
+                    optional=True,
+                    tooltip="What the suggestion keeps to. size: the weights of the table's layers together take at most "
+                    "size_mb. error: no layer has less than least_sqnr.",
+                ),
+                io.Float.Input(
+                    "size_mb", default=0.0, min=0.0, max=1e6, step=0.1, optional=True, tooltip="With budget size: megabytes."
+                ),
+                io.Float.Input(
+                    "least_sqnr", default=30.0, min=0.0, max=200.0, step=0.5, optional=True, tooltip="With budget error: dB."
+                ),
+            ],
+            outputs=[
+                io.String.Output(display_name="table", tooltip="Markdown."),
+                io.Image.Output(display_name="plot", tooltip="The layers' signal to noise ratios."),
+                io.String.Output(display_name="exclude", tooltip="The layers to leave out, for Quantize Model's exclude."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, sampler_name=None, scheduler=None, budget=None):
+        return wrong_run_choice(sampler_name, scheduler) or unknown_choice(BUDGETS, budget=budget) or True
+
+    @classmethod
+    def execute(
+        cls, model, full_precision, negative, latent_image, seed, runs, budget="none", size_mb=0.0, least_sqnr=30.0, **more
+    ):  # fmt: skip
+        errors = layer_errors(
+            model, full_precision, taken_prompts(more), negative, latent_image, seed, runs, sampling_of(more)
+        )  # fmt: skip
+        left = {
+            "none": lambda: [],
+            "size": lambda: core.left_for_size(errors, size_mb * 2**20),
+            "error": lambda: core.left_for_error(errors, least_sqnr),
+        }[budget]()
+        return io.NodeOutput(core.table(errors), as_image(plots.layer_errors(errors, left)), " ".join(left))
+
+
+NODES = [IECQuantizationReport]

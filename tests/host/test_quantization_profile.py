@@ -1,0 +1,801 @@
+"""Calibrated activations and the quantization report on the host's network, against hooks of the test."""
+
+import contextlib
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+
+STEPS = 4
+SAMPLING = {"steps": STEPS, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal"}
+LINEAR, PIXELS, WINDOW = "Linear", "1x1", "3x3"
+
+
+@pytest.fixture
+def quantize(host, model):
+    def run(source=None, **settings):
+        inputs = {"weight_bits": "8", "activation_bits": "8", "keep_sensitive_layers": True, **settings}
+        return host.run("IECQuantizeModel", model=source or model, **inputs)[0]
+
+    return run
+
+
+@pytest.fixture
+def inputs(conditioning):
+    """What the calibrating nodes want to know of their runs."""
+    latent = {"samples": torch.zeros(2, 3, 16, 16)}
+    return {"positive": conditioning[0], "negative": conditioning[1], "latent_image": latent, "seed": 11, "runs": 1, **SAMPLING}
+
+
+@pytest.fixture
+def calibrate(host, inputs):
+    """calibrate(model, **settings): the calibrated MODEL and its profile."""
+    return lambda model, **settings: host.run("IECCalibrateQuantization", model=model, **{**inputs, **settings})
+
+
+@pytest.fixture
+def apply(host):
+    return lambda model, profile: host.run("IECApplyQuantizationProfile", model=model, profile=profile)[0]
+
+
+@pytest.fixture
+def run(host, conditioning):
+    """run(model, ...): the latents of a run of the host's own sampler."""
+
+    def sample(model, seed=11, steps=STEPS, positive=None, sampler_name="euler"):
+        latent, conditions = {"samples": torch.zeros(2, 3, 16, 16)}, (positive or conditioning[0], conditioning[1])
+        return host.common_ksampler(model, seed, steps, 2.0, sampler_name, "normal", *conditions, latent)[0]["samples"]
+
+    return sample
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    import folder_paths
+
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "iec_profiles", ([str(tmp_path)], {".safetensors"}))
+    return tmp_path
+
+
+def layers_of(model):
+    """Return {name: layer} of a MODEL's quantized layers."""
+    return {name: layer for name, layer in model.model.diffusion_model.named_modules() if hasattr(layer, "packing")}
+
+
+@contextlib.contextmanager
+def watched(model, note):
+    """Let note(name, layer, x, output, sigma) see all evaluations of quantized layers of this MODEL's network; yields a clone
+    of the MODEL to sample, whose sigma it is.
+    """
+    from comfy.patcher_extension import WrappersMP
+
+    sigma, hooks = [None], []
+
+    def tell(executor, x, t, *args, **kwargs):
+        sigma[0] = t[0].item()
+        return executor(x, t, *args, **kwargs)
+
+    for name, layer in layers_of(model).items():
+
+        def hook(layer, inputs, output, name=name):
+            note(name, layer, inputs[0], output, sigma[0])
+
+        hooks.append(layer.register_forward_hook(hook))
+    model = model.clone()
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "watched", tell)
+    try:
+        yield model
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def kind_of(layer):
+    if layer.packing.shape[2:] == ():
+        return LINEAR
+    return PIXELS if tuple(layer.packing.shape[2:]) == (1, 1) else WINDOW
+
+
+def rotated(x, size):
+    """Rotate the last dimension by the regular Hadamard matrix of ConvRot in float64: the Kronecker power of the block that is
+    minus one where row and column sum to three, over the square root of its size.
+    """
+    block = np.array([[-1 if row + column == 3 else 1 for column in range(4)] for row in range(4)], dtype=np.float64)
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.kron(matrix, block)
+    return (x.double().unflatten(-1, (-1, size)) @ torch.from_numpy(matrix / math.sqrt(size))).flatten(-2)
+
+
+def entering(layer, x):
+    """Return what comes in as it is to be quantized."""
+    size = layer.packing.format.rotation
+    return rotated(x, size) if size else x
+
+
+def sigmas_of(host, model, steps=STEPS):
+    return host.run("BasicScheduler", model=model, scheduler="normal", steps=steps, denoise=1.0)[0]
+
+
+def largest_inputs(model, runs):
+    """Return {sigma: {name: largest magnitude that has entered}} of what runs(model) samples."""
+    seen = {}
+
+    def note(name, layer, x, output, sigma):
+        of_step, value = seen.setdefault(sigma, {}), entering(layer, x).abs().max().item()
+        of_step[name] = max(of_step.get(name, 0), value)
+
+    with watched(model, note) as watching:
+        runs(watching)
+    return seen
+
+
+@pytest.mark.parametrize("scales", ["timestep-wise", "static"])
+@pytest.mark.parametrize("rotate", [False, True])
+def test_scales_are_the_largest_that_the_runs_have(host, quantize, calibrate, run, model, rotate, scales):
+    """Over two prompts with two seeds each, as hooks of the test see them in runs of the host's own sampler."""
+    quantized, other = quantize(rotate=rotate), host.run("IECClassLabel", labels="flag")[0]
+    seen = largest_inputs(
+        quantized, lambda model: [run(model, seed, positive=prompt) for prompt in (None, other) for seed in (11, 12)]
+    )
+    profile = calibrate(quantized, runs=2, positive_3=other, activation_scale="absmax", scales=scales)[1]
+    assert set(profile.names) == set(layers_of(quantized)) and len(profile.names) > 60
+    assert any(layer.packing.format.rotation for layer in layers_of(quantized).values()) == rotate
+    sigmas = sigmas_of(host, model)[:-1]
+    assert len(seen) == STEPS and sorted(seen, reverse=True) == sigmas.tolist()
+    expected = torch.tensor([[seen[sigma.item()][name] / 127 for name in profile.names] for sigma in sigmas])
+    if scales == "static":
+        expected, sigmas = expected.amax(0, keepdim=True), sigmas[:1]
+    assert torch.equal(profile.sigmas.float(), sigmas)
+    torch.testing.assert_close(profile.table, expected, rtol=1e-5, atol=0)
+    facts = {"quantization": f"W8A8{', rotated' * rotate}", "scales": scales, "scale": "absmax", "prompts": "2", "runs": "2"}
+    assert profile.facts == {**facts, **{name: str(value) for name, value in SAMPLING.items()}}
+
+
+def test_searched_scales_have_the_least_squared_error(quantize, calibrate, run):
+    quantized, taken = quantize(), {}
+
+    def note(name, layer, x, output, sigma):
+        if name in chosen:
+            taken.setdefault((sigma, name), []).append(x.double())
+
+    profile = calibrate(quantized)[1]
+    chosen = profile.names[::7]
+    with watched(quantized, note) as watching:
+        run(watching)
+    shares = set()
+    for row, sigma in enumerate(profile.sigmas.float().tolist()):
+        for name in chosen:
+            x = torch.cat([part.flatten() for part in taken[sigma, name]])
+            widest = x.abs().max().item() / 127
+            scales = [widest * (1 - 0.02 * number) for number in range(31)]
+            errors = [((x / scale).round().clamp(-127, 127) * scale - x).square().sum().item() for scale in scales]
+            found = profile.table[row, profile.names.index(name)].item()
+            number = min(range(31), key=lambda number: abs(scales[number] - found))
+            assert found == pytest.approx(scales[number], rel=1e-6)
+            assert errors[number] <= min(errors) * (1 + 1e-4), (sigma, name)
+            shares.add(number)
+    assert len(shares) > 3
+
+
+def by_definition(layer, full, x, scale):
+    """The output of a full-precision layer with 8-bit weights and activations of this scale: integer sums, exactly, for float64
+    holds them, then float64 scales.
+    """
+    weight = rotated(full.weight, size) if (size := layer.packing.format.rotation) else full.weight.double()
+    weight_scale = (weight.flatten(1).abs().amax(1) / 127).float().double().reshape(-1, *[1] * (weight.ndim - 1))
+    weight = (weight.float() / weight_scale.float()).round().double()
+    values = (entering(layer, x).float() / np.float32(scale)).round().clamp(-127, 127).double()
+    if weight.ndim == 2:
+        sums, weight_scale = values @ weight.t(), weight_scale[:, 0]
+    else:
+        sums, weight_scale = torch.nn.functional.conv2d(values, weight, None, full.stride, full.padding), weight_scale[:, 0]
+    bias = torch.zeros(len(weight)) if full.bias is None else full.bias
+    return sums * scale * weight_scale + bias.double().reshape(weight_scale.shape)
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("steps", [STEPS, 3])
+def test_layers_compute_by_the_definition_with_the_profiles_scales(quantize, calibrate, run, model, steps, rotate):
+    """In a run of the calibration's steps with their scales, in one of another number with those on the line between. A rotated
+    weight's integers, and an interpolated scale's, may differ from the test's where a value lies between two of them.
+    """
+    quantized = quantize(rotate=rotate)
+    calibrated, profile = calibrate(quantized)
+    full = dict(model.model.diffusion_model.named_modules())
+    table, sigmas = profile.table.double().numpy(), profile.sigmas.numpy()
+    tolerance = 1e-5 if steps == STEPS and not rotate else 2e-3
+    seen, between = set(), set()
+
+    def note(name, layer, x, output, sigma):
+        scale = np.interp(sigma, sigmas[::-1], table[::-1, profile.names.index(name)])
+        assert layer.input_scale.item() == pytest.approx(scale, rel=1e-5)
+        if layer.packing.format.rotation or not rotate:
+            expected = by_definition(layer, full[name], x, scale)
+            assert (output.double() - expected).norm() <= tolerance * expected.norm(), (name, sigma)
+            seen.add((kind_of(layer), name))
+        if not np.isclose(sigma, sigmas).any():
+            between.add(sigma)
+
+    with watched(calibrated, note) as watching:
+        run(watching, steps=steps)
+    of_rotated = {name for name, layer in layers_of(quantized).items() if layer.packing.format.rotation}
+    assert {name for _, name in seen} == (of_rotated if rotate else set(layers_of(quantized)))
+    assert all([kind for kind, _ in seen].count(kind) >= 2 for kind in ((LINEAR,) if rotate else (LINEAR, PIXELS, WINDOW)))
+    assert len(between) == (0 if steps == STEPS else 1)
+
+
+def test_all_kinds_of_scales_are_near_to_full_precision(quantize, calibrate, run, model, relative):
+    """On noise that the calibration has not seen."""
+    quantized, exact = quantize(), run(model, seed=3)
+    errors = {"dynamic": relative(run(quantized, seed=3), exact)}
+    for scales in ("timestep-wise", "static"):
+        for by in ("search", "absmax"):
+            latents = run(calibrate(quantized, scales=scales, activation_scale=by)[0], seed=3)
+            assert latents.isfinite().all()
+            errors[scales, by] = relative(latents, exact)
+    assert all(0 < error < 0.1 for error in errors.values()), errors
+    assert len(set(errors.values())) == 5
+    assert errors["timestep-wise", "absmax"] < errors["static", "absmax"], errors
+
+
+def scales_left(model):
+    return [name for name, layer in layers_of(model).items() if layer.input_scale is not None]
+
+
+def hooks_left(model):
+    return [name for name, layer in layers_of(model).items() if layer._forward_pre_hooks or layer._forward_hooks]
+
+
+class Stop(Exception):
+    pass
+
+
+def test_clones_without_the_profile_stay_dynamic(quantize, calibrate, run):
+    quantized = quantize()
+    before = run(quantized)
+    calibrated = calibrate(quantized)[0]
+    first = run(calibrated)
+    assert torch.equal(run(quantized), before) and torch.equal(run(quantized.clone()), before)
+    assert torch.equal(run(calibrated), first) and not torch.equal(first, before)
+    assert scales_left(quantized) == hooks_left(quantized) == []
+
+
+def test_an_error_within_a_run_leaves_nothing_behind(quantize, calibrate, run):
+    quantized = quantize()
+    before = run(quantized)
+    calibrated, left = calibrate(quantized)[0], [2]
+
+    def stop(h, hsp, options):
+        left[0] -= options["block"] == ("output", 7)
+        if not left[0]:
+            assert scales_left(calibrated)
+            raise Stop
+        return h, hsp
+
+    stopping = calibrated.clone()
+    stopping.set_model_output_block_patch(stop)
+    with pytest.raises(Stop):
+        run(stopping)
+    assert scales_left(quantized) == [] and torch.equal(run(quantized), before)
+
+
+def test_an_interrupted_calibration_leaves_nothing_behind(quantize, calibrate, run):
+    quantized, left = quantize(), [2]
+    before, stopping = run(quantized), quantized.clone()
+
+    def stop(h, hsp, options):
+        left[0] -= options["block"] == ("output", 7)
+        if not left[0]:
+            assert hooks_left(quantized)
+            raise Stop
+        return h, hsp
+
+    stopping.set_model_output_block_patch(stop)
+    with pytest.raises(Stop):
+        calibrate(stopping)
+    assert hooks_left(quantized) == [] and torch.equal(run(quantized), before)
+
+
+@pytest.mark.parametrize(("by", "passes"), [("search", 2), ("absmax", 1)])
+def test_progress_counts_the_steps_of_all_runs(quantize, calibrate, conditioning, monkeypatch, by, passes):
+    import comfy.utils
+
+    quantized, told = quantize(), []
+
+    class Bar:
+        def __init__(self, total):
+            told.append(total)
+
+        def update(self, value):
+            told.append(value)
+
+    monkeypatch.setattr(comfy.utils, "ProgressBar", Bar)
+    calibrate(quantized, runs=2, positive_4=conditioning[0], activation_scale=by)
+    assert told == [passes * 2 * 2 * STEPS, *[1] * (passes * 2 * 2 * STEPS)]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_steps_at_which_a_layer_was_not_run_have_the_scale_of_the_step_before(host, quantize, calibrate, model, cached):
+    """Because a cache left the layer out. Of a layer that the cache runs, every step has a scale of its own."""
+    quantized = quantize()
+    if cached:
+        quantized = host.run("IECDeepCache", model=quantized, interval=2, branch=0)[0]
+    profile = calibrate(quantized, activation_scale="absmax")[1]
+    middle, last = (
+        profile.table[:, [name.startswith(block) for name in profile.names]] for block in ("middle_block.", "output_blocks.7.")
+    )
+    for step in (1, 3):
+        assert torch.equal(middle[step], middle[step - 1]) == cached
+        assert not torch.equal(last[step], last[step - 1])
+    assert not torch.equal(middle[2], middle[1])
+
+
+def test_a_layer_that_was_never_run_goes_on_with_scales_of_its_own(quantize, calibrate, apply, run):
+    """Here by a profile that does not have it, as of a network which the calibration has run without it."""
+    quantized = quantize()
+    profile, seen = copy.deepcopy(calibrate(quantized)[1]), {}
+    name = profile.names[3]
+    profile.table = torch.cat([profile.table[:, :3], profile.table[:, 4:]], dim=1)
+    profile.names = (*profile.names[:3], *profile.names[4:])
+
+    def note(name, layer, x, output, sigma):
+        seen.setdefault(name, layer.input_scale)
+
+    with watched(apply(quantized, profile), note) as watching:
+        run(watching)
+    assert seen.pop(name) is None
+    assert len(seen) == len(profile.names) and all(scale is not None for scale in seen.values())
+
+
+def test_profile_is_saved_loaded_and_applied(host, folder, quantize, calibrate, apply, run):
+    quantized = quantize()
+    calibrated, profile = calibrate(quantized)
+    assert host.run("IECSaveQuantizationProfile", profile=profile, name="small/net")[0] is profile
+    assert [path.name for path in folder.rglob("*") if path.is_file()] == ["net.safetensors"]
+    loaded = host.run("IECLoadQuantizationProfile", profile_name="small/net.safetensors")[0]
+    expected = run(calibrated)
+    for each in (profile, loaded):
+        assert torch.equal(run(apply(quantized, each)), expected)
+    assert torch.equal(run(apply(quantize(), loaded)), expected)  # made anew, as after a restart
+
+
+def test_the_same_model_in_another_precision_has_the_profile(host, quantize, calibrate, apply, run):
+    other = quantize(host.run("IECLoadBuiltinModel", precision="bfloat16")[0])
+    assert run(apply(other, calibrate(quantize())[1])).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["../net", "", "a//b", "../net.safetensors"])
+def test_a_name_outside_the_folder_is_refused(host, name):
+    node = host.nodes["IECSaveQuantizationProfile"]
+    assert node.validate_inputs(name=name).startswith(f"name: '{name}' is no name for a file in models/iec_profiles")
+    assert node.validate_inputs(name="net") is True
+
+
+def test_files_that_are_no_quantization_profile_are_refused(host, folder, model, inputs):
+    load = host.nodes["IECLoadQuantizationProfile"]
+    assert load.validate_inputs(profile_name="none.safetensors").startswith("profile_name: there is no file 'none.safetensors'")
+    (folder / "junk.safetensors").write_bytes(b"junk")
+    cache = host.run("IECCalibrateCacheQuant", model=model, **{**inputs, "interval": 2, "branch": 0})[0]
+    host.run("IECSaveCacheProfile", profile=cache, name="cache")
+    for name, why in (("junk", "it cannot be read"), ("cache", "it is no quantization profile")):
+        with pytest.raises(ValueError, match=rf"^profile_name: '{name}.safetensors' is of no use: {why}"):
+            host.run("IECLoadQuantizationProfile", profile_name=f"{name}.safetensors")
+
+
+def test_wrong_choices_are_refused(host):
+    node = host.nodes["IECCalibrateQuantization"]
+    right = {"sampler_name": "euler", "scheduler": "normal", "scales": "static", "activation_scale": "search"}
+    assert node.validate_inputs(**right) is True
+    for option in right:
+        assert node.validate_inputs(**{**right, option: "best"}).startswith(f"{option}: ")
+
+
+def tuned(model):
+    """A fine-tune of the model: its matrices differ by a tenth of their spread."""
+    generator = torch.Generator().manual_seed(1)
+    other = model.clone()
+    other.model = type(model.model).__new__(type(model.model))
+    torch.nn.Module.__init__(other.model)
+    other.model.__dict__.update({key: value for key, value in model.model.__dict__.items() if key != "_modules"})
+    network = copy.deepcopy(model.model.diffusion_model)
+    for parameter in network.parameters():
+        if parameter.ndim > 1:
+            parameter.data = parameter + 0.1 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+    other.model._modules = {**model.model._modules, "diffusion_model": network}
+    return other
+
+
+def test_a_profile_of_another_model_or_quantization_is_refused(quantize, calibrate, apply, model):
+    profile = calibrate(quantize(), activation_scale="absmax")[1]
+    with pytest.raises(ValueError, match=r"^profile: it was calibrated for another model; calibrate for this model, or load"):
+        apply(quantize(tuned(model)), profile)
+    others = {"W4A8": {"weight_bits": "4"}, "W8A8, rotated": {"rotate": True}, r"W8A8, not \*\.0": {"exclude": "*.0"}}
+    for name, settings in others.items():
+        with pytest.raises(ValueError, match=rf"^profile: it was calibrated for W8A8, and this MODEL is {name}; quantize it"):
+            apply(quantize(**settings), profile)
+
+
+def test_models_without_quantized_activations_are_refused(quantize, calibrate, apply, model):
+    quantized = quantize()
+    calibrated, profile = calibrate(quantized, activation_scale="absmax")
+    for source in (model, quantize(activation_bits="16")):
+        for use in (calibrate, lambda source: apply(source, profile)):
+            with pytest.raises(ValueError, match=r"^model: its activations are not quantized; put Quantize Model \(IEC\)"):
+                use(source)
+    for use in (calibrate, lambda source: apply(source, profile)):
+        with pytest.raises(ValueError, match=r"^model: this MODEL has calibrated activations already; connect the one without"):
+            use(calibrated.clone())
+
+
+def test_a_calibration_that_gives_no_numbers_is_refused(quantize, calibrate):
+    broken = quantize().clone()
+    broken.set_model_output_block_patch(lambda h, hsp, options: (h * float("nan"), hsp))
+    with pytest.raises(ValueError, match=r"^model: NaN or infinity came into its layer output_blocks\.0\S+ in a calib"):
+        calibrate(broken)
+    assert hooks_left(broken) == []
+
+
+def test_a_schedule_that_repeats_a_sigma(quantize, calibrate, host, run, monkeypatch):
+    """As schedulers give one for more steps than there are timesteps. The profile has a row for each that there is, and can be
+    read again.
+    """
+    import comfy.samplers
+
+    sigmas = torch.tensor([14.6, 3.0, 3.0, 1.0, 0.0])
+    monkeypatch.setattr(comfy.samplers, "calculate_sigmas", lambda *args: sigmas)
+    quantized = quantize()
+    calibrated, profile = calibrate(quantized, activation_scale="absmax")
+    seen = largest_inputs(quantized, lambda model: run(model))
+    assert profile.sigmas.float().tolist() == sigmas.unique().flip(0)[:-1].tolist()
+    for row, sigma in zip(profile.table, profile.sigmas.float().tolist()):
+        expected = torch.tensor([seen[sigma][name] / 127 for name in profile.names])
+        torch.testing.assert_close(row, expected, rtol=1e-5, atol=0)
+    host.run("IECSaveQuantizationProfile", profile=profile, name="repeating")
+    assert host.run("IECLoadQuantizationProfile", profile_name="repeating.safetensors")[0].table.shape == profile.table.shape
+    assert run(calibrated).isfinite().all()
+
+
+def compiled(source):
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    clone = source.clone()
+    set_torch_compile_wrapper(model=clone, backend="eager")
+    return clone
+
+
+def test_a_compiled_model_is_calibrated_and_reported_as_it_is_without(quantize, calibrate, apply, report, run):
+    """Compiled before the calibration, after a run; and after the calibration."""
+    quantized = quantize(include="middle_block.*")
+    calibrated, profile = calibrate(quantized)
+    expected, compiled_one = run(calibrated), compiled(quantized)
+    run(compiled_one)
+    other, of_compiled = calibrate(compiled_one)
+    assert of_compiled.names == profile.names
+    torch.testing.assert_close(of_compiled.table, profile.table)
+    assert report(compiled_one)[0] == report(quantized)[0]
+    for model in (other, compiled(calibrated), apply(compiled_one, profile)):
+        torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-4)
+    assert scales_left(quantized) == []
+
+
+def test_layers_that_are_not_seen_are_told(quantize, calibrate):
+    """As where another node runs a copy of the network."""
+    quantized = quantize()
+    hidden = quantized.clone()
+    hidden.add_object_patch("diffusion_model", copy.deepcopy(quantized.model.diffusion_model))
+    with pytest.raises(ValueError, match=r"^model: nothing was seen to enter its quantized layers; another node runs copies"):
+        calibrate(hidden)
+
+
+def iec_settings(**more):
+    return {"steps": STEPS, "scheduler": "normal", "seed": 11, "latent_image": {"samples": torch.zeros(2, 3, 16, 16)}, **more}
+
+
+def test_the_iec_sampler_corrects_a_calibrated_model(quantize, calibrate, run, sample):
+    calibrated, profile = calibrate(quantize())
+    assert torch.equal(sample(calibrated, **iec_settings()), run(calibrated))
+    sigmas, table, seen = profile.sigmas.numpy(), profile.table.double().numpy(), []
+
+    def note(name, layer, x, output, sigma):
+        scale = np.interp(sigma, sigmas[::-1], table[::-1, profile.names.index(name)])
+        assert layer.input_scale.item() == pytest.approx(scale, rel=1e-5)
+        seen.append(sigma)
+
+    for point in ("paper", "next"):
+        with watched(calibrated, note) as watching:
+            corrected = sample(watching, **iec_settings(correction_steps="all", evaluation_point=point))
+        assert corrected.isfinite().all() and not torch.equal(corrected, run(calibrated))
+    assert len(seen) > 3 * STEPS * len(profile.names)
+
+
+def test_deepcache_on_a_calibrated_model(host, quantize, calibrate, run, relative, model):
+    calibrated, profile = calibrate(quantize())
+    seen = {}
+
+    def note(name, layer, x, output, sigma):
+        assert layer.input_scale is not None
+        seen[name] = seen.get(name, 0) + 1
+
+    cached = host.run("IECDeepCache", model=calibrated, interval=2, branch=0)[0]
+    with watched(cached, note) as watching:
+        latents = run(watching)
+    assert set(seen.values()) == {STEPS // 2, STEPS} and set(seen) == set(profile.names)
+    plain = host.run("IECDeepCache", model=model, interval=2, branch=0)[0]
+    assert 0 < relative(latents, run(plain)) < 0.1
+
+
+def test_cachequant_on_a_calibrated_model(host, quantize, calibrate, run, inputs, model, relative):
+    """Its calibration evaluates the quantized network with the calibrated scales."""
+    calibrated, profile = calibrate(quantize(weight_bits="4"), scales="static", activation_scale="absmax")
+    wide = copy.deepcopy(profile)
+    wide.table *= 4
+    wide = host.run("IECApplyQuantizationProfile", model=quantize(weight_bits="4"), profile=wide)[0]
+    settings = {**inputs, "interval": 2, "branch": 0, "schedule": "uniform"}
+    maps, expected = [], run(model)
+    for quantized in (calibrated, wide, quantize(weight_bits="4")):
+        cache = host.run("IECCalibrateCacheQuant", model=quantized, full_precision=model, **settings)[0]
+        maps.append(cache.features[""])
+        assert 0 < relative(run(host.run("IECCacheQuant", model=quantized, profile=cache)[0]), expected) < 0.5
+        assert scales_left(quantized) == []
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.allclose(maps[one], maps[other], atol=1e-3)
+
+
+def test_cachequant_of_a_calibrated_model_maps_what_its_network_computes(host, quantize, calibrate, run, inputs, model):
+    """At step 1, which holds the feature of step 0, where both networks have seen the same latent."""
+    calibrated, features = calibrate(quantize(weight_bits="4"))[0], []
+
+    def see(h, hsp, options):
+        if options["block"] == ("output", 7):
+            features.append(h.double())
+        return h, hsp
+
+    for source in (calibrated, model):
+        seeing = source.clone()
+        seeing.set_model_output_block_patch(see)
+        run(seeing)
+    settings = {**inputs, "interval": 2, "branch": 0, "schedule": "uniform"}
+    cache = host.run("IECCalibrateCacheQuant", model=calibrated, full_precision=model, **settings)[0]
+    x, y = (value.movedim(1, 0).flatten(1) for value in (features[0], features[STEPS + 1]))
+    slope = ((x - x.mean(1, keepdim=True)) * (y - y.mean(1, keepdim=True))).mean(1) / x.var(1, correction=0)
+    torch.testing.assert_close(cache.features[""][1, :, 0].double(), slope, rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture
+def report(host, inputs, model):
+    """report(model, **settings): (rows {layer: [format, backend, output SQNR, weight SQNR, MB]}, plot, names to exclude)."""
+
+    def make(quantized, full_precision=None, **settings):
+        of = {"model": quantized, "full_precision": full_precision or model, **inputs, **settings}
+        text, plot, exclude = host.run("IECQuantizationReport", **of)
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+        assert cells[0][0] == "layer" and set(cells[1]) == {"---"}
+        return {name: more for name, *more in cells[2:]}, plot, exclude.split()
+
+    return make
+
+
+def decibels(exact, ours):
+    return 10 * math.log10(exact.square().sum().item() / (ours - exact).square().sum().item())
+
+
+def layer_ratios(quantized, full, runs):
+    """Return {name: output SQNR} over what runs(model) samples; full: {name: (weight, bias)} in full precision."""
+    sums = {name: [0.0, 0.0] for name in layers_of(quantized)}
+
+    def note(name, layer, x, output, sigma):
+        weight, bias = (None if value is None else value.double() for value in full[name])
+        geometry = () if weight.ndim == 2 else (layer.stride, layer.padding)
+        function = torch.nn.functional.linear if weight.ndim == 2 else torch.nn.functional.conv2d
+        exact = function(x.double(), weight, bias, *geometry)
+        sums[name][0] += exact.square().sum().item()
+        sums[name][1] += (output.double() - exact).square().sum().item()
+
+    with watched(quantized, note) as watching:
+        runs(watching)
+    return {name: 10 * math.log10(signal / noise) for name, (signal, noise) in sums.items()}
+
+
+def full_weights(model, names):
+    modules = dict(model.model.diffusion_model.named_modules())
+    return {name: (modules[name].weight, modules[name].bias) for name in names}
+
+
+@pytest.mark.parametrize("bits", [("8", "8"), ("4", "16")])
+def test_report_has_every_layers_errors_the_worst_first(host, quantize, report, run, model, bits):
+    quantized, other = quantize(weight_bits=bits[0], activation_bits=bits[1]), host.run("IECClassLabel", labels="flag")[0]
+    full = full_weights(model, layers_of(quantized))
+    expected = layer_ratios(
+        quantized, full, lambda model: [run(model, seed, positive=prompt) for prompt in (None, other) for seed in (11, 12)]
+    )
+    rows, plot, exclude = report(quantized, runs=2, positive_2=other)
+    assert set(rows) == set(expected) and len(rows) > 60 and exclude == []
+    shown = [float(row[2]) for row in rows.values()]
+    assert shown == sorted(shown) and 5 < shown[0] < shown[-1] < 80
+    limit = {"8": 127, "4": 7}[bits[0]]
+    for name, (fmt, backend, sqnr, weight_sqnr, size) in rows.items():
+        assert float(sqnr) == pytest.approx(expected[name], abs=0.06), name
+        weight = full[name][0].double().flatten(1)
+        scale = (weight.abs().amax(1, keepdim=True) / limit).float().double()
+        assert float(weight_sqnr) == pytest.approx(decibels(weight, (weight / scale).round() * scale), abs=0.06), name
+        assert fmt == f"int{bits[0]}, activations {bits[1]} bits"
+        assert float(size) == pytest.approx((weight.numel() * int(bits[0]) / 8 + 4 * len(weight)) / 2**20, abs=6e-4)
+        assert ("dequantized weight" in backend) == (bits[1] == "16")
+        windows = bits[1] == "8" and weight.shape[1] != full[name][0].shape[1]
+        assert ("windows" in backend or "Triton" in backend) == windows, (name, backend)
+    assert plot.ndim == 4 and plot.shape[0] == 1 and plot.shape[3] == 3 and 0 <= plot.min() < plot.max() <= 1
+    assert hooks_left(quantized) == []
+
+
+def test_report_tells_what_computes_calibrated_layers(quantize, calibrate, report, model, monkeypatch):
+    """A backend with scales of its own, one for each row, is not what calibrated activations have."""
+    import sys
+
+    layers = sys.modules[type(next(iter(layers_of(quantize()).values()))).__module__]
+    monkeypatch.setattr(layers, "linear_backend", lambda device_type, per_row: f"rows: {per_row}")
+    quantized = quantize()
+    for source, expected in ((quantized, "rows: True"), (calibrate(quantized)[0], "rows: False")):
+        backends = {row[1] for row in report(source)[0].values()}
+        assert expected in backends and len(backends) == 2
+
+
+def test_layers_left_out_as_suggested_are_in_full_precision(quantize, report, run, model, relative):
+    quantized = quantize(weight_bits="4")
+    rows = report(quantized)[0]
+    least = sorted(float(row[2]) for row in rows.values())[len(rows) // 3]
+    exclude = report(quantized, budget="error", least_sqnr=least)[2]
+    surely, perhaps = ({name for name, row in rows.items() if float(row[2]) < least + more} for more in (-0.1, 0.1))
+    assert surely <= set(exclude) <= perhaps and len(perhaps) < len(rows)
+    mixed = quantize(weight_bits="4", exclude=" ".join(exclude))
+    assert set(layers_of(mixed)) == set(rows) - set(exclude)
+    exact = run(model, seed=3)
+    errors = [relative(run(source, seed=3), exact) for source in (mixed, quantized)]
+    assert errors[0] < 0.8 * errors[1], errors
+    again = report(mixed)[0]
+    assert set(again) == set(rows) - set(exclude) and min(float(row[2]) for row in again.values()) > least - 3
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9])
+def test_a_size_budget_is_kept_and_used(quantize, report, model, share):
+    quantized = quantize(weight_bits="4")
+    packed = {name: layer.weight.nbytes for name, layer in layers_of(quantized).items()}
+    full = {name: weight.nbytes for name, (weight, _) in full_weights(model, packed).items()}
+    low, high = (sum(sizes.values()) / 2**20 for sizes in (packed, full))
+    size = low + share * (high - low) + 1e-6
+    exclude = report(quantized, budget="size", size_mb=size)[2]
+    mixed = quantize(weight_bits="4", exclude=" ".join(exclude))
+    sizes = {name: full[name] if name in exclude else layers_of(mixed)[name].weight.nbytes for name in packed}
+    assert sum(sizes.values()) / 2**20 <= size
+    unused = size - sum(sizes.values()) / 2**20
+    assert all((full[name] - packed[name]) / 2**20 > unused for name in set(packed) - set(exclude))
+    assert (len(exclude) == 0) == (share == 0.0)
+
+
+def test_a_size_that_the_quantized_layers_do_not_fit_is_refused(quantize, report):
+    with pytest.raises(ValueError, match=r"^size_mb: the quantized layers take \d+\.\d\d MB already; allow more"):
+        report(quantize(), budget="size", size_mb=0.5)
+
+
+def test_report_refuses_numbers_that_are_none(quantize, report):
+    """Which a layer's integers hide from those behind it."""
+    broken = quantize().clone()
+    broken.set_model_output_block_patch(lambda h, hsp, options: (h * float("nan"), hsp))
+    with pytest.raises(ValueError, match=r"^model: NaN or infinity came out of its layer output_blocks\.0\S+ or of"):
+        report(broken)
+    assert hooks_left(broken) == []
+
+
+def test_report_refuses_other_models(host, quantize, report, model):
+    quantized = quantize()
+    with pytest.raises(ValueError, match=r"^model: this MODEL is not quantized; put Quantize Model \(IEC\) in front"):
+        report(model)
+    for other in (tuned(model), quantized, quantize(weight_bits="4")):
+        with pytest.raises(ValueError, match=r"^full_precision: this is not the MODEL that the quantized one was made from"):
+            report(quantized, full_precision=other)
+    node = host.nodes["IECQuantizationReport"]
+    right = {"sampler_name": "euler", "scheduler": "normal", "budget": "size"}
+    assert node.validate_inputs(**right) is True
+    for option in right:
+        assert node.validate_inputs(**{**right, option: "best"}).startswith(f"{option}: ")
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_report_of_models_with_a_lora_on_both(quantize, report, run, model, order):
+    """Weight patches, as the host's LoRA loaders make them, on some layers; before the model is quantized, or after."""
+    generator, parameters = torch.Generator().manual_seed(0), dict(model.model.named_parameters())
+    keys = ["diffusion_model.middle_block.1.proj_in.weight", "diffusion_model.middle_block.0.in_layers.2.weight"]
+    patches = {key: (0.3 * torch.randn(parameters[key].shape, generator=generator),) for key in keys}
+
+    def with_lora(source):
+        patched = source.clone()
+        assert sorted(patched.add_patches(patches, 0.8)) == sorted(keys)
+        return patched
+
+    full = full_weights(model, layers_of(quantize()))
+    originals = {name: weight for name, (weight, _) in full.items()}
+    for key in keys:
+        name = key.removeprefix("diffusion_model.").removesuffix(".weight")
+        full[name] = full[name][0] + 0.8 * patches[key][0], full[name][1]
+
+    def rounded(weight):
+        scale = (weight.abs().amax(1, keepdim=True) / 127).float().double()
+        return (weight / scale).round() * scale
+
+    before = run(model)
+    quantized = quantize(with_lora(model)) if order == "before" else with_lora(quantize())
+    expected = layer_ratios(quantized, full, run)
+    rows = report(quantized, full_precision=with_lora(model))[0]
+    for name, row in rows.items():
+        assert float(row[2]) == pytest.approx(expected[name], abs=0.06), name
+        weight, original = (value.double().flatten(1) for value in (full[name][0], originals[name]))
+        ours = weight if order == "before" else rounded(original) + weight - original  # the patch lies on the quantized one
+        assert float(row[3]) == pytest.approx(decibels(weight, rounded(ours)), abs=0.06), name
+    assert min(expected.values()) > 15
+    assert torch.equal(run(model), before)
+
+
+def test_report_leaves_the_models_as_they_are(quantize, calibrate, report, run, model):
+    calibrated = calibrate(quantize())[0]
+    before = run(model), run(calibrated)
+    rows = report(calibrated, budget="error", least_sqnr=20.0)[0]
+    assert len(rows) == len(layers_of(calibrated))
+    assert torch.equal(run(model), before[0]) and torch.equal(run(calibrated), before[1])
+    assert scales_left(calibrated) == hooks_left(calibrated) == []
+
+
+def test_report_of_a_calibrated_model_sees_its_scales(quantize, calibrate, report, run, model):
+    calibrated = calibrate(quantize(), scales="static", activation_scale="absmax")[0]
+    expected = layer_ratios(calibrated, full_weights(model, layers_of(calibrated)), run)
+    rows = report(calibrated)[0]
+    assert all(float(row[2]) == pytest.approx(expected[name], abs=0.06) for name, row in rows.items())
+    dynamic = report(quantize())[0]
+    assert sum(float(rows[name][2]) < float(dynamic[name][2]) for name in rows) > 0.7 * len(rows)
+
+
+def test_report_counts_the_steps_of_all_runs(quantize, report, conditioning, monkeypatch):
+    import comfy.utils
+
+    quantized, told = quantize(), []
+
+    class Bar:
+        def __init__(self, total):
+            told.append(total)
+
+        def update(self, value):
+            told.append(value)
+
+    monkeypatch.setattr(comfy.utils, "ProgressBar", Bar)
+    report(quantized, runs=2, positive_3=conditioning[0])
+    assert told == [2 * 2 * STEPS, *[1] * (2 * 2 * STEPS)]
+
+
+def test_a_transformer_is_calibrated_and_reported(host, quantize, apply):
+    """Flux, whose layers are Linear ones, with guidance: scales, and errors of layers, as the test's hooks see them."""
+    from test_transformers import FAMILIES, build, conditioning, empty_latent
+
+    model = build("Flux")
+    quantized, sampling = quantize(model, rotate=True), {**SAMPLING, "scheduler": "simple"}
+    inputs = {"positive": conditioning("Flux", 1), "negative": conditioning("Flux", 2), "seed": 5, "runs": 1, **sampling}
+    inputs["latent_image"] = empty_latent(FAMILIES["Flux"].latent)
+
+    def run(model):
+        numbers = (inputs[name] for name in ("seed", "steps", "cfg", "sampler_name", "scheduler"))
+        entries = (inputs[name] for name in ("positive", "negative", "latent_image"))
+        return host.common_ksampler(model, *numbers, *entries)[0]["samples"]
+
+    seen = largest_inputs(quantized, run)
+    calibrated, profile = host.run("IECCalibrateQuantization", model=quantized, activation_scale="absmax", **inputs)
+    assert profile.sigmas.float().tolist() == sorted(seen, reverse=True) and len(seen) == STEPS
+    assert set(profile.names) == set(layers_of(quantized)) and len(profile.names) > 30
+    expected = torch.tensor([[of_step[name] / 127 for name in profile.names] for of_step in seen.values()])
+    torch.testing.assert_close(profile.table, expected, rtol=1e-5, atol=0)
+    assert torch.equal(run(apply(quantized, profile)), run(calibrated))
+    ratios = layer_ratios(calibrated, full_weights(model, profile.names), run)
+    table = host.run("IECQuantizationReport", model=calibrated, full_precision=model, **inputs)[0]
+    rows = dict(line.strip("| ").split(" | ", 1) for line in table.splitlines()[2:])
+    assert set(rows) == set(ratios)
+    for name, row in rows.items():
+        assert float(row.split(" | ")[2]) == pytest.approx(ratios[name], abs=0.06), name

@@ -1,0 +1,67 @@
+"""What an efficient variant of the built-in model keeps of its images."""
+
+import benchmark
+import torch
+
+COMPONENTS = 16
+PROMPTS = ("face, heart", "person, vehicle", "fruit, boat", "clock, flag")  # a calibration's, on seeds of its own
+
+
+class Features:
+    """What the built-in network makes of images: the mean over the picture of its innermost block's output."""
+
+    def __init__(self, model):
+        self._model = model.model
+
+    def of(self, images):
+        """Return float64 [N, C] for latents [N, 3, 32, 32]."""
+        found = []
+        hook = self._model.diffusion_model.middle_block[-1].register_forward_hook(
+            lambda module, args, out: found.append(out.mean((2, 3)).double())
+        )
+        try:
+            for part in images.split(32):
+                label = torch.zeros(len(part), self._model.diffusion_model.label_emb[0][0].in_features)
+                self._model.apply_model(part, torch.full((len(part),), 0.3), c_crossattn=label[:, None], y=label)
+        finally:
+            hook.remove()
+        return torch.cat(found)
+
+
+def frechet(x, y):
+    """Return the Fréchet distance of the Gaussians fitted to x and y [N, C]."""
+    mean, covariance = (x.mean(0) - y.mean(0)).square().sum(), (x.T.cov(), y.T.cov())
+    cross = torch.linalg.eigvals(covariance[0] @ covariance[1]).real.clamp(min=0).sqrt().sum()
+    return (mean + covariance[0].trace() + covariance[1].trace() - 2 * cross).item()
+
+
+class Quality:
+    """Measures variants against runs of the model itself, eight images of each seed. floor: the Fréchet distance of as many
+    images of other seeds.
+    """
+
+    def __init__(self, nodes, steps, seeds):
+        self.builtin, self.steps, self.seeds = benchmark.Builtin(nodes), steps, range(2, 2 + seeds)
+        self._features = Features(self.builtin.model)
+        self._references = [self.sample(self.builtin.model, seed) for seed in self.seeds]
+        features = self._features.of(torch.cat(self._references))
+        self._basis = torch.linalg.svd(features - features.mean(0), full_matrices=False).Vh[:COMPONENTS].T
+        self._reference_features = features @ self._basis
+        self.floor = self._distance([self.sample(self.builtin.model, seed + 1000) for seed in self.seeds])
+
+    def sample(self, model, seed, steps=None, **correction):
+        return self.builtin.sample(model, seed, steps or self.steps, "normal", **correction)
+
+    def of(self, model, **settings):
+        """Return (error, PSNR in dB, Fréchet distance); settings: steps where they are others, and inputs of IECKSampler."""
+        latents = [self.sample(model, seed, **settings) for seed in self.seeds]
+        error = benchmark.mean_error(latents, self._references)
+        return error, self._psnr(latents), self._distance(latents)
+
+    def _psnr(self, latents):
+        """Return the mean over images; their values are in -1..1."""
+        noise = [(x.clamp(-1, 1) - y.clamp(-1, 1)).square().flatten(1).mean(1) for x, y in zip(latents, self._references)]
+        return (10 * torch.log10(4 / torch.cat(noise).clamp(min=1e-12))).mean().item()
+
+    def _distance(self, latents):
+        return frechet(self._features.of(torch.cat(latents)) @ self._basis, self._reference_features)

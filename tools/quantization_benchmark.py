@@ -1,0 +1,267 @@
+"""What quantization keeps, saves and costs, for docs/quantization.md.
+
+    python tools/quantization_benchmark.py [--steps 20] [--seeds 4]
+    python tools/quantization_benchmark.py --speed [--repeat 5] [--latent 128] [--networks "SD 1.5" SDXL Flux] [--compile]
+
+First, formats on the built-in model: error, PSNR and Fréchet distance to full precision, with activations of dynamic, static
+and timestep-wise scales, and with corrections.
+
+Secondly, with --speed: one evaluation of networks of true shapes with random weights, ours against the model's own type, and
+against the host's own formats and torchao's int8 where they are there, as medians of shares measured in turn; and the memory of
+the weights as the host counts it. On a GPU also what part of the device's peak the layers reach that most of the work is in.
+"""
+
+import argparse
+import functools
+import os
+
+import benchmark
+import comfyui
+import torch
+from networks import LINEAR, random_model
+from quality import PROMPTS, Quality
+
+FORMATS = {
+    "W8A8": ("8", "8", {}),
+    "W8A8, rotated": ("8", "8", {"rotate": True}),
+    "W8A8, one scale a tensor": ("8", "8", {"activation_scale": "tensor"}),
+    "W4A8": ("4", "8", {}),
+    "W4A8, scales by search": ("4", "8", {"weight_scale": "search"}),
+    "W8A16": ("8", "16", {}),
+    "W4A16": ("4", "16", {}),
+    "W4A16, scales by search": ("4", "16", {"weight_scale": "search"}),
+    "W4A16, groups of 64": ("4", "16", {"group_size": "64"}),
+    "W4A16, groups of 64 by search": ("4", "16", {"group_size": "64", "weight_scale": "search"}),
+    "W4A16, groups of 32 by search": ("4", "16", {"group_size": "32", "weight_scale": "search"}),
+    "fp8": ("fp8", "8", {}),
+}
+CORRECTIONS = {
+    "": {},
+    "; IEC paper, ends:1/10": {"correction_steps": "ends:1/10", "evaluation_point": "paper"},
+    "; IEC next, ends:1/10": {"correction_steps": "ends:1/10", "evaluation_point": "next"},
+    "; IEC next, all": {"correction_steps": "all", "evaluation_point": "next"},
+}
+
+
+def quantized(nodes, model, name):
+    weight_bits, activation_bits, more = FORMATS[name]
+    inputs = {"weight_bits": weight_bits, "activation_bits": activation_bits, "keep_sensitive_layers": True, **more}
+    return nodes["IECQuantizeModel"].execute(model=model, **inputs).result[0]
+
+
+def calibrated(nodes, model, steps, scales):
+    """Return the MODEL with activation scales from runs on four pairs of classes."""
+    label = nodes["IECClassLabel"]
+    prompts = [label.execute(labels=text).result[0] for text in PROMPTS]
+    return nodes["IECCalibrateQuantization"].execute(
+        model=model, **dict(zip(("positive", "positive_2", "positive_3", "positive_4"), prompts)), seed=500, runs=1,
+        negative=label.execute(labels="none").result[0], latent_image={"samples": torch.zeros(2, 3, 32, 32)}, steps=steps,
+        cfg=3.0, sampler_name="ddim", scheduler="normal", scales=scales, activation_scale="search",
+    ).result[0]  # fmt: skip
+
+
+def keep(nodes, steps, seeds):
+    """Print what every format keeps of the built-in model's images."""
+    quality = Quality(nodes, steps, seeds)
+    size = size_of(quality.builtin.model)
+    print(
+        f"\nFormats. {benchmark.device()[1]}; built-in model, {steps} DDIM steps on normal, cfg 3, {seeds} seeds of 8 images."
+    )
+    print(f"Fréchet distance of as many images of other seeds: {quality.floor:.3f}\n")
+    print("| format | weights, share of float16 | error | PSNR, dB | Fréchet distance |")
+    print("| --- | --- | --- | --- | --- |")
+
+    def row(name, model, **correction):
+        error, psnr, distance = quality.of(model, **correction)
+        share = size_of(model) / (size / 2)
+        print(f"| {name} | {share:.3f} | {error:.4f} | {psnr:.1f} | {distance:.4f} |", flush=True)
+
+    for name in FORMATS:
+        row(name, quantized(nodes, quality.builtin.model, name))
+    for name in ("W8A8", "W4A8, scales by search"):
+        base = quantized(nodes, quality.builtin.model, name)
+        variants = {f"{name}, dynamic": base}
+        for scales in ("static", "timestep-wise"):
+            variants[f"{name}, {scales}"] = calibrated(nodes, base, steps, scales)
+        for label, model in variants.items():
+            for correction, inputs in CORRECTIONS.items():
+                row(label + correction, model, **inputs)
+
+
+def size_of(model):
+    """Return the bytes of a MODEL's weights, as the host counts them."""
+    import comfy.model_management
+
+    return comfy.model_management.module_size(model.model)
+
+
+def speed(nodes, kinds, repeat, latent, compiled):
+    """Print time and memory of one evaluation of each network in each format."""
+    import comfy.model_management
+
+    for kind in kinds:
+        model, conditioning = random_model(kind)
+        full = Evaluation(model, conditioning, latent, compiled)
+        dtype = str(model.model.get_dtype()).removeprefix("torch.")
+        seconds = benchmark.median_seconds(full, repeat)
+        print(f"\nSpeed of {kind}. {benchmark.device()[1]}; random weights, latent side {latent}, batch 2, {dtype}"
+              f"{', torch.compile' if compiled else ''}: {seconds * 1e3:.1f} ms an evaluation\n")  # fmt: skip
+        print(f"| format | faster than {dtype} by | weights, share of {dtype} | computed by |")
+        print("| --- | --- | --- | --- |")
+        for name in ("W8A8", "W8A8, rotated", "W4A8", "W8A16", "W4A16, groups of 64", "fp8"):
+            variant = quantized(nodes, model, name)
+            share = benchmark.median_share(Evaluation(variant, conditioning, latent, compiled), full, repeat)
+            backends = {layer.backend(variant.load_device.type) for layer in layers(variant)}
+            size = size_of(variant) / size_of(model)
+            print(f"| {name} | {1 / share:.2f} | {size:.3f} | {'; '.join(sorted(backends))} |", flush=True)
+            del variant
+            comfy.model_management.unload_all_models()
+        others(nodes, kind, model, conditioning, latent, compiled, full, repeat)
+        variant = quantized(nodes, model, "W8A8")
+        roofline(variant, Evaluation(variant, conditioning, latent, False))
+
+
+def layers(model):
+    return [layer for layer in model.model.diffusion_model.modules() if hasattr(layer, "packing")]
+
+
+class Evaluation:
+    """One evaluation of a MODEL's network, as a function."""
+
+    def __init__(self, model, conditioning, latent, compiled):
+        import comfy.model_management
+
+        if compiled:
+            from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+            model = model.clone()
+            set_torch_compile_wrapper(model=model, backend="inductor")
+        self._model, device = model, model.load_device
+        channels = model.model.latent_format.latent_channels
+        generator = torch.Generator().manual_seed(0)
+        self._x = torch.randn(2, channels, latent, latent, generator=generator).to(device)
+        self._sigma = torch.full((2,), 1.0, device=device)
+        cond = conditioning[0][0].to(device).expand(2, -1, -1)
+        self._conds = {"c_crossattn": cond, "transformer_options": {"cond_or_uncond": [0, 1], "sigmas": self._sigma}}
+        pooled = conditioning[0][1]["pooled_output"].to(device).expand(2, -1)
+        if model.model.adm_channels:
+            width = getattr(model.model, "adm_channels", pooled.shape[1])
+            self._conds["y"] = torch.nn.functional.pad(pooled, (0, width - pooled.shape[1]))
+        comfy.model_management.load_models_gpu([model], force_full_load=True)
+
+    def __call__(self):
+        return self._model.model.apply_model(self._x, self._sigma, **self._conds)
+
+
+def others(nodes, kind, model, conditioning, latent, compiled, full, repeat):
+    """Print the lines of what is not ours: torchao's int8, and the host's float8 and int8."""
+    makers = {
+        "torchao's int8 dynamic": lambda: torchao_int8(kind),
+        "the host's float8": lambda: host_float8(kind),
+        "the host's int8, Linear layers": lambda: host_int8(nodes, kind, model),
+    }
+    for name, make in makers.items():
+        try:
+            other = make()
+        except NotThere as reason:
+            print(f"| {name} | not measured: {reason} | | |")
+            continue
+        share = benchmark.median_share(Evaluation(other, conditioning, latent, compiled), full, repeat)
+        print(f"| {name} | {1 / share:.2f} | {size_of(other) / size_of(model):.3f} | |", flush=True)
+
+
+# Dense int8 operations and bytes a second, by the makers' data sheets.
+PEAKS = {
+    "H100": (1979e12, 3.35e12), "H200": (1979e12, 4.8e12), "A100": (624e12, 2.0e12), "4090": (661e12, 1.01e12),
+    "3090": (284e12, 0.94e12), "L40": (362e12, 0.86e12),
+}  # fmt: skip
+
+
+def roofline(model, evaluation):
+    """Print, for the layers that most of an evaluation's work is in, what part of the GPU's peak they reach."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    peak = next((numbers for key, numbers in PEAKS.items() if key in name), None)
+    if peak is None:
+        print(f"\nRoofline: not measured, for {name + ' is not known' if name else 'there is no GPU'}.")
+        return
+    seen = {}
+    hooks = [layer.register_forward_hook(functools.partial(_note, seen)) for layer in layers(model)]
+    try:
+        evaluation()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    print("\n| layer | x | operations, 10^9 | microseconds | of the int8 peak | of the bandwidth |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for shape, (layer, operations, count, x) in sorted(seen.items(), key=lambda item: -item[1][1] * item[1][2])[:8]:
+        seconds = benchmark.median_seconds(lambda: [layer(x) for _ in range(20)], 5) / 20  # noqa: B023
+        moved = layer.weight.nbytes + x.nbytes + operations / layer.packing.inputs / 2 * x.element_size()
+        shares = f"{operations / seconds / peak[0]:.1%} | {moved / seconds / peak[1]:.1%}"
+        print(f"| {layer.name} ({count} like it) | {shape[0]} | {operations / 1e9:.1f} | {seconds * 1e6:.0f} | {shares} |")
+
+
+def _note(seen, layer, inputs, output):
+    """Count a layer's call: {(shapes): [layer, operations, calls, input]}."""
+    key = tuple(inputs[0].shape), tuple(layer.packing.shape)
+    operations = 2 * output.numel() * layer.packing.inputs
+    seen.setdefault(key, [layer, operations, 0, inputs[0]])[2] += 1
+
+
+class NotThere(Exception):
+    """What there is to compare with is not on this machine; the message says why."""
+
+
+def torchao_int8(kind):
+    try:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    except ImportError as error:
+        raise NotThere("torchao is not installed") from error
+    model, _ = random_model(kind)
+    quantize_(model.model.diffusion_model, Int8DynamicActivationInt8WeightConfig())
+    return model
+
+
+def host_float8(kind):
+    import comfy.model_management
+
+    if not comfy.model_management.supports_fp8_compute(benchmark.device()[0]):
+        raise NotThere("this device does not multiply float8")
+    return random_model(kind, float8=True)[0]
+
+
+def host_int8(nodes, kind, model):
+    """The Linear layers in int8, in a file of ours that the host opens by itself."""
+    import comfy.quant_ops
+    import comfy.sd
+
+    if "int8_tensorwise" not in comfy.quant_ops.QUANT_ALGOS:
+        raise NotThere("this host has no int8")
+    inputs = {"weight_bits": "8", "activation_bits": "8", "keep_sensitive_layers": True, "include": LINEAR[kind]}
+    ours = nodes["IECQuantizeModel"].execute(model=model, **inputs).result[0]
+    path = nodes["IECSaveQuantizedModel"].execute(model=ours, name="benchmark_int8").ui["text"][0]
+    try:
+        return comfy.sd.load_diffusion_model(path)
+    finally:
+        os.remove(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=4, help="eight images each")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--speed", action="store_true", help="time networks of true shapes instead")
+    parser.add_argument("--latent", type=int, default=16, help="side of the latent for --speed; 128 is 1024 pixels")
+    parser.add_argument("--networks", nargs="+", default=["SD 1.5", "SDXL", "Flux"])
+    parser.add_argument("--compile", action="store_true", help="with torch.compile")
+    arguments = parser.parse_args()
+    nodes = comfyui.load_nodes(cpu=not torch.cuda.is_available())
+    with torch.inference_mode():
+        if arguments.speed:
+            speed(nodes, arguments.networks, arguments.repeat, arguments.latent, arguments.compile)
+        else:
+            keep(nodes, arguments.steps, arguments.seeds)
+
+
+if __name__ == "__main__":
+    main()
