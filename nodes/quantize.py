@@ -60,7 +60,7 @@ class IECQuantizeModel(io.ComfyNode):
                     default="absmax",
                     optional=True,
                     tooltip="absmax: the largest weight fits. search: the scale of least squared error, which clips the "
-                    "largest ones; the paper's. It takes longer to quantize, and is the better one with 4 bits.",
+                    "largest ones; the paper's. It takes longer to quantize.",
                 ),
                 io.Boolean.Input(
                     "rotate",

@@ -102,7 +102,7 @@ def test_profile_is_used_by_a_later_prompt(host, output, profile):
     assert cached.isfinite().all() and not torch.equal(cached, plain)
     wrong = prompt(32, 1, False, "profile")
     wrong["profile"]["inputs"]["profile_name"] = "none.safetensors"
-    with pytest.raises(server.Refused, match=r"profile_name: there is no profile 'none.safetensors' in models/iec_profiles"):
+    with pytest.raises(server.Refused, match=r"profile_name: there is no file 'none.safetensors' in models/iec_profiles"):
         host.run(wrong)
     other = prompt(32, 1, False, "profile", seed=4)
     other["sampler"]["inputs"]["scheduler"] = "karras"
