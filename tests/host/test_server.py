@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 NODES = {
     "IECKSampler", "IECApply", "IECSampler", "IECQuantizeModel", "IECDeepCache", "IECLoadBuiltinModel", "IECClassLabel",
     "IECJoinReports", "IECCompare", "IECReport", "IECCalibrateCacheQuant", "IECSaveCacheProfile", "IECLoadCacheProfile",
-    "IECCacheQuant",
+    "IECCacheQuant", "IECSaveQuantizedModel", "IECLoadQuantizedModel", "IECCalibrateQuantization", "IECSaveQuantizationProfile",
+    "IECLoadQuantizationProfile", "IECApplyQuantizationProfile", "IECQuantizationReport",
 }  # fmt: skip
 
 
@@ -181,7 +182,7 @@ def test_bad_input_is_refused_at_validation_and_the_next_prompt_works(host, outp
 @pytest.mark.parametrize(
     ("node", "name", "value", "choices"),
     [
-        ("quantized", "weight_bits", "3", "8, 4"),
+        ("quantized", "weight_bits", "3", "8, 4, fp8"),
         ("quantized", "activation_bits", "7", "8, 16"),
         ("model", "precision", "float8", "auto, float32, bfloat16, float16"),
     ],
