@@ -2,7 +2,7 @@
 
 The im2col matrix is never written: every program computes a tile of out [B * H' * W', O] by walking over the taps of the
 window and over blocks of channels. Memory is channels-last, so that each of those blocks is one run. The kernel does what
-`quantization.conv2d_int8` does: exact int32 sums of int8 products, and scales and bias in float32.
+`int8.conv2d_int8` does: exact int32 sums of int8 products, and scales and bias in float32.
 
 With TRITON_INTERPRET=1 in the environment, Triton's interpreter runs the kernel on the CPU.
 """

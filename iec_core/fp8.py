@@ -38,10 +38,10 @@ def linear_fp8(x, values, weight_scale, bias, scale=None):
     rows = x.reshape(-1, x.shape[-1])
     if scale is None:
         scale = (rows.abs().amax().float() / LARGEST).clamp(min=1e-12)
-    quantized = (rows.float() / scale).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    quantized = (rows.float() / scale).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn).contiguous()
     dtype = x.dtype if x.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
     bias = None if bias is None else bias.to(dtype)
     out = torch._scaled_mm(
         quantized, values.t(), scale_a=scale.reshape(()), scale_b=weight_scale.reshape(()), bias=bias, out_dtype=dtype
     )
-    return out.to(x.dtype).reshape(*x.shape[:-1], -1)
+    return out.to(x.dtype).reshape(*x.shape[:-1], len(values))

@@ -6,15 +6,16 @@ one for the whole tensor. Or they are given, from a calibration. Products are su
 scales and the bias applied, in float32.
 """
 
+import contextlib
+
 import torch
 
 from . import conv_triton
 from .quantization import rotate
 
-try:
-    import comfy_kitchen
-except ImportError:  # a host without it: the products are PyTorch's
-    comfy_kitchen = None
+with contextlib.suppress(ImportError):  # without it the products are PyTorch's
+    import comfy_kitchen  # noqa: F401 - registers its operators
+HAS_KITCHEN = hasattr(torch.ops.comfy_kitchen, "int8_linear")  # early versions have none
 
 LIMIT = 127
 KITCHEN_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -25,7 +26,7 @@ def dynamic_scale(x, kept):
     that of all of x. Zeros get scale 1.
     """
     magnitude = x.abs()
-    largest = magnitude.flatten(1).amax(1) if kept else magnitude.amax()[None]
+    largest = magnitude.flatten(1).amax(1) if kept else magnitude.flatten()[None].amax(1) if x.numel() else x.new_zeros(1)
     largest = largest.float().reshape(-1, *[1] * (x.ndim - 1))
     return torch.where(largest == 0, torch.ones_like(largest), largest / LIMIT)  # of NaN it is NaN, and so is what comes out
 
@@ -63,6 +64,7 @@ def int_matmul(a, b):
         wide = torch.float32 if a.device.type == "mps" else torch.float64
         parts = zip(a.split(1024, dim=1), b.split(1024, dim=1))  # 1024 * 127^2 < 2^24: exact in float32 too
         return sum((part_a.to(wide) @ part_b.to(wide).t()).to(torch.int32) for part_a, part_b in parts)
+    a = a.contiguous()  # cuBLASLt wants rows one after the other
     rows, columns = a.shape[0], b.shape[0]
     if a.device.type == "cuda":  # cuBLASLt: more than 16 rows, K and N in eights
         pad = torch.nn.functional.pad
@@ -82,9 +84,9 @@ def conv2d_sums(x, weight, kernel_size, stride, padding, dilation):
     x = torch.nn.functional.pad(x.permute(0, 2, 3, 1), (0, 0, pw, pw, ph, ph))
     windows = x.unfold(1, dh * (kh - 1) + 1, sh).unfold(2, dw * (kw - 1) + 1, sw)[..., ::dh, ::dw]
     height, width = windows.shape[1:3]
-    windows = windows.permute(0, 1, 2, 4, 5, 3).reshape(x.shape[0] * height * width, -1)
+    windows = windows.permute(0, 1, 2, 4, 5, 3).reshape(x.shape[0] * height * width, weight.shape[1])
     sums = int_matmul(windows, weight)
-    return sums.reshape(x.shape[0], height, width, -1).permute(0, 3, 1, 2)
+    return sums.reshape(x.shape[0], height, width, len(weight)).permute(0, 3, 1, 2)
 
 
 def _scaled(sums, activation_scale, weight_scale, bias, dtype):
@@ -100,15 +102,15 @@ def linear_int8(x, values, weight_scale, bias, scale=None, per_tensor=False, rot
     x's dtype. scale: the activations' where it is given, a tensor of one number. rotation: size of the blocks by which x is to
     be rotated first, as the weight is, 0 for none.
     """
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.flatten(0, -2) if x.ndim > 1 else x[None]
     if linear_backend(x.device.type, scale is None and not per_tensor) == KITCHEN:
         turned = bool(rotation), rotation or 256
         out = torch.ops.comfy_kitchen.int8_linear(rows, values, weight_scale, bias, KITCHEN_DTYPES[x.dtype], *turned)
     else:
-        rows = rotate(rows, rotation) if rotation else rows
+        rows = rotate(rows.float(), rotation) if rotation else rows  # sums of float16 could overflow
         scale = dynamic_scale(rows, kept=not per_tensor) if scale is None else scale
         out = _scaled(int_matmul(quantize_activation(rows, scale), values), scale, weight_scale, bias, x.dtype)
-    return out.reshape(*x.shape[:-1], -1)
+    return out.reshape(*x.shape[:-1], len(values))
 
 
 def conv2d_int8(x, values, weight_scale, bias, kernel_size, stride, padding, dilation, scale=None, per_tensor=False):
@@ -137,7 +139,7 @@ def _products(device_type):
 
 def linear_backend(device_type, per_row):
     """Return what computes a Linear layer of 8-bit activations; per_row: with a scale for each row, taken at run time."""
-    usable = comfy_kitchen is not None and per_row and device_type == "cuda"
+    usable = HAS_KITCHEN and per_row and device_type == "cuda"
     return KITCHEN if usable else _products(device_type)
 
 

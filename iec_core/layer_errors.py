@@ -47,6 +47,8 @@ def table(errors):
     for error in sorted(errors, key=lambda error: -error.relative_noise):
         sizes = f"{error.sqnr:.1f} | {error.weight_sqnr:.1f} | {error.nbytes / 2**20:.3f}"
         lines.append(f"| {error.name} | {error.format} | {error.backend} | {sizes} |")
+    megabytes = [sum(sizes) / 2**20 for sizes in zip(*((error.nbytes, error.full_nbytes) for error in errors))]
+    lines += ["", "All {} quantized weights take {:.2f} MB, and {:.2f} MB in full precision.".format(len(errors), *megabytes)]
     return "\n".join(lines)
 
 

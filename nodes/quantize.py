@@ -17,6 +17,12 @@ SCALES = ["absmax", "search"]
 ACTIVATION_SCALES = ["token", "tensor"]
 
 
+def _wrong_group(group_size, weight_bits, activation_bits):
+    """Return the sentence for a group size that does not go with the bits, else None."""
+    if group_size not in (None, "none") and (activation_bits == "8" or weight_bits == "fp8"):
+        return f"group_size: {group_size} goes with weight_bits 8 or 4 and activation_bits 16 only; write none."
+
+
 class IECQuantizeModel(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -108,7 +114,8 @@ class IECQuantizeModel(io.ComfyNode):
         wrong = wrong or unknown_choice(ACTIVATION_BITS, activation_bits=activation_bits)
         wrong = wrong or unknown_choice(GROUP_SIZES, group_size=group_size)
         wrong = wrong or unknown_choice(SCALES, weight_scale=weight_scale)
-        return wrong or unknown_choice(ACTIVATION_SCALES, activation_scale=activation_scale) or True
+        wrong = wrong or unknown_choice(ACTIVATION_SCALES, activation_scale=activation_scale)
+        return wrong or _wrong_group(group_size, weight_bits, activation_bits) or True
 
     @classmethod
     def execute(
@@ -116,11 +123,8 @@ class IECQuantizeModel(io.ComfyNode):
         activation_scale="token", keep_output_projections=False, include="", exclude="",
     ):  # fmt: skip
         group = 0 if group_size == "none" else int(group_size)
-        if group and (activation_bits == "8" or weight_bits == "fp8"):
-            raise ValueError(
-                f"group_size: {group} needs integer weights with activation_bits 16, for sums of integers have one scale an "
-                "output channel; write none."
-            )
+        if wrong := _wrong_group(group_size, weight_bits, activation_bits):
+            raise ValueError(wrong)
         rules = LayerRules(keep_sensitive_layers, keep_output_projections, parse_patterns(include), parse_patterns(exclude))
         weight = WeightFormat(KINDS[weight_bits], group, 0, weight_scale == "search" and weight_bits != "fp8")
         activation = ActivationFormat(int(activation_bits), activation_scale == "tensor")

@@ -33,7 +33,7 @@ def with_cache(model, settings, make_run):
         kwargs.pop(KEY, None)
         return args[5][KEY].evaluate(executor, *args, **kwargs)  # the host's transformer options
 
-    new = functools.partial(kind, network, settings)
+    new = functools.partial(kind, settings)
     model = model.clone()
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, keep_for_run(KEY, lambda: make_run(new)))
     model.add_wrapper_with_key(kind.wrapper_type, KEY, evaluate)

@@ -120,13 +120,13 @@ def _fits(residual, entered):
 
 
 class TransformerCache(CacheRun):
-    """One sampling run's cache of a transformer's residuals. network: the MODEL's, which is looked at again where it is run."""
+    """One sampling run's cache of a transformer's residuals."""
 
     channel_dim = -1
     has_consumer = False
     wrapper_type = WrappersMP.APPLY_MODEL
 
-    def __init__(self, network, settings, features, full_steps=None):
+    def __init__(self, settings, features, full_steps=None):
         super().__init__(settings, features, full_steps)
         self._names = {}  # of each span and conditioning entry: the streams that its blocks hand on
 

@@ -3,14 +3,13 @@
 import functools
 import math
 
-import comfy.lora
 from comfy.patcher_extension import WrappersMP
 
 from ...iec_core.layer_errors import LayerError, decibels
 from .calibration import Bar, sample_all, uncompiled
 from .quantize import KEY, PREFIX, quantization_of
 from .quantized_layers import quantized_layers
-from .weights import fingerprint, is_same, original_weight
+from .weights import fingerprint, is_same, original_weight, patched_weight
 
 
 def source_of(quantized, full_precision):
@@ -70,10 +69,10 @@ def _of_weight(model, source, name, layer):
     """Return the LayerError of a layer that was not run yet. LoRAs are part of either weight."""
     key, fmt = f"{PREFIX}{name}.weight", layer.packing.format
     original = original_weight(source, key, source.model.get_parameter(key))
-    full = _patched(source, key, original.float())
+    full = patched_weight(source, key, original.float())
     ours = layer.convert_weight(original_weight(model, key, layer.weight))
     if key in model.patches:
-        ours = layer.convert_weight(layer.packing.quantize(_patched(model, key, ours)))
+        ours = layer.convert_weight(layer.packing.quantize(patched_weight(model, key, ours)))
     noise = (ours.to(full.device) - full).square().sum().item()
     words = [fmt.kind]
     words += [f"groups of {fmt.group_size}"] if fmt.group_size else []
@@ -83,12 +82,6 @@ def _of_weight(model, source, name, layer):
         layer.backend(model.load_device.type), layer.packing.nbytes, original.nbytes,
         decibels(full.square().sum().item(), noise),
     )  # fmt: skip
-
-
-def _patched(model, key, weight):
-    """Return a weight in float32 with the MODEL's patches on it."""
-    patches = model.patches.get(key)
-    return weight if patches is None else comfy.lora.calculate_weight(patches, weight.clone(), key)
 
 
 def _take_up(error, reference, device_type, layer, inputs, output):

@@ -7,11 +7,11 @@ weight which is quantized goes into it first.
 
 import copy
 import hashlib
+import uuid
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import comfy.hooks
-import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
@@ -20,7 +20,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ...iec_core.quantization import Packing, WeightFormat, rotation_size
 from .quantized_layers import ActivationFormat, is_host_state, quantized_class, quantized_layers
-from .weights import fingerprint, original_weight
+from .weights import fingerprint, original_weight, patched_weight
 
 KEY = "iec_quantize"
 PREFIX = "diffusion_model."
@@ -147,24 +147,31 @@ def quantize_model(model, quantization):
 
     Raises ValueError where the MODEL has no layer to quantize, is quantized already or compiled, or a pattern fits no layer.
     """
-    network = model.get_model_object("diffusion_model")
     if quantization_of(model):
         raise ValueError("model: this MODEL is quantized already; use one IECQuantizeModel node only.")
+    bound = [key for key in model.object_patches if key.split(".")[0] == "diffusion_model"]
+    if bound or model.injections:
+        raise ValueError(
+            f"model: this MODEL has a patch on {bound[0] if bound else 'the calls of its layers'} that is of its own network, "
+            "such as a compiled block or a bypass LoRA; put the node that makes it behind this one."
+        )
     if "torch.compile" in model.wrappers.get(WrappersMP.APPLY_MODEL, {}):
         raise ValueError(
             "model: this MODEL is compiled, and what is compiled cannot be quantized; compile it after quantizing."
         )
-    layers = quantizable_layers(network)
-    if not layers or network is not model.model.diffusion_model:
+    model.unpatch_model(unpatch_weights=False)  # other clones' objects are not ours; each run puts its own there
+    layers = quantizable_layers(model.model.diffusion_model)
+    if not layers:
         raise ValueError("model: this MODEL has no Linear or Conv2d layer in floating point to quantize.")
     chosen = quantization.rules.select(list(layers))
     if not chosen:
-        raise ValueError("include, exclude: together they leave no layer of this MODEL to quantize; let some be quantized.")
-    bar, replaced = comfy.utils.ProgressBar(len(chosen)), {}
+        raise ValueError("include, exclude, keep_sensitive_layers: together they leave no layer to quantize; let some be
+    quantized.") bar, replaced = comfy.utils.ProgressBar(len(chosen)), {}
     for name in chosen:
         layer, packing = layers[name], quantization.packing(layers[name])
         packed = _quantized_weight(model, f"{PREFIX}{name}.weight", packing)
-        replaced[layer] = quantized_class(layer).of(name, layer, packing, packed, quantization.activation)
+        bias = None if layer.bias is None else _own(model, f"{PREFIX}{name}.bias", layer.bias)
+        replaced[layer] = quantized_class(layer).of(name, layer, packing, packed, bias, quantization.activation)
         bar.update(1)
     base = _copy_of_model(model, replaced)
     base.iec_quantization, base.iec_fingerprint = quantization.name, fingerprint(model)
@@ -180,9 +187,12 @@ def _quantized_weight(model, key, packing):
     """Return the packed weight of a layer, with the patches that lie on it, on the MODEL's offload device."""
     device = model.load_device
     weight = original_weight(model, key, comfy.utils.get_attr(model.model, key)).to(device)
-    if key in model.patches:
-        weight = comfy.lora.calculate_weight(model.patches[key], weight.float().clone(), key)
-    return packing.quantize(weight).to(model.offload_device)
+    return packing.quantize(patched_weight(model, key, weight)).to(model.offload_device)
+
+
+def _own(model, key, tensor):
+    """Return a tensor of the MODEL as it was before the host loaded and patched it, on the offload device."""
+    return original_weight(model, key, tensor).to(model.offload_device)
 
 
 def _copy_of_model(model, replaced):
@@ -192,21 +202,25 @@ def _copy_of_model(model, replaced):
     source = model.model
     copies = {module: replaced.get(module) or module.__class__.__new__(module.__class__) for module in source.modules()}
     memo = {id(module): new for module, new in copies.items()}
-    for name, tensor in [*source.named_parameters(), *source.named_buffers()]:
-        weight = original_weight(model, name, tensor).to(model.offload_device)
-        is_parameter = isinstance(tensor, torch.nn.Parameter)
-        memo[id(tensor)] = torch.nn.Parameter(weight, requires_grad=False) if is_parameter else weight
+    for prefix, module in source.named_modules():
+        if module not in replaced:
+            own = [*module.named_parameters(prefix, recurse=False), *module.named_buffers(prefix, recurse=False)]
+            memo.update({id(tensor): _shared(model, name, tensor) for name, tensor in own})
     for shared in (source.model_config, getattr(source, "latent_format", None)):
         memo[id(shared)] = shared
     for module, new in copies.items():
         if module not in replaced:
             own = {name: value for name, value in module.__dict__.items() if not is_host_state(name)}
             new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in own.items()})
-            if "prev_comfy_cast_weights" in module.__dict__:  # it is offloaded
-                new.comfy_cast_weights = module.prev_comfy_cast_weights
     base = copies[source]
     base.device, base.current_patcher = model.offload_device, None
     return base
+
+
+def _shared(model, key, tensor):
+    """Return a parameter or buffer for the copy, over the same memory where the tensor is on the offload device."""
+    value = _own(model, key, tensor)
+    return torch.nn.Parameter(value, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else value
 
 
 def _patcher(model, base, baked):
@@ -219,6 +233,8 @@ def _patcher(model, base, baked):
     template.backup, template.backup_buffers, template.object_patches_backup = {}, {}, {}
     template.hook_backup, template.cached_hook_patches, template.pinned = {}, {}, set()
     template.current_hooks, template.is_injected = None, False
+    # What would lead back to the source, and keep it in memory, or be taken for it.
+    template.parent, template.cached_patcher_init, template.clone_base_uuid = None, None, uuid.uuid4()
     quantized = template.clone()
     for key in baked:
         quantized.patches.pop(key, None)

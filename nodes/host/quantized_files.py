@@ -4,7 +4,6 @@ import functools
 import itertools
 import json
 
-import comfy.lora
 import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
@@ -18,7 +17,7 @@ from .builtin_model import BuiltinConfig, BuiltinModel, metadata
 from .folders import ModelFolder
 from .quantize import PREFIX, mark_quantized, quantization_of
 from .quantized_layers import ActivationFormat, class_for, quantized_layers
-from .weights import fingerprint, original_weight
+from .weights import fingerprint, original_weight, patched_weight
 
 FILES = ModelFolder("diffusion_models")
 
@@ -83,13 +82,13 @@ def _sources(model, layers, activation_bits):
         layer, key = comfy.utils.get_attr(network, name), f"{PREFIX}{name}.weight"
         packed = original_weight(model, key, layer.weight)
         if key in model.patches:
-            packed = layer.packing.quantize(_patched(model, key, layer.convert_weight(packed)))
+            packed = layer.packing.quantize(patched_weight(model, key, layer.convert_weight(packed)))
         return layer_tensors(name, layers[name], packed, activation_bits)
 
     def plain(name, tensor):
         key = PREFIX + name
         weight = original_weight(model, key, tensor)
-        return _patched(model, key, weight).to(tensor.dtype) if key in model.patches else weight
+        return patched_weight(model, key, weight).to(tensor.dtype)
 
     sources = {}
     for name, layer in layers.items():
@@ -101,11 +100,6 @@ def _sources(model, layers, activation_bits):
     for name, tensor in _marks(model.model).items():
         sources[name] = tensor.dtype, tensor.shape, lambda tensor=tensor: tensor
     return sources
-
-
-def _patched(model, key, weight):
-    """Return a weight in floating point with the MODEL's patches on it."""
-    return comfy.lora.calculate_weight(model.patches[key], weight.float().clone(), key)
 
 
 def _plain_tensors(network, layers):
@@ -285,7 +279,8 @@ def _fill(network, weights, file):
         kind = class_for(modules.get(name))
         if kind is None or tuple(modules[name].weight.shape) != layer.shape:
             raise ValueError(f"its network has no layer {name} of shape {layer.shape}")
-        quantized = kind.of(name, modules[name], Packing(layer.shape, layer.format), file.packed(name), activation)
+        packing, bias = Packing(layer.shape, layer.format), modules[name].bias
+        quantized = kind.of(name, modules[name], packing, file.packed(name), bias, activation)
         comfy.utils.set_attr(network, name, quantized)
 
 

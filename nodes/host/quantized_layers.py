@@ -18,10 +18,10 @@ from ...iec_core.quantization import rotate
 
 # What the host keeps on a model and its layers while they are loaded; a copy that is not loaded goes without.
 HOST_STATE = (
-    "weight_function", "bias_function", "weight_lowvram_function", "bias_lowvram_function", "prev_comfy_cast_weights",
-    "comfy_patched_weights", "seed_key", "current_patcher", "device", "model_loaded_weight_memory", "lowvram_patch_counter",
-    "model_lowvram", "current_weight_patches_uuid", "model_offload_buffer_memory", "dynamic_vbars", "dynamic_pins",
-    "dynamic_patchers",
+    "comfy_cast_weights", "weight_function", "bias_function", "weight_lowvram_function", "bias_lowvram_function",
+    "prev_comfy_cast_weights", "comfy_patched_weights", "seed_key", "current_patcher", "device", "model_loaded_weight_memory",
+    "lowvram_patch_counter", "model_lowvram", "current_weight_patches_uuid", "model_offload_buffer_memory", "dynamic_vbars",
+    "dynamic_pins", "dynamic_patchers",
 )  # fmt: skip
 
 
@@ -46,14 +46,14 @@ class _QuantizedLayer:
     input_scale = None
 
     @classmethod
-    def of(cls, name, layer, packing, packed, activation):
+    def of(cls, name, layer, packing, packed, bias, activation):
         """Return a quantized layer in place of one of the host's: packed is its weight as `packing` has it. name: in the
         network.
         """
         quantized = cls.__new__(cls)
         own = {name: value for name, value in layer.__dict__.items() if not is_host_state(name)}
         quantized.__dict__.update({name: copy.copy(value) if isinstance(value, dict) else value for name, value in own.items()})
-        bias = None if layer.bias is None else torch.nn.Parameter(layer.bias.detach(), requires_grad=False)
+        bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
         quantized._parameters = {"weight": torch.nn.Parameter(packed, requires_grad=False), "bias": bias}
         quantized.weight_function, quantized.bias_function = [], []
         quantized.name, quantized.packing, quantized.activation = name, packing, activation
@@ -98,11 +98,9 @@ class _QuantizedLayer:
         finally:
             self.weight_function = functions
         patched = packed
-        if functions:
-            weight = self.packing.dequantize(packed)
-            for function in functions:
-                weight = self.convert_weight(function(weight))
-            patched = self.packing.quantize(weight)
+        for function in functions:  # ComfyUI 0.3.75's gives packed weights, later ones in floating point
+            patched = function(self.convert_weight(patched))
+        patched = patched.to(torch.int8) if patched.ndim == 1 else self.packing.quantize(patched)
         try:
             yield patched, bias
         finally:

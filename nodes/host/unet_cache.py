@@ -41,10 +41,10 @@ class UnetCache(CacheRun):
     has_consumer = True
     wrapper_type = WrappersMP.DIFFUSION_MODEL
 
-    def __init__(self, unet, settings, features, full_steps=None, consumed=None):
+    def __init__(self, settings, features, full_steps=None, consumed=None):
         super().__init__(settings, features, full_steps)
         self.branch = settings.branch
-        self.first = len(unet.output_blocks) - 1 - settings.branch  # the first output block that a cached evaluation runs
+        self.first = None  # the first output block that a cached evaluation runs, of the network that is evaluated
         self._consumed = consumed
 
     @staticmethod
@@ -75,6 +75,7 @@ class UnetCache(CacheRun):
                 "model: a cache leaves out the middle block, and this MODEL has a patch behind it on which others depend, as "
                 "SUPIR's do; use one of the two."
             )
+        self.first = len(unet.output_blocks) - 1 - self.branch
         plan, network, kept = self.plan(x, options), unet, []
         feature = self.features.load(plan.keys, x.shape[0], plan.position) if plan.reuses else None
         if feature is not None:

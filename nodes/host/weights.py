@@ -1,5 +1,6 @@
 """A MODEL's own weights, before any patch, and by what it is told from another."""
 
+import comfy.lora
 import torch
 
 PLACES, VALUES = 256, 16
@@ -10,6 +11,13 @@ def original_weight(model, key, parameter):
     if key in model.backup:
         return model.backup[key].weight.detach()
     return (model.hook_backup[key][0] if key in model.hook_backup else parameter).detach()
+
+
+def patched_weight(model, key, weight):
+    """Return a weight in floating point with the MODEL's patches for the key on it; the weight itself where it has none."""
+    if key not in model.patches:
+        return weight
+    return comfy.lora.calculate_weight(model.patches[key], weight.float().clone(), key)
 
 
 def fingerprint(model):

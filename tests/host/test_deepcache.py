@@ -182,7 +182,8 @@ def test_control_reaches_the_blocks_that_are_run(model):
 
     module = sys.modules[next(name for name in sys.modules if name.endswith("nodes.host.unet_cache"))]
     unet = model.model.diffusion_model
-    cache = module.UnetCache(unet, types.SimpleNamespace(branch=1, full_steps=None), None)
+    cache = module.UnetCache(types.SimpleNamespace(branch=1, full_steps=None), None)
+    cache.first = len(unet.output_blocks) - 2
     control = {
         "input": [f"in {i}" for i in reversed(range(8))],
         "middle": ["mid"],

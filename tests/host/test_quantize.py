@@ -1,6 +1,9 @@
 """IECQuantizeModel on the host's network."""
 
+import copy
+import gc
 import sys
+import weakref
 
 import pytest
 import torch
@@ -290,8 +293,8 @@ def test_layers_are_chosen_by_patterns(quantized):
     [
         ({"include": "nothing.*"}, r"^include: 'nothing\.\*' fits none of this MODEL's \d+ Linear and Conv2d layers"),
         ({"exclude": "*.proj_in, out"}, r"^exclude: 'out' fits none"),
-        ({"include": "out.2"}, r"^include, exclude: together they leave no layer"),
-        ({"group_size": "32"}, r"^group_size: 32 needs integer weights with activation_bits 16"),
+        ({"include": "out.2"}, r"^include, exclude, keep_sensitive_layers: together they leave no layer"),
+        ({"group_size": "32"}, r"^group_size: 32 goes with weight_bits 8 or 4 and activation_bits 16 only"),
     ],
 )
 def test_rules_that_cannot_be_are_refused(quantized, inputs, message):
@@ -320,9 +323,74 @@ def test_quantizing_twice_is_refused(quantized):
 
 def test_model_without_layers_is_refused(model, quantized):
     clone = model.clone()
-    clone.add_object_patch("diffusion_model", torch.nn.ReLU())
+    clone.model = copy.copy(model.model)
+    clone.model._modules = {**model.model._modules, "diffusion_model": torch.nn.ReLU()}
     with pytest.raises(ValueError, match=r"^model: this MODEL has no Linear or Conv2d layer"):
         quantized(source=clone)
+
+
+@pytest.mark.parametrize("key", ["diffusion_model", "diffusion_model.middle_block.0"])
+def test_a_patch_of_the_sources_own_network_is_refused(model, quantized, key):
+    clone = model.clone()
+    clone.add_object_patch(key, torch.nn.Identity())
+    with pytest.raises(ValueError, match=rf"^model: this MODEL has a patch on {key} that is of its own network"):
+        quantized(source=clone)
+
+
+def test_what_other_clones_have_put_on_the_source_stays_theirs(host, sample, model, quantized):
+    expected = sample(quantized())
+    sample(host.run("ModelSamplingDiscrete", model=model, sampling="eps", zsnr=False)[0])
+    assert torch.equal(sample(quantized()), expected)
+    own = host.run("ModelSamplingDiscrete", model=model, sampling="eps", zsnr=False)[0]
+    assert not torch.equal(sample(quantized(source=own)), expected)
+
+
+def test_a_source_that_was_offloaded_and_patched(sample, model, quantized):
+    """In its biases too, while it is quantized; what the host leaves on its layers is not taken along."""
+    bias = PROJ_IN.replace("weight", "bias")
+    clone = model.clone()
+    clone.add_patches({bias: (torch.ones_like(model.model.state_dict()[bias]),)}, 1.0)
+    expected = sample(quantized(source=clone))
+    clone.load(torch.device("cpu"), lowvram_model_memory=1)
+    offloaded = quantized(source=clone)
+    clone.detach()
+    assert torch.equal(sample(offloaded), expected)
+    sample(clone)
+    patched_in_place = quantized(source=clone)
+    assert torch.equal(sample(patched_in_place), expected)
+    assert torch.equal(sample(quantized(source=clone)), expected)
+
+
+def test_the_source_is_let_go(host, model, quantized):
+    """Nothing of the quantized MODEL leads back to its network."""
+    from comfy import model_management
+
+    source = host.run("IECLoadBuiltinModel", precision="float32")[0]
+    network = weakref.ref(source.model.diffusion_model)
+    variant = quantized(source=host.run("IECDeepCache", model=source.clone(), interval=2, branch=0)[0])
+    del source
+    model_management.cleanup_models_gc()
+    gc.collect()
+    assert network() is None and variant.model.diffusion_model is not None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"weight_bits": "4", "rotate": True}, {"weight_bits": "4", "weight_scale": "search"},
+        {"weight_bits": "4", "activation_bits": "16", "group_size": "32"}, {"weight_bits": "fp8"},
+    ],
+)  # fmt: skip
+def test_offloaded_is_the_same_in_every_format(quantized, with_lora, settings):
+    patched = with_lora(quantized(**settings))
+    layer = patched.model.get_submodule(PROJ_IN.removesuffix(".weight"))
+    x = torch.randn(2, 16, layer.packing.inputs, generator=torch.Generator().manual_seed(3))
+    patched.load(torch.device("cpu"), lowvram_model_memory=1)
+    offloaded = layer(x)
+    patched.detach()
+    patched.load(torch.device("cpu"), full_load=True)
+    assert torch.equal(layer(x), offloaded)
+    patched.detach()
 
 
 def test_names_of_quantizations(quantized):

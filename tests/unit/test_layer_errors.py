@@ -30,7 +30,8 @@ def test_decibels_without_noise_or_signal():
 def test_table_has_the_worst_layer_first():
     errors = [layer("good", 1e-5), layer("exact", 0.0), layer("worst", 0.5), layer("not run", 0.0, signal=0.0)]
     errors.append(layer("bad", 1e-2))
-    rows = table(errors).splitlines()
+    *rows, blank, total = table(errors).splitlines()
+    assert not blank and total.startswith("All ")
     assert rows[0] == "| layer | format | computed by | output SQNR, dB | weight SQNR, dB | weight, MB |"
     assert [row.split(" | ")[0].removeprefix("| ") for row in rows[2:]] == ["worst", "bad", "good", "exact", "not run"]
     assert {row.count("|") for row in rows} == {7}

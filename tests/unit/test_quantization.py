@@ -266,3 +266,12 @@ def test_kitchen_computes_the_same(monkeypatch, dtype, rotation):
     tolerance = 1e-4 if dtype == torch.float32 and not rotation else 2e-2
     torch.testing.assert_close(result.double().flatten(0, 1), expected, rtol=tolerance, atol=tolerance * 10)
     assert result.dtype == dtype and result.shape == (2, 5, 24)
+
+
+@pytest.mark.parametrize("per_tensor", [False, True])
+def test_nothing_gives_nothing(per_tensor):
+    values, scale = quantize_rows(normal(8, 36), WeightFormat())
+    assert linear_int8(torch.zeros(0, 36), values, scale[:, 0], None, per_tensor=per_tensor).shape == (0, 8)
+    geometry = (3, 3), (1, 1), (1, 1), (1, 1)
+    empty = conv2d_int8(torch.zeros(0, 4, 6, 6), values, scale[:, 0], None, *geometry, per_tensor=per_tensor)
+    assert empty.shape == (0, 8, 6, 6)
