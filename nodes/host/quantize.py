@@ -165,8 +165,10 @@ def quantize_model(model, quantization):
         raise ValueError("model: this MODEL has no Linear or Conv2d layer in floating point to quantize.")
     chosen = quantization.rules.select(list(layers))
     if not chosen:
-        raise ValueError("include, exclude, keep_sensitive_layers: together they leave no layer to quantize; let some be
-    quantized.") bar, replaced = comfy.utils.ProgressBar(len(chosen)), {}
+        raise ValueError(
+            "include, exclude, keep_sensitive_layers: together they leave no layer to quantize; let some be quantized."
+        )
+    bar, replaced = comfy.utils.ProgressBar(len(chosen)), {}
     for name in chosen:
         layer, packing = layers[name], quantization.packing(layers[name])
         packed = _quantized_weight(model, f"{PREFIX}{name}.weight", packing)

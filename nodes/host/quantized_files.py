@@ -279,8 +279,10 @@ def _fill(network, weights, file):
         kind = class_for(modules.get(name))
         if kind is None or tuple(modules[name].weight.shape) != layer.shape:
             raise ValueError(f"its network has no layer {name} of shape {layer.shape}")
-        packing, bias = Packing(layer.shape, layer.format), modules[name].bias
-        quantized = kind.of(name, modules[name], packing, file.packed(name), bias, activation)
+        packing, packed = Packing(layer.shape, layer.format), file.packed(name)
+        if not packing.stored(packed)[1].isfinite().all():
+            raise ValueError(f"{name} has a scale that is not finite")
+        quantized = kind.of(name, modules[name], packing, packed, modules[name].bias, activation)
         comfy.utils.set_attr(network, name, quantized)
 
 
