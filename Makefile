@@ -14,12 +14,14 @@ demo: setup
 error-growth: setup
 	$(RUN) tools/error_growth.py
 
-# What the correction and the caches cost and keep: the tables of docs/benchmarks.md and docs/caching.md, about two hours on
-# two CPU cores.
+# What corrections, caches and quantization cost and keep: the tables of docs/benchmarks.md, docs/caching.md and
+# docs/quantization.md, about three hours on two CPU cores.
 benchmark: setup
 	$(RUN) tools/benchmark.py
 	$(RUN) tools/cache_benchmark.py
 	$(RUN) tools/cache_benchmark.py --speed --latent 16
+	$(RUN) tools/quantization_benchmark.py
+	$(RUN) tools/quantization_benchmark.py --speed
 
 test: setup lint
 	$(RUN) -m pytest tests
