@@ -3,14 +3,13 @@
 import json
 from dataclasses import dataclass
 
-import safetensors
-import safetensors.torch
 import torch
 
 from .int8 import quantize_activation
+from .profile_file import read_profile, write_profile
 from .quantization import CLIPPING, LIMITS
 
-FORMAT, VERSION = "iec quantization profile", "1"
+KIND, VERSION = "quantization profile", "1"
 
 
 @dataclass
@@ -44,29 +43,19 @@ class ActivationScales:
     def save(self, path):
         """Write a .safetensors file."""
         tensors = {"fingerprint": self.fingerprint, "sigmas": self.sigmas, "table": self.table}
-        about = {"format": FORMAT, "version": VERSION, "facts": json.dumps(self.facts), "names": json.dumps(self.names)}
-        safetensors.torch.save_file({name: value.contiguous() for name, value in tensors.items()}, path, about)
+        about = {"facts": json.dumps(self.facts), "names": json.dumps(self.names)}
+        write_profile(path, KIND, VERSION, tensors, about)
 
     @classmethod
     def load(cls, path):
         """Read a file that `save` wrote. Raises ValueError, with a sentence, for any other."""
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                about = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        except (OSError, safetensors.SafetensorError) as error:
-            raise ValueError(f"it cannot be read as a .safetensors file ({error})") from error
-        if about.get("format") != FORMAT or about.get("version") != VERSION:
-            raise ValueError("it is no quantization profile, or one of another version; calibrate anew")
-        try:
+
+        def make(about, tensors):
             names = tuple(json.loads(about["names"]))
             scales = cls(dict(json.loads(about["facts"])), tensors["fingerprint"], names, tensors["sigmas"], tensors["table"])
-            whole = scales._is_whole()
-        except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
-            whole = False
-        if not whole:
-            raise ValueError("its content is not that of a quantization profile; calibrate anew")
-        return scales
+            return scales if scales._is_whole() else None
+
+        return read_profile(path, KIND, VERSION, make)
 
     def _is_whole(self):
         """Tell whether everything is there and of the shapes that belong together."""

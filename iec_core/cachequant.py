@@ -15,14 +15,12 @@ import json
 import math
 from dataclasses import dataclass, field
 
-import safetensors
-import safetensors.torch
 import torch
 
 from .caching import FORECASTS, FeatureCache
+from .profile_file import read_profile, write_profile
 
-FORMAT = "iec_cache_profile"
-VERSION = "1"
+KIND, VERSION = "cache profile", "1"
 COLUMNS = 65536  # of a feature's numbers in a channel, how many are summed at a time in float64: for the memory
 FACTS = {"network", "branch", "interval", "quantization", "sampler_name", "scheduler"}  # that a profile cannot do without
 
@@ -270,32 +268,22 @@ class CacheProfile:
         tensors = {"fingerprint": self.fingerprint, "sigmas": self.sigmas, "full_steps": torch.tensor(self.full_steps)}
         tensors.update({f"feature.{stream}": weights for stream, weights in self.features.items()})
         tensors.update({} if self.consumer is None else {"consumer": self.consumer})
-        about = {"format": FORMAT, "version": VERSION, "channel_dim": str(self.channel_dim), "facts": json.dumps(self.facts)}
-        safetensors.torch.save_file({name: value.contiguous() for name, value in tensors.items()}, path, about)
+        about = {"channel_dim": str(self.channel_dim), "facts": json.dumps(self.facts)}
+        write_profile(path, KIND, VERSION, tensors, about)
 
     @classmethod
     def load(cls, path):
         """Read a file that `save` wrote. Raises ValueError, with a sentence, for any other."""
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                about = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        except (OSError, safetensors.SafetensorError) as error:
-            raise ValueError(f"it cannot be read as a .safetensors file ({error})") from error
-        if about.get("format") != FORMAT or about.get("version") != VERSION:
-            raise ValueError("it is no cache profile, or one of another version; calibrate anew")
-        features = {name.removeprefix("feature."): value for name, value in tensors.items() if name.startswith("feature.")}
-        try:
+
+        def make(about, tensors):
+            features = {key.removeprefix("feature."): value for key, value in tensors.items() if key.startswith("feature.")}
             profile = cls(
                 dict(json.loads(about["facts"])), tensors["fingerprint"], tensors["sigmas"],
                 tuple(tensors["full_steps"].tolist()), int(about["channel_dim"]), features, tensors.get("consumer"),
             )  # fmt: skip
-            whole = profile._is_whole()
-        except (KeyError, ValueError, TypeError, IndexError, AttributeError):
-            whole = False
-        if not whole:
-            raise ValueError("its content is not that of a cache profile; calibrate anew")
-        return profile
+            return profile if profile._is_whole() else None
+
+        return read_profile(path, KIND, VERSION, make)
 
     def _is_whole(self):
         """Tell whether everything is there and of the shapes that belong together."""

@@ -1,6 +1,7 @@
 """The pack on a running ComfyUI, over its HTTP and websocket API."""
 
 import json
+import pathlib
 import re
 import signal
 import subprocess
@@ -252,6 +253,23 @@ def test_demo_makes_what_it_promises(tmp_path):
     assert all(row in printed for row in rows)
     for name in ("grid.png", "error_growth.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_quantized_model_is_saved_and_loaded_by_a_later_prompt(host, output):
+    direct = workflow(correction_steps="none")
+    direct["cached"]["inputs"]["interval"] = 1
+    expected = saved_latent(output, host.run(direct))
+    keep = {"class_type": "IECSaveQuantizedModel", "inputs": {"model": ["quantized", 0], "name": "iec_test_of_files"}}
+    path = pathlib.Path(host.run({name: direct[name] for name in ("model", "quantized")} | {"keep": keep})["keep"]["text"][0])
+    try:
+        load = {"class_type": "IECLoadQuantizedModel", "inputs": {"model_name": path.name}}
+        later = {name: node for name, node in direct.items() if name not in ("model", "quantized")} | {"loaded": load}
+        later["cached"]["inputs"]["model"] = ["loaded", 0]
+        assert torch.equal(saved_latent(output, host.run(later)), expected)
+    finally:
+        path.unlink()
+    with pytest.raises(server.Refused, match=r"model_name: there is no file 'iec_test_of_files\.safetensors'"):
+        host.run(later)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
