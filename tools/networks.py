@@ -34,6 +34,14 @@ def _shape(kind, on_gpu):
     }[kind]
 
 
+def _newer(kind):
+    """Return what newer hosts want to know of a network besides."""
+    import comfy.ldm.flux.model
+
+    wanted = kind == "Flux" and "txt_ids_dims" in comfy.ldm.flux.model.FluxParams.__dataclass_fields__
+    return {"txt_ids_dims": []} if wanted else {}
+
+
 def random_model(kind, float8=False):
     """Return (MODEL, CONDITIONING) of the shape of "SD 1.5", "SDXL" or "Flux", with random weights; the type is float32 on a
     CPU, else float16, bfloat16 of Flux. float8: Linear layers in the host's float8 e4m3, computed as such. Without a GPU, Flux
@@ -45,7 +53,8 @@ def random_model(kind, float8=False):
     at = benchmark.device()[0]
     on_gpu = at.type == "cuda"
     network, config, build, context, pooled = _shape(kind, on_gpu)
-    config = config(dict(network))
+    network = {**network, **_newer(kind)}
+    config = config(network)
     dtype = (torch.bfloat16 if kind == "Flux" else torch.float16) if on_gpu else torch.float32
     config.set_inference_dtype(torch.float8_e4m3fn if float8 else dtype, dtype if float8 else None)
     config.optimizations["fp8"] = float8

@@ -11,18 +11,22 @@ class Features:
     """What the built-in network makes of images: the mean over the picture of its innermost block's output."""
 
     def __init__(self, model):
-        self._model = model.model
+        self._patcher, self._model = model, model.model
 
     def of(self, images):
         """Return float64 [N, C] for latents [N, 3, 32, 32]."""
-        found = []
+        import comfy.model_management
+
+        comfy.model_management.load_models_gpu([self._patcher], force_full_load=True)
+        found, device = [], self._patcher.load_device
         hook = self._model.diffusion_model.middle_block[-1].register_forward_hook(
-            lambda module, args, out: found.append(out.mean((2, 3)).double())
+            lambda module, args, out: found.append(out.mean((2, 3)).double().cpu())
         )
         try:
             for part in images.split(32):
-                label = torch.zeros(len(part), self._model.diffusion_model.label_emb[0][0].in_features)
-                self._model.apply_model(part, torch.full((len(part),), 0.3), c_crossattn=label[:, None], y=label)
+                label = torch.zeros(len(part), self._model.diffusion_model.label_emb[0][0].in_features, device=device)
+                sigma = torch.full((len(part),), 0.3, device=device)
+                self._model.apply_model(part.to(device), sigma, c_crossattn=label[:, None], y=label)
         finally:
             hook.remove()
         return torch.cat(found)

@@ -97,8 +97,6 @@ def size_of(model):
 
 def speed(nodes, kinds, repeat, latent, compiled):
     """Print time and memory of one evaluation of each network in each format."""
-    import comfy.model_management
-
     for kind in kinds:
         model, conditioning = random_model(kind)
         full = Evaluation(model, conditioning, latent, compiled)
@@ -110,15 +108,21 @@ def speed(nodes, kinds, repeat, latent, compiled):
         print("| --- | --- | --- | --- |")
         for name in ("W8A8", "W8A8, rotated", "W4A8", "W8A16", "W4A16, groups of 64", "fp8"):
             variant = quantized(nodes, model, name)
-            share = benchmark.median_share(Evaluation(variant, conditioning, latent, compiled), full, repeat)
+            share = share_of(full, Evaluation(variant, conditioning, latent, compiled), repeat)
             backends = {layer.backend(variant.load_device.type) for layer in layers(variant)}
             size = size_of(variant) / size_of(model)
             print(f"| {name} | {1 / share:.2f} | {size:.3f} | {'; '.join(sorted(backends))} |", flush=True)
-            del variant
-            comfy.model_management.unload_all_models()
         others(nodes, kind, model, conditioning, latent, compiled, full, repeat)
         variant = quantized(nodes, model, "W8A8")
         roofline(variant, Evaluation(variant, conditioning, latent, False))
+
+
+def share_of(full, evaluation, repeat):
+    """Return the share of the full-precision evaluation's time that another takes; both stay loaded."""
+    import comfy.model_management
+
+    comfy.model_management.load_models_gpu([full.model, evaluation.model], force_full_load=True)
+    return benchmark.median_share(evaluation, full, repeat)
 
 
 def layers(model):
@@ -136,13 +140,14 @@ class Evaluation:
 
             model = model.clone()
             set_torch_compile_wrapper(model=model, backend="inductor")
-        self._model, device = model, model.load_device
+        self.model, device = model, model.load_device
         channels = model.model.latent_format.latent_channels
         generator = torch.Generator().manual_seed(0)
         self._x = torch.randn(2, channels, latent, latent, generator=generator).to(device)
         self._sigma = torch.full((2,), 1.0, device=device)
         cond = conditioning[0][0].to(device).expand(2, -1, -1)
-        self._conds = {"c_crossattn": cond, "transformer_options": {"cond_or_uncond": [0, 1], "sigmas": self._sigma}}
+        options = {"cond_or_uncond": [0, 1], "sigmas": self._sigma, "wrappers": model.wrappers}  # torch.compile is one of these
+        self._conds = {"c_crossattn": cond, "transformer_options": options}
         pooled = conditioning[0][1]["pooled_output"].to(device).expand(2, -1)
         if model.model.adm_channels:
             width = getattr(model.model, "adm_channels", pooled.shape[1])
@@ -150,7 +155,7 @@ class Evaluation:
         comfy.model_management.load_models_gpu([model], force_full_load=True)
 
     def __call__(self):
-        return self._model.model.apply_model(self._x, self._sigma, **self._conds)
+        return self.model.model.apply_model(self._x, self._sigma, **self._conds)
 
 
 def others(nodes, kind, model, conditioning, latent, compiled, full, repeat):
@@ -166,14 +171,14 @@ def others(nodes, kind, model, conditioning, latent, compiled, full, repeat):
         except NotThere as reason:
             print(f"| {name} | not measured: {reason} | | |")
             continue
-        share = benchmark.median_share(Evaluation(other, conditioning, latent, compiled), full, repeat)
-        print(f"| {name} | {1 / share:.2f} | {size_of(other) / size_of(model):.3f} | |", flush=True)
+        share = share_of(full, Evaluation(other, conditioning, latent, compiled), repeat)
+        print(f"| {name} | {1 / share:.2f} | | |", flush=True)  # tensors of types of their own do not tell their bytes alike
 
 
 # Dense int8 operations and bytes a second, by the makers' data sheets.
 PEAKS = {
-    "H100": (1979e12, 3.35e12), "H200": (1979e12, 4.8e12), "A100": (624e12, 2.0e12), "4090": (661e12, 1.01e12),
-    "3090": (284e12, 0.94e12), "L40": (362e12, 0.86e12),
+    "H100 80GB HBM3": (1979e12, 3.35e12), "H200": (1979e12, 4.8e12), "A100": (624e12, 2.0e12), "4090": (661e12, 1.01e12),
+    "3090": (284e12, 0.94e12),
 }  # fmt: skip
 
 

@@ -148,4 +148,4 @@ class _Observed:
 
     @staticmethod
     def _take_up(take_up, name, layer, inputs):
-        take_up(name, layer.rotated(inputs[0]))
+        take_up(name, layer.rotated(inputs[0].float()))

@@ -207,7 +207,7 @@ def _copy_of_model(model, replaced):
     for prefix, module in source.named_modules():
         if module not in replaced:
             own = [*module.named_parameters(prefix, recurse=False), *module.named_buffers(prefix, recurse=False)]
-            memo.update({id(tensor): _shared(model, name, tensor) for name, tensor in own})
+            memo.update({id(tensor): _shared(model, name, tensor, _type_when_loaded(module, name)) for name, tensor in own})
     for shared in (source.model_config, getattr(source, "latent_format", None)):
         memo[id(shared)] = shared
     for module, new in copies.items():
@@ -219,9 +219,16 @@ def _copy_of_model(model, replaced):
     return base
 
 
-def _shared(model, key, tensor):
-    """Return a parameter or buffer for the copy, over the same memory where the tensor is on the offload device."""
-    value = _own(model, key, tensor)
+def _type_when_loaded(module, key):
+    """Return the type to which ComfyUI 0.33's dynamic loader casts a parameter, None where that is not its."""
+    return getattr(module, f"{key.rpartition('.')[2]}_comfy_model_dtype", None)
+
+
+def _shared(model, key, tensor, dtype):
+    """Return a parameter or buffer for the copy, over the same memory where the tensor is on the offload device and of this
+    type (None: of whatever type it is).
+    """
+    value = _own(model, key, tensor).to(dtype or tensor.dtype)
     return torch.nn.Parameter(value, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else value
 
 
@@ -231,6 +238,8 @@ def _patcher(model, base, baked):
     kind = comfy.model_patcher.ModelPatcher if dynamic else type(model)
     template = kind.__new__(kind)
     template.__dict__.update(model.__dict__)
+    template.__dict__.pop("non_dynamic_delegate_model", None)  # a second network of the source
+    template.additional_models = {key: models for key, models in model.additional_models.items() if key != "multigpu"}
     template.model, template.size = base, 0
     template.backup, template.backup_buffers, template.object_patches_backup = {}, {}, {}
     template.hook_backup, template.cached_hook_patches, template.pinned = {}, {}, set()

@@ -18,7 +18,7 @@ from ...iec_core.quantization import rotate
 
 # What the host keeps on a model and its layers while they are loaded; a copy that is not loaded goes without.
 HOST_STATE = (
-    "comfy_cast_weights", "weight_function", "bias_function", "weight_lowvram_function", "bias_lowvram_function",
+    "forward", "comfy_cast_weights", "weight_function", "bias_function", "weight_lowvram_function", "bias_lowvram_function",
     "prev_comfy_cast_weights", "comfy_patched_weights", "seed_key", "current_patcher", "device", "model_loaded_weight_memory",
     "lowvram_patch_counter", "model_lowvram", "current_weight_patches_uuid", "model_offload_buffer_memory", "dynamic_vbars",
     "dynamic_pins", "dynamic_patchers",

@@ -374,6 +374,32 @@ def test_the_source_is_let_go(host, model, quantized):
     assert network() is None and variant.model.diffusion_model is not None
 
 
+def test_what_others_have_left_on_the_sources_layers_is_not_taken_along(sample, model, quantized):
+    """A bypass LoRA of ComfyUI 0.33 leaves each layer's own forward on it when it goes."""
+    expected = sample(quantized())
+    found = list(layers_of(model).values())
+    try:
+        for layer in found:
+            layer.forward = layer.forward
+        variant = quantized()
+    finally:
+        for layer in found:
+            del layer.forward
+    assert not any("forward" in vars(layer) for layer in layers_of(variant).values())
+    assert torch.equal(sample(variant), expected)
+
+
+def test_weights_kept_are_of_the_type_that_the_host_loads_them_in(sample, model, quantized):
+    """ComfyUI 0.33's dynamic loader keeps a file's type until a layer is loaded, and notes the model's on the layer."""
+    layer = model.model.diffusion_model.out[2]
+    layer.weight_comfy_model_dtype = torch.bfloat16
+    try:
+        assert quantized().model.diffusion_model.out[2].weight.dtype == torch.bfloat16
+    finally:
+        del layer.weight_comfy_model_dtype
+    assert quantized().model.diffusion_model.out[2].weight.dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     "settings",
     [
