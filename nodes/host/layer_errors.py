@@ -56,12 +56,6 @@ def layer_errors(model, full_precision, prompts, negative, latent_image, seed, r
 
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "iec_layer_errors", apply_model)
     sample_all(prompts, negative, latent_image, seed, runs, sampling, Bar(runs * len(prompts) * sampling["steps"]), model)
-    for name, error in errors.items():
-        if not math.isfinite(error.signal + error.noise):
-            raise ValueError(
-                f"model: NaN or infinity came out of its layer {name} or of that in full precision, from which nothing can be "
-                "found out; try another precision of the model, or fewer patches on it."
-            )
     return list(errors.values())
 
 
@@ -89,3 +83,8 @@ def _take_up(error, reference, device_type, layer, inputs, output):
     expected = reference(inputs[0]).float()
     error.signal += expected.square().sum().item()
     error.noise += (output.float() - expected).square().sum().item()
+    if not math.isfinite(error.signal + error.noise):
+        raise ValueError(
+            f"model: NaN or infinity came out of its layer {error.name} or of that in full precision, from which nothing can "
+            "be found out; try another precision of the model, or fewer patches on it."
+        )

@@ -571,7 +571,7 @@ def report(host, inputs, model):
     def make(quantized, full_precision=None, **settings):
         of = {"model": quantized, "full_precision": full_precision or model, **inputs, **settings}
         text, plot, exclude = host.run("IECQuantizationReport", **of)
-        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.split("\n\n")[0].splitlines()]
         assert cells[0][0] == "layer" and set(cells[1]) == {"---"}
         return {name: more for name, *more in cells[2:]}, plot, exclude.split()
 
@@ -795,7 +795,7 @@ def test_a_transformer_is_calibrated_and_reported(host, quantize, apply):
     assert torch.equal(run(apply(quantized, profile)), run(calibrated))
     ratios = layer_ratios(calibrated, full_weights(model, profile.names), run)
     table = host.run("IECQuantizationReport", model=calibrated, full_precision=model, **inputs)[0]
-    rows = dict(line.strip("| ").split(" | ", 1) for line in table.splitlines()[2:])
+    rows = dict(line.strip("| ").split(" | ", 1) for line in table.split("\n\n")[0].splitlines()[2:])
     assert set(rows) == set(ratios)
     for name, row in rows.items():
         assert float(row.split(" | ")[2]) == pytest.approx(ratios[name], abs=0.06), name

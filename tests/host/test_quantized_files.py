@@ -172,7 +172,7 @@ def test_a_cache_profile_goes_with_the_loaded_model(host, model, sample, quantiz
     one, other = (sample(host.run("IECCacheQuant", model=each, profile=profile)[0], **settings) for each in (quantized, load()))
     assert torch.equal(one, other)
     save(quantize(model), "w8")
-    with pytest.raises(ValueError, match="calibrated with quantization W4A8, and this model is sampled with W8A8"):
+    with pytest.raises(ValueError, match="calibrated with quantization W4A8, and this model is sampled with quantization W8A8"):
         sample(host.run("IECCacheQuant", model=load("w8.safetensors"), profile=profile)[0], **settings)
 
 
