@@ -359,6 +359,7 @@ def test_a_source_that_was_offloaded_and_patched(sample, model, quantized):
     patched_in_place = quantized(source=clone)
     assert torch.equal(sample(patched_in_place), expected)
     assert torch.equal(sample(quantized(source=clone)), expected)
+    sample(model)  # by which the host takes the patch off again
 
 
 def test_the_source_is_let_go(host, model, quantized):
