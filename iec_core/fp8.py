@@ -2,9 +2,9 @@
 
 import torch
 
-LARGEST = 448
+from .quantization import LIMITS
 
-
+LARGEST = LIMITS["fp8"]
 _multiplies = {}  # by kind of device; a dict, for the compiler sees through functools.cache
 
 

@@ -11,13 +11,13 @@ import contextlib
 import torch
 
 from . import conv_triton
-from .quantization import rotate
+from .quantization import LIMITS, rotate
 
 with contextlib.suppress(ImportError):  # without it the products are PyTorch's
     import comfy_kitchen  # noqa: F401 - registers its operators
 HAS_KITCHEN = hasattr(torch.ops.comfy_kitchen, "int8_linear")  # early versions have none
 
-LIMIT = 127
+LIMIT = LIMITS["int8"]
 KITCHEN_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -25,8 +25,8 @@ def dynamic_scale(x, kept):
     """Return float32 [R, 1, ...] for x [R, ...]: the largest magnitude of each item of dimension 0 over 127, with kept; else
     that of all of x. Zeros get scale 1.
     """
-    magnitude = x.abs()
-    largest = magnitude.flatten(1).amax(1) if kept else magnitude.flatten()[None].amax(1) if x.numel() else x.new_zeros(1)
+    items = x.flatten(1) if kept else x.flatten()[None]
+    largest = items.abs().amax(1) if x.numel() else items.new_zeros(len(items))
     largest = largest.float().reshape(-1, *[1] * (x.ndim - 1))
     return torch.where(largest == 0, torch.ones_like(largest), largest / LIMIT)  # of NaN it is NaN, and so is what comes out
 
@@ -113,11 +113,16 @@ def linear_int8(x, values, weight_scale, bias, scale=None, per_tensor=False, rot
     return out.reshape(*x.shape[:-1], len(values))
 
 
+def is_pointwise(kernel_size, stride, padding):
+    """Tell whether a convolution is a Linear layer over pixels."""
+    return (*kernel_size, *stride, *padding) == (1, 1, 1, 1, 0, 0)
+
+
 def conv2d_int8(x, values, weight_scale, bias, kernel_size, stride, padding, dilation, scale=None, per_tensor=False):
     """Conv2d (groups 1, zero padding) with 8-bit activations: x float [B, C, H, W], values int8 [O, kh * kw * C], weight_scale
     float32 [O]; returns [B, O, H', W'] in x's dtype. scale: as in `linear_int8`.
     """
-    if (*kernel_size, *stride, *padding) == (1, 1, 1, 1, 0, 0):
+    if is_pointwise(kernel_size, stride, padding):
         return linear_int8(x.permute(0, 2, 3, 1), values, weight_scale, bias, scale, per_tensor).permute(0, 3, 1, 2)
     scale = dynamic_scale(x, kept=not per_tensor) if scale is None else scale
     if conv_backend(x.device.type) == TRITON:

@@ -159,21 +159,18 @@ class Packing:
         rows = self.scaled(packed)
         if self.format.rotation:
             rows = rotate(rows, self.format.rotation)
-        return self._shaped(rows).to(dtype)
+        return self.shaped(rows).to(dtype)
 
     def scaled(self, packed, dtype=torch.float32):
         """Return integers times scales, [O, K] in `dtype`; a rotated weight stays rotated."""
         values, scale = self.values(packed)
         return (values.float().unflatten(1, (self.groups, -1)) * scale[..., None]).flatten(1).to(dtype)
 
-    def kernel(self, rows):
-        """Return rows [O, K] as the weight of a Conv2d, [O, C, kh, kw]: a view."""
-        return self._shaped(rows)
-
     def _rows(self, weight):
         return weight.flatten(1) if weight.ndim == 2 else weight.permute(0, 2, 3, 1).flatten(1)
 
-    def _shaped(self, rows):
+    def shaped(self, rows):
+        """Return rows [O, K] as a weight of `shape`: a view."""
         if len(self.shape) == 2:
             return rows
         out, channels, height, width = self.shape

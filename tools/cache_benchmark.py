@@ -19,7 +19,7 @@ import benchmark
 import comfyui
 import torch
 from networks import random_model
-from quality import PROMPTS, Quality
+from quality import Quality, calibration_inputs
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -54,14 +54,9 @@ class Table(Quality):
         return self.nodes["IECDeepCache"].execute(model=self.builtin.model, branch=0, **settings).result[0]
 
     def calibrate(self, interval, schedule, forecast):
-        label = self.nodes["IECClassLabel"]
-        prompts = [label.execute(labels=text).result[0] for text in PROMPTS]
-        names = ("positive", "positive_2", "positive_3", "positive_4")
         profile = self.nodes["IECCalibrateCacheQuant"].execute(
-            model=self.builtin.model, **dict(zip(names, prompts)), negative=label.execute(labels="none").result[0],
-            latent_image={"samples": torch.zeros(2, 3, 32, 32)}, seed=500, runs=2, steps=self.steps, cfg=3.0,
-            sampler_name="ddim", scheduler="normal", interval=interval, branch=0, schedule=schedule,
-            forecast=forecast,
+            model=self.builtin.model, **calibration_inputs(self.nodes, self.steps, runs=2), interval=interval, branch=0,
+            schedule=schedule, forecast=forecast,
         )  # fmt: skip
         return profile.result[0]
 

@@ -12,9 +12,9 @@ SDXL = {
 }  # fmt: skip
 
 FLUX = {
-    "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "context_in_dim": 4096, "hidden_size":
-    3072, "mlp_ratio": 4.0, "num_heads": 24, "depth": 19, "depth_single_blocks": 38, "axes_dim": [16, 56, 56], "theta": 10000,
-    "patch_size": 2, "qkv_bias": True, "guidance_embed": True,
+    "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "context_in_dim": 4096,
+    "hidden_size": 3072, "mlp_ratio": 4.0, "num_heads": 24, "depth": 19, "depth_single_blocks": 38,
+    "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": True,
 }  # fmt: skip
 FLUX_SMALL = {**FLUX, "depth": 1, "depth_single_blocks": 2}  # where there is no GPU
 

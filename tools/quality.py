@@ -4,7 +4,7 @@ import benchmark
 import torch
 
 COMPONENTS = 16
-PROMPTS = ("face, heart", "person, vehicle", "fruit, boat", "clock, flag")  # a calibration's, on seeds of its own
+PROMPTS = ("face, heart", "person, vehicle", "fruit, boat", "clock, flag")  # a calibration's
 
 
 class Features:
@@ -37,6 +37,17 @@ def frechet(x, y):
     mean, covariance = (x.mean(0) - y.mean(0)).square().sum(), (x.T.cov(), y.T.cov())
     cross = torch.linalg.eigvals(covariance[0] @ covariance[1]).real.clamp(min=0).sqrt().sum()
     return (mean + covariance[0].trace() + covariance[1].trace() - 2 * cross).item()
+
+
+def calibration_inputs(nodes, steps, runs):
+    """Return the inputs of a calibrating node's runs: on four pairs of classes, on seeds of their own."""
+    label = nodes["IECClassLabel"]
+    names = ("positive", "positive_2", "positive_3", "positive_4")
+    return {
+        **{name: label.execute(labels=text).result[0] for name, text in zip(names, PROMPTS)},
+        "negative": label.execute(labels="none").result[0], "latent_image": {"samples": torch.zeros(2, 3, 32, 32)}, "seed": 500,
+        "runs": runs, "steps": steps, "cfg": 3.0, "sampler_name": "ddim", "scheduler": "normal",
+    }  # fmt: skip
 
 
 class Quality:

@@ -19,7 +19,7 @@ import benchmark
 import comfyui
 import torch
 from networks import LINEAR, random_model
-from quality import PROMPTS, Quality
+from quality import Quality, calibration_inputs
 
 FORMATS = {
     "W8A8": ("8", "8", {}),
@@ -51,12 +51,8 @@ def quantized(nodes, model, name):
 
 def calibrated(nodes, model, steps, scales):
     """Return the MODEL with activation scales from runs on four pairs of classes."""
-    label = nodes["IECClassLabel"]
-    prompts = [label.execute(labels=text).result[0] for text in PROMPTS]
     return nodes["IECCalibrateQuantization"].execute(
-        model=model, **dict(zip(("positive", "positive_2", "positive_3", "positive_4"), prompts)), seed=500, runs=1,
-        negative=label.execute(labels="none").result[0], latent_image={"samples": torch.zeros(2, 3, 32, 32)}, steps=steps,
-        cfg=3.0, sampler_name="ddim", scheduler="normal", scales=scales, activation_scale="search",
+        model=model, **calibration_inputs(nodes, steps, runs=1), scales=scales, activation_scale="search"
     ).result[0]  # fmt: skip
 
 

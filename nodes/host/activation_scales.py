@@ -60,15 +60,15 @@ def apply_scales(model, scales):
         with calibrated(executor.class_obj.diffusion_model, scales, x.device, transformer_options):
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
+    apply_model.scales = scales  # no attachment: the host loads a clone anew that has others than the one before
     model = model.clone()
-    model.set_attachments(KEY, scales)
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, apply_model)
     return model
 
 
 def scales_of(model):
     """Return the ActivationScales that are on a MODEL, None where there are none."""
-    return model.get_attachment(KEY)
+    return next((wrapper.scales for wrapper in model.get_wrappers(WrappersMP.APPLY_MODEL, KEY)), None)
 
 
 @contextlib.contextmanager
@@ -119,7 +119,7 @@ class _Observed:
                     hook.remove()
 
         model = uncompiled(model)
-        model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, apply_model)
+        model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "iec_observed", apply_model)
         return model
 
     def scales(self, searched):

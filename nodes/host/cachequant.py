@@ -45,7 +45,7 @@ def calibrate(
 
     if schedule is None:
         distances = StepDistances(interval)
-        sample(with_cache(source, settings, lambda new: _ReferenceRun(new(distances, distances.full_steps))))
+        sample(with_cache(source, settings, lambda new: new(distances, distances.full_steps)))
         distances.check_every_step_was_seen()
         schedule = CacheSchedule("steps", tuple(group_steps(distances.cost(), interval)))
     fits = FeatureFits(lambda steps: schedule.full_steps(steps, interval), FORECASTS.index(forecast) + 1, kind.channel_dim)
@@ -100,20 +100,6 @@ def apply_profile(model, profile, correction_pass):
     return with_cache(model, CacheSettings(interval, branch, correction_pass=correction_pass), make_run)
 
 
-class _ReferenceRun:
-    """Evaluates the network with a ControlNet's residuals of its own, for others to have theirs."""
-
-    def __init__(self, run):
-        self._run = run
-
-    def evaluate(self, executor, *args, **kwargs):
-        """As CacheRun.evaluate."""
-        return self._run.evaluate(executor, *_own_control(args), **kwargs)
-
-    def clear(self):
-        self._run.clear()
-
-
 class _PairedRun:
     """Evaluates the full-precision network, whose result the sampler gets, then at the same place the model's where that is
     quantized.
@@ -122,17 +108,17 @@ class _PairedRun:
     def __init__(self, kind, model, statistics, reference, measured):
         self._kind, self._statistics = kind, statistics
         self._quantized, self._scales = model.model if quantize.quantization_of(model) else None, scales_of(model)
-        self._reference, self._measured = _ReferenceRun(reference), measured
+        self._reference, self._measured = reference, measured
 
     def evaluate(self, executor, *args, **kwargs):
         """As CacheRun.evaluate."""
         self._statistics.is_reference = True
-        result = self._reference.evaluate(executor, *args, **kwargs)
+        result = self._reference.evaluate(executor, *_own_control(args), **kwargs)
         if self._quantized is not None:
             self._statistics.is_reference = False
             network, x, options = self._quantized.diffusion_model, args[0], args[5]
             with calibrated(network, self._scales, x.device, options):
-                self._measured.evaluate(self._on_quantized(executor), *_own_control(args), **kwargs)
+                self._measured.evaluate(self._on_quantized(executor), *args, **kwargs)
         return result
 
     def _on_quantized(self, executor):

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import comfy.hooks
-import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...iec_core.quantization import Packing, WeightFormat, rotation_size
-from .quantized_layers import ActivationFormat, is_host_state, quantized_class, quantized_layers
+from .quantized_layers import ActivationFormat, is_host_state, quantized_class
 from .weights import fingerprint, original_weight, patched_weight
 
 KEY = "iec_quantize"
@@ -122,12 +121,12 @@ class Quantization:
             "scales by search" if self.weight.search else "",
             "rotated" if self.rotate else "",
             "one scale a tensor" if self.activation.per_tensor else "",
-            "" if self.rules.keep_sensitive else "of all layers",
             "output projections kept" if self.rules.keep_outputs else "",
             f"only {_short(self.rules.include)}" if self.rules.include else "",
             f"not {_short(self.rules.exclude)}" if self.rules.exclude else "",
         ]
-        return "".join(f", {detail}" for detail in details if detail).replace(", of", " of", 1)
+        whole = "" if self.rules.keep_sensitive else " of all layers"
+        return whole + "".join(f", {detail}" for detail in details if detail)
 
     def packing(self, layer):
         """Return the Packing of a layer's weight."""
@@ -258,14 +257,3 @@ def mark_quantized(model):
     model.set_hook_mode(comfy.hooks.EnumHookMode.MinVram)
     model.model_options["transformer_options"][KEY] = quantization_of(model)
     return model
-
-
-def memory(model):
-    """Return bytes of a MODEL's weights, as the host counts them."""
-    return comfy.model_management.module_size(model.model)
-
-
-def layer_table(model, device_type):
-    """Return rows (name, format, backend) of a quantized MODEL's quantized layers on a kind of device."""
-    layers = quantized_layers(model.model.diffusion_model)
-    return [(name, layer.packing.format, layer.backend(device_type)) for name, layer in layers.items()]

@@ -141,10 +141,8 @@ def _settings_to_keep(base, layers):
         )
     if isinstance(base, BuiltinModel):
         return {}
-    weights, made = (
-        {**_plain_tensors(base.diffusion_model, layers), **_marks(base)},
-        functools.partial(_made, type(base).__name__),
-    )
+    weights = {**_plain_tensors(base.diffusion_model, layers), **_marks(base)}
+    made = functools.partial(_made, type(base).__name__)
     try:
         again = made(base.get_dtype(), weights, layers, {})
         settings = _untold_settings(base, again)

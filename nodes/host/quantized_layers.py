@@ -13,7 +13,7 @@ import comfy.ops
 import torch
 
 from ...iec_core import fp8
-from ...iec_core.int8 import conv2d_int8, conv_backend, linear_backend, linear_int8
+from ...iec_core.int8 import conv2d_int8, conv_backend, is_pointwise, linear_backend, linear_int8
 from ...iec_core.quantization import rotate
 
 # What the host keeps on a model and its layers while they are loaded; a copy that is not loaded goes without.
@@ -152,14 +152,14 @@ class QuantizedConv2d(_QuantizedLayer, comfy.ops.manual_cast.Conv2d):
     def _compute(self, x, packed, bias):
         geometry = self.stride, self.padding, self.dilation
         if self.activation.bits == 16 or self.packing.format.kind == "fp8":
-            kernel = self.packing.kernel(self.packing.scaled(packed, x.dtype))
+            kernel = self.packing.shaped(self.packing.scaled(packed, x.dtype))
             return torch.nn.functional.conv2d(x, kernel, bias, *geometry)
         values, scale = self.packing.values(packed)
         per_tensor = self.activation.per_tensor
         return conv2d_int8(x, values, scale[:, 0], bias, self.kernel_size, *geometry, self.input_scale, per_tensor)
 
     def _integer_backend(self, device_type):
-        if (*self.kernel_size, *self.stride, *self.padding) == (1, 1, 1, 1, 0, 0):
+        if is_pointwise(self.kernel_size, self.stride, self.padding):
             return linear_backend(device_type, self._per_row())
         return conv_backend(device_type)
 
