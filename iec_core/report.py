@@ -4,9 +4,11 @@ import itertools
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
+
+TRACED = ("lambdas", "residuals", "contraction")  # the lists of a StepTrace, a tensor an iteration
 
 
 @dataclass
@@ -30,11 +32,22 @@ class StepReport:
     fell_back: list[bool] = field(default_factory=list)
 
     def take(self, trace):
-        """Read a StepTrace back from the device."""
-        for name in ("lambdas", "residuals", "contraction"):
+        """Take over what a StepTrace says; one on a device is waited for."""
+        for name in TRACED:
             values = torch.stack(getattr(trace, name)).tolist() if getattr(trace, name) else []
             setattr(self, name, [[_shown(value) for value in row] for row in values])
         self.fell_back = [] if trace.fell_back is None else trace.fell_back.tolist()
+
+    def means(self, name):
+        """Return the mean of each iteration's numbers over the images that it was iterated for, None where there is none.
+
+        name: of one of the lists. An image that is done has no contraction.
+        """
+        means = []
+        for row, contraction in zip(getattr(self, name), self.contraction):
+            kept = [value for value, still in zip(row, contraction) if still is not None and value is not None]
+            means.append(sum(kept) / len(kept) if kept else None)
+        return means
 
 
 def _shown(value):
@@ -46,11 +59,12 @@ def _shown(value):
 class RunReport:
     """Filled by the corrected sampler while it runs.
 
-    label: the run's name in tables and plots. correction: `CorrectionSettings.summary`. steps: a StepReport each. sigmas: where
-    the steps begin, and the last one's end, n + 1 values. nfe: evaluations of the denoiser. seconds: wall time of the sampler
-    function. warnings: sentences on what a user should know. latents: with `keep_latents`, the latent at the start of every
-    step and the final one, n + 1 float32 CPU tensors [B, ...]. They are in the network's coordinates; `result` is the run's
-    output as the host hands it on, which is what a VAE decodes.
+    label: the run's name in tables and plots. correction: `CorrectionSettings.summary`. source: the node that asked for the
+    correction, "" where none did. steps: a StepReport each. sigmas: where the steps begin, and the last one's end, n + 1.
+    nfe: evaluations of the denoiser. seconds: wall time of the sampler function. warnings: sentences on what a user should
+    know. latents: with `keep_latents`, the latent at the start of every step and the final one, n + 1 float32 CPU tensors
+    [B, ...]. They are in the network's coordinates; `result` is the run's output as the host hands it on, which is what a
+    VAE decodes.
     """
 
     label: str
@@ -63,6 +77,7 @@ class RunReport:
     warnings: list[str] = field(default_factory=list)
     latents: list[torch.Tensor | None] = field(default_factory=list)
     result: torch.Tensor | None = None
+    source: str = ""
 
     def start(self, sigmas, corrected):
         """Begin a run over `sigmas` (n + 1 floats) that corrects the steps in `corrected`; what an earlier run left is
@@ -78,10 +93,8 @@ class RunReport:
         if self.keep_latents:
             self.latents[step] = latent.detach().to("cpu", torch.float32, copy=True)
 
-    def finish(self, traces, seconds):
-        """Take the StepTrace of every corrected step ({step: trace}) and the seconds of every step; say which fell back."""
-        for step, trace in traces.items():
-            self.steps[step].take(trace)
+    def finish(self, seconds):
+        """Take the seconds of every step, and say which fell back."""
         for step, value in zip(self.steps, seconds):
             step.seconds = value
         self.seconds = sum(seconds)
@@ -107,6 +120,50 @@ class RunReport:
 def to_json(reports):
     """Return RunReports as JSON text, a list."""
     return json.dumps([report.as_dict() for report in reports], indent=1, allow_nan=False)
+
+
+class TraceReader:
+    """Reads the StepTraces of a run back into its report while it goes on, without waiting for the device."""
+
+    def __init__(self, report):
+        self._report = report
+        self._pending = []  # (step, trace on the CPU, event that says it has arrived), in order
+
+    def add(self, step, trace):
+        """Begin to read the trace of a step."""
+        if trace.fell_back is None or not trace.fell_back.is_cuda:
+            self._pending.append((step, trace, None))
+            return
+        lists = {name: [_on_its_way(value) for value in getattr(trace, name)] for name in TRACED}
+        copy = replace(trace, **lists, fell_back=_on_its_way(trace.fell_back))
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self._pending.append((step, copy, arrived))
+
+    def take(self, wait=False):
+        """Take what has arrived since into the report, or, with `wait`, all there is; return the StepReports."""
+        taken = []
+        while self._pending:
+            step, trace, arrived = self._pending[0]
+            if wait and arrived is not None:
+                arrived.synchronize()
+            elif not wait and not _is_here(trace, arrived):
+                break
+            self._pending.pop(0)
+            self._report.steps[step].take(trace)
+            taken.append(self._report.steps[step])
+        return taken
+
+
+def _on_its_way(tensor):
+    """Return a pinned CPU tensor that a CUDA tensor is being copied to."""
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def _is_here(trace, arrived):
+    if arrived is None:  # on other devices than CUDA there is no reading without waiting
+        return trace.fell_back is None or trace.fell_back.device.type == "cpu"
+    return arrived.query()
 
 
 class Stopwatch:

@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension
 
 from . import builtin, cachequant, compare, correct, deepcache, quantization_profile, quantization_report, quantize, report
+from .host.step_plan import serve_step_plans
 
 
 class IECExtension(ComfyExtension):
@@ -15,4 +16,5 @@ class IECExtension(ComfyExtension):
 
 
 async def comfy_entrypoint():
+    serve_step_plans()
     return IECExtension()

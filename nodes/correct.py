@@ -71,12 +71,14 @@ def later_report():
 
 
 class RunLog(list):
-    """The RunReports of one prompt's runs, in order; filled while they run."""
+    """The RunReports of one prompt's runs, in order; filled while they run. Made by the node that asks for them."""
 
     def __init__(self, settings):
         super().__init__()
         self._settings = settings
         self._prompt = None
+        context = get_executing_context()
+        self._node = context.node_id if context else ""
 
     def begin(self):
         """Return the report of a run that begins; the runs of an earlier prompt are dropped."""
@@ -85,7 +87,7 @@ class RunLog(list):
         if prompt != self._prompt:
             self.clear()
         self._prompt = prompt
-        self.append(RunReport(f"run {len(self) + 1}", self._settings.summary()))
+        self.append(RunReport(f"run {len(self) + 1}", self._settings.summary(), source=self._node))
         return self[-1]
 
 

@@ -131,6 +131,10 @@ class _PairedRun:
             function = owner._forward
         return WrapperExecutor.new_class_executor(function, owner, executor.wrappers, executor.idx)
 
+    def full_steps(self, sigmas):
+        """As CacheRun.full_steps."""
+        return self._reference.full_steps(sigmas)
+
     def clear(self):
         self._reference.clear()
         self._measured.clear()
@@ -157,6 +161,10 @@ class _ProfiledRun:
                 f"{bits}; quantize it likewise, or calibrate anew."
             )
         return self._run.evaluate(executor, *args, **kwargs)
+
+    def full_steps(self, sigmas):
+        """As CacheRun.full_steps."""
+        return self._run.full_steps(sigmas)
 
     def clear(self):
         self._run.clear()

@@ -60,7 +60,7 @@ class CacheRun:
     def __init__(self, settings, features, full_steps=None):
         self.settings = settings
         self.features = features
-        self._full_steps = full_steps or settings.full_steps
+        self.full_steps = full_steps or settings.full_steps
         self._schedule = self._full = None
 
     def clear(self):
@@ -71,12 +71,21 @@ class CacheRun:
         """Return the Plan of the evaluation of x [B, ...]."""
         if self._schedule is None:
             self._schedule = Schedule(transformer_options)
-            self._full = self._full_steps(self._schedule.sigmas)
+            self._full = self.full_steps(self._schedule.sigmas)
         step, position = self._schedule.locate(transformer_options)
         is_correction = transformer_options.get("iec", {}).get("iteration", 0) > 0
         on_correction = self.settings.correction_pass
         reuses = step not in self._full or (is_correction and on_correction == "reuse")
         return Plan(_entry_keys(x, transformer_options), position, reuses, not (is_correction and on_correction == "keep"))
+
+
+def full_steps(extra_args, sigmas):
+    """Return the steps that the cache of a sampling run evaluates in full, None where it has none.
+
+    extra_args: as a sampler gets them. sigmas: n + 1 floats. Raises ValueError where the cache is not for these.
+    """
+    cache = extra_args.get("model_options", {}).get("transformer_options", {}).get(KEY)
+    return None if cache is None else sorted(cache.full_steps(sigmas))
 
 
 def _entry_keys(x, transformer_options):

@@ -13,7 +13,8 @@ import comfy.samplers
 import torch
 
 from ...iec_core.correction import corrected_denoised
-from ...iec_core.report import Stopwatch
+from ...iec_core.report import Stopwatch, TraceReader
+from .caching import full_steps
 from .events import EvaluationProgress
 from .noise import NoiseAhead, can_draw_ahead, sampler_name
 from .rehearsal import CannotRehearse, rehearse
@@ -55,7 +56,7 @@ class CorrectedDenoiser(CountedDenoiser):
         self._stopwatch = None
         self._evaluation = self._begun = 0
         self._finite = []
-        self._traces = {}
+        self._traces = TraceReader(report)
         report.start(rehearsal.sigmas, corrected)
 
     def __call__(self, x, sigma, **extra_args):
@@ -83,7 +84,8 @@ class CorrectedDenoiser(CountedDenoiser):
         mask = None
         if extra_args.get("denoise_mask") is not None:
             mask = functools.partial(self._mask, x, sigma, extra_args)
-        corrected, self._traces[step] = corrected_denoised(evaluate, x, rehearsed.step, self._settings, noise, mask)
+        corrected, trace = corrected_denoised(evaluate, x, rehearsed.step, self._settings, noise, mask)
+        self._traces.add(step, trace)
         return corrected
 
     def _evaluate(self, step, x, sigma, extra_args, is_correction=False):
@@ -108,7 +110,7 @@ class CorrectedDenoiser(CountedDenoiser):
     def _begin(self, device):
         self._stopwatch = self._stopwatch or Stopwatch(device)
         self._stopwatch.mark()
-        self._progress.step(self._begun)
+        self._progress.step(self._begun, self._traces.take())
         self._begun += 1
 
     def on_step(self, info):
@@ -123,12 +125,15 @@ class CorrectedDenoiser(CountedDenoiser):
         """
         if self._evaluation != len(self._rehearsal.evaluations):
             raise _departed()
-        self._begin(samples.device)
+        self._begin(samples.device)  # the end of the last step
         self._report.keep(len(self._rehearsal.steps), samples)
         steps = [*(step for step, _ in self._finite), len(self._rehearsal.steps) - 1]
         flags = torch.stack([*(flag for _, flag in self._finite), samples.isfinite().all()]).tolist()
-        self._report.finish(self._traces, self._stopwatch.seconds())
+        seconds = self._stopwatch.seconds()
+        self._traces.take(wait=True)
+        self._report.finish(seconds)
         self._warn()
+        self._progress.end()
         if not all(flags):
             step = steps[flags.index(False)]
             raise RuntimeError(
@@ -235,7 +240,8 @@ class CorrectedSampler(comfy.samplers.KSAMPLER):
         if any(rehearsal.steps[step].draws for step in corrected):
             ahead = NoiseAhead(function, x, sigmas, seed)
             options = {**options, **ahead.options}
-        progress.begin(len(rehearsal.steps), len(rehearsal.evaluations) + self._settings.max_iterations * len(corrected))
+        total = len(rehearsal.evaluations) + self._settings.max_iterations * len(corrected)
+        progress.begin(corrected, full_steps(extra_args, rehearsal.sigmas), len(rehearsal.steps), total)
         denoiser = CorrectedDenoiser(model, report, rehearsal, corrected, self._settings, ahead, progress)
 
         def on_step(info):
@@ -259,7 +265,7 @@ class CorrectedSampler(comfy.samplers.KSAMPLER):
         )
         stopwatch.mark()
         report.keep(len(report.sigmas) - 1, samples)
-        report.finish({}, stopwatch.seconds())
+        report.finish(stopwatch.seconds())
         if not samples.isfinite().all():
             raise RuntimeError(f"model: the network returned NaN or infinity; no latent is passed on. {TRY_PRECISION}")
         return samples

@@ -1,24 +1,51 @@
 """What a client is told while a run goes on: the host's progress bar, and websocket events of our own."""
 
+import sys
+
 import comfy.utils
 from comfy_execution.utils import get_executing_context
 
+from ...iec_core.report import TRACED
+
+
+def running_server():
+    """Return the host's server if this process is one, else None. Only a server has that module."""
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+
+
+def _workflow_of(server, prompt_id):
+    """Return the id of the workflow that a running prompt was made from, "" where it came without one."""
+    for _, running, _, extra, *_ in getattr(server.prompt_queue, "currently_running", {}).values():
+        if running == prompt_id:
+            return extra.get("extra_pnginfo", {}).get("workflow", {}).get("id") or ""
+    return ""
+
 
 class EvaluationProgress:
-    """Counts the evaluations of one sampling run.
+    """Counts the evaluations of one sampling run, and tells of its steps.
 
     The host's bar counts evaluations instead of steps; as always, an update is also where the host looks for an interrupt.
-    `iec.step` events tell {node, prompt_id, label, correction, step, steps, nfe} at the start of each step and at the end:
-    step is the number of steps finished, nfe of evaluations so far. They are silent where no server runs.
+
+    Two events go to the client that queued the prompt; they are silent where no server runs. Both tell {workflow, node, source,
+    prompt_id, label, correction, steps, corrected, full, nfe}: the workflow's id if it came with the prompt, the node that
+    samples, the one that asked for the correction, the numbers of the corrected steps, those that a cache evaluates in full
+    (null without one), and the evaluations so far.
+
+    `iec.step`, at the start of each step and at the end: step, the number of steps finished, and `iterated`, a list of what
+    was learned of corrected steps since the last event, {step, lambdas, residuals, contraction, fell_back}: a mean over the
+    batch for each iteration, and whether an image fell back. A GPU's come some steps later, as they are read without waiting.
+    `iec.run`, after a run: iterated, of all corrected steps; seconds; warnings, sentences.
     """
 
     def __init__(self, report):
         self._context = get_executing_context()
         self._report = report
+        self._workflow, self._about = "", {}
         self._steps = self._total = self._bar = None
 
-    def begin(self, steps, total):
-        """Begin a run of so many steps and, at most, evaluations."""
+    def begin(self, corrected, full, steps, total):
+        """Begin a run of so many steps and, at most, evaluations. corrected: numbers of steps. full: such, or None."""
+        self._about = {"corrected": sorted(corrected), "full": full}
         self._steps, self._total = steps, total
         self._bar = comfy.utils.ProgressBar(total)
 
@@ -36,24 +63,39 @@ class EvaluationProgress:
         """Move the bar on."""
         self._bar.update_absolute(self._report.nfe, self._total)
 
-    def step(self, step):
-        """Tell that `step` steps are done."""
+    def step(self, step, learned):
+        """Tell that `step` steps are done, and what was `learned`, a list of StepReports."""
         if step == self._steps:
             self._bar.update_absolute(self._total, self._total)  # iterations that converged early are done too
-        if self._context is None:
-            return
-        from server import PromptServer
+        self._send("iec.step", step=step, iterated=_told(learned))
 
-        server = getattr(PromptServer, "instance", None)
-        if server is None:
+    def end(self):
+        """Tell that the run is over and its report complete."""
+        report = self._report
+        corrected = [step for step in report.steps if step.corrected]
+        self._send("iec.run", iterated=_told(corrected), seconds=report.seconds, warnings=report.warnings)
+
+    def _send(self, event, **more):
+        server = running_server()
+        if self._context is None or server is None:
             return
+        self._workflow = self._workflow or _workflow_of(server, self._context.prompt_id)
         data = {
+            "workflow": self._workflow,
             "node": self._context.node_id,
+            "source": self._report.source or self._context.node_id,
             "prompt_id": self._context.prompt_id,
             "label": self._report.label,
             "correction": self._report.correction,
-            "step": step,
             "steps": self._steps,
+            **self._about,
             "nfe": self._report.nfe,
         }
-        server.send_sync("iec.step", data, server.client_id)
+        server.send_sync(event, {**data, **more}, server.client_id)
+
+
+def _told(steps):
+    """Return what an event tells of StepReports: numbers are means over the batch."""
+    return [
+        {"step": step.step, **{name: step.means(name) for name in TRACED}, "fell_back": any(step.fell_back)} for step in steps
+    ]

@@ -18,6 +18,7 @@ from bisect import bisect
 from dataclasses import dataclass, field
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...iec_core.correction import Step
 
@@ -112,6 +113,25 @@ def _spread(numbers, x):
     return numbers.reshape(-1, *[1] * (x.ndim - 1)).expand_as(x).to(x, copy=True)
 
 
+class _OwnDraws(TorchDispatchMode):
+    """Takes what a sampler draws by itself from a generator of our own: the global one may be in use by a run, in another
+    thread, whose images must not depend on it.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._generator = torch.Generator().manual_seed(0)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in function.tags or kwargs.get("generator") is not None:
+            return function(*args, **kwargs)
+        takers = {"default": "generator", "low": "low_generator"}  # overloads that differ in nothing but the generator
+        if not any(argument.name == "generator" for argument in function._schema.arguments):
+            function = getattr(function.overloadpacket, takers[function._overloadname])
+        return function(*args, **{**kwargs, "generator": self._generator})
+
+
 def _play(function, model, like, sigmas, extra_args, options, latent, predict, noise):
     """Run the sampler function on a batch of numbers, and return the _Record.
 
@@ -131,7 +151,7 @@ def _play(function, model, like, sigmas, extra_args, options, latent, predict, n
     x = _spread(latent, torch.empty(size, dtype=torch.promote_types(like.dtype, torch.float32)))
     if "noise_sampler" in inspect.signature(function).parameters:
         options = {**options, "noise_sampler": draw}
-    with torch.random.fork_rng(devices=[]):
+    with _OwnDraws():
         final = function(
             _StandIn(model, record, predict, _guidance_patches(extra_args.get("model_options"))), x, sigmas.clone(),
             extra_args=dict(extra_args), callback=on_step, disable=True, **options,

@@ -118,17 +118,64 @@ def test_help_page_lists_the_classes_of_the_model():
         assert ", ".join(json.loads(file.metadata()["iec.classes"])) in text
 
 
-def test_events_tell_step_and_evaluations(host):
+def events_of(host, prompt, *kinds):
+    """Run a prompt; return the data of its events of these kinds, in order."""
     events = []
+    host.run(prompt, lambda kind, data: events.append(data) if kind in kinds else None)
+    return events
 
-    def note(kind, data):
-        if kind == "iec.step":
-            events.append(data)
 
-    host.run(workflow(label="events", seed=11), note)
+def test_events_tell_step_and_evaluations(host):
+    events = events_of(host, workflow(label="events", seed=11), "iec.step")
     assert [(event["step"], event["nfe"]) for event in events] == [(i, 2 * i) for i in range(7)]
     for event in events:
         assert (event["node"], event["label"], event["correction"], event["steps"]) == ("sampler", "events", "all", 6)
+        assert (event["source"], event["corrected"], event["full"]) == ("sampler", [0, 1, 2, 3, 4, 5], [0, 3])
+
+
+def test_events_tell_what_corrections_did(host):
+    """The means over the batch of what the report says, a step as soon as it is over, and all of it at the end."""
+    prompt = workflow(label="events", seed=12, correction_steps="steps:1,3", max_iterations=2)
+    prompt["report"] = {"class_type": "IECReport", "inputs": {"report": ["sampler", 1]}}
+    prompt["text"] = {"class_type": "PreviewAny", "inputs": {"source": ["report", 0]}}
+    events, runs = [], []
+
+    def note(kind, data):
+        events.extend([data] if kind == "iec.step" else [])
+        runs.extend([data] if kind == "iec.run" else [])
+
+    report = json.loads(host.run(prompt, note)["text"]["text"][0])[0]
+    told = [[step["step"] for step in event["iterated"]] for event in events]
+    assert told == [[], [], [1], [], [3], [], []]
+    (run,) = runs
+    assert run["iterated"] == [step for event in events for step in event["iterated"]]
+    assert (run["nfe"], run["seconds"], run["warnings"]) == (report["nfe"], report["seconds"], report["warnings"])
+    for step in run["iterated"]:
+        for name in ("residuals", "lambdas"):
+            means = [sum(row) / len(row) for row in report["steps"][step["step"]][name]]
+            assert step[name] == pytest.approx(means), name
+        assert step["fell_back"] == any(report["steps"][step["step"]]["fell_back"])
+
+
+def test_events_name_the_node_that_asked_and_the_cached_steps(host):
+    prompt = workflow(seed=13, steps=5)
+    stock = {name: value for name, value in prompt["sampler"]["inputs"].items() if name in STOCK_INPUTS}
+    prompt["cache"] = {"class_type": "IECDeepCache", "inputs": {"model": ["model", 0], "interval": 3, "branch": 0}}
+    settings = {"correction_steps": "first:1", "lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0}
+    prompt["iec"] = {"class_type": "IECApply", "inputs": {"model": ["cache", 0], **settings}}
+    prompt["sampler"] = {"class_type": "KSampler", "inputs": {**stock, "model": ["iec", 0]}}
+    for event in events_of(host, prompt, "iec.step", "iec.run"):
+        assert (event["node"], event["source"], event["full"]) == ("sampler", "iec", [0, 3])
+
+
+def test_server_answers_for_the_steps_of_a_run(host):
+    sampling = {"steps": 20, "sampler_name": "heun", "scheduler": "normal", "denoise": 1.0}
+    question = {"correction": {"correction_steps": "ends:1/10"}, "sampling": sampling, "cache": {"interval": 5}}
+    answer = requests.post(f"{host.url}/iec/step_plan", json=question, timeout=60).json()
+    assert (answer["corrected"], answer["full"]) == ([0, 1, 18, 19], [0, 5, 10, 15])
+    assert (answer["evaluations"], answer["nfe"]) == (39, 43)
+    refused = requests.post(f"{host.url}/iec/step_plan", data="nonsense", timeout=60)
+    assert refused.status_code == 200 and refused.json()["error"]
 
 
 def test_report_of_a_patched_model_waits_for_its_runs(host):

@@ -1,0 +1,113 @@
+"""What a run will do, told before it runs: held against real runs of the host's samplers."""
+
+import json
+
+import pytest
+import torch
+
+SAMPLERS = ("euler", "heun", "heunpp2", "dpm_2", "dpmpp_2s_ancestral", "dpmpp_2m", "uni_pc", "lcm", "seeds_3", "deis")
+
+
+@pytest.fixture(scope="module")
+def plans(host):
+    """The module that plans."""
+    import sys
+
+    return next(module for name, module in sys.modules.items() if name.endswith("nodes.host.step_plan"))
+
+
+def sampling(sampler_name="euler", steps=6, scheduler="normal", **more):
+    return {"steps": steps, "sampler_name": sampler_name, "scheduler": scheduler, "denoise": 1.0, **more}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("correction", [{"correction_steps": "none"}, {"correction_steps": "ends:1/3", "max_iterations": 2}])
+def test_plan_is_what_the_run_does(plans, sample, model, count_evaluations, name, correction):
+    counted, calls = count_evaluations(model)
+    reports = []
+    sample(counted, reports, steps=6, cfg=1.0, scheduler="normal", sampler_name=name, **correction)
+    plan = plans.step_plan(correction, sampling(name))
+    assert plan["nfe"] == len(calls) == reports[0].nfe
+    assert plan["corrected"] == [step.step for step in reports[0].steps if step.corrected]
+    assert plan["steps"] == len(reports[0].steps)
+    calls.clear()
+    sample(counted, steps=6, cfg=1.0, scheduler="normal", sampler_name=name)
+    assert plan["evaluations"] == len(calls)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "full"),
+    [
+        ({"interval": 3}, [0, 3, 6]),
+        ({"interval": 3, "schedule": "steps:2"}, [0, 2]),
+        ({"interval": 4, "start_percent": 0.4}, None),
+    ],
+)
+def test_cached_steps_are_those_of_the_run(plans, host, sample, model, inputs, full):
+    cached = host.run("IECDeepCache", model=model, **{"branch": 0, **inputs})[0]
+    settings = {"steps": 7, "scheduler": "normal", "correction_steps": "none"}
+    deep = []
+    middle = cached.model.diffusion_model.middle_block[0]
+    hook = middle.register_forward_hook(lambda *_: deep.append(True))
+    try:
+        sample(cached, cfg=1.0, **settings)
+    finally:
+        hook.remove()
+    planned = plans.step_plan({"correction_steps": "none"}, sampling(steps=7, scheduler="normal"), inputs)["full"]
+    assert len(planned) == len(deep)
+    assert full is None or planned == full
+
+
+def test_cached_steps_of_a_profile_are_those_in_the_file(plans, monkeypatch):
+    profile = type("Profile", (), {"full_steps": (0, 2, 5)})
+    monkeypatch.setattr(plans, "load_cache_profile", {"mine.safetensors": profile}.get)
+    plan = plans.step_plan({"correction_steps": "all"}, sampling(), {"profile_name": "mine.safetensors"})
+    assert plan["full"] == [0, 2, 5]
+
+
+def test_steps_that_cannot_be_corrected_are_told(plans):
+    assert plans.step_plan({"evaluation_point": "next"}, sampling())["correctable"] == [0, 1, 2, 3, 4]
+    assert plans.step_plan({"max_iterations": 0}, sampling())["correctable"] == []
+    assert plans.step_plan({"correction_steps": "none"}, sampling())["correctable"] == list(range(6))
+
+
+@pytest.mark.parametrize(
+    ("part", "steps"),
+    [({"start_step": 2, "last_step": 5}, 3), ({"denoise": 0.5}, 6), ({"denoise": 0.0}, 0), ({"last_step": 10000}, 6)],
+)
+def test_part_of_a_schedule(plans, part, steps):
+    assert plans.step_plan({"correction_steps": "all"}, sampling(**part))["corrected"] == list(range(steps))
+
+
+@pytest.mark.parametrize(
+    ("correction", "run", "sentence"),
+    [
+        ({"correction_steps": "some"}, {}, "correction_steps: 'some' is not a known form"),
+        ({"correction_steps": "steps:6"}, {}, "names step 6, but the run has 6 steps"),
+        ({"lambda_": 2.0}, {}, "lambda_: 2.0 is outside"),
+        ({}, {"sampler_name": "euler_cfg_pp"}, "sampler_name: euler_cfg_pp steps with the unguided prediction"),
+        ({"correction_steps": "none"}, {"sampler_name": "dpm_adaptive"}, "not known before it runs"),
+        ({}, {"steps": 501}, "more than 500 are not drawn"),
+    ],
+)
+def test_what_a_run_is_refused_for_is_said(plans, correction, run, sentence):
+    with pytest.raises(ValueError, match=sentence.replace("(", r"\(")):
+        plans.step_plan(correction, sampling(**run))
+
+
+@pytest.mark.parametrize("question", ["", "[]", "{}", '{"correction": 3, "sampling": 4}', '{"correction": {}, "sampling": {}}'])
+def test_a_question_of_another_kind_gets_a_sentence(plans, question):
+    assert plans._answer(question)["error"]
+
+
+def test_planning_leaves_the_random_numbers_of_a_run_alone(plans):
+    """The server plans in a thread of its own while another samples."""
+    import comfy.samplers
+
+    torch.manual_seed(1)
+    before, done = torch.get_rng_state(), 0
+    for name in comfy.samplers.KSampler.SAMPLERS:
+        answer = plans._answer(json.dumps({"correction": {"correction_steps": "all"}, "sampling": sampling(name)}))
+        done += "nfe" in answer
+        assert torch.equal(torch.get_rng_state(), before), name
+    assert done > 20

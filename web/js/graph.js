@@ -1,0 +1,137 @@
+// What the graph on the canvas says of a sampling run before it runs. Nothing here changes the graph.
+//
+// A walk ends in undefined where a value is known only when the prompt is run.
+
+const BYPASSED = 4; // LiteGraph's mode of a node that hands its inputs on
+
+/** The node that an input is wired to, past reroutes and bypassed nodes; undefined where there is none in this graph. */
+export function sourceOf(node, name) {
+  let input = node?.inputs?.find((one) => one.name === name);
+  for (let hops = 0; input && hops < 1000; hops++) {
+    const link = linkOf(node.graph, input.link);
+    const source = link && node.graph.getNodeById(link.origin_id);
+    if (!source) return undefined;
+    if (source.mode !== BYPASSED && source.type !== "Reroute") return source;
+    input = source.inputs?.find((one) => one.type === link.type || source.type === "Reroute");
+    node = source;
+  }
+  return undefined;
+}
+
+function linkOf(graph, id) {
+  if (id === null || id === undefined) return undefined;
+  return graph.getLink?.(id) ?? graph.links?.get?.(id) ?? graph.links?.[id];
+}
+
+/** The value of a widget, or of the primitive node that is wired to it. */
+export function valueOf(node, name) {
+  const input = node.inputs?.find((one) => one.widget?.name === name);
+  if (input && input.link !== null && input.link !== undefined) {
+    const source = sourceOf(node, input.name);
+    return source?.type?.startsWith("Primitive") ? source.widgets?.[0]?.value : undefined;
+  }
+  return node.widgets?.find((widget) => widget.name === name)?.value;
+}
+
+function has(node, ...names) {
+  const own = new Set([...(node.inputs ?? []), ...(node.widgets ?? [])].map((one) => one.name));
+  return names.every((name) => own.has(name));
+}
+
+const isKSampler = (node) => has(node, "steps", "sampler_name", "scheduler");
+const isCustomSampler = (node) => has(node, "sampler", "sigmas");
+
+/** The first sampler that what a node gives out leads to. */
+function samplerAfter(node) {
+  const seen = new Set([node]);
+  const queue = [node];
+  while (queue.length) {
+    const here = queue.shift();
+    const outputs = (here.outputs ?? []).filter((output) => ["MODEL", "GUIDER", "SAMPLER"].includes(output.type));
+    for (const id of outputs.flatMap((output) => output.links ?? [])) {
+      const next = here.graph.getNodeById(linkOf(here.graph, id)?.target_id);
+      if (!next || seen.has(next)) continue;
+      if (isKSampler(next) || isCustomSampler(next)) return next;
+      seen.add(next);
+      queue.push(next);
+    }
+  }
+  return undefined;
+}
+
+/** Goes up from an input along inputs of one type, and returns the first node for which found(node) is true. */
+function upstream(node, name, type, found) {
+  const seen = new Set();
+  let here = sourceOf(node, name);
+  while (here && !seen.has(here)) {
+    if (found(here)) return here;
+    seen.add(here);
+    const input = here.inputs?.find((one) => one.type === type);
+    here = input && sourceOf(here, input.name);
+  }
+  return undefined;
+}
+
+/** The sampling inputs of a step plan: steps, sampler_name and so on. */
+function samplingOf(sampler) {
+  if (isKSampler(sampler)) {
+    const plain = { denoise: valueOf(sampler, "denoise") };
+    const part = { start_step: valueOf(sampler, "start_at_step"), last_step: valueOf(sampler, "end_at_step") };
+    return {
+      steps: valueOf(sampler, "steps"),
+      sampler_name: valueOf(sampler, "sampler_name"),
+      scheduler: valueOf(sampler, "scheduler"),
+      ...(has(sampler, "start_at_step") ? part : plain),
+    };
+  }
+  const schedule = sourceOf(sampler, "sigmas");
+  const named = upstream(sampler, "sampler", "SAMPLER", (node) => has(node, "sampler_name"));
+  if (!schedule || !named || !has(schedule, "steps")) return undefined;
+  const more = ["scheduler", "denoise"].filter((name) => has(schedule, name));
+  return {
+    steps: valueOf(schedule, "steps"),
+    sampler_name: valueOf(named, "sampler_name"),
+    ...Object.fromEntries(more.map((name) => [name, valueOf(schedule, name)])),
+  };
+}
+
+/** The cache inputs of a step plan; null without a cache, undefined where its steps are found out in the run. */
+function cacheOf(sampler) {
+  const isCache = (node) => ["IECDeepCache", "IECCacheQuant"].includes(node.comfyClass);
+  const guider = sourceOf(sampler, "guider");
+  const from = guider ?? sampler;
+  const input = from.inputs?.find((one) => one.type === "MODEL");
+  const cache = input && (isCache(from) ? from : upstream(from, input.name, "MODEL", isCache));
+  if (!cache) return null;
+  if (cache.comfyClass === "IECDeepCache") {
+    const names = ["interval", "schedule", "start_percent", "end_percent"];
+    return Object.fromEntries(names.map((name) => [name, valueOf(cache, name)]));
+  }
+  const profile = sourceOf(cache, "profile");
+  return profile?.comfyClass === "IECLoadCacheProfile" ? { profile_name: valueOf(profile, "profile_name") } : undefined;
+}
+
+const CORRECTION = ["correction_steps", "lambda_", "max_iterations", "tolerance", "evaluation_point", "lambda_mode"];
+
+/**
+ * The question for POST /iec/step_plan that belongs to an IEC sampler node, and whether a cache is there whose steps cannot be
+ * told: {question, isCacheOpen}. question is undefined where the steps are known only when the prompt is run.
+ */
+export function planOf(node) {
+  const sampler = node.comfyClass === "IECKSampler" ? node : samplerAfter(node);
+  const sampling = sampler && samplingOf(sampler);
+  const correction = Object.fromEntries(CORRECTION.map((name) => [name, valueOf(node, name)]));
+  if (!sampling || [...Object.values(sampling), ...Object.values(correction)].includes(undefined)) {
+    return { question: undefined, isCacheOpen: false };
+  }
+  const cache = cacheOf(sampler);
+  const isCacheOpen = cache === undefined || Object.values(cache ?? {}).includes(undefined);
+  return { question: { correction, sampling, cache: isCacheOpen ? null : cache }, isCacheOpen };
+}
+
+/** The node that an execution id such as "12", or "5:12" in a subgraph, is the id of. */
+export function nodeById(graph, id) {
+  const [first, ...rest] = String(id).split(":");
+  const node = graph?.getNodeById(/^\d+$/.test(first) ? Number(first) : first);
+  return rest.length && node ? nodeById(node.subgraph, rest.join(":")) : node;
+}
