@@ -1,0 +1,34 @@
+"""ComfyUI's frontend in Chromium, on a server with the pack. Where there is no Chromium, these tests fail."""
+
+import re
+
+import comfyui
+import frontend as frontend_tool
+import pytest
+import server
+
+SCREENSHOTS = comfyui.ROOT / "output" / "browser"
+
+
+@pytest.fixture(scope="module")
+def view(tmp_path_factory):
+    """The Frontend that the tests of a file share.
+
+    Not longer than a file: while Playwright is on, its event loop runs, and the tests in `host` need their own.
+    """
+    with server.serve(tmp_path_factory.mktemp("output")) as host, frontend_tool.show(host) as view:
+        yield view
+
+
+@pytest.fixture
+def frontend(view, request):
+    """The Frontend (`server`, `page`, `errors`, `load`, `open` …) with an empty graph, on the classic canvas.
+
+    The test ends with a screenshot in output/browser, and fails if anything has failed in the page.
+    """
+    view.load()
+    yield view
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^\w.-]+", "_", request.node.name)
+    view.page.screenshot(path=SCREENSHOTS / f"{name}.png")
+    assert view.errors == []

@@ -1,0 +1,40 @@
+"""The tests' own browser: the frontend is ready, in both modes, and what fails in it is seen."""
+
+import frontend as tool
+import pytest
+
+
+@pytest.mark.parametrize("vue_nodes", [False, True])
+def test_frontend_is_ready_with_the_pack_and_nothing_over_the_graph(frontend, vue_nodes):
+    frontend.load(vue_nodes=vue_nodes)
+    page = frontend.page
+    assert (
+        page.evaluate("() => LiteGraph.vueNodesMode ?? app.ui.settings.getSettingValue('Comfy.VueNodes.Enabled')") is vue_nodes
+    )
+    frontend.open_api({"model": {"class_type": "IECLoadBuiltinModel", "inputs": {"precision": "float32"}}})
+    assert frontend.prompt()["model"]["inputs"] == {"precision": "float32"}
+    page.wait_for_timeout(300)
+    assert page.locator("[role=dialog]:visible").count() == 0
+    assert page.locator(".p-toast-message:visible").count() == 0
+    assert page.locator("[data-node-id]").count() == int(vue_nodes)
+
+
+def test_what_fails_in_the_page_is_seen(frontend):
+    frontend.page.evaluate("() => { console.error('told'); setTimeout(() => { throw new Error('thrown') }) }")
+    frontend.page.wait_for_timeout(200)
+    assert [text.splitlines()[0] for text in frontend.errors] == ["told", "uncaught: Error: thrown"]
+    frontend.errors.clear()
+
+
+def test_a_named_browser_that_is_none_is_refused(monkeypatch):
+    monkeypatch.setenv("CHROMIUM", "/nowhere/chromium")
+    with pytest.raises(RuntimeError, match="CHROMIUM names /nowhere/chromium, which is no program"):
+        tool.chromium()
+
+
+def test_without_any_browser_one_sentence_says_so(monkeypatch):
+    monkeypatch.delenv("CHROMIUM", raising=False)
+    for name in ("_on_path", "_install_by_apt", "_install_by_playwright"):
+        monkeypatch.setattr(tool, name, lambda: None)
+    with pytest.raises(RuntimeError, match="Chromium: none is on PATH, and neither apt nor Playwright could install one"):
+        tool.chromium()

@@ -1,0 +1,170 @@
+"""ComfyUI's real frontend, in Chromium.
+
+    python tools/frontend.py       print the path of Chromium, installing it first if need be
+
+Chromium is the one that CHROMIUM in the environment names, else one on PATH, else one that apt (Debian and Ubuntu, as root or
+through `sudo -n`) or Playwright installs.
+"""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import requests
+from playwright.sync_api import TimeoutError as PlaywrightTimeout
+from playwright.sync_api import sync_playwright
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+VIEWPORT = {"width": 1600, "height": 1000}
+
+# A returning user's settings: no tutorial, templates dialog, release notes or toasts over the graph, and a canvas that looks
+# the same each time.
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.InstalledVersion": "1.0.0",
+    "Comfy.Notification.ShowVersionUpdates": False,
+    "Comfy.VersionCompatibility.DisableWarnings": True,
+    "Comfy.Workflow.ShowMissingModelsWarning": False,
+    "Comfy.Workflow.Persist": False,
+    "Comfy.Workflow.AutoSave": "off",
+    "Comfy.Window.UnloadConfirmation": False,
+    "Comfy.Workflow.ShowMissingNodesWarning": False,
+    "Comfy.Minimap.Visible": False,
+    "Comfy.Graph.CanvasInfo": False,
+    "Comfy.Locale": "en",
+}
+DISMISSED = "for (const key of ['vueNodesBannerDismissed', 'comfy.vueNodesMigration.dismissed']) localStorage[key] = 'true';"
+# What the frontends complain of by themselves, without the pack too: files that a new user has not, and as they start, what
+# is not there yet (the last: 1.32.9, of a setting).
+OWN_COMPLAINTS = (
+    "Failed to load resource",
+    "ComfyApp graph accessed before initialization",
+    "TypeError: Cannot read properties of undefined (reading 'id')\n    at onChange ",
+)
+READY = "() => window.app?.graph && window.app.vueAppReady && window.app.extensions.length > 0"
+
+
+def _on_path():
+    """Return the path of a Chromium on PATH that runs, or None."""
+    for name in NAMES:
+        path = shutil.which(name)
+        if path and subprocess.run([path, "--version"], capture_output=True).returncode == 0:  # a stub of snap's does not
+            return path
+    return None
+
+
+def _install_by_apt():
+    """Install Debian's or Ubuntu's Chromium; return its path, or None where that cannot be done."""
+    if not shutil.which("apt-get"):
+        return None
+    root = [] if os.geteuid() == 0 else ["sudo", "-n"]
+    if root and not shutil.which("sudo"):
+        return None
+    for arguments in (["update"], ["install", "-y", "--no-install-recommends", "chromium"]):
+        command = [*root, "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq", *arguments]
+        if subprocess.run(command, stdout=sys.stderr).returncode:
+            return None
+    return _on_path()
+
+
+def _install_by_playwright():
+    """Install the Chromium that Playwright offers, with what it needs where that is allowed; return its path, or None."""
+    if subprocess.run([sys.executable, "-m", "playwright", "install", "chromium"], stdout=sys.stderr).returncode:
+        return None
+    with sync_playwright() as playwright:
+        path = playwright.chromium.executable_path
+    return path if pathlib.Path(path).is_file() else None
+
+
+def chromium():
+    """Return the path of Chromium, after installing it where there is none. Raises RuntimeError where that fails."""
+    named = os.environ.get("CHROMIUM")
+    if named and not shutil.which(named):
+        raise RuntimeError(f"CHROMIUM names {named}, which is no program; name Chromium's.")
+    if path := named or _on_path():
+        return path
+    print("Installing Chromium, for the tests in the browser ...", file=sys.stderr)
+    if path := _install_by_apt() or _install_by_playwright():
+        return path
+    raise RuntimeError(
+        "Chromium: none is on PATH, and neither apt nor Playwright could install one; install it, or name it in CHROMIUM."
+    )
+
+
+class Frontend:
+    """The frontend of a running server in a browser page.
+
+    server: the Server of tools/server.py. page: a Playwright page (sync). errors: what has failed in the page since it was
+    loaded, uncaught exceptions and console errors, as texts.
+    """
+
+    def __init__(self, server, page):
+        self.server, self.page, self.errors = server, page, []
+        page.on("console", self._on_console)
+        page.on("pageerror", lambda error: self.errors.append(f"uncaught: {error.stack or error}"))
+
+    def _on_console(self, message):
+        if message.type == "error" and not message.text.startswith(OWN_COMPLAINTS):
+            self.errors.append(message.text)
+
+    def load(self, vue_nodes=False, settings=None):
+        """Load the frontend anew and return when it has all extensions and an empty graph.
+
+        vue_nodes: Nodes 2.0 in place of the classic canvas. settings: more of the user's settings, by id. Raises RuntimeError
+        where it does not come up within two minutes.
+        """
+        settings = {**SETTINGS, "Comfy.VueNodes.Enabled": vue_nodes, **(settings or {})}
+        requests.post(f"{self.server.url}/settings", json=settings, timeout=60).raise_for_status()
+        self.errors.clear()
+        self.page.goto(self.server.url)
+        try:
+            self.page.wait_for_function(READY, timeout=120_000)
+        except PlaywrightTimeout as error:
+            raise RuntimeError(f"the frontend at {self.server.url} did not come up: {error}") from error
+        self.page.evaluate("() => document.fonts.ready.then(() => null)")
+        self.page.evaluate("() => app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
+        self.page.wait_for_function("() => app.graph.nodes.length === 0")
+        self.page.wait_for_timeout(500)  # the first drawing
+
+    def open(self, workflow, name="workflow"):
+        """Open a workflow in the form that the frontend saves."""
+        self.page.evaluate("([graph, name]) => app.loadGraphData(graph, true, true, name)", [workflow, name])
+
+    def open_api(self, workflow, name="workflow"):
+        """Open a workflow in API form; the frontend places its nodes."""
+        self.page.evaluate("([prompt, name]) => app.loadApiJson(prompt, name)", [workflow, name])
+
+    def prompt(self):
+        """Return the open workflow in API form, as the frontend would queue it."""
+        return self.page.evaluate("async () => (await app.graphToPrompt()).output")
+
+
+@contextlib.contextmanager
+def show(server, vue_nodes=False, settings=None, viewport=None):
+    """Yield the loaded Frontend of a Server: no dialogs, an empty graph, and no access to anything but that server.
+
+    vue_nodes, settings: as of Frontend.load. viewport: {"width", "height"} in pixels. Raises RuntimeError where there is no
+    Chromium or the frontend does not come up.
+    """
+    with sync_playwright() as playwright:
+        arguments = ["--no-sandbox", "--disable-gpu", "--font-render-hinting=none", "--force-color-profile=srgb"]
+        browser = playwright.chromium.launch(executable_path=chromium(), args=arguments)
+        try:
+            context = browser.new_context(viewport=viewport or VIEWPORT, reduced_motion="reduce")
+            context.add_init_script(DISMISSED)
+            context.route(lambda address: not address.startswith(server.url), lambda route: route.abort())
+            view = Frontend(server, context.new_page())
+            view.load(vue_nodes, settings)
+            yield view
+        finally:
+            browser.close()
+
+
+if __name__ == "__main__":
+    try:
+        print(chromium())
+    except RuntimeError as error:
+        sys.exit(str(error))
