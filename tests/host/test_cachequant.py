@@ -1,11 +1,11 @@
 """CacheQuant's nodes: what a calibration finds against its definition restated, files, refusals."""
 
-import copy
 import itertools
 import math
 
 import pytest
 import torch
+from tuned import tuned, with_weights
 
 STEPS, INTERVAL = 8, 2
 SAMPLING = {"seed": 11, "steps": STEPS, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal"}
@@ -176,7 +176,7 @@ def test_a_quantized_transformers_residuals_are_mapped_on_full_precision(host, r
 def test_a_quantized_model_is_calibrated_with_what_it_was_made_from(host, calibrate, model, quantized):
     with pytest.raises(ValueError, match=r"^full_precision: this model is quantized, and what it was made from is needed too"):
         calibrate(quantized)
-    another = with_weights(model, lambda name, weight: weight.flip(0))
+    another = with_weights(model, lambda weight: weight.flip(0))
     eight_bits = host.run("IECQuantizeModel", model=model, weight_bits="8", activation_bits="8", keep_sensitive_layers=True)[0]
     for wrong in (another, quantized, eight_bits):
         with pytest.raises(ValueError, match=r"^full_precision: this is not the MODEL that the quantized one was made from; c"):
@@ -218,31 +218,12 @@ def test_corrections_run_on_a_calibrated_cache(host, calibrate, sample, model, c
     assert corrected.isfinite().all() and not torch.equal(corrected, plain)
 
 
-def with_weights(model, change):
-    """A MODEL whose network's parameters are change(name, parameter)."""
-    other = model.clone()
-    other.model = type(model.model).__new__(type(model.model))
-    torch.nn.Module.__init__(other.model)
-    other.model.__dict__.update({key: value for key, value in model.model.__dict__.items() if key != "_modules"})
-    network = copy.deepcopy(model.model.diffusion_model)
-    for name, parameter in network.named_parameters():
-        parameter.data = change(name, parameter.data)
-    other.model._modules = {**model.model._modules, "diffusion_model": network}
-    return other
-
-
 @pytest.mark.parametrize("share", [0.03, 0.1])
 def test_another_model_is_refused(host, calibrate, model, share):
-    """A fine-tune, whose matrices differ and whose gains and offsets do not."""
-    generator = torch.Generator().manual_seed(1)
-
-    def tune(name, weight):
-        return weight + share * weight.std() * torch.randn(weight.shape, generator=generator) if weight.ndim > 1 else weight
-
     profile = calibrate()
-    assert host.run("IECCacheQuant", model=with_weights(model, lambda name, weight: weight), profile=profile)
+    assert host.run("IECCacheQuant", model=with_weights(model, lambda weight: weight), profile=profile)
     with pytest.raises(ValueError, match=r"^profile: it was calibrated for another model, a UNetModel with other weights"):
-        host.run("IECCacheQuant", model=with_weights(model, tune), profile=profile)
+        host.run("IECCacheQuant", model=tuned(model, share), profile=profile)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from tuned import tuned
 
 STEPS = 4
 SAMPLING = {"steps": STEPS, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal"}
@@ -354,21 +355,6 @@ def test_wrong_choices_are_refused(host):
     assert node.validate_inputs(**right) is True
     for option in right:
         assert node.validate_inputs(**{**right, option: "best"}).startswith(f"{option}: ")
-
-
-def tuned(model):
-    """A fine-tune of the model: its matrices differ by a tenth of their spread."""
-    generator = torch.Generator().manual_seed(1)
-    other = model.clone()
-    other.model = type(model.model).__new__(type(model.model))
-    torch.nn.Module.__init__(other.model)
-    other.model.__dict__.update({key: value for key, value in model.model.__dict__.items() if key != "_modules"})
-    network = copy.deepcopy(model.model.diffusion_model)
-    for parameter in network.parameters():
-        if parameter.ndim > 1:
-            parameter.data = parameter + 0.1 * parameter.std() * torch.randn(parameter.shape, generator=generator)
-    other.model._modules = {**model.model._modules, "diffusion_model": network}
-    return other
 
 
 def test_a_profile_of_another_model_or_quantization_is_refused(quantize, calibrate, apply, model):
