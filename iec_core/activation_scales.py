@@ -6,20 +6,20 @@ from dataclasses import dataclass
 import torch
 
 from .int8 import quantize_activation
-from .profile_file import read_profile, write_profile
+from .profile_file import Profile
 from .quantization import CLIPPING, LIMITS
-
-KIND, VERSION = "quantization profile", "1"
 
 
 @dataclass
-class ActivationScales:
+class ActivationScales(Profile):
     """What a calibration has found out.
 
     facts: {str: str}, of how it was made. fingerprint: float32 [n], weights of the model. names: of the L layers that were run;
     others go on with scales of what comes in. sigmas: float64 [S], descending, where the scales are of. table: float32 [S, L].
     One scale for all timesteps is a table of one row.
     """
+
+    KIND, VERSION = "quantization profile", "1"
 
     facts: dict[str, str]
     fingerprint: torch.Tensor
@@ -40,25 +40,16 @@ class ActivationScales:
         table = table.flip(0)
         return torch.lerp(table[above[0] - 1], table[above[0]], share.to(table))
 
-    def save(self, path):
-        """Write a .safetensors file."""
+    def _content(self):
         tensors = {"fingerprint": self.fingerprint, "sigmas": self.sigmas, "table": self.table}
-        about = {"facts": json.dumps(self.facts), "names": json.dumps(self.names)}
-        write_profile(path, KIND, VERSION, tensors, about)
+        return tensors, {"facts": json.dumps(self.facts), "names": json.dumps(self.names)}
 
     @classmethod
-    def load(cls, path):
-        """Read a file that `save` wrote. Raises ValueError, with a sentence, for any other."""
-
-        def make(about, tensors):
-            names = tuple(json.loads(about["names"]))
-            scales = cls(dict(json.loads(about["facts"])), tensors["fingerprint"], names, tensors["sigmas"], tensors["table"])
-            return scales if scales._is_whole() else None
-
-        return read_profile(path, KIND, VERSION, make)
+    def _of(cls, tensors, about):
+        names = tuple(json.loads(about["names"]))
+        return cls(dict(json.loads(about["facts"])), tensors["fingerprint"], names, tensors["sigmas"], tensors["table"])
 
     def _is_whole(self):
-        """Tell whether everything is there and of the shapes that belong together."""
         return (
             "quantization" in self.facts
             and len(self.sigmas) > 0 < len(self.names)

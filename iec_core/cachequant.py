@@ -18,9 +18,8 @@ from dataclasses import dataclass, field
 import torch
 
 from .caching import FORECASTS, FeatureCache
-from .profile_file import read_profile, write_profile
+from .profile_file import Profile
 
-KIND, VERSION = "cache profile", "1"
 COLUMNS = 65536  # of a feature's numbers in a channel, how many are summed at a time in float64: for the memory
 FACTS = {"network", "branch", "interval", "quantization", "sampler_name", "scheduler"}  # that a profile cannot do without
 
@@ -241,7 +240,7 @@ def mapped(tensors, weights, channel_dim):
 
 
 @dataclass
-class CacheProfile:
+class CacheProfile(Profile):
     """What a calibration has found out.
 
     facts: of the run and the model, texts, for people and to tell whose profile it is ("network", "branch", "interval", ...).
@@ -249,6 +248,8 @@ class CacheProfile:
     channel_dim: of a feature. features: {stream: float32 [steps, C, terms + 1]}, see FeatureFits.maps. consumer: float32
     [steps, C, 2], the map of the output of the block that consumes the feature, or None.
     """
+
+    KIND, VERSION = "cache profile", "1"
 
     facts: dict[str, str]
     fingerprint: torch.Tensor
@@ -263,30 +264,21 @@ class CacheProfile:
         """The steps that are evaluated in full, as `schedule` and `correction_steps` take them."""
         return "steps:" + ",".join(map(str, self.full_steps))
 
-    def save(self, path):
-        """Write a .safetensors file."""
+    def _content(self):
         tensors = {"fingerprint": self.fingerprint, "sigmas": self.sigmas, "full_steps": torch.tensor(self.full_steps)}
         tensors.update({f"feature.{stream}": weights for stream, weights in self.features.items()})
         tensors.update({} if self.consumer is None else {"consumer": self.consumer})
-        about = {"channel_dim": str(self.channel_dim), "facts": json.dumps(self.facts)}
-        write_profile(path, KIND, VERSION, tensors, about)
+        return tensors, {"channel_dim": str(self.channel_dim), "facts": json.dumps(self.facts)}
 
     @classmethod
-    def load(cls, path):
-        """Read a file that `save` wrote. Raises ValueError, with a sentence, for any other."""
-
-        def make(about, tensors):
-            features = {key.removeprefix("feature."): value for key, value in tensors.items() if key.startswith("feature.")}
-            profile = cls(
-                dict(json.loads(about["facts"])), tensors["fingerprint"], tensors["sigmas"],
-                tuple(tensors["full_steps"].tolist()), int(about["channel_dim"]), features, tensors.get("consumer"),
-            )  # fmt: skip
-            return profile if profile._is_whole() else None
-
-        return read_profile(path, KIND, VERSION, make)
+    def _of(cls, tensors, about):
+        features = {key.removeprefix("feature."): value for key, value in tensors.items() if key.startswith("feature.")}
+        return cls(
+            dict(json.loads(about["facts"])), tensors["fingerprint"], tensors["sigmas"], tuple(tensors["full_steps"].tolist()),
+            int(about["channel_dim"]), features, tensors.get("consumer"),
+        )  # fmt: skip
 
     def _is_whole(self):
-        """Tell whether everything is there and of the shapes that belong together."""
         steps = len(self.sigmas) - 1
         maps = [*self.features.values(), *([] if self.consumer is None else [self.consumer])]
         return (

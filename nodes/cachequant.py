@@ -1,15 +1,14 @@
 """CacheQuant: calibrate a cache's schedule and corrections on the user's prompts, keep them in a file, apply them."""
 
-import os
-
 from comfy_api.latest import io
 
+from ..iec_core.cachequant import CacheProfile
 from ..iec_core.caching import SCHEDULE_FORMS, parse_cache_schedule
 from ..iec_core.choices import unknown_choice
 from .calibration import run_inputs, sampling_of, taken_prompts, wrong_run_choice
 from .host.cachequant import apply_profile, calibrate
 from .host.caching import CORRECTION_PASSES
-from .host.profiles import PROFILES, load_cache_profile, save_profile
+from .host.profiles import PROFILES
 from .types import CacheProfileSocket
 
 CALIBRATED_FORECASTS = ["hold", "linear"]
@@ -148,8 +147,7 @@ class IECSaveCacheProfile(io.ComfyNode):
 
     @classmethod
     def execute(cls, profile, name):
-        path = save_profile(profile, name)
-        return io.NodeOutput(profile, ui={"text": [path]})
+        return io.NodeOutput(profile, ui={"text": [PROFILES.write(name, profile.save)]})
 
 
 class IECLoadCacheProfile(io.ComfyNode):
@@ -173,11 +171,11 @@ class IECLoadCacheProfile(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, profile_name):
-        return os.path.getmtime(PROFILES.path(profile_name))
+        return PROFILES.changed(profile_name)
 
     @classmethod
     def execute(cls, profile_name):
-        profile = load_cache_profile(profile_name)
+        profile = PROFILES.read("profile_name", profile_name, CacheProfile.load)
         return io.NodeOutput(profile, profile.full_steps_text)
 
 

@@ -1,13 +1,12 @@
 """Calibrated activations: find their scales on the user's prompts, keep them in a file, apply them."""
 
-import os
-
 from comfy_api.latest import io
 
+from ..iec_core.activation_scales import ActivationScales
 from ..iec_core.choices import unknown_choice
 from .calibration import run_inputs, sampling_of, taken_prompts, wrong_run_choice
 from .host.activation_scales import apply_scales, calibrate_activations
-from .host.profiles import PROFILES, load_activation_scales, save_profile
+from .host.profiles import PROFILES
 from .types import QuantizationProfileSocket
 
 SCALES = ["timestep-wise", "static"]
@@ -87,7 +86,7 @@ class IECSaveQuantizationProfile(io.ComfyNode):
 
     @classmethod
     def execute(cls, profile, name):
-        return io.NodeOutput(profile, ui={"text": [save_profile(profile, name)]})
+        return io.NodeOutput(profile, ui={"text": [PROFILES.write(name, profile.save)]})
 
 
 class IECLoadQuantizationProfile(io.ComfyNode):
@@ -108,11 +107,11 @@ class IECLoadQuantizationProfile(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, profile_name):
-        return os.path.getmtime(PROFILES.path(profile_name))
+        return PROFILES.changed(profile_name)
 
     @classmethod
     def execute(cls, profile_name):
-        return io.NodeOutput(load_activation_scales(profile_name))
+        return io.NodeOutput(PROFILES.read("profile_name", profile_name, ActivationScales.load))
 
 
 class IECApplyQuantizationProfile(io.ComfyNode):

@@ -1,7 +1,5 @@
 """Quantized MODELs: made from another, and kept in a file."""
 
-import os
-
 from comfy_api.latest import io
 
 from ..iec_core.choices import unknown_choice
@@ -174,7 +172,7 @@ class IECLoadQuantizedModel(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name):
-        return os.path.getmtime(FILES.path(model_name))
+        return FILES.changed(model_name)
 
     @classmethod
     def execute(cls, model_name):

@@ -7,7 +7,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...iec_core.activation_scales import ActivationScales, ScaleStatistics
-from .calibration import Bar, sample_all, uncompiled
+from .calibration import Bar, sample_all, watched
 from .quantize import quantization_of
 from .quantized_layers import quantized_layers
 from .steps import Schedule
@@ -106,21 +106,14 @@ class _Observed:
     def observing(self, model, what):
         """Return a clone of the MODEL in whose runs the statistics take up, by their method `what`, what enters its layers."""
 
-        def apply_model(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
+        def watch(transformer_options):
             self._locate(transformer_options)
-            hooks = [
+            return [
                 layer.register_forward_pre_hook(functools.partial(self._take_up, getattr(self._statistics, what), name))
                 for name, layer in self._layers.items()
             ]
-            try:
-                return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
-            finally:
-                for hook in hooks:
-                    hook.remove()
 
-        model = uncompiled(model)
-        model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "iec_observed", apply_model)
-        return model
+        return watched(model, watch)
 
     def scales(self, searched):
         """Return (names, sigmas float64 [S], scales float32 [S, L]) as ActivationScales have them. Raises ValueError where no

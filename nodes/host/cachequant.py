@@ -18,7 +18,6 @@ from .activation_scales import calibrated, scales_of
 from .cached_model import cache_kind, with_cache
 from .caching import CacheSettings
 from .calibration import Bar, sample_all
-from .layer_errors import source_of
 from .weights import fingerprint, is_same
 
 
@@ -37,7 +36,7 @@ def calibrate(
     """
     kind, settings = cache_kind(model), CacheSettings(interval, branch)
     bits = quantize.quantization_of(model) or "none"
-    source = model if bits == "none" else source_of(model, full_precision)
+    source = model if bits == "none" else quantize.source_of(model, full_precision)
     correct_consumer = correct_consumer and bits != "none" and kind.has_consumer
     passes = 1 + (schedule is None) + correct_consumer
     bar = Bar(passes * runs * len(prompts) * sampling["steps"])

@@ -15,10 +15,24 @@ class Bar:
         self._bar.update(1)
 
 
-def uncompiled(model):
-    """Return a clone of a MODEL without the host's torch.compile: what is compiled calls no hooks that layers get later."""
+def watched(model, watch):
+    """Return a clone of a MODEL whose layers have hooks while its network is evaluated: those that watch(transformer_options)
+    registers then, and returns in a list.
+
+    The clone is without the host's torch.compile: what is compiled calls no hooks that layers get later.
+    """
+
+    def apply_model(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
+        hooks = watch(transformer_options)
+        try:
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     model = model.clone()
     model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, "torch.compile")
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "iec_watched", apply_model)
     return model
 
 

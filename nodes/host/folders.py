@@ -34,6 +34,19 @@ class ModelFolder:
             raise ValueError(f"there is no such file in models/{self.key}")
         return path
 
+    def changed(self, name):
+        """Return when the file of this name was last written."""
+        return os.path.getmtime(self.path(name))
+
+    def read(self, option, name, read):
+        """Return read(path) of the file of this name, which comes from the input `option`. Raises ValueError, with a sentence,
+        where there is none, or none that can be read.
+        """
+        try:
+            return read(self.path(name))
+        except ValueError as error:
+            raise ValueError(f"{option}: '{name}' is of no use: {error}.") from error
+
     def path_to_write(self, name):
         """Return where a file of this name is to be written. Raises ValueError where that would not be one in the folder."""
         plain = name.removesuffix(SUFFIX)

@@ -3,29 +3,11 @@
 import functools
 import math
 
-from comfy.patcher_extension import WrappersMP
-
 from ...iec_core.layer_errors import LayerError, decibels
-from .calibration import Bar, sample_all, uncompiled
-from .quantize import KEY, PREFIX, quantization_of
+from .calibration import Bar, sample_all, watched
+from .quantize import KEY, PREFIX, quantization_of, source_of
 from .quantized_layers import quantized_layers
-from .weights import fingerprint, is_same, original_weight, patched_weight
-
-
-def source_of(quantized, full_precision):
-    """Return a clone of the MODEL that a quantized one was made from, with the quantized one loaded beside it.
-
-    Raises ValueError where it is not given, or another.
-    """
-    if full_precision is None:
-        raise ValueError(
-            "full_precision: this model is quantized, and what it was made from is needed too; connect that MODEL here."
-        )
-    if quantization_of(full_precision) or not is_same(fingerprint(full_precision), fingerprint(quantized)):
-        raise ValueError("full_precision: this is not the MODEL that the quantized one was made from; connect that.")
-    source = full_precision.clone()
-    source.set_additional_models(KEY, [quantized])
-    return source
+from .weights import original_weight, patched_weight
 
 
 def layer_errors(model, full_precision, prompts, negative, latent_image, seed, runs, sampling):
@@ -37,24 +19,18 @@ def layer_errors(model, full_precision, prompts, negative, latent_image, seed, r
     if quantization_of(model) is None:
         raise ValueError("model: this MODEL is not quantized; put Quantize Model (IEC) in front.")
     source = source_of(model, full_precision)
-    model = uncompiled(model)
-    model.set_additional_models(KEY, [full_precision])
     layers, device = quantized_layers(model.model.diffusion_model), model.load_device.type
     references = dict(source.model.diffusion_model.named_modules())
     errors = {name: _of_weight(model, source, name, layer) for name, layer in layers.items()}
 
-    def apply_model(executor, *args, **kwargs):
-        hooks = [
+    def watch(transformer_options):
+        return [
             layer.register_forward_hook(functools.partial(_take_up, errors[name], references[name], device))
             for name, layer in layers.items()
         ]
-        try:
-            return executor(*args, **kwargs)
-        finally:
-            for hook in hooks:
-                hook.remove()
 
-    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "iec_layer_errors", apply_model)
+    model = watched(model, watch)
+    model.set_additional_models(KEY, [full_precision])
     sample_all(prompts, negative, latent_image, seed, runs, sampling, Bar(runs * len(prompts) * sampling["steps"]), model)
     return list(errors.values())
 

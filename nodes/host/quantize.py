@@ -19,7 +19,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ...iec_core.quantization import Packing, WeightFormat, rotation_size
 from .quantized_layers import ActivationFormat, is_host_state, quantized_class
-from .weights import fingerprint, original_weight, patched_weight
+from .weights import fingerprint, is_same, original_weight, patched_weight
 
 KEY = "iec_quantize"
 PREFIX = "diffusion_model."
@@ -182,6 +182,22 @@ def quantize_model(model, quantization):
 def quantization_of(model):
     """Return the short name of a MODEL's quantization, None where it has none."""
     return getattr(model.model, "iec_quantization", None)
+
+
+def source_of(quantized, full_precision):
+    """Return a clone of the MODEL that a quantized one was made from, with the quantized one loaded beside it.
+
+    Raises ValueError where it is not given, or another.
+    """
+    if full_precision is None:
+        raise ValueError(
+            "full_precision: this model is quantized, and what it was made from is needed too; connect that MODEL here."
+        )
+    if quantization_of(full_precision) or not is_same(fingerprint(full_precision), fingerprint(quantized)):
+        raise ValueError("full_precision: this is not the MODEL that the quantized one was made from; connect that.")
+    source = full_precision.clone()
+    source.set_additional_models(KEY, [quantized])
+    return source
 
 
 def _quantized_weight(model, key, packing):

@@ -52,19 +52,7 @@ def load_quantized_model(name):
     """Return the MODEL in a file that `save_quantized_model` wrote. Raises ValueError, with a sentence, where there is none, or
     none that can be read.
     """
-    try:
-        with QuantizedFile(FILES.path(name)) as file:
-            weights = {key: file.tensor(key) for key in file.plain}
-            base = _made(file.about["network"], getattr(torch, file.about["dtype"]), weights, file.layers, file.settings)
-            if type(base).__name__ != file.about["network"]:
-                raise ValueError(
-                    f"it is of a {file.about['network']}, and this ComfyUI would make a {type(base).__name__} of it"
-                )
-            _fill(base.diffusion_model, weights, file)
-            base.iec_quantization = file.about["name"]
-            base.iec_fingerprint = torch.tensor(file.about["fingerprint"], dtype=torch.float32)
-    except ValueError as error:
-        raise ValueError(f"model_name: '{name}' is of no use: {error}.") from error
+    base = FILES.read("model_name", name, _read)
     device, offload_device = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
     model = comfy.model_patcher.ModelPatcher(base.to(offload_device), load_device=device, offload_device=offload_device)
     return mark_quantized(model)
@@ -195,6 +183,19 @@ def _are_alike(one, other):
 
 
 # What is read
+
+
+def _read(path):
+    """Return the BaseModel in a file. Raises ValueError, with what is wrong with it."""
+    with QuantizedFile(path) as file:
+        weights = {key: file.tensor(key) for key in file.plain}
+        base = _made(file.about["network"], getattr(torch, file.about["dtype"]), weights, file.layers, file.settings)
+        if type(base).__name__ != file.about["network"]:
+            raise ValueError(f"it is of a {file.about['network']}, and this ComfyUI would make a {type(base).__name__} of it")
+        _fill(base.diffusion_model, weights, file)
+        base.iec_quantization = file.about["name"]
+        base.iec_fingerprint = torch.tensor(file.about["fingerprint"], dtype=torch.float32)
+    return base
 
 
 def _made(network, dtype, weights, layers, settings):

@@ -121,6 +121,38 @@ def count_evaluations():
     return counted
 
 
+@pytest.fixture
+def progress_of(host, monkeypatch):
+    """progress_of(run): what run() tells the host's progress bars, of each its total, then what it moves on by."""
+    import comfy.utils
+
+    def of(run):
+        told = []
+
+        class Bar:
+            def __init__(self, total):
+                told.append(total)
+
+            def update(self, value):
+                told.append(value)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(comfy.utils, "ProgressBar", Bar)
+            run()
+        return told
+
+    return of
+
+
+@pytest.fixture
+def profile_folder(host, tmp_path, monkeypatch):
+    """The folder that stands for models/iec_profiles."""
+    import folder_paths
+
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "iec_profiles", ([str(tmp_path)], {".safetensors"}))
+    return tmp_path
+
+
 def relative(x, reference):
     """Relative error of two tensors, in float64."""
     return ((x.double() - reference.double()).norm() / reference.double().norm()).item()

@@ -1,11 +1,11 @@
 """CacheQuant's nodes: what a calibration finds against its definition restated, files, refusals."""
 
-import copy
 import itertools
 import math
 
 import pytest
 import torch
+from tuned import tuned, with_weights
 
 STEPS, INTERVAL = 8, 2
 SAMPLING = {"seed": 11, "steps": STEPS, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal"}
@@ -176,7 +176,7 @@ def test_a_quantized_transformers_residuals_are_mapped_on_full_precision(host, r
 def test_a_quantized_model_is_calibrated_with_what_it_was_made_from(host, calibrate, model, quantized):
     with pytest.raises(ValueError, match=r"^full_precision: this model is quantized, and what it was made from is needed too"):
         calibrate(quantized)
-    another = with_weights(model, lambda name, weight: weight.flip(0))
+    another = with_weights(model, lambda weight: weight.flip(0))
     eight_bits = host.run("IECQuantizeModel", model=model, weight_bits="8", activation_bits="8", keep_sensitive_layers=True)[0]
     for wrong in (another, quantized, eight_bits):
         with pytest.raises(ValueError, match=r"^full_precision: this is not the MODEL that the quantized one was made from; c"):
@@ -204,20 +204,9 @@ def test_calibration_leaves_the_model_as_it_is(calibrate, sample, model, quantiz
     assert not any("forward_comfy_cast_weights" in module.__dict__ for module in model.model.modules())
 
 
-def test_progress_counts_the_steps_of_all_runs(calibrate, model, quantized, conditioning, monkeypatch):
-    import comfy.utils
-
-    told = []
-
-    class Bar:
-        def __init__(self, total):
-            told.append(total)
-
-        def update(self, value):
-            told.append(value)
-
-    monkeypatch.setattr(comfy.utils, "ProgressBar", Bar)
-    calibrate(quantized, full_precision=model, runs=2, positive_3=conditioning[0], correct_consumer=True)
+def test_progress_counts_the_steps_of_all_runs(calibrate, model, quantized, conditioning, progress_of):
+    settings = {"runs": 2, "positive_3": conditioning[0], "correct_consumer": True}
+    told = progress_of(lambda: calibrate(quantized, full_precision=model, **settings))
     assert told == [3 * 2 * 2 * STEPS, *[1] * (3 * 2 * 2 * STEPS)]
 
 
@@ -229,31 +218,12 @@ def test_corrections_run_on_a_calibrated_cache(host, calibrate, sample, model, c
     assert corrected.isfinite().all() and not torch.equal(corrected, plain)
 
 
-def with_weights(model, change):
-    """A MODEL whose network's parameters are change(name, parameter)."""
-    other = model.clone()
-    other.model = type(model.model).__new__(type(model.model))
-    torch.nn.Module.__init__(other.model)
-    other.model.__dict__.update({key: value for key, value in model.model.__dict__.items() if key != "_modules"})
-    network = copy.deepcopy(model.model.diffusion_model)
-    for name, parameter in network.named_parameters():
-        parameter.data = change(name, parameter.data)
-    other.model._modules = {**model.model._modules, "diffusion_model": network}
-    return other
-
-
 @pytest.mark.parametrize("share", [0.03, 0.1])
 def test_another_model_is_refused(host, calibrate, model, share):
-    """A fine-tune, whose matrices differ and whose gains and offsets do not."""
-    generator = torch.Generator().manual_seed(1)
-
-    def tune(name, weight):
-        return weight + share * weight.std() * torch.randn(weight.shape, generator=generator) if weight.ndim > 1 else weight
-
     profile = calibrate()
-    assert host.run("IECCacheQuant", model=with_weights(model, lambda name, weight: weight), profile=profile)
+    assert host.run("IECCacheQuant", model=with_weights(model, lambda weight: weight), profile=profile)
     with pytest.raises(ValueError, match=r"^profile: it was calibrated for another model, a UNetModel with other weights"):
-        host.run("IECCacheQuant", model=with_weights(model, tune), profile=profile)
+        host.run("IECCacheQuant", model=tuned(model, share), profile=profile)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -342,7 +312,7 @@ def test_another_quantization_is_refused(host, calibrate, sample, model, quantiz
             sample(cached, **settings)
 
 
-def test_the_full_steps_are_told(host, folder, sample, model, conditioning):
+def test_the_full_steps_are_told(host, profile_folder, sample, model, conditioning):
     """As text that other nodes take; with a correction of these steps a sampler evaluates just as many times more."""
     inputs = {
         "positive": conditioning[0], "negative": conditioning[1], "latent_image": {"samples": torch.zeros(2, 3, 16, 16)},
@@ -404,44 +374,20 @@ def test_an_interrupt_ends_the_calibration(host, calibrate, sample, model, monke
     assert torch.equal(sample(model), expected)
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    import folder_paths
-
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "iec_profiles", ([str(tmp_path)], {".safetensors"}))
-    return tmp_path
-
-
-def test_profile_is_saved_and_loaded(host, folder, calibrate, sample, model):
+def test_profile_is_saved_and_loaded(host, profile_folder, calibrate, sample, model):
     profile = calibrate(forecast="linear")
     assert host.run("IECSaveCacheProfile", profile=profile, name="small/net")[0] is profile
-    assert [path.name for path in folder.rglob("*") if path.is_file()] == ["net.safetensors"]
+    assert [path.name for path in profile_folder.rglob("*") if path.is_file()] == ["net.safetensors"]
     loaded = host.run("IECLoadCacheProfile", profile_name="small/net.safetensors")[0]
     settings = {"steps": STEPS, "scheduler": "normal"}
     one, other = (sample(host.run("IECCacheQuant", model=model, profile=each)[0], **settings) for each in (profile, loaded))
     assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("name", ["../net", "/net", "", "sub/", "..", "a//b", "n\0", "x" * 300, "../net.safetensors"])
-def test_a_name_outside_the_folder_is_refused(host, folder, name):
-    (folder / "net.safetensors").touch()
-    assert host.nodes["IECSaveCacheProfile"].validate_inputs(name=name).startswith(f"name: '{name}' is no name for a file")
-    assert host.nodes["IECSaveCacheProfile"].validate_inputs(name="net") is True
-
-
-def test_a_file_that_is_no_profile_is_refused(host, folder):
-    (folder / "junk.safetensors").write_bytes(b"junk")
-    load = host.nodes["IECLoadCacheProfile"]
-    assert load.validate_inputs(profile_name="junk.safetensors") is True
-    assert load.validate_inputs(profile_name="none.safetensors").startswith("profile_name: there is no file 'none.safe")
-    with pytest.raises(ValueError, match=r"^profile_name: 'junk.safetensors' is of no use: it cannot be read"):
-        host.run("IECLoadCacheProfile", profile_name="junk.safetensors")
-
-
-def test_a_save_that_fails_leaves_the_older_file(host, folder, calibrate, monkeypatch):
+def test_a_save_that_fails_leaves_the_older_file(host, profile_folder, calibrate, monkeypatch):
     profile = calibrate()
     host.run("IECSaveCacheProfile", profile=profile, name="net")
-    before = (folder / "net.safetensors").read_bytes()
+    before = (profile_folder / "net.safetensors").read_bytes()
 
     def fail(self, path):
         with open(path, "wb") as file:
@@ -451,5 +397,5 @@ def test_a_save_that_fails_leaves_the_older_file(host, folder, calibrate, monkey
     monkeypatch.setattr(type(profile), "save", fail)
     with pytest.raises(ValueError, match=r"^name: 'net' cannot be written to models/iec_profiles \(disk full\)"):
         host.run("IECSaveCacheProfile", profile=profile, name="net")
-    assert [path.name for path in folder.iterdir()] == ["net.safetensors"]
-    assert (folder / "net.safetensors").read_bytes() == before
+    assert [path.name for path in profile_folder.iterdir()] == ["net.safetensors"]
+    assert (profile_folder / "net.safetensors").read_bytes() == before

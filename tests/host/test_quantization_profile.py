@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from tuned import tuned
 
 STEPS = 4
 SAMPLING = {"steps": STEPS, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal"}
@@ -49,14 +50,6 @@ def run(host, conditioning):
         return host.common_ksampler(model, seed, steps, 2.0, sampler_name, "normal", *conditions, latent)[0]["samples"]
 
     return sample
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    import folder_paths
-
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "iec_profiles", ([str(tmp_path)], {".safetensors"}))
-    return tmp_path
 
 
 def layers_of(model):
@@ -300,20 +293,9 @@ def test_an_interrupted_calibration_leaves_nothing_behind(quantize, calibrate, r
 
 
 @pytest.mark.parametrize(("by", "passes"), [("search", 2), ("absmax", 1)])
-def test_progress_counts_the_steps_of_all_runs(quantize, calibrate, conditioning, monkeypatch, by, passes):
-    import comfy.utils
-
-    quantized, told = quantize(), []
-
-    class Bar:
-        def __init__(self, total):
-            told.append(total)
-
-        def update(self, value):
-            told.append(value)
-
-    monkeypatch.setattr(comfy.utils, "ProgressBar", Bar)
-    calibrate(quantized, runs=2, positive_4=conditioning[0], activation_scale=by)
+def test_progress_counts_the_steps_of_all_runs(quantize, calibrate, conditioning, progress_of, by, passes):
+    quantized = quantize()
+    told = progress_of(lambda: calibrate(quantized, runs=2, positive_4=conditioning[0], activation_scale=by))
     assert told == [passes * 2 * 2 * STEPS, *[1] * (passes * 2 * 2 * STEPS)]
 
 
@@ -350,11 +332,11 @@ def test_a_layer_that_was_never_run_goes_on_with_scales_of_its_own(quantize, cal
     assert len(seen) == len(profile.names) and all(scale is not None for scale in seen.values())
 
 
-def test_profile_is_saved_loaded_and_applied(host, folder, quantize, calibrate, apply, run):
+def test_profile_is_saved_loaded_and_applied(host, profile_folder, quantize, calibrate, apply, run):
     quantized = quantize()
     calibrated, profile = calibrate(quantized)
     assert host.run("IECSaveQuantizationProfile", profile=profile, name="small/net")[0] is profile
-    assert [path.name for path in folder.rglob("*") if path.is_file()] == ["net.safetensors"]
+    assert [path.name for path in profile_folder.rglob("*") if path.is_file()] == ["net.safetensors"]
     loaded = host.run("IECLoadQuantizationProfile", profile_name="small/net.safetensors")[0]
     expected = run(calibrated)
     for each in (profile, loaded):
@@ -367,45 +349,12 @@ def test_the_same_model_in_another_precision_has_the_profile(host, quantize, cal
     assert run(apply(other, calibrate(quantize())[1])).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["../net", "", "a//b", "../net.safetensors"])
-def test_a_name_outside_the_folder_is_refused(host, name):
-    node = host.nodes["IECSaveQuantizationProfile"]
-    assert node.validate_inputs(name=name).startswith(f"name: '{name}' is no name for a file in models/iec_profiles")
-    assert node.validate_inputs(name="net") is True
-
-
-def test_files_that_are_no_quantization_profile_are_refused(host, folder, model, inputs):
-    load = host.nodes["IECLoadQuantizationProfile"]
-    assert load.validate_inputs(profile_name="none.safetensors").startswith("profile_name: there is no file 'none.safetensors'")
-    (folder / "junk.safetensors").write_bytes(b"junk")
-    cache = host.run("IECCalibrateCacheQuant", model=model, **{**inputs, "interval": 2, "branch": 0})[0]
-    host.run("IECSaveCacheProfile", profile=cache, name="cache")
-    for name, why in (("junk", "it cannot be read"), ("cache", "it is no quantization profile")):
-        with pytest.raises(ValueError, match=rf"^profile_name: '{name}.safetensors' is of no use: {why}"):
-            host.run("IECLoadQuantizationProfile", profile_name=f"{name}.safetensors")
-
-
 def test_wrong_choices_are_refused(host):
     node = host.nodes["IECCalibrateQuantization"]
     right = {"sampler_name": "euler", "scheduler": "normal", "scales": "static", "activation_scale": "search"}
     assert node.validate_inputs(**right) is True
     for option in right:
         assert node.validate_inputs(**{**right, option: "best"}).startswith(f"{option}: ")
-
-
-def tuned(model):
-    """A fine-tune of the model: its matrices differ by a tenth of their spread."""
-    generator = torch.Generator().manual_seed(1)
-    other = model.clone()
-    other.model = type(model.model).__new__(type(model.model))
-    torch.nn.Module.__init__(other.model)
-    other.model.__dict__.update({key: value for key, value in model.model.__dict__.items() if key != "_modules"})
-    network = copy.deepcopy(model.model.diffusion_model)
-    for parameter in network.parameters():
-        if parameter.ndim > 1:
-            parameter.data = parameter + 0.1 * parameter.std() * torch.randn(parameter.shape, generator=generator)
-    other.model._modules = {**model.model._modules, "diffusion_model": network}
-    return other
 
 
 def test_a_profile_of_another_model_or_quantization_is_refused(quantize, calibrate, apply, model):
@@ -438,7 +387,7 @@ def test_a_calibration_that_gives_no_numbers_is_refused(quantize, calibrate):
     assert hooks_left(broken) == []
 
 
-def test_a_schedule_that_repeats_a_sigma(quantize, calibrate, host, run, monkeypatch):
+def test_a_schedule_that_repeats_a_sigma(host, profile_folder, quantize, calibrate, run, monkeypatch):
     """As schedulers give one for more steps than there are timesteps. The profile has a row for each that there is, and can be
     read again.
     """
@@ -755,20 +704,9 @@ def test_report_of_a_calibrated_model_sees_its_scales(quantize, calibrate, repor
     assert sum(float(rows[name][2]) < float(dynamic[name][2]) for name in rows) > 0.7 * len(rows)
 
 
-def test_report_counts_the_steps_of_all_runs(quantize, report, conditioning, monkeypatch):
-    import comfy.utils
-
-    quantized, told = quantize(), []
-
-    class Bar:
-        def __init__(self, total):
-            told.append(total)
-
-        def update(self, value):
-            told.append(value)
-
-    monkeypatch.setattr(comfy.utils, "ProgressBar", Bar)
-    report(quantized, runs=2, positive_3=conditioning[0])
+def test_report_counts_the_steps_of_all_runs(quantize, report, conditioning, progress_of):
+    quantized = quantize()
+    told = progress_of(lambda: report(quantized, runs=2, positive_3=conditioning[0]))
     assert told == [2 * 2 * STEPS, *[1] * (2 * 2 * STEPS)]
 
 

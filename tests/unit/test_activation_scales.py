@@ -1,11 +1,7 @@
 """Calibrated activations: interpolation against NumPy's, statistics against their definition in float64, files."""
 
-import json
-
 import numpy as np
 import pytest
-import safetensors
-import safetensors.torch
 import torch
 
 from iec_core.activation_scales import ActivationScales, ScaleStatistics
@@ -61,17 +57,6 @@ def test_profile_survives_its_file(tmp_path):
         assert getattr(after, name).dtype == getattr(before, name).dtype
 
 
-@pytest.mark.parametrize("content", [b"", b"not a tensor file", None])
-def test_other_files_are_refused_with_a_sentence(tmp_path, content):
-    path = tmp_path / "other.safetensors"
-    if content is None:
-        safetensors.torch.save_file({"weight": torch.zeros(2)}, path)
-    else:
-        path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"^it (is no quantization profile, or one of|cannot be read as a \.safetensors)"):
-        ActivationScales.load(path)
-
-
 def put(tensors, **values):
     tensors.update(values)
 
@@ -104,22 +89,10 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("kind", SPOILED)
-def test_a_spoiled_profile_is_refused_with_a_sentence(tmp_path, kind):
-    scales().save(tmp_path / "p.safetensors")
-    with safetensors.safe_open(tmp_path / "p.safetensors", "pt") as file:
-        tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    SPOILED[kind](tensors, about)
-    safetensors.torch.save_file(tensors, tmp_path / "spoiled.safetensors", about)
+def test_a_spoiled_profile_is_refused_with_a_sentence(spoiled, kind):
+    path = spoiled(scales(), SPOILED[kind])
     with pytest.raises(ValueError, match=r"^its content is not that of a quantization profile; calibrate anew$"):
-        ActivationScales.load(tmp_path / "spoiled.safetensors")
-
-
-@pytest.mark.parametrize("entry", [{"format": "iec cache profile"}, {"version": "2"}])
-def test_another_format_or_version_is_refused(tmp_path, entry):
-    about = {"format": "iec quantization profile", "version": "1", "facts": json.dumps({}), "names": "[]", **entry}
-    safetensors.torch.save_file({"table": torch.ones(1, 1)}, tmp_path / "p.safetensors", about)
-    with pytest.raises(ValueError, match=r"^it is no quantization profile, or one of another version; calibrate anew$"):
-        ActivationScales.load(tmp_path / "p.safetensors")
+        ActivationScales.load(path)
 
 
 def heavy(seed):

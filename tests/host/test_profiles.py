@@ -1,0 +1,35 @@
+"""Files of profiles, by the nodes of both kinds alike: names, what is no profile, what is written anew."""
+
+import os
+
+import pytest
+
+pytestmark = pytest.mark.parametrize("kind", ["CacheProfile", "QuantizationProfile"])
+
+
+@pytest.mark.parametrize("name", ["../net", "/net", "", "sub/", "..", "a//b", "n\0", "x" * 300, "../net.safetensors"])
+def test_a_name_outside_the_folder_is_refused(host, profile_folder, kind, name):
+    (profile_folder / "net.safetensors").touch()
+    save = host.nodes[f"IECSave{kind}"]
+    assert save.validate_inputs(name=name).startswith(f"name: '{name}' is no name for a file in models/iec_profiles")
+    assert save.validate_inputs(name="net") is True
+
+
+def test_a_file_that_is_no_profile_is_refused(host, profile_folder, kind):
+    (profile_folder / "junk.safetensors").write_bytes(b"junk")
+    load = host.nodes[f"IECLoad{kind}"]
+    assert load.validate_inputs(profile_name="junk.safetensors") is True
+    assert load.validate_inputs(profile_name="none.safetensors").startswith("profile_name: there is no file 'none.safetensors'")
+    for name, why in (("junk", "it cannot be read"), ("none", "there is no such file in models/iec_profiles.")):
+        with pytest.raises(ValueError, match=rf"^profile_name: '{name}\.safetensors' is of no use: {why}"):
+            host.run(f"IECLoad{kind}", profile_name=f"{name}.safetensors")
+
+
+def test_a_file_that_is_written_anew_is_read_anew(host, profile_folder, kind):
+    path, load = profile_folder / "net.safetensors", host.nodes[f"IECLoad{kind}"]
+    path.touch()
+    told = []
+    for time in (1000, 1000, 2000):
+        os.utime(path, (time, time))
+        told.append(load.fingerprint_inputs(profile_name="net.safetensors"))
+    assert told[0] == told[1] != told[2]

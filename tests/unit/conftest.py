@@ -1,0 +1,20 @@
+"""What the tests of both kinds of profile share."""
+
+import pytest
+import safetensors
+import safetensors.torch
+
+
+@pytest.fixture
+def spoiled(tmp_path):
+    """spoiled(profile, spoil): the path of its file, after spoil(tensors, about) has changed what is in it."""
+
+    def write(profile, spoil):
+        profile.save(tmp_path / "whole.safetensors")
+        with safetensors.safe_open(tmp_path / "whole.safetensors", "pt") as file:
+            tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        spoil(tensors, about)
+        safetensors.torch.save_file(tensors, tmp_path / "spoiled.safetensors", about)
+        return tmp_path / "spoiled.safetensors"
+
+    return write
