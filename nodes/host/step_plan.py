@@ -10,13 +10,14 @@ import comfy.samplers
 import torch
 from aiohttp import web
 
+from ...iec_core.cachequant import CacheProfile
 from ...iec_core.caching import CacheSchedule, parse_cache_schedule
 from ...iec_core.correction import CorrectionSettings
 from ...iec_core.schedule import parse_correction_steps
 from .caching import CacheSettings
 from .correction import check_sampler
 from .events import running_server
-from .profiles import load_cache_profile
+from .profiles import PROFILES
 from .rehearsal import CannotRehearse, rehearse
 
 ALL = parse_correction_steps("all")
@@ -47,7 +48,7 @@ def _sigmas(model, steps, sampler_name="euler", scheduler="normal", denoise=1.0,
 def _full_steps(sampling, sigmas, interval=1, schedule="uniform", start_percent=0.0, end_percent=1.0, profile_name=None):
     """Return the steps that a cache evaluates in full, sorted."""
     if profile_name is not None:
-        schedule = CacheSchedule("steps", load_cache_profile(profile_name).full_steps)
+        schedule = CacheSchedule("steps", PROFILES.read("profile_name", profile_name, CacheProfile.load).full_steps)
         return sorted(schedule.full_steps(len(sigmas) - 1, 1))
     start, end = (float(sampling.percent_to_sigma(percent)) for percent in (start_percent, end_percent))
     return sorted(CacheSettings(interval, 0, parse_cache_schedule(schedule), start, end).full_steps(sigmas))

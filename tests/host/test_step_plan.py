@@ -58,9 +58,13 @@ def test_cached_steps_are_those_of_the_run(plans, host, sample, model, inputs, f
     assert full is None or planned == full
 
 
-def test_cached_steps_of_a_profile_are_those_in_the_file(plans, monkeypatch):
-    profile = type("Profile", (), {"full_steps": (0, 2, 5)})
-    monkeypatch.setattr(plans, "load_cache_profile", {"mine.safetensors": profile}.get)
+def test_cached_steps_of_a_profile_are_those_in_the_file(plans, host, model, conditioning, profile_folder):
+    run = {"steps": 6, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal", "seed": 1, "runs": 1}
+    profile = host.run(
+        "IECCalibrateCacheQuant", model=model, positive=conditioning[0], negative=conditioning[1],
+        latent_image={"samples": torch.zeros(2, 3, 32, 32)}, interval=3, branch=0, schedule="steps:0,2,5", **run,
+    )[0]  # fmt: skip
+    host.run("IECSaveCacheProfile", profile=profile, name="mine")
     plan = plans.step_plan({"correction_steps": "all"}, sampling(), {"profile_name": "mine.safetensors"})
     assert plan["full"] == [0, 2, 5]
 

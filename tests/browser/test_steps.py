@@ -1,0 +1,319 @@
+"""The strip of steps on the IEC sampler nodes, in the real frontend: what will be corrected, and what a run did."""
+
+import itertools
+
+import pytest
+
+SAMPLING = {"steps": 20, "sampler_name": "euler", "scheduler": "normal"}
+CORRECTION = {
+    "correction_steps": "ends:1/10", "lambda_": 0.5, "max_iterations": 1, "tolerance": 1e-5, "evaluation_point": "paper",
+    "lambda_mode": "fixed",
+}  # fmt: skip
+CACHE = {
+    "interval": 3, "branch": 0, "correction_pass": "refresh", "schedule": "uniform", "start_percent": 0.0, "end_percent": 1.0,
+    "forecast": "hold",
+}  # fmt: skip
+
+
+def node(kind, **inputs):
+    return {"class_type": kind, "inputs": inputs}
+
+
+SEEDS = itertools.count(1)  # a prompt that has been run before is not run again
+
+
+def workflow(sampler="IECKSampler", steps=20, **correction):
+    """A run of the built-in model with a cache, corrected by the node of this id."""
+    seed = next(SEEDS)
+    sampling, correction = {**SAMPLING, "steps": steps}, {**CORRECTION, **correction}
+    nodes = {
+        "1": node("IECLoadBuiltinModel", precision="float32"),
+        "2": node("IECDeepCache", model=["1", 0], **CACHE),
+        "3": node("IECClassLabel", labels="face, heart"),
+        "4": node("IECClassLabel", labels="none"),
+        "5": node("EmptyChromaRadianceLatentImage", width=32, height=32, batch_size=2),
+        "7": node("VAELoader", vae_name="pixel_space"),
+        "8": node("VAEDecode", samples=["6", 0], vae=["7", 0]),
+        "9": node("PreviewImage", images=["8", 0]),
+    }
+    guided = {"positive": ["3", 0], "negative": ["4", 0], "cfg": 2.0}
+    run = {"latent_image": ["5", 0], "seed": seed, **guided}
+    if sampler == "IECKSampler":
+        more = {"denoise": 1.0, "label": "", "keep_latents": False}
+        nodes["6"] = node("IECKSampler", model=["2", 0], **run, **sampling, **correction, **more)
+    elif sampler == "IECApply":
+        nodes["10"] = node("IECApply", model=["1", 0], **correction)
+        nodes["2"]["inputs"]["model"] = ["10", 0]
+        nodes["6"] = node("KSampler", model=["2", 0], **run, **sampling, denoise=1.0)
+    else:
+        nodes["11"] = node("KSamplerSelect", sampler_name="euler")
+        nodes["10"] = node("IECSampler", sampler=["11", 0], **correction)
+        nodes["12"] = node("BasicScheduler", model=["2", 0], scheduler="normal", steps=steps, denoise=1.0)
+        nodes["13"] = node("CFGGuider", model=["2", 0], **guided)
+        nodes["14"] = node("RandomNoise", noise_seed=seed)
+        parts = {"noise": ["14", 0], "guider": ["13", 0], "sampler": ["10", 0], "sigmas": ["12", 0]}
+        nodes["6"] = node("SamplerCustomAdvanced", latent_image=["5", 0], **parts)
+    return nodes
+
+
+class Strip:
+    """The strip in a Frontend's page."""
+
+    def __init__(self, frontend):
+        self.page = frontend.page
+
+    def wait(self, text):
+        """Wait until the strip has this text."""
+        self.page.locator(".iec", has_text=text).first.wait_for(timeout=60_000)
+
+    def steps(self, *classes):
+        """Return the numbers of the cells that have these classes."""
+        have = "(cells, classes) => cells.flatMap((cell, i) => classes.every((one) => cell.classList.contains(one)) ? [i] : [])"
+        return self.page.locator(".iec-cell").evaluate_all(have, list(classes))
+
+    def text(self):
+        """Return the strip's text."""
+        return self.page.locator(".iec").first.inner_text()
+
+    def show(self):
+        """Bring the node with the strip, and the strip, into view."""
+        self.page.evaluate(
+            """() => {
+                const node = app.graph.nodes.find((one) => one.widgets?.some((widget) => widget.name === "iec_steps"));
+                app.canvas.ds.scale = 1;
+                app.canvas.ds.offset = [500 - node.pos[0], 150 - node.pos[1]];
+                app.canvas.setDirty(true, true);
+            }"""
+        )
+        self.page.wait_for_timeout(400)
+
+    def set(self, kind, widget, value):
+        """Set a widget of the node of this id, as typing into it does."""
+        self.page.evaluate(
+            """([kind, name, value]) => {
+                const node = app.graph.nodes.find((one) => one.comfyClass === kind);
+                const widget = node.widgets.find((one) => one.name === name);
+                widget.value = value;
+                widget.callback?.(value, app.canvas, node);
+            }""",
+            [kind, widget, value],
+        )
+
+    def value(self, kind, widget):
+        """Return a widget's value."""
+        return self.page.evaluate(
+            "([kind, name]) => app.graph.nodes.find((n) => n.comfyClass === kind).widgets.find((w) => w.name === name).value",
+            [kind, widget],
+        )
+
+    def run(self):
+        """Queue the workflow and wait for the end of its run; return what the events told, and the strip's texts meanwhile."""
+        self.page.evaluate(
+            """async () => {
+                const api = window.comfyAPI.api.api;
+                window.told = {steps: [], runs: [], seen: []};
+                const look = () => {
+                    const dots = document.querySelectorAll(".iec-residual").length;
+                    window.told.seen.push([document.querySelector(".iec")?.innerText ?? "", dots]);
+                };
+                api.addEventListener("iec.step", (event) => window.told.steps.push(event.detail));
+                api.addEventListener("iec.run", (event) => window.told.runs.push(event.detail));
+                window.looking = setInterval(look, 50);
+                await app.queuePrompt(0, 1);
+            }"""
+        )
+        self.page.wait_for_function("() => window.told.runs.length === 1", timeout=120_000)
+        self.wait("last run")
+        self.page.wait_for_timeout(700)
+        self.page.evaluate("() => clearInterval(window.looking)")
+        return self.page.evaluate("() => window.told")
+
+
+@pytest.fixture
+def strip(frontend, request):
+    """The Strip of a page, on the classic canvas, or with Nodes 2.0 where a test is of `both`."""
+    if getattr(request, "param", False):
+        frontend.load(vue_nodes=True)
+    return Strip(frontend)
+
+
+both = pytest.mark.parametrize("strip", [False, True], ids=["canvas", "nodes2"], indirect=True)
+
+
+@pytest.mark.parametrize("sampler", ["IECKSampler", "IECApply", "IECSampler"])
+def test_strip_shows_what_will_be_corrected_and_cached(frontend, strip, sampler):
+    frontend.open_api(workflow(sampler))
+    strip.wait("20 → 24 evaluations, +20 %")
+    strip.show()
+    assert len(strip.steps()) == 20
+    assert strip.steps("corrected") == [0, 1, 18, 19]
+    assert strip.steps("cached") == [step for step in range(20) if step % 3]
+    assert "7 of 20 steps in full" in strip.text()
+
+
+@both
+def test_strip_follows_the_graph(frontend, strip):
+    frontend.open_api(workflow())
+    strip.wait("20 → 24 evaluations, +20 %")
+    strip.set("IECKSampler", "steps", 60)
+    strip.wait("60 → 72 evaluations, +20 %")
+    assert len(strip.steps()) == 60
+    strip.set("IECKSampler", "sampler_name", "heun")
+    strip.wait("119 → 131 evaluations, +10 %")
+    strip.set("IECDeepCache", "interval", 10)
+    strip.wait("6 of 60 steps in full")
+    strip.set("IECKSampler", "correction_steps", "none")
+    strip.wait("119 evaluations")
+    strip.page.evaluate("() => { app.graph.nodes.find((one) => one.comfyClass === 'IECDeepCache').mode = 4; }")  # bypassed
+    strip.page.wait_for_function("() => !document.querySelector('.iec').innerText.includes('in full')")
+    assert strip.steps("cached") == []
+
+
+@pytest.mark.parametrize(
+    ("widget", "value", "sentence"),
+    [
+        ("correction_steps", "some", "correction_steps: 'some' is not a known form; write all, none"),
+        ("correction_steps", "steps:20", "names step 20, but the run has 20 steps"),
+        ("sampler_name", "dpm_adaptive", "dpm_adaptive picks its steps by its own error estimate"),
+    ],
+)
+def test_what_would_be_refused_is_said(frontend, strip, widget, value, sentence):
+    frontend.open_api(workflow())
+    strip.wait("20 → 24 evaluations, +20 %")
+    strip.set("IECKSampler", widget, value)
+    strip.wait(sentence)
+    strip.set("IECKSampler", "correction_steps", "first:1")
+    strip.set("IECKSampler", "sampler_name", "euler")
+    strip.wait("20 → 21 evaluations, +5 %")
+
+
+@both
+def test_clicks_on_cells_choose_the_corrected_steps(frontend, strip):
+    frontend.open_api(workflow(steps=5, correction_steps="last:1"))
+    strip.wait("5 → 6 evaluations")
+    strip.show()
+    chosen = [(1, "steps:1,4", 7), (4, "steps:1", 6), (1, "none", 5), (2, "steps:2", 6)]
+    chosen += [(step, None, 7 + i) for i, step in enumerate((0, 1, 3))] + [(4, "all", 10)]
+    for step, text, nfe in chosen:
+        strip.page.locator(".iec-cell").nth(step).click()
+        strip.wait(f"{nfe} evaluations")
+        assert text is None or strip.value("IECKSampler", "correction_steps") == text
+    assert frontend.prompt()["6"]["inputs"]["correction_steps"] == "all"
+    strip.page.evaluate("() => app.extensionManager.command.execute('Comfy.Undo')")
+    strip.wait("5 → 9 evaluations")
+    assert strip.value("IECKSampler", "correction_steps") == "steps:0,1,2,3"
+
+
+def test_step_that_cannot_be_corrected_is_no_button(frontend, strip):
+    frontend.open_api(workflow(steps=5, correction_steps="none", evaluation_point="next"))
+    strip.wait("5 evaluations")
+    cells = strip.page.locator(".iec-cell")
+    assert [cells.nth(step).is_enabled() for step in range(5)] == [True, True, True, True, False]
+
+
+def test_strip_adds_nothing_to_the_prompt(frontend, strip):
+    prompt = workflow()
+    frontend.open_api(prompt)
+    strip.wait("20 → 24 evaluations, +20 %")
+    assert frontend.prompt()["6"]["inputs"] == prompt["6"]["inputs"]
+    saved = frontend.page.evaluate("() => app.graph.serialize().nodes.find((one) => one.type === 'IECKSampler')")
+    assert len(saved["widgets_values"]) == 15 and "iec_run" not in saved["properties"]
+
+
+@pytest.mark.parametrize("sampler", ["IECKSampler", "IECApply", "IECSampler"])
+def test_chart_grows_while_the_run_goes_on(frontend, strip, sampler):
+    frontend.open_api(workflow(sampler, steps=12, correction_steps="steps:0,3,6,9"))
+    strip.wait("12 → 16 evaluations")
+    strip.show()
+    told = strip.run()
+    running = [dots for text, dots in told["seen"] if "running" in text]
+    assert running == sorted(running) and set(running) & {1, 2, 3}, running
+    (run,) = told["runs"]
+    assert [one["step"] for one in run["iterated"]] == [0, 3, 6, 9]
+    chart = strip.page.locator(".iec-chart")
+    assert chart.locator(".iec-residual").count() == chart.locator(".iec-contraction").count() == 4
+    titles = chart.locator(".iec-residual title").all_text_contents()
+    for title, one in zip(titles, run["iterated"]):
+        assert title.startswith(f"step {one['step']}: residual")
+        residual, contraction = (float(part.split(" ")[-1]) for part in title.split(", "))
+        assert residual == pytest.approx(one["residuals"][-1], rel=5e-3)
+        assert contraction == pytest.approx(one["contraction"][-1], rel=5e-3)
+    assert f"NFE {run['nfe']}" in strip.text()
+
+
+@both
+def test_guard_that_fired_is_said_on_the_node(frontend, strip):
+    frontend.open_api(workflow(steps=4, correction_steps="all", lambda_=1.0, max_iterations=6))
+    strip.wait("4 → 28 evaluations")
+    strip.show()
+    told = strip.run()
+    (run,) = told["runs"]
+    assert run["warnings"] and any(one["fell_back"] for one in run["iterated"])
+    shown = strip.page.locator(".iec-warning").all_text_contents()
+    assert shown == [f"⚠ {sentence}" for sentence in run["warnings"]]
+    assert "try a smaller lambda_" in shown[0]
+    assert strip.page.locator(".iec-fell-back").count() == sum(one["fell_back"] for one in run["iterated"])
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_last_run_is_saved_with_the_workflow_when_asked(frontend, strip, is_kept):
+    frontend.open_api(workflow(steps=6))
+    strip.wait("6 → 8 evaluations")
+    strip.show()
+    strip.run()
+    if is_kept:
+        strip.page.locator(".iec-keep").check()
+    strip.page.wait_for_timeout(500)
+    saved = frontend.page.evaluate("() => app.graph.serialize()")
+    frontend.load()
+    frontend.open(saved)
+    strip.wait("6 → 8 evaluations")
+    strip.page.wait_for_timeout(700)
+    assert strip.page.locator(".iec-residual").count() == (2 if is_kept else 0)
+    assert ("last run" in strip.text()) == is_kept
+    strip.show()
+
+
+def test_chart_outlives_a_reload_of_the_page(frontend):
+    frontend.load(settings={"Comfy.Workflow.Persist": True})
+    strip = Strip(frontend)
+    frontend.open_api(workflow(steps=6))
+    strip.wait("6 → 8 evaluations")
+    strip.show()
+    strip.run()
+    strip.page.locator(".iec-keep").check()
+    strip.page.wait_for_timeout(2000)  # the frontend saves its draft with a delay
+    frontend.page.reload()
+    strip.wait("last run")
+    strip.wait("6 → 8 evaluations")
+    assert strip.page.locator(".iec-residual").count() == 2
+
+
+def test_run_in_a_subgraph_is_shown_there(frontend):
+    strip = Strip(frontend)
+    frontend.open_api(workflow(steps=5))
+    strip.wait("5 → 7 evaluations")
+    frontend.page.evaluate(
+        """() => {
+            const inside = app.graph.nodes.filter((one) => ["IECKSampler", "IECDeepCache"].includes(one.comfyClass));
+            const { node } = app.graph.convertToSubgraph(new Set(inside));
+            app.canvas.openSubgraph(node.subgraph, node);
+        }"""
+    )
+    strip.wait("5 → 7 evaluations")
+    (run,) = strip.run()["runs"]
+    assert ":" in run["source"]
+    assert strip.page.locator(".iec-residual").count() == 2
+
+
+def test_run_of_another_workflow_is_not_shown(frontend):
+    """The same node ids in two tabs."""
+    strip = Strip(frontend)
+    frontend.open_api(workflow(steps=5), "first")
+    strip.wait("5 → 7 evaluations")
+    frontend.page.evaluate("() => { app.graph.id = crypto.randomUUID(); }")
+    strip.run()
+    frontend.open_api(workflow(steps=6), "second")
+    strip.wait("6 → 8 evaluations")
+    frontend.page.wait_for_timeout(700)
+    assert "last run" not in strip.text()
