@@ -133,9 +133,18 @@ function lookAtAll() {
     if (node) current.set(node, run);
   }
   for (const strip of strips) {
-    if (strip.isGone) strips.delete(strip);
+    if (strip.isGone) remove(strip);
     else strip.look(current.get(strip.node));
   }
+}
+
+/** Forgets a strip whose node is gone. Nodes 2.0 goes on showing its element where undo has put another node in its place. */
+function remove(strip) {
+  strips.delete(strip);
+  const { element } = strip.view;
+  const isHeir = (one) => one.node.id === strip.node.id && !one.isGone && !one.view.element.isConnected;
+  const heir = element.isConnected && [...strips].find(isHeir);
+  if (heir) element.replaceWith(heir.view.element);
 }
 
 /** Takes an event of a run into what is known of it. */
