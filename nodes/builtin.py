@@ -5,6 +5,7 @@ from comfy_api.latest import io
 
 from ..iec_core.choices import unknown_choice
 from .host.builtin_model import class_conditioning, load_builtin_model
+from .host.schema import schema
 
 PRECISIONS = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -12,12 +13,13 @@ PRECISIONS = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16
 class IECLoadBuiltinModel(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="IECLoadBuiltinModel",
             display_name="Load Built-in Model (IEC)",
             category="loaders/IEC",
             description="A small diffusion model of emoji that comes with the pack: 32 x 32 pixels, class-conditional. Wire "
             "EmptyChromaRadianceLatentImage (32 x 32) as latent and VAELoader with pixel_space as VAE.",
+            search_aliases=["emoji", "demo model", "example model", "test model", "tiny model", "without download"],
             inputs=[
                 io.Combo.Input(
                     "precision",
@@ -46,11 +48,12 @@ def split_labels(labels):
 class IECClassLabel(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="IECClassLabel",
             display_name="Class Label (IEC)",
             category="conditioning/IEC",
             description="Class labels of the built-in model as conditioning, one for each image of the batch.",
+            search_aliases=["emoji", "class conditioning", "prompt of the built-in model"],
             inputs=[
                 io.String.Input(
                     "labels",

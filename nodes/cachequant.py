@@ -5,10 +5,11 @@ from comfy_api.latest import io
 from ..iec_core.cachequant import CacheProfile
 from ..iec_core.caching import SCHEDULE_FORMS, parse_cache_schedule
 from ..iec_core.choices import unknown_choice
-from .calibration import run_inputs, sampling_of, taken_prompts, wrong_run_choice
+from .calibration import profile_name_input, run_inputs, sampling_of, taken_prompts, wrong_run_choice
 from .host.cachequant import apply_profile, calibrate
 from .host.caching import CORRECTION_PASSES
 from .host.profiles import PROFILES
+from .host.schema import schema
 from .types import CacheProfileSocket
 
 CALIBRATED_FORECASTS = ["hold", "linear"]
@@ -34,12 +35,13 @@ def full_steps_output():
 class IECCalibrateCacheQuant(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="IECCalibrateCacheQuant",
             display_name="Calibrate CacheQuant (IEC)",
             category="advanced/model/IEC",
             description="Runs the full-precision model on your prompts, and finds out which steps a cache should evaluate in "
             "full and how to correct what it reuses on the others. With Quantize Model upstream, it corrects its errors too.",
+            search_aliases=["calibrate cache", "cache schedule", "cache calibration", "deepcache"],
             inputs=[
                 io.Model.Input(
                     "model", tooltip="The model to cache, with Quantize Model if it is to be used so; without DeepCache."
@@ -128,12 +130,13 @@ class IECCalibrateCacheQuant(io.ComfyNode):
 class IECSaveCacheProfile(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="IECSaveCacheProfile",
             display_name="Save Cache Profile (IEC)",
             category="advanced/model/IEC",
             description="Writes a cache profile to models/iec_profiles.",
             is_output_node=True,
+            search_aliases=["save calibration", "save cache schedule"],
             inputs=[
                 CacheProfileSocket.Input("profile", tooltip="The profile of Calibrate CacheQuant (IEC)."),
                 io.String.Input("name", default="profile", tooltip="Name of the file; one of the same name is replaced."),
@@ -153,12 +156,13 @@ class IECSaveCacheProfile(io.ComfyNode):
 class IECLoadCacheProfile(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="IECLoadCacheProfile",
             display_name="Load Cache Profile (IEC)",
             category="advanced/model/IEC",
             description="Reads a cache profile from models/iec_profiles.",
-            inputs=[io.Combo.Input("profile_name", options=PROFILES.names(), tooltip="The file.")],
+            search_aliases=["load calibration", "load cache schedule"],
+            inputs=[profile_name_input()],
             outputs=[
                 CacheProfileSocket.Output(display_name="profile", tooltip="The profile, for CacheQuant (IEC)."),
                 full_steps_output(),
@@ -182,11 +186,12 @@ class IECLoadCacheProfile(io.ComfyNode):
 class IECCacheQuant(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="IECCacheQuant",
             display_name="CacheQuant (IEC)",
             category="advanced/model/IEC",
             description="DeepCache by a calibrated profile: its schedule, and its corrections of what is reused.",
+            search_aliases=["calibrated cache", "deepcache", "cache", "feature cache", "faster", "speed up", "accelerate"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that the profile is of; it stays as it is."),
                 CacheProfileSocket.Input("profile", tooltip="Of Calibrate CacheQuant (IEC) or Load Cache Profile (IEC)."),

@@ -1,9 +1,10 @@
-"""What the calibrating nodes share: the inputs of their sampling runs."""
+"""What the calibrating nodes share: the inputs of their sampling runs, and the choice of a profile."""
 
 import comfy.samplers
 from comfy_api.latest import io
 
 from ..iec_core.choices import unknown_choice
+from .host.profiles import PROFILES
 
 PROMPTS = ("positive", "positive_2", "positive_3", "positive_4")
 
@@ -11,19 +12,21 @@ PROMPTS = ("positive", "positive_2", "positive_3", "positive_4")
 def run_inputs(of_schedule):
     """Return the inputs of the runs; of_schedule: what the tooltips of steps and scheduler add."""
     prompts = [
-        io.Conditioning.Input(name, optional=name != "positive", tooltip="A prompt to calibrate on; more are better.")
+        io.Conditioning.Input(name, optional=name != "positive", tooltip="A prompt for the runs; more are better.")
         for name in PROMPTS
     ]
+    samplers, schedulers = comfy.samplers.KSampler.SAMPLERS, comfy.samplers.KSampler.SCHEDULERS
+    seed_tip = "The seed of the first run's noise; each further run has the next one."
     return [
         *prompts,
-        io.Conditioning.Input("negative", tooltip="The negative prompt."),
+        io.Conditioning.Input("negative", tooltip="The negative prompt of the runs."),
         io.Latent.Input("latent_image", tooltip="An empty latent of the size that you sample at."),
-        io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="The seed of the first run's noise."),
+        io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip=seed_tip),
         io.Int.Input("runs", default=2, min=1, max=64, tooltip="How many runs a prompt, each with noise of its own."),
         io.Int.Input("steps", default=20, min=1, max=10000, tooltip=f"Steps of a run.{of_schedule}"),
-        io.Float.Input("cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Guidance scale."),
-        io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="The sampler of the runs."),
-        io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip=f"The scheduler.{of_schedule}"),
+        io.Float.Input("cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Guidance scale of the runs."),
+        io.Combo.Input("sampler_name", options=samplers, tooltip="The sampler of the runs; as you sample."),
+        io.Combo.Input("scheduler", options=schedulers, tooltip=f"The scheduler of the runs; as you sample.{of_schedule}"),
     ]
 
 
@@ -41,3 +44,9 @@ def taken_prompts(inputs):
 def sampling_of(inputs):
     """Return what the host's samplers take, of a node's inputs."""
     return {name: inputs[name] for name in ("steps", "cfg", "sampler_name", "scheduler")}
+
+
+def profile_name_input():
+    """Return the input of a profile's file, by name."""
+    tip = "A file of models/iec_profiles. One that was just saved is listed after a refresh of the page (R)."
+    return io.Combo.Input("profile_name", options=PROFILES.names(), tooltip=tip)

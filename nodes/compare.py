@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..iec_core.metrics import psnr, relative_error
 from . import plots
+from .host.schema import schema
 from .types import Report, as_image
 
 COLUMNS = ("variant", "correction_steps", "NFE", "seconds", "relative_error", "PSNR")
@@ -16,13 +17,14 @@ COLUMNS = ("variant", "correction_steps", "NFE", "seconds", "relative_error", "P
 class IECJoinReports(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="IECJoinReports",
             display_name="Join Reports (IEC)",
             category="sampling/IEC",
-            description="Puts the reports of several runs into one list, for IECCompare. Nodes can be chained.",
+            description="Puts the reports of several runs into one list, for Compare Runs (IEC). Nodes can be chained.",
+            search_aliases=["merge reports", "combine reports", "concatenate reports"],
             inputs=[
-                Report.Input("reports", tooltip="The first reports; the very first is IECCompare's reference."),
+                Report.Input("reports", tooltip="The first reports; the very first run is the reference of a comparison."),
                 Report.Input("more", tooltip="The reports that follow."),
             ],
             outputs=[Report.Output(display_name="reports", tooltip="All reports, in order.")],
@@ -74,12 +76,13 @@ def table(reports, images):
 class IECCompare(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="IECCompare",
             display_name="Compare Runs (IEC)",
             category="sampling/IEC",
             description="Measures sampling runs against the first one: images side by side, relative latent error per step, "
             "and a table of evaluations, seconds, final error and PSNR.",
+            search_aliases=["compare", "benchmark", "psnr", "side by side", "measure error", "reference"],
             inputs=[
                 Report.Input("reports", tooltip="Joined reports with latents; the first is the reference."),
                 io.Vae.Input("vae", tooltip="Decodes the final latents. For the built-in model: VAELoader, pixel_space."),

@@ -10,6 +10,7 @@ from ..iec_core.correction import EVALUATION_POINTS, LAMBDA_MODES, CorrectionSet
 from ..iec_core.report import RunReport
 from ..iec_core.schedule import FORMS
 from .host.correction import apply_correction, check_sampler, with_correction
+from .host.schema import schema
 from .types import Report
 
 
@@ -121,12 +122,13 @@ def check(
 class IECKSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="IECKSampler",
             display_name="KSampler (IEC)",
             category="sampling/IEC",
             description="The stock KSampler with Iterative Error Correction: re-evaluates the chosen steps at their own "
             "result, which damps the error of quantized and cached models.",
+            search_aliases=["iec sampler", "iterative error correction", "error correction", "corrected sampler"],
             inputs=[
                 io.Model.Input("model", tooltip="The model used for denoising the input latent."),
                 io.Int.Input(
@@ -174,7 +176,7 @@ class IECKSampler(io.ComfyNode):
                     "keep_latents",
                     default=False,
                     optional=True,
-                    tooltip="Keep the latent of every step in the report, for IECCompare's error plot.",
+                    tooltip="Keep the latent of every step in the report, for Compare Runs (IEC).",
                 ),
             ],
             outputs=[
@@ -216,11 +218,12 @@ class IECKSampler(io.ComfyNode):
 class IECApply(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="IECApply",
             display_name="Apply IEC (model)",
             category="sampling/IEC",
             description="Iterative Error Correction for every sampler node that this MODEL is wired to.",
+            search_aliases=["iterative error correction", "error correction", "correct model", "model patch"],
             inputs=[
                 io.Model.Input("model", tooltip="The model whose sampling runs are corrected."),
                 *correction_inputs(),
@@ -242,11 +245,12 @@ class IECApply(io.ComfyNode):
 class IECSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="IECSampler",
             display_name="IEC Sampler (wrap)",
             category="sampling/IEC",
             description="Iterative Error Correction around a SAMPLER, for SamplerCustom and SamplerCustomAdvanced.",
+            search_aliases=["iterative error correction", "error correction", "wrap sampler", "SamplerCustom"],
             inputs=[
                 io.Sampler.Input("sampler", tooltip="The sampler whose steps are corrected."),
                 *correction_inputs(),

@@ -6,17 +6,19 @@ from ..iec_core.caching import FORECASTS, SCHEDULE_FORMS, parse_cache_schedule
 from ..iec_core.choices import unknown_choice
 from .host.cached_model import apply_cache
 from .host.caching import CORRECTION_PASSES, CacheSettings
+from .host.schema import schema
 
 
 class IECDeepCache(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="IECDeepCache",
             display_name="DeepCache (IEC)",
             category="advanced/model/IEC",
             description="Evaluates a network's deep blocks on every interval-th step only and reuses their feature between. "
             "A correction of a full step refreshes the feature, or reuses it.",
+            search_aliases=["cache", "feature cache", "block cache", "faster", "speed up", "accelerate", "skip blocks"],
             inputs=[
                 io.Model.Input(
                     "model", tooltip="A U-Net (SD 1.5, SDXL …) or a transformer (Flux, SD3, Wan …); it stays as it is."

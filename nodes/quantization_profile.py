@@ -4,9 +4,10 @@ from comfy_api.latest import io
 
 from ..iec_core.activation_scales import ActivationScales
 from ..iec_core.choices import unknown_choice
-from .calibration import run_inputs, sampling_of, taken_prompts, wrong_run_choice
+from .calibration import profile_name_input, run_inputs, sampling_of, taken_prompts, wrong_run_choice
 from .host.activation_scales import apply_scales, calibrate_activations
 from .host.profiles import PROFILES
+from .host.schema import schema
 from .types import QuantizationProfileSocket
 
 SCALES = ["timestep-wise", "static"]
@@ -16,12 +17,13 @@ SCALE_BY = ["search", "absmax"]
 class IECCalibrateQuantization(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="IECCalibrateQuantization",
             display_name="Calibrate Quantization (IEC)",
             category="advanced/model/IEC",
             description="Runs a quantized model on your prompts, and finds the scales of its activations: one for each layer "
             "and timestep, as in the paper, or one for each layer.",
+            search_aliases=["activation scales", "static quantization", "ptq", "int8 calibration", "timestep-wise"],
             inputs=[
                 io.Model.Input("model", tooltip="A model from Quantize Model with activation_bits 8."),
                 *run_inputs(""),
@@ -44,7 +46,7 @@ class IECCalibrateQuantization(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output(tooltip="The model with calibrated activations."),
-                QuantizationProfileSocket.Output(display_name="profile", tooltip="The scales, to save."),
+                QuantizationProfileSocket.Output(display_name="profile", tooltip="The scales, to save or to apply elsewhere."),
             ],
         )
 
@@ -67,12 +69,13 @@ class IECCalibrateQuantization(io.ComfyNode):
 class IECSaveQuantizationProfile(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="IECSaveQuantizationProfile",
             display_name="Save Quantization Profile (IEC)",
             category="advanced/model/IEC",
             description="Writes calibrated scales of activations to models/iec_profiles.",
             is_output_node=True,
+            search_aliases=["save calibration", "save activation scales"],
             inputs=[
                 QuantizationProfileSocket.Input("profile", tooltip="The profile of Calibrate Quantization (IEC)."),
                 io.String.Input("name", default="quantization", tooltip="Name of the file; one of the same name is replaced."),
@@ -92,13 +95,14 @@ class IECSaveQuantizationProfile(io.ComfyNode):
 class IECLoadQuantizationProfile(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="IECLoadQuantizationProfile",
             display_name="Load Quantization Profile (IEC)",
             category="advanced/model/IEC",
             description="Reads calibrated scales of activations from models/iec_profiles.",
-            inputs=[io.Combo.Input("profile_name", options=PROFILES.names(), tooltip="The file.")],
-            outputs=[QuantizationProfileSocket.Output(display_name="profile", tooltip="The profile.")],
+            search_aliases=["load calibration", "load activation scales"],
+            inputs=[profile_name_input()],
+            outputs=[QuantizationProfileSocket.Output(display_name="profile", tooltip="For Apply Quantization Profile (IEC).")],
         )
 
     @classmethod
@@ -117,11 +121,12 @@ class IECLoadQuantizationProfile(io.ComfyNode):
 class IECApplyQuantizationProfile(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="IECApplyQuantizationProfile",
             display_name="Apply Quantization Profile (IEC)",
             category="advanced/model/IEC",
             description="Gives a quantized model's activations the scales of a calibration.",
+            search_aliases=["apply calibration", "activation scales", "static quantization"],
             inputs=[
                 io.Model.Input("model", tooltip="The quantized model that the profile is of; it stays as it is."),
                 QuantizationProfileSocket.Input("profile", tooltip="Of Calibrate or Load Quantization Profile (IEC)."),

@@ -7,6 +7,7 @@ from ..iec_core.choices import unknown_choice
 from . import plots
 from .calibration import run_inputs, sampling_of, taken_prompts, wrong_run_choice
 from .host.layer_errors import layer_errors
+from .host.schema import schema
 from .types import as_image
 
 BUDGETS = ["none", "size", "error"]
@@ -15,12 +16,13 @@ BUDGETS = ["none", "size", "error"]
 class IECQuantizationReport(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="IECQuantizationReport",
             display_name="Quantization Report (IEC)",
             category="advanced/model/IEC",
             description="Compares every quantized layer's output with full precision on your prompts: a table and a plot, the "
             "worst first, and which layers to leave unquantized under a budget of size or error.",
+            search_aliases=["sqnr", "quantization error", "layer sensitivity", "sensitive layers", "mixed precision"],
             inputs=[
                 io.Model.Input("model", tooltip="A model from Quantize Model (IEC), calibrated or not."),
                 io.Model.Input("full_precision", tooltip="The model that it was made from."),
@@ -34,15 +36,27 @@ class IECQuantizationReport(io.ComfyNode):
                     "size_mb. error: no layer has less than least_sqnr.",
                 ),
                 io.Float.Input(
-                    "size_mb", default=0.0, min=0.0, max=1e6, step=0.1, optional=True, tooltip="With budget size: megabytes."
+                    "size_mb",
+                    default=0.0,
+                    min=0.0,
+                    max=1e6,
+                    step=0.1,
+                    optional=True,
+                    tooltip="With budget size: how many megabytes, of 2^20 bytes, the weights of the table's layers may take.",
                 ),
                 io.Float.Input(
-                    "least_sqnr", default=30.0, min=0.0, max=200.0, step=0.5, optional=True, tooltip="With budget error: dB."
+                    "least_sqnr",
+                    default=30.0,
+                    min=0.0,
+                    max=200.0,
+                    step=0.5,
+                    optional=True,
+                    tooltip="With budget error: the signal to noise ratio in dB that each layer's output is to have.",
                 ),
             ],
             outputs=[
-                io.String.Output(display_name="table", tooltip="Markdown."),
-                io.Image.Output(display_name="plot", tooltip="The layers' signal to noise ratios."),
+                io.String.Output(display_name="table", tooltip="A table in Markdown: a line a layer, the worst first."),
+                io.Image.Output(display_name="plot", tooltip="The layers' signal to noise ratios; of many layers the worst."),
                 io.String.Output(display_name="exclude", tooltip="The layers to leave out, for Quantize Model's exclude."),
             ],
         )

@@ -7,12 +7,17 @@ from ..iec_core.quantization import WeightFormat
 from .host.quantize import LayerRules, Quantization, parse_patterns, quantize_model
 from .host.quantized_files import FILES, load_quantized_model, save_quantized_model
 from .host.quantized_layers import ActivationFormat
+from .host.schema import schema
 
 KINDS = {"8": "int8", "4": "int4", "fp8": "fp8"}
 ACTIVATION_BITS = ["8", "16"]
 GROUP_SIZES = ["none", "32", "64", "128"]
 SCALES = ["absmax", "search"]
 ACTIVATION_SCALES = ["token", "tensor"]
+ALIASES = [
+    "quantise", "quantization", "int8", "int4", "fp8", "float8", "8-bit", "4-bit", "w8a8", "w4a8", "w8a16", "w4a16",
+    "less memory", "low vram", "convrot",
+]  # fmt: skip
 
 
 def _wrong_group(group_size, weight_bits, activation_bits):
@@ -24,12 +29,13 @@ def _wrong_group(group_size, weight_bits, activation_bits):
 class IECQuantizeModel(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="IECQuantizeModel",
             display_name="Quantize Model (IEC)",
             category="advanced/model/IEC",
             description="Makes a model with quantized Linear and Conv2d layers, which takes less memory and computes in "
             "integers. LoRAs reach the quantized layers, wherever in the chain they are.",
+            search_aliases=ALIASES,
             inputs=[
                 io.Model.Input("model", tooltip="The model to quantize; it stays as it is."),
                 io.Combo.Input(
@@ -132,12 +138,13 @@ class IECQuantizeModel(io.ComfyNode):
 class IECSaveQuantizedModel(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="IECSaveQuantizedModel",
             display_name="Save Quantized Model (IEC)",
             category="advanced/model/IEC",
             description="Writes a quantized model to models/diffusion_models, with the LoRAs that are on it.",
             is_output_node=True,
+            search_aliases=["save int8", "save fp8", "export quantized", "write checkpoint"],
             inputs=[
                 io.Model.Input("model", tooltip="A model from Quantize Model (IEC)."),
                 io.String.Input("name", default="quantized", tooltip="Name of the file; one of the same name is replaced."),
@@ -157,12 +164,20 @@ class IECSaveQuantizedModel(io.ComfyNode):
 class IECLoadQuantizedModel(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="IECLoadQuantizedModel",
             display_name="Load Quantized Model (IEC)",
             category="advanced/model/IEC",
             description="Reads a quantized model that Save Quantized Model (IEC) wrote to models/diffusion_models.",
-            inputs=[io.Combo.Input("model_name", options=FILES.names(), tooltip="The file.")],
+            search_aliases=["load int8", "load fp8", "open quantized", "diffusion model loader"],
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=FILES.names(),
+                    tooltip="A file of models/diffusion_models that Save Quantized Model (IEC) wrote. One that was just saved "
+                    "is listed after a refresh of the page (R).",
+                )
+            ],
             outputs=[io.Model.Output(tooltip="The quantized model.")],
         )
 

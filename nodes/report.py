@@ -6,18 +6,20 @@ from comfy_api.latest import io
 from ..iec_core.report import to_json
 from . import plots
 from .correct import RunLog
+from .host.schema import schema
 from .types import Report, as_image
 
 
 class IECReport(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="IECReport",
             display_name="IEC Report",
             category="sampling/IEC",
             description="What sampling runs did, step by step: sigma, corrected or not, damping, residuals, contraction, "
             "evaluations and seconds; as JSON and as a plot.",
+            search_aliases=["sampling report", "convergence", "residuals", "contraction", "statistics"],
             inputs=[
                 Report.Input("report", tooltip="The report of KSampler (IEC), Apply IEC or IEC Sampler."),
                 io.Latent.Input(

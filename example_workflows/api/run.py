@@ -1,0 +1,124 @@
+"""Runs a workflow in API form on a running ComfyUI: shows its progress, and saves its images.
+
+    python run.py corrected_image.json images
+    python run.py corrected_image.json images --server 192.168.0.7:8188
+
+Needs aiohttp alone, which every ComfyUI has in its own Python.
+"""
+
+import argparse
+import asyncio
+import json
+import pathlib
+import sys
+import uuid
+from typing import Any
+
+import aiohttp
+
+Workflow = dict[str, Any]  # {node id: {"class_type": node, "inputs": {input: value or [node id, output]}}}
+Outputs = dict[str, Any]  # {node id: what the node shows, such as {"images": [...]}}
+
+
+class RunError(Exception):
+    """The server refused the workflow, or the run did not come to its end."""
+
+
+def refusal(answer: dict[str, Any]) -> str:
+    """Return what a server says on a workflow that it refuses, a line a mistake."""
+    lines = []
+    for name, node in answer.get("node_errors", {}).items():
+        for error in node["errors"]:
+            sentence = f"{error['message']}: {error['details']}"
+            if error["type"] == "custom_validation_failed":  # the node's own sentence, which the server says of each input
+                sentence = error["details"].partition(" - ")[2]
+            lines.append(f"{node['class_type']} ({name}): {sentence}")
+    return "\n".join(dict.fromkeys(lines)) or str(answer.get("error", answer))
+
+
+async def submit(session: aiohttp.ClientSession, workflow: Workflow, client: str) -> str:
+    """Queue a workflow and return the id of its prompt. Raises RunError where it is refused."""
+    async with session.post("/prompt", json={"prompt": workflow, "client_id": client}) as response:
+        answer = await response.json()
+    if response.status != 200 or answer["node_errors"]:
+        raise RunError(refusal(answer))
+    return answer["prompt_id"]
+
+
+def show(line: str) -> None:
+    """Write a line over the last one."""
+    print(f"\r{line:<70}", end="", file=sys.stderr, flush=True)
+
+
+async def follow(connection: aiohttp.ClientWebSocketResponse, prompt: str) -> None:
+    """Show a prompt's progress until it is done. Raises RunError where it is not."""
+    in_steps = set()  # nodes that tell their steps
+    async for message in connection:
+        if message.type is not aiohttp.WSMsgType.TEXT:  # previews of the image
+            continue
+        event = json.loads(message.data)
+        kind, data = event["type"], event["data"]
+        if data.get("prompt_id") != prompt:
+            continue
+        if kind == "iec.step":
+            in_steps.add(data["node"])
+            show(f"{data['label']}: step {data['step']} of {data['steps']}, {data['nfe']} evaluations")
+        elif kind == "progress" and data["node"] not in in_steps:
+            show(f"{data['node']}: {data['value']} of {data['max']}")
+        elif kind == "execution_error":
+            raise RunError(f"{data['node_type']} ({data['node_id']}): {data['exception_message'].strip()}")
+        elif kind == "execution_interrupted":
+            raise RunError("the run was interrupted")
+        elif kind == "executing" and data["node"] is None:  # sent when the outputs can be asked for
+            return
+    raise RunError("the server closed the connection")
+
+
+async def save_images(session: aiohttp.ClientSession, outputs: Outputs, folder: pathlib.Path) -> list[pathlib.Path]:
+    """Write all images of a prompt's outputs to a folder, and return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for shown in outputs.values():
+        for image in shown.get("images", []):
+            place = {key: image[key] for key in ("filename", "subfolder", "type")}
+            async with session.get("/view", params=place) as response:
+                response.raise_for_status()
+                paths.append(folder / pathlib.PurePath(image["filename"]).name)
+                paths[-1].write_bytes(await response.read())
+    return paths
+
+
+async def run(workflow: Workflow, folder: pathlib.Path, server: str) -> list[pathlib.Path]:
+    """Run a workflow on the server at host:port, and return the paths of its images in the folder."""
+    client = uuid.uuid4().hex
+    forever = aiohttp.ClientTimeout(total=None)
+    async with (
+        aiohttp.ClientSession(f"http://{server}", timeout=forever) as session,
+        session.ws_connect("/ws", params={"clientId": client}, max_msg_size=0) as connection,
+    ):
+        prompt = await submit(session, workflow, client)
+        try:
+            await follow(connection, prompt)
+        finally:
+            print(file=sys.stderr)
+        async with session.get(f"/history/{prompt}") as response:
+            history = await response.json()
+        return await save_images(session, history[prompt]["outputs"], folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Run a workflow in API form on a running ComfyUI, and save its images.")
+    parser.add_argument("workflow", type=pathlib.Path, help="the JSON file")
+    parser.add_argument("folder", type=pathlib.Path, help="where the images go")
+    parser.add_argument("--server", default="127.0.0.1:8188", help="host:port of the ComfyUI, by default %(default)s")
+    arguments = parser.parse_args()
+    try:
+        workflow = json.loads(arguments.workflow.read_text(encoding="utf-8"))
+        for path in asyncio.run(run(workflow, arguments.folder, arguments.server)):
+            print(path)
+    except (OSError, ValueError, aiohttp.ClientError, RunError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

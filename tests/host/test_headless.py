@@ -1,0 +1,63 @@
+"""The pack without a browser: the example client of example_workflows/api on a running ComfyUI."""
+
+import json
+import subprocess
+import sys
+
+import comfyui
+import pytest
+import server
+
+API = comfyui.ROOT / "example_workflows/api"
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    with server.serve(tmp_path_factory.mktemp("output")) as host:
+        yield host
+
+
+def run(host, workflow, folder):
+    """Run the client as a user does; its finished process."""
+    address = host.url.removeprefix("http://")
+    command = [sys.executable, str(API / "run.py"), str(workflow), str(folder), "--server", address]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def changed(tmp_path, **inputs):
+    """A copy of the example workflow with other inputs, {node: {input: value}}."""
+    workflow = json.loads((API / "corrected_image.json").read_text())
+    for node, values in inputs.items():
+        workflow[node]["inputs"].update(values)
+    (tmp_path / "changed.json").write_text(json.dumps(workflow))
+    return tmp_path / "changed.json"
+
+
+def test_client_shows_steps_and_saves_the_images(host, tmp_path):
+    done = run(host, API / "corrected_image.json", tmp_path / "images")
+    assert done.returncode == 0, done.stderr
+    written = sorted((tmp_path / "images").iterdir())
+    assert done.stdout.split() == [str(path) for path in written]
+    assert len(written) == 4 and all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+    shown = [line.strip() for line in done.stderr.replace("\r", "\n").splitlines()]
+    assert [f"corrected: step {step} of 50, {2 * step - step // 50} evaluations" in shown for step in range(51)] == [True] * 51
+
+
+def test_client_says_what_was_refused_once(host, tmp_path):
+    done = run(host, changed(tmp_path, sampler={"correction_steps": "middle"}), tmp_path / "images")
+    assert done.returncode != 0
+    forms = "all, none, ends:1/10, first:3, last:3 or steps:0,1,48,49"
+    assert done.stderr.strip() == (f"IECKSampler (sampler): correction_steps: 'middle' is not a known form; write {forms}.")
+
+
+def test_client_says_what_went_wrong(host, tmp_path):
+    done = run(host, changed(tmp_path, fast={"branch": 50}), tmp_path / "images")
+    assert done.returncode != 0 and not (tmp_path / "images").exists()
+    assert done.stderr.strip() == "IECDeepCache (fast): branch: this U-Net has branches 0 to 7, and 50 is none of them."
+
+
+def test_client_says_that_no_server_answers(tmp_path):
+    command = [sys.executable, str(API / "run.py"), str(API / "corrected_image.json"), str(tmp_path)]
+    done = subprocess.run([*command, "--server", f"127.0.0.1:{server.free_port()}"], capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert "Cannot connect to host 127.0.0.1" in done.stderr and "Traceback" not in done.stderr

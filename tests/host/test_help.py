@@ -1,0 +1,159 @@
+"""What a user is told at the node: its help page, tooltips, and the words by which the search finds it."""
+
+import ast
+import dataclasses
+import itertools
+import re
+
+import comfyui
+import pytest
+
+PAGES = comfyui.ROOT / "web/docs"
+FEW = 15  # a page lists so many choices; longer ones, of samplers and files, are the host's to list
+LARGEST_SEED = "2⁶⁴ \N{MINUS SIGN} 1"
+
+
+def page_of(node):
+    """The text of a node's help page."""
+    return (PAGES / f"{node}.md").read_text(encoding="utf-8")
+
+
+def section(text, title):
+    """What stands under a heading of the second level."""
+    parts = re.split(r"^## (.+)\n", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2])).get(title, "")
+
+
+def rows(text):
+    """{name in the first column: {column: cell}} of the first table in a text; a first cell can name several."""
+    lines = itertools.takewhile(lambda line: line.startswith("|"), text[text.find("|") :].splitlines())
+    table = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    if not table:
+        return {}
+    return {name: dict(zip(table[0], row)) for row in table[2:] for name in re.findall(r"`([^`]+)`", row[0])}
+
+
+def numbers(text):
+    """The numbers in a text."""
+    text = text.replace(LARGEST_SEED, str(2**64 - 1))
+    return {float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", text)}
+
+
+def words(text):
+    """The choices that a cell lists."""
+    return {word.strip(" `") for word in text.split(",")}
+
+
+@pytest.fixture(scope="module")
+def infos(host):
+    """{node: what the server tells the page of it}, for the pack's nodes."""
+    return {name: cls.GET_NODE_INFO_V1() for name, cls in host.nodes.items() if name.startswith("IEC")}
+
+
+def inputs_of(info):
+    """{input: (type, options)} of a node, the required and the optional ones."""
+    given = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+    return {name: (spec[0], spec[1] if len(spec) > 1 else {}) for name, spec in given.items()}
+
+
+def wrong_input(kind, options, row):
+    """What a row of the table of inputs says wrongly, else None."""
+    unit, range_, default = row.get("unit", ""), row.get("range", ""), row.get("default", "").strip("`")
+    if kind in ("INT", "FLOAT"):
+        if not {float(options["min"]), float(options["max"])} <= numbers(range_):
+            return f"range {range_}, and it is {options['min']} to {options['max']}"
+        return None if float(options["default"]) in numbers(default) else f"default {default}, and it is {options['default']}"
+    if kind == "BOOLEAN":
+        return None if default == ("on" if options["default"] else "off") and words(range_) == {"on", "off"} else "on, off"
+    if kind == "STRING":
+        return None if default == (options["default"] or "empty") else f"default {default}, and it is {options['default']}"
+    if kind == "COMBO":
+        choices = options["options"]
+        if len(choices) <= FEW and "default" in options and words(range_) != set(choices):
+            return f"range {range_}, and it is {choices}"
+        return None if default == options.get("default", default) else f"default {default}, and it is {options['default']}"
+    return None if unit.strip("`") == kind else f"unit {unit}, and it is {kind}"
+
+
+def test_every_page_has_a_node(infos):
+    assert infos and {path.stem for path in PAGES.glob("*.md")} == set(infos)
+
+
+def test_opening_is_the_name_two_sentences_and_a_picture(infos):
+    for node, info in infos.items():
+        title, opening, picture, *_ = page_of(node).split("\n\n")
+        assert title == f"# {info['display_name']}", node
+        assert len(re.findall(r"\.(?=\s|$)", opening)) == 2 and len(opening.split()) <= 70, node
+        assert picture == f"![{info['display_name']}](images/{node}.png)", node
+
+
+def test_table_of_inputs_has_units_ranges_and_defaults(infos):
+    for node, info in infos.items():
+        table = rows(section(page_of(node), "Inputs"))
+        assert set(table) == set(inputs_of(info)), node
+        for name, (kind, options) in inputs_of(info).items():
+            assert wrong_input(kind, options, table[name]) is None, (node, name)
+            assert len(table[name]["what it does, and what to start with"].split()) > 1, (node, name)
+
+
+def test_table_of_outputs_has_names_and_types(infos):
+    for node, info in infos.items():
+        table = rows(section(page_of(node), "Outputs"))
+        given = {name: row["type"].strip("`") for name, row in table.items()}
+        assert given == dict(zip(info["output_name"], info["output"])), node
+
+
+def test_inputs_of_the_same_meaning_are_described_alike():
+    shared = ("correction_steps", "lambda_", "max_iterations", "tolerance", "evaluation_point", "lambda_mode")
+    tables = [rows(section(page_of(node), "Inputs")) for node in ("IECKSampler", "IECApply", "IECSampler")]
+    for name in shared:
+        assert tables[0][name] == tables[1][name] == tables[2][name], name
+
+
+def said_in(folder):
+    """All texts in the code of a folder, with … for what is put into them."""
+    said = []
+    for path in folder.rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        composed = [node for node in nodes if isinstance(node, ast.JoinedStr)]
+        parts = {id(part) for node in composed for part in node.values}
+        said += ["".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values) for node in composed]
+        alone = [node.value for node in nodes if isinstance(node, ast.Constant) and id(node) not in parts]
+        said += [value for value in alone if isinstance(value, str)]
+    return said
+
+
+def not_said(message, said):
+    """The parts, between what is put into it, of a message that the code does not say of that input or of any."""
+    name, _, sentence = message.partition(": ") if ": " in message else ("", "", message)
+    ours = "\n".join(text for text in said if text.startswith(f"{name}: ") or not re.match(r"[\w, ]+: ", text))
+    parts = re.split(r"…|: |\b[NM]\b", re.sub(r"models/\w+", "models/…", sentence))
+    return [part for part in (part.strip(" '") for part in parts) if len(part) > 3 and part not in ours]
+
+
+def test_what_goes_wrong_is_there_in_the_words_of_the_code(infos):
+    said = [*said_in(comfyui.ROOT / "nodes"), *said_in(comfyui.ROOT / "iec_core")]
+    said.append((comfyui.provide() / "execution.py").read_text(encoding="utf-8"))
+    for node in infos:
+        messages = rows(section(page_of(node), "When something is refused"))
+        assert messages, node
+        assert {message: parts for message in messages if (parts := not_said(message, said))} == {}, node
+
+
+def test_every_input_and_output_has_a_tooltip(infos):
+    for node, info in infos.items():
+        assert info["description"] and info["category"].endswith("/IEC"), node
+        assert [name for name, (_, options) in inputs_of(info).items() if not options.get("tooltip")] == [], node
+        assert len(info["output_tooltips"]) == len(info["output"]) and all(info["output_tooltips"]), node
+
+
+def test_search_finds_nodes_by_words_of_their_use(host, infos):
+    from comfy_api.latest import io
+
+    if "search_aliases" not in {field.name for field in dataclasses.fields(io.Schema)}:
+        pytest.skip("this ComfyUI's node search has names only")
+    for node, info in infos.items():
+        aliases = info["search_aliases"]
+        assert len(set(aliases)) == len(aliases) >= 2, node
+    for word, node in (("int8", "IECQuantizeModel"), ("faster", "IECDeepCache"), ("error correction", "IECKSampler")):
+        assert word in infos[node]["search_aliases"]
