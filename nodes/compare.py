@@ -51,8 +51,8 @@ def check_reports(reports, least=1):
     """Raise ValueError where there are fewer than `least` reports, or one cannot be compared with the first."""
     if len(reports) < least:
         raise ValueError(
-            f"reports: {len(reports) or 'no'} run{'s' if len(reports) != 1 else ''}, and {least} are needed, the first as the "
-            "reference; join the reports of several KSampler (IEC) with Join Reports (IEC)."
+            f"reports: the number of runs is {len(reports)} and has to be at least {least}, with the reference as the first; "
+            "join the reports of several KSampler (IEC) with Join Reports (IEC)."
         )
     for report in reports:
         if report.result is None or not report.latents:
