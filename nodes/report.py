@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from ..iec_core.report import to_json
 from . import plots
 from .correct import RunLog
-from .types import Report, as_image
+from .types import Report, as_image, shown_on
 
 
 class IECReport(io.ComfyNode):
@@ -18,6 +18,7 @@ class IECReport(io.ComfyNode):
             category="sampling/IEC",
             description="What sampling runs did, step by step: sigma, corrected or not, damping, residuals, contraction, "
             "evaluations and seconds; as JSON and as a plot.",
+            is_output_node=True,
             inputs=[
                 Report.Input("report", tooltip="The report of KSampler (IEC), Apply IEC or IEC Sampler."),
                 io.Latent.Input(
@@ -45,8 +46,8 @@ class IECReport(io.ComfyNode):
                 "report: none of its runs was in this prompt; wire the latent of a sampler that it is about into 'after', and "
                 "change the seed if that sampler is done already."
             )
-        pictures = [as_image(plots.run_steps(run)) for run in report]
-        return io.NodeOutput(to_json(report), torch.cat(pictures))
+        text, pictures = to_json(report), torch.cat([as_image(plots.run_steps(run)) for run in report])
+        return io.NodeOutput(text, pictures, ui=shown_on(cls, pictures, text))
 
 
 NODES = [IECReport]
