@@ -2,7 +2,18 @@
 
 from comfy_api.latest import ComfyExtension
 
-from . import builtin, cachequant, compare, correct, deepcache, quantization_profile, quantization_report, quantize, report
+from . import (
+    builtin,
+    cachequant,
+    compare,
+    correct,
+    deepcache,
+    pictures,
+    quantization_profile,
+    quantization_report,
+    quantize,
+    report,
+)
 from .host.step_plan import serve_step_plans
 
 
@@ -11,7 +22,7 @@ class IECExtension(ComfyExtension):
 
     async def get_node_list(self):
         quantization = quantize, quantization_profile, quantization_report
-        modules = correct, *quantization, deepcache, cachequant, builtin, compare, report
+        modules = correct, *quantization, deepcache, cachequant, builtin, compare, pictures, report
         return [node for module in modules for node in module.NODES]
 
 

@@ -1,5 +1,6 @@
-"""Comparison of sampling runs against a reference: image grid, error-growth plot, table."""
+"""Comparison of sampling runs against a reference: what is measured, and IECCompare with all of it."""
 
+import collections
 import csv
 import io as text_io
 import math
@@ -7,9 +8,9 @@ import math
 from comfy_api.latest import io
 
 from ..iec_core.metrics import psnr, relative_error
-from . import plots
+from . import grids, plots
 from .host.schema import schema
-from .types import Report, as_image
+from .types import Report, as_image, shown_on
 
 COLUMNS = ("variant", "correction_steps", "NFE", "seconds", "relative_error", "PSNR")
 
@@ -48,8 +49,13 @@ def final_error(report, reference):
     return relative_error(report.latents[-1], reference.latents[-1]).mean().item()
 
 
-def check_reports(reports):
-    """Raise ValueError where a report cannot be compared with the first."""
+def check_reports(reports, least=1):
+    """Raise ValueError where there are fewer than `least` reports, or one cannot be compared with the first."""
+    if len(reports) < least:
+        raise ValueError(
+            f"reports: the number of runs is {len(reports)} and has to be at least {least}, with the reference as the first; "
+            "join the reports of several KSampler (IEC) with Join Reports (IEC)."
+        )
     for report in reports:
         if report.result is None or not report.latents:
             raise ValueError(f"reports: the run '{report.label}' kept no latents; set keep_latents on its IECKSampler.")
@@ -58,6 +64,32 @@ def check_reports(reports):
                 f"reports: the run '{report.label}' has latents of shape {tuple(report.latents[-1].shape)}, the reference "
                 f"of shape {tuple(reports[0].latents[-1].shape)}; compare runs of one shape."
             )
+
+
+def told_apart(reports):
+    """Return (label, correction) of every run; a run that has those of an earlier one gets a number to its label."""
+    seen, names = collections.Counter(), []
+    for report in reports:
+        name = report.label, report.correction
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else (f"{report.label} ({seen[name]})", report.correction))
+    return names
+
+
+def captions(reports):
+    """Return what stands at every run's images."""
+    return [f"{report.label}\nIEC {report.correction}\nNFE {report.nfe}" for report in reports]
+
+
+def decoded(reports, vae):
+    """Return every run's images, float32 [B, H, W, 3] on the CPU; the frames of videos are images."""
+    return [vae.decode(report.result).float().cpu().flatten(0, -4) for report in reports]
+
+
+def error_plot(reports):
+    """Return the plot of every run's error over the steps to the first run, as IMAGE."""
+    errors = [trajectory_error(run, reports[0]) for run in reports]
+    return as_image(plots.error_growth([(*name, curve) for name, curve in zip(told_apart(reports), errors)][1:]))
 
 
 def table(reports, images):
@@ -83,6 +115,7 @@ class IECCompare(io.ComfyNode):
             description="Measures sampling runs against the first one: images side by side, relative latent error per step, "
             "and a table of evaluations, seconds, final error and PSNR.",
             search_aliases=["compare", "benchmark", "psnr", "side by side", "measure error", "reference"],
+            is_output_node=True,
             inputs=[
                 Report.Input("reports", tooltip="Joined reports with latents; the first is the reference."),
                 io.Vae.Input("vae", tooltip="Decodes the final latents. For the built-in model: VAELoader, pixel_space."),
@@ -97,11 +130,10 @@ class IECCompare(io.ComfyNode):
     @classmethod
     def execute(cls, reports, vae):
         check_reports(reports)
-        images = [vae.decode(report.result).float().cpu() for report in reports]
-        captions = [f"{report.label}\nIEC {report.correction}, NFE {report.nfe}" for report in reports]
-        grid = plots.image_grid([(caption, image.numpy()) for caption, image in zip(captions, images)])
-        curves = [(run.label, run.correction, trajectory_error(run, reports[0])) for run in reports[1:]]
-        return io.NodeOutput(as_image(grid), as_image(plots.error_growth(curves)), table(reports, images))
+        images = decoded(reports, vae)
+        grid = as_image(grids.image_grid([(name, batch.numpy()) for name, batch in zip(captions(reports), images)]))
+        plot, text = error_plot(reports), table(reports, images)
+        return io.NodeOutput(grid, plot, text, ui=shown_on(cls, [*grid, *plot], text))
 
 
 NODES = [IECJoinReports, IECCompare]

@@ -1,35 +1,50 @@
-"""Pictures of sampling runs, as RGB arrays: the error-growth plot and the labelled image grid."""
+"""Plots of sampling runs, as RGB arrays. Their letters are large enough for the 400 pixels that a node shows them at."""
 
-import textwrap
+import itertools
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.transforms import IdentityTransform
 
-# Okabe and Ito's palette: told apart with every common colour blindness.
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Okabe and Ito's palette: told apart with every common colour blindness, the first five best.
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#56B4E9", "#E69F00", "#009E73", "#CC79A7")
 STYLES = ("-", "--", ":", "-.")
-MARKERS = ("o", "s", "^", "D", "v", "P")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+def _figure(height):
+    """Return a figure of 1040 pixels' width and `height` inches, 160 pixels each."""
+    figure = Figure(figsize=(6.5, height), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def _picture(figure):
     """Render a figure to uint8 [H, W, 3]."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
 
 
-def _means(step, rows):
-    """Mean of every iteration's numbers over the images that it was iterated for, nan where there is none.
+def shortened(text, length=40):
+    """Return the text, its end left out where it has more than `length` characters."""
+    return text if len(text) <= length else text[: length - 1] + "…"
 
-    step: StepReport; rows: the name of one of its lists. An image that is done has no contraction.
-    """
-    means = []
-    for row, contraction in zip(getattr(step, rows), step.contraction):
-        kept = [value for value, still in zip(row, contraction) if still is not None and value is not None]
-        means.append(np.mean(kept) if kept else np.nan)
-    return means
+
+def _log_scale(axes):
+    """Make the y axis logarithmic, with plain numbers at its ticks. Comes after the data."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _legend_columns(names):
+    """Return the number of a legend's columns that fit the figure's width."""
+    return 2 if len(names) > 2 and max(map(len, names)) <= 38 else 1
 
 
 def run_steps(report):
@@ -37,35 +52,39 @@ def run_steps(report):
 
     report: RunReport. A point for each iteration, the mean over the images that it was iterated for.
     """
-    figure = Figure(figsize=(10, 8), dpi=110, layout="constrained")
+    figure = _figure(6.8)
     cost, residual, contraction = figure.subplots(3, 1, sharex=True)
     steps = [step.step for step in report.steps]
-    name = textwrap.shorten(report.label, 60, placeholder="...")
-    figure.suptitle(f"{name}\nIEC {report.correction}, NFE {report.nfe}, {report.seconds:.2f} s", fontsize=11)
+    figure.suptitle(
+        f"{shortened(report.label, 60)}\nIEC {report.correction}, NFE {report.nfe}, {report.seconds:.2f} s", fontsize=11
+    )
     colours = [COLOURS[1] if step.corrected else "#BBBBBB" for step in report.steps]
     cost.bar(steps, [step.nfe for step in report.steps], color=colours, width=0.8)
     cost.set_ylabel("evaluations\n(blue: corrected)")
     cost.yaxis.get_major_locator().set_params(integer=True)
     noise = cost.twinx()
     noise.plot(steps, [step.sigma for step in report.steps], color=COLOURS[2], marker=".")
-    noise.set_yscale("log")
+    _log_scale(noise)
     noise.set_ylabel("sigma", color=COLOURS[2])
 
     corrected = [step for step in report.steps if step.residuals]
+    own = [(*look, f"iteration {number}") for number, look in enumerate(zip(COLOURS[1:], MARKERS), 1)]
+    later = "#999999", "x", f"iteration {len(own) + 1} and later"
     for iteration in range(max((len(step.residuals) for step in corrected), default=0)):
         reached = [step for step in corrected if len(step.residuals) > iteration]
-        at, style = [step.step for step in reached], MARKERS[iteration % len(MARKERS)]
-        name, colour = f"iteration {iteration + 1}", COLOURS[1 + iteration % (len(COLOURS) - 1)]
+        at = [step.step for step in reached]
+        colour, style, name = own[iteration] if iteration < len(own) else later
+        name = name if iteration <= len(own) else None
         for axes, rows in ((residual, "residuals"), (contraction, "contraction")):
-            values = [_means(step, rows)[iteration] for step in reached]
+            values = np.array([step.means(rows)[iteration] for step in reached], float)  # None is nan
             axes.plot(at, values, style, color=colour, label=name, alpha=0.9)
-    damping = [(step.step, _means(step, "lambdas")[0]) for step in corrected]
+    damping = [(step.step, step.means("lambdas")[0]) for step in corrected]
     contraction.plot(*zip(*damping) if damping else ([], []), "_", color=COLOURS[0], markersize=10, label="lambda used first")
     fallen = [step.step for step in report.steps if any(step.fell_back)]
     for step in fallen:
         some = {"label": "an image fell back"} if step == fallen[0] else {}
-        contraction.axvspan(step - 0.4, step + 0.4, color=COLOURS[5], alpha=0.35, linewidth=0, **some)
-    residual.set_yscale("log")
+        contraction.axvspan(step - 0.4, step + 0.4, color=COLOURS[4], alpha=0.35, linewidth=0, **some)
+    _log_scale(residual)
     residual.set_ylabel("relative residual")
     contraction.axhline(1, color="black", linewidth=0.8)
     contraction.set_ylabel("contraction of the\ndamped map; lambda")
@@ -76,58 +95,164 @@ def run_steps(report):
         axes.grid(True, alpha=0.25)
         axes.set_xlim(-0.7, max(len(steps), 1) - 0.3)
     if corrected:
-        figure.legend(*contraction.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
+        figure.legend(*contraction.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     else:
         text = "no step was corrected" if steps else "the sampler's steps are not known"
         residual.text(0.5, 0.5, text, ha="center", transform=residual.transAxes)
     return _picture(figure)
 
 
+def _looks(pairs):
+    """Return (colour, line style, marker) for each (label, correction): no two alike, up to 7 labels or 4 corrections for
+    each of the 7 markers. Colour and marker stand for the label, the line style for the correction.
+    """
+    labels = list(dict.fromkeys(label for label, _ in pairs))
+    corrections = sorted(dict.fromkeys(correction for _, correction in pairs), key=lambda name: name != "none")
+    groups = -(-len(corrections) // len(STYLES))
+    looks = []
+    for label, correction in pairs:
+        at = corrections.index(correction)
+        colour = labels.index(label) if len(labels) > 1 else at
+        marker = colour + colour // len(COLOURS) * groups + at // len(STYLES)
+        looks.append((COLOURS[colour % len(COLOURS)], STYLES[at % len(STYLES)], MARKERS[marker % len(MARKERS)]))
+    return looks
+
+
 def error_growth(curves):
     """Draw the relative latent error over the steps, log scale; uint8 [H, W, 3].
 
-    curves: list of (label, correction, errors), errors[i] the error at the start of step i, nan where there is none.
-    A colour stands for a label, a line style for a correction.
+    curves: list of (label, correction, errors), no two with the same label and correction; errors[i] is the error at the
+    start of step i, nan where there is none.
     """
-    labels = list(dict.fromkeys(label for label, _, _ in curves))
-    corrections = dict.fromkeys(correction for _, correction, _ in curves)
-    corrections = sorted(corrections, key=lambda correction: correction != "none")  # solid is uncorrected
-    figure = Figure(figsize=(10, 6), dpi=120, layout="constrained")
+    names = [f"{shortened(label)}, IEC {correction}" for label, correction, _ in curves]
+    columns = _legend_columns(names)
+    figure = _figure(4 + 0.19 * -(-len(curves) // columns))
     axes = figure.add_subplot()
-    for label, correction, errors in curves:
+    looks = _looks([curve[:2] for curve in curves])
+    for number, ((_, _, errors), name, (colour, style, marker)) in enumerate(zip(curves, names, looks)):
         errors = np.where(np.asarray(errors) > 0, errors, np.nan)
-        colour = COLOURS[labels.index(label) % len(COLOURS)]
-        style = STYLES[corrections.index(correction) % len(STYLES)]
-        axes.plot(range(len(errors)), errors, color=colour, linestyle=style, label=f"{label}, IEC {correction}")
-    axes.set_yscale("log")
+        apart = max(1, len(errors) // 8)
+        marked = sorted({*range(1 + number % apart, len(errors), apart), len(errors) - 1})  # a lone final error shows too
+        look = {"color": colour, "linestyle": style, "marker": marker, "markevery": marked, "markersize": 4, "linewidth": 1.2}
+        axes.plot(range(len(errors)), errors, label=name, **look)
+    _log_scale(axes)
     axes.set_xlabel("step")
-    axes.set_ylabel("relative latent error to the reference run")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_ylabel("relative latent error to the reference")
     axes.grid(True, which="both", alpha=0.25)
+    if not any(np.any(np.asarray(errors) > 0) for _, _, errors in curves):
+        axes.text(0.5, 0.5, "no run differs from the reference", ha="center", transform=axes.transAxes)
     if curves:
-        figure.legend(loc="outside right upper", fontsize=9)
+        figure.legend(loc="outside lower center", ncols=columns, fontsize=9, handlelength=3.2)
     return _picture(figure)
 
 
-def image_grid(rows, tile=96, columns=8):
-    """Draw one row of images per run with its caption at the left; uint8 [H, W, 3].
+def _overlap(a, b):
+    """Return the area that two boxes (left, bottom, right, top) share."""
+    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
 
-    rows: list of (caption, images), images float [B, H, W, 3] in 0..1; at most `columns` of a row are shown. Images are
-    scaled to a width of about `tile` pixels, by repeating pixels where that enlarges them.
+
+def place_labels(points, sizes, bounds, gap, kept_clear=()):
+    """Return ([(left, bottom, right, top)], overlap): a box beside each point, and the area in which boxes lie over others,
+    over points, over the boxes `kept_clear` or outside `bounds`; 0 where all are legible.
+
+    points: [(x, y)]. sizes: [(width, height)] of the labels. gap: least distance of a label from its point, and half the
+    size of a point. All in pixels; nearest free place first.
     """
-    gap, text_width, font = 4, 330, ImageFont.load_default(size=18)
-    shown = [(caption, images[:columns]) for caption, images in rows]
-    height = round(tile * shown[0][1].shape[1] / shown[0][1].shape[2])
-    width = text_width + (tile + gap) * max(len(images) for _, images in shown)
-    grid = Image.new("RGB", (width, (height + gap) * len(shown)), "white")
-    draw = ImageDraw.Draw(grid)
-    for row, (caption, images) in enumerate(shown):
-        top = row * (height + gap)
-        draw.multiline_text((8, top + height // 2), caption, fill="black", font=font, anchor="lm", spacing=6)
-        for column, image in enumerate(images):
-            picture = Image.fromarray((np.clip(image, 0, 1) * 255).round().astype(np.uint8))
-            method = Image.NEAREST if picture.width < tile else Image.LANCZOS
-            grid.paste(picture.resize((tile, height), method), (text_width + column * (tile + gap), top))
-    return np.asarray(grid)
+    taken = [(x - gap, y - gap, x + gap, y + gap) for x, y in points] + list(kept_clear)
+    sides = ((1, 0), (-1, 0), *itertools.product((0, 0.5, -0.5, 1, -1), (1, -1)))
+    boxes, total = [], 0
+    for (x, y), (width, height) in zip(points, sizes):
+        found = []
+        for distance, (right, up) in itertools.product((1.2, 2, 4, 6, 8), sides):
+            left = x - width / 2 + right * (width / 2 + distance * gap)
+            bottom = y - height / 2 + up * (height / 2 + distance * gap)
+            box = (left, bottom, left + width, bottom + height)
+            outside = width * height - _overlap(box, bounds)
+            found.append((round(outside + sum(_overlap(box, other) for other in taken), 3), box))
+            if found[-1][0] == 0:
+                break
+        overlap, box = min(found, key=lambda one: one[0])
+        boxes.append(box)
+        taken.append(box)
+        total += overlap
+    return boxes, total
+
+
+def _label_points(figure, axes, points, texts, lines):
+    """Write a text beside each point [(x, y)] of the axes, with a thin line to it, off the horizontal and vertical `lines`
+    [(x, y), (x, y)]; returns whether no text hides anything.
+    """
+    figure.draw_without_rendering()  # now the layout is known, and stays
+    figure.set_layout_engine("none")
+    labels = [figure.text(0, 0, text, fontsize=9, va="bottom", transform=IdentityTransform()) for text in texts]
+    extents = [label.get_window_extent() for label in labels]
+    at = axes.transData.transform(points)
+    bounds, gap = axes.get_window_extent().extents, 4 * figure.dpi / 72
+    lines = [axes.transData.transform(line) for line in lines]
+    lines = [(*np.min(line, axis=0) - 2, *np.max(line, axis=0) + 2) for line in lines]
+    boxes, overlap = place_labels(at, [(extent.width, extent.height) for extent in extents], bounds, gap, lines)
+    for label, (x, y), (left, bottom, right, top) in zip(labels, at, boxes):
+        label.set_position((left, bottom))
+        end = np.clip((x, y), (left, bottom), (right, top))
+        start = (x, y) + (end - (x, y)) * gap / max(gap, np.hypot(*(end - (x, y))))
+        if np.hypot(*(end - start)) > gap / 2:
+            axes.add_artist(Line2D(*zip(start, end), color="#888888", linewidth=0.6, transform=IdentityTransform()))
+    return overlap == 0
+
+
+def _pareto_figure(points, front, reference, cost, texts, listed=()):
+    """Return (figure, legible) of the Pareto plot: `texts` are written at its points, `listed` is what its legend has for them,
+    if anything. legible: no text hides anything. reference: (name, cost).
+    """
+    highest, errors = 1.15 * max(reference[1], *(x for x, _ in points)), [y for _, y in points]
+    on_front = {"marker": "o", "color": COLOURS[1], "markersize": 7}
+    off_front = {"marker": "s", "color": COLOURS[2], "markersize": 7, "markerfacecolor": "none"}
+    looks = [on_front if i in front else off_front for i in range(len(points))]
+    at_reference = {"color": COLOURS[0], "linestyle": "--", "linewidth": 1.2}
+    keys = [
+        Line2D([], [], **at_reference, label=f"reference: {reference[0]}"),
+        Line2D([], [], **on_front, label="Pareto front"),
+        Line2D([], [], linestyle="", **off_front, label="dominated"),
+        *(Line2D([], [], linestyle="", **look, label=line) for look, line in zip(looks, listed)),
+    ]
+    columns = _legend_columns([key.get_label() for key in keys])
+    figure = _figure(4 + 0.19 * -(-len(keys) // columns))
+    axes = figure.add_subplot(xlim=(0, highest), ylim=(min(errors) / 1.7, max(errors) * 1.7))
+    _log_scale(axes)
+    axes.set_xlabel(cost)
+    axes.set_ylabel("relative error of the final latent")
+    axes.set_title("lower left is better", fontsize=10)
+    axes.grid(True, which="both", alpha=0.25)
+    axes.axvline(reference[1], **at_reference)
+    stairs = list(itertools.pairwise([points[i] for i in front] + [(highest, points[front[-1]][1])]))
+    lines = [line for (x, y), (then, lower) in stairs for line in (((x, y), (then, y)), ((then, y), (then, lower)))]
+    for line in lines:
+        axes.plot(*zip(*line), color=COLOURS[1], linewidth=1.4)
+    for point, look in zip(points, looks):
+        axes.plot(*point, linestyle="", zorder=3, **look)
+    figure.legend(handles=keys, loc="outside lower center", ncols=columns, fontsize=9)
+    lines.append(((reference[1], min(errors) / 1.7), (reference[1], max(errors) * 1.7)))
+    return figure, _label_points(figure, axes, points, texts, lines)
+
+
+def pareto(runs, front, reference, cost):
+    """Draw the runs' error against their cost, and the Pareto front; uint8 [H, W, 3].
+
+    runs: list of (label, correction, cost, error). front: indices of those that none dominates, cheapest first. reference:
+    (label, correction, cost) of the run that the errors are to. cost: what the cost is, for the axis. Runs are named in the
+    plot where there is room for that, and by numbers otherwise.
+    """
+    floor = min((error for *_, error in runs if error > 0), default=1e-6) / 3  # where a run without any error is drawn
+    points = [(spent, error if error > 0 else floor) for *_, spent, error in runs]
+    names = [(shortened(label), f"IEC {correction}{'' if error > 0 else ', error 0'}") for label, correction, _, error in runs]
+    reference = f"{shortened(reference[0])}, IEC {reference[1]}", reference[2]
+    figure, legible = _pareto_figure(points, front, reference, cost, ["\n".join(name) for name in names])
+    if not legible:
+        listed = [f"{number}  {', '.join(name)}" for number, name in enumerate(names, 1)]
+        numbers = [str(number) for number in range(1, len(runs) + 1)]
+        figure, _ = _pareto_figure(points, front, reference, cost, numbers, listed)
+    return _picture(figure)
 
 
 def layer_errors(errors, left):
@@ -136,7 +261,7 @@ def layer_errors(errors, left):
     errors: LayerErrors. left: names of those that are suggested to stay in full precision. More than 60 layers: the worst 60.
     """
     shown = sorted(errors, key=lambda error: -error.relative_noise)[:60]
-    figure = Figure(figsize=(11, 1.4 + 0.22 * len(shown)), dpi=110, layout="constrained")
+    figure = _figure(1.3 + 0.17 * len(shown))
     axes = figure.subplots()
     places, ratios = range(len(shown)), np.array([error.sqnr for error in shown])
     finite = np.isfinite(ratios)
@@ -145,15 +270,15 @@ def layer_errors(errors, left):
     colours = [COLOURS[2] if one else COLOURS[1] for one in is_left]
     bars = axes.barh(places, widths, color=colours, hatch=["//" if one else "" for one in is_left], edgecolor="white")
     texts = [f"{ratio:.1f}" if np.isfinite(ratio) else "not run" if np.isnan(ratio) else "no error" for ratio in ratios]
-    axes.bar_label(bars, texts, padding=3, fontsize=8)
-    axes.set_yticks(places, [f"{error.name} ({error.format.split(',')[0]})" for error in shown], fontsize=8)
+    axes.bar_label(bars, texts, padding=3, fontsize=7)
+    axes.set_yticks(places, [f"{error.name} ({error.format.split(',')[0]})" for error in shown], fontsize=7)
     axes.set_ylim(len(shown) - 0.4, -0.6)
-    axes.margins(x=0.08)
+    axes.margins(x=0.12)
     axes.set_xlabel("output SQNR, dB: higher is better")
     title = f"{len(shown)} of {len(errors)} quantized layers, the worst first"
     if left:
-        title += f"\norange, hatched: suggested to leave in full precision ({len(left)} in all, {sum(is_left)} of these here)"
-    figure.suptitle(title, fontsize=11)
+        title += f"\norange, hatched: suggested to leave out ({len(left)} in all, {sum(is_left)} of these here)"
+    figure.suptitle(title, fontsize=10)
     axes.set_axisbelow(True)
     axes.grid(axis="x", alpha=0.3)
     return _picture(figure)

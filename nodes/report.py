@@ -7,7 +7,7 @@ from ..iec_core.report import to_json
 from . import plots
 from .correct import RunLog
 from .host.schema import schema
-from .types import Report, as_image
+from .types import Report, as_image, shown_on
 
 
 class IECReport(io.ComfyNode):
@@ -20,6 +20,7 @@ class IECReport(io.ComfyNode):
             description="What sampling runs did, step by step: sigma, corrected or not, damping, residuals, contraction, "
             "evaluations and seconds; as JSON and as a plot.",
             search_aliases=["sampling report", "convergence", "residuals", "contraction", "statistics"],
+            is_output_node=True,
             inputs=[
                 Report.Input("report", tooltip="The report of KSampler (IEC), Apply IEC or IEC Sampler."),
                 io.Latent.Input(
@@ -47,8 +48,8 @@ class IECReport(io.ComfyNode):
                 "report: none of its runs was in this prompt; wire the latent of a sampler that it is about into 'after', and "
                 "change the seed if that sampler is done already."
             )
-        pictures = [as_image(plots.run_steps(run)) for run in report]
-        return io.NodeOutput(to_json(report), torch.cat(pictures))
+        text, pictures = to_json(report), torch.cat([as_image(plots.run_steps(run)) for run in report])
+        return io.NodeOutput(text, pictures, ui=shown_on(cls, pictures, text))
 
 
 NODES = [IECReport]

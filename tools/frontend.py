@@ -143,17 +143,17 @@ class Frontend:
 
 
 @contextlib.contextmanager
-def show(server, vue_nodes=False, settings=None, viewport=None):
+def show(server, vue_nodes=False, settings=None, viewport=None, scale=1):
     """Yield the loaded Frontend of a Server: no dialogs, an empty graph, and no access to anything but that server.
 
-    vue_nodes, settings: as of Frontend.load. viewport: {"width", "height"} in pixels. Raises RuntimeError where there is no
-    Chromium or the frontend does not come up.
+    vue_nodes, settings: as of Frontend.load. viewport: {"width", "height"}; scale: device pixels for each pixel of it. Raises
+    RuntimeError where there is no Chromium or the frontend does not come up.
     """
     with sync_playwright() as playwright:
         arguments = ["--no-sandbox", "--disable-gpu", "--font-render-hinting=none", "--force-color-profile=srgb"]
         browser = playwright.chromium.launch(executable_path=chromium(), args=arguments)
         try:
-            context = browser.new_context(viewport=viewport or VIEWPORT, reduced_motion="reduce")
+            context = browser.new_context(viewport=viewport or VIEWPORT, device_scale_factor=scale, reduced_motion="reduce")
             context.add_init_script(DISMISSED)
             context.route(lambda address: not address.startswith(server.url), lambda route: route.abort())
             view = Frontend(server, context.new_page())

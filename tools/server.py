@@ -135,12 +135,21 @@ def _stop(process):
             return
 
 
+def _base(folder, models):
+    """Make the base directory of a server with these models and no custom nodes but the pack; return its path."""
+    (folder / "custom_nodes").mkdir(parents=True)
+    (folder / "custom_nodes" / comfyui.PACK).symlink_to(comfyui.ROOT, target_is_directory=True)
+    (folder / "models").symlink_to(models, target_is_directory=True)
+    return folder
+
+
 @contextlib.contextmanager
-def serve(output=None, arguments=()):
+def serve(output=None, arguments=(), models=None):
     """Boot the provided ComfyUI with no custom nodes but this pack, yield a Server, and end it on the way out.
 
-    output: folder for what the workflows save, by default one that is removed. arguments: more command-line options.
-    Uses the GPU where torch sees one. Raises RuntimeError, with the end of the server's log, if it does not come up.
+    output: folder for what the workflows save, by default one that is removed. arguments: more command-line options. models:
+    a folder that stands for ComfyUI's own `models`. Uses the GPU where torch sees one. Raises RuntimeError, with the end of
+    the server's log, if it does not come up.
     """
     import torch
 
@@ -154,6 +163,8 @@ def serve(output=None, arguments=()):
         for name, place in places.items():
             place.mkdir(parents=True, exist_ok=True)
             command += [f"--{name}-directory", str(place)]
+        if models is not None:
+            command += ["--base-directory", str(_base(scratch / "base", pathlib.Path(models).resolve()))]
         command += ["--database-url", "sqlite:///:memory:", "--disable-auto-launch"]
         command += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", comfyui.PACK]
         command += [] if torch.cuda.is_available() else ["--cpu"]

@@ -14,10 +14,13 @@ EXTRAS = (
 
 
 @pytest.fixture(scope="session")
-def host():
+def host(tmp_path_factory):
     """ComfyUI on the CPU. `nodes`: all node classes by id, the pack's among them; `run(id, ...)`: one node's outputs."""
     known = comfyui.load_nodes(*EXTRAS, cpu=True)
+    import folder_paths
     import nodes
+
+    folder_paths.set_temp_directory(str(tmp_path_factory.mktemp("previews")))
 
     def run(node, **inputs):
         cls = known[node]
@@ -68,6 +71,15 @@ def sample(host, conditioning):
         return latent["samples"]
 
     return run
+
+
+@pytest.fixture
+def reports(sample, model):
+    """The RunReports of two runs with latents, without a correction and with one on every step."""
+    found = []
+    sample(model, found, label="full", keep_latents=True, steps=4)
+    sample(model, found, label="other", keep_latents=True, steps=4, correction_steps="all")
+    return found
 
 
 @pytest.fixture

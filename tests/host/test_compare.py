@@ -5,28 +5,14 @@ import math
 
 import pytest
 import torch
+from toy import PixelVAE
 
 
-class PixelVAE:
-    """Decodes as the host's pixel-space VAE."""
-
-    def decode(self, samples):
-        return (samples.movedim(1, -1) / 2 + 0.5).clamp(0, 1)
-
-
-@pytest.fixture
-def reports(host, sample, model):
-    found = []
-    sample(model, found, label="full", keep_latents=True, steps=4)
-    sample(model, found, label="other", keep_latents=True, steps=4, correction_steps="all")
-    return found
-
-
-def compare(host, reports, vae=None):
+def compare(host, reports):
     first, *rest = [[report] for report in reports]
     for report in rest:
         (first,) = host.run("IECJoinReports", reports=first, more=report)
-    return host.run("IECCompare", reports=first, vae=vae or PixelVAE())
+    return host.run("IECCompare", reports=first, vae=PixelVAE())
 
 
 def test_table_says_what_was_measured(host, reports):

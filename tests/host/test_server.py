@@ -1,5 +1,6 @@
 """The pack on a running ComfyUI, over its HTTP and websocket API."""
 
+import io
 import json
 import pathlib
 import re
@@ -9,11 +10,13 @@ import sys
 import time
 
 import comfyui
+import numpy as np
 import psutil
 import pytest
 import requests
 import server
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -21,7 +24,8 @@ NODES = {
     "IECKSampler", "IECApply", "IECSampler", "IECQuantizeModel", "IECDeepCache", "IECLoadBuiltinModel", "IECClassLabel",
     "IECJoinReports", "IECCompare", "IECReport", "IECCalibrateCacheQuant", "IECSaveCacheProfile", "IECLoadCacheProfile",
     "IECCacheQuant", "IECSaveQuantizedModel", "IECLoadQuantizedModel", "IECCalibrateQuantization", "IECSaveQuantizationProfile",
-    "IECLoadQuantizationProfile", "IECApplyQuantizationProfile", "IECQuantizationReport",
+    "IECLoadQuantizationProfile", "IECApplyQuantizationProfile", "IECQuantizationReport", "IECErrorPlot", "IECImageGrid",
+    "IECParetoPlot",
 }  # fmt: skip
 
 
@@ -197,6 +201,55 @@ def test_report_of_a_patched_model_waits_for_its_runs(host):
     for seed in (1, 2):
         runs = json.loads(host.run(graph(seed))["text"]["text"][0])
         assert [(run["label"], run["nfe"], len(run["steps"])) for run in runs] == [("run 1", 4, 3), ("run 2", 5, 4)]
+
+
+def pictures(seed, **nodes):
+    """Two runs of the built-in model, joined and with a VAE, and further `nodes`: {name: (class, inputs)}."""
+    graph = workflow(model=["model", 0], seed=seed, steps=3, correction_steps="none", keep_latents=True)
+    del graph["save"]
+    sampler = graph["sampler"]
+    graph["corrected"] = {**sampler, "inputs": {**sampler["inputs"], "correction_steps": "all", "label": "corrected"}}
+    join = {"reports": ["sampler", 1], "more": ["corrected", 1]}
+    more = {"runs": ("IECJoinReports", join), "vae": ("VAELoader", {"vae_name": "pixel_space"}), **nodes}
+    return graph | {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in more.items()}
+
+
+@pytest.mark.parametrize(
+    ("node", "inputs", "images", "text"),
+    [
+        ("IECErrorPlot", {"reports": ["runs", 0]}, 1, None),
+        ("IECImageGrid", {"reports": ["runs", 0], "vae": ["vae", 0], "difference_gain": 4.0}, 1, None),
+        ("IECParetoPlot", {"reports": ["runs", 0], "cost": "evaluations"}, 1, None),
+        ("IECCompare", {"reports": ["runs", 0], "vae": ["vae", 0]}, 2, "variant,correction_steps"),
+        ("IECReport", {"report": ["corrected", 1]}, 1, '[\n {\n  "label": "corrected"'),
+    ],
+)
+def test_nodes_show_their_pictures_and_pass_them_on(host, node, inputs, images, text):
+    """On the node, also of a prompt with no other output and from the cache; and at what is wired to their outputs."""
+    seed = sum(map(ord, node))
+    alone = host.run(pictures(seed, shown=(node, inputs)))["shown"]
+    assert len(alone["images"]) == images and all(entry["type"] == "temp" for entry in alone["images"])
+    assert alone["text"][0].startswith(text) if text else "text" not in alone
+    slot = 1 if node == "IECReport" else 0
+    saved = pictures(seed, shown=(node, inputs), save=("PreviewImage", {"images": ["shown", slot]}))
+    outputs = host.run(saved)
+    assert [entry["filename"] for entry in outputs["shown"]["images"]] == [entry["filename"] for entry in alone["images"]]
+    (passed_on,) = outputs["save"]["images"]
+    decoded = [np.asarray(Image.open(io.BytesIO(host.image(entry)))) for entry in (alone["images"][0], passed_on)]
+    assert np.array_equal(*decoded)
+
+
+@pytest.mark.parametrize(
+    ("node", "inputs", "sentence"),
+    [
+        ("IECParetoPlot", {"cost": "money"}, "cost: 'money' is none of seconds, evaluations"),
+        ("IECImageGrid", {"vae": ["vae", 0], "difference_gain": 0.5}, "Value 0.5 smaller than min of 1.0: difference_gain"),
+        ("IECImageGrid", {"vae": ["vae", 0], "difference_gain": 101}, "Value 101.0 bigger than max of 100.0: difference_gain"),
+    ],
+)
+def test_pictures_refuse_bad_settings_at_validation(host, node, inputs, sentence):
+    with pytest.raises(server.Refused, match=sentence):
+        host.run(pictures(1, shown=(node, {"reports": ["runs", 0], **inputs})))
 
 
 FORMS = "all, none, ends:1/10, first:3, last:3 or steps:0,1,48,49"

@@ -48,6 +48,13 @@ class ToyGuider:
         return self.denoised(x, sigma)
 
 
+class PixelVAE:
+    """Decodes as the host's pixel-space VAE."""
+
+    def decode(self, samples):
+        return (samples.movedim(1, -1) / 2 + 0.5).clamp(0, 1)
+
+
 def run(sampler, guider, sigmas, seed=3, shape=(2, 1, 2, 2), callback=None, dtype=torch.float64):
     """Run a SAMPLER of the host over `sigmas`, from noise; returns the final latent."""
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype).to(sigmas.device)

@@ -1,0 +1,93 @@
+// The part of draw_workflows.py that runs in the page. Places and sizes are LiteGraph's: a node's place is below its title.
+
+window.iecDraw = (() => {
+  const pause = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
+  const node = (title) => app.graph.nodes.find((node) => node.title === title);
+
+  /** Give every node the size of its type, at least what its widgets need; return {title: [width, height]}. */
+  function measure(sizes, least) {
+    for (const node of app.graph.nodes) {
+      for (const widget of node.widgets ?? []) if (widget.name === "control_after_generate") widget.value = "fixed";
+      const [width, height] = node.computeSize();
+      const [w, h] = sizes[node.type] ?? [least, 0];
+      node.setSize([Math.ceil(Math.max(width, w)), Math.ceil(Math.max(height, h))]);
+    }
+    return Object.fromEntries(app.graph.nodes.map((node) => [node.title, [...node.size]]));
+  }
+
+  /** Place the nodes: {title: [x, y, width, height]}; and say which pack each is of. */
+  function place(nodes, pack) {
+    for (const [title, [x, y, width, height]] of Object.entries(nodes)) {
+      node(title).pos = [x, y];
+      node(title).setSize([width, height]);
+    }
+    for (const node of app.graph.nodes) {
+      const ours = node.constructor.nodeData.python_module.startsWith("custom_nodes.");
+      node.properties.cnr_id = ours ? pack : "comfy-core";
+    }
+  }
+
+  function addGroup(title, color, [x, y, width, height]) {
+    const group = new LiteGraph.LGraphGroup(title);
+    Object.assign(group, { color, pos: [x, y], size: [width, height] });
+    app.graph.add(group);
+  }
+
+  /** Add a Markdown note to the left of the rest, as high as its text. */
+  async function addNote(title, markdown, width, gap) {
+    const note = LiteGraph.createNode("MarkdownNote");
+    app.graph.add(note);
+    Object.assign(note, { title, color: "#432", bgcolor: "#653", pos: [-width - gap, LiteGraph.NODE_TITLE_HEIGHT] });
+    note.widgets[0].value = markdown;
+    note.setSize([width, 400]);
+    await show(note.pos[0] - gap, 0, width + 2 * gap, 400, 1);
+    const text = note.widgets[0].element.firstElementChild;
+    const height = text.lastElementChild.getBoundingClientRect().bottom - text.firstElementChild.getBoundingClientRect().top;
+    note.setSize([width, Math.ceil(height) + 60]);
+  }
+
+  /** Return [x, y, width, height] of the groups of these titles together. */
+  function area(titles) {
+    const groups = app.graph.groups.filter((group) => titles.includes(group.title));
+    const from = [0, 1].map((i) => Math.min(...groups.map((group) => group.pos[i])));
+    const to = [0, 1].map((i) => Math.max(...groups.map((group) => group.pos[i] + group.size[i])));
+    return [...from, to[0] - from[0], to[1] - from[1]];
+  }
+
+  /** Show a part of the graph as large as the window allows, at most at a scale; return its place in the page, in pixels. */
+  async function show(x, y, width, height, mostScale) {
+    const canvas = app.canvas.canvas.getBoundingClientRect();
+    const scale = Math.min(mostScale, canvas.width / width, canvas.height / height);
+    app.canvas.ds.scale = scale;
+    app.canvas.ds.offset = [-x, -y];
+    app.canvas.background_image = null; // the grid
+    app.canvas.deselectAll?.();
+    app.canvas.setDirty(true, true);
+    await pause(700);
+    return { x: canvas.x, y: canvas.y, width: Math.floor(width * scale), height: Math.floor(height * scale) };
+  }
+
+  /** Run the workflow; return null when its results are there, else what went wrong. */
+  async function run() {
+    const ended = new Promise((done) => {
+      app.api.addEventListener("execution_success", () => done(null), { once: true });
+      app.api.addEventListener("execution_error", (event) => done(event.detail.exception_message), { once: true });
+    });
+    await app.queuePrompt(0);
+    const refused = Object.keys(app.lastNodeErrors ?? {}).length > 0;
+    return refused ? JSON.stringify(app.lastNodeErrors) : ended;
+  }
+
+  /** Show one node of a type, with its default widgets; return its size. */
+  function only(type, leastWidth) {
+    app.graph.clear();
+    const node = LiteGraph.createNode(type);
+    app.graph.add(node);
+    const [width, height] = node.computeSize();
+    node.setSize([Math.max(width, leastWidth), height]);
+    node.pos = [0, 0];
+    return [...node.size];
+  }
+
+  return { measure, place, addGroup, addNote, area, show, run, only };
+})();

@@ -1,0 +1,207 @@
+"""Draws the example workflows and the nodes with ComfyUI's own frontend.
+
+    python tools/draw_workflows.py [NAME ...]        workflows of these names, or `nodes`; default: everything
+
+Reads `example_workflows/api/<name>.json`, lays the nodes out as `workflow_pages.py` says, and writes
+
+- `example_workflows/<name>.json`, the workflow as the frontend saves it,
+- `example_workflows/<name>.jpg`, its picture, with results where it runs on the built-in model,
+- `example_workflows/api/<name>.json` again, with every widget's value,
+- `web/docs/images/<node id>.png`, a picture of each node.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import pathlib
+import sys
+import tempfile
+import uuid
+
+import comfyui
+import frontend
+import server
+from PIL import Image
+from workflow_pages import PAGES
+
+WORKFLOWS = comfyui.ROOT / "example_workflows"
+NODE_PICTURES = comfyui.ROOT / "web" / "docs" / "images"
+MOST_BYTES = 60_000  # of a picture
+
+NOTE_WIDTH, PADDING, GAP, TITLE, FRAME_TITLE = 400, 20, 24, 30, 44
+VIEWPORT = {"width": 1600, "height": 1200}
+# Sizes of nodes that show something, or hold a text; the others have the least that their widgets need.
+SIZES = {
+    "CLIPTextEncode": (380, 150),
+    "LoadImage": (380, 400),
+    "SaveImage": (340, 400),
+    "PreviewImage": (340, 400),
+    "PreviewAny": (380, 200),
+    "IECImageGrid": (560, 760),
+    "IECErrorPlot": (560, 440),
+    "IECParetoPlot": (560, 440),
+}
+LEAST_WIDTH, LEAST_NODE_WIDTH = 300, 340
+
+# Nothing but the canvas, and what widgets put over it.
+BARE = """
+body * { visibility: hidden !important; }
+#graph-canvas, .dom-widget, .dom-widget * { visibility: visible !important; }
+"""
+SETTINGS = {"LiteGraph.Canvas.MinFontSizeForLOD": 0, "Comfy.NodeBadge.NodeSourceBadgeMode": "None"}
+SCRIPT = pathlib.Path(__file__).with_suffix(".js")
+
+
+def api_workflow(name):
+    """Return an example workflow in API form."""
+    return json.loads((WORKFLOWS / "api" / f"{name}.json").read_text())
+
+
+def write_json(path, data):
+    """Write JSON as the files in the repository are written."""
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def call(view, function, *arguments):
+    """Call a function of draw_workflows.js in the page and return its result."""
+    return view.page.evaluate("([name, given]) => iecDraw[name](...given)", [function, arguments])
+
+
+def load(view):
+    """Load the frontend anew, with nothing but the canvas, and texts drawn at every scale."""
+    view.load(settings=SETTINGS)
+    view.page.add_style_tag(content=BARE)
+    view.page.add_script_tag(path=SCRIPT)
+
+
+def arrange(page, sizes):
+    """Return ({title: (x, y, width, height)} of the nodes, [(x, y, width, height)] of the page's groups).
+
+    Positions are LiteGraph's: a node's is below its title. Groups stand in columns, nodes in columns within a group; nodes of a
+    column have one width, groups too.
+    """
+    nodes, frames, left = {}, [], 0
+    for column in page.columns:
+        widths = [sum(max(sizes[t][0] for t in titles) + PADDING for titles in group.columns) + PADDING for group in column]
+        top = 0
+        for group in column:
+            x, bottom = left + PADDING, top
+            spare = (max(widths) - widths[column.index(group)]) / len(group.columns)
+            for titles in group.columns:
+                width, y = max(sizes[title][0] for title in titles) + spare, top + FRAME_TITLE + TITLE
+                for title in titles:
+                    nodes[title] = (round(x), round(y), round(width), sizes[title][1])
+                    y += sizes[title][1] + GAP + TITLE
+                x += width + PADDING
+                bottom = max(bottom, y - GAP - TITLE + PADDING)
+            frames.append((left, top, round(max(widths)), round(bottom - top)))
+            top = bottom + GAP
+        left += max(widths) + GAP
+    return nodes, frames
+
+
+def decorate(view, name, page):
+    """Place the nodes of the workflow that is open, and add note and groups."""
+    sizes = call(view, "measure", SIZES, LEAST_WIDTH)
+    if sorted(sizes) != sorted(title for group in page.groups for title in group.nodes):
+        raise ValueError(f"{name}: workflow_pages.py does not name its nodes' titles, each once: {', '.join(sorted(sizes))}")
+    nodes, frames = arrange(page, sizes)
+    call(view, "place", nodes, comfyui.PACK)
+    for group, frame in zip(page.groups, frames):
+        call(view, "addGroup", group.title, group.color, frame)
+    call(view, "addNote", "About this workflow", page.note.strip(), NOTE_WIDTH, GAP)
+
+
+def serialized(view, name):
+    """Return the open workflow as the frontend saves it, without what differs from one run to the next."""
+    graph = json.loads(view.page.evaluate("() => JSON.stringify(app.graph.serialize())"))
+    graph["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{comfyui.PACK}/{name}"))
+    graph["extra"]["ds"] = {"scale": 0.6, "offset": [NOTE_WIDTH + 120, 120]}
+    return graph
+
+
+def shoot(view, x, y, width, height, margin):
+    """Return a picture of a part of the graph, as large as the window allows, at most in its own size."""
+    place = call(view, "show", x - margin, y - margin, width + 2 * margin, height + 2 * margin, 1)
+    return Image.open(io.BytesIO(view.page.screenshot(clip=place))).convert("RGB")
+
+
+def save_jpeg(picture, path):
+    """Write a picture as the largest JPEG that is no file too large. Raises ValueError where there is none."""
+    for width in (1600, 1400, 1200, 1000, 800):
+        smaller = picture.copy()
+        smaller.thumbnail((width, width), Image.Resampling.LANCZOS)
+        for quality in (80, 70, 60):
+            file = io.BytesIO()
+            smaller.save(file, "JPEG", quality=quality, optimize=True, progressive=True)
+            if file.tell() <= MOST_BYTES:
+                path.write_bytes(file.getvalue())
+                return
+    raise ValueError(f"{path.name}: no JPEG of at most {MOST_BYTES} bytes; show fewer groups.")
+
+
+def run(view):
+    """Run the open workflow in the page, and return when its results are shown. Raises RuntimeError where it fails."""
+    if problem := call(view, "run"):
+        raise RuntimeError(f"the workflow failed: {problem}")
+    view.page.wait_for_load_state("networkidle")
+
+
+def draw_workflow(view, name):
+    """Write the three files of an example workflow."""
+    page = PAGES[name]
+    load(view)
+    view.open_api(api_workflow(name), name)
+    decorate(view, name, page)
+    write_json(WORKFLOWS / "api" / f"{name}.json", view.prompt())
+    write_json(WORKFLOWS / f"{name}.json", serialized(view, name))
+    if page.runs:
+        run(view)
+    shown = call(view, "area", page.picture or [group.title for group in page.groups])
+    save_jpeg(shoot(view, *shown, margin=16), WORKFLOWS / f"{name}.jpg")
+    if view.errors:
+        raise RuntimeError(f"{name}: the frontend complains: {view.errors}")
+
+
+def draw_nodes(view):
+    """Write a picture of each of the pack's nodes."""
+    load(view)
+    NODE_PICTURES.mkdir(exist_ok=True)
+    for name in sorted(name for name in view.server.get("/object_info") if name.startswith("IEC")):
+        width, height = call(view, "only", name, LEAST_NODE_WIDTH)
+        picture = shoot(view, 0, -TITLE, width, height + TITLE, margin=12)
+        picture.quantize(128, dither=Image.Dither.NONE).save(NODE_PICTURES / f"{name}.png", optimize=True)
+
+
+@contextlib.contextmanager
+def open_frontend(scale):
+    """Yield the frontend of a server without model files, in a window of this many device pixels for each of its own."""
+    with (
+        tempfile.TemporaryDirectory(prefix="comfyui-iec-") as models,
+        server.serve(models=models) as host,
+        frontend.show(host, viewport=VIEWPORT, scale=scale) as view,
+    ):
+        yield view
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"nodes, {', '.join(PAGES)}")
+    names = parser.parse_args().names or [*PAGES, "nodes"]
+    if unknown := set(names) - {*PAGES, "nodes"}:
+        parser.error(f"{', '.join(sorted(unknown))}: none of nodes, {', '.join(PAGES)}")
+    workflows = [name for name in names if name != "nodes"]
+    if workflows:
+        with open_frontend(scale=1) as view:
+            for name in workflows:
+                print(name, flush=True)
+                draw_workflow(view, name)
+    if "nodes" in names:
+        print("nodes", flush=True)
+        with open_frontend(scale=2) as view:
+            draw_nodes(view)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
