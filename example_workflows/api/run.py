@@ -42,7 +42,7 @@ async def submit(session: aiohttp.ClientSession, workflow: Workflow, client: str
         answer = await response.json()
     if response.status != 200 or answer["node_errors"]:
         raise RunError(refusal(answer))
-    return answer["prompt_id"]
+    return str(answer["prompt_id"])
 
 
 def show(line: str) -> None:

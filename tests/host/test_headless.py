@@ -1,6 +1,8 @@
 """The pack without a browser: the example client of example_workflows/api on a running ComfyUI."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -41,6 +43,16 @@ def test_client_shows_steps_and_saves_the_images(host, tmp_path):
     assert len(written) == 4 and all(path.read_bytes().startswith(b"\x89PNG") for path in written)
     shown = [line.strip() for line in done.stderr.replace("\r", "\n").splitlines()]
     assert [f"corrected: step {step} of 50, {2 * step - step // 50} evaluations" in shown for step in range(51)] == [True] * 51
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_readme_posts_the_workflow_with_curl(host):
+    text = (comfyui.ROOT / "README.md").read_text(encoding="utf-8")
+    command = re.search(r"^    curl -X POST.*?\n\n", text, re.MULTILINE | re.DOTALL)[0]
+    command = command.replace("127.0.0.1:8188", host.url.removeprefix("http://"))
+    done = subprocess.run(["bash", "-c", command], cwd=comfyui.ROOT, capture_output=True, text=True, timeout=60)
+    answer = json.loads(done.stdout)
+    assert answer["prompt_id"] and answer["node_errors"] == {}
 
 
 def test_client_says_what_was_refused_once(host, tmp_path):
