@@ -87,6 +87,12 @@ def test_opening_is_the_name_two_sentences_and_a_picture(infos):
         assert picture == f"![{info['display_name']}](images/{node}.png)", node
 
 
+def test_pictures_are_there_and_small(infos):
+    for node in infos:
+        picture = (PAGES / "images" / f"{node}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG") and len(picture) < 60_000, node
+
+
 def test_table_of_inputs_has_units_ranges_and_defaults(infos):
     for node, info in infos.items():
         table = rows(section(page_of(node), "Inputs"))
