@@ -8,7 +8,7 @@ from . import plots
 from .calibration import run_inputs, sampling_of, taken_prompts, wrong_run_choice
 from .host.layer_errors import layer_errors
 from .host.schema import schema
-from .types import as_image
+from .types import as_image, shown_on
 
 BUDGETS = ["none", "size", "error"]
 
@@ -23,6 +23,7 @@ class IECQuantizationReport(io.ComfyNode):
             description="Compares every quantized layer's output with full precision on your prompts: a table and a plot, the "
             "worst first, and which layers to leave unquantized under a budget of size or error.",
             search_aliases=["sqnr", "quantization error", "layer sensitivity", "sensitive layers", "mixed precision"],
+            is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip="A model from Quantize Model (IEC), calibrated or not."),
                 io.Model.Input("full_precision", tooltip="The model that it was made from."),
@@ -77,7 +78,8 @@ class IECQuantizationReport(io.ComfyNode):
             "size": lambda: core.left_for_size(errors, size_mb * 2**20),
             "error": lambda: core.left_for_error(errors, least_sqnr),
         }[budget]()
-        return io.NodeOutput(core.table(errors), as_image(plots.layer_errors(errors, left)), " ".join(left))
+        table, plot = core.table(errors), as_image(plots.layer_errors(errors, left))
+        return io.NodeOutput(table, plot, " ".join(left), ui=shown_on(cls, plot, table))
 
 
 NODES = [IECQuantizationReport]

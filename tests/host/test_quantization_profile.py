@@ -519,7 +519,9 @@ def report(host, inputs, model):
 
     def make(quantized, full_precision=None, **settings):
         of = {"model": quantized, "full_precision": full_precision or model, **inputs, **settings}
-        text, plot, exclude = host.run("IECQuantizationReport", **of)
+        node = host.nodes["IECQuantizationReport"].execute(**of)
+        text, plot, exclude = node.result
+        assert len(node.ui["images"]) == len(plot) == 1 and list(node.ui["text"]) == [text]  # shown on the node
         cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.split("\n\n")[0].splitlines()]
         assert cells[0][0] == "layer" and set(cells[1]) == {"---"}
         return {name: more for name, *more in cells[2:]}, plot, exclude.split()
