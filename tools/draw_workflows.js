@@ -82,7 +82,6 @@ window.iecDraw = (() => {
     app.canvas.deselectAll?.();
     app.canvas.setDirty(true, true);
     await pause(700);
-    await loaded();
     return { x: canvas.x, y: canvas.y, width: Math.floor(width * scale), height: Math.floor(height * scale) };
   }
 
@@ -108,5 +107,5 @@ window.iecDraw = (() => {
     return [...node.size];
   }
 
-  return { measure, place, addGroup, addNote, area, show, run, only };
+  return { measure, place, addGroup, addNote, area, show, loaded, run, only };
 })();

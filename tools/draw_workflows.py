@@ -124,9 +124,13 @@ def serialized(view, name):
     return graph
 
 
-def shoot(view, x, y, width, height, margin):
-    """Return a picture of a part of the graph, as large as the window allows, at most in its own size."""
+def shoot(view, x, y, width, height, margin, results=False):
+    """Return a picture of a part of the graph, as large as the window allows, at most in its own size. results: wait for the
+    images that the nodes show.
+    """
     place = call(view, "show", x - margin, y - margin, width + 2 * margin, height + 2 * margin, 1)
+    if results:
+        call(view, "loaded")
     return Image.open(io.BytesIO(view.page.screenshot(clip=place))).convert("RGB")
 
 
@@ -172,7 +176,7 @@ def draw_workflow(view, name):
     if page.runs:
         run(view)
     shown = call(view, "area", page.picture or [group.title for group in page.groups])
-    save_jpeg(shoot(view, *shown, margin=16), WORKFLOWS / f"{name}.jpg")
+    save_jpeg(shoot(view, *shown, margin=16, results=page.runs), WORKFLOWS / f"{name}.jpg")
     if view.errors:
         raise RuntimeError(f"{name}: the frontend complains: {view.errors}")
 
