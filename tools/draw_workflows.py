@@ -156,7 +156,7 @@ def run(view):
 
 def warm_up(view):
     """Run the open workflow once, with other noise, so that the seconds that it shows hold the first use of nothing."""
-    workflow = view.prompt()
+    workflow = view.api_workflow()
     for node in workflow.values():
         if "seed" in node["inputs"]:
             node["inputs"]["seed"] += 1
@@ -169,7 +169,7 @@ def draw_workflow(view, name):
     load(view)
     view.open_api(api_workflow(name), name)
     decorate(view, name, page)
-    write_json(WORKFLOWS / "api" / f"{name}.json", view.prompt())
+    write_json(WORKFLOWS / "api" / f"{name}.json", view.api_workflow())
     write_json(WORKFLOWS / f"{name}.json", serialized(view, name))
     if page.timed:
         warm_up(view)
@@ -191,12 +191,21 @@ def draw_nodes(view):
         picture.quantize(128, dither=Image.Dither.NONE).save(NODE_PICTURES / f"{name}.png", optimize=True)
 
 
+def folder_of_models(folder):
+    """Put a file into each folder that the pack's loaders read, so that they show a name; return the folder of them all."""
+    for kind in ("diffusion_models", "iec_profiles"):
+        path = pathlib.Path(folder) / kind / "example.safetensors"
+        path.parent.mkdir()
+        path.touch()
+    return folder
+
+
 @contextlib.contextmanager
 def open_frontend(scale):
-    """Yield the frontend of a server without model files, in a window of this many device pixels for each of its own."""
+    """Yield a Frontend on a server of its own. scale: device pixels for each pixel of its window."""
     with (
-        tempfile.TemporaryDirectory(prefix="comfyui-iec-") as models,
-        server.serve(models=models) as host,
+        tempfile.TemporaryDirectory(prefix="comfyui-iec-") as scratch,
+        server.serve(models=folder_of_models(scratch)) as host,
         frontend.show(host, viewport=VIEWPORT, scale=scale) as view,
     ):
         yield view

@@ -45,7 +45,7 @@ def test_workflows_open_as_their_api_form_and_nothing_overlaps(frontend, vue_nod
     for name in NAMES:
         frontend.open(json.loads((FOLDER / f"{name}.json").read_text()), name)
         api = json.loads((FOLDER / "api" / f"{name}.json").read_text())
-        assert without_titles(frontend.prompt()) == without_titles(api), name
+        assert without_titles(frontend.api_workflow()) == without_titles(api), name
         frontend.page.evaluate(SHOW_ALL)
         frontend.page.wait_for_timeout(500)
         assert overlaps(frontend.page.evaluate(IN_NODES_2 if vue_nodes else ON_CANVAS)) == [], name
