@@ -5,7 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo error-growth benchmark test test-gpu lint setup train clean
+.PHONY: demo error-growth benchmark pictures test test-gpu lint setup train clean
 
 demo: setup
 	$(RUN) tools/demo.py
@@ -23,6 +23,11 @@ benchmark: setup
 	$(RUN) tools/quantization_benchmark.py
 	$(RUN) tools/quantization_benchmark.py --speed
 
+# The example workflows as ComfyUI's frontend saves them, their pictures, and one of every node: about four minutes.
+pictures: setup
+	$(RUN) tools/draw_workflows.py
+
+# The tests in tests/browser need Chromium, and install it where they may.
 test: setup lint
 	$(RUN) -m pytest tests
 

@@ -2,9 +2,19 @@
 
 window.iecDraw = (() => {
   const pause = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
+  const isOfPack = (node) => node.constructor.nodeData?.python_module.startsWith("custom_nodes.");
   const node = (title) => app.graph.nodes.find((node) => node.title === title);
 
-  /** Give every node the size of its type, at least what its widgets need; return {title: [width, height]}. */
+  /** How much higher than on the canvas Nodes 2.0 draws a node: rows are wider apart, and custom nodes have a badge below. */
+  function room(node) {
+    const texts = (node.widgets ?? []).filter((widget) => widget.type === "text" || widget.type === "string");
+    return 8 + 3 * (node.widgets ?? []).length + 12 * texts.length + (isOfPack(node) ? 32 : 0);
+  }
+
+  /**
+   * Give every node the size of its type, at least what its widgets need. Return {title: [width, height, room]}, with the room
+   * that is to be left below it.
+   */
   function measure(sizes, least) {
     for (const node of app.graph.nodes) {
       for (const widget of node.widgets ?? []) if (widget.name === "control_after_generate") widget.value = "fixed";
@@ -12,7 +22,7 @@ window.iecDraw = (() => {
       const [w, h] = sizes[node.type] ?? [least, 0];
       node.setSize([Math.ceil(Math.max(width, w)), Math.ceil(Math.max(height, h))]);
     }
-    return Object.fromEntries(app.graph.nodes.map((node) => [node.title, [...node.size]]));
+    return Object.fromEntries(app.graph.nodes.map((node) => [node.title, [...node.size, room(node)]]));
   }
 
   /** Place the nodes: {title: [x, y, width, height]}; and say which pack each is of. */
@@ -21,10 +31,7 @@ window.iecDraw = (() => {
       node(title).pos = [x, y];
       node(title).setSize([width, height]);
     }
-    for (const node of app.graph.nodes) {
-      const ours = node.constructor.nodeData.python_module.startsWith("custom_nodes.");
-      node.properties.cnr_id = ours ? pack : "comfy-core";
-    }
+    for (const node of app.graph.nodes) node.properties.cnr_id = isOfPack(node) ? pack : "comfy-core";
   }
 
   function addGroup(title, color, [x, y, width, height]) {
@@ -52,6 +59,17 @@ window.iecDraw = (() => {
     const from = [0, 1].map((i) => Math.min(...groups.map((group) => group.pos[i])));
     const to = [0, 1].map((i) => Math.max(...groups.map((group) => group.pos[i] + group.size[i])));
     return [...from, to[0] - from[0], to[1] - from[1]];
+  }
+
+  /** Return when the pictures of the nodes that are in sight have been loaded and drawn. */
+  async function loaded() {
+    const waits = (node) => app.nodeOutputs[node.id]?.images?.length && !node.imgs?.every((image) => image.complete);
+    for (let tries = 0; app.canvas.visible_nodes.some(waits); tries++) {
+      if (tries === 300) throw new Error("a node's pictures were not loaded within a minute");
+      app.canvas.setDirty(true, true);
+      await pause(200);
+    }
+    await pause(300);
   }
 
   /** Show a part of the graph as large as the window allows, at most at a scale; return its place in the page, in pixels. */
@@ -89,5 +107,5 @@ window.iecDraw = (() => {
     return [...node.size];
   }
 
-  return { measure, place, addGroup, addNote, area, show, run, only };
+  return { measure, place, addGroup, addNote, area, show, loaded, run, only };
 })();

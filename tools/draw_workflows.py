@@ -29,7 +29,7 @@ WORKFLOWS = comfyui.ROOT / "example_workflows"
 NODE_PICTURES = comfyui.ROOT / "web" / "docs" / "images"
 MOST_BYTES = 60_000  # of a picture
 
-NOTE_WIDTH, PADDING, GAP, TITLE, FRAME_TITLE = 400, 20, 24, 30, 44
+NOTE_WIDTH, PADDING, GAP, TITLE, FRAME_TITLE = 400, 20, 20, 30, 44
 VIEWPORT = {"width": 1600, "height": 1200}
 # Sizes of nodes that show something, or hold a text; the others have the least that their widgets need.
 SIZES = {
@@ -37,8 +37,10 @@ SIZES = {
     "LoadImage": (380, 400),
     "SaveImage": (340, 400),
     "PreviewImage": (340, 400),
+    "IECReport": (460, 420),
+    "IECCompare": (380, 360),
     "PreviewAny": (380, 200),
-    "IECImageGrid": (560, 760),
+    "IECImageGrid": (560, 940),
     "IECErrorPlot": (560, 440),
     "IECParetoPlot": (560, 440),
 }
@@ -78,8 +80,8 @@ def load(view):
 def arrange(page, sizes):
     """Return ({title: (x, y, width, height)} of the nodes, [(x, y, width, height)] of the page's groups).
 
-    Positions are LiteGraph's: a node's is below its title. Groups stand in columns, nodes in columns within a group; nodes of a
-    column have one width, groups too.
+    sizes: {title: (width, height, room below)}. Positions are LiteGraph's: a node's is below its title. Groups stand in
+    columns, nodes in columns within a group; nodes of a column have one width, groups too.
     """
     nodes, frames, left = {}, [], 0
     for column in page.columns:
@@ -91,8 +93,9 @@ def arrange(page, sizes):
             for titles in group.columns:
                 width, y = max(sizes[title][0] for title in titles) + spare, top + FRAME_TITLE + TITLE
                 for title in titles:
-                    nodes[title] = (round(x), round(y), round(width), sizes[title][1])
-                    y += sizes[title][1] + GAP + TITLE
+                    _, height, room = sizes[title]
+                    nodes[title] = (round(x), round(y), round(width), height)
+                    y += height + room + GAP + TITLE
                 x += width + PADDING
                 bottom = max(bottom, y - GAP - TITLE + PADDING)
             frames.append((left, top, round(max(widths)), round(bottom - top)))
@@ -121,18 +124,22 @@ def serialized(view, name):
     return graph
 
 
-def shoot(view, x, y, width, height, margin):
-    """Return a picture of a part of the graph, as large as the window allows, at most in its own size."""
+def shoot(view, x, y, width, height, margin, results=False):
+    """Return a picture of a part of the graph, as large as the window allows, at most in its own size. results: wait for the
+    images that the nodes show.
+    """
     place = call(view, "show", x - margin, y - margin, width + 2 * margin, height + 2 * margin, 1)
+    if results:
+        call(view, "loaded")
     return Image.open(io.BytesIO(view.page.screenshot(clip=place))).convert("RGB")
 
 
 def save_jpeg(picture, path):
     """Write a picture as the largest JPEG that is no file too large. Raises ValueError where there is none."""
-    for width in (1600, 1400, 1200, 1000, 800):
+    for width in (1600, 1400, 1200, 1000, 800, 600):
         smaller = picture.copy()
         smaller.thumbnail((width, width), Image.Resampling.LANCZOS)
-        for quality in (80, 70, 60):
+        for quality in (80, 70, 60, 50):
             file = io.BytesIO()
             smaller.save(file, "JPEG", quality=quality, optimize=True, progressive=True)
             if file.tell() <= MOST_BYTES:
@@ -142,10 +149,18 @@ def save_jpeg(picture, path):
 
 
 def run(view):
-    """Run the open workflow in the page, and return when its results are shown. Raises RuntimeError where it fails."""
+    """Run the open workflow in the page. Raises RuntimeError where it fails."""
     if problem := call(view, "run"):
         raise RuntimeError(f"the workflow failed: {problem}")
-    view.page.wait_for_load_state("networkidle")
+
+
+def warm_up(view):
+    """Run the open workflow once, with other noise, so that the seconds that it shows hold the first use of nothing."""
+    workflow = view.api_workflow()
+    for node in workflow.values():
+        if "seed" in node["inputs"]:
+            node["inputs"]["seed"] += 1
+    view.server.run(workflow)
 
 
 def draw_workflow(view, name):
@@ -154,12 +169,14 @@ def draw_workflow(view, name):
     load(view)
     view.open_api(api_workflow(name), name)
     decorate(view, name, page)
-    write_json(WORKFLOWS / "api" / f"{name}.json", view.prompt())
+    write_json(WORKFLOWS / "api" / f"{name}.json", view.api_workflow())
     write_json(WORKFLOWS / f"{name}.json", serialized(view, name))
+    if page.timed:
+        warm_up(view)
     if page.runs:
         run(view)
     shown = call(view, "area", page.picture or [group.title for group in page.groups])
-    save_jpeg(shoot(view, *shown, margin=16), WORKFLOWS / f"{name}.jpg")
+    save_jpeg(shoot(view, *shown, margin=16, results=page.runs), WORKFLOWS / f"{name}.jpg")
     if view.errors:
         raise RuntimeError(f"{name}: the frontend complains: {view.errors}")
 
@@ -174,12 +191,21 @@ def draw_nodes(view):
         picture.quantize(128, dither=Image.Dither.NONE).save(NODE_PICTURES / f"{name}.png", optimize=True)
 
 
+def folder_of_models(folder):
+    """Put a file into each folder that the pack's loaders read, so that they show a name; return the folder of them all."""
+    for kind in ("diffusion_models", "iec_profiles"):
+        path = pathlib.Path(folder) / kind / "example.safetensors"
+        path.parent.mkdir()
+        path.touch()
+    return folder
+
+
 @contextlib.contextmanager
 def open_frontend(scale):
-    """Yield the frontend of a server without model files, in a window of this many device pixels for each of its own."""
+    """Yield a Frontend on a server of its own. scale: device pixels for each pixel of its window."""
     with (
-        tempfile.TemporaryDirectory(prefix="comfyui-iec-") as models,
-        server.serve(models=models) as host,
+        tempfile.TemporaryDirectory(prefix="comfyui-iec-") as scratch,
+        server.serve(models=folder_of_models(scratch)) as host,
         frontend.show(host, viewport=VIEWPORT, scale=scale) as view,
     ):
         yield view
@@ -191,7 +217,8 @@ def main():
     names = parser.parse_args().names or [*PAGES, "nodes"]
     if unknown := set(names) - {*PAGES, "nodes"}:
         parser.error(f"{', '.join(sorted(unknown))}: none of nodes, {', '.join(PAGES)}")
-    workflows = [name for name in names if name != "nodes"]
+    names = [*filter(None, (PAGES[name].after for name in names if name in PAGES)), *names]
+    workflows = [name for name in PAGES if name in names]
     if workflows:
         with open_frontend(scale=1) as view:
             for name in workflows:

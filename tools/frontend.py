@@ -141,6 +141,14 @@ class Frontend:
         """Return the open workflow in API form, as the frontend would queue it."""
         return self.page.evaluate("async () => (await app.graphToPrompt()).output")
 
+    def api_workflow(self):
+        """Return the same without what is no input of the server's nodes: widgets of the frontend alone."""
+        info, workflow = self.server.get("/object_info"), self.prompt()
+        for node in workflow.values():
+            known = {name for kind in info[node["class_type"]]["input"].values() for name in kind}
+            node["inputs"] = {name: value for name, value in node["inputs"].items() if name in known}
+        return workflow
+
 
 @contextlib.contextmanager
 def show(server, vue_nodes=False, settings=None, viewport=None, scale=1):

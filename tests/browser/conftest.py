@@ -3,6 +3,7 @@
 import re
 
 import comfyui
+import dummy_models
 import frontend as frontend_tool
 import pytest
 import server
@@ -12,11 +13,12 @@ SCREENSHOTS = comfyui.ROOT / "output" / "browser"
 
 @pytest.fixture(scope="module")
 def view(tmp_path_factory):
-    """The Frontend that the tests of a file share.
+    """The Frontend that the tests of a file share, on a server with the model files that the example workflows name.
 
     Not longer than a file: while Playwright is on, its event loop runs, and the tests in `host` need their own.
     """
-    with server.serve(tmp_path_factory.mktemp("output")) as host, frontend_tool.show(host) as view:
+    models = dummy_models.write(tmp_path_factory.mktemp("models"))
+    with server.serve(tmp_path_factory.mktemp("output"), models=models) as host, frontend_tool.show(host) as view:
         yield view
 
 

@@ -1,0 +1,70 @@
+"""The example workflows in the real frontend: they are what the API forms say, nothing overlaps, and templates open."""
+
+import json
+
+import comfyui
+import pytest
+
+FOLDER = comfyui.ROOT / "example_workflows"
+SCREENSHOTS = comfyui.ROOT / "output" / "browser"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+
+# Places of the nodes with their titles, in the graph's units.
+ON_CANVAS = """() => app.graph.nodes.map((node) => {
+    const [width, height] = node.size, title = LiteGraph.NODE_TITLE_HEIGHT;
+    return [node.title, node.pos[0], node.pos[1] - title, width, height + title];
+})"""
+IN_NODES_2 = """() => app.graph.nodes.map((node) => {
+    const place = document.querySelector(`[data-node-id="${node.id}"]`).getBoundingClientRect(), scale = app.canvas.ds.scale;
+    return [node.title, place.x / scale, place.y / scale, place.width / scale, place.height / scale];
+})"""
+SHOW_ALL = """() => {
+    app.canvas.ds.scale = 0.3;
+    app.canvas.ds.offset = [900, 600];
+    app.canvas.setDirty(true, true);
+}"""
+
+
+def overlaps(places):
+    """The titles of nodes that lie over each other."""
+    found = []
+    for i, (title, x, y, width, height) in enumerate(places):
+        for other, left, top, w, h in places[:i]:
+            if x < left + w and left < x + width and y < top + h and top < y + height:
+                found.append((title, other))
+    return found
+
+
+def without_titles(prompt):
+    return {name: (node["class_type"], node["inputs"]) for name, node in prompt.items()}
+
+
+@pytest.mark.parametrize("vue_nodes", [False, True], ids=["canvas", "nodes2"])
+def test_workflows_open_as_their_api_form_and_nothing_overlaps(frontend, vue_nodes):
+    frontend.load(vue_nodes=vue_nodes)
+    for name in NAMES:
+        frontend.open(json.loads((FOLDER / f"{name}.json").read_text()), name)
+        api = json.loads((FOLDER / "api" / f"{name}.json").read_text())
+        assert without_titles(frontend.api_workflow()) == without_titles(api), name
+        frontend.page.evaluate(SHOW_ALL)
+        frontend.page.wait_for_timeout(500)
+        assert overlaps(frontend.page.evaluate(IN_NODES_2 if vue_nodes else ON_CANVAS)) == [], name
+        assert frontend.page.locator("[role=dialog]:visible, .p-toast-message:visible").count() == 0, name
+
+
+def test_overlaps_are_found():
+    assert overlaps([("a", 0, 0, 10, 10), ("b", 10, 0, 10, 10), ("c", 5, 9, 4, 4)]) == [("c", "a")]
+
+
+def test_a_workflow_opens_from_the_template_browser(frontend):
+    page = frontend.page
+    page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_text(comfyui.PACK, exact=True).first.click()
+    for name in NAMES:
+        dialog.get_by_text(name, exact=True).first.wait_for(state="attached")
+    dialog.locator("img").first.wait_for()
+    page.screenshot(path=SCREENSHOTS / "templates.png")
+    dialog.get_by_text("quick_start", exact=True).first.click()
+    page.wait_for_function("() => app.graph.nodes.some((node) => node.type === 'IECKSampler')")
+    assert page.evaluate("() => app.graph.groups.length") == 5
