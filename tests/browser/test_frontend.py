@@ -32,6 +32,28 @@ def test_a_named_browser_that_is_none_is_refused(monkeypatch):
         tool.chromium()
 
 
+def program(path, script):
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize("root", [True, False])
+def test_apt_installs_a_browser_where_there_is_none(monkeypatch, tmp_path, root):
+    """The commands are stand-ins that note how they are called: apt-get leaves a chromium behind."""
+    monkeypatch.delenv("CHROMIUM", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(tool.os, "geteuid", lambda: 0 if root else 1000)
+    (tmp_path / "env").symlink_to("/usr/bin/env")
+    program(tmp_path / "sudo", f'echo sudo "$1" >> {tmp_path}/calls; shift; exec "$@"')
+    program(tmp_path / "template", "echo Chromium")
+    install = f"case $2 in install) /bin/cp {tmp_path}/template {tmp_path}/chromium;; esac"
+    program(tmp_path / "apt-get", f'echo "$@" >> {tmp_path}/calls; {install}')
+    assert tool.chromium() == str(tmp_path / "chromium")
+    update, install = "-qq update", "-qq install -y --no-install-recommends chromium"
+    calls = [update, install] if root else ["sudo -n", update, "sudo -n", install]
+    assert (tmp_path / "calls").read_text().splitlines() == calls
+
+
 def test_without_any_browser_one_sentence_says_so(monkeypatch):
     monkeypatch.delenv("CHROMIUM", raising=False)
     for name in ("_on_path", "_install_by_apt", "_install_by_playwright"):
