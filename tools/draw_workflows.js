@@ -5,17 +5,32 @@ window.iecDraw = (() => {
   const isOfPack = (node) => node.constructor.nodeData?.python_module.startsWith("custom_nodes.");
   const node = (title) => app.graph.nodes.find((node) => node.title === title);
 
-  /** How much higher than on the canvas Nodes 2.0 draws a node: rows are wider apart, and custom nodes have a badge below. */
+  const strips = () => app.graph.nodes.flatMap((node) => (node.widgets ?? []).filter((widget) => widget.name === "iec_steps"));
+  const CHART = 120; // the height that a run's chart adds to a strip of steps
+
+  /** Wait until the strips of steps show their plans, on which the height of their nodes depends. */
+  async function planned() {
+    while (!strips().every((widget) => widget.element.innerText)) await pause(100);
+    await pause(400);
+  }
+
+  /**
+   * How much higher than before a run and on the canvas a node gets: by the chart of the run, and in Nodes 2.0, where rows are
+   * wider apart and custom nodes have a badge below.
+   */
   function room(node) {
-    const texts = (node.widgets ?? []).filter((widget) => widget.type === "text" || widget.type === "string");
-    return 8 + 3 * (node.widgets ?? []).length + 12 * texts.length + (isOfPack(node) ? 32 : 0);
+    const widgets = node.widgets ?? [];
+    const texts = widgets.filter((widget) => widget.type === "text" || widget.type === "string");
+    const chart = widgets.some((widget) => widget.name === "iec_steps") ? CHART : 0;
+    return 8 + 3 * widgets.length + 12 * texts.length + (isOfPack(node) ? 32 : 0) + chart;
   }
 
   /**
    * Give every node the size of its type, at least what its widgets need. Return {title: [width, height, room]}, with the room
    * that is to be left below it.
    */
-  function measure(sizes, least) {
+  async function measure(sizes, least) {
+    await planned();
     for (const node of app.graph.nodes) {
       for (const widget of node.widgets ?? []) if (widget.name === "control_after_generate") widget.value = "fixed";
       const [width, height] = node.computeSize();
@@ -97,10 +112,11 @@ window.iecDraw = (() => {
   }
 
   /** Show one node of a type, with its default widgets; return its size. */
-  function only(type, leastWidth) {
+  async function only(type, leastWidth) {
     app.graph.clear();
     const node = LiteGraph.createNode(type);
     app.graph.add(node);
+    await planned();
     const [width, height] = node.computeSize();
     node.setSize([Math.max(width, leastWidth), height]);
     node.pos = [0, 0];
