@@ -137,7 +137,7 @@ class TraceReader:
         lists = {name: [_on_its_way(value) for value in getattr(trace, name)] for name in TRACED}
         copy = replace(trace, **lists, fell_back=_on_its_way(trace.fell_back))
         arrived = torch.cuda.Event()
-        arrived.record()
+        arrived.record(torch.cuda.current_stream(trace.fell_back.device))
         self._pending.append((step, copy, arrived))
 
     def take(self, wait=False):
@@ -170,6 +170,7 @@ class Stopwatch:
     """Takes times without waiting for the device; they are read at the end."""
 
     def __init__(self, device):
+        self._device = device
         self._is_cuda = device.type == "cuda"
         self._marks = []
 
@@ -177,7 +178,7 @@ class Stopwatch:
         """Take the time, on the device's own clock where it has one."""
         if self._is_cuda:
             event = torch.cuda.Event(enable_timing=True)
-            event.record()
+            event.record(torch.cuda.current_stream(self._device))
             self._marks.append(event)
         else:
             self._marks.append(time.perf_counter())

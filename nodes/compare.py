@@ -1,8 +1,8 @@
 """Comparison of sampling runs against a reference: what is measured, and IECCompare with all of it."""
 
-import collections
 import csv
 import io as text_io
+import itertools
 import math
 
 from comfy_api.latest import io
@@ -68,11 +68,10 @@ def check_reports(reports, least=1):
 
 def told_apart(reports):
     """Return (label, correction) of every run; a run that has those of an earlier one gets a number to its label."""
-    seen, names = collections.Counter(), []
+    names = []
     for report in reports:
-        name = report.label, report.correction
-        seen[name] += 1
-        names.append(name if seen[name] == 1 else (f"{report.label} ({seen[name]})", report.correction))
+        labels = itertools.chain([report.label], (f"{report.label} ({number})" for number in itertools.count(2)))
+        names.append(next(name for label in labels if (name := (label, report.correction)) not in names))
     return names
 
 

@@ -28,8 +28,11 @@ def _wrapped(text, font, width):
     def fits(lines):
         return all(font.getlength(line) <= width for line in lines)
 
-    parts = [[textwrap.wrap(line, count) for count in range(len(line), 0, -1)] for line in text.splitlines()]
-    return "\n".join("\n".join(next(filter(fits, ways), ways[-1])) for ways in parts if ways)
+    def broken(line):
+        ways = (textwrap.wrap(line, count) for count in range(len(line), 0, -1))
+        return next((lines for lines in ways if fits(lines)), list(line))
+
+    return "\n".join("\n".join(broken(line)) for line in text.splitlines() if line)
 
 
 def _text_height(text, font):

@@ -29,8 +29,10 @@ def _picture(figure):
 
 
 def shortened(text, length=40):
-    """Return the text, its end left out where it has more than `length` characters."""
-    return text if len(text) <= length else text[: length - 1] + "…"
+    """Return a user's text for a plot, its end left out where it has more than `length` characters."""
+    text = text if len(text) <= length else text[: length - 1] + "…"
+    text = text.replace("$", r"\$")  # or it would be set as a formula
+    return f" {text}" if text.startswith("_") else text  # or legends would leave it out
 
 
 def _log_scale(axes):

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 
+import comfyui
 import requests
 from playwright.sync_api import TimeoutError as PlaywrightTimeout
 from playwright.sync_api import sync_playwright
@@ -37,11 +38,12 @@ SETTINGS = {
     "Comfy.Locale": "en",
 }
 DISMISSED = "for (const key of ['vueNodesBannerDismissed', 'comfy.vueNodesMigration.dismissed']) localStorage[key] = 'true';"
-# What the frontends complain of by themselves, without the pack too: files that a new user has not, and as they start, what
-# is not there yet (the last: 1.32.9, of a setting).
+# What the frontends complain of by themselves, without the pack too: files that a new user has not, where they are not the
+# pack's, and as they start, what is not there yet (the last: 1.32.9, of a setting).
+OF_THE_PACK = (f"/extensions/{comfyui.PACK}/js", f"/extensions/{comfyui.PACK}/docs/images", "/iec/")
 OWN_COMPLAINTS = (
-    "Failed to load resource",
     "ComfyApp graph accessed before initialization",
+    "Attempted to cleanup event listeners for graph that was never set up",
     "TypeError: Cannot read properties of undefined (reading 'id')\n    at onChange ",
 )
 READY = "() => window.app?.graph && window.app.vueAppReady && window.app.extensions.length > 0"
@@ -107,7 +109,9 @@ class Frontend:
         page.on("pageerror", lambda error: self.errors.append(f"uncaught: {error.stack or error}"))
 
     def _on_console(self, message):
-        if message.type == "error" and not message.text.startswith(OWN_COMPLAINTS):
+        is_missing_file = message.text.startswith("Failed to load resource")
+        is_own = not any(place in message.location["url"] for place in OF_THE_PACK) if is_missing_file else False
+        if message.type == "error" and not is_own and not message.text.startswith(OWN_COMPLAINTS):
             self.errors.append(message.text)
 
     def load(self, vue_nodes=False, settings=None):

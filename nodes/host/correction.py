@@ -133,7 +133,6 @@ class CorrectedDenoiser(CountedDenoiser):
         self._traces.take(wait=True)
         self._report.finish(seconds)
         self._warn()
-        self._progress.end()
         if not all(flags):
             step = steps[flags.index(False)]
             raise RuntimeError(
@@ -141,6 +140,7 @@ class CorrectedDenoiser(CountedDenoiser):
                 f"{self._rehearsal.steps[step].step.sigma:.4g}), the network returned NaN or infinity; no latent is passed "
                 f"on. {TRY_PRECISION}"
             )
+        self._progress.end()
 
     def _warn(self):
         """Add to the report what the sampler makes of a correction, if that is much, and log its warnings."""

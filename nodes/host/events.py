@@ -15,9 +15,11 @@ def running_server():
 
 def _workflow_of(server, prompt_id):
     """Return the id of the workflow that a running prompt was made from, "" where it came without one."""
-    for _, running, _, extra, *_ in getattr(server.prompt_queue, "currently_running", {}).values():
+    for _, running, _, about, *_ in getattr(server.prompt_queue, "currently_running", {}).values():
         if running == prompt_id:
-            return extra.get("extra_pnginfo", {}).get("workflow", {}).get("id") or ""
+            for key in ("extra_pnginfo", "workflow", "id"):
+                about = about.get(key) if isinstance(about, dict) else None  # a client may send anything
+            return about if isinstance(about, str) else ""
     return ""
 
 

@@ -3,15 +3,18 @@
 import asyncio
 import functools
 import json
-from dataclasses import replace
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import comfy.model_sampling
 import comfy.samplers
 import torch
 from aiohttp import web
 
-from ...iec_core.cachequant import CacheProfile
-from ...iec_core.caching import CacheSchedule, parse_cache_schedule
+from ...iec_core.cachequant import CacheProfile, CorrectedFeatures
+from ...iec_core.caching import parse_cache_schedule
+from ...iec_core.choices import unknown_choice
 from ...iec_core.correction import CorrectionSettings
 from ...iec_core.schedule import parse_correction_steps
 from .caching import CacheSettings
@@ -22,6 +25,7 @@ from .rehearsal import CannotRehearse, rehearse
 
 ALL = parse_correction_steps("all")
 MOST_STEPS = 500  # that are drawn
+LEAST_DENOISE = 0.01  # the schedule of a run that denoises less has as many more steps
 
 
 class _Sampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
@@ -39,19 +43,58 @@ class _NoModel:
         return self.model_sampling
 
 
-def _sigmas(model, steps, sampler_name="euler", scheduler="normal", denoise=1.0, start_step=0, last_step=None):
-    """Return the sigmas of a run as the host's samplers make them, n + 1 on the CPU."""
-    sigmas = comfy.samplers.KSampler(model, steps, "cpu", sampler_name, scheduler, denoise).sigmas
-    return sigmas[start_step : None if last_step is None else last_step + 1]
+class NotKnown(ValueError):
+    """A run may do well, but what it will do cannot be told beforehand."""
 
 
-def _full_steps(sampling, sigmas, interval=1, schedule="uniform", start_percent=0.0, end_percent=1.0, profile_name=None):
-    """Return the steps that a cache evaluates in full, sorted."""
+@dataclass(frozen=True)
+class Sampling:
+    """What the host's samplers are told: of KSampler; of KSamplerAdvanced start_step, last_step and force_full_denoise in
+    place of denoise; of BasicScheduler, with is_custom, for SamplerCustom.
+    """
+
+    steps: int
+    sampler_name: str
+    scheduler: str
+    denoise: float = 1.0
+    start_step: int = 0
+    last_step: int | None = None
+    force_full_denoise: bool = False
+    is_custom: bool = False
+
+    def check(self):
+        """Raise ValueError for what a run would be refused for, and NotKnown for what is too long to be drawn."""
+        known = comfy.samplers.KSampler
+        wrong = unknown_choice(known.SAMPLERS, sampler_name=self.sampler_name)
+        wrong = wrong or unknown_choice(known.SCHEDULERS, scheduler=self.scheduler)
+        if wrong:
+            raise ValueError(wrong)
+        if not 1 <= self.steps <= MOST_STEPS:
+            raise NotKnown(f"steps: 1 to {MOST_STEPS} are drawn, and these are {self.steps}.")
+        if 0 < self.denoise < LEAST_DENOISE:
+            raise NotKnown(f"denoise: below {LEAST_DENOISE} the steps are not drawn.")
+
+    def sigmas(self):
+        """Return the sigmas of the run as the host makes them, n + 1 on the CPU."""
+        name = "euler" if self.is_custom else self.sampler_name  # KSampler makes the schedules of some samplers otherwise
+        sigmas = comfy.samplers.KSampler(_NoModel(), self.steps, "cpu", name, self.scheduler, self.denoise).sigmas
+        if self.last_step is not None and self.last_step < len(sigmas) - 1:
+            sigmas = sigmas[: self.last_step + 1]
+            if self.force_full_denoise:
+                sigmas[-1] = 0
+        return sigmas[self.start_step :]
+
+
+def _full_steps(sigmas, interval=1, schedule="uniform", start_percent=0.0, end_percent=1.0, profile_name=None):
+    """Return the steps that a cache evaluates in full, sorted; None where only the run tells."""
     if profile_name is not None:
-        schedule = CacheSchedule("steps", PROFILES.read("profile_name", profile_name, CacheProfile.load).full_steps)
-        return sorted(schedule.full_steps(len(sigmas) - 1, 1))
-    start, end = (float(sampling.percent_to_sigma(percent)) for percent in (start_percent, end_percent))
-    return sorted(CacheSettings(interval, 0, parse_cache_schedule(schedule), start, end).full_steps(sigmas))
+        profile = PROFILES.read("profile_name", profile_name, CacheProfile.load)
+        try:
+            return sorted(CorrectedFeatures(profile).full_steps(sigmas))
+        except ValueError:  # of another schedule, or of this one on a model with other noise levels
+            return None
+    start, end = (float(_Sampling().percent_to_sigma(percent)) for percent in (start_percent, end_percent))
+    return sorted(CacheSettings(max(interval, 1), 0, parse_cache_schedule(schedule), start, end).full_steps(sigmas))
 
 
 @functools.lru_cache(maxsize=32)
@@ -65,44 +108,52 @@ def _rehearsed(sampler_name, sigmas):
 def step_plan(correction, sampling, cache=None):
     """Return what a run will do, for a model with SD 1.5's noise levels; another's may differ in what depends on them.
 
-    correction: inputs of `CorrectionSettings.parse`. sampling: steps, sampler_name, scheduler, denoise, start_step,
-    last_step, as the host's samplers have them. cache: interval, schedule, start_percent, end_percent of IECDeepCache, or
-    profile_name.
+    correction: inputs of `CorrectionSettings.parse`. sampling: of `Sampling`. cache: interval, schedule, start_percent,
+    end_percent of IECDeepCache, or profile_name.
 
     The answer: steps; corrected, a list of their numbers; correctable, those of the steps that can be; full, those that the
     cache evaluates in full, or None; evaluations without corrections, and nfe with them, an upper bound where iterations can
-    converge early. Raises ValueError, with a sentence, for what a run would be refused for.
+    converge early. Raises ValueError, with a sentence, for what a run would be refused for, and NotKnown for what only the
+    run can tell.
     """
-    settings = CorrectionSettings.parse(**correction)
-    if sampling["steps"] > MOST_STEPS:
-        raise ValueError(f"steps: more than {MOST_STEPS} are not drawn.")
-    check_sampler(sampling["sampler_name"], settings, "sampler_name")
-    sigmas = _sigmas(_NoModel(), **sampling)
+    settings, sampling = CorrectionSettings.parse(**correction), Sampling(**sampling)
+    sampling.check()
+    check_sampler(sampling.sampler_name, settings, "sampler_name")
+    sigmas = sampling.sigmas()
     if len(sigmas) < 2:
         return {"steps": 0, "corrected": [], "correctable": [], "full": None, "evaluations": 0, "nfe": 0}
     try:
-        begins, evaluations = _rehearsed(sampling["sampler_name"], tuple(sigmas.tolist()))
+        begins, evaluations = _rehearsed(sampling.sampler_name, tuple(sigmas.tolist()))
     except CannotRehearse as reason:
-        raise ValueError(f"sampler_name: its steps are not known before it runs, because {reason}.") from reason
+        raise NotKnown(f"sampler_name: its steps are not known before it runs, because {reason}.") from reason
     corrected = settings.corrected_steps(begins)
     return {
         "steps": len(begins) - 1,
         "corrected": sorted(corrected),
         "correctable": sorted(replace(settings, steps=ALL).corrected_steps(begins)),
-        "full": None if cache is None else _full_steps(_Sampling(), begins, **cache),
+        "full": None if cache is None else _full_steps(begins, **cache),
         "evaluations": evaluations,
         "nfe": evaluations + settings.max_iterations * len(corrected),
     }
 
 
 def _answer(question):
-    """Return the step plan for a client's JSON text, or {"error": sentence}."""
+    """Return the step plan for a client's JSON text; {"error": sentence} where a run would be refused, {"unknown": sentence}
+    where it cannot be told.
+    """
     try:
-        return step_plan(**json.loads(question))
+        question = json.loads(question)
+    except ValueError as error:
+        return {"unknown": f"The question is no JSON ({error})."}
+    try:
+        return step_plan(**question)
+    except NotKnown as reason:
+        return {"unknown": str(reason)}
     except ValueError as error:
         return {"error": str(error)}
-    except (TypeError, KeyError, AttributeError) as error:
-        return {"error": f"the question is not one for a step plan ({error})."}
+    except Exception as error:  # whatever a client has sent, it gets an answer
+        logging.warning(f"[ComfyUI-IEC] no step plan for {str(question)[:500]}: {error!r}")
+        return {"unknown": "The steps cannot be told; the server's log says why."}
 
 
 def serve_step_plans():
@@ -111,7 +162,11 @@ def serve_step_plans():
     if server is None:
         return
 
+    planner = ThreadPoolExecutor(1, "iec-step-plan")
+
     @server.routes.post("/iec/step_plan")
-    async def answer(request):
-        # A thread of its own: a rehearsal of many steps takes a moment, in which the server has others to answer.
-        return web.json_response(await asyncio.to_thread(_answer, await request.text()))
+    async def answer_plan(request):
+        # In a thread: a rehearsal of many steps takes a moment, in which the server has others to answer. In one for all, as
+        # it takes its time from the prompt that is running.
+        answer = asyncio.get_running_loop().run_in_executor(planner, _answer, await request.text())
+        return web.json_response(await answer)

@@ -241,6 +241,78 @@ def test_chart_grows_while_the_run_goes_on(frontend, strip, sampler):
     assert f"NFE {run['nfe']}" in strip.text()
 
 
+def test_clicks_in_quick_succession_all_count(frontend, strip):
+    frontend.open_api(workflow(steps=6, correction_steps="none"))
+    strip.wait("6 evaluations")
+    strip.page.evaluate("() => [0, 2, 4].forEach((step) => document.querySelectorAll('.iec-cell')[step].click())")
+    assert strip.value("IECKSampler", "correction_steps") == "steps:0,2,4"
+    strip.wait("6 → 9 evaluations")
+
+
+def test_linked_correction_steps_cannot_be_clicked(frontend, strip):
+    prompt = workflow(steps=4)
+    prompt["15"] = node("PrimitiveString", value="first:1")
+    prompt["6"]["inputs"]["correction_steps"] = ["15", 0]
+    frontend.open_api(prompt)
+    strip.wait("4 → 5 evaluations")
+    assert strip.page.locator(".iec-cell").first.is_disabled()
+    assert "over a link" in strip.page.locator(".iec-cell").first.get_attribute("title")
+
+
+def test_focus_stays_on_the_cell(frontend, strip):
+    frontend.open_api(workflow(steps=4, correction_steps="none"))
+    strip.wait("4 evaluations")
+    cell = strip.page.locator(".iec-cell").nth(2)
+    cell.focus()
+    strip.page.keyboard.press("Space")
+    strip.wait("4 → 5 evaluations")
+    assert cell.evaluate("(element) => element === document.activeElement")
+
+
+@pytest.mark.parametrize("kept", [{}, True, {"steps": 3, "iterated": None}, {"steps": 10**6, "corrected": [], "warnings": []}])
+def test_kept_run_of_another_form_is_none(frontend, strip, kept):
+    frontend.open_api(workflow(steps=4))
+    strip.wait("4 → 6 evaluations")
+    saved = frontend.page.evaluate("() => app.graph.serialize()")
+    next(one for one in saved["nodes"] if one["type"] == "IECKSampler")["properties"]["iec_run"] = kept
+    frontend.open(saved)
+    strip.wait("4 → 6 evaluations")
+    assert "last run" not in strip.text()
+
+
+def test_interrupted_run_leaves_no_running_strip(frontend, strip):
+    frontend.open_api(workflow(steps=400))
+    strip.wait("400 → 480 evaluations")
+    frontend.page.evaluate("() => app.queuePrompt(0, 1)")
+    strip.wait("running")
+    frontend.server.interrupt()
+    frontend.page.wait_for_function("() => !document.querySelector('.iec').innerText.includes('running')", timeout=60_000)
+    assert "last run" not in strip.text()
+    frontend.errors.clear()  # the frontend's own, of the interrupt
+
+
+def test_strip_of_another_workflow_is_forgotten(frontend, strip):
+    frontend.open_api(workflow(steps=5))
+    strip.wait("5 → 7 evaluations")
+    frontend.page.evaluate(
+        """() => {
+            const inside = app.graph.nodes.filter((one) => one.comfyClass === "IECKSampler");
+            const { node } = app.graph.convertToSubgraph(new Set(inside));
+            const old = node.subgraph.nodes[0].graph;
+            const look = old.getNodeById.bind(old);
+            old.getNodeById = (id) => { window.looks++; return look(id); };
+        }"""
+    )
+    frontend.open_api({"1": node("IECLoadBuiltinModel", precision="auto")}, "another")
+    frontend.page.wait_for_timeout(1000)
+    assert (
+        frontend.page.evaluate(
+            "async () => { window.looks = 0; await new Promise((r) => setTimeout(r, 1000)); return window.looks; }"
+        )
+        == 0
+    )
+
+
 @both
 def test_guard_that_fired_is_said_on_the_node(frontend, strip):
     frontend.open_api(workflow(steps=4, correction_steps="all", lambda_=1.0, max_iterations=6))
@@ -306,12 +378,28 @@ def test_run_in_a_subgraph_is_shown_there(frontend):
     assert strip.page.locator(".iec-residual").count() == 2
 
 
+def test_cache_outside_a_subgraph_is_told_when_it_runs(frontend):
+    strip = Strip(frontend)
+    frontend.open_api(workflow(steps=5))
+    strip.wait("5 → 7 evaluations")
+    frontend.page.evaluate(
+        """() => {
+            const inside = app.graph.nodes.filter((one) => one.comfyClass === "IECKSampler");
+            const { node } = app.graph.convertToSubgraph(new Set(inside));
+            app.canvas.openSubgraph(node.subgraph, node);
+        }"""
+    )
+    strip.wait("which steps are cached is known when it runs")
+    strip.run()
+    assert "2 of 5 steps in full, the others cached: so it was in the last run" in strip.text()
+    assert strip.steps("cached") == [1, 2, 4]
+
+
 def test_run_of_another_workflow_is_not_shown(frontend):
     """The same node ids in two tabs."""
     strip = Strip(frontend)
     frontend.open_api(workflow(steps=5), "first")
     strip.wait("5 → 7 evaluations")
-    frontend.page.evaluate("() => { app.graph.id = crypto.randomUUID(); }")
     strip.run()
     frontend.open_api(workflow(steps=6), "second")
     strip.wait("6 → 8 evaluations")

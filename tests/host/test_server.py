@@ -172,6 +172,32 @@ def test_events_name_the_node_that_asked_and_the_cached_steps(host):
         assert (event["node"], event["source"], event["full"]) == ("sampler", "iec", [0, 3])
 
 
+def test_events_name_the_node_that_is_in_the_prompt(host):
+    """Not one with the same inputs in an earlier prompt, whose result the server has still."""
+
+    def sources(name, seed):
+        prompt = workflow(seed=seed, steps=2)
+        stock = {key: value for key, value in prompt["sampler"]["inputs"].items() if key in STOCK_INPUTS}
+        settings = {"correction_steps": "first:1", "lambda_": 0.5, "max_iterations": 1, "tolerance": 0.25}
+        prompt[name] = {"class_type": "IECApply", "inputs": {"model": stock["model"], **settings}}
+        prompt["sampler"] = {"class_type": "KSampler", "inputs": {**stock, "model": [name, 0]}}
+        return {event["source"] for event in events_of(host, prompt, "iec.run")}
+
+    assert sources("10", 21) == {"10"}
+    assert sources("77", 22) == {"77"}
+
+
+@pytest.mark.parametrize("about", [{}, {"extra_pnginfo": None}, {"extra_pnginfo": {"workflow": None}}, {"extra_pnginfo": [1]}])
+def test_prompt_with_odd_data_about_its_workflow_runs(host, about):
+    prompt = workflow(seed=len(str(about)), steps=1)
+    body = {"prompt": prompt, "client_id": "odd", "extra_data": about}
+    number = requests.post(f"{host.url}/prompt", json=body, timeout=60).json()["prompt_id"]
+    deadline = time.monotonic() + 60
+    while not (done := host.get(f"/history/{number}")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert done[number]["status"]["status_str"] == "success"
+
+
 def test_server_answers_for_the_steps_of_a_run(host):
     sampling = {"steps": 20, "sampler_name": "heun", "scheduler": "normal", "denoise": 1.0}
     question = {"correction": {"correction_steps": "ends:1/10"}, "sampling": sampling, "cache": {"interval": 5}}

@@ -17,7 +17,7 @@ def plans(host):
 
 
 def sampling(sampler_name="euler", steps=6, scheduler="normal", **more):
-    return {"steps": steps, "sampler_name": sampler_name, "scheduler": scheduler, "denoise": 1.0, **more}
+    return {"steps": steps, "sampler_name": sampler_name, "scheduler": scheduler, **more}
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -65,8 +65,13 @@ def test_cached_steps_of_a_profile_are_those_in_the_file(plans, host, model, con
         latent_image={"samples": torch.zeros(2, 3, 32, 32)}, interval=3, branch=0, schedule="steps:0,2,5", **run,
     )[0]  # fmt: skip
     host.run("IECSaveCacheProfile", profile=profile, name="mine")
-    plan = plans.step_plan({"correction_steps": "all"}, sampling(), {"profile_name": "mine.safetensors"})
-    assert plan["full"] == [0, 2, 5]
+
+    def full(**run):
+        return plans.step_plan({"correction_steps": "all"}, sampling(**run), {"profile_name": "mine.safetensors"})["full"]
+
+    assert full() == [0, 2, 5]
+    assert full(start_step=1) == [0, 1, 4]  # a part of the calibrated schedule; its first step always is
+    assert full(steps=7) is None  # only the run tells, by a refusal
 
 
 def test_steps_that_cannot_be_corrected_are_told(plans):
@@ -83,6 +88,33 @@ def test_part_of_a_schedule(plans, part, steps):
     assert plans.step_plan({"correction_steps": "all"}, sampling(**part))["corrected"] == list(range(steps))
 
 
+@pytest.mark.parametrize("leftover", ["disable", "enable"])
+@pytest.mark.parametrize("part", [(0, 4), (2, 5), (2, 10000)])
+def test_plan_is_what_ksampler_advanced_does(plans, host, model, conditioning, count_evaluations, leftover, part):
+    counted, calls = count_evaluations(model)
+    correction = {"correction_steps": "all", "lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0, "evaluation_point": "next"}
+    patched, reports = host.run("IECApply", model=counted, **correction)
+    host.run(
+        "KSamplerAdvanced", model=patched, add_noise="enable", noise_seed=1, steps=8, cfg=1.0, sampler_name="heun",
+        scheduler="normal", positive=conditioning[0], negative=conditioning[1], start_at_step=part[0], end_at_step=part[1],
+        latent_image={"samples": torch.zeros(2, 3, 32, 32)}, return_with_leftover_noise=leftover,
+    )  # fmt: skip
+    told = {"start_step": part[0], "last_step": part[1], "force_full_denoise": leftover == "disable"}
+    plan = plans.step_plan(correction, sampling("heun", steps=8, **told))
+    assert plan["nfe"] == len(calls)
+    assert plan["corrected"] == [step.step for step in reports[0].steps if step.corrected]
+
+
+@pytest.mark.parametrize("name", ["euler", "dpm_2"])
+def test_plan_is_what_a_custom_sampler_does(plans, host, advanced, model, conditioning, count_evaluations, name):
+    """KSampler has one step more for dpm_2, which BasicScheduler has not."""
+    counted, calls = count_evaluations(model)
+    guider = host.run("BasicGuider", model=counted, conditioning=conditioning[0])[0]
+    advanced(guider, name, steps=5, scheduler="karras", denoise=0.5)
+    told = {"denoise": 0.5, "is_custom": True, "scheduler": "karras"}
+    assert plans.step_plan({"correction_steps": "none"}, sampling(name, steps=5, **told))["nfe"] == len(calls)
+
+
 @pytest.mark.parametrize(
     ("correction", "run", "sentence"),
     [
@@ -91,7 +123,11 @@ def test_part_of_a_schedule(plans, part, steps):
         ({"lambda_": 2.0}, {}, "lambda_: 2.0 is outside"),
         ({}, {"sampler_name": "euler_cfg_pp"}, "sampler_name: euler_cfg_pp steps with the unguided prediction"),
         ({"correction_steps": "none"}, {"sampler_name": "dpm_adaptive"}, "not known before it runs"),
-        ({}, {"steps": 501}, "more than 500 are not drawn"),
+        ({}, {"sampler_name": "none_such"}, "sampler_name: 'none_such' is none of"),
+        ({}, {"scheduler": "none_such"}, "scheduler: 'none_such' is none of"),
+        ({}, {"steps": 501}, "steps: 1 to 500 are drawn, and these are 501"),
+        ({}, {"steps": -5}, "steps: 1 to 500 are drawn, and these are -5"),
+        ({}, {"denoise": 1e-7}, "denoise: below 0.01 the steps are not drawn"),
     ],
 )
 def test_what_a_run_is_refused_for_is_said(plans, correction, run, sentence):
@@ -101,7 +137,14 @@ def test_what_a_run_is_refused_for_is_said(plans, correction, run, sentence):
 
 @pytest.mark.parametrize("question", ["", "[]", "{}", '{"correction": 3, "sampling": 4}', '{"correction": {}, "sampling": {}}'])
 def test_a_question_of_another_kind_gets_a_sentence(plans, question):
-    assert plans._answer(question)["error"]
+    assert plans._answer(question)["unknown"]
+
+
+def test_what_is_only_not_known_is_no_refusal(plans):
+    question = {"correction": {"correction_steps": "none"}, "sampling": sampling("dpm_adaptive")}
+    assert "not known before it runs" in plans._answer(json.dumps(question))["unknown"]
+    question["correction"] = {"correction_steps": "all"}
+    assert "dpm_adaptive picks its steps" in plans._answer(json.dumps(question))["error"]
 
 
 def test_planning_leaves_the_random_numbers_of_a_run_alone(plans):

@@ -2,15 +2,19 @@
 //
 // A walk ends in undefined where a value is known only when the prompt is run.
 
-const BYPASSED = 4; // LiteGraph's mode of a node that hands its inputs on
+const [MUTED, BYPASSED] = [2, 4]; // LiteGraph's modes of a node that does nothing, and of one that hands its inputs on
 
-/** The node that an input is wired to, past reroutes and bypassed nodes; undefined where there is none in this graph. */
-export function sourceOf(node, name) {
+/**
+ * The node that an input is wired to, past reroutes and bypassed nodes; null if to none, undefined if to one elsewhere, such as
+ * outside the subgraph.
+ */
+function sourceOf(node, name) {
   let input = node?.inputs?.find((one) => one.name === name);
-  for (let hops = 0; input && hops < 1000; hops++) {
+  for (let hops = 0; hops < 1000; hops++) {
+    if (!isWired(input)) return null;
     const link = linkOf(node.graph, input.link);
     const source = link && node.graph.getNodeById(link.origin_id);
-    if (!source) return undefined;
+    if (!source || source.mode === MUTED) return undefined;
     if (source.mode !== BYPASSED && source.type !== "Reroute") return source;
     input = source.inputs?.find((one) => one.type === link.type || source.type === "Reroute");
     node = source;
@@ -18,16 +22,21 @@ export function sourceOf(node, name) {
   return undefined;
 }
 
+const isWired = (input) => input?.link !== null && input?.link !== undefined;
+
+/** Whether a widget's value comes over a link. */
+export function isLinked(node, name) {
+  return isWired(node.inputs?.find((one) => one.widget?.name === name));
+}
+
 function linkOf(graph, id) {
-  if (id === null || id === undefined) return undefined;
   return graph.getLink?.(id) ?? graph.links?.get?.(id) ?? graph.links?.[id];
 }
 
 /** The value of a widget, or of the primitive node that is wired to it. */
-export function valueOf(node, name) {
-  const input = node.inputs?.find((one) => one.widget?.name === name);
-  if (input && input.link !== null && input.link !== undefined) {
-    const source = sourceOf(node, input.name);
+function valueOf(node, name) {
+  if (isLinked(node, name)) {
+    const source = sourceOf(node, name);
     return source?.type?.startsWith("Primitive") ? source.widgets?.[0]?.value : undefined;
   }
   return node.widgets?.find((widget) => widget.name === name)?.value;
@@ -38,7 +47,8 @@ function has(node, ...names) {
   return names.every((name) => own.has(name));
 }
 
-const isKSampler = (node) => has(node, "steps", "sampler_name", "scheduler");
+const isAdvanced = (node) => has(node, "start_at_step", "end_at_step", "return_with_leftover_noise");
+const isKSampler = (node) => has(node, "steps", "sampler_name", "scheduler") && (has(node, "denoise") || isAdvanced(node));
 const isCustomSampler = (node) => has(node, "sampler", "sigmas");
 
 /** The first sampler that what a node gives out leads to. */
@@ -50,7 +60,7 @@ function samplerAfter(node) {
     const outputs = (here.outputs ?? []).filter((output) => ["MODEL", "GUIDER", "SAMPLER"].includes(output.type));
     for (const id of outputs.flatMap((output) => output.links ?? [])) {
       const next = here.graph.getNodeById(linkOf(here.graph, id)?.target_id);
-      if (!next || seen.has(next)) continue;
+      if (!next || next.mode === MUTED || seen.has(next)) continue;
       if (isKSampler(next) || isCustomSampler(next)) return next;
       seen.add(next);
       queue.push(next);
@@ -59,7 +69,10 @@ function samplerAfter(node) {
   return undefined;
 }
 
-/** Goes up from an input along inputs of one type, and returns the first node for which found(node) is true. */
+/**
+ * Goes up from an input along inputs of one type, and returns the first node for which found(node) is true; null if there is
+ * none, undefined if that cannot be told.
+ */
 function upstream(node, name, type, found) {
   const seen = new Set();
   let here = sourceOf(node, name);
@@ -67,46 +80,40 @@ function upstream(node, name, type, found) {
     if (found(here)) return here;
     seen.add(here);
     const input = here.inputs?.find((one) => one.type === type);
-    here = input && sourceOf(here, input.name);
+    here = input ? sourceOf(here, input.name) : null;
   }
-  return undefined;
+  return here ? undefined : here;
 }
 
 /** The sampling inputs of a step plan: steps, sampler_name and so on. */
 function samplingOf(sampler) {
   if (isKSampler(sampler)) {
-    const plain = { denoise: valueOf(sampler, "denoise") };
-    const part = { start_step: valueOf(sampler, "start_at_step"), last_step: valueOf(sampler, "end_at_step") };
-    return {
-      steps: valueOf(sampler, "steps"),
-      sampler_name: valueOf(sampler, "sampler_name"),
-      scheduler: valueOf(sampler, "scheduler"),
-      ...(has(sampler, "start_at_step") ? part : plain),
-    };
+    const plain = () => ({ denoise: valueOf(sampler, "denoise") });
+    const part = () => ({
+      start_step: valueOf(sampler, "start_at_step"),
+      last_step: valueOf(sampler, "end_at_step"),
+      force_full_denoise: valueOf(sampler, "return_with_leftover_noise") === "disable",
+    });
+    const more = isAdvanced(sampler) ? part() : plain();
+    return { ...values(sampler, ["steps", "sampler_name", "scheduler"]), ...more };
   }
   const schedule = sourceOf(sampler, "sigmas");
-  const named = upstream(sampler, "sampler", "SAMPLER", (node) => has(node, "sampler_name"));
-  if (!schedule || !named || !has(schedule, "steps")) return undefined;
-  const more = ["scheduler", "denoise"].filter((name) => has(schedule, name));
-  return {
-    steps: valueOf(schedule, "steps"),
-    sampler_name: valueOf(named, "sampler_name"),
-    ...Object.fromEntries(more.map((name) => [name, valueOf(schedule, name)])),
-  };
+  const named = upstream(sampler, "sampler", "SAMPLER", (node) => node.comfyClass === "KSamplerSelect");
+  if (schedule?.comfyClass !== "BasicScheduler" || !named) return undefined; // others have rules of their own
+  const ofSchedule = values(schedule, ["steps", "scheduler", "denoise"]);
+  return { ...ofSchedule, sampler_name: valueOf(named, "sampler_name"), is_custom: true };
 }
 
-/** The cache inputs of a step plan; null without a cache, undefined where its steps are found out in the run. */
+const values = (node, names) => Object.fromEntries(names.map((name) => [name, valueOf(node, name)]));
+
+/** The cache inputs of a step plan; null without a cache, undefined where the graph does not tell. */
 function cacheOf(sampler) {
   const isCache = (node) => ["IECDeepCache", "IECCacheQuant"].includes(node.comfyClass);
-  const guider = sourceOf(sampler, "guider");
-  const from = guider ?? sampler;
-  const input = from.inputs?.find((one) => one.type === "MODEL");
-  const cache = input && (isCache(from) ? from : upstream(from, input.name, "MODEL", isCache));
-  if (!cache) return null;
-  if (cache.comfyClass === "IECDeepCache") {
-    const names = ["interval", "schedule", "start_percent", "end_percent"];
-    return Object.fromEntries(names.map((name) => [name, valueOf(cache, name)]));
-  }
+  const from = has(sampler, "guider") ? sourceOf(sampler, "guider") : sampler;
+  const input = from?.inputs?.find((one) => one.type === "MODEL");
+  const cache = input ? upstream(from, input.name, "MODEL", isCache) : undefined;
+  if (!cache) return cache;
+  if (cache.comfyClass === "IECDeepCache") return values(cache, ["interval", "schedule", "start_percent", "end_percent"]);
   const profile = sourceOf(cache, "profile");
   return profile?.comfyClass === "IECLoadCacheProfile" ? { profile_name: valueOf(profile, "profile_name") } : undefined;
 }
@@ -120,7 +127,7 @@ const CORRECTION = ["correction_steps", "lambda_", "max_iterations", "tolerance"
 export function planOf(node) {
   const sampler = node.comfyClass === "IECKSampler" ? node : samplerAfter(node);
   const sampling = sampler && samplingOf(sampler);
-  const correction = Object.fromEntries(CORRECTION.map((name) => [name, valueOf(node, name)]));
+  const correction = values(node, CORRECTION);
   if (!sampling || [...Object.values(sampling), ...Object.values(correction)].includes(undefined)) {
     return { question: undefined, isCacheOpen: false };
   }

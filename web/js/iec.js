@@ -5,16 +5,18 @@
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
-import { nodeById, planOf } from "./graph.js";
-import { StepView, costOf, textOf } from "./view.js";
+import { isLinked, nodeById, planOf } from "./graph.js";
+import { StepView, costOf, fullOf, textOf } from "./view.js";
 
 const NODES = ["IECKSampler", "IECApply", "IECSampler"];
 const KEPT = "iec_run"; // the node's property that holds a run which is saved with the workflow
 const LOOK_AGAIN = 300; // milliseconds between two looks at the graph; it has no event that covers every change
+const ASK_AGAIN = 5000; // milliseconds after the server has not answered
 const MOST_RUNS = 200; // that are remembered
+const NO_ID = "00000000-0000-0000-0000-000000000000"; // of every workflow that was opened in API form
 
 const strips = new Set();
-const runs = new Map(); // "workflow id/execution id of the node": run
+const runs = new Map(); // "[workflow id, execution id of the node]": run
 const rootGraph = () => app.rootGraph ?? app.graph;
 
 /** Changes the graph so that the frontend notes it: for undo, and for the draft that a reload of the page restores. */
@@ -25,107 +27,148 @@ function undoable(change) {
   app.canvas.setDirty(true, true);
 }
 
+/** The run that a node's property holds, if it is one: a workflow may come from anywhere. */
+function keptRun(node) {
+  const run = node.properties[KEPT];
+  const lists = [run?.corrected, run?.warnings, Object.values(run?.iterated ?? [null])];
+  const isRun = Number.isInteger(run?.steps) && lists.every(Array.isArray) && lists[2].every((one) => Number.isInteger(one?.step));
+  return isRun ? { ...run, isRunning: false } : undefined;
+}
+
 class Strip {
   constructor(node) {
     this.node = node;
-    this.view = new StepView({ onToggle: (step) => this.toggle(step), onKeep: (isKept) => this.keep(isKept) });
+    this.view = new StepView({
+      onToggle: (step) => this.toggle(step),
+      onKeep: (isKept) => this.keep(isKept),
+      onHeight: () => this.fit(),
+    });
     const options = { serialize: false, hideOnZoom: false, getMinHeight: () => this.view.height };
     this.widget = node.addDOMWidget("iec_steps", "iec_steps", this.view.element, options);
     this.widget.serialize = false;
-    this.asked = this.shown = undefined; // the last question, and the last state that was drawn, as JSON
-    this.answer = undefined; // until there is one
+    this.asked = undefined; // the question that was asked last, as JSON
+    this.answer = undefined; // to it, or to the one before until there is one
+    this.isWaiting = false;
+    this.askedAt = 0;
   }
 
+  /** Whether the node is no longer in the workflow that is open. */
   get isGone() {
-    return this.node.graph?.getNodeById(this.node.id) !== this.node;
+    const { graph, id } = this.node;
+    const isOpen = graph === rootGraph() || rootGraph()?.subgraphs?.get?.(graph?.id) === graph;
+    return !isOpen || graph.getNodeById(id) !== this.node;
   }
 
   /** Looks whether the graph asks for another plan, or whether there is news of a run; draws it if so. */
   look(run) {
-    this.run = run ?? this.node.properties[KEPT];
-    if (run && !run.isRunning && this.node.properties[KEPT]) this.remember(run);
+    this.run = run ?? keptRun(this.node);
+    if (run && !run.isRunning && run !== this.kept && this.node.properties[KEPT]) this.remember();
     const { question, isCacheOpen } = planOf(this.node);
-    const asked = JSON.stringify(question);
-    if (asked !== this.asked) {
-      this.asked = asked;
-      this.ask(asked);
-    }
-    this.draw(isCacheOpen);
+    this.isCacheOpen = isCacheOpen || Boolean(question?.cache); // a profile of another schedule has no steps for this one
+    const asked = JSON.stringify(question ?? null);
+    const isLate = this.answer?.isSilence && Date.now() - this.askedAt > ASK_AGAIN;
+    if ((asked !== this.asked || isLate) && !this.isWaiting) this.ask(asked);
+    this.draw();
   }
 
   async ask(asked) {
-    let answer = {};
-    if (asked) {
-      try {
-        const response = await api.fetchApi("/iec/step_plan", { method: "POST", body: asked });
-        answer = await response.json();
-      } catch {
-        answer = { error: "The server does not answer." };
-      }
+    this.asked = asked;
+    this.askedAt = Date.now();
+    this.isWaiting = true;
+    try {
+      this.answer = asked === "null" ? {} : await answerTo(asked);
+    } finally {
+      this.isWaiting = false;
     }
-    if (asked === this.asked) this.answer = answer; // else the graph has changed meanwhile
   }
 
-  /** What is drawn: the run while it goes on; else the plan, with what only the run could tell of a cache. */
-  state(isCacheOpen) {
+  /** What is drawn: the run while it goes on; else the plan, with what only a run could tell of a cache. */
+  state() {
     const { run, answer } = this;
     const isKept = Boolean(this.node.properties[KEPT]);
-    if (!answer) return { run, isKept };
-    if (answer.error) return { message: answer.error, isRefused: true, run, isKept };
-    const planned = answer.steps === undefined ? undefined : answer;
-    if (run && (run.isRunning || !planned)) {
-      const { steps, corrected, full } = run;
-      const message = run.isRunning || planned ? undefined : "These were the last run's steps; the next run's are known when it runs.";
-      const cost = planned && planned.steps === steps ? costOf({ ...planned, full }) : undefined;
-      return { plan: { steps, corrected, full }, cost, message, run, isKept };
+    const fixed = isLinked(this.node, "correction_steps") ? "correction_steps comes over a link" : "";
+    const common = { run, isKept, fixed };
+    if (run?.isRunning) {
+      const lines = answer?.steps === run.steps ? [costOf(answer), fullOf(run)] : [fullOf(run)];
+      return { ...common, plan: { steps: run.steps, corrected: run.corrected, full: run.full }, lines };
     }
-    if (!planned) return { message: "The steps are known when it runs.", run, isKept };
-    const seen = isCacheOpen && run?.steps === planned.steps ? run.full : planned.full;
-    const plan = { ...planned, full: seen };
-    return { plan, cost: costOf(plan, isCacheOpen && !seen), run, isKept };
+    if (!answer) return common;
+    if (answer.error) return { ...common, message: answer.error, isRefused: true };
+    if (answer.steps === undefined) {
+      const message = answer.unknown ?? "The steps are known when it runs.";
+      if (!run) return { ...common, message };
+      const plan = { steps: run.steps, corrected: run.corrected, full: run.full };
+      return { ...common, plan, lines: [fullOf(run)], message: `${message} These are the last run's.` };
+    }
+    if (answer.full || !this.isCacheOpen) return { ...common, plan: answer, lines: [costOf(answer), fullOf(answer)] };
+    const full = run?.steps === answer.steps ? run.full : null;
+    const ofCache = full ? `${fullOf(run)}: so it was in the last run` : "which steps are cached is known when it runs";
+    return { ...common, plan: { ...answer, full }, lines: [costOf(answer), ofCache] };
   }
 
-  draw(isCacheOpen) {
-    const state = this.state(isCacheOpen);
+  draw() {
+    const state = this.state();
     const shown = JSON.stringify(state);
     if (shown === this.shown) return;
     this.shown = shown;
     this.view.show(state);
+    this.fit();
+  }
+
+  /** Gives the node the height that it needs; what it was given before is taken back. */
+  fit() {
     const [width, height] = this.node.size;
     const needed = this.node.computeSize()[1];
-    if (needed > height) this.node.setSize([width, needed]);
-    app.canvas?.setDirty(true, true);
+    if (needed > height || (height === this.fitted && needed < height)) {
+      this.node.setSize([width, needed]);
+      this.fitted = this.node.size[1];
+      app.canvas?.setDirty(true, true);
+    }
   }
 
   toggle(step) {
     const widget = this.node.widgets.find((one) => one.name === "correction_steps");
-    const input = this.node.inputs?.find((one) => one.widget?.name === "correction_steps");
-    if (!widget || (input && input.link !== null && input.link !== undefined)) return; // it comes over a link
+    if (!widget || this.answer?.steps === undefined) return;
     const steps = new Set(this.answer.corrected);
     if (!steps.delete(step)) steps.add(step);
+    this.answer = { ...this.answer, corrected: [...steps] }; // the next click may come before the server's answer
     undoable(() => {
       const before = widget.value;
       widget.value = textOf([...steps], this.answer.steps);
       widget.callback?.(widget.value, app.canvas, this.node);
       this.node.onWidgetChanged?.(widget.name, widget.value, before, widget);
     });
+    this.draw();
   }
 
   keep(isKept) {
     undoable(() => {
       if (!isKept) delete this.node.properties[KEPT];
-      else if (this.run) this.remember(this.run);
+      else if (this.run && !this.run.isRunning) this.remember();
     });
   }
 
-  remember(run) {
-    this.node.properties[KEPT] = JSON.parse(JSON.stringify({ ...run, isRunning: false }));
+  remember() {
+    this.kept = this.run;
+    this.node.properties[KEPT] = JSON.parse(JSON.stringify(this.run));
+  }
+}
+
+/** The server's answer to a question for a step plan, as JSON; isSilence where there is none. */
+async function answerTo(question) {
+  try {
+    const response = await api.fetchApi("/iec/step_plan", { method: "POST", body: question });
+    if (response.ok) return await response.json();
+    return { unknown: `The server cannot tell the steps (status ${response.status}).`, isSilence: true };
+  } catch {
+    return { unknown: "The server does not answer.", isSilence: true };
   }
 }
 
 function lookAtAll() {
   if (document.hidden || strips.size === 0) return;
   const graph = rootGraph();
+  if (graph?.id === NO_ID) graph.id = LiteGraph.uuidv4(); // or its runs would be shown in others without an id
   const current = new Map();
   for (const [key, run] of runs) {
     const [workflow, id] = JSON.parse(key);
@@ -159,11 +202,9 @@ function onEvent({ detail }, isRunning) {
   if (runs.size > MOST_RUNS) runs.delete(runs.keys().next().value);
 }
 
-/** Runs that were cut short do not go on. */
-function onStopped({ detail }) {
-  for (const [key, run] of runs) {
-    if (run.isRunning && run.prompt_id === detail.prompt_id) runs.delete(key);
-  }
+/** Forgets runs that were cut short. */
+function dropRunning(isMeant = () => true) {
+  for (const [key, run] of runs) if (run.isRunning && isMeant(run)) runs.delete(key);
 }
 
 app.registerExtension({
@@ -171,7 +212,10 @@ app.registerExtension({
   setup() {
     api.addEventListener("iec.step", (event) => onEvent(event, true));
     api.addEventListener("iec.run", (event) => onEvent(event, false));
-    for (const kind of ["execution_error", "execution_interrupted"]) api.addEventListener(kind, onStopped);
+    for (const kind of ["execution_error", "execution_interrupted", "execution_success"]) {
+      api.addEventListener(kind, ({ detail }) => dropRunning((run) => run.prompt_id === detail.prompt_id));
+    }
+    api.addEventListener("reconnected", () => dropRunning());
     setInterval(lookAtAll, LOOK_AGAIN);
   },
   nodeCreated(node) {

@@ -1,9 +1,10 @@
 // The picture of a run on an IEC sampler node: a strip of steps, its cost, and a chart of what the corrections did.
 
 const STYLE = `
-.iec { display: flex; flex-direction: column; gap: 4px; font: 11px/1.35 sans-serif; overflow: hidden;
-  color: var(--input-text, #ddd); padding: 2px 4px; box-sizing: border-box; }
-.iec-cells { display: grid; gap: 1px; row-gap: 3px; flex: none; }
+.iec { overflow: hidden; font: 11px/1.35 sans-serif; color: var(--input-text, #ddd); }
+.iec-body { display: flex; flex-direction: column; gap: 4px; padding: 2px 4px 4px; }
+.iec-body > :empty, .iec-body > [hidden] { display: none; }
+.iec-cells { display: grid; gap: 1px; row-gap: 3px; }
 .iec-cell { height: 16px; min-width: 0; padding: 0; border: 1px solid var(--descrip-text, #999); border-radius: 2px;
   background: transparent; cursor: pointer; align-self: end; box-sizing: border-box; }
 .iec-cell.narrow { border-width: 0 0 1px 0; border-radius: 0; }
@@ -12,18 +13,19 @@ const STYLE = `
 .iec-cell.done { box-shadow: 0 2px 0 #009e73; }
 .iec-cell:hover:not(:disabled) { outline: 1px solid var(--input-text, #ddd); }
 .iec-cell:disabled { cursor: default; }
-.iec-line { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; flex: none; min-height: 15px; }
 .iec-quiet { color: var(--descrip-text, #999); }
-.iec-sentence { flex: none; border-left: 3px solid #e69f00; padding-left: 5px; }
+.iec-sentence { border-left: 3px solid #e69f00; padding-left: 5px; }
 .iec-sentence.iec-refused { border-color: #d55e00; }
-.iec-chart { width: 100%; height: 92px; flex: none; }
+.iec-chart { width: 100%; height: 92px; }
 .iec-chart text { font: 9px sans-serif; fill: var(--descrip-text, #999); }
-.iec-run { display: flex; justify-content: space-between; gap: 8px; flex: none; }
+.iec-run { display: flex; justify-content: space-between; gap: 8px; }
 .iec-run label { white-space: nowrap; cursor: pointer; }
 .iec-run input { margin: 0 3px 0 0; vertical-align: -2px; }
 `;
 const CELLS_IN_A_ROW = 50;
-const HEIGHT = { row: 19, line: 19, chart: 96, characters: 46, sentence: 15 };
+const NARROW = 35; // cells in a row, from which on they have no frames
+const MOST_CELLS = 500;
+const LEAST_HEIGHT = 40; // before it is shown for the first time
 const RESIDUAL = "#56b4e9";
 const CONTRACTION = "#e69f00";
 
@@ -34,15 +36,24 @@ function make(tag, classes = "", text = "") {
   return element;
 }
 
+function makeSvg(tag, attributes, text = "") {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.textContent = text;
+  return element;
+}
+
 const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
 
-/** What a run costs, in lines of words. plan: as POST /iec/step_plan answers, with `full`, null without a cache. */
-export function costOf(plan, isCacheOpen = false) {
-  const { evaluations, nfe } = plan;
+/** What corrections cost, in words. plan: as POST /iec/step_plan answers. */
+export function costOf({ evaluations, nfe }) {
   const share = evaluations ? Math.round((100 * (nfe - evaluations)) / evaluations) : 0;
-  const cost = nfe === evaluations ? plural(nfe, "evaluation") : `${evaluations} → ${nfe} evaluations, +${share} %`;
-  if (plan.full) return [cost, `${plan.full.length} of ${plural(plan.steps, "step")} in full, the others cached`];
-  return isCacheOpen ? [cost, "which steps are cached is known when it runs"] : [cost];
+  return nfe === evaluations ? plural(nfe, "evaluation") : `${evaluations} → ${nfe} evaluations, +${share} %`;
+}
+
+/** Which steps a cache evaluates in full, in words; nothing without a cache. */
+export function fullOf({ full, steps }) {
+  return full ? `${full.length} of ${plural(steps, "step")} in full, the others cached` : "";
 }
 
 /** The text of correction_steps that corrects these steps of so many. */
@@ -52,100 +63,109 @@ export function textOf(corrected, steps) {
 }
 
 export class StepView {
-  /** onToggle(step): a cell was clicked. onKeep(isKept): the box was ticked. */
-  constructor({ onToggle, onKeep }) {
+  /** onToggle(step): a cell was clicked. onKeep(isKept): the box was ticked. onHeight(): the view needs another height. */
+  constructor({ onToggle, onKeep, onHeight }) {
     if (!document.getElementById("iec-style")) {
       const style = make("style", "", STYLE);
       style.id = "iec-style";
       document.head.append(style);
     }
-    this.element = make("div", "iec");
     this.onToggle = onToggle;
-    this.onKeep = onKeep;
-    this.height = HEIGHT.row + HEIGHT.line;
-    new ResizeObserver(() => this.drawChart()).observe(this.element);
+    this.element = make("div", "iec");
+    this.body = make("div", "iec-body");
+    this.cells = make("div", "iec-cells");
+    this.cells.setAttribute("role", "group");
+    this.cells.setAttribute("aria-label", "Steps of the run");
+    this.lines = make("div", "iec-cost");
+    this.message = make("div", "iec-sentence iec-message");
+    this.summary = make("span");
+    this.box = make("input", "iec-keep");
+    this.box.type = "checkbox";
+    this.box.addEventListener("change", () => onKeep(this.box.checked));
+    this.run = make("div", "iec-run iec-quiet");
+    const label = make("label", "", "keep");
+    label.title = "Save this run's chart with the workflow.";
+    label.prepend(this.box);
+    this.run.append(this.summary, label);
+    this.chart = makeSvg("svg", { class: "iec-chart", role: "img" });
+    this.warnings = make("div");
+    this.warnings.setAttribute("aria-live", "polite");
+    this.body.append(this.cells, this.lines, this.message, this.run, this.chart, this.warnings);
+    this.element.append(this.body);
+    new ResizeObserver(() => {
+      this.drawChart();
+      onHeight();
+    }).observe(this.body);
+  }
+
+  /** The height that everything takes, in pixels. */
+  get height() {
+    return this.body.offsetHeight || LEAST_HEIGHT;
   }
 
   /**
-   * Draws what is known. plan: the steps that will be taken, undefined where they are not known. cost: lines. message: a
-   * sentence. isRefused: whether it is a refusal. run: the last run, as the events tell it, or undefined. isKept: whether it is
-   * saved with the workflow.
+   * Draws what is known. plan: the steps that will be taken, undefined where they are not known. lines: its cost. message: a
+   * sentence. isRefused: whether it is a refusal. fixed: why no step can be chosen by a click. run: the last run, as the
+   * events tell it, or undefined. isKept: whether it is saved with the workflow.
    */
-  show({ plan, cost = [], message, isRefused, run, isKept }) {
-    this.run = run;
-    const parts = [];
-    if (plan) parts.push(this.cells(plan, run?.isRunning ? run.step : 0));
-    parts.push(...cost.map((line) => make("div", "iec-line iec-cost", line)));
-    if (message) parts.push(make("div", `iec-sentence iec-message${isRefused ? " iec-refused" : " iec-quiet"}`, message));
-    if (run) parts.push(...this.ofRun(run, isKept));
-    this.element.replaceChildren(...parts);
-    const sentences = [message ?? "", ...(run?.warnings ?? [])].filter(Boolean);
-    const lines = sentences.map((text) => Math.ceil(text.length / HEIGHT.characters) * HEIGHT.sentence + 4);
-    this.height =
-      Math.ceil((plan?.steps ?? 0) / CELLS_IN_A_ROW) * HEIGHT.row +
-      cost.length * HEIGHT.line +
-      (run ? HEIGHT.line + (hasChart(run) ? HEIGHT.chart : 0) : 0) +
-      lines.reduce((sum, height) => sum + height, 6);
+  show({ plan, lines = [], message = "", isRefused, fixed, run, isKept }) {
+    this.last = run;
+    this.drawCells(plan && plan.steps <= MOST_CELLS ? plan : { steps: 0 }, run?.isRunning ? run.step : 0, fixed);
+    this.lines.replaceChildren(...lines.filter(Boolean).map((line) => make("div", "", line)));
+    this.message.textContent = message;
+    this.message.classList.toggle("iec-refused", Boolean(isRefused));
+    this.message.classList.toggle("iec-quiet", !isRefused);
+    this.run.hidden = !run;
+    this.chart.toggleAttribute("hidden", !run?.corrected.length);
+    if (run) {
+      const state = run.isRunning ? `step ${run.step} of ${run.steps}` : `${Number(run.seconds).toFixed(1)} s`;
+      this.summary.textContent = `${run.isRunning ? "running" : "last run"}: NFE ${run.nfe}, ${state}`;
+      this.box.checked = isKept;
+      this.box.disabled = run.isRunning;
+    }
+    const warnings = (run?.warnings ?? []).map((text) => `⚠ ${text}`);
+    const shown = [...this.warnings.children].map((one) => one.textContent);
+    if (JSON.stringify(warnings) !== JSON.stringify(shown)) {
+      this.warnings.replaceChildren(...warnings.map((text) => make("div", "iec-sentence iec-warning", text)));
+    }
     this.drawChart();
   }
 
-  cells(plan, done) {
-    const rows = Math.ceil(plan.steps / CELLS_IN_A_ROW) || 1;
-    const grid = make("div", "iec-cells");
-    grid.style.gridTemplateColumns = `repeat(${Math.ceil(plan.steps / rows)}, 1fr)`;
-    const corrected = new Set(plan.corrected);
-    const full = plan.full && new Set(plan.full);
-    const correctable = new Set(plan.correctable ?? []);
-    for (let step = 0; step < plan.steps; step++) {
-      const isCached = full && !full.has(step);
-      const words = [`step ${step}`, corrected.has(step) ? "corrected" : "not corrected"];
-      if (full) words.push(isCached ? "cached" : "in full");
-      const cell = make("button", "iec-cell");
-      cell.type = "button";
-      cell.classList.toggle("corrected", corrected.has(step));
-      cell.classList.toggle("cached", Boolean(isCached));
+  /** Cells stay what they are, so that the one with the keyboard's focus keeps it. */
+  drawCells({ steps, corrected, full, correctable }, done, fixed) {
+    const rows = Math.ceil(steps / CELLS_IN_A_ROW) || 1;
+    this.cells.style.gridTemplateColumns = `repeat(${Math.ceil(steps / rows)}, 1fr)`;
+    while (this.cells.children.length > steps) this.cells.lastChild.remove();
+    while (this.cells.children.length < steps) this.cells.append(this.cell(this.cells.children.length));
+    const [isCorrected, isFull, canBe] = [corrected, full ?? [], correctable ?? []].map((list) => new Set(list));
+    for (const [step, cell] of [...this.cells.children].entries()) {
+      const words = [`step ${step}`, isCorrected.has(step) ? "corrected" : "not corrected"];
+      if (full) words.push(isFull.has(step) ? "in full" : "cached");
+      cell.classList.toggle("corrected", isCorrected.has(step));
+      cell.classList.toggle("cached", Boolean(full) && !isFull.has(step));
       cell.classList.toggle("done", step < done);
-      cell.classList.toggle("narrow", plan.steps / rows > 35);
-      cell.disabled = !correctable.has(step);
-      cell.title = words.join(", ") + (cell.disabled ? "" : "; click to change");
+      cell.classList.toggle("narrow", steps / rows > NARROW);
+      cell.disabled = Boolean(fixed) || !canBe.has(step);
+      cell.title = `${words.join(", ")}; ${fixed || (cell.disabled ? "this cannot be changed" : "click to change")}`;
       cell.setAttribute("aria-label", words.join(", "));
-      cell.setAttribute("aria-pressed", String(corrected.has(step)));
-      cell.addEventListener("click", () => this.onToggle(step));
-      grid.append(cell);
+      cell.setAttribute("aria-pressed", String(isCorrected.has(step)));
     }
-    return grid;
   }
 
-  ofRun(run, isKept) {
-    const state = run.isRunning ? `step ${run.step} of ${run.steps}` : `${run.seconds?.toFixed(1)} s`;
-    const line = make("div", "iec-run iec-quiet");
-    const words = make("span", "iec-line", `${run.isRunning ? "running" : "last run"}: NFE ${run.nfe}, ${state}`);
-    const label = make("label", "", "keep");
-    label.title = "Save this run's chart with the workflow.";
-    const box = make("input", "iec-keep");
-    box.type = "checkbox";
-    box.checked = isKept;
-    box.addEventListener("change", () => this.onKeep(box.checked));
-    label.prepend(box);
-    line.append(words, label);
-    const chart = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-    chart.setAttribute("class", "iec-chart");
-    const sentences = (run.warnings ?? []).map((text) => {
-      const sentence = make("div", "iec-sentence iec-warning", `⚠ ${text}`);
-      sentence.setAttribute("role", "alert");
-      return sentence;
-    });
-    return [line, ...(hasChart(run) ? [chart] : []), ...sentences];
+  cell(step) {
+    const cell = make("button", "iec-cell");
+    cell.type = "button";
+    cell.addEventListener("click", () => this.onToggle(step));
+    return cell;
   }
 
   drawChart() {
-    const svg = this.element.querySelector("svg");
-    if (svg && this.run) drawChart(svg, this.run, Math.max(this.element.clientWidth - 8, 160));
+    if (this.last?.corrected.length) drawChart(this.chart, this.last, Math.max(this.body.clientWidth - 8, 160));
   }
 }
 
-const hasChart = (run) => run.corrected.length > 0;
 const last = (list) => list?.[list.length - 1];
+const shown = (value) => (typeof value === "number" ? value.toPrecision(3) : "unknown");
 
 /** Residual (log, left) and contraction (right) of the last iteration of each corrected step, means over the batch. */
 function drawChart(svg, run, width) {
@@ -162,17 +182,16 @@ function drawChart(svg, run, width) {
 
   const shapes = [];
   const add = (tag, attributes, text) => {
-    const shape = document.createElementNS("http://www.w3.org/2000/svg", tag);
-    for (const [name, value] of Object.entries(attributes)) shape.setAttribute(name, value);
-    if (text !== undefined) shape.textContent = text;
-    shapes.push(shape);
-    return shape;
+    shapes.push(makeSvg(tag, attributes, text));
+    return shapes[shapes.length - 1];
   };
   const line = { stroke: "var(--border-color, #666)", "stroke-width": 1 };
   add("rect", { x: left, y: top, width: width - left - right, height: inside, fill: "none", ...line });
   add("line", { x1: left, x2: width - right, y1: yContraction(1), y2: yContraction(1), ...line, "stroke-dasharray": "3 3" });
-  add("text", { x: left, y: 9, style: `fill: ${RESIDUAL}` }, "● residual (log)");
-  add("text", { x: width - right, y: 9, "text-anchor": "end", style: `fill: ${CONTRACTION}` }, "■ contraction");
+  add("circle", { cx: left + 3, cy: 6, r: 2.6, fill: RESIDUAL });
+  add("text", { x: left + 9, y: 9 }, "residual (log)");
+  add("rect", { x: width - right - 68, y: 3.7, width: 4.6, height: 4.6, fill: CONTRACTION });
+  add("text", { x: width - right, y: 9, "text-anchor": "end" }, "contraction");
   for (const power of [low, high]) {
     add("text", { x: left - 3, y: yResidual(10 ** power) + 3, "text-anchor": "end" }, `1e${power}`);
   }
@@ -184,25 +203,18 @@ function drawChart(svg, run, width) {
     const words = `step ${one.step}: residual ${shown(residual)}, contraction ${shown(contraction)}`;
     if (one.fell_back) {
       const band = { x: x(one.step) - 3, y: top, width: 6, height: inside, fill: "#d55e00", opacity: 0.5, class: "iec-fell-back" };
-      add("rect", band).append(titled(`step ${one.step} fell back to its best iterate`));
+      add("rect", band).append(makeSvg("title", {}, `step ${one.step} fell back to its best iterate`));
     }
     if (residual > 0) {
       const dot = { cx: x(one.step), cy: yResidual(residual), r: 2.6, fill: RESIDUAL, class: "iec-residual" };
-      add("circle", dot).append(titled(words));
+      add("circle", dot).append(makeSvg("title", {}, words));
     }
-    if (contraction !== null && contraction !== undefined) {
+    if (typeof contraction === "number") {
       const place = { x: x(one.step) - 2.3, y: yContraction(contraction) - 2.3, width: 4.6, height: 4.6 };
-      add("rect", { ...place, fill: CONTRACTION, class: "iec-contraction" }).append(titled(words));
+      add("rect", { ...place, fill: CONTRACTION, class: "iec-contraction" }).append(makeSvg("title", {}, words));
     }
   }
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  svg.setAttribute("aria-label", `Residual and contraction of ${plural(known.length, "corrected step")}`);
   svg.replaceChildren(...shapes);
-}
-
-const shown = (value) => (typeof value === "number" ? value.toPrecision(3) : "unknown");
-
-function titled(text) {
-  const title = document.createElementNS("http://www.w3.org/2000/svg", "title");
-  title.textContent = text;
-  return title;
 }
