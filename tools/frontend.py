@@ -38,9 +38,10 @@ SETTINGS = {
     "Comfy.Locale": "en",
 }
 DISMISSED = "for (const key of ['vueNodesBannerDismissed', 'comfy.vueNodesMigration.dismissed']) localStorage[key] = 'true';"
-# What the frontends complain of by themselves, without the pack too: files that a new user has not, where they are not the
-# pack's, and as they start, what is not there yet (the last: 1.32.9, of a setting).
+# A file that is not there is the frontends' own affair (a new user has not all that they ask for), unless it is one of these.
 OF_THE_PACK = (f"/extensions/{comfyui.PACK}/js", f"/extensions/{comfyui.PACK}/docs/images", "/iec/")
+# What the frontends complain of by themselves, without the pack too: as they start, of what is not there yet (the last: 1.32.9,
+# of a setting), and as a subgraph is made, of what is no longer.
 OWN_COMPLAINTS = (
     "ComfyApp graph accessed before initialization",
     "Attempted to cleanup event listeners for graph that was never set up",
