@@ -35,6 +35,10 @@ def overlaps(places):
     return found
 
 
+def nodes_of(name):
+    return json.loads((FOLDER / f"{name}.json").read_text())["nodes"]
+
+
 def without_titles(prompt):
     return {name: (node["class_type"], node["inputs"]) for name, node in prompt.items()}
 
@@ -50,6 +54,50 @@ def test_workflows_open_as_their_api_form_and_nothing_overlaps(frontend, vue_nod
         frontend.page.wait_for_timeout(500)
         assert overlaps(frontend.page.evaluate(IN_NODES_2 if vue_nodes else ON_CANVAS)) == [], name
         assert frontend.page.locator("[role=dialog]:visible, .p-toast-message:visible").count() == 0, name
+
+
+RUN = """() => new Promise((done) => {
+    const { api } = window.comfyAPI.api;
+    window.grown = [];
+    const looking = setInterval(() => window.grown.push(document.querySelectorAll(".iec-residual").length), 50);
+    for (const kind of ["execution_success", "execution_error"]) {
+        api.addEventListener(kind, () => setTimeout(() => { clearInterval(looking); done(kind); }, 1000), { once: true });
+    }
+    app.queuePrompt(0, 1);
+})"""
+# For each sampler of ours: how many steps are corrected in the plan and in the chart, and the strip's text.
+STRIPS = """() => app.graph.nodes
+    .flatMap((node) => (node.widgets ?? []).filter((widget) => widget.name === "iec_steps"))
+    .map(({ element }) => [element, ...[".corrected", ".iec-residual"].map((one) => element.querySelectorAll(one).length)])
+    .map(([element, corrected, charted]) => [corrected, charted, element.innerText])
+"""
+BUILTIN = ["quick_start", "builtin_inpaint", "compare_and_plot", "calibrate_and_save", "load_and_sample"]
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_workflow_runs_in_the_frontend_and_its_strips_show_it(frontend, name):
+    """In this order: the last one loads what the one before has saved."""
+    frontend.load(settings={"Comfy.Workflow.Persist": True})
+    page = frontend.page
+    frontend.open(json.loads((FOLDER / f"{name}.json").read_text()), name)
+    page.evaluate(SHOW_ALL)
+    assert page.evaluate(RUN) == "execution_success"
+    grown = page.evaluate("() => window.grown")
+    strips = page.evaluate(STRIPS)
+    assert bool(strips) == (name != "calibrate_and_save")
+    for corrected, charted, text in strips:
+        assert corrected == charted and "last run" in text, text
+    assert grown == sorted(grown)
+    if sum(charted for _, charted, _ in strips) > 2:
+        assert len(set(grown)) > 2, grown  # while it ran, not at the end
+    page.evaluate("() => document.querySelectorAll('.iec-keep').forEach((box) => box.click())")
+    page.wait_for_timeout(2000)  # the frontend saves its draft with a delay
+    page.reload()
+    page.wait_for_function("(count) => window.app?.graph?.nodes.length === count", arg=len(nodes_of(name)), timeout=60_000)
+    page.wait_for_timeout(1500)
+    assert [charted for _, charted, _ in page.evaluate(STRIPS)] == [charted for _, charted, _ in strips]
+    page.evaluate(SHOW_ALL)
+    page.wait_for_timeout(500)
 
 
 def test_overlaps_are_found():
