@@ -71,21 +71,15 @@ def later_report():
     return Report.Output(display_name="report", tooltip="What the runs did and cost; for IEC Report, which waits for them.")
 
 
-def own_id(node):
-    """Return the id of the node whose class is being executed, "" outside a prompt. As it is a hidden input, the host does not
-    give one node's result to another with the same inputs.
-    """
-    return getattr(node.hidden, "unique_id", None) or ""
-
-
 class RunLog(list):
-    """The RunReports of one prompt's runs, in order; filled while they run. node: the id of the one that asks for them."""
+    """The RunReports of one prompt's runs, in order; filled while they run. Made by the node that asks for them."""
 
-    def __init__(self, settings, node):
+    def __init__(self, settings):
         super().__init__()
         self._settings = settings
         self._prompt = None
-        self._node = node
+        context = get_executing_context()
+        self._node = context.node_id if context else ""
 
     def begin(self):
         """Return the report of a run that begins; the runs of an earlier prompt are dropped."""
@@ -235,7 +229,7 @@ class IECApply(io.ComfyNode):
                 *correction_inputs(),
             ],
             outputs=[io.Model.Output(tooltip="A clone of the model that carries the correction."), later_report()],
-            hidden=[io.Hidden.unique_id],
+            not_idempotent=True,  # or the host would take the runs of one such node for those of another with the same inputs
         )
 
     @classmethod
@@ -245,7 +239,7 @@ class IECApply(io.ComfyNode):
     @classmethod
     def execute(cls, model, **settings):
         settings = CorrectionSettings.parse(**settings)
-        runs = RunLog(settings, own_id(cls))
+        runs = RunLog(settings)
         return io.NodeOutput(apply_correction(model, settings, runs.begin), runs)
 
 
@@ -263,7 +257,7 @@ class IECSampler(io.ComfyNode):
                 *correction_inputs(),
             ],
             outputs=[io.Sampler.Output(tooltip="The corrected sampler."), later_report()],
-            hidden=[io.Hidden.unique_id],
+            not_idempotent=True,  # or the host would take the runs of one such node for those of another with the same inputs
         )
 
     @classmethod
@@ -273,7 +267,7 @@ class IECSampler(io.ComfyNode):
     @classmethod
     def execute(cls, sampler, **settings):
         settings = CorrectionSettings.parse(**settings)
-        runs = RunLog(settings, own_id(cls))
+        runs = RunLog(settings)
         return io.NodeOutput(with_correction(sampler, settings, runs.begin), runs)
 
 

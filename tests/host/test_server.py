@@ -187,7 +187,9 @@ def test_events_name_the_node_that_is_in_the_prompt(host):
     assert sources("77", 22) == {"77"}
 
 
-@pytest.mark.parametrize("about", [{}, {"extra_pnginfo": None}, {"extra_pnginfo": {"workflow": None}}, {"extra_pnginfo": [1]}])
+@pytest.mark.parametrize(
+    "about", [{}, {"extra_pnginfo": None}, {"extra_pnginfo": {"workflow": None}}, {"extra_pnginfo": {"workflow": [1]}}]
+)
 def test_prompt_with_odd_data_about_its_workflow_runs(host, about):
     prompt = workflow(seed=len(str(about)), steps=1)
     body = {"prompt": prompt, "client_id": "odd", "extra_data": about}
@@ -205,7 +207,7 @@ def test_server_answers_for_the_steps_of_a_run(host):
     assert (answer["corrected"], answer["full"]) == ([0, 1, 18, 19], [0, 5, 10, 15])
     assert (answer["evaluations"], answer["nfe"]) == (39, 43)
     refused = requests.post(f"{host.url}/iec/step_plan", data="nonsense", timeout=60)
-    assert refused.status_code == 200 and refused.json()["error"]
+    assert refused.status_code == 200 and refused.json()["unknown"]
 
 
 def test_report_of_a_patched_model_waits_for_its_runs(host):
