@@ -359,6 +359,12 @@ def test_chart_outlives_a_reload_of_the_page(frontend):
     strip.wait("last run")
     strip.wait("6 → 8 evaluations")
     assert strip.page.locator(".iec-residual").count() == 2
+    strip.set("IECKSampler", "correction_steps", "first:3")  # a later run is kept too
+    strip.run()
+    strip.page.wait_for_timeout(2000)
+    frontend.page.reload()
+    strip.wait("NFE 9")
+    assert strip.page.locator(".iec-residual").count() == 3
 
 
 def test_run_in_a_subgraph_is_shown_there(frontend):

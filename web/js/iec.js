@@ -62,7 +62,7 @@ class Strip {
   /** Looks whether the graph asks for another plan, or whether there is news of a run; draws it if so. */
   look(run) {
     this.run = run ?? keptRun(this.node);
-    if (run && !run.isRunning && run !== this.kept && this.node.properties[KEPT]) this.remember();
+    if (run && !run.isRunning && run !== this.kept && this.node.properties[KEPT]) undoable(() => this.remember());
     const { question, isCacheOpen } = planOf(this.node);
     this.isCacheOpen = isCacheOpen || Boolean(question?.cache); // a profile of another schedule has no steps for this one
     const asked = JSON.stringify(question ?? null);
