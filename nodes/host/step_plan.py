@@ -105,33 +105,37 @@ def _rehearsed(sampler_name, sigmas):
     return rehearsal.sigmas, len(rehearsal.evaluations)
 
 
-def step_plan(correction, sampling, cache=None):
+def step_plan(correction, sampling, cache=None, correction_pass="refresh"):
     """Return what a run will do, for a model with SD 1.5's noise levels; another's may differ in what depends on them.
 
     correction: inputs of `CorrectionSettings.parse`. sampling: of `Sampling`. cache: interval, schedule, start_percent,
-    end_percent of IECDeepCache, or profile_name.
+    end_percent of IECDeepCache, or profile_name. correction_pass: the cache's.
 
     The answer: steps; corrected, a list of their numbers; correctable, those of the steps that can be; full, those that the
-    cache evaluates in full, or None; evaluations without corrections, and nfe with them, an upper bound where iterations can
-    converge early. Raises ValueError, with a sentence, for what a run would be refused for, and NotKnown for what only the
-    run can tell.
+    cache evaluates in full, or None; full_corrections, how many corrections are evaluated in full; evaluations without
+    corrections, and nfe with them, an upper bound where iterations can converge early. Raises ValueError, with a sentence,
+    for what a run would be refused for, and NotKnown for what only the run can tell.
     """
     settings, sampling = CorrectionSettings.parse(**correction), Sampling(**sampling)
     sampling.check()
     check_sampler(sampling.sampler_name, settings, "sampler_name")
     sigmas = sampling.sigmas()
     if len(sigmas) < 2:
-        return {"steps": 0, "corrected": [], "correctable": [], "full": None, "evaluations": 0, "nfe": 0}
+        nothing = {"corrected": [], "correctable": [], "full": None}
+        return {"steps": 0, **nothing, "full_corrections": 0, "evaluations": 0, "nfe": 0}
     try:
         begins, evaluations = _rehearsed(sampling.sampler_name, tuple(sigmas.tolist()))
     except CannotRehearse as reason:
         raise NotKnown(f"sampler_name: its steps are not known before it runs, because {reason}.") from reason
     corrected = settings.corrected_steps(begins)
+    full = None if cache is None else _full_steps(begins, **cache)
+    in_full = corrected if full is None else corrected.intersection(full if correction_pass != "reuse" else ())
     return {
         "steps": len(begins) - 1,
         "corrected": sorted(corrected),
         "correctable": sorted(replace(settings, steps=ALL).corrected_steps(begins)),
-        "full": None if cache is None else _full_steps(begins, **cache),
+        "full": full,
+        "full_corrections": settings.max_iterations * len(in_full),
         "evaluations": evaluations,
         "nfe": evaluations + settings.max_iterations * len(corrected),
     }

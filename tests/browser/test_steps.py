@@ -148,7 +148,7 @@ def test_strip_shows_what_will_be_corrected_and_cached(frontend, strip, sampler)
     assert len(strip.steps()) == 20
     assert strip.steps("corrected") == [0, 1, 18, 19]
     assert strip.steps("cached") == [step for step in range(20) if step % 3]
-    assert "7 of 20 steps in full" in strip.text()
+    assert "7 of 20 steps in full" in strip.text() and "2 of 4 corrections in full too" in strip.text()
 
 
 @both

@@ -74,6 +74,18 @@ def test_cached_steps_of_a_profile_are_those_in_the_file(plans, host, model, con
     assert full(steps=7) is None  # only the run tells, by a refusal
 
 
+def test_corrections_in_full_are_those_of_full_steps(plans):
+    """What a cached run really costs: an evaluation in full is several of the others."""
+
+    def corrections(steps, **more):
+        return plans.step_plan({"correction_steps": steps, "max_iterations": 2}, sampling(), **more)["full_corrections"]
+
+    assert corrections("steps:0,1,3") == 6
+    assert corrections("steps:0,1,3", cache={"interval": 3}) == 4
+    assert corrections("steps:0,1,3", cache={"interval": 3}, correction_pass="keep") == 4
+    assert corrections("steps:0,1,3", cache={"interval": 3}, correction_pass="reuse") == 0
+
+
 def test_steps_that_cannot_be_corrected_are_told(plans):
     assert plans.step_plan({"evaluation_point": "next"}, sampling())["correctable"] == [0, 1, 2, 3, 4]
     assert plans.step_plan({"max_iterations": 0}, sampling())["correctable"] == []

@@ -113,9 +113,12 @@ function cacheOf(sampler) {
   const input = from?.inputs?.find((one) => one.type === "MODEL");
   const cache = input ? upstream(from, input.name, "MODEL", isCache) : undefined;
   if (!cache) return cache;
-  if (cache.comfyClass === "IECDeepCache") return values(cache, ["interval", "schedule", "start_percent", "end_percent"]);
+  const pass = values(cache, ["correction_pass"]);
+  const names = ["interval", "schedule", "start_percent", "end_percent"];
+  if (cache.comfyClass === "IECDeepCache") return { ...pass, ...values(cache, names) };
   const profile = sourceOf(cache, "profile");
-  return profile?.comfyClass === "IECLoadCacheProfile" ? { profile_name: valueOf(profile, "profile_name") } : undefined;
+  if (profile?.comfyClass !== "IECLoadCacheProfile") return undefined;
+  return { ...pass, profile_name: valueOf(profile, "profile_name") };
 }
 
 const CORRECTION = ["correction_steps", "lambda_", "max_iterations", "tolerance", "evaluation_point", "lambda_mode"];
@@ -133,7 +136,9 @@ export function planOf(node) {
   }
   const cache = cacheOf(sampler);
   const isCacheOpen = cache === undefined || Object.values(cache ?? {}).includes(undefined);
-  return { question: { correction, sampling, cache: isCacheOpen ? null : cache }, isCacheOpen };
+  if (isCacheOpen || !cache) return { question: { correction, sampling, cache: null }, isCacheOpen };
+  const { correction_pass, ...of } = cache;
+  return { question: { correction, sampling, cache: of, correction_pass }, isCacheOpen };
 }
 
 /** The node that an execution id such as "12", or "5:12" in a subgraph, is the id of. */

@@ -6,7 +6,7 @@
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 import { isLinked, nodeById, planOf } from "./graph.js";
-import { StepView, costOf, fullOf, textOf } from "./view.js";
+import { StepView, costOf, fullCorrectionsOf, fullOf, textOf } from "./view.js";
 
 const NODES = ["IECKSampler", "IECApply", "IECSampler"];
 const KEPT = "iec_run"; // the node's property that holds a run which is saved with the workflow
@@ -100,7 +100,9 @@ class Strip {
       const plan = { steps: run.steps, corrected: run.corrected, full: run.full };
       return { ...common, plan, lines: [fullOf(run)], message: `${message} These are the last run's.` };
     }
-    if (answer.full || !this.isCacheOpen) return { ...common, plan: answer, lines: [costOf(answer), fullOf(answer)] };
+    if (answer.full || !this.isCacheOpen) {
+      return { ...common, plan: answer, lines: [costOf(answer), fullOf(answer), fullCorrectionsOf(answer)] };
+    }
     const full = run?.steps === answer.steps ? run.full : null;
     const ofCache = full ? `${fullOf(run)}: so it was in the last run` : "which steps are cached is known when it runs";
     return { ...common, plan: { ...answer, full }, lines: [costOf(answer), ofCache] };

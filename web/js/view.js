@@ -56,6 +56,11 @@ export function fullOf({ full, steps }) {
   return full ? `${full.length} of ${plural(steps, "step")} in full, the others cached` : "";
 }
 
+/** How many corrections cost as much as a step in full, in words; nothing without a cache. */
+export function fullCorrectionsOf({ full, full_corrections, evaluations, nfe }) {
+  return full && nfe > evaluations ? `${full_corrections} of ${plural(nfe - evaluations, "correction")} in full too` : "";
+}
+
 /** The text of correction_steps that corrects these steps of so many. */
 export function textOf(corrected, steps) {
   if (corrected.length === 0) return "none";
