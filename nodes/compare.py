@@ -13,6 +13,7 @@ from .host.schema import schema
 from .types import Report, as_image, shown_on
 
 COLUMNS = ("variant", "correction_steps", "NFE", "seconds", "relative_error", "PSNR")
+MORE = ("more", *(f"more_{number}" for number in range(2, 8)))  # what a Join Reports (IEC) takes after the first reports
 
 
 class IECJoinReports(io.ComfyNode):
@@ -22,18 +23,19 @@ class IECJoinReports(io.ComfyNode):
             node_id="IECJoinReports",
             display_name="Join Reports (IEC)",
             category="sampling/IEC",
-            description="Puts the reports of several runs into one list, for Compare Runs (IEC). Nodes can be chained.",
+            description="Puts the reports of up to eight runs into one list, for Compare Runs (IEC) and the plots. Nodes can "
+            "be chained.",
             search_aliases=["merge reports", "combine reports", "concatenate reports"],
             inputs=[
                 Report.Input("reports", tooltip="The first reports; the very first run is the reference of a comparison."),
-                Report.Input("more", tooltip="The reports that follow."),
+                *(Report.Input(name, optional=name != MORE[0], tooltip="The reports that follow.") for name in MORE),
             ],
             outputs=[Report.Output(display_name="reports", tooltip="All reports, in order.")],
         )
 
     @classmethod
-    def execute(cls, reports, more):
-        return io.NodeOutput([*reports, *more])
+    def execute(cls, reports, **more):
+        return io.NodeOutput([*reports, *itertools.chain.from_iterable(more.get(name) or () for name in MORE)])
 
 
 def trajectory_error(report, reference):
@@ -91,16 +93,21 @@ def error_plot(reports):
     return as_image(plots.error_growth([(*name, curve) for name, curve in zip(told_apart(reports), errors)][1:]))
 
 
-def table(reports, images):
-    """Return the comparison as CSV text: a header, then a line a run; the first run is the reference."""
-    out = text_io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(COLUMNS)
+def rows(reports, images):
+    """Return what COLUMNS name of every run, as texts; the first run is the reference."""
+    measured = []
     for report, image in zip(reports, images):
         error = final_error(report, reports[0])
         quality = psnr(image, images[0])
-        row = (report.label, report.correction, report.nfe, f"{report.seconds:.2f}", f"{error:.5f}", f"{quality:.2f}")
-        writer.writerow(row)
+        texts = str(report.nfe), f"{report.seconds:.2f}", f"{error:.5f}", f"{quality:.2f}"
+        measured.append((report.label, report.correction, *texts))
+    return measured
+
+
+def as_csv(lines):
+    """Return rows as CSV text, below COLUMNS."""
+    out = text_io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows([COLUMNS, *lines])
     return out.getvalue()
 
 
@@ -123,6 +130,7 @@ class IECCompare(io.ComfyNode):
                 io.Image.Output(display_name="grid", tooltip="One row of images per run."),
                 io.Image.Output(display_name="error_plot", tooltip="Relative latent error per step, log scale."),
                 io.String.Output(display_name="table", tooltip=f"CSV with the columns {', '.join(COLUMNS)}."),
+                io.Image.Output(display_name="table_image", tooltip="The same table, drawn."),
             ],
         )
 
@@ -131,8 +139,9 @@ class IECCompare(io.ComfyNode):
         check_reports(reports)
         images = decoded(reports, vae)
         grid = as_image(grids.image_grid([(name, batch.numpy()) for name, batch in zip(captions(reports), images)]))
-        plot, text = error_plot(reports), table(reports, images)
-        return io.NodeOutput(grid, plot, text, ui=shown_on(cls, [*grid, *plot], text))
+        plot, lines = error_plot(reports), rows(reports, images)
+        text, drawn = as_csv(lines), as_image(plots.table(lines))
+        return io.NodeOutput(grid, plot, text, drawn, ui=shown_on(cls, [*grid, *plot, *drawn], text))
 
 
 NODES = [IECJoinReports, IECCompare]

@@ -149,6 +149,28 @@ def error_growth(curves):
     return _picture(figure)
 
 
+# Where the columns of a table of runs are, in shares of its width: the first two begin there, the others end there.
+TABLE = {"run": 0.01, "IEC": 0.41, "NFE": 0.67, "seconds": 0.79, "relative\nerror": 0.9, "PSNR\n(dB)": 0.99}
+
+
+def table(runs):
+    """Draw a table of runs; uint8 [H, W, 3].
+
+    runs: list of (label, correction, NFE, seconds, relative error, PSNR in dB), as texts. The first is the reference.
+    """
+    cells = [(shortened(label, 31), shortened(correction, 16), *numbers) for label, correction, *numbers in runs]
+    figure = _figure(0.3 * (len(cells) + 1.5))
+    figure.set_layout_engine("none")
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 1), ylim=(len(cells) + 0.6, -0.9))
+    axes.set_axis_off()
+    for row, texts in enumerate([tuple(TABLE), *cells]):
+        look = {"fontsize": 10, "va": "center", "weight": "normal" if row else "bold"}
+        for column, (text, x) in enumerate(zip(texts, TABLE.values())):
+            axes.text(x, row, text, ha="left" if column < 2 else "right", **look)
+        axes.axhline(row + 0.5, color="#BBBBBB", linewidth=0.8)
+    return _picture(figure)
+
+
 def _overlap(a, b):
     """Return the area that two boxes (left, bottom, right, top) share."""
     return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))

@@ -31,6 +31,8 @@ MOST_BYTES = 60_000  # of a picture
 
 NOTE_WIDTH, PADDING, GAP, TITLE, FRAME_TITLE = 400, 20, 20, 30, 44
 VIEWPORT = {"width": 1600, "height": 1200}
+# How a workflow opens: at this scale, its note right of and below the frontend's bars, in pixels of the window.
+VIEW_SCALE, BARS = 0.75, (90, 140)
 # Sizes of nodes that show something, or hold a text; the others have the least that their widgets need.
 SIZES = {
     "CLIPTextEncode": (380, 150),
@@ -38,8 +40,8 @@ SIZES = {
     "SaveImage": (340, 400),
     "PreviewImage": (340, 400),
     "IECReport": (460, 420),
-    "IECCompare": (380, 360),
-    "PreviewAny": (380, 200),
+    "IECJoinReports": (480, 0),
+    "IECCompare": (480, 300),
     "IECImageGrid": (560, 940),
     "IECErrorPlot": (560, 440),
     "IECParetoPlot": (560, 440),
@@ -120,7 +122,7 @@ def serialized(view, name):
     """Return the open workflow as the frontend saves it, without what differs from one run to the next."""
     graph = json.loads(view.page.evaluate("() => JSON.stringify(app.graph.serialize())"))
     graph["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{comfyui.PACK}/{name}"))
-    graph["extra"]["ds"] = {"scale": 0.6, "offset": [NOTE_WIDTH + 120, 120]}
+    graph["extra"]["ds"] = {"scale": VIEW_SCALE, "offset": [NOTE_WIDTH + GAP + BARS[0] / VIEW_SCALE, BARS[1] / VIEW_SCALE]}
     return graph
 
 
@@ -158,8 +160,10 @@ def warm_up(view):
     """Run the open workflow once, with other noise, so that the seconds that it shows hold the first use of nothing."""
     workflow = view.api_workflow()
     for node in workflow.values():
-        if "seed" in node["inputs"]:
+        if isinstance(node["inputs"].get("seed"), int):
             node["inputs"]["seed"] += 1
+        elif node["class_type"] == "PrimitiveInt":  # the seed of several samplers
+            node["inputs"]["value"] += 1
     view.server.run(workflow)
 
 

@@ -21,7 +21,22 @@ Outputs = dict[str, Any]  # {node id: what the node shows, such as {"images": [.
 
 
 class RunError(Exception):
-    """The server refused the workflow, or the run did not come to its end."""
+    """The file is no workflow, the server refused it, or the run did not come to its end."""
+
+
+def read_workflow(path: pathlib.Path) -> Workflow:
+    """Return the workflow of a file. Raises RunError where it is not in API form, OSError where it cannot be read."""
+    try:
+        workflow = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path}: this is not JSON ({error}).") from error
+    nodes = workflow.values() if isinstance(workflow, dict) else [None]
+    if "nodes" in workflow or not all(isinstance(node, dict) and "class_type" in node for node in nodes):
+        raise RunError(
+            f"{path}: this is not a workflow in API form; in ComfyUI, open it and take Export (API) from the menu, "
+            "or take one of example_workflows/api."
+        )
+    return workflow
 
 
 def refusal(answer: dict[str, Any]) -> str:
@@ -47,7 +62,7 @@ async def submit(session: aiohttp.ClientSession, workflow: Workflow, client: str
 
 def show(line: str) -> None:
     """Write a line over the last one."""
-    print(f"\r{line:<70}", end="", file=sys.stderr, flush=True)
+    print(f"\r{line:<78}", end="", file=sys.stderr, flush=True)
 
 
 async def follow(connection: aiohttp.ClientWebSocketResponse, prompt: str) -> None:
@@ -62,7 +77,9 @@ async def follow(connection: aiohttp.ClientWebSocketResponse, prompt: str) -> No
             continue
         if kind == "iec.step":
             in_steps.add(data["node"])
-            show(f"{data['label']}: step {data['step']} of {data['steps']}, {data['nfe']} evaluations")
+            show(
+                f"{data['label']}, IEC {data['correction']}: step {data['step']} of {data['steps']}, {data['nfe']} evaluations"
+            )
         elif kind == "progress" and data["node"] not in in_steps:
             show(f"{data['node']}: {data['value']} of {data['max']}")
         elif kind == "execution_error":
@@ -113,9 +130,11 @@ def main() -> None:
     parser.add_argument("--server", default="127.0.0.1:8188", help="host:port of the ComfyUI, by default %(default)s")
     arguments = parser.parse_args()
     try:
-        workflow = json.loads(arguments.workflow.read_text(encoding="utf-8"))
+        workflow = read_workflow(arguments.workflow)
         for path in asyncio.run(run(workflow, arguments.folder, arguments.server)):
             print(path)
+    except aiohttp.ClientConnectorError as error:
+        sys.exit(f"No ComfyUI answers at {arguments.server}: start it, or name another with --server host:port. ({error})")
     except (OSError, ValueError, aiohttp.ClientError, RunError) as error:
         sys.exit(str(error))
 

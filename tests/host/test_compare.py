@@ -9,14 +9,22 @@ from toy import PixelVAE
 
 
 def compare(host, reports):
-    first, *rest = [[report] for report in reports]
-    for report in rest:
-        (first,) = host.run("IECJoinReports", reports=first, more=report)
-    return host.run("IECCompare", reports=first, vae=PixelVAE())
+    if len(reports) > 1:
+        names = ["reports", "more", *(f"more_{number}" for number in range(2, len(reports)))]
+        (reports,) = host.run("IECJoinReports", **{name: [report] for name, report in zip(names, reports)})
+    return host.run("IECCompare", reports=reports, vae=PixelVAE())
+
+
+def test_reports_are_joined_in_the_order_of_the_inputs(host, reports):
+    a, b = reports
+    (chained,) = host.run("IECJoinReports", reports=[a], more=[b, a])
+    assert chained == [a, b, a]
+    (joined,) = host.run("IECJoinReports", reports=[a], more_7=[a, b], more=[b], more_3=None, more_2=chained)
+    assert joined == [a, b, a, b, a, a, b]
 
 
 def test_table_says_what_was_measured(host, reports):
-    grid, plot, table = compare(host, reports)
+    grid, plot, table, drawn = compare(host, reports)
     header, full, other = csv.reader(table.splitlines())
     assert header == ["variant", "correction_steps", "NFE", "seconds", "relative_error", "PSNR"]
     assert full[:3] == ["full", "none", "4"] and full[4:] == ["0.00000", "inf"]
@@ -26,7 +34,7 @@ def test_table_says_what_was_measured(host, reports):
     assert other[:3] == ["other", "all", "8"]
     assert float(other[4]) == pytest.approx(error, abs=1e-5)
     assert float(other[5]) == pytest.approx(-10 * math.log10(mse), abs=0.01)
-    for picture in (grid, plot):
+    for picture in (grid, plot, drawn):
         assert picture.ndim == 4 and picture.shape[-1] == 3 and 0 <= picture.min() < picture.max() <= 1
 
 
