@@ -88,11 +88,13 @@ class CorrectionSettings:
         words += [f"K {self.max_iterations}"] if self.max_iterations != paper.max_iterations else []
         return " ".join(words)
 
-    def corrected_steps(self, sigmas):
-        """Return the frozenset of the steps that are corrected over a schedule of n + 1 sigmas (floats)."""
+    def corrected_steps(self, sigmas, full=None):
+        """Return the frozenset of the steps that are corrected over a schedule of n + 1 sigmas (floats); full: the steps that
+        a cache evaluates in full, None without a cache.
+        """
         if self.max_iterations == 0:
             return frozenset()
-        steps = self.steps.of(len(sigmas) - 1)
+        steps = self.steps.of(len(sigmas) - 1, full)
         if self.evaluation_point == "next":
             steps = frozenset(step for step in steps if sigmas[step + 1] > 0)
         return steps

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-FORMS = "all, none, ends:1/10, first:3, last:3 or steps:0,1,48,49"
+FORMS = "all, none, full, ends:1/10, first:3, last:3 or steps:0,1,48,49"
 
 
 @dataclass(frozen=True)
@@ -18,13 +18,16 @@ class CorrectionSteps:
     kind: str
     numbers: tuple[int, ...] = ()
 
-    def of(self, total):
+    def of(self, total, full=None):
         """Return the frozenset of corrected step numbers in a run of `total` steps.
 
-        `ends:a/b` is the first and the last max(1, round(total * a / b)) steps: `ends:1/10` is the paper's +-1/10
-        (section 4.2). Raises ValueError where the text names a step that the run does not have.
+        full: the steps that a cache evaluates in full, None without a cache; those are what `full` is, and without a cache
+        every step is one. `ends:a/b` is the first and the last max(1, round(total * a / b)) steps: `ends:1/10` is the paper's
+        +-1/10 (section 4.2). Raises ValueError where the text names a step that the run does not have.
         """
-        if self.kind == "all":
+        if self.kind == "full" and full is not None:
+            return frozenset(full)
+        if self.kind in ("all", "full"):
             return frozenset(range(total))
         if self.kind == "none":
             return frozenset()
@@ -50,7 +53,7 @@ class CorrectionSteps:
 def parse_correction_steps(text):
     """Parse a `correction_steps` text. Raises ValueError, with a sentence that lists the forms, for anything else."""
     compact = re.sub(r"\s+", "", text).lower()
-    if compact in ("all", "none"):
+    if compact in ("all", "none", "full"):
         return CorrectionSteps(compact, compact)
     if match := re.fullmatch(r"ends:(\d+)/(\d+)", compact):
         over, under = map(int, match.groups())
@@ -64,6 +67,22 @@ def parse_correction_steps(text):
     if match := re.fullmatch(r"steps:(\d+(?:,\d+)*)", compact):
         return CorrectionSteps(compact, "steps", tuple(int(part) for part in match[1].split(",")))
     raise ValueError(f"correction_steps: '{text}' is not a known form; write {FORMS}.")
+
+
+def steps_within(text, total):
+    """Return the `correction_steps` text of those of a text's steps that a run of `total` steps has; `none` for a text that is
+    of no known form.
+    """
+    try:
+        steps = parse_correction_steps(text)
+    except ValueError:
+        return "none"
+    if steps.kind in ("first", "last"):
+        return f"{steps.kind}:{min(steps.numbers[0], total)}" if total else "none"
+    if steps.kind == "steps":
+        inside = [str(number) for number in steps.numbers if number < total]
+        return f"steps:{','.join(inside)}" if inside else "none"
+    return steps.text
 
 
 def evaluations(total, corrected, iterations):

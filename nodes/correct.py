@@ -20,8 +20,9 @@ def correction_inputs():
         io.String.Input(
             "correction_steps",
             default="ends:1/10",
-            tooltip=f"Which of the run's steps are corrected, counted from 0: {FORMS}. ends:1/10 is the first and the last "
-            "tenth. Each corrected step costs max_iterations more evaluations.",
+            tooltip=f"Which of the run's steps are corrected, counted from 0: {FORMS}. full is the steps that a cache "
+            "evaluates in full, every step without one; ends:1/10 the first and the last tenth. Each corrected step costs "
+            "max_iterations more evaluations.",
         ),
         io.Float.Input(
             "lambda_",

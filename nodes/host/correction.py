@@ -235,13 +235,14 @@ class CorrectedSampler(comfy.samplers.KSAMPLER):
                 f"sampler: the steps of {name} cannot be corrected, because {reason}; choose a sampler of the host's list, or "
                 "correction_steps none."
             ) from reason
-        corrected = self._settings.corrected_steps(rehearsal.sigmas)
+        full = full_steps(extra_args, rehearsal.sigmas)
+        corrected = self._settings.corrected_steps(rehearsal.sigmas, full)
         ahead = None
         if any(rehearsal.steps[step].draws for step in corrected):
             ahead = NoiseAhead(function, x, sigmas, seed)
             options = {**options, **ahead.options}
         total = len(rehearsal.evaluations) + self._settings.max_iterations * len(corrected)
-        progress.begin(corrected, full_steps(extra_args, rehearsal.sigmas), len(rehearsal.steps), total)
+        progress.begin(corrected, full, len(rehearsal.steps), total)
         denoiser = CorrectedDenoiser(model, report, rehearsal, corrected, self._settings, ahead, progress)
 
         def on_step(info):

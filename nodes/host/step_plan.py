@@ -16,7 +16,7 @@ from ...iec_core.cachequant import CacheProfile, CorrectedFeatures
 from ...iec_core.caching import parse_cache_schedule
 from ...iec_core.choices import unknown_choice
 from ...iec_core.correction import CorrectionSettings
-from ...iec_core.schedule import parse_correction_steps
+from ...iec_core.schedule import parse_correction_steps, steps_within
 from .caching import CacheSettings
 from .correction import check_sampler
 from .events import running_server
@@ -105,32 +105,37 @@ def _rehearsed(sampler_name, sigmas):
     return rehearsal.sigmas, len(rehearsal.evaluations)
 
 
-def step_plan(correction, sampling, cache=None, correction_pass="refresh"):
+def step_plan(correction, sampling, cache=None, correction_pass="refresh", is_cache_open=False):
     """Return what a run will do, for a model with SD 1.5's noise levels; another's may differ in what depends on them.
 
     correction: inputs of `CorrectionSettings.parse`. sampling: of `Sampling`. cache: interval, schedule, start_percent,
-    end_percent of IECDeepCache, or profile_name. correction_pass: the cache's.
+    end_percent of IECDeepCache, or profile_name. correction_pass: the cache's. is_cache_open: whether there may be a cache that
+    only the run knows.
 
-    The answer: steps; corrected, a list of their numbers; correctable, those of the steps that can be; full, those that the
-    cache evaluates in full, or None; full_corrections, how many corrections are evaluated in full; evaluations without
-    corrections, and nfe with them, an upper bound where iterations can converge early. Raises ValueError, with a sentence,
-    for what a run would be refused for, and NotKnown for what only the run can tell.
+    The answer: correction, as reports name it; steps; corrected, a list of their numbers; correctable, those of the steps that
+    can be; full, those that the cache evaluates in full, or None; full_corrections, how many corrections are evaluated in
+    full; evaluations without corrections, and nfe with them, an upper bound where iterations can converge early. Raises
+    ValueError, with a sentence, for what a run would be refused for, and NotKnown for what only the run can tell.
     """
     settings, sampling = CorrectionSettings.parse(**correction), Sampling(**sampling)
+    about = {"correction": settings.summary()}
     sampling.check()
     check_sampler(sampling.sampler_name, settings, "sampler_name")
     sigmas = sampling.sigmas()
     if len(sigmas) < 2:
         nothing = {"corrected": [], "correctable": [], "full": None}
-        return {"steps": 0, **nothing, "full_corrections": 0, "evaluations": 0, "nfe": 0}
+        return {**about, "steps": 0, **nothing, "full_corrections": 0, "evaluations": 0, "nfe": 0}
     try:
         begins, evaluations = _rehearsed(sampling.sampler_name, tuple(sigmas.tolist()))
     except CannotRehearse as reason:
         raise NotKnown(f"sampler_name: its steps are not known before it runs, because {reason}.") from reason
-    corrected = settings.corrected_steps(begins)
     full = None if cache is None else _full_steps(begins, **cache)
+    if settings.steps.kind == "full" and full is None and (is_cache_open or cache is not None):
+        raise NotKnown("correction_steps: which steps the cache evaluates in full is known when it runs.")
+    corrected = settings.corrected_steps(begins, full)
     in_full = corrected if full is None else corrected.intersection(full if correction_pass != "reuse" else ())
     return {
+        **about,
         "steps": len(begins) - 1,
         "corrected": sorted(corrected),
         "correctable": sorted(replace(settings, steps=ALL).corrected_steps(begins)),
@@ -141,20 +146,39 @@ def step_plan(correction, sampling, cache=None, correction_pass="refresh"):
     }
 
 
+def _mended(correction, **question):
+    """Return the step plan of a run that is refused for its correction_steps, with those of them that it has, so that a client
+    can offer them; {} where the run is refused for more.
+    """
+    try:
+        steps = step_plan({**correction, "correction_steps": "none"}, **question)["steps"]
+        inside = steps_within(correction.get("correction_steps", "all"), steps)
+        return step_plan({**correction, "correction_steps": inside}, **question)
+    except ValueError:
+        return {}
+
+
+def _plan_or_refusal(question):
+    try:
+        return step_plan(**question)
+    except NotKnown:
+        raise
+    except ValueError as error:
+        return {**_mended(**question), "error": str(error)}
+
+
 def _answer(question):
-    """Return the step plan for a client's JSON text; {"error": sentence} where a run would be refused, {"unknown": sentence}
-    where it cannot be told.
+    """Return the step plan for a client's JSON text; {"error": sentence} where a run would be refused, with a plan if it is
+    only for correction_steps; {"unknown": sentence} where it cannot be told.
     """
     try:
         question = json.loads(question)
     except ValueError as error:
         return {"unknown": f"The question is no JSON ({error})."}
     try:
-        return step_plan(**question)
+        return _plan_or_refusal(question)
     except NotKnown as reason:
         return {"unknown": str(reason)}
-    except ValueError as error:
-        return {"error": str(error)}
     except Exception as error:  # whatever a client has sent, it gets an answer
         logging.warning(f"[ComfyUI-IEC] no step plan for {str(question)[:500]}: {error!r}")
         return {"unknown": "The steps cannot be told; the server's log says why."}

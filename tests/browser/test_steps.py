@@ -204,6 +204,56 @@ def test_clicks_on_cells_choose_the_corrected_steps(frontend, strip):
     assert strip.value("IECKSampler", "correction_steps") == "steps:0,1,2,3"
 
 
+@both
+def test_steps_outside_the_run_are_mended_by_a_click(frontend, strip):
+    frontend.open_api(workflow(steps=20, correction_steps="steps:0,5,10,15"))
+    strip.wait("20 → 24 evaluations")
+    strip.show()
+    strip.set("IECKSampler", "steps", 12)
+    strip.wait("names step 15, but the run has 12 steps")
+    assert len(strip.steps()) == 12 and strip.steps("corrected") == [0, 5, 10]
+    assert strip.steps("cached") == [step for step in range(12) if step % 3]
+    assert "evaluations" not in strip.text() and "A click on a step writes those that are shown." in strip.text()
+    strip.page.locator(".iec-cell").nth(7).click()
+    strip.wait("12 → 16 evaluations")
+    assert strip.value("IECKSampler", "correction_steps") == "steps:0,5,7,10"
+    strip.set("IECKSampler", "correction_steps", "som")
+    strip.wait("correction_steps: 'som' is not a known form")
+    assert len(strip.steps()) == 12 and strip.steps("corrected") == []
+    strip.page.evaluate("() => [3, 4].forEach((step) => document.querySelectorAll('.iec-cell')[step].click())")
+    strip.wait("12 → 14 evaluations")
+    assert strip.value("IECKSampler", "correction_steps") == "steps:3,4"
+
+
+@pytest.mark.parametrize("sampler", ["IECKSampler", "IECApply", "IECSampler"])
+def test_full_follows_the_cache(frontend, strip, sampler):
+    frontend.open_api(workflow(sampler, correction_steps="full"))
+    strip.wait("7 of 7 corrections in full too")
+    strip.show()
+    assert strip.steps("corrected") == list(range(0, 20, 3))
+    strip.set("IECDeepCache", "interval", 5)
+    strip.wait("4 of 4 corrections in full too")
+    assert strip.steps("corrected") == [0, 5, 10, 15]
+    strip.page.evaluate("() => { app.graph.nodes.find((one) => one.comfyClass === 'IECDeepCache').mode = 4; }")  # bypassed
+    strip.wait("20 → 40 evaluations")
+
+
+def test_full_of_a_cache_outside_a_subgraph_is_told_when_it_runs(frontend, strip):
+    frontend.open_api(workflow(correction_steps="full", steps=5))
+    strip.wait("5 → 7 evaluations")
+    frontend.page.evaluate(
+        """() => {
+            const inside = app.graph.nodes.filter((one) => one.comfyClass === "IECKSampler");
+            const { node } = app.graph.convertToSubgraph(new Set(inside));
+            app.canvas.openSubgraph(node.subgraph, node);
+        }"""
+    )
+    strip.wait("which steps the cache evaluates in full is known when it runs")
+    assert strip.steps() == []
+    strip.run()
+    assert strip.steps("corrected") == [0, 3] and strip.steps("cached") == [1, 2, 4]
+
+
 def test_step_that_cannot_be_corrected_is_no_button(frontend, strip):
     frontend.open_api(workflow(steps=5, correction_steps="none", evaluation_point="next"))
     strip.wait("5 evaluations")

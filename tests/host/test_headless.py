@@ -60,7 +60,7 @@ def test_readme_posts_the_workflow_with_curl(host):
 def test_client_says_what_was_refused_once(host, tmp_path):
     done = run(host, changed(tmp_path, sampler={"correction_steps": "middle"}), tmp_path / "images")
     assert done.returncode != 0
-    forms = "all, none, ends:1/10, first:3, last:3 or steps:0,1,48,49"
+    forms = "all, none, full, ends:1/10, first:3, last:3 or steps:0,1,48,49"
     assert done.stderr.strip() == (f"IECKSampler (sampler): correction_steps: 'middle' is not a known form; write {forms}.")
 
 

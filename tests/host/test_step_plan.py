@@ -72,6 +72,9 @@ def test_cached_steps_of_a_profile_are_those_in_the_file(plans, host, model, con
     assert full() == [0, 2, 5]
     assert full(start_step=1) == [0, 1, 4]  # a part of the calibrated schedule; its first step always is
     assert full(steps=7) is None  # only the run tells, by a refusal
+    with pytest.raises(plans.NotKnown, match="which steps the cache evaluates in full is known when it runs"):
+        plans.step_plan({"correction_steps": "full"}, sampling(steps=7), {"profile_name": "mine.safetensors"})
+    assert plans.step_plan({"correction_steps": "full"}, sampling(), {"profile_name": "mine.safetensors"})["nfe"] == 9
 
 
 def test_corrections_in_full_are_those_of_full_steps(plans):
@@ -84,6 +87,75 @@ def test_corrections_in_full_are_those_of_full_steps(plans):
     assert corrections("steps:0,1,3", cache={"interval": 3}) == 4
     assert corrections("steps:0,1,3", cache={"interval": 3}, correction_pass="keep") == 4
     assert corrections("steps:0,1,3", cache={"interval": 3}, correction_pass="reuse") == 0
+
+
+CACHES = [{"interval": 3}, {"interval": 3, "schedule": "steps:2,5"}, {"interval": 4, "start_percent": 0.4}, None]
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("point", ["paper", "next"])
+def test_full_is_the_steps_that_the_cache_evaluates_in_full(plans, host, sample, model, count_evaluations, cache, point):
+    correction = {"correction_steps": "full", "evaluation_point": point}
+    plan = plans.step_plan(correction, sampling(steps=7), cache)
+    counted, calls = count_evaluations(model)
+    cached = counted if cache is None else host.run("IECDeepCache", model=counted, **{"branch": 0, **cache})[0]
+    reports = []
+    sample(cached, reports, steps=7, cfg=1.0, scheduler="normal", **correction)
+    corrected = [step.step for step in reports[0].steps if step.corrected]
+    full = plan["full"] or list(range(7))
+    assert corrected == plan["corrected"] == [step for step in full if point == "paper" or step < 6]
+    assert plan["nfe"] == len(calls) == reports[0].nfe == 7 + len(corrected)
+    text = f"steps:{','.join(map(str, full))}"
+    listed = sample(cached, steps=7, cfg=1.0, scheduler="normal", **{**correction, "correction_steps": text})
+    assert torch.equal(sample(cached, steps=7, cfg=1.0, scheduler="normal", **correction), listed)
+
+
+@pytest.mark.parametrize("first", ["IECApply", "IECDeepCache", "IECSampler"])
+def test_full_of_the_other_nodes_is_that_of_the_cache_too(host, advanced, model, conditioning, first):
+    """With Apply IEC before and behind the cache, and around a SAMPLER."""
+    correction = {"correction_steps": "full", "lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0}
+    cache, sampler = {"interval": 3, "branch": 0}, "euler"
+    if first == "IECApply":
+        patched, reports = host.run("IECApply", model=model, **correction)
+        patched = host.run("IECDeepCache", model=patched, **cache)[0]
+    else:
+        patched = host.run("IECDeepCache", model=model, **cache)[0]
+        if first == "IECSampler":
+            plain = host.run("KSamplerSelect", sampler_name="euler")[0]
+            sampler, reports = host.run("IECSampler", sampler=plain, **correction)
+        else:
+            patched, reports = host.run("IECApply", model=patched, **correction)
+    guider = host.run("BasicGuider", model=patched, conditioning=conditioning[0])[0]
+    advanced(guider, sampler, steps=8)
+    assert [step.step for step in reports[0].steps if step.corrected] == [0, 3, 6]
+
+
+def test_full_is_not_known_where_the_cache_is_not(plans):
+    question = {"correction": {"correction_steps": "full"}, "sampling": sampling()}
+    assert plans._answer(json.dumps(question))["corrected"] == list(range(6))
+    sentence = "correction_steps: which steps the cache evaluates in full is known when it runs."
+    assert plans._answer(json.dumps({**question, "is_cache_open": True})) == {"unknown": sentence}
+    question["correction"] = {"correction_steps": "all"}
+    assert plans._answer(json.dumps({**question, "is_cache_open": True}))["corrected"] == list(range(6))
+
+
+@pytest.mark.parametrize(
+    ("text", "corrected"), [("steps:0,3,5,9", [0, 3, 5]), ("steps:9", []), ("last:8", list(range(6))), ("some", [])]
+)
+def test_refused_correction_steps_come_with_those_that_the_run_has(plans, text, corrected):
+    question = {"correction": {"correction_steps": text}, "sampling": sampling(), "cache": {"interval": 3}}
+    answer = plans._answer(json.dumps(question))
+    assert answer["error"].startswith(f"correction_steps: '{text}'")
+    assert (answer["steps"], answer["corrected"], answer["correctable"]) == (6, corrected, list(range(6)))
+    assert answer["full"] == [0, 3]
+    question["sampling"]["sampler_name"] = "euler_cfg_pp"
+    assert plans._answer(json.dumps(question))["error"]
+
+
+def test_run_that_is_refused_for_more_has_no_plan(plans):
+    for correction in ({}, {"correction_steps": "all"}, {"correction_steps": "all", "lambda_": 0}):
+        question = {"correction": correction, "sampling": sampling("euler_cfg_pp")}
+        assert list(plans._answer(json.dumps(question))) == ["error"]
 
 
 def test_steps_that_cannot_be_corrected_are_told(plans):

@@ -1,6 +1,6 @@
 import pytest
 
-from iec_core.schedule import evaluations, parse_correction_steps
+from iec_core.schedule import evaluations, parse_correction_steps, steps_within
 
 
 @pytest.mark.parametrize(
@@ -8,6 +8,7 @@ from iec_core.schedule import evaluations, parse_correction_steps
     [
         ("all", 3, {0, 1, 2}),
         ("none", 3, set()),
+        (" Full ", 3, {0, 1, 2}),  # without a cache every step is
         ("ends:1/10", 50, {0, 1, 2, 3, 4, 45, 46, 47, 48, 49}),
         ("ends:1/20", 100, {0, 1, 2, 3, 4, 95, 96, 97, 98, 99}),
         ("ends:1/10", 4, {0, 3}),  # max(1, round(0.4)) steps at each end
@@ -24,6 +25,24 @@ def test_forms(text, total, steps):
     assert parse_correction_steps(text).of(total) == steps
 
 
+def test_full_is_what_the_cache_evaluates_in_full():
+    assert parse_correction_steps("full").of(6, [0, 3, 5]) == {0, 3, 5}
+    assert parse_correction_steps("full").of(6, []) == frozenset()
+    assert parse_correction_steps("all").of(6, [0, 3]) == frozenset(range(6))
+
+
+@pytest.mark.parametrize(
+    ("text", "total", "inside"),
+    [
+        ("steps:0,5,10,15", 12, "steps:0,5,10"), ("steps:12", 12, "none"), ("first:3", 2, "first:2"), ("last:3", 8, "last:3"),
+        ("last:3", 0, "none"), ("Ends:1/10", 4, "ends:1/10"), ("full", 4, "full"), ("middle", 4, "none"), ("", 4, "none"),
+    ],
+)  # fmt: skip
+def test_steps_within_a_run(text, total, inside):
+    assert steps_within(text, total) == inside
+    assert all(step < total for step in parse_correction_steps(inside).of(total))
+
+
 @pytest.mark.parametrize(
     "text", ["", "most", "ends", "ends:1", "ends:0/10", "ends:2/3", "ends:1/0", "first:0", "first:-1", "last:", "steps:",
              "steps:1,", "steps:-1", "steps:1;2", "all,none", "first:3 extra"],
@@ -34,7 +53,7 @@ def test_unknown_forms_are_refused_with_the_input_named(text):
 
 
 def test_unknown_word_lists_the_forms():
-    with pytest.raises(ValueError, match=r"all, none, ends:1/10, first:3, last:3 or steps:0,1,48,49"):
+    with pytest.raises(ValueError, match=r"all, none, full, ends:1/10, first:3, last:3 or steps:0,1,48,49"):
         parse_correction_steps("middle")
 
 

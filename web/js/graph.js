@@ -136,7 +136,9 @@ export function planOf(node) {
   }
   const cache = cacheOf(sampler);
   const isCacheOpen = cache === undefined || Object.values(cache ?? {}).includes(undefined);
-  if (isCacheOpen || !cache) return { question: { correction, sampling, cache: null }, isCacheOpen };
+  if (isCacheOpen || !cache) {
+    return { question: { correction, sampling, cache: null, is_cache_open: isCacheOpen }, isCacheOpen };
+  }
   const { correction_pass, ...of } = cache;
   return { question: { correction, sampling, cache: of, correction_pass }, isCacheOpen };
 }

@@ -93,7 +93,7 @@ class Strip {
       return { ...common, plan: { steps: run.steps, corrected: run.corrected, full: run.full }, lines };
     }
     if (!answer) return common;
-    if (answer.error) return { ...common, message: answer.error, isRefused: true };
+    if (answer.error) return { ...common, ...this.refusal(answer) };
     if (answer.steps === undefined) {
       const message = answer.unknown ?? "The steps are known when it runs.";
       if (!run) return { ...common, message };
@@ -106,6 +106,13 @@ class Strip {
     const full = run?.steps === answer.steps ? run.full : null;
     const ofCache = full ? `${fullOf(run)}: so it was in the last run` : "which steps are cached is known when it runs";
     return { ...common, plan: { ...answer, full }, lines: [costOf(answer), ofCache] };
+  }
+
+  /** What is drawn of a run that would be refused; where its steps are known, a click can still choose them. */
+  refusal({ error, ...plan }) {
+    if (plan.steps === undefined) return { message: error, isRefused: true };
+    const canMend = plan.correctable.length && !isLinked(this.node, "correction_steps");
+    return { plan, message: canMend ? `${error} A click on a step writes those that are shown.` : error, isRefused: true };
   }
 
   draw() {
