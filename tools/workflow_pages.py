@@ -67,6 +67,8 @@ Text to image with a third of the steps evaluated in full. Made for {size} pixel
 - **Quantize Model** makes Linear and Conv2d layers compute with 8-bit integers, in about half the memory.
 {CACHED_RUN.strip()}
 - correction_steps **full** means these full steps, whatever steps and interval are.
+
+To keep the quantized model in a file, put **Save Quantized Model (IEC)** behind Quantize Model; LoRAs stand before it.
 {MEASURED}"""
     model = (("Checkpoint", "Image size"), ("Quantize to 8 bits",), ("Cache every third step",))
     columns = (
@@ -301,9 +303,9 @@ loaders know the files. Nothing is quantized or calibrated anew.
 
 - The order is: quantized model, its scales, the cache.
 - The profiles are for the saved model, and the cache's for 20 steps on karras. Other seeds and prompts are fine.
-- Which steps are evaluated in full was found by the calibration. That goes from full_steps into correction_steps, so that these
-  are corrected, at the next timestep. Here that brings the error to full precision from 0.059 to 0.054; a calibrated cache
-  leaves less to correct than a plain one. Disconnect it and write none for the cache alone.
+- Which steps are evaluated in full was found by the calibration. correction_steps full corrects these, at the next timestep.
+  Here that brings the error to full precision from 0.059 to 0.054; a calibrated cache leaves less to correct than a plain
+  one. Write none for the cache alone.
 """,
     columns=(
         (

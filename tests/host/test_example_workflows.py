@@ -202,7 +202,7 @@ def test_comparison_runs_and_has_a_row_a_run(host):
     workflow = with_fewer_steps(api_workflow("compare_and_plot"))
     outputs = host.run(workflow)
     labels = [node["inputs"]["label"] for node in workflow.values() if node["class_type"] == "IECKSampler"]
-    rows = outputs[of_type(workflow, "PreviewAny")]["text"][0].splitlines()[1:]
+    rows = outputs[of_type(workflow, "IECCompare")]["text"][0].splitlines()[1:]
     assert [row.split(",")[0] for row in rows] == labels
     for kind in ("IECErrorPlot", "IECParetoPlot", "IECImageGrid"):
         assert images(host, outputs, of_type(workflow, kind))[0].std() > 20
