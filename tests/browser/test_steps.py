@@ -213,7 +213,7 @@ def test_steps_outside_the_run_are_mended_by_a_click(frontend, strip):
     strip.wait("names step 15, but the run has 12 steps")
     assert len(strip.steps()) == 12 and strip.steps("corrected") == [0, 5, 10]
     assert strip.steps("cached") == [step for step in range(12) if step % 3]
-    assert "evaluations" not in strip.text() and "A click on a step writes those that are shown." in strip.text()
+    assert "evaluations" not in strip.text() and "A click on a step writes a valid list." in strip.text()
     strip.page.locator(".iec-cell").nth(7).click()
     strip.wait("12 → 16 evaluations")
     assert strip.value("IECKSampler", "correction_steps") == "steps:0,5,7,10"
@@ -252,6 +252,22 @@ def test_full_of_a_cache_outside_a_subgraph_is_told_when_it_runs(frontend, strip
     assert strip.steps() == []
     strip.run()
     assert strip.steps("corrected") == [0, 3] and strip.steps("cached") == [1, 2, 4]
+
+
+@both
+def test_strip_is_not_cut_off(frontend, strip):
+    def missing():
+        height = "(selector) => document.querySelector(selector).getBoundingClientRect().height"
+        return strip.page.evaluate(height, ".iec-body") - strip.page.evaluate(height, ".iec")
+
+    frontend.open_api(workflow(steps=5))
+    strip.wait("5 → 7 evaluations")
+    strip.show()
+    assert missing() <= 0
+    strip.set("IECKSampler", "correction_steps", "some")
+    strip.wait("is not a known form")
+    strip.page.wait_for_timeout(500)
+    assert missing() <= 0
 
 
 def test_step_that_cannot_be_corrected_is_no_button(frontend, strip):
@@ -394,6 +410,46 @@ def test_last_run_is_saved_with_the_workflow_when_asked(frontend, strip, is_kept
     assert strip.page.locator(".iec-residual").count() == (2 if is_kept else 0)
     assert ("last run" in strip.text()) == is_kept
     strip.show()
+
+
+@both
+def test_run_of_other_settings_is_marked(frontend, strip):
+    """In the text and on the chart, until the settings are the run's again; a kept one too."""
+
+    def wait(*facts):
+        if facts:
+            strip.wait(f"This run had {', '.join(facts)}; above are the settings as they are now.")
+        else:
+            strip.page.wait_for_function("() => !document.querySelector('.iec').innerText.includes('This run had')")
+        assert strip.page.locator(".iec-chart.iec-other").count() == bool(facts)
+
+    frontend.open_api(workflow(steps=6))
+    strip.wait("6 → 8 evaluations")
+    strip.show()
+    strip.run()
+    strip.page.get_by_label("keep with workflow").check()
+    wait()
+    saved = frontend.page.evaluate("() => app.graph.serialize()")
+    next(one for one in saved["nodes"] if one["type"] == "IECKSampler")["widgets_values"][2] = 12
+    frontend.load(vue_nodes=frontend.page.evaluate("() => LiteGraph.vueNodesMode"))
+    frontend.open(saved)
+    strip.wait("12 → 14 evaluations")
+    was = ("6 steps", "ends:1/10", "2 in full")
+    wait(*was)
+    strip.show()
+    strip.set("IECKSampler", "steps", 6)
+    wait()
+    for node, widget, other, own in (
+        ("IECKSampler", "correction_steps", "first:1", "ends:1/10"),
+        ("IECKSampler", "correction_steps", "steps:6", "ends:1/10"),
+        ("IECKSampler", "evaluation_point", "next", "paper"),
+        ("IECDeepCache", "interval", 4, 3),
+        ("IECDeepCache", "schedule", "steps:2", "uniform"),
+    ):
+        strip.set(node, widget, other)
+        wait(*was)
+        strip.set(node, widget, own)
+        wait()
 
 
 def test_chart_outlives_a_reload_of_the_page(frontend):

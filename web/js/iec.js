@@ -43,7 +43,8 @@ class Strip {
       onKeep: (isKept) => this.keep(isKept),
       onHeight: () => this.fit(),
     });
-    const options = { serialize: false, hideOnZoom: false, getMinHeight: () => this.view.height };
+    const getMinHeight = () => this.view.height + 2 * (this.widget?.margin ?? 0); // the canvas takes margins off
+    const options = { serialize: false, hideOnZoom: false, getMinHeight };
     this.widget = node.addDOMWidget("iec_steps", "iec_steps", this.view.element, options);
     this.widget.serialize = false;
     this.asked = undefined; // the question that was asked last, as JSON
@@ -87,7 +88,7 @@ class Strip {
     const { run, answer } = this;
     const isKept = Boolean(this.node.properties[KEPT]);
     const fixed = isLinked(this.node, "correction_steps") ? "correction_steps comes over a link" : "";
-    const common = { run, isKept, fixed };
+    const common = { run, isKept, fixed, isOther: this.isOther() };
     if (run?.isRunning) {
       const lines = answer?.steps === run.steps ? [costOf(answer), fullOf(run)] : [fullOf(run)];
       return { ...common, plan: { steps: run.steps, corrected: run.corrected, full: run.full }, lines };
@@ -108,11 +109,22 @@ class Strip {
     return { ...common, plan: { ...answer, full }, lines: [costOf(answer), ofCache] };
   }
 
+  /** Whether the last run had other settings than there are now, as far as it and the plan tell. */
+  isOther() {
+    const { run, answer } = this;
+    if (!run || run.isRunning || !answer) return false;
+    if (answer.error) return true;
+    if (answer.steps === undefined) return false;
+    const isFullKnown = answer.full || !this.isCacheOpen;
+    const facts = ({ steps, correction, full }) => JSON.stringify([steps, correction, isFullKnown && (full ?? null)]);
+    return facts(run) !== facts(answer);
+  }
+
   /** What is drawn of a run that would be refused; where its steps are known, a click can still choose them. */
   refusal({ error, ...plan }) {
     if (plan.steps === undefined) return { message: error, isRefused: true };
     const canMend = plan.correctable.length && !isLinked(this.node, "correction_steps");
-    return { plan, message: canMend ? `${error} A click on a step writes those that are shown.` : error, isRefused: true };
+    return { plan, message: canMend ? `${error} A click on a step writes a valid list.` : error, isRefused: true };
   }
 
   draw() {

@@ -18,7 +18,8 @@ const STYLE = `
 .iec-sentence.iec-refused { border-color: #d55e00; }
 .iec-chart { width: 100%; height: 92px; }
 .iec-chart text { font: 9px sans-serif; fill: var(--descrip-text, #999); }
-.iec-run { display: flex; justify-content: space-between; gap: 8px; }
+.iec-chart.iec-other { opacity: 0.55; }
+.iec-run { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 8px; }
 .iec-run label { white-space: nowrap; cursor: pointer; }
 .iec-run input { margin: 0 3px 0 0; vertical-align: -2px; }
 `;
@@ -56,6 +57,11 @@ export function fullOf({ full, steps }) {
   return full ? `${full.length} of ${plural(steps, "step")} in full, the others cached` : "";
 }
 
+/** What a run was, in words. */
+function settingsOf({ steps, correction, full }) {
+  return [plural(steps, "step"), correction, full && `${full.length} in full`].filter(Boolean).join(", ");
+}
+
 /** How many corrections cost as much as a step in full, in words; nothing without a cache. */
 export function fullCorrectionsOf({ full, full_corrections, evaluations, nfe }) {
   return full && nfe > evaluations ? `${full_corrections} of ${plural(nfe - evaluations, "correction")} in full too` : "";
@@ -88,14 +94,15 @@ export class StepView {
     this.box.type = "checkbox";
     this.box.addEventListener("change", () => onKeep(this.box.checked));
     this.run = make("div", "iec-run iec-quiet");
-    const label = make("label", "", "keep");
-    label.title = "Save this run's chart with the workflow.";
+    const label = make("label", "", "keep with workflow");
+    label.title = "Save this run's chart with the workflow, so that it is there when that is opened again.";
     label.prepend(this.box);
     this.run.append(this.summary, label);
+    this.caption = make("div", "iec-sentence iec-quiet iec-caption");
     this.chart = makeSvg("svg", { class: "iec-chart", role: "img" });
     this.warnings = make("div");
     this.warnings.setAttribute("aria-live", "polite");
-    this.body.append(this.cells, this.lines, this.message, this.run, this.chart, this.warnings);
+    this.body.append(this.cells, this.lines, this.message, this.run, this.caption, this.chart, this.warnings);
     this.element.append(this.body);
     new ResizeObserver(() => {
       this.drawChart();
@@ -111,9 +118,9 @@ export class StepView {
   /**
    * Draws what is known. plan: the steps that will be taken, undefined where they are not known. lines: its cost. message: a
    * sentence. isRefused: whether it is a refusal. fixed: why no step can be chosen by a click. run: the last run, as the
-   * events tell it, or undefined. isKept: whether it is saved with the workflow.
+   * events tell it, or undefined. isKept: whether it is saved with the workflow. isOther: whether it had other settings.
    */
-  show({ plan, lines = [], message = "", isRefused, fixed, run, isKept }) {
+  show({ plan, lines = [], message = "", isRefused, fixed, run, isKept, isOther }) {
     this.last = run;
     this.drawCells(plan && plan.steps <= MOST_CELLS ? plan : { steps: 0 }, run?.isRunning ? run.step : 0, fixed);
     this.lines.replaceChildren(...lines.filter(Boolean).map((line) => make("div", "", line)));
@@ -128,6 +135,8 @@ export class StepView {
       this.box.checked = isKept;
       this.box.disabled = run.isRunning;
     }
+    this.caption.textContent = isOther ? `This run had ${settingsOf(run)}; above are the settings as they are now.` : "";
+    this.chart.classList.toggle("iec-other", Boolean(isOther));
     const warnings = (run?.warnings ?? []).map((text) => `⚠ ${text}`);
     const shown = [...this.warnings.children].map((one) => one.textContent);
     if (JSON.stringify(warnings) !== JSON.stringify(shown)) {
