@@ -2,14 +2,12 @@
 
 import ast
 import dataclasses
-import itertools
 import re
 
 import comfyui
 import pytest
 
 PAGES = comfyui.ROOT / "web/docs"
-FEW = 15  # a page lists so many choices; longer ones, of samplers and files, are the host's to list
 LARGEST_SEED = "2⁶⁴ \N{MINUS SIGN} 1"
 
 
@@ -24,13 +22,14 @@ def section(text, title):
     return dict(zip(parts[1::2], parts[2::2])).get(title, "")
 
 
-def rows(text):
-    """{name in the first column: {column: cell}} of the first table in a text; a first cell can name several."""
-    lines = itertools.takewhile(lambda line: line.startswith("|"), text[text.find("|") :].splitlines())
-    table = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
-    if not table:
-        return {}
-    return {name: dict(zip(table[0], row)) for row in table[2:] for name in re.findall(r"`([^`]+)`", row[0])}
+def entries(text):
+    """{name: (what follows it on its line, the text below)} of the list in a section; an entry can have several names.
+
+    An entry is "- **`name`**: **range**, default, unit", or "- `message`", and its text on the lines below.
+    """
+    found = re.findall(r"^- ((?:\*\*)?`.*)\\\n((?:  .*\n?)+)", text, flags=re.MULTILINE)
+    heads = [(*head.partition("**: ")[::2], below) if head.startswith("**") else (head, "", below) for head, below in found]
+    return {name: (said, below) for head, said, below in heads for name in re.findall(r"`([^`]+)`", head)}
 
 
 def numbers(text):
@@ -56,23 +55,33 @@ def inputs_of(info):
     return {name: (spec[0], spec[1] if len(spec) > 1 else {}) for name, spec in given.items()}
 
 
-def wrong_input(kind, options, row):
-    """What a row of the table of inputs says wrongly, else None."""
-    unit, range_, default = row.get("unit", ""), row.get("range", ""), row.get("default", "").strip("`")
+def wrong_input(kind, options, said):
+    """What the line of an input says wrongly, else None: "**range**, default …, unit", or the type of a connection."""
+    if kind not in ("INT", "FLOAT", "BOOLEAN", "STRING", "COMBO"):
+        return None if said == f"`{kind}`" else f"{said}, and it is {kind}"
+    parts = re.fullmatch(r"\*\*(?:one of )?(.+?)\*\*(?:[^*]*?), default (`[^`]*`|[^,]+)(?:, (.+))?", said)
+    if not parts:
+        return f"{said}, without a range or a default"
+    range_, default, unit = parts[1], parts[2].strip("`"), parts[3]
     if kind in ("INT", "FLOAT"):
         if not {float(options["min"]), float(options["max"])} <= numbers(range_):
             return f"range {range_}, and it is {options['min']} to {options['max']}"
-        return None if float(options["default"]) in numbers(default) else f"default {default}, and it is {options['default']}"
+        if not unit:
+            return "no unit, not even that there is none"
+        return None if float(options["default"]) == float(default) else f"default {default}, and it is {options['default']}"
     if kind == "BOOLEAN":
-        return None if default == ("on" if options["default"] else "off") and words(range_) == {"on", "off"} else "on, off"
+        right = range_ == "on or off" and default == ("on" if options["default"] else "off")
+        return None if right else f"{said}, and it is {options['default']}"
     if kind == "STRING":
         return None if default == (options["default"] or "empty") else f"default {default}, and it is {options['default']}"
-    if kind == "COMBO":
-        choices = options["options"]
-        if len(choices) <= FEW and "default" in options and words(range_) != set(choices):
-            return f"range {range_}, and it is {choices}"
-        return None if default == options.get("default", default) else f"default {default}, and it is {options['default']}"
-    return None if unit.strip("`") == kind else f"unit {unit}, and it is {kind}"
+    choices = options["options"]
+    if range_.startswith("the files of"):
+        return None if default == "the first" and "default" not in options else f"default {default}"
+    is_hosts = range_.startswith("ComfyUI's") and "default" not in options
+    if not is_hosts and words(range_) != set(choices):
+        return f"range {range_}, and it is {choices}"
+    first = options.get("default", choices[0])
+    return None if default == first else f"default {default}, and it is {first}"
 
 
 def test_every_page_has_a_node(infos):
@@ -93,27 +102,29 @@ def test_pictures_are_there_and_small(infos):
         assert picture.startswith(b"\x89PNG") and len(picture) < 60_000, node
 
 
-def test_table_of_inputs_has_units_ranges_and_defaults(infos):
+def test_inputs_have_ranges_defaults_units_and_a_text(infos):
     for node, info in infos.items():
-        table = rows(section(page_of(node), "Inputs"))
-        assert set(table) == set(inputs_of(info)), node
+        given = entries(section(page_of(node), "Inputs"))
+        assert set(given) == set(inputs_of(info)), node
         for name, (kind, options) in inputs_of(info).items():
-            assert wrong_input(kind, options, table[name]) is None, (node, name)
-            assert len(table[name]["what it does, and what to start with"].split()) > 1, (node, name)
+            said, text = given[name]
+            assert wrong_input(kind, options, said) is None, (node, name)
+            assert len(text.split()) > 1, (node, name)
 
 
-def test_table_of_outputs_has_names_and_types(infos):
+def test_outputs_have_names_types_and_a_text(infos):
     for node, info in infos.items():
-        table = rows(section(page_of(node), "Outputs"))
-        given = {name: row["type"].strip("`") for name, row in table.items()}
-        assert given == dict(zip(info["output_name"], info["output"])), node
+        given = entries(section(page_of(node), "Outputs"))
+        types = {name: said.strip("`") for name, (said, _) in given.items()}
+        assert types == dict(zip(info["output_name"], info["output"])), node
+        assert all(len(text.split()) > 1 for _, text in given.values()), node
 
 
 def test_inputs_of_the_same_meaning_are_described_alike():
     shared = ("correction_steps", "lambda_", "max_iterations", "tolerance", "evaluation_point", "lambda_mode")
-    tables = [rows(section(page_of(node), "Inputs")) for node in ("IECKSampler", "IECApply", "IECSampler")]
+    given = [entries(section(page_of(node), "Inputs")) for node in ("IECKSampler", "IECApply", "IECSampler")]
     for name in shared:
-        assert tables[0][name] == tables[1][name] == tables[2][name], name
+        assert given[0][name] == given[1][name] == given[2][name], name
 
 
 def said_in(folder):
@@ -141,7 +152,7 @@ def test_what_goes_wrong_is_there_in_the_words_of_the_code(infos):
     said = [*said_in(comfyui.ROOT / "nodes"), *said_in(comfyui.ROOT / "iec_core")]
     said.append((comfyui.provide() / "execution.py").read_text(encoding="utf-8"))
     for node in infos:
-        messages = rows(section(page_of(node), "When something is refused"))
+        messages = entries(section(page_of(node), "When something is refused"))
         assert messages, node
         assert {message: parts for message in messages if (parts := not_said(message, said))} == {}, node
 
