@@ -117,9 +117,10 @@ window.iecDraw = (() => {
     const node = LiteGraph.createNode(type);
     app.graph.add(node);
     await planned();
-    const [width, height] = node.computeSize();
-    node.setSize([Math.max(width, leastWidth), height]);
     node.pos = [0, 0];
+    node.setSize([Math.max(node.computeSize()[0], leastWidth), node.size[1]]);
+    await pause(400); // a strip of steps takes the height that it needs once it is drawn
+    node.setSize([node.size[0], node.computeSize()[1]]);
     return [...node.size];
   }
 
