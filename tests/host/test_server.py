@@ -248,7 +248,7 @@ def pictures(seed, **nodes):
         ("IECErrorPlot", {"reports": ["runs", 0]}, 1, None),
         ("IECImageGrid", {"reports": ["runs", 0], "vae": ["vae", 0], "difference_gain": 4.0}, 1, None),
         ("IECParetoPlot", {"reports": ["runs", 0], "cost": "evaluations"}, 1, None),
-        ("IECCompare", {"reports": ["runs", 0], "vae": ["vae", 0]}, 2, "variant,correction_steps"),
+        ("IECCompare", {"reports": ["runs", 0], "vae": ["vae", 0]}, 3, "variant,correction_steps"),
         ("IECReport", {"report": ["corrected", 1]}, 1, '[\n {\n  "label": "corrected"'),
     ],
 )
