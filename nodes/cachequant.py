@@ -28,7 +28,8 @@ def parse_calibrated_schedule(text):
 def full_steps_output():
     """Return the output that says which steps a profile's cache evaluates in full."""
     return io.String.Output(
-        display_name="full_steps", tooltip="The steps that are evaluated in full, such as for a sampler's correction_steps."
+        display_name="full_steps",
+        tooltip="The steps that are evaluated in full. A sampler behind the cache corrects them with correction_steps full.",
     )
 
 

@@ -149,6 +149,11 @@ def error_growth(curves):
     return _picture(figure)
 
 
+def _without_the_middle(text, length):
+    """Return a text of at most so many characters, which keeps its end: that tells where a correction is evaluated."""
+    return text if len(text) <= length else f"{text[: length // 2 - 1]}…{text[-(length // 2) :]}"
+
+
 # Where the columns of a table of runs are, in shares of its width: the first two begin there, the others end there.
 TABLE = {"run": 0.01, "IEC": 0.41, "NFE": 0.67, "seconds": 0.79, "relative\nerror": 0.9, "PSNR\n(dB)": 0.99}
 
@@ -158,7 +163,7 @@ def table(runs):
 
     runs: list of (label, correction, NFE, seconds, relative error, PSNR in dB), as texts. The first is the reference.
     """
-    cells = [(shortened(label, 31), shortened(correction, 16), *numbers) for label, correction, *numbers in runs]
+    cells = [(shortened(label, 31), _without_the_middle(correction, 16), *numbers) for label, correction, *numbers in runs]
     figure = _figure(0.3 * (len(cells) + 1.5))
     figure.set_layout_engine("none")
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 1), ylim=(len(cells) + 0.6, -0.9))

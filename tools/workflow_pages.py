@@ -210,23 +210,23 @@ With your own image and mask it goes as in *sd15_inpaint*.
 COMPARE_AND_PLOT = Page(
     note="""## Compare and plot
 
-A correction evaluates a step once more, so that what a cache or a quantization got wrong is partly taken back. It helps where
-there is much to take back, and harms where there is little, since it has an error of its own: here it lowers the error of a
-cached model and raises that of one that is only quantized. Whether it helps yours is measured like this.
+A correction evaluates a step once more. That takes back a part of what a cache got wrong, and nothing of what rounded weights
+got wrong, which are wrong in both evaluations alike; and it has an error of its own. So here it lowers the error of a cached
+model and raises that of one that is only quantized. Whether it helps yours is measured like this.
 
 Eight runs of the model that comes with the pack, from the same noise; the first, in full precision, is the reference of the
 others. Press **Run**; it takes about a minute on a CPU.
 
 - Every sampler has keep_latents on, a label, and the seed of the node on the left.
 - correction_steps **full** corrects the steps that the cache evaluates in full.
-- **Join Reports** puts the reports in order. All pictures are of the joined ones.
+- **Join Reports** puts the runs' reports in order. Table, plots and images are made of these.
 - **Table**: evaluations, seconds, error of the final latent, PSNR.
 - **Error per step** shows where in a run the error arises.
 - **Error over cost** shows what it costs to lower it. Seconds of the first run after a start are longer: press Run twice, the
   second time with another seed.
 - **Images and differences**: below each image is eight times its difference to the reference.
 
-For another model, exchange loader, prompts, latent and VAE.
+For another model, exchange loader, prompts, latent and VAE, and set the samplers' cfg to what it wants.
 """,
     columns=(
         (
@@ -304,8 +304,7 @@ loaders know the files. Nothing is quantized or calibrated anew.
 - The order is: quantized model, its scales, the cache.
 - The profiles are for the saved model, and the cache's for 20 steps on karras. Other seeds and prompts are fine.
 - Which steps are evaluated in full was found by the calibration. correction_steps full corrects these, at the next timestep.
-  Here that brings the error to full precision from 0.059 to 0.054; a calibrated cache leaves less to correct than a plain
-  one. Write none for the cache alone.
+  A calibrated cache leaves less to correct than a plain one; write none for the cache alone.
 """,
     columns=(
         (

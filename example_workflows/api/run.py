@@ -31,7 +31,7 @@ def read_workflow(path: pathlib.Path) -> Workflow:
     except ValueError as error:
         raise RunError(f"{path}: this is not JSON ({error}).") from error
     nodes = workflow.values() if isinstance(workflow, dict) else [None]
-    if "nodes" in workflow or not all(isinstance(node, dict) and "class_type" in node for node in nodes):
+    if not all(isinstance(node, dict) and "class_type" in node for node in nodes):
         raise RunError(
             f"{path}: this is not a workflow in API form; in ComfyUI, open it and take Export (API) from the menu, "
             "or take one of example_workflows/api."
@@ -48,7 +48,10 @@ def refusal(answer: dict[str, Any]) -> str:
             if error["type"] == "custom_validation_failed":  # the node's own sentence, which the server says of each input
                 sentence = error["details"].partition(" - ")[2]
             lines.append(f"{node['class_type']} ({name}): {sentence}")
-    return "\n".join(dict.fromkeys(lines)) or str(answer.get("error", answer))
+    if not lines:
+        error = answer.get("error", answer)
+        lines = [f"{error['message']} {error.get('details', '')}".strip() if "message" in error else str(error)]
+    return "\n".join(dict.fromkeys(lines))
 
 
 async def submit(session: aiohttp.ClientSession, workflow: Workflow, client: str) -> str:
@@ -61,8 +64,8 @@ async def submit(session: aiohttp.ClientSession, workflow: Workflow, client: str
 
 
 def show(line: str) -> None:
-    """Write a line over the last one."""
-    print(f"\r{line:<78}", end="", file=sys.stderr, flush=True)
+    """Write a line over the last one, cut to the width of a terminal."""
+    print(f"\r{line[:78]:<78}", end="", file=sys.stderr, flush=True)
 
 
 async def follow(connection: aiohttp.ClientWebSocketResponse, prompt: str) -> None:
@@ -123,16 +126,25 @@ async def run(workflow: Workflow, folder: pathlib.Path, server: str) -> list[pat
         return await save_images(session, history[prompt]["outputs"], folder)
 
 
+def address(text: str) -> str:
+    """Return host:port of a text that may be an address as in a browser."""
+    return text.removeprefix("http://").rstrip("/")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run a workflow in API form on a running ComfyUI, and save its images.")
     parser.add_argument("workflow", type=pathlib.Path, help="the JSON file")
     parser.add_argument("folder", type=pathlib.Path, help="where the images go")
-    parser.add_argument("--server", default="127.0.0.1:8188", help="host:port of the ComfyUI, by default %(default)s")
+    parser.add_argument(
+        "--server", type=address, default="127.0.0.1:8188", help="host:port of the ComfyUI, by default %(default)s"
+    )
     arguments = parser.parse_args()
     try:
         workflow = read_workflow(arguments.workflow)
         for path in asyncio.run(run(workflow, arguments.folder, arguments.server)):
             print(path)
+    except aiohttp.WSServerHandshakeError as error:
+        sys.exit(f"What answers at {arguments.server} is no ComfyUI: name one with --server host:port. ({error.message})")
     except aiohttp.ClientConnectorError as error:
         sys.exit(f"No ComfyUI answers at {arguments.server}: start it, or name another with --server host:port. ({error})")
     except (OSError, ValueError, aiohttp.ClientError, RunError) as error:

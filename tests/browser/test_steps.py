@@ -443,6 +443,8 @@ def test_run_of_other_settings_is_marked(frontend, strip):
         ("IECKSampler", "correction_steps", "first:1", "ends:1/10"),
         ("IECKSampler", "correction_steps", "steps:6", "ends:1/10"),
         ("IECKSampler", "evaluation_point", "next", "paper"),
+        ("IECKSampler", "scheduler", "karras", "normal"),
+        ("IECKSampler", "denoise", 0.9, 1),
         ("IECDeepCache", "interval", 4, 3),
         ("IECDeepCache", "schedule", "steps:2", "uniform"),
     ):

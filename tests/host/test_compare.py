@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 from toy import PixelVAE
 
 
@@ -36,6 +37,20 @@ def test_table_says_what_was_measured(host, reports):
     assert float(other[5]) == pytest.approx(-10 * math.log10(mse), abs=0.01)
     for picture in (grid, plot, drawn):
         assert picture.ndim == 4 and picture.shape[-1] == 3 and 0 <= picture.min() < picture.max() <= 1
+
+
+def test_drawn_table_has_the_texts_of_the_table(host, sample, model, reports, monkeypatch):
+    steps = "steps:0,1,2,3,4,5,6,7"
+    sample(model, reports, label="a label that is cut off where the next column begins", correction_steps=steps, steps=9,
+           evaluation_point="next", keep_latents=True)  # fmt: skip
+    drawn = []
+    text = Axes.text
+    monkeypatch.setattr(Axes, "text", lambda axes, x, y, s, **look: drawn.append((y, x, s)) or text(axes, x, y, s, **look))
+    table = list(csv.reader(compare(host, reports)[2].splitlines()))[1:]
+    lines = [[s for row, _, s in sorted(drawn) if row == number] for number in range(len(table) + 1)]
+    assert lines[0] == ["run", "IEC", "NFE", "seconds", "relative\nerror", "PSNR\n(dB)"]
+    assert lines[1:3] == table[:2] and lines[3][2:] == table[2][2:]
+    assert lines[3][:2] == ["a label that is cut off where …", "steps:0…6,7 next"]
 
 
 def test_runs_of_other_schedules_keep_their_final_error(host, sample, model, reports):

@@ -1,10 +1,12 @@
 """The pack without a browser: the example client of example_workflows/api on a running ComfyUI."""
 
+import http.server
 import json
 import re
 import shutil
 import subprocess
 import sys
+import threading
 
 import comfyui
 import pytest
@@ -70,6 +72,24 @@ def test_client_says_what_went_wrong(host, tmp_path):
     assert done.stderr.strip() == "IECDeepCache (fast): branch: this U-Net has branches 0 to 7, and 50 is none of them."
 
 
+def test_client_takes_an_address_as_in_a_browser_and_says_what_a_node_is_missing(host, tmp_path):
+    (tmp_path / "other.json").write_text('{"1": {"class_type": "NoSuchNode", "inputs": {}}}')
+    command = [sys.executable, str(API / "run.py"), str(tmp_path / "other.json"), str(tmp_path), "--server", f"{host.url}/"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and "NoSuchNode" in done.stderr
+    assert not set("{}") & set(done.stderr) and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_client_says_that_another_server_is_no_comfyui(tmp_path):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        command = [sys.executable, str(API / "run.py"), str(API / "corrected_image.json"), str(tmp_path)]
+        place = f"127.0.0.1:{other.server_port}"
+        done = subprocess.run([*command, "--server", place], capture_output=True, text=True, timeout=60)
+        other.shutdown()
+    assert done.returncode != 0 and done.stderr.startswith(f"What answers at {place} is no ComfyUI")
+
+
 def without_a_server(*arguments):
     """Run the client where no server answers; its sentence, after which it ended."""
     address = f"127.0.0.1:{server.free_port()}"
@@ -84,7 +104,9 @@ def test_client_says_that_no_server_answers(tmp_path):
     assert said.startswith("No ComfyUI answers at HERE: start it, or name another with --server host:port.")
 
 
-@pytest.mark.parametrize("text", [(API.parent / "quick_start.json").read_text(), "[1]", '{"1": 2}', '{"nodes": []}'])
+@pytest.mark.parametrize(
+    "text", [(API.parent / "quick_start.json").read_text(), "null", "3", "[1]", '{"1": 2}', '{"nodes": []}']
+)
 def test_client_refuses_what_is_not_in_api_form(tmp_path, text):
     (tmp_path / "saved.json").write_text(text)
     said = without_a_server(tmp_path / "saved.json", tmp_path)

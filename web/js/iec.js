@@ -47,7 +47,8 @@ class Strip {
     const options = { serialize: false, hideOnZoom: false, getMinHeight };
     this.widget = node.addDOMWidget("iec_steps", "iec_steps", this.view.element, options);
     this.widget.serialize = false;
-    this.asked = undefined; // the question that was asked last, as JSON
+    this.now = undefined; // the question for the settings as they are, as JSON
+    this.asked = undefined; // the one that was asked last
     this.answer = undefined; // to it, or to the one before until there is one
     this.isWaiting = false;
     this.askedAt = 0;
@@ -67,6 +68,7 @@ class Strip {
     const { question, isCacheOpen } = planOf(this.node);
     this.isCacheOpen = isCacheOpen || Boolean(question?.cache); // a profile of another schedule has no steps for this one
     const asked = JSON.stringify(question ?? null);
+    this.now = asked;
     const isLate = this.answer?.isSilence && Date.now() - this.askedAt > ASK_AGAIN;
     if ((asked !== this.asked || isLate) && !this.isWaiting) this.ask(asked);
     this.draw();
@@ -109,15 +111,15 @@ class Strip {
     return { ...common, plan: { ...answer, full }, lines: [costOf(answer), ofCache] };
   }
 
-  /** Whether the last run had other settings than there are now, as far as it and the plan tell. */
+  /**
+   * Whether the last run had other settings of its steps than there are now: those at its begin, which the page has noted, or
+   * the correction, which the run has told and which may have been changed while it was in the queue.
+   */
   isOther() {
-    const { run, answer } = this;
-    if (!run || run.isRunning || !answer) return false;
-    if (answer.error) return true;
-    if (answer.steps === undefined) return false;
-    const isFullKnown = answer.full || !this.isCacheOpen;
-    const facts = ({ steps, correction, full }) => JSON.stringify([steps, correction, isFullKnown && (full ?? null)]);
-    return facts(run) !== facts(answer);
+    const { run, answer, now } = this;
+    if (!run || run.isRunning) return false;
+    const isOtherNow = run.asked !== undefined && run.asked !== now;
+    return isOtherNow || (answer?.correction !== undefined && run.correction !== answer.correction);
   }
 
   /** What is drawn of a run that would be refused; where its steps are known, a click can still choose them. */
@@ -211,15 +213,23 @@ function remove(strip) {
   if (heir) element.replaceWith(heir.view.element);
 }
 
+/** The question for the settings of the node that an event is of, as they are now; undefined where it is not in the graph. */
+function askedNow({ workflow, source }) {
+  const graph = rootGraph();
+  const node = workflow === graph?.id && nodeById(graph, source);
+  return node ? JSON.stringify(planOf(node).question ?? null) : undefined;
+}
+
 /** Takes an event of a run into what is known of it. */
 function onEvent({ detail }, isRunning) {
   const key = JSON.stringify([detail.workflow, detail.source]);
   const known = runs.get(key);
   const isNew = detail.step === 0 || known?.prompt_id !== detail.prompt_id || known?.node !== detail.node;
   const iterated = { ...(isNew ? {} : known.iterated) };
+  const asked = isNew ? askedNow(detail) : known.asked;
   for (const one of detail.iterated) iterated[one.step] = one;
   runs.delete(key); // so that it is the youngest
-  runs.set(key, { ...detail, step: detail.step ?? detail.steps, iterated, isRunning });
+  runs.set(key, { ...detail, step: detail.step ?? detail.steps, asked, iterated, isRunning });
   if (runs.size > MOST_RUNS) runs.delete(runs.keys().next().value);
 }
 
