@@ -130,9 +130,16 @@ class Frontend:
         except PlaywrightTimeout as error:
             raise RuntimeError(f"the frontend at {self.server.url} did not come up: {error}") from error
         self.page.evaluate("() => document.fonts.ready.then(() => null)")
-        self.page.evaluate("() => app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
-        self.page.wait_for_function("() => app.graph.nodes.length === 0")
-        self.page.wait_for_timeout(500)  # the first drawing
+        self._open_blank()
+
+    def _open_blank(self):
+        """Open an empty workflow, again where the frontend's drafts of an earlier page are restored into it meanwhile."""
+        for _ in range(10):
+            self.page.evaluate("() => app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
+            self.page.wait_for_timeout(1000)  # the first drawing too
+            if self.page.evaluate("() => app.graph.nodes.length === 0"):
+                return
+        raise RuntimeError(f"the frontend at {self.server.url} opens no empty workflow")
 
     def open(self, workflow, name="workflow"):
         """Open a workflow in the form that the frontend saves."""
