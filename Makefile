@@ -28,8 +28,9 @@ pictures: setup
 	$(RUN) tools/draw_workflows.py
 
 # The tests in tests/browser need Chromium, and install it where they may.
+# In two processes of one thread each, a file of tests in one of them.
 test: setup lint
-	$(RUN) -m pytest tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -n 2 --dist loadfile
 
 test-gpu: setup
 	$(RUN) -m pytest tests/gpu
