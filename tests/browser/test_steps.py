@@ -238,9 +238,8 @@ def test_full_follows_the_cache(frontend, strip, sampler):
     strip.wait("20 → 40 evaluations")
 
 
-def test_full_of_a_cache_outside_a_subgraph_is_told_when_it_runs(frontend, strip):
-    frontend.open_api(workflow(correction_steps="full", steps=5))
-    strip.wait("5 → 7 evaluations")
+def into_subgraph(frontend):
+    """Make a subgraph of the sampler alone, and open it."""
     frontend.page.evaluate(
         """() => {
             const inside = app.graph.nodes.filter((one) => one.comfyClass === "IECKSampler");
@@ -248,6 +247,12 @@ def test_full_of_a_cache_outside_a_subgraph_is_told_when_it_runs(frontend, strip
             app.canvas.openSubgraph(node.subgraph, node);
         }"""
     )
+
+
+def test_full_of_a_cache_outside_a_subgraph_is_told_when_it_runs(frontend, strip):
+    frontend.open_api(workflow(correction_steps="full", steps=5))
+    strip.wait("5 → 7 evaluations")
+    into_subgraph(frontend)
     strip.wait("which steps the cache evaluates in full is known when it runs")
     assert strip.steps() == []
     strip.run()
@@ -496,13 +501,7 @@ def test_cache_outside_a_subgraph_is_told_when_it_runs(frontend):
     strip = Strip(frontend)
     frontend.open_api(workflow(steps=5))
     strip.wait("5 → 7 evaluations")
-    frontend.page.evaluate(
-        """() => {
-            const inside = app.graph.nodes.filter((one) => one.comfyClass === "IECKSampler");
-            const { node } = app.graph.convertToSubgraph(new Set(inside));
-            app.canvas.openSubgraph(node.subgraph, node);
-        }"""
-    )
+    into_subgraph(frontend)
     strip.wait("which steps are cached is known when it runs")
     strip.run()
     assert "2 of 5 steps in full, the others cached: so it was in the last run" in strip.text()
