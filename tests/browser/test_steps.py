@@ -238,21 +238,22 @@ def test_full_follows_the_cache(frontend, strip, sampler):
     strip.wait("20 → 40 evaluations")
 
 
-def into_subgraph(frontend):
-    """Make a subgraph of the sampler alone, and open it."""
+def into_subgraph(frontend, *classes):
+    """Make a subgraph of the nodes of these classes, and open it."""
     frontend.page.evaluate(
-        """() => {
-            const inside = app.graph.nodes.filter((one) => one.comfyClass === "IECKSampler");
+        """(classes) => {
+            const inside = app.graph.nodes.filter((one) => classes.includes(one.comfyClass));
             const { node } = app.graph.convertToSubgraph(new Set(inside));
             app.canvas.openSubgraph(node.subgraph, node);
-        }"""
+        }""",
+        list(classes),
     )
 
 
 def test_full_of_a_cache_outside_a_subgraph_is_told_when_it_runs(frontend, strip):
     frontend.open_api(workflow(correction_steps="full", steps=5))
     strip.wait("5 → 7 evaluations")
-    into_subgraph(frontend)
+    into_subgraph(frontend, "IECKSampler")
     strip.wait("which steps the cache evaluates in full is known when it runs")
     assert strip.steps() == []
     strip.run()
@@ -484,13 +485,7 @@ def test_run_in_a_subgraph_is_shown_there(frontend):
     strip = Strip(frontend)
     frontend.open_api(workflow(steps=5))
     strip.wait("5 → 7 evaluations")
-    frontend.page.evaluate(
-        """() => {
-            const inside = app.graph.nodes.filter((one) => ["IECKSampler", "IECDeepCache"].includes(one.comfyClass));
-            const { node } = app.graph.convertToSubgraph(new Set(inside));
-            app.canvas.openSubgraph(node.subgraph, node);
-        }"""
-    )
+    into_subgraph(frontend, "IECKSampler", "IECDeepCache")
     strip.wait("5 → 7 evaluations")
     (run,) = strip.run()["runs"]
     assert ":" in run["source"]
@@ -501,7 +496,7 @@ def test_cache_outside_a_subgraph_is_told_when_it_runs(frontend):
     strip = Strip(frontend)
     frontend.open_api(workflow(steps=5))
     strip.wait("5 → 7 evaluations")
-    into_subgraph(frontend)
+    into_subgraph(frontend, "IECKSampler")
     strip.wait("which steps are cached is known when it runs")
     strip.run()
     assert "2 of 5 steps in full, the others cached: so it was in the last run" in strip.text()
