@@ -1,5 +1,36 @@
-"""Makes the host-free core importable as `iec_core`."""
+"""Makes the host-free core importable as `iec_core`, and holds every test to leaving the process as it was."""
+
+import os
 
 import pack
+import pytest
+import torch
 
 pack.load("iec_core")
+
+
+# What pytest and torch set by themselves.
+OWN_VARIABLES = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+
+
+def process_state():
+    """Return what tests of the same process share, by name, as far as a test could leave it changed without a trace."""
+    environment = {name: value for name, value in os.environ.items() if name not in OWN_VARIABLES}
+    return {
+        **environment,
+        "working directory": os.getcwd(),
+        "default dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind():
+    """Tests run in any order: none finds what another has left. Fixtures of more than one test begin before this."""
+    before = process_state()
+    yield
+    after = process_state()
+    assert {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)} == set()

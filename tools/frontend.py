@@ -59,6 +59,8 @@ FONTS = """<?xml version="1.0"?>
   <match><edit name="family" mode="append_last"><string>DejaVu Sans</string></edit></match>
 </fontconfig>
 """
+# No name is looked up. Requests could be refused one by one instead, but then none would come from the browser's cache.
+ONLY_LOOPBACK = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 READY = "() => window.app?.graph && window.app.vueAppReady && window.app.extensions.length > 0"
 
 
@@ -189,19 +191,18 @@ class Frontend:
 
 @contextlib.contextmanager
 def show(server, vue_nodes=False, settings=None, viewport=None, scale=1):
-    """Yield the loaded Frontend of a Server: no dialogs, an empty graph, and no access to anything but that server.
+    """Yield the loaded Frontend of a Server: no dialogs, an empty graph, and no access to anything but this machine.
 
     Its fonts are DejaVu's and those that the frontend itself brings. vue_nodes, settings: as of Frontend.load. viewport:
     {"width", "height"}; scale: device pixels for each pixel of it. Raises RuntimeError where there is no Chromium or the
     frontend does not come up.
     """
     with tempfile.TemporaryDirectory() as fonts, sync_playwright() as playwright:
-        arguments = ["--no-sandbox", "--disable-gpu", "--font-render-hinting=none", "--force-color-profile=srgb"]
+        arguments = ["--no-sandbox", "--disable-gpu", "--font-render-hinting=none", "--force-color-profile=srgb", ONLY_LOOPBACK]
         browser = playwright.chromium.launch(executable_path=chromium(), args=arguments, env=only_dejavu(fonts))
         try:
             context = browser.new_context(viewport=viewport or VIEWPORT, device_scale_factor=scale, reduced_motion="reduce")
             context.add_init_script(DISMISSED)
-            context.route(lambda address: not address.startswith(server.url), lambda route: route.abort())
             view = Frontend(server, context.new_page())
             view.load(vue_nodes, settings)
             yield view

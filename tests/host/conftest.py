@@ -13,6 +13,13 @@ EXTRAS = (
 )  # fmt: skip
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Run a test of this folder, its fixtures too, in inference mode, as the host's executor runs nodes; and no other test."""
+    with torch.inference_mode():
+        return (yield)
+
+
 @pytest.fixture(scope="session")
 def host(tmp_path_factory):
     """ComfyUI on the CPU. `nodes`: all node classes by id, the pack's among them; `run(id, ...)`: one node's outputs."""
@@ -28,8 +35,7 @@ def host(tmp_path_factory):
             return cls.execute(**inputs).result
         return getattr(cls(), cls.FUNCTION)(**inputs)
 
-    with torch.inference_mode():
-        yield types.SimpleNamespace(nodes=known, run=run, common_ksampler=nodes.common_ksampler)
+    return types.SimpleNamespace(nodes=known, run=run, common_ksampler=nodes.common_ksampler)
 
 
 @pytest.fixture(scope="session")

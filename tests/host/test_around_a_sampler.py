@@ -91,6 +91,7 @@ def test_start_and_end_step_count_from_the_first_step_that_is_run(host, model, c
         run(host.run("IECApply", model=model, correction_steps="steps:4", **settings)[0])
 
 
+@pytest.mark.fast
 def test_start_and_end_step_agree_with_the_correction_written_out(host, model, conditioning, relative):
     """A run that begins after the schedule's first step, and leaves noise in its latent."""
     import comfy.samplers

@@ -7,6 +7,8 @@ import pytest
 import safetensors
 import torch
 
+pytestmark = pytest.mark.fast
+
 PATH = comfyui.ROOT / "nodes/assets/emoji32.safetensors"
 
 

@@ -62,6 +62,7 @@ def splits():
             yield firsts
 
 
+@pytest.mark.fast
 def test_schedule_and_map_are_the_papers(host, calibrate, features, model):
     """The schedule is the best of all splits for the features that the test sees; the map the least-squares one."""
     seen = features(model, runs=2)
@@ -374,6 +375,7 @@ def test_an_interrupt_ends_the_calibration(host, calibrate, sample, model, monke
     assert torch.equal(sample(model), expected)
 
 
+@pytest.mark.fast
 def test_profile_is_saved_and_loaded(host, profile_folder, calibrate, sample, model):
     profile = calibrate(forecast="linear")
     assert host.run("IECSaveCacheProfile", profile=profile, name="small/net")[0] is profile

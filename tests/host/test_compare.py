@@ -8,6 +8,8 @@ import torch
 from matplotlib.axes import Axes
 from toy import PixelVAE
 
+pytestmark = pytest.mark.fast
+
 
 def compare(host, reports):
     if len(reports) > 1:

@@ -104,6 +104,7 @@ def test_equals_deepcache_restated(
     assert relative(result, sample(model, steps=STEPS, cfg=cfg)) > 1e-3
 
 
+@pytest.mark.fast
 def test_cached_steps_run_the_shallow_blocks_only(host, sample, model, cached):
     calls = []
     unet = model.model.diffusion_model
@@ -123,6 +124,7 @@ def test_cached_steps_run_the_shallow_blocks_only(host, sample, model, cached):
     }  # fmt: skip
 
 
+@pytest.mark.fast
 def test_correction_of_a_full_step_refreshes_the_feature(host, sample, model, cached):
     """What the step after a corrected full step reuses is the deep feature of the correction, not of the first pass."""
     from comfy.patcher_extension import WrappersMP
@@ -239,6 +241,7 @@ def test_model_that_is_no_unet_is_refused(host, model):
         host.run("IECDeepCache", model=clone, interval=2, branch=0)
 
 
+@pytest.mark.fast
 def test_an_error_in_the_run_leaves_nothing_behind(host, sample, model, cached):
     expected = sample(model)
     quantized = host.run("IECQuantizeModel", model=cached(3), weight_bits="4", activation_bits="8", keep_sensitive_layers=True)[

@@ -7,6 +7,8 @@ import re
 import comfyui
 import pytest
 
+pytestmark = pytest.mark.fast
+
 PAGES = comfyui.ROOT / "web/docs"
 LARGEST_SEED = "2⁶⁴ \N{MINUS SIGN} 1"
 

@@ -4,6 +4,8 @@ import os
 
 import pytest
 
+pytestmark = pytest.mark.fast
+
 pytestmark = pytest.mark.parametrize("kind", ["CacheProfile", "QuantizationProfile"])
 
 

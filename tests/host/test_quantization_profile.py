@@ -147,6 +147,7 @@ def test_scales_are_the_largest_that_the_runs_have(host, quantize, calibrate, ru
     assert profile.facts == {**facts, **{name: str(value) for name, value in SAMPLING.items()}}
 
 
+@pytest.mark.fast
 def test_searched_scales_have_the_least_squared_error(quantize, calibrate, run):
     quantized, taken = quantize(), {}
 
@@ -332,6 +333,7 @@ def test_a_layer_that_was_never_run_goes_on_with_scales_of_its_own(quantize, cal
     assert len(seen) == len(profile.names) and all(scale is not None for scale in seen.values())
 
 
+@pytest.mark.fast
 def test_profile_is_saved_loaded_and_applied(host, profile_folder, quantize, calibrate, apply, run):
     quantized = quantize()
     calibrated, profile = calibrate(quantized)

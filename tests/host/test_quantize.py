@@ -96,6 +96,7 @@ def test_every_layer_computes_by_the_definition(model, sample, quantized, weight
         assert not torch.equal(output, exact), name
 
 
+@pytest.mark.fast
 def test_integer_sums_of_every_layer_equal_int64_bit_for_bit(sample, quantized, monkeypatch):
     """What the integer kernels are given and give in a real run, before any scale is applied."""
     core = sys.modules[next(name for name in sys.modules if name.endswith(".iec_core.int8"))]
@@ -141,6 +142,7 @@ def test_fewer_bits_cost_more_error(sample, model, quantized, relative):
     assert max(grouped, searched) < errors[4, 16]
 
 
+@pytest.mark.fast
 def test_memory_is_what_the_formats_say(model, quantized):
     """As the host counts it; the source is in float32 here."""
     from comfy.model_management import module_size as size
@@ -278,6 +280,7 @@ def names(model):
     return [name for name, layer in layers_of(model).items() if layer.weight.dtype == torch.int8]
 
 
+@pytest.mark.fast
 def test_layers_are_chosen_by_patterns(quantized):
     every, blocks = names(quantized()), names(quantized(include="input_blocks.*, middle_block.*"))
     assert blocks == [name for name in every if name.startswith(("input_blocks.", "middle_block."))]

@@ -115,6 +115,7 @@ def test_other_precisions_are_the_same(host, sample, quantize, save, load, preci
     assert torch.equal(sample(loaded, **SMALL), sample(quantized, **SMALL))
 
 
+@pytest.mark.fast
 def test_a_loaded_model_is_saved_as_the_same_file(model, quantize, save, load):
     first = save(quantize(model, weight_bits="4"))
     again = save(load(), "again")

@@ -9,6 +9,7 @@ from toy import ToyGuider, run
 SETTINGS = {"correction_steps": "steps:0,2", "lambda_": 0.4, "max_iterations": 3, "tolerance": 0.0}
 
 
+@pytest.mark.fast
 def test_report_says_what_the_iteration_did(host):
     """On a line: every number of the report against the network's own inputs and the closed form."""
     import comfy.samplers

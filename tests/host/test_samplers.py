@@ -79,6 +79,7 @@ def groups(calls):
     return found
 
 
+@pytest.mark.fast
 def test_every_sampler_of_the_host_is_accounted_for(host):
     import comfy.samplers
 
@@ -451,6 +452,7 @@ def test_schedule_with_a_zero_inside(host, steps):
             run(sampler, ToyGuider("EPS"), sigmas, **single)
 
 
+@pytest.mark.fast
 @pytest.mark.filterwarnings("ignore:Should have t")
 @pytest.mark.parametrize(
     ("name", "options"),

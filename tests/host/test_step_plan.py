@@ -164,6 +164,7 @@ def test_steps_that_cannot_be_corrected_are_told(plans):
     assert plans.step_plan({"correction_steps": "none"}, sampling())["correctable"] == list(range(6))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("part", "steps"),
     [({"start_step": 2, "last_step": 5}, 3), ({"denoise": 0.5}, 6), ({"denoise": 0.0}, 0), ({"last_step": 10000}, 6)],
@@ -189,6 +190,7 @@ def test_plan_is_what_ksampler_advanced_does(plans, host, model, conditioning, c
     assert plan["corrected"] == [step.step for step in reports[0].steps if step.corrected]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", ["euler", "dpm_2"])
 def test_plan_is_what_a_custom_sampler_does(plans, host, advanced, model, conditioning, count_evaluations, name):
     """KSampler has one step more for dpm_2, which BasicScheduler has not."""

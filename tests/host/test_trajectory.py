@@ -108,11 +108,13 @@ def test_next_evaluation_point_agrees_with_its_formula(sample, model, guided_eps
     assert relative(sample(model, **settings), expected) < 1e-4
 
 
+@pytest.mark.fast
 def test_next_evaluation_point_at_one_half_is_the_hosts_heun(sample, stock_sample, model, relative):
     corrected = sample(model, correction_steps="all", evaluation_point="next")
     assert relative(corrected, stock_sample(model, sampler_name="heun")) < 1e-5
 
 
+@pytest.mark.fast
 def test_wrong_evaluation_point_is_told_apart(sample, model, guided_eps, relative, monkeypatch, host):
     """The latent handed to the network without the c_in ratio is what a quick port does; it must not pass the test above."""
     import sys
@@ -139,6 +141,7 @@ def test_denoise_below_one_is_the_stock_sampler(sample, stock_sample, model):
     assert torch.equal(sample(model, denoise=0.6), stock_sample(model, denoise=0.6))
 
 
+@pytest.mark.fast
 def test_uncorrected_run_agrees_with_diffusers(sample, model, guided_eps, relative):
     from diffusers import DDIMScheduler
 
@@ -156,6 +159,7 @@ def test_uncorrected_run_agrees_with_diffusers(sample, model, guided_eps, relati
     assert relative(sample(model, steps=STEPS, cfg=CFG), x) < 1e-3
 
 
+@pytest.mark.fast
 def test_all_three_nodes_give_the_same_latent(host, sample, model, conditioning):
     settings = {"correction_steps": "ends:1/10", "lambda_": 0.6, "max_iterations": 2, "tolerance": 0.0}
     expected = sample(model, sampler_name="ddim", **settings)

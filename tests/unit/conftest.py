@@ -1,8 +1,16 @@
-"""What the tests of both kinds of profile share."""
+"""What the tests of both kinds of profile share. All tests of this folder are fast."""
+
+import pathlib
 
 import pytest
 import safetensors
 import safetensors.torch
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if pathlib.Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.fast)
 
 
 @pytest.fixture
