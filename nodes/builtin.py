@@ -1,10 +1,10 @@
-"""The built-in model: its loader, and its class labels as CONDITIONING."""
+"""The built-in models: their loader, and their class labels as CONDITIONING."""
 
 import torch
 from comfy_api.latest import io
 
 from ..iec_core.choices import unknown_choice
-from .host.builtin_model import class_conditioning, load_builtin_model
+from .host.builtin_model import ARCHITECTURES, class_conditioning, load_builtin_model
 from .host.schema import schema
 
 PRECISIONS = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -26,18 +26,26 @@ class IECLoadBuiltinModel(io.ComfyNode):
                     options=list(PRECISIONS),
                     default="auto",
                     tooltip="Number type of the network. auto: what ComfyUI would choose for the device.",
-                )
+                ),
+                io.Combo.Input(
+                    "architecture",
+                    options=list(ARCHITECTURES),
+                    default="unet",
+                    optional=True,
+                    tooltip="unet: blocks of SD 1.5 and SDXL, predicts v. transformer: blocks of Flux, flow matching.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The built-in model.")],
         )
 
     @classmethod
-    def validate_inputs(cls, precision=None):
-        return unknown_choice(PRECISIONS, precision=precision) or True
+    def validate_inputs(cls, precision=None, architecture=None):
+        bad = unknown_choice(PRECISIONS, precision=precision) or unknown_choice(ARCHITECTURES, architecture=architecture)
+        return bad or True
 
     @classmethod
-    def execute(cls, precision):
-        return io.NodeOutput(load_builtin_model(PRECISIONS[precision]))
+    def execute(cls, precision, architecture="unet"):
+        return io.NodeOutput(load_builtin_model(PRECISIONS[precision], architecture))
 
 
 def split_labels(labels):

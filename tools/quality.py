@@ -2,6 +2,7 @@
 
 import benchmark
 import torch
+from sample_distance import frechet_distance
 
 COMPONENTS = 16
 PROMPTS = ("face, heart", "person, vehicle", "fruit, boat", "clock, flag")  # a calibration's
@@ -30,13 +31,6 @@ class Features:
         finally:
             hook.remove()
         return torch.cat(found)
-
-
-def frechet(x, y):
-    """Return the Fréchet distance of the Gaussians fitted to x and y [N, C]."""
-    mean, covariance = (x.mean(0) - y.mean(0)).square().sum(), (x.T.cov(), y.T.cov())
-    cross = torch.linalg.eigvals(covariance[0] @ covariance[1]).real.clamp(min=0).sqrt().sum()
-    return (mean + covariance[0].trace() + covariance[1].trace() - 2 * cross).item()
 
 
 def calibration_inputs(nodes, steps, runs):
@@ -79,4 +73,4 @@ class Quality:
         return (10 * torch.log10(4 / torch.cat(noise).clamp(min=1e-12))).mean().item()
 
     def _distance(self, latents):
-        return frechet(self._features.of(torch.cat(latents)) @ self._basis, self._reference_features)
+        return frechet_distance(self._features.of(torch.cat(latents)) @ self._basis, self._reference_features)

@@ -1,7 +1,8 @@
-"""The built-in model as a MODEL of the host: a class-conditional pixel-space U-Net that predicts v.
+"""The built-in models as MODELs of the host, class-conditional and in pixel space: a U-Net that predicts v, and a transformer
+of flow matching.
 
-The class label reaches the network as one-hot vector twice, as SDXL's conditioning does: as the only token of the
-cross-attention context, and added to the timestep embedding. A dropped label is a vector of zeros.
+The class label reaches the network as one-hot vector twice, as SDXL's and Flux' conditioning does: as the only token of the
+context, and added to the timestep embedding. A dropped label is a vector of zeros.
 """
 
 import functools
@@ -9,6 +10,7 @@ import json
 import pathlib
 
 import comfy.latent_formats
+import comfy.ldm.flux.model
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
@@ -17,7 +19,7 @@ import comfy.utils
 import safetensors
 import torch
 
-PATH = pathlib.Path(__file__).parent.parent / "assets" / "emoji32.safetensors"
+ASSETS = pathlib.Path(__file__).parent.parent / "assets"
 
 
 class PixelFormat(comfy.latent_formats.LatentFormat):
@@ -28,14 +30,22 @@ class PixelFormat(comfy.latent_formats.LatentFormat):
     latent_rgb_factors = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
 
 
-class BuiltinModel(comfy.model_base.BaseModel):
-    """The host's BaseModel with the class label, carried as the pooled output, added to the timestep embedding."""
+class _ClassLabel:
+    """The class label, carried as the pooled output, added to the timestep embedding."""
 
     def encode_adm(self, **kwargs):
         label = kwargs.get("pooled_output")
-        if label is None or label.shape[-1] != self.adm_channels:
+        if label is None or label.shape[-1] != len(self.model_config.classes):
             raise ValueError("conditioning: the built-in model takes that of Class Label (IEC), and this is another.")
         return label
+
+
+class BuiltinModel(_ClassLabel, comfy.model_base.BaseModel):
+    """The host's BaseModel with the class label; the network is the host's U-Net."""
+
+
+class BuiltinTransformer(_ClassLabel, comfy.model_base.Flux):
+    """The host's Flux with the class label."""
 
 
 class BuiltinConfig(comfy.supported_models_base.BASE):
@@ -44,35 +54,63 @@ class BuiltinConfig(comfy.supported_models_base.BASE):
     unet_extra_config = {}
     latent_format = PixelFormat
     memory_usage_factor = 1.0
+    path = ASSETS / "emoji32.safetensors"
+    model_type, model_class = comfy.model_base.ModelType.V_PREDICTION, BuiltinModel
+
+    def __init__(self):
+        about = metadata(self.path)
+        super().__init__(about["unet_config"])
+        self.classes = about["classes"]
 
     def get_model(self, state_dict, prefix="", device=None):
-        return BuiltinModel(self, model_type=comfy.model_base.ModelType.V_PREDICTION, device=device)
+        return self.model_class(self, model_type=self.model_type, device=device)
+
+
+class BuiltinTransformerConfig(BuiltinConfig):
+    """The same of the transformer: its network is told sigma itself as time."""
+
+    sampling_settings = {"shift": 1.0, "multiplier": 1.0}
+    path = ASSETS / "emoji32_flow.safetensors"
+    model_type, model_class = comfy.model_base.ModelType.FLOW, BuiltinTransformer
+
+    def __init__(self):
+        super().__init__()
+        if "txt_ids_dims" in comfy.ldm.flux.model.FluxParams.__dataclass_fields__:  # hosts of 2026 want to be told
+            self.unet_config["txt_ids_dims"] = []
+
+
+ARCHITECTURES = {"unet": BuiltinConfig, "transformer": BuiltinTransformerConfig}
+CONFIG_OF_CLASS = {config.model_class.__name__: config for config in ARCHITECTURES.values()}
 
 
 @functools.cache
-def metadata():
-    """Return the model file's metadata: {"unet_config": dict, "classes": list of names, "training": dict}."""
-    with safetensors.safe_open(PATH, "pt") as file:
+def metadata(path=BuiltinConfig.path):
+    """Return a model file's metadata: {"unet_config": dict, "classes": list of names, "training": dict}."""
+    with safetensors.safe_open(path, "pt") as file:
         facts = file.metadata()
     return {name: json.loads(facts["iec." + name]) for name in ("unet_config", "classes", "training")}
 
 
-def load_builtin_model(dtype=None):
-    """Return the built-in model as a ModelPatcher; dtype: torch dtype of the network, None for the host's choice."""
-    weights = comfy.utils.load_torch_file(str(PATH))
+def load_builtin_model(dtype=None, architecture="unet"):
+    """Return a built-in model as a ModelPatcher.
+
+    dtype: torch dtype of the network, None for the host's choice. architecture: one of ARCHITECTURES.
+    """
+    config = ARCHITECTURES[architecture]()
+    weights = comfy.utils.load_torch_file(str(config.path))
     management = comfy.model_management
     if dtype is None:
-        count, supported = comfy.utils.calculate_parameters(weights), BuiltinConfig.supported_inference_dtypes
+        count, supported = comfy.utils.calculate_parameters(weights), config.supported_inference_dtypes
         dtype = management.unet_dtype(model_params=count, supported_dtypes=supported)
-    model = empty_builtin_model(dtype)
+    model = _empty_model(config, dtype)
     model.load_model_weights({name: tensor.to(dtype) for name, tensor in weights.items()})  # the host may take them as they are
     device, offload_device = management.get_torch_device(), management.unet_offload_device()
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload_device)
 
 
-def empty_builtin_model(dtype):
-    """Return the built-in model's BaseModel, its network in a torch dtype and without values."""
-    management, config = comfy.model_management, BuiltinConfig(metadata()["unet_config"])
+def _empty_model(config, dtype):
+    """Return the BaseModel of a built-in model's config, its network in a torch dtype and without values."""
+    management = comfy.model_management
     device, supported = management.get_torch_device(), config.supported_inference_dtypes
     config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, supported))
     return config.get_model({}).to(management.unet_offload_device())

@@ -13,7 +13,7 @@ import torch
 
 from ...iec_core.quantization import Packing
 from ...iec_core.quantized_file import LayerFile, QuantizedFile, description, layer_tensors, write
-from .builtin_model import BuiltinConfig, BuiltinModel, metadata
+from .builtin_model import CONFIG_OF_CLASS
 from .folders import ModelFolder
 from .quantize import PREFIX, mark_quantized, quantization_of
 from .quantized_layers import ActivationFormat, class_for, quantized_layers
@@ -127,7 +127,7 @@ def _settings_to_keep(base, layers):
         raise ValueError(
             f"model: it cannot be saved, for its weight {[*apart, *kept][0]} {why}, and the file has no place for it."
         )
-    if isinstance(base, BuiltinModel):
+    if type(base).__name__ in CONFIG_OF_CLASS:
         return {}
     weights = {**_plain_tensors(base.diffusion_model, layers), **_marks(base)}
     made = functools.partial(_made, type(base).__name__)
@@ -207,8 +207,7 @@ def _made(network, dtype, weights, layers, settings):
     shapes = {f"{name}.weight": torch.empty(layer.shape, dtype=dtype, device="meta") for name, layer in layers.items()}
     weights = {**weights, **shapes}
     try:
-        is_builtin = network == BuiltinModel.__name__
-        config = BuiltinConfig(metadata()["unet_config"]) if is_builtin else _detected(weights, settings)
+        config = CONFIG_OF_CLASS[network]() if network in CONFIG_OF_CLASS else _detected(weights, settings)
         return _from_config(config, dtype, weights)
     except Exception as error:  # of the host's code, on whatever is in a file
         words = " ".join(str(error).split())[:200]

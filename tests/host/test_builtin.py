@@ -9,29 +9,80 @@ import torch
 
 pytestmark = pytest.mark.fast
 
-PATH = comfyui.ROOT / "nodes/assets/emoji32.safetensors"
+ASSETS = comfyui.ROOT / "nodes/assets"
+FILES = {"unet": ASSETS / "emoji32.safetensors", "transformer": ASSETS / "emoji32_flow.safetensors"}
 
 
-def test_file_is_small_half_precision_and_documented():
-    assert PATH.stat().st_size <= 16 * 2**20
-    with safetensors.safe_open(PATH, "pt") as file:
+@pytest.fixture(scope="module")
+def transformer(host):
+    return host.run("IECLoadBuiltinModel", precision="float32", architecture="transformer")[0]
+
+
+@pytest.mark.parametrize("architecture", FILES)
+def test_file_is_small_half_precision_and_documented(architecture):
+    path = FILES[architecture]
+    assert path.stat().st_size <= 16 * 2**20
+    with safetensors.safe_open(path, "pt") as file:
         facts = file.metadata()
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
     training = json.loads(facts["iec.training"])
     assert {"seed", "steps", "data", "images_sha256", "loss"} <= set(training)
     assert training["step"] == training["steps"]
-    assert json.loads(facts["iec.unet_config"])["context_dim"] == len(json.loads(facts["iec.classes"]))
+    width = json.loads(facts["iec.unet_config"])["context_dim" if architecture == "unet" else "context_in_dim"]
+    assert width == len(json.loads(facts["iec.classes"]))
 
 
-def test_it_is_the_hosts_unet_and_all_weights_are_loaded(model):
+@pytest.mark.parametrize("architecture", FILES)
+def test_it_is_the_hosts_network_and_all_weights_are_loaded(host, architecture):
+    from comfy.ldm.flux.model import Flux
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
+    model = host.run("IECLoadBuiltinModel", precision="float32", architecture=architecture)[0]
     network = model.get_model_object("diffusion_model")
-    assert type(network) is UNetModel
-    with safetensors.safe_open(PATH, "pt") as file:
+    assert type(network) is {"unet": UNetModel, "transformer": Flux}[architecture]
+    with safetensors.safe_open(FILES[architecture], "pt") as file:
         state = network.state_dict()
         assert set(state) == set(file.keys())
         assert all(torch.equal(state[name], file.get_tensor(name).float()) for name in state)
+
+
+def test_unknown_architecture_is_refused(host):
+    message = host.nodes["IECLoadBuiltinModel"].validate_inputs(architecture="mamba")
+    assert message == "architecture: 'mamba' is none of unet, transformer."
+
+
+def test_transformer_predicts_the_flow_of_its_training(transformer):
+    """On images of its data the denoised prediction is far nearer to the image than the noise is, at the times it was trained
+    for: x = (1 - sigma) image + sigma noise, and velocity = noise - image.
+    """
+    base, generator = transformer.model, torch.Generator().manual_seed(0)
+    image = torch.ones(4, 3, 32, 32)
+    image[:, :, 8:24, 8:24] = torch.tensor([0.9, 0.2, -0.8]).view(3, 1, 1)
+    label = torch.zeros(4, 28)
+    for sigma in (0.25, 0.5, 0.75):
+        noise = torch.randn(image.shape, generator=generator)
+        noised, at = (1 - sigma) * image + sigma * noise, torch.full((4,), sigma)
+        denoised = base.apply_model(noised, at, c_crossattn=label[:, None], y=label)
+        velocity = base.diffusion_model(noised, at, context=label[:, None], y=label)
+        assert torch.allclose(denoised, noised - sigma * velocity, atol=1e-4)
+        assert (denoised - image).square().mean() < 0.25 * (noised - image).square().mean()
+
+
+def test_transformer_samples_with_guidance_and_labels(host, sample, transformer, relative):
+    flags = host.run("IECClassLabel", labels="flag")[0]
+    wanted = sample(transformer, positive=flags, sampler_name="euler")
+    assert wanted.shape == (2, 3, 32, 32) and wanted.isfinite().all()
+    assert relative(sample(transformer, sampler_name="euler"), wanted) > 0.1
+    assert relative(sample(transformer, positive=flags, sampler_name="euler", cfg=4.0), wanted) > 0.05
+
+
+def test_quantization_and_cache_reach_the_transformer(host, sample, transformer, relative):
+    wanted = sample(transformer, sampler_name="euler", steps=6)
+    bits = {"weight_bits": "4", "activation_bits": "8", "keep_sensitive_layers": False}
+    quantized = host.run("IECQuantizeModel", model=transformer, **bits)[0]
+    assert 1e-3 < relative(sample(quantized, sampler_name="euler", steps=6), wanted) < 1
+    cached = host.run("IECDeepCache", model=transformer, interval=3, branch=0)[0]
+    assert 1e-3 < relative(sample(cached, sampler_name="euler", steps=6), wanted) < 1
 
 
 def test_precision(host):

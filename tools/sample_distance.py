@@ -1,0 +1,161 @@
+"""How far the distribution of samples is from that of real images, in the features of some network.
+
+Fréchet distance: Heusel et al. 2017, arXiv 1706.08500. Kernel distance: Binkowski et al. 2018, arXiv 1801.01401. Whoever takes
+other features than Inception's must not call them FID and KID.
+
+The intervals are of the bootstrap (Efron 1979): samples are drawn again, with replacement, and the real images are kept, since
+all rows are compared with the same ones. A resampled row holds copies. The kernel distance leaves out pairs of an item with
+itself, and so it must leave out pairs of copies: as `_Kernel` does.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def _checked(**features):
+    """Return the features as float64 arrays. Raises ValueError where one is no matrix of two rows and finite numbers, or where
+    the widths differ.
+    """
+    arrays = {name: np.asarray(value, np.float64) for name, value in features.items()}
+    for name, array in arrays.items():
+        if array.ndim != 2 or len(array) < 2:
+            raise ValueError(f"{name}: its shape is {array.shape}; features are [N, C] with two or more rows.")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name}: it has values that are not finite numbers; features are finite.")
+    if len({array.shape[1] for array in arrays.values()}) > 1:
+        widths = ", ".join(f"{name} {array.shape[1]}" for name, array in arrays.items())
+        raise ValueError(f"features: their widths differ ({widths}); they come from one network.")
+    return list(arrays.values())
+
+
+def _square_root(matrix):
+    """Return the symmetric square root of a symmetric positive semidefinite matrix; rounding below zero counts as zero."""
+    values, vectors = np.linalg.eigh(matrix)
+    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+
+
+class _Frechet:
+    """The Fréchet distance to a real set, of samples with weights."""
+
+    def __init__(self, samples, real):
+        self._samples, self._mean, self._covariance = samples, real.mean(0), np.cov(real, rowvar=False)
+        self._root = _square_root(self._covariance)
+
+    def __call__(self, counts):
+        """Return the distance; counts: how often each sample is taken, integers [N]."""
+        total = counts.sum()
+        mean = counts @ self._samples / total
+        centred = self._samples - mean
+        covariance = (centred * counts[:, None]).T @ centred / (total - 1)
+        # tr (R S)^1/2 by the eigenvalues of the symmetric R^1/2 S R^1/2, which are those of R S
+        product = np.linalg.eigvalsh(self._root @ covariance @ self._root)
+        shift = np.square(mean - self._mean).sum()
+        return shift + np.trace(covariance) + np.trace(self._covariance) - 2 * np.sqrt(product.clip(min=0)).sum()
+
+
+class _Kernel:
+    """The unbiased squared maximum mean discrepancy to a real set under the kernel (x.y / C + 1)^3, of samples with weights."""
+
+    def __init__(self, samples, real):
+        def kernel(x, y):
+            return (x @ y.T / x.shape[1] + 1) ** 3
+
+        self._within, across, among = kernel(samples, samples), kernel(samples, real), kernel(real, real)
+        np.fill_diagonal(self._within, 0)
+        self._across = across.mean(1)
+        np.fill_diagonal(among, 0)
+        self._among = among.sum() / (len(real) * (len(real) - 1))
+
+    def __call__(self, counts):
+        """Return the distance; counts: how often each sample is taken, integers [N]. Copies are the same item: their pairs
+        count neither in the sum nor in the number of pairs.
+        """
+        total = counts.sum()
+        pairs = total**2 - np.square(counts).sum()
+        return counts @ self._within @ counts / pairs - 2 * counts @ self._across / total + self._among
+
+
+MEASURES = {"frechet": _Frechet, "kernel": _Kernel}
+
+
+def frechet_distance(samples, real):
+    """Return the Fréchet distance of the Gaussians fitted to features [N, C] and [M, C]; covariances of N - 1, float64.
+
+    Raises ValueError for features that are no such matrices.
+    """
+    samples, real = _checked(samples=samples, real=real)
+    return float(_Frechet(samples, real)(np.ones(len(samples), np.int64)))
+
+
+def kernel_distance(samples, real):
+    """Return the unbiased squared MMD of features [N, C] and [M, C] under (x.y / C + 1)^3; it may be below zero.
+
+    Raises ValueError for features that are no such matrices.
+    """
+    samples, real = _checked(samples=samples, real=real)
+    return float(_Kernel(samples, real)(np.ones(len(samples), np.int64)))
+
+
+def _draws(size, resamples, seed):
+    """Return how often each of `size` items is drawn, integers [resamples, size]."""
+    return np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), resamples)
+
+
+def _estimate(value, resampled):
+    """Return the Estimate by the quantiles of the resampled values, moved so that their mean is the value.
+
+    The Fréchet distance of finite samples is too high by an amount that falls as 1/N, and resampling, which makes copies, adds
+    to it once more: unmoved, the quantiles would lie above the value. The interval is one for the distance at this number of
+    samples, so that rows compare only with rows of as many.
+    """
+    margin = (1 - LEVEL) / 2
+    low, high = np.quantile(resampled, [margin, 1 - margin]) - np.mean(resampled)
+    return Estimate(float(value), float(value + low), float(value + high))
+
+
+def distance_with_interval(kind, samples, real, resamples=200, seed=0):
+    """Return the Estimate of a distance of MEASURES, with its 95 % interval.
+
+    Raises ValueError for features that are not [N, C] and [M, C].
+    """
+    samples, real = _checked(samples=samples, real=real)
+    measure = MEASURES[kind](samples, real)
+    resampled = [measure(counts) for counts in _draws(len(samples), resamples, seed)]
+    return _estimate(measure(np.ones(len(samples), np.int64)), resampled)
+
+
+def change_with_interval(kind, samples, baseline, real, resamples=200, seed=0):
+    """Return the Estimate of the distance of `samples` less that of `baseline`, features [N, C] of the same seeds in the same
+    order. They are resampled in pairs, so that what is common to them drops out.
+
+    Raises ValueError for features that are no such matrices, or where samples and baseline are not as many.
+    """
+    samples, baseline, real = _checked(samples=samples, baseline=baseline, real=real)
+    if len(samples) != len(baseline):
+        raise ValueError(f"baseline: it has {len(baseline)} rows and samples has {len(samples)}; pairs need as many.")
+    measures = MEASURES[kind](samples, real), MEASURES[kind](baseline, real)
+
+    def change(counts):
+        return measures[0](counts) - measures[1](counts)
+
+    resampled = [change(counts) for counts in _draws(len(samples), resamples, seed)]
+    return _estimate(change(np.ones(len(samples), np.int64)), resampled)
+
+
+def mean_with_interval(values, resamples=1000, seed=0):
+    """Return the Estimate of the mean of values [N]. Raises ValueError where they are not two or more finite numbers."""
+    (column,) = _checked(values=np.asarray(values, np.float64)[:, None])
+    resampled = _draws(len(column), resamples, seed) @ column[:, 0] / len(column)
+    return _estimate(column.mean(), resampled)
