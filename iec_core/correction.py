@@ -23,7 +23,8 @@ Where x'_k is evaluated is the `evaluation_point`:
   trapezoidal rule with an explicit predictor, of second order in the step. Where sigma' = 0 there is nothing to evaluate.
 """
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -34,6 +35,24 @@ EVALUATION_POINTS = ("paper", "next")
 LAMBDA_MODES = ("fixed", "contractive", "anderson")
 
 
+def parse_lambdas(text):
+    """Return the dampings of a `lambdas` text, one a step, as a tuple; () of an empty one, which leaves them to lambda_. Raises
+    ValueError, with a sentence, for anything else.
+    """
+    parts = re.split(r"\s*,\s*", text.strip()) if text.strip() else []
+    lambdas = []
+    for step, part in enumerate(parts):
+        try:
+            lambdas.append(float(part))
+        except ValueError:
+            raise ValueError(
+                f"lambdas: '{part}' of step {step} is no number; write one for each step, such as 0.5, 0.5, 0.4, or nothing."
+            ) from None
+        if not 0 < lambdas[-1] <= 1:
+            raise ValueError(f"lambdas: {part} of step {step} is outside (0, 1]; the paper uses 0.5.")
+    return tuple(lambdas)
+
+
 @dataclass(frozen=True)
 class CorrectionSettings:
     """The method's parameters; the defaults are the paper's.
@@ -42,7 +61,7 @@ class CorrectionSettings:
     tolerance: tau, the relative change of x' below which an item of the batch is taken as converged. evaluation_point:
     "paper" or "next", see above. lambda_mode: "fixed"; "contractive", in which lambda_ is the largest damping and each
     iteration takes what its own residuals allow (`contractive_lambda`); "anderson", acceleration of depth 1 from the second
-    iteration on (`anderson_lambda`).
+    iteration on (`anderson_lambda`). lambdas: lambda_ of each step of the run, where there are any.
     """
 
     steps: CorrectionSteps
@@ -51,11 +70,12 @@ class CorrectionSettings:
     tolerance: float = 1e-5
     evaluation_point: str = "paper"
     lambda_mode: str = "fixed"
+    lambdas: tuple[float, ...] = ()
 
     @classmethod
     def parse(
         cls, correction_steps="all", lambda_=0.5, max_iterations=1, tolerance=1e-5, evaluation_point="paper",
-        lambda_mode="fixed",
+        lambda_mode="fixed", lambdas="",
     ):  # fmt: skip
         """Check the values as a user gives them. Raises ValueError with a sentence that names the input."""
         if not 0 < lambda_ <= 1:
@@ -69,7 +89,19 @@ class CorrectionSettings:
         if wrong:
             raise ValueError(wrong)
         steps = parse_correction_steps(correction_steps)
-        return cls(steps, lambda_, max_iterations, tolerance, evaluation_point, lambda_mode)
+        return cls(steps, lambda_, max_iterations, tolerance, evaluation_point, lambda_mode, parse_lambdas(lambdas))
+
+    def check_lambdas(self, total):
+        """Raise ValueError where `lambdas` are not as many as a run has steps."""
+        if self.lambdas and len(self.lambdas) != total:
+            raise ValueError(
+                f"lambdas: the number of values is {len(self.lambdas)} and the run has {total} steps; write one for each step, "
+                "or nothing."
+            )
+
+    def at(self, step):
+        """Return the settings with the lambda_ of a step."""
+        return replace(self, lambda_=self.lambdas[step], lambdas=()) if self.lambdas else self
 
     @property
     def is_off(self):
@@ -84,14 +116,16 @@ class CorrectionSettings:
         words = [self.steps.text]
         words += [self.evaluation_point] if self.evaluation_point != paper.evaluation_point else []
         words += [self.lambda_mode] if self.lambda_mode != paper.lambda_mode else []
-        words += [f"lambda {self.lambda_:g}"] if self.lambda_ != paper.lambda_ else []
+        words += [f"lambda {self.lambda_:g}"] if self.lambda_ != paper.lambda_ and not self.lambdas else []
+        words += ["lambdas"] if self.lambdas else []
         words += [f"K {self.max_iterations}"] if self.max_iterations != paper.max_iterations else []
         return " ".join(words)
 
     def corrected_steps(self, sigmas, full=None):
         """Return the frozenset of the steps that are corrected over a schedule of n + 1 sigmas (floats); full: the steps that
-        a cache evaluates in full, None without a cache.
+        a cache evaluates in full, None without a cache. Raises ValueError where the settings are of another number of steps.
         """
+        self.check_lambdas(len(sigmas) - 1)
         if self.max_iterations == 0:
             return frozenset()
         steps = self.steps.of(len(sigmas) - 1, full)

@@ -31,13 +31,17 @@ def fits(inputs, outputs):
     return inputs % 16 == 0 and outputs % 16 == 0
 
 
+def activation_scale(rows, scale=None):
+    """Return the scale of rows where it is given, a tensor of one number; else that of their largest magnitude."""
+    return (rows.abs().amax().float() / LARGEST).clamp(min=1e-12) if scale is None else scale
+
+
 def linear_fp8(x, values, weight_scale, bias, scale=None):
     """Linear layer with float8 activations: x float [..., C], values float8 e4m3 [O, C], weight_scale float32 [1], one for the
     weight; returns [..., O] in x's dtype. scale: the activations', one number; None: that of their largest magnitude.
     """
     rows = x.reshape(-1, x.shape[-1])
-    if scale is None:
-        scale = (rows.abs().amax().float() / LARGEST).clamp(min=1e-12)
+    scale = activation_scale(rows, scale)
     quantized = (rows.float() / scale).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn).contiguous()
     dtype = x.dtype if x.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
     bias = None if bias is None else bias.to(dtype)

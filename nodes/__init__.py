@@ -6,6 +6,7 @@ from . import (
     builtin,
     cachequant,
     compare,
+    contraction,
     correct,
     deepcache,
     pictures,
@@ -22,7 +23,7 @@ class IECExtension(ComfyExtension):
 
     async def get_node_list(self):
         quantization = quantize, quantization_profile, quantization_report
-        modules = correct, *quantization, deepcache, cachequant, builtin, compare, pictures, report
+        modules = correct, *quantization, deepcache, cachequant, builtin, compare, pictures, report, contraction
         return [node for module in modules for node in module.NODES]
 
 

@@ -67,6 +67,17 @@ def correction_inputs():
     ]
 
 
+def lambdas_input():
+    """The dampings of single steps; the last input of a node, so that workflows made before it was there keep their values."""
+    return io.String.Input(
+        "lambdas",
+        default="",
+        optional=True,
+        tooltip="The damping of each step in place of lambda_: as many numbers as the run has steps, above 0 and at most 1, "
+        "with commas between, as Contraction Probe (IEC) puts them out. Empty: lambda_ for all.",
+    )
+
+
 def later_report():
     """The report output of a node whose run comes later."""
     return Report.Output(display_name="report", tooltip="What the runs did and cost; for IEC Report, which waits for them.")
@@ -94,7 +105,7 @@ class RunLog(list):
 
 
 def check(
-    correction_steps=None, lambda_=None, evaluation_point=None, lambda_mode=None, total=None, sampler_name=None
+    correction_steps=None, lambda_=None, evaluation_point=None, lambda_mode=None, lambdas=None, total=None, sampler_name=None
 ):  # fmt: skip
     """Return True, or the sentence for a wrong value. A value that is None comes over a link and is not known yet.
 
@@ -108,11 +119,13 @@ def check(
         "lambda_": lambda_,
         "evaluation_point": evaluation_point,
         "lambda_mode": lambda_mode,
+        "lambdas": lambdas,
     }
     try:
         settings = CorrectionSettings.parse(**{name: value for name, value in given.items() if value is not None})
         if isinstance(total, int):
             settings.steps.of(total)
+            settings.check_lambdas(total)
         if sampler_name is not None:
             check_sampler(sampler_name, settings, "sampler_name")
     except ValueError as error:
@@ -179,6 +192,7 @@ class IECKSampler(io.ComfyNode):
                     optional=True,
                     tooltip="Keep the latent of every step in the report, for Compare Runs (IEC).",
                 ),
+                lambdas_input(),
             ],
             outputs=[
                 io.Latent.Output(tooltip="The denoised latent."),
@@ -189,7 +203,7 @@ class IECKSampler(io.ComfyNode):
     @classmethod
     def validate_inputs(
         cls, steps=None, sampler_name=None, scheduler=None, correction_steps=None, lambda_=None, evaluation_point=None,
-        lambda_mode=None,
+        lambda_mode=None, lambdas=None,
     ):  # fmt: skip
         if isinstance(steps, int) and not 1 <= steps <= 10000:
             return f"steps: {steps} is outside 1 to 10000."
@@ -198,15 +212,17 @@ class IECKSampler(io.ComfyNode):
         wrong_choice = wrong_choice or unknown_choice(known.SCHEDULERS, scheduler=scheduler)
         # ddim_uniform takes every (timesteps // steps)-th timestep of the model, which can be more than `steps` of them.
         total = None if scheduler in (None, "ddim_uniform") else steps
-        return wrong_choice or check(correction_steps, lambda_, evaluation_point, lambda_mode, total, sampler_name)
+        return wrong_choice or check(correction_steps, lambda_, evaluation_point, lambda_mode, lambdas, total, sampler_name)
 
     @classmethod
     def execute(
         cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise,
         correction_steps, lambda_, max_iterations, tolerance, evaluation_point="paper", lambda_mode="fixed", label="",
-        keep_latents=False,
+        keep_latents=False, lambdas="",
     ):  # fmt: skip
-        settings = CorrectionSettings.parse(correction_steps, lambda_, max_iterations, tolerance, evaluation_point, lambda_mode)
+        settings = CorrectionSettings.parse(
+            correction_steps, lambda_, max_iterations, tolerance, evaluation_point, lambda_mode, lambdas
+        )
         report = RunReport(label or "run", settings.summary(), keep_latents)
         model = apply_correction(model, settings, lambda: report)
         (latent,) = host_nodes.common_ksampler(
@@ -228,14 +244,15 @@ class IECApply(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model whose sampling runs are corrected."),
                 *correction_inputs(),
+                lambdas_input(),
             ],
             outputs=[io.Model.Output(tooltip="A clone of the model that carries the correction."), later_report()],
             not_idempotent=True,  # or the host would take the runs of one such node for those of another with the same inputs
         )
 
     @classmethod
-    def validate_inputs(cls, correction_steps=None, lambda_=None, evaluation_point=None, lambda_mode=None):
-        return check(correction_steps, lambda_, evaluation_point, lambda_mode)
+    def validate_inputs(cls, correction_steps=None, lambda_=None, evaluation_point=None, lambda_mode=None, lambdas=None):
+        return check(correction_steps, lambda_, evaluation_point, lambda_mode, lambdas)
 
     @classmethod
     def execute(cls, model, **settings):
@@ -256,14 +273,15 @@ class IECSampler(io.ComfyNode):
             inputs=[
                 io.Sampler.Input("sampler", tooltip="The sampler whose steps are corrected."),
                 *correction_inputs(),
+                lambdas_input(),
             ],
             outputs=[io.Sampler.Output(tooltip="The corrected sampler."), later_report()],
             not_idempotent=True,  # or the host would take the runs of one such node for those of another with the same inputs
         )
 
     @classmethod
-    def validate_inputs(cls, correction_steps=None, lambda_=None, evaluation_point=None, lambda_mode=None):
-        return check(correction_steps, lambda_, evaluation_point, lambda_mode)
+    def validate_inputs(cls, correction_steps=None, lambda_=None, evaluation_point=None, lambda_mode=None, lambdas=None):
+        return check(correction_steps, lambda_, evaluation_point, lambda_mode, lambdas)
 
     @classmethod
     def execute(cls, sampler, **settings):

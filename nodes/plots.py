@@ -311,3 +311,58 @@ def layer_errors(errors, left):
     axes.set_axisbelow(True)
     axes.grid(axis="x", alpha=0.3)
     return _picture(figure)
+
+
+def contraction(report):
+    """Draw the norms of a run's steps, by which errors grow and corrections contract; uint8 [H, W, 3].
+
+    report: ContractionReport. Lines are means over the images, bands reach from the least to the largest.
+    """
+    figure = _figure(7.2)
+    growth, damped, chosen = figure.subplots(3, 1, sharex=True, height_ratios=(2, 3, 1.3))
+    figure.suptitle(f"contraction along {report.total} Euler steps, model {shortened(report.quantization)}", fontsize=11)
+    at = [step.step for step in report.steps]
+    for values, look, name in (
+        ([step.growth for step in report.steps], {"color": "dimgray", "marker": "P"}, "plain step, ||A + BJ||"),
+        (
+            [step.true_growth for step in report.steps],
+            {"color": COLOURS[0], "linestyle": ":", "marker": "x"},
+            "by perturbations",
+        ),
+    ):
+        _band(growth, at, values, {**look, "label": name})
+    growth.set_ylabel("growth of an\nerror in a step")
+    shown = [name for name in ("0.1", "0.3", "0.5", "0.7", "0.9") if report.steps and name in report.steps[0].contraction]
+    for name, colour, marker in zip(shown, COLOURS[1:], MARKERS):
+        _band(
+            damped, at, [step.contraction[name] for step in report.steps],
+            {"color": colour, "marker": marker, "label": f"λ {name}"},
+        )  # fmt: skip
+    own = [step.true_contraction[f"{step.lambda_:g}"] for step in report.steps]
+    look = {"color": COLOURS[0], "linestyle": ":", "marker": "x", "label": "by perturbations, at the suggested λ"}
+    _band(damped, at, own, look)
+    damped.set_ylabel("norm of the iteration\n||(1 \N{MINUS SIGN} λ) I + λ BJ||")
+    chosen.step(range(report.total), report.lambdas(), where="mid", color=COLOURS[2])
+    chosen.plot(at, [step.lambda_ for step in report.steps], "o", color=COLOURS[2], markersize=4)
+    chosen.set_ylabel("λ of\nleast norm")
+    chosen.set_ylim(0, 1)
+    chosen.set_xlabel("step")
+    chosen.xaxis.get_major_locator().set_params(integer=True)
+    _log_scale(damped)  # growth is near 1, where a log scale has no labels
+    for axes in (growth, damped):
+        axes.axhline(1, color="black", linewidth=0.8)
+    for axes in (growth, damped, chosen):
+        axes.grid(True, alpha=0.25)
+        axes.set_xlim(-0.7, max(report.total, 1) - 0.3)
+    handles, labels = zip(*(axes.get_legend_handles_labels() for axes in (growth, damped)))
+    entries = itertools.chain(*handles), itertools.chain(*labels)
+    figure.legend(*map(list, entries), loc="outside lower center", ncols=3, fontsize=8)
+    return _picture(figure)
+
+
+def _band(axes, at, rows, look):
+    """Draw the mean of each row of numbers, and a band between its least and its largest."""
+    table = np.array(rows, float)  # None is nan
+    axes.plot(at, table.mean(1), markersize=4, linewidth=1.2, **look)
+    if table.shape[1] > 1:
+        axes.fill_between(at, table.min(1), table.max(1), color=look["color"], alpha=0.15, linewidth=0)

@@ -84,7 +84,7 @@ class CorrectedDenoiser(CountedDenoiser):
         mask = None
         if extra_args.get("denoise_mask") is not None:
             mask = functools.partial(self._mask, x, sigma, extra_args)
-        corrected, trace = corrected_denoised(evaluate, x, rehearsed.step, self._settings, noise, mask)
+        corrected, trace = corrected_denoised(evaluate, x, rehearsed.step, self._settings.at(step), noise, mask)
         self._traces.add(step, trace)
         return corrected
 

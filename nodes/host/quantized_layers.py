@@ -13,7 +13,7 @@ import comfy.ops
 import torch
 
 from ...iec_core import fp8
-from ...iec_core.int8 import conv2d_int8, conv_backend, is_pointwise, linear_backend, linear_int8
+from ...iec_core.int8 import LIMIT, conv2d_int8, conv_backend, dynamic_scale, is_pointwise, linear_backend, linear_int8
 from ...iec_core.quantization import rotate
 
 # What the host keeps on a model and its layers while they are loaded; a copy that is not loaded goes without.
@@ -40,10 +40,12 @@ class ActivationFormat:
 
 class _QuantizedLayer:
     """What both kinds of layer share. packing: a Packing. activation: an ActivationFormat. input_scale: of calibrated
-    activations, float32 of one number, set before an evaluation; None: taken from what comes in.
+    activations, float32 of one number, set before an evaluation; None: taken from what comes in. passes_gradients: see
+    `straight_through`.
     """
 
     input_scale = None
+    passes_gradients = False
 
     @classmethod
     def of(cls, name, layer, packing, packed, bias, activation):
@@ -83,7 +85,7 @@ class _QuantizedLayer:
                 "be quantized; name it in exclude."
             )
         with self._at(x) as (packed, bias):
-            return self._compute(x, packed, bias)
+            return (self._compute_straight if self.passes_gradients else self._compute)(x, packed, bias)
 
     @contextlib.contextmanager
     def _at(self, x):
@@ -122,6 +124,27 @@ class _QuantizedLayer:
     def _multiplies_fp8(self, device_type):
         return False
 
+    def _straight(self, rows):
+        """Return rows [..., C] as they are rounded for the product, with the derivative of what is not rounded: 1 within the
+        clipping range, 0 outside. The scale counts as a constant.
+        """
+        if self.activation.bits == 16:
+            return rows
+        if self.packing.format.kind == "fp8":
+            if not self._multiplies_fp8(rows.device.type):
+                return rows
+            scale = fp8.activation_scale(rows.detach(), self.input_scale)
+            limit, dtype = fp8.LARGEST, torch.float8_e4m3fn
+        else:
+            kept = not self.activation.per_tensor
+            scale = dynamic_scale(rows.detach(), kept) if self.input_scale is None else self.input_scale
+            limit, dtype = LIMIT, None
+        inside = rows.float() / scale
+        if self.input_scale is not None:  # else nothing is clipped, but what the division puts an ulp beyond the limit
+            inside = inside.clamp(-limit, limit)
+        rounded = inside.detach().round() if dtype is None else inside.detach().to(dtype).float()
+        return ((inside + (rounded - inside.detach())) * scale).to(rows.dtype)
+
     def _per_row(self):
         return self.input_scale is None and not self.activation.per_tensor
 
@@ -137,6 +160,11 @@ class QuantizedLinear(_QuantizedLayer, comfy.ops.manual_cast.Linear):
         if fmt.kind == "fp8":
             return fp8.linear_fp8(self.rotated(x), values, scale[0], bias, self.input_scale)
         return linear_int8(x, values, scale[:, 0], bias, self.input_scale, activation.per_tensor, fmt.rotation)
+
+    def _compute_straight(self, x, packed, bias):
+        rows = self.rotated(x)
+        rows = self._straight(rows.reshape(-1, rows.shape[-1])).reshape(rows.shape)
+        return torch.nn.functional.linear(rows, self.packing.scaled(packed, x.dtype), bias)
 
     def _multiplies_fp8(self, device_type):
         fits = fp8.fits(self.packing.inputs, self.packing.rows)
@@ -157,6 +185,16 @@ class QuantizedConv2d(_QuantizedLayer, comfy.ops.manual_cast.Conv2d):
         values, scale = self.packing.values(packed)
         per_tensor = self.activation.per_tensor
         return conv2d_int8(x, values, scale[:, 0], bias, self.kernel_size, *geometry, self.input_scale, per_tensor)
+
+    def _compute_straight(self, x, packed, bias):
+        if self.activation.bits == 8 and self.packing.format.kind != "fp8":
+            if is_pointwise(self.kernel_size, self.stride, self.padding):  # a scale for each pixel
+                rows = x.permute(0, 2, 3, 1)
+                x = self._straight(rows.reshape(-1, rows.shape[-1])).reshape(rows.shape).permute(0, 3, 1, 2).contiguous()
+            else:
+                x = self._straight(x)
+        kernel = self.packing.shaped(self.packing.scaled(packed, x.dtype))
+        return torch.nn.functional.conv2d(x, kernel, bias, self.stride, self.padding, self.dilation)
 
     def _integer_backend(self, device_type):
         if is_pointwise(self.kernel_size, self.stride, self.padding):
@@ -185,3 +223,19 @@ def class_for(layer):
 def quantized_layers(network):
     """Return {name: layer} of the quantized layers of a network."""
     return {name: layer for name, layer in network.named_modules() if isinstance(layer, _QuantizedLayer)}
+
+
+@contextlib.contextmanager
+def straight_through(network):
+    """Let derivatives pass the rounding of a network's quantized layers, for as long as this lasts: rounding counts as the
+    identity within the clipping range (Bengio et al. 2013, the straight-through estimator). Results are the same but for the
+    order of sums, as products are in floating point.
+    """
+    layers = quantized_layers(network).values()
+    try:
+        for layer in layers:
+            layer.passes_gradients = True
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("passes_gradients", None)

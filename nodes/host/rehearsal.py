@@ -245,7 +245,7 @@ def rehearse(function, model, like, sigmas, extra_args, options, can_draw):
             raise CannotRehearse("a step of its schedule begins at sigma 0")
         a, b, factors, gain, is_affine = _factors(record, own, index)
         sigma_next = a * sigma if sigma_next is None else sigma_next
-        scale = _input_scale(sampling, sigma_next) / _input_scale(sampling, sigma)
+        scale = input_scale(sampling, sigma_next) / input_scale(sampling, sigma)
         if factors and can_draw and is_affine and _preserves_the_image(a, b, sigma, sigma_next):
             draws = tuple(Draw(number, *record.draws[number][1:], factor) for number, factor in factors if factor)
             steps.append(RehearsedStep(Step(sigma, sigma_next, a, b, scale), draws, gain))
@@ -255,6 +255,6 @@ def rehearse(function, model, like, sigmas, extra_args, options, can_draw):
     return Rehearsal(steps, evaluations)
 
 
-def _input_scale(sampling, sigma):
+def input_scale(sampling, sigma):
     """Return the host's c_in(sigma), whatever the model's parameterization."""
     return sampling.calculate_input(torch.tensor([sigma], dtype=torch.float64), torch.ones(1, dtype=torch.float64)).item()

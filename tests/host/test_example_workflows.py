@@ -156,7 +156,7 @@ def unknown_node(node, workflow):
         (unknown_choice, "IECKSampler.scheduler: 'fast' is no choice"),
         (out_of_bounds, "IECKSampler.steps: 0 is out of bounds"),
         (no_number, "IECKSampler.steps: '24' is no INT"),
-        (fewer_values, "IECKSampler.keep_latents: no value"),
+        (fewer_values, "IECKSampler.lambdas: no value"),
         (more_values, "IECKSampler: ['more'] are values of no widget"),
         (unknown_node, "IECKSampler2: no such node"),
     ],

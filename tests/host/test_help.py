@@ -123,7 +123,7 @@ def test_outputs_have_names_types_and_a_text(infos):
 
 
 def test_inputs_of_the_same_meaning_are_described_alike():
-    shared = ("correction_steps", "lambda_", "max_iterations", "tolerance", "evaluation_point", "lambda_mode")
+    shared = ("correction_steps", "lambda_", "max_iterations", "tolerance", "evaluation_point", "lambda_mode", "lambdas")
     given = [entries(section(page_of(node), "Inputs")) for node in ("IECKSampler", "IECApply", "IECSampler")]
     for name in shared:
         assert given[0][name] == given[1][name] == given[2][name], name

@@ -25,7 +25,7 @@ NODES = {
     "IECJoinReports", "IECCompare", "IECReport", "IECCalibrateCacheQuant", "IECSaveCacheProfile", "IECLoadCacheProfile",
     "IECCacheQuant", "IECSaveQuantizedModel", "IECLoadQuantizedModel", "IECCalibrateQuantization", "IECSaveQuantizationProfile",
     "IECLoadQuantizationProfile", "IECApplyQuantizationProfile", "IECQuantizationReport", "IECErrorPlot", "IECImageGrid",
-    "IECParetoPlot",
+    "IECParetoPlot", "IECContractionProbe",
 }  # fmt: skip
 
 

@@ -1,0 +1,144 @@
+"""IECContractionProbe: whether a model's steps let errors grow, and which damping lets their correction converge."""
+
+import comfy.samplers
+from comfy_api.latest import io
+
+from ..iec_core.choices import unknown_choice
+from . import plots
+from .host.contraction import probe_contraction
+from .host.schema import schema
+from .types import as_image, shown_on
+
+# Bounds of what has none at the host when it comes over a link.
+BOUNDS = {
+    "steps": (1, 10000),
+    "cfg": (0.0, 100.0),
+    "denoise": (0.0, 1.0),
+    "every": (1, 10000),
+    "iterations": (2, 200),
+    "tolerance": (1e-4, 0.5),
+    "perturbation": (1e-5, 1.0),
+}
+
+
+def wrong_number(**values):
+    """Return the sentence for the first of `values` that is outside its bounds, else None; None comes over a link."""
+    for name, value in values.items():
+        low, high = BOUNDS[name]
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            return f"{name}: {value} is outside {low:g} to {high:g}."
+    return None
+
+
+class IECContractionProbe(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        def number(name):
+            return {"min": BOUNDS[name][0], "max": BOUNDS[name][1]}
+
+        return schema(
+            node_id="IECContractionProbe",
+            display_name="Contraction Probe (IEC)",
+            category="sampling/IEC",
+            description="Measures along a sampling run by how much each step lets errors grow, and how its correction "
+            "contracts for dampings 0.1 to 0.9: spectral norms of the network's Jacobian, and the best damping of each step.",
+            search_aliases=["jacobian", "spectral norm", "lipschitz", "convergence", "lambda schedule", "contraction"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The model that is measured, quantized or not; without a cache."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="The seed of the run's noise, and of the directions that are tried.",
+                ),
+                io.Int.Input(
+                    "steps", default=20, **number("steps"), tooltip="The number of Euler (DDIM) steps, as you sample."
+                ),
+                io.Float.Input(
+                    "cfg", default=8.0, **number("cfg"), step=0.1, round=0.01, tooltip="Guidance scale, as you sample."
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=comfy.samplers.KSampler.SCHEDULERS,
+                    tooltip="How the noise level falls over the steps, as you sample. ddim_uniform is the paper's.",
+                ),
+                io.Conditioning.Input("positive", tooltip="What the image should have."),
+                io.Conditioning.Input("negative", tooltip="What the image should not have."),
+                io.Latent.Input(
+                    "latent_image", tooltip="The latent image to denoise. Each image of a batch has norms of its own."
+                ),
+                io.Float.Input(
+                    "denoise", default=1.0, **number("denoise"), step=0.01, tooltip="Share of the denoising that is done."
+                ),
+                io.Int.Input(
+                    "every",
+                    default=1,
+                    **number("every"),
+                    tooltip="Measure every n-th step, from the first; the steps between get the suggestion before them.",
+                ),
+                io.Int.Input(
+                    "iterations",
+                    default=24,
+                    **number("iterations"),
+                    tooltip="Products with the Jacobian and its transpose at most, twice for each measured step. More are "
+                    "needed where norms do not converge.",
+                ),
+                io.Float.Input(
+                    "tolerance",
+                    default=0.02,
+                    **number("tolerance"),
+                    step=0.001,
+                    round=False,
+                    tooltip="Relative error at which a norm counts as converged.",
+                ),
+                io.Float.Input(
+                    "perturbation",
+                    default=0.01,
+                    **number("perturbation"),
+                    step=0.001,
+                    round=False,
+                    tooltip="Size of the changes by which the true map, roundings and all, is seen: a share of the latent's "
+                    "norm.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="plot", tooltip="The norms of every measured step, and the suggested lambdas."),
+                io.String.Output(
+                    display_name="lambdas", tooltip="The lambda of least norm of every step, for lambdas of an IEC sampler."
+                ),
+                io.String.Output(display_name="json", tooltip="All numbers as JSON text, an entry for each measured step."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls, steps=None, cfg=None, scheduler=None, denoise=None, every=None, iterations=None, tolerance=None, perturbation=None
+    ):
+        wrong = unknown_choice(comfy.samplers.KSampler.SCHEDULERS, scheduler=scheduler)
+        wrong = wrong or wrong_number(
+            steps=steps, cfg=cfg, denoise=denoise, every=every, iterations=iterations, tolerance=tolerance,
+            perturbation=perturbation,
+        )  # fmt: skip
+        return wrong or True
+
+    @classmethod
+    def execute(
+        cls, model, seed, steps, cfg, scheduler, positive, negative, latent_image, denoise=1.0, every=1, iterations=24,
+        tolerance=0.02, perturbation=0.01,
+    ):  # fmt: skip
+        wrong = cls.validate_inputs(steps, cfg, scheduler, denoise, every, iterations, tolerance, perturbation)
+        if wrong is not True:
+            raise ValueError(wrong)
+        sampling = {"steps": steps, "cfg": cfg, "scheduler": scheduler, "denoise": denoise}
+        report = probe_contraction(
+            model, positive, negative, latent_image, seed, sampling, every, iterations, tolerance, perturbation
+        )
+        plot = as_image(plots.contraction(report))
+        text = report.lambdas_text()
+        return io.NodeOutput(plot, text, report.to_json(), ui=shown_on(cls, plot, text))
+
+
+NODES = [IECContractionProbe]
