@@ -5,7 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo error-growth benchmark pictures test test-fast test-gpu lint setup train clean
+.PHONY: demo error-growth benchmark experiments pictures test test-fast test-gpu lint setup train clean
 
 demo: setup
 	$(RUN) tools/demo.py
@@ -22,6 +22,10 @@ benchmark: setup
 	$(RUN) tools/cache_benchmark.py --speed --latent 16
 	$(RUN) tools/quantization_benchmark.py
 	$(RUN) tools/quantization_benchmark.py --speed
+
+# The rows of docs/results that are missing: all of them take about an hour on two CPU cores. It can be stopped, and goes on.
+experiments: setup
+	$(RUN) tools/experiments.py $(OPTIONS)
 
 # The example workflows as ComfyUI's frontend saves them, their pictures, and one of every node: about four minutes.
 pictures: setup

@@ -14,7 +14,7 @@ second evaluation is, at the same timestep (`paper`) or at the next (`next`):
 Leaves `steps.csv` (these terms in each step, relative to ||eps(x)||), `runs.csv` (whole runs: the final latent's error relative
 to full precision of the same steps and to the exact solution, for one evaluation, two at the same point, and both rules, with
 rounding to the nearest and stochastic rounding) and `separate_effects.png`. Everything is of the built-in U-Net by DDIM without
-guidance. `docs/results.md` says what came out.
+guidance.
 """
 
 import argparse

@@ -1,7 +1,6 @@
 """A headless ComfyUI server on a free loopback port, and the little of its HTTP and websocket API that a client needs."""
 
 import contextlib
-import ctypes
 import json
 import os
 import pathlib
@@ -14,6 +13,7 @@ import time
 import uuid
 
 import comfyui
+import processes
 import requests
 import websocket
 
@@ -119,12 +119,6 @@ def _wait_until_up(process, port, log, seconds):
     raise RuntimeError(f"ComfyUI did not start; the end of its log:\n{tail}")
 
 
-def _end_with_parent():
-    """In the child: be ended by the kernel if the parent dies without ending it (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
 def _stop(process):
     """End the server's process group: politely first, for certain after ten seconds."""
     for number in (signal.SIGTERM, signal.SIGKILL):
@@ -178,7 +172,7 @@ def serve(output=None, arguments=(), models=None):
                     stdout=sink,
                     stderr=sink,
                     start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the server
-                    preexec_fn=_end_with_parent,
+                    preexec_fn=processes.end_with_parent,
                 )
             _wait_until_up(process, port, log, seconds=180)
             yield Server(port, log)

@@ -1,0 +1,237 @@
+"""The runner of experiments, with made-up images in place of sampled ones."""
+
+import csv
+import hashlib
+from dataclasses import replace
+
+import experiment_rows
+import experiment_samples
+import experiments
+import numpy as np
+import pytest
+import torch
+from experiment_rows import Run
+
+PLAIN = Run(steps=4)
+CORRECTED = replace(PLAIN, correction_steps="all")
+COARSE = replace(PLAIN, quantization="W8A8")
+ANCESTRAL = replace(PLAIN, sampler="euler_ancestral")
+FILES = {"first": [CORRECTED, COARSE, PLAIN], "second": [ANCESTRAL]}
+
+
+def images_of(run, number, salt=""):
+    """Made-up latents of a chunk: the same content for all runs, and noise of the run's own."""
+    content = torch.randn(experiment_samples.SHAPE, generator=torch.Generator().manual_seed(number))
+    seed = int(hashlib.sha256(f"{run.key} {number} {salt}".encode()).hexdigest()[:8], 16)
+    noise = torch.randn(experiment_samples.SHAPE, generator=torch.Generator().manual_seed(seed))
+    return content.clamp(-1, 1) + (0.01 + 0.01 * len(run.key)) * noise
+
+
+class Fake:
+    """Stands for `experiment_samples.sampled`. told: the chunks that it was to make; after `stop` of them it is interrupted."""
+
+    def __init__(self):
+        self.told, self.stop, self.salt = [], None, ""
+
+    def __call__(self, chunks, store, workers):
+        for run, number in chunks:
+            if self.stop is not None and len(self.told) == self.stop:
+                raise KeyboardInterrupt
+            self.told.append((run, number))
+            store.save(run, number, images_of(run, number, self.salt), run.steps, 1.0)
+            yield run, number
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    fake = Fake()
+    monkeypatch.setattr(experiment_rows, "IMAGES", 16)
+    monkeypatch.setattr(experiment_rows, "declared", lambda: FILES)
+    monkeypatch.setattr(experiments, "sampled", fake)
+    monkeypatch.setattr(experiments, "CACHE", tmp_path / "cache")
+    return fake
+
+
+def run_all(folder, *more):
+    return experiments.main(["--output", str(folder), "--workers", "1", *more])
+
+
+def rows_of(folder, name="first"):
+    with (folder / f"{name}.csv").open(newline="") as file:
+        return {row["key"]: row for row in csv.DictReader(file)}
+
+
+def test_declared_rows_are_apart_and_have_their_baselines():
+    files = experiment_rows.declared()
+    runs = [run for runs in files.values() for run in runs]
+    assert len({run.key for run in runs}) == len(set(runs)) == len(runs) > 100
+    assert {run.baseline for run in runs} <= set(runs)
+    assert len({experiment_samples.digest(run) for run in runs}) == len(runs)
+    assert experiment_rows.IMAGES % experiment_samples.CHUNK == 0
+
+
+def test_the_whole_list_takes_less_than_four_hours(tmp_path):
+    runs = [run for runs in experiment_rows.declared().values() for run in runs]
+    store = experiment_samples.Store(tmp_path)
+    assert 10 < experiments.minutes(runs, store, workers=2) < 240
+    longest = max(run.evaluations for run in runs for run in (run, *run.references.values()))
+    assert longest * experiment_samples.CHUNK / experiments.SPEED < 120  # seconds that a kill may lose
+
+
+@pytest.mark.parametrize(
+    "run, evaluations",
+    [
+        (Run(), 40),
+        (Run(cfg=1.0), 20),
+        (Run(correction_steps="all"), 80),
+        (Run(correction_steps="ends:1/10", max_iterations=3), 2 * (20 + 4 * 3)),
+        (Run(sampler="heun"), 80),
+        (Run(interval=5, correction_steps="full"), 2 * (20 * 0.28 + 4)),
+    ],
+)
+def test_costs_are_counted(run, evaluations):
+    assert run.evaluations == pytest.approx(evaluations)
+
+
+def test_references_are_full_precision_without_cache_and_correction():
+    run = Run(quantization="W4A8", interval=3, forecast="linear", correction_steps="full", evaluation_point="next", lambda_=0.3)
+    assert run.baseline == Run(quantization="W4A8", interval=3, forecast="linear")
+    assert run.same_steps == Run() and run.exact == Run(sampler="heun", steps=experiment_rows.EXACT_STEPS)
+    assert Run(architecture="transformer", scheduler="simple").exact.scheduler == "simple"
+    assert Run(sampler="er_sde").exact is None and list(Run(sampler="er_sde").references) == ["same_steps"]
+
+
+def relative(run, reference):
+    """The relative error of every image, in float64, written out."""
+    pairs = [(images_of(run, number).double(), images_of(reference, number).double()) for number in (0, 1)]
+    return np.concatenate([((x - y).flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1)).numpy() for x, y in pairs])
+
+
+def test_numbers_are_those_of_the_images(fake, tmp_path):
+    assert run_all(tmp_path) == 0
+    row, exact = rows_of(tmp_path)[CORRECTED.key], CORRECTED.exact
+    each, before = relative(CORRECTED, exact), relative(PLAIN, exact)
+    assert [float(value) for value in row["errors_exact"].split(";")] == pytest.approx(each.tolist(), rel=1e-3)
+    assert float(row["error_exact"]) == pytest.approx(each.mean(), rel=1e-3)
+    assert float(row["error_exact_low"]) < each.mean() < float(row["error_exact_high"])
+    assert float(row["change_exact"]) == pytest.approx((each - before).mean(), rel=0.02)
+    assert float(row["error_same_steps"]) == pytest.approx(relative(CORRECTED, PLAIN).mean(), rel=1e-3)
+    # Two standard errors of the pairs: what is common to the runs is not in it.
+    width = float(row["change_exact_high"]) - float(row["change_exact_low"])
+    assert width == pytest.approx(2 * 1.96 * (each - before).std() / 4, rel=0.3)
+    assert float(row["emoji_frechet"]) > 0 and row["emoji_kernel_low"] < row["emoji_kernel_high"]
+    assert (row["images"], row["nfe"], row["seconds"]) == ("16", "4", "2") and row["torch"] == torch.__version__
+
+
+def test_a_baseline_has_no_change_and_a_stochastic_run_no_exact_solution(fake, tmp_path):
+    run_all(tmp_path)
+    plain, ancestral = rows_of(tmp_path)[PLAIN.key], rows_of(tmp_path, "second")[ANCESTRAL.key]
+    assert float(plain["error_same_steps"]) == 0 and plain["change_exact"] == "" and float(plain["error_exact"]) > 0
+    assert ancestral["error_exact"] == ancestral["errors_exact"] == ""
+
+
+def test_rows_that_are_there_are_not_computed_again(fake, tmp_path, capsys):
+    run_all(tmp_path)
+    assert list(rows_of(tmp_path)) == [run.key for run in FILES["first"]]  # the declared order
+    before, told = (tmp_path / "first.csv").read_bytes(), len(fake.told)
+    assert run_all(tmp_path) == 0 and "Nothing is missing" in capsys.readouterr().out
+    assert (tmp_path / "first.csv").read_bytes() == before and len(fake.told) == told
+
+
+@pytest.mark.parametrize("stop", [1, 5, 7])
+def test_what_is_stopped_goes_on_and_comes_to_the_same(fake, tmp_path, stop):
+    run_all(tmp_path / "whole")
+    needed = len(fake.told)
+    for path in experiments.CACHE.iterdir():
+        path.unlink()
+    fake.told, fake.stop = [], stop
+    with pytest.raises(KeyboardInterrupt):
+        run_all(tmp_path / "stopped")
+    fake.stop = None
+    run_all(tmp_path / "stopped")
+    assert len(fake.told) == len(set(fake.told)) == needed  # nothing was sampled twice
+    for name in ("first.csv", "second.csv"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
+
+
+def test_the_cheapest_row_comes_first(fake, tmp_path):
+    fake.stop = 2 * len([COARSE, PLAIN, PLAIN.exact])
+    with pytest.raises(KeyboardInterrupt):
+        run_all(tmp_path)
+    assert list(rows_of(tmp_path)) == [COARSE.key, PLAIN.key]
+
+
+def test_other_weights_make_a_row_missing(fake, tmp_path, monkeypatch):
+    run_all(tmp_path)
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(b"other weights")
+    monkeypatch.setitem(experiment_samples.WEIGHTS, "unet", other)
+    fake.told.clear()
+    run_all(tmp_path)
+    assert {run for run, _ in fake.told} == {*FILES["first"], *FILES["second"], PLAIN.exact}
+    assert rows_of(tmp_path)[PLAIN.key]["digest"] == experiment_samples.digest(PLAIN)
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:-9]), lambda path: path.write_bytes(b"")])
+def test_a_damaged_chunk_is_sampled_again(fake, tmp_path, damage):
+    run_all(tmp_path / "whole")
+    damage(experiment_samples.Store(experiments.CACHE).path(COARSE, 1))
+    fake.told.clear()
+    run_all(tmp_path / "again")
+    assert fake.told == [(COARSE, 1)]
+    assert (tmp_path / "whole/first.csv").read_bytes() == (tmp_path / "again/first.csv").read_bytes()
+
+
+def test_a_row_is_computed_again_on_request(fake, tmp_path, capsys):
+    run_all(tmp_path)
+    fake.told.clear()
+    assert run_all(tmp_path, "--again", CORRECTED.key) == 0 and "the same digits" in capsys.readouterr().out
+    assert {run for run, _ in fake.told} == {CORRECTED, PLAIN, PLAIN.exact}
+    fake.salt = "another machine's"
+    assert run_all(tmp_path, "--again", CORRECTED.key) == 1 and "other digits in error_same_steps" in capsys.readouterr().out
+
+
+def test_a_part_of_the_list(fake, tmp_path):
+    assert run_all(tmp_path, "--only", "all paper") == 0
+    assert list(rows_of(tmp_path)) == [CORRECTED.key, PLAIN.key]  # with what it is compared with
+    assert run_all(tmp_path / "none", "--minutes", "0") == 0 and not (tmp_path / "none").exists()
+
+
+def test_the_list_says_what_is_missing(fake, tmp_path, capsys):
+    run_all(tmp_path, "--only", "ancestral")
+    capsys.readouterr()
+    assert run_all(tmp_path, "--list") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.endswith("there")] == [f"{ANCESTRAL.key:60}  there"]
+    assert lines[-1].startswith("3 of 4 rows are missing")
+
+
+def test_images_of_a_row_are_drawn(fake, tmp_path):
+    from PIL import Image
+
+    assert run_all(tmp_path, "--images", COARSE.key, str(tmp_path / "a.png")) == 0
+    drawn = np.asarray(Image.open(tmp_path / "a.png"))
+    assert drawn.shape == (64, 256, 3)
+    expected = ((images_of(COARSE, 1)[0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
+    assert np.abs(drawn[32:, :32] - expected).max() <= 0.5 + 1e-4
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--again", "faster"], "key: 'faster' is no row; --list has them all."),
+        (["--images", "faster", "a.png"], "key: 'faster' is no row; --list has them all."),
+        (["--again", PLAIN.key], f"again: the row '{PLAIN.key}' is not there yet; compute it first."),
+        (["--only", "dpm"], "only: no row's key has 'dpm' in it; --list has them all."),
+        (["--workers", "0"], "workers: 0 is less than 1; one process at least samples."),
+    ],
+)
+def test_wrong_arguments_end_in_a_sentence(fake, tmp_path, capsys, arguments, sentence):
+    assert run_all(tmp_path / "rows", *arguments) == 2
+    assert capsys.readouterr().err.strip() == sentence
+
+
+def test_a_file_in_place_of_the_folder_is_refused(fake, tmp_path, capsys):
+    (tmp_path / "rows").write_text("")
+    assert run_all(tmp_path / "rows") == 2
+    assert "is no folder" in capsys.readouterr().err

@@ -1,0 +1,157 @@
+"""The experiments: which runs of the built-in models are compared, and for which question.
+
+A row is one way to sample, a `Run`, over `IMAGES` images whose classes go round through all that the models know, with the same
+noise in every row. What a row is measured against are runs too: its baseline, the run of the same model with no correction; the
+full-precision run of as many steps, without cache and correction; and the exact solution. `experiments.py` computes them.
+"""
+
+import itertools
+from dataclasses import dataclass, replace
+
+import pack
+
+IMAGES = 64
+EXACT_STEPS = 100  # of heun
+STOCHASTIC = ("euler_ancestral", "er_sde")  # their images are no solution of an equation that has an exact one
+EVALUATIONS_A_STEP = {"heun": 2}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A way to sample, in the words of the nodes' inputs. quantization: "none" or such as "W8A8". interval: DeepCache's, 1 for
+    none.
+    """
+
+    architecture: str = "unet"
+    quantization: str = "none"
+    interval: int = 1
+    forecast: str = "hold"
+    sampler: str = "euler"
+    scheduler: str = "karras"
+    steps: int = 20
+    cfg: float = 3.0
+    correction_steps: str = "none"
+    evaluation_point: str = "paper"
+    lambda_: float = 0.5
+    max_iterations: int = 1
+
+    @property
+    def key(self):
+        """The run in short, another for every other run."""
+        words = [self.architecture, self.sampler, self.scheduler, str(self.steps), f"cfg{self.cfg:g}"]
+        words += [self.quantization] if self.quantization != "none" else []
+        words += [f"cache{self.interval}{self.forecast}"] if self.interval > 1 else []
+        if self.correction_steps != "none":
+            words += [self.correction_steps, self.evaluation_point]
+            words += [f"lambda{self.lambda_:g}"] if self.lambda_ != 0.5 else []
+            words += [f"K{self.max_iterations}"] if self.max_iterations != 1 else []
+        return " ".join(words)
+
+    @property
+    def baseline(self):
+        """The same without a correction."""
+        plain = Run()
+        correction = ("correction_steps", "evaluation_point", "lambda_", "max_iterations")
+        return replace(self, **{name: getattr(plain, name) for name in correction})
+
+    @property
+    def same_steps(self):
+        """Full precision of as many steps, without a cache or a correction."""
+        return replace(self.baseline, quantization="none", interval=1, forecast="hold")
+
+    @property
+    def exact(self):
+        """The run that stands for the exact solution from the same noise; None where the sampler draws noise of its own."""
+        if self.sampler in STOCHASTIC:
+            return None
+        scheduler = {"unet": "karras", "transformer": "simple"}[self.architecture]
+        return replace(self.same_steps, sampler="heun", scheduler=scheduler, steps=EXACT_STEPS)
+
+    @property
+    def references(self):
+        """The runs that it is measured against, by name."""
+        runs = {"same_steps": self.same_steps, "exact": self.exact}
+        return {name: run for name, run in runs.items() if run is not None}
+
+    @property
+    def evaluations(self):
+        """About how many whole evaluations of the network an image costs; those of a cache count as its interval's share, and
+        guidance counts twice.
+        """
+        full = range(0, self.steps, self.interval)
+        corrected = pack.load("iec_core.schedule").parse_correction_steps(self.correction_steps).of(self.steps, full)
+        plain = self.steps * EVALUATIONS_A_STEP.get(self.sampler, 1)
+        refreshed = len(corrected.intersection(full)) * self.max_iterations
+        shallow = (len(corrected) - len(corrected.intersection(full))) * self.max_iterations
+        share = 1 if self.interval == 1 else 0.1 + 0.9 / self.interval
+        return (plain * share + refreshed + 0.1 * shallow) * (1 if self.cfg == 1 else 2)
+
+
+def grid(base, **values):
+    """Return the runs that differ from a Run in every combination of the values, each a list by the name of its field."""
+    return [replace(base, **dict(zip(values, combination))) for combination in itertools.product(*values.values())]
+
+
+def with_rules(runs, *rules):
+    """Return each run without a correction, and corrected by each rule: (correction_steps, evaluation_point)."""
+    return [
+        replace(run, correction_steps=steps, evaluation_point=point)
+        for run in runs
+        for steps, point in (("none", "paper"), *rules)
+    ]
+
+
+ENDS, ALL, ALL_NEXT = ("ends:1/10", "paper"), ("all", "paper"), ("all", "next")
+FIRST_FIFTH, FIRST_HALF = ("first:4", "next"), ("first:10", "next")
+FULL, FULL_NEXT = ("full", "paper"), ("full", "next")
+FORMATS = ["none", "W8A8", "W4A8"]
+FLOW = Run(architecture="transformer", scheduler="simple")
+
+# Question: (the file of its rows, its runs). Where two questions want the same run, it is in the first one's file.
+QUESTIONS = {
+    "Which rule of correction lowers the error, on which schedule, in which precision; and do more steps do as well?": (
+        "rules",
+        [
+            *with_rules(
+                grid(Run(), quantization=FORMATS, scheduler=["karras", "simple", "normal"]),
+                ENDS, ALL, ALL_NEXT, FIRST_FIFTH, FIRST_HALF,
+            ),
+            *grid(Run(), quantization=FORMATS, scheduler=["karras", "simple", "normal"], steps=[24, 30, 40]),
+        ],
+    ),
+    "What does a correction do behind a cache, and do fewer steps without a cache do as well?": (
+        "caches",
+        [
+            *with_rules(grid(Run(), interval=[2, 3, 5], forecast=["hold", "linear"]), FULL, FULL_NEXT),
+            *grid(Run(), steps=[7, 10, 14]),
+        ],
+    ),
+    "What does it do with samplers that keep a history, and with those that draw noise?": (
+        "samplers",
+        with_rules(grid(Run(), sampler=["dpmpp_2m", "euler_ancestral", "er_sde"]), ALL, ALL_NEXT, FIRST_FIFTH),
+    ),
+    "Is it the same on a transformer of flow matching?": (
+        "transformer",
+        [
+            *with_rules(grid(FLOW, quantization=FORMATS), ENDS, ALL, ALL_NEXT, FIRST_FIFTH),
+            *with_rules(grid(FLOW, interval=[3], forecast=["hold", "linear"]), FULL, FULL_NEXT),
+            *grid(FLOW, steps=[10, 24, 30, 40]),
+        ],
+    ),
+    "Which damping, and how many iterations?": (
+        "damping",
+        [
+            *grid(Run(correction_steps="all"), evaluation_point=["paper", "next"], lambda_=[0.1, 0.3, 0.5, 0.7, 0.9, 1.0]),
+            *grid(Run(correction_steps="all"), evaluation_point=["paper", "next"], max_iterations=[2, 3]),
+        ],
+    ),
+}  # fmt: skip
+
+
+def declared():
+    """Return {file name without suffix: [Run, ...]} of all questions, every run once."""
+    seen, files = set(), {}
+    for name, runs in QUESTIONS.values():
+        files[name] = [run for run in dict.fromkeys(runs) if run not in seen]
+        seen.update(files[name])
+    return files
