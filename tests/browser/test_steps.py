@@ -7,7 +7,7 @@ import pytest
 SAMPLING = {"steps": 20, "sampler_name": "euler", "scheduler": "normal"}
 CORRECTION = {
     "correction_steps": "ends:1/10", "lambda_": 0.5, "max_iterations": 1, "tolerance": 1e-5, "evaluation_point": "paper",
-    "lambda_mode": "fixed",
+    "lambda_mode": "fixed", "lambdas": "",
 }  # fmt: skip
 CACHE = {
     "interval": 3, "branch": 0, "correction_pass": "refresh", "schedule": "uniform", "start_percent": 0.0, "end_percent": 1.0,
