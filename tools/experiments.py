@@ -31,7 +31,7 @@ from PIL import Image
 
 RESULTS = comfyui.ROOT / "docs/results"
 CACHE = comfyui.CACHE / "experiments"
-SPEED = 80  # evaluations of the built-in network for an image, a second and core; for estimates alone
+SPEED = 60  # evaluations of the built-in network for an image, a second and core; for estimates alone
 # What a repeated row may have otherwise: where and when it was computed.
 OF_THE_MACHINE = ("seconds", "device", "torch", "comfyui", "pack")
 

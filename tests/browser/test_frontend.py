@@ -12,7 +12,7 @@ def test_frontend_is_ready_with_the_pack_and_nothing_over_the_graph(frontend, vu
         page.evaluate("() => LiteGraph.vueNodesMode ?? app.ui.settings.getSettingValue('Comfy.VueNodes.Enabled')") is vue_nodes
     )
     frontend.open_api({"model": {"class_type": "IECLoadBuiltinModel", "inputs": {"precision": "float32"}}})
-    assert frontend.prompt()["model"]["inputs"] == {"precision": "float32"}
+    assert frontend.prompt()["model"]["inputs"] == {"precision": "float32", "architecture": "unet"}
     page.wait_for_timeout(300)
     assert page.locator("[role=dialog]:visible").count() == 0
     assert page.locator(".p-toast-message:visible").count() == 0

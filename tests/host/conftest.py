@@ -1,11 +1,13 @@
 """The real ComfyUI in this process: its modules, with the pack loaded by its own loader."""
 
+import pathlib
 import types
 
 import comfyui
 import pytest
 import torch
 
+FOLDER = pathlib.Path(__file__).parent
 # stock nodes that are not in the host's nodes.py
 EXTRAS = (
     "custom_sampler", "model_advanced", "chroma_radiance", "pag", "perpneg", "differential_diffusion", "advanced_samplers",
@@ -15,8 +17,10 @@ EXTRAS = (
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """Run a test of this folder, its fixtures too, in inference mode, as the host's executor runs nodes; and no other test."""
-    with torch.inference_mode():
+    """Run a test of this folder, its fixtures too, in inference mode, as the host's executor runs nodes; and no other test,
+    though pytest asks this of all.
+    """
+    with torch.inference_mode(FOLDER in item.path.parents):
         return (yield)
 
 
