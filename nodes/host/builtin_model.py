@@ -14,6 +14,7 @@ import comfy.ldm.flux.model
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
+import comfy.supported_models
 import comfy.supported_models_base
 import comfy.utils
 import safetensors
@@ -77,6 +78,10 @@ class BuiltinTransformerConfig(BuiltinConfig):
         super().__init__()
         if "txt_ids_dims" in comfy.ldm.flux.model.FluxParams.__dataclass_fields__:  # hosts of 2026 want to be told
             self.unet_config["txt_ids_dims"] = []
+
+    def process_unet_state_dict(self, state_dict):
+        """Return the weights under the names that this host's Flux has for them; hosts of 2026 call some otherwise."""
+        return comfy.supported_models.Flux.process_unet_state_dict(self, state_dict)
 
 
 ARCHITECTURES = {"unet": BuiltinConfig, "transformer": BuiltinTransformerConfig}

@@ -9,10 +9,12 @@ for c = c_in(sigma) and c' = c_in(sigma'). A correction evaluates e at u', with 
 the derivation. D is what a sampler of the host gets: with guidance, in-paint mask and whatever is patched.
 """
 
+import contextlib
 import itertools
 import logging
 
 import comfy.ldm.modules.attention
+import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import torch
@@ -74,6 +76,20 @@ def _attention(function, *args, **kwargs):
     return comfy.ldm.modules.attention.attention_basic(*args, **kwargs)
 
 
+@contextlib.contextmanager
+def _with_derivatives():
+    """Have the host take those of its operations that have derivatives, as while it trains; older hosts have no others."""
+    management = comfy.model_management
+    before = getattr(management, "in_training", None)
+    try:
+        if before is not None:
+            management.in_training = True
+        yield
+    finally:
+        if before is not None:
+            management.in_training = before
+
+
 class Probe:
     """A sampler function of the host: Euler, which measures every n-th step before it takes it. report: a ContractionReport."""
 
@@ -109,7 +125,7 @@ class Probe:
         sampling = model.inner_model.inner_model.model_sampling
         here, there = input_scale(sampling, sigma), input_scale(sampling, sigma_next)
         a, b = there / here, there * (sigma_next - sigma)
-        with torch.inference_mode(False), NormalTensors():
+        with torch.inference_mode(False), NormalTensors(), _with_derivatives():
             x, slope = x.clone(), slope.clone()
 
             def noise(u):

@@ -219,6 +219,7 @@ def test_nothing_stays_behind(host, model, quantized, sample, probe, monkeypatch
         assert torch.is_inference_mode_enabled() and _get_current_function_mode_stack() == []
         assert not any(layer.passes_gradients for layer in network.modules() if hasattr(layer, "packing"))
         assert not any("passes_gradients" in layer.__dict__ for layer in network.modules())
+        assert not getattr(comfy.model_management, "in_training", False)
         assert "optimized_attention_override" not in quantized.model_options["transformer_options"]
         assert all(id(weight) == weights[name][0] for name, weight in network.named_parameters())
         assert all(torch.equal(weight, weights[name][1]) for name, weight in network.named_parameters())
