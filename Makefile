@@ -23,7 +23,7 @@ benchmark: setup
 	$(RUN) tools/quantization_benchmark.py
 	$(RUN) tools/quantization_benchmark.py --speed
 
-# The rows of docs/results that are missing: all of them take about an hour and a half on two CPU cores. It can be stopped, and goes on.
+# The rows of docs/results that are missing; all take about an hour and a half on two CPU cores. It can be stopped, and goes on.
 experiments: setup
 	$(RUN) tools/experiments.py $(OPTIONS)
 

@@ -17,6 +17,7 @@ import time
 from dataclasses import asdict
 
 import comfyui
+import emoji
 import experiment_rows
 import pack
 import processes
@@ -36,10 +37,18 @@ def _sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def _digest(thing):
+    return hashlib.sha256(json.dumps(thing).encode()).hexdigest()[:12]
+
+
 def digest(run):
     """Return what tells a run's images from others, 12 hexadecimal digits: its settings, the seeds, the model's weights."""
-    text = json.dumps([asdict(run), CHUNK, SEED, _sha256(WEIGHTS[run.architecture])])
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return _digest([asdict(run), CHUNK, SEED, _sha256(WEIGHTS[run.architecture])])
+
+
+def row_digest(run):
+    """Return what tells a run's row from others: its images, how many they are, and all that they are measured against."""
+    return _digest([experiment_rows.IMAGES, *map(digest, (run, run.baseline, *run.references.values()))])
 
 
 class Sampler:
@@ -69,7 +78,7 @@ class Sampler:
         """Return (latents float32 [CHUNK, 3, 32, 32], evaluations of the network, seconds). Raises ValueError where a latent
         is not finite.
         """
-        classes = json.loads(metadata(run.architecture)["iec.classes"])
+        classes = list(emoji.CLASSES)
         labels = ", ".join(classes[(number * CHUNK + place) % len(classes)] for place in range(CHUNK))
         inputs = {
             "positive": self._run("IECClassLabel", labels=labels)[0], "negative": self._run("IECClassLabel", labels="none")[0],
@@ -83,12 +92,6 @@ class Sampler:
         if not bool(latent["samples"].isfinite().all()):
             raise ValueError(f"{run.key}: a latent of images {number * CHUNK} to {number * CHUNK + CHUNK - 1} is not finite.")
         return latent["samples"].float().cpu(), reports[0].nfe, time.perf_counter() - begin
-
-
-def metadata(architecture):
-    """Return the metadata of a built-in model's file."""
-    with safetensors.safe_open(WEIGHTS[architecture], "pt") as file:
-        return file.metadata()
 
 
 def device():

@@ -69,7 +69,7 @@ def record(run, store, baseline):
     latents, nfe, seconds, device = store.load_run(run)
     row = {
         "key": run.key,
-        "digest": experiment_samples.digest(run),
+        "digest": experiment_samples.row_digest(run),
         **{name: str(value) for name, value in asdict(run).items()},
     }
     row |= {"images": str(len(latents)), "seed": str(experiment_samples.SEED), "nfe": str(nfe)}
@@ -115,9 +115,9 @@ class Results:
                     self._rows |= {row["key"]: row for row in csv.DictReader(file)}
 
     def get(self, run):
-        """Return the row of a run, None where there is none of these settings and weights."""
+        """Return the row of a run, None where there is none of these settings, references, images and weights."""
         row = self._rows.get(run.key)
-        return row if row and row["digest"] == experiment_samples.digest(run) else None
+        return row if row and row["digest"] == experiment_samples.row_digest(run) else None
 
     def add(self, run, row):
         """Take up a row, and write its file in the order in which the runs are declared, in one move."""

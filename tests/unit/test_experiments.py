@@ -169,7 +169,18 @@ def test_other_weights_make_a_row_missing(fake, tmp_path, monkeypatch):
     fake.told.clear()
     run_all(tmp_path)
     assert {run for run, _ in fake.told} == {*FILES["first"], *FILES["second"], PLAIN.exact}
-    assert rows_of(tmp_path)[PLAIN.key]["digest"] == experiment_samples.digest(PLAIN)
+    assert rows_of(tmp_path)[PLAIN.key]["digest"] == experiment_samples.row_digest(PLAIN)
+
+
+@pytest.mark.parametrize("name, value", [("IMAGES", 24), ("EXACT_STEPS", 7)])
+def test_other_images_or_another_reference_make_a_row_missing(fake, tmp_path, monkeypatch, name, value):
+    run_all(tmp_path)
+    monkeypatch.setattr(experiment_rows, name, value)
+    fake.told.clear()
+    run_all(tmp_path)
+    expected = {(run, 2) for run in (CORRECTED, COARSE, PLAIN, ANCESTRAL, PLAIN.exact)}
+    assert set(fake.told) == (expected if name == "IMAGES" else {(PLAIN.exact, 0), (PLAIN.exact, 1)})
+    assert set(rows_of(tmp_path)) == {run.key for run in FILES["first"]}
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:-9]), lambda path: path.write_bytes(b"")])
