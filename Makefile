@@ -31,8 +31,8 @@ experiments: setup
 pictures: setup
 	$(RUN) tools/draw_workflows.py
 
-# In two processes of one thread each, a file of tests in one of them.
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
+# In two processes of one thread each, a file of tests in one of them, those in the browser, which take longest, first.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The tests in tests/browser need Chromium, and install it where they may. OPTIONS are pytest's, such as --random-order.
 test: setup lint

@@ -21,6 +21,10 @@ Where x'_k is evaluated is the `evaluation_point`:
   c_in(sigma) x_in = c_in(sigma') x'_k, while its timestep stays that of sigma.
 - `next`: at the timestep that x'_k belongs to, sigma', unscaled. With lam = 1/2 and K = 1 that is Heun's method, the
   trapezoidal rule with an explicit predictor, of second order in the step. Where sigma' = 0 there is nothing to evaluate.
+- `ahead`: as `next`, and the prediction at the last x'_k is then the next step's own, in place of one at the corrected x'. A
+  step so has one evaluation, as without a correction: predict, evaluate, correct, the PEC mode of an Adams-Moulton method
+  (Lambert, Numerical Methods for Ordinary Differential Systems, 1991, section 4.3). It is the prediction that is kept; its
+  eps, taken from the corrected x', is another one.
 """
 
 import re
@@ -31,7 +35,7 @@ import torch
 from .choices import unknown_choice
 from .schedule import CorrectionSteps, parse_correction_steps
 
-EVALUATION_POINTS = ("paper", "next")
+EVALUATION_POINTS = ("paper", "next", "ahead")
 LAMBDA_MODES = ("fixed", "contractive", "anderson")
 
 
@@ -59,7 +63,7 @@ class CorrectionSettings:
 
     steps: which steps are corrected. lambda_: damping, in (0, 1]. max_iterations: K, 0 turns the correction off.
     tolerance: tau, the relative change of x' below which an item of the batch is taken as converged. evaluation_point:
-    "paper" or "next", see above. lambda_mode: "fixed"; "contractive", in which lambda_ is the largest damping and each
+    one of EVALUATION_POINTS, see above. lambda_mode: "fixed"; "contractive", in which lambda_ is the largest damping and each
     iteration takes what its own residuals allow (`contractive_lambda`); "anderson", acceleration of depth 1 from the second
     iteration on (`anderson_lambda`). lambdas: lambda_ of each step of the run, where there are any.
     """
@@ -121,9 +125,10 @@ class CorrectionSettings:
         words += [f"K {self.max_iterations}"] if self.max_iterations != paper.max_iterations else []
         return " ".join(words)
 
-    def corrected_steps(self, sigmas, full=None):
+    def corrected_steps(self, sigmas, full=None, known_ends=frozenset()):
         """Return the frozenset of the steps that are corrected over a schedule of n + 1 sigmas (floats); full: the steps that
-        a cache evaluates in full, None without a cache. Raises ValueError where the settings are of another number of steps.
+        a cache evaluates in full, None without a cache. known_ends: the steps at whose result, known beforehand, the sampler
+        evaluates next; no others are corrected `ahead`. Raises ValueError where the settings are of another number of steps.
         """
         self.check_lambdas(len(sigmas) - 1)
         if self.max_iterations == 0:
@@ -131,7 +136,23 @@ class CorrectionSettings:
         steps = self.steps.of(len(sigmas) - 1, full)
         if self.evaluation_point == "next":
             steps = frozenset(step for step in steps if sigmas[step + 1] > 0)
+        if self.evaluation_point == "ahead":
+            steps &= known_ends
         return steps
+
+    @property
+    def is_ahead(self):
+        """Whether a corrected step's first evaluation is the next step's own."""
+        return self.evaluation_point == "ahead" and self.max_iterations > 0
+
+    @property
+    def added_evaluations(self):
+        """The evaluations, at most, that a corrected step adds to the run."""
+        return self.max_iterations - self.is_ahead
+
+    def step_of(self, step):
+        """Return the number of the step whose evaluations the corrections of a step are."""
+        return step + self.is_ahead
 
 
 @dataclass(frozen=True)
@@ -151,6 +172,11 @@ class Step:
     def euler(cls, sigma, sigma_next, input_scale=1.0):
         """Return the Euler step of the probability-flow equation: DDIM's."""
         return cls(sigma, sigma_next, sigma_next / sigma, 1 - sigma_next / sigma, input_scale)
+
+    @property
+    def is_euler(self):
+        """Whether this is the step that `euler` returns."""
+        return self == Step.euler(self.sigma, self.sigma_next, self.input_scale)
 
 
 @dataclass
@@ -236,6 +262,12 @@ class _Iteration:
         """Return D_k from what is `denoised` for the active items."""
         return torch.where(_per_item(self._active, denoised), denoised, self.kept)
 
+    def last_prediction(self, prediction, before):
+        """Return the network's prediction at the last iterate that was not left for a better one, from that at D_k and those
+        `before` it, None at D_0.
+        """
+        return prediction if before is None else torch.where(_per_item(self._active, prediction), prediction, before)
+
     def advance(self, denoised, residual, moved, rounding, relative):
         """Move on from D_k, `denoised`, by its residual G(D_k) - D_k, and return D_{k+1}.
 
@@ -283,9 +315,11 @@ class _Place:
 
     def __init__(self, x, step, settings, noise):
         self._x, self._step, self._noise = x, step, noise
-        is_next = settings.evaluation_point == "next"
-        self.sigma = step.sigma_next if is_next else step.sigma
-        self.scale = 1.0 if is_next else step.input_scale
+        is_own = settings.evaluation_point == "paper"
+        self.sigma = step.sigma if is_own else step.sigma_next
+        self.scale = step.input_scale if is_own else 1.0
+        # What is evaluated ahead stands for an evaluation of the sampler's own, at the latent that its arithmetic gives.
+        self._is_sampler_euler = settings.evaluation_point == "ahead" and noise is None and step.is_euler
 
     def _start(self):
         start = self._step.x_factor * self._x
@@ -293,6 +327,9 @@ class _Place:
 
     def of(self, denoised):
         """Return x_in [B, ...]."""
+        if self._is_sampler_euler:
+            sigma = self._x.new_full((), self._step.sigma)  # a GPU would multiply by a number's reciprocal
+            return self._x + (self._x - denoised) / sigma * (self._step.sigma_next - self._step.sigma)
         return torch.add(self._start(), denoised, alpha=self._step.denoised_factor).mul_(self.scale)
 
     def denoised(self, x_in):
@@ -304,13 +341,14 @@ class _Place:
         return self._x - (x_in - denoised) * (self._step.sigma / self.sigma)
 
 
-def corrected_denoised(evaluate, x, step, settings, noise=None, mask=None):
+def corrected_denoised(evaluate, x, step, settings, noise=None, mask=None, keep=None):
     """Return (denoised [B, ...], StepTrace) with which the sampler's step is the IEC step.
 
     evaluate(x_in, sigma, iteration): the denoised prediction at x_in and the timestep of that sigma (a float); iteration 0
     is the sampler's own evaluation, k the k-th correction. x: latent at step.sigma [B, ...]. noise(): the noise term of the
     step, each time the same; None for a deterministic step. mask(): [B, ...], in [0, 1], by how much each number is to be
-    corrected, each time the same; None for all.
+    corrected, each time the same; None for all. keep(prediction): takes, at the end, the network's last prediction [B, ...], of
+    an item that fell back that at the iterate which it ends at; for `ahead`, whose next step has it for its own.
 
     Items of a batch converge, and fall back, one by one, each as if it were alone. An iterate is judged by its residual; the
     last update, which is not evaluated again, is not judged. Nothing is read back from the device at K = 1, and one flag an
@@ -326,9 +364,11 @@ def corrected_denoised(evaluate, x, step, settings, noise=None, mask=None):
     x_in = place.of(denoised)
     iteration = _Iteration(denoised, settings)
     rounding = _norm(x) * (10 * torch.finfo(x.dtype).eps) / min(1.0, abs(reach))
+    kept = None
     del denoised
     for number in range(1, settings.max_iterations + 1):
-        target = place.target(x_in, evaluate(x_in, place.sigma, number))
+        prediction = evaluate(x_in, place.sigma, number)
+        target = place.target(x_in, prediction)
         inside = None if mask is None else mask()
         if number == 1:
             denoised, moved = iteration.kept, (x_in - x) / reach
@@ -342,9 +382,13 @@ def corrected_denoised(evaluate, x, step, settings, noise=None, mask=None):
             residual, moved = residual * inside, moved * (inside > 0)
         relative = abs(reach) / _norm(x_in)
         advanced = iteration.advance(denoised, residual, moved, rounding, relative)
-        del target, residual, moved, inside
+        if keep is not None:
+            kept = iteration.last_prediction(prediction, kept)
+        del prediction, target, residual, moved, inside
         is_last = number == settings.max_iterations or reach == 0  # with no reach every D leads to the same x_in
         if is_last or not iteration.settle(denoised, advanced, relative):
+            if keep is not None:
+                keep(kept)
             return advanced, iteration.trace
         x_in = x_in + reach * (advanced - denoised)
         del denoised, advanced

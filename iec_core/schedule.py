@@ -7,7 +7,11 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-FORMS = "all, none, full, ends:1/10, first:3, last:3 or steps:0,1,48,49"
+FORMS = "all, none, full, ends:1/10, first:1/5, first:3, last:1/5, last:3 or steps:0,1,48,49"
+
+# The forms that take steps at the start of a run, at its end, and the largest share of it that they can take.
+ENDS = {"ends": (True, True), "first": (True, False), "last": (False, True)}
+LARGEST_SHARE = {"ends": Fraction(1, 2), "first": Fraction(1), "last": Fraction(1)}
 
 
 @dataclass(frozen=True)
@@ -22,8 +26,9 @@ class CorrectionSteps:
         """Return the frozenset of corrected step numbers in a run of `total` steps.
 
         full: the steps that a cache evaluates in full, None without a cache; those are what `full` is, and without a cache
-        every step is one. `ends:a/b` is the first and the last max(1, round(total * a / b)) steps: `ends:1/10` is the paper's
-        +-1/10 (section 4.2). Raises ValueError where the text names a step that the run does not have.
+        every step is one. `ends:a/b` is the first and the last max(1, round(total * a / b)) steps, `first:a/b` and `last:a/b`
+        are one of the two: `ends:1/10` is the paper's +-1/10 (section 4.2). Raises ValueError where the text names a step that
+        the run does not have.
         """
         if self.kind == "full" and full is not None:
             return frozenset(full)
@@ -31,23 +36,31 @@ class CorrectionSteps:
             return frozenset(range(total))
         if self.kind == "none":
             return frozenset()
-        if self.kind == "ends":
-            count = max(1, round(total * Fraction(*self.numbers)))
-            return frozenset(i for i in range(total) if i < count or i >= total - count)
-        if self.kind != "steps" and self.numbers[0] > total:
-            count = f"asks for {self.numbers[0]} steps, and the run has {total}"
-            raise ValueError(f"correction_steps: '{self.text}' {count}; ask for {total} at most.")
+        if self.kind in ENDS:
+            count = self._count(total)
+            at_start, at_end = ENDS[self.kind]
+            return frozenset(i for i in range(total) if (at_start and i < count) or (at_end and i >= total - count))
         highest = max(self.numbers)
-        if self.kind == "steps" and highest >= total:
+        if highest >= total:
             raise ValueError(
                 f"correction_steps: '{self.text}' names step {highest}, but the run has {total} steps, numbered from 0 "
                 f"to {total - 1}; name steps of the run only."
             )
-        if self.kind == "first":
-            return frozenset(range(self.numbers[0]))
-        if self.kind == "last":
-            return frozenset(range(total - self.numbers[0], total))
         return frozenset(self.numbers)
+
+    def _count(self, total):
+        """Return how many steps at an end of a run of `total` steps are corrected."""
+        if self.is_share:
+            return max(1, round(total * Fraction(*self.numbers)))
+        if self.numbers[0] > total:
+            count = f"asks for {self.numbers[0]} steps, and the run has {total}"
+            raise ValueError(f"correction_steps: '{self.text}' {count}; ask for {total} at most.")
+        return self.numbers[0]
+
+    @property
+    def is_share(self):
+        """Whether it names a share of the run's steps, which every run has."""
+        return self.kind in ENDS and len(self.numbers) == 2
 
 
 def parse_correction_steps(text):
@@ -55,11 +68,13 @@ def parse_correction_steps(text):
     compact = re.sub(r"\s+", "", text).lower()
     if compact in ("all", "none", "full"):
         return CorrectionSteps(compact, compact)
-    if match := re.fullmatch(r"ends:(\d+)/(\d+)", compact):
-        over, under = map(int, match.groups())
-        if over > 0 and 2 * over <= under:
-            return CorrectionSteps(compact, "ends", (over, under))
-        raise ValueError(f"correction_steps: '{text}' needs a share above 0 and at most 1/2, such as ends:1/10.")
+    if match := re.fullmatch(r"(ends|first|last):(\d+)/(\d+)", compact):
+        kind, over, under = match[1], int(match[2]), int(match[3])
+        if under > 0 and 0 < Fraction(over, under) <= LARGEST_SHARE[kind]:
+            return CorrectionSteps(compact, kind, (over, under))
+        raise ValueError(
+            f"correction_steps: '{text}' needs a share above 0 and at most {LARGEST_SHARE[kind]}, such as {kind}:1/10."
+        )
     if match := re.fullmatch(r"(first|last):(\d+)", compact):
         if int(match[2]) > 0:
             return CorrectionSteps(compact, match[1], (int(match[2]),))
@@ -77,16 +92,9 @@ def steps_within(text, total):
         steps = parse_correction_steps(text)
     except ValueError:
         return "none"
-    if steps.kind in ("first", "last"):
+    if steps.kind in ("first", "last") and not steps.is_share:
         return f"{steps.kind}:{min(steps.numbers[0], total)}" if total else "none"
     if steps.kind == "steps":
         inside = [str(number) for number in steps.numbers if number < total]
         return f"steps:{','.join(inside)}" if inside else "none"
     return steps.text
-
-
-def evaluations(total, corrected, iterations):
-    """Return the number of network evaluations (NFE) of a first-order run: one a step, `iterations` more a corrected
-    step. With a tolerance that stops an iteration early it is the upper bound.
-    """
-    return total + iterations * len(corrected)

@@ -54,7 +54,8 @@ def correction_inputs():
             default="paper",
             optional=True,
             tooltip="Where a step's result is evaluated again. paper: at the step's own timestep. next: at the timestep that "
-            "it belongs to (Heun's rule at lambda 0.5, one iteration); the last step, which ends at no noise, has none.",
+            "it belongs to (Heun's rule at lambda 0.5, one iteration); the last step, which ends at no noise, has none. ahead: "
+            "as next, and it is the next step's own evaluation too, so that one iteration costs nothing; for euler and ddim.",
         ),
         io.Combo.Input(
             "lambda_mode",

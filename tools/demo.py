@@ -35,13 +35,14 @@ def with_settings(workflow, **settings):
 
 def promised_evaluations(workflow):
     """Return the number of evaluations that the workflow's samplers will take in all."""
-    correction, schedule = pack.load("iec_core.correction"), pack.load("iec_core.schedule")
+    correction = pack.load("iec_core.correction")
     names = ("correction_steps", "lambda_", "max_iterations", "tolerance", "evaluation_point")
     total = 0
     for inputs in samplers(workflow):
         settings = correction.CorrectionSettings.parse(**{name: inputs[name] for name in names if name in inputs})
         sigmas = [1.0] * inputs["steps"] + [0.0]  # what counts is that the schedule ends at zero
-        total += schedule.evaluations(inputs["steps"], settings.corrected_steps(sigmas), inputs["max_iterations"])
+        corrected = settings.corrected_steps(sigmas, known_ends=frozenset(range(inputs["steps"] - 1)))
+        total += inputs["steps"] + settings.added_evaluations * len(corrected)
     return total
 
 

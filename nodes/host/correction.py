@@ -17,9 +17,10 @@ from ...iec_core.report import Stopwatch, TraceReader
 from .caching import full_steps
 from .events import EvaluationProgress
 from .noise import NoiseAhead, can_draw_ahead, sampler_name
-from .rehearsal import CannotRehearse, rehearse
+from .rehearsal import CannotRehearse, rehearse, rehearse_by_name
 
 KEY = "iec"
+SOME_SIGMAS = (8.0, 5.0, 3.0, 1.5, 0.5, 0.0)  # over which a sampler shows how it steps, whatever the run's will be
 HIGH_GAIN = 2  # steps of even width have 1.5 with dpmpp_2m
 TRY_PRECISION = "Try another precision of the model, or fewer patches on it."
 
@@ -56,6 +57,7 @@ class CorrectedDenoiser(CountedDenoiser):
         self._stopwatch = None
         self._evaluation = self._begun = 0
         self._finite = []
+        self._ahead = None  # what was evaluated in the step before for this one
         self._traces = TraceReader(report)
         report.start(rehearsal.sigmas, corrected)
 
@@ -70,23 +72,39 @@ class CorrectedDenoiser(CountedDenoiser):
             self._report.keep(step, x)
         if step in self._corrected and is_own:
             return self._correct(step, x, sigma, extra_args)
-        begins = self._rehearsal.steps[step].step.sigma
-        return self._evaluate(step, x, sigma, _tell(extra_args, step, begins) if is_own else extra_args)
+        if is_own:
+            return self._own(step, x, sigma, extra_args)
+        return self._evaluate(step, x, sigma, extra_args)
+
+    def _own(self, step, x, sigma, extra_args):
+        """Return the step's own prediction, evaluated here, unless the step before did."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            return ahead
+        return self._evaluate(step, x, sigma, _tell(extra_args, step, self._rehearsal.steps[step].step.sigma))
 
     def _correct(self, step, x, sigma, extra_args):
-        rehearsed = self._rehearsal.steps[step]
+        rehearsed, of = self._rehearsal.steps[step], self._settings.step_of(step)
 
         def evaluate(x_in, at, iteration):
-            place = sigma if iteration == 0 else torch.full_like(sigma, at)
-            return self._evaluate(step, x_in, place, _tell(extra_args, step, at, iteration), iteration > 0)
+            if iteration == 0:
+                return self._own(step, x, sigma, extra_args)
+            told = _tell(extra_args, of, at, iteration - (of - step))
+            return self._evaluate(step, x_in, torch.full_like(sigma, at), told, True)
 
         noise = self._noise.of(rehearsed.draws) if rehearsed.draws else None
         mask = None
         if extra_args.get("denoise_mask") is not None:
             mask = functools.partial(self._mask, x, sigma, extra_args)
-        corrected, trace = corrected_denoised(evaluate, x, rehearsed.step, self._settings.at(step), noise, mask)
+        keep = functools.partial(self._keep, of) if of != step else None
+        corrected, trace = corrected_denoised(evaluate, x, rehearsed.step, self._settings.at(step), noise, mask, keep)
         self._traces.add(step, trace)
         return corrected
+
+    def _keep(self, step, prediction):
+        """Keep a prediction that was evaluated ahead, for the step that it is of."""
+        self._finite.append((step, prediction.isfinite().all()))
+        self._ahead = prediction
 
     def _evaluate(self, step, x, sigma, extra_args, is_correction=False):
         self._report.steps[step].nfe += 1
@@ -191,9 +209,27 @@ def check_sampler(name, settings, of="sampler"):
     """Raise ValueError for a sampler, by its name in the host's list, that cannot be corrected as `settings` say; of: the
     input that names it.
     """
-    reason = None if settings.is_off else refusal(name)
-    if reason:
+    if settings.is_off:
+        return
+    if reason := refusal(name):
         raise ValueError(f"{of}: {reason}; choose another sampler, or correction_steps none.")
+    if settings.is_ahead and name in comfy.samplers.KSampler.SAMPLERS:
+        try:
+            check_known_ends(name, settings, rehearse_by_name(name, SOME_SIGMAS), of)
+        except CannotRehearse:  # the run says so
+            return
+
+
+def check_known_ends(name, settings, rehearsal, of="sampler"):
+    """Raise ValueError where steps are to be corrected `ahead` and the sampler of this name has none that can be, by its
+    Rehearsal; of: the input that names it.
+    """
+    reason = None if settings.is_off or not settings.is_ahead else rehearsal.why_no_end_is_known()
+    if reason:
+        raise ValueError(
+            f"{of}: {name} {reason}, and evaluation_point ahead is for samplers that step with one prediction (euler, ddim, "
+            "euler_ancestral, ddpm, lcm); choose one of those, or evaluation_point next."
+        )
 
 
 class CorrectedSampler(comfy.samplers.KSAMPLER):
@@ -236,12 +272,13 @@ class CorrectedSampler(comfy.samplers.KSAMPLER):
                 "correction_steps none."
             ) from reason
         full = full_steps(extra_args, rehearsal.sigmas)
-        corrected = self._settings.corrected_steps(rehearsal.sigmas, full)
+        check_known_ends(name, self._settings, rehearsal)
+        corrected = self._settings.corrected_steps(rehearsal.sigmas, full, rehearsal.known_ends)
         ahead = None
         if any(rehearsal.steps[step].draws for step in corrected):
             ahead = NoiseAhead(function, x, sigmas, seed)
             options = {**options, **ahead.options}
-        total = len(rehearsal.evaluations) + self._settings.max_iterations * len(corrected)
+        total = len(rehearsal.evaluations) + self._settings.added_evaluations * len(corrected)
         progress.begin(corrected, full, len(rehearsal.steps), total)
         denoiser = CorrectedDenoiser(model, report, rehearsal, corrected, self._settings, ahead, progress)
 

@@ -12,15 +12,20 @@ latent, its predictions and its noise: a rehearsal batch of unit vectors reads o
     last item: three times all of them together, which a sampler that is affine takes to three times their sum
 """
 
+import functools
 import inspect
+import itertools
 import math
 from bisect import bisect
 from dataclasses import dataclass, field
 
+import comfy.model_sampling
+import comfy.samplers
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...iec_core.correction import Step
+from .noise import can_draw_ahead
 
 
 class CannotRehearse(ValueError):
@@ -42,12 +47,14 @@ class RehearsedStep:
     """A step and the draws of noise that enter its result.
 
     gain: by how much the step multiplies a change of its own prediction, against a step without history: for dpmpp_2m
-    1 + h / (2 h_last), about that where the history is longer, 1 for a sampler of several evaluations a step.
+    1 + h / (2 h_last), about that where the history is longer, 1 for a sampler of several evaluations a step. is_exact: whether
+    the sampler's own latent after the step is what `step` and `draws` say, with this step's prediction alone.
     """
 
     step: Step
     draws: tuple[Draw, ...] = ()
     gain: float = 1.0
+    is_exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,27 @@ class Rehearsal:
     def sigmas(self):
         """The sigmas at which the steps begin, and the last one's end: n + 1 floats."""
         return [rehearsed.step.sigma for rehearsed in self.steps] + [self.steps[-1].step.sigma_next]
+
+    @property
+    def known_ends(self):
+        """The frozenset of steps whose result is known with their prediction, and is where the sampler evaluates next, once."""
+        return frozenset() if self.why_no_end_is_known() else self._ends_at_a_begin()
+
+    def _ends_at_a_begin(self):
+        pairs = enumerate(itertools.pairwise(rehearsed.step for rehearsed in self.steps))
+        return frozenset(index for index, (one, then) in pairs if math.isclose(one.sigma_next, then.sigma, rel_tol=1e-6))
+
+    def why_no_end_is_known(self):
+        """Return the reason why no step's end is known beforehand, to go on after the sampler's name; None where some are."""
+        if len(self.evaluations) > len(self.steps):
+            return "evaluates more than once in a step"
+        if len(self.steps) > 1 and not self._ends_at_a_begin():
+            return "evaluates at other sigmas than its steps lead to"
+        if any(abs(rehearsed.gain - 1) > 1e-3 for rehearsed in self.steps):
+            return "steps with its earlier predictions too"
+        if not all(rehearsed.is_exact for rehearsed in self.steps[:-1]):
+            return "takes steps, or adds noise, that cannot be told from one prediction"
+        return None
 
 
 @dataclass
@@ -185,9 +213,13 @@ def _factors(record, own, index):
     moved = x_next - a * x
     is_affine = math.isclose(moved[-1], 3 * moved[:-1].sum(), rel_tol=1e-4, abs_tol=1e-4)
     b, alone = moved[1].item(), moved[-2].item()
-    has_one_evaluation = len(own) == len(record.evaluations)
-    gain = (1 - alone / b if index % 2 else alone / b) if b and has_one_evaluation else 1.0
+    shows_history = is_affine and len(own) == len(record.evaluations)
+    gain = (1 - alone / b if index % 2 else alone / b) if b and shows_history else 1.0
     return a, b, [(number, moved[2 + number].item()) for number in draws], gain, is_affine
+
+
+def _are_close(values, others):
+    return all(math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-4) for one, other in zip(values, others))
 
 
 def _preserves_the_image(a, b, sigma, sigma_next):
@@ -248,9 +280,12 @@ def rehearse(function, model, like, sigmas, extra_args, options, can_draw):
         scale = input_scale(sampling, sigma_next) / input_scale(sampling, sigma)
         if factors and can_draw and is_affine and _preserves_the_image(a, b, sigma, sigma_next):
             draws = tuple(Draw(number, *record.draws[number][1:], factor) for number, factor in factors if factor)
-            steps.append(RehearsedStep(Step(sigma, sigma_next, a, b, scale), draws, gain))
+            steps.append(RehearsedStep(Step(sigma, sigma_next, a, b, scale), draws, gain, is_exact=True))
         else:
-            steps.append(RehearsedStep(Step.euler(sigma, sigma_next, scale), gain=gain))
+            euler = Step.euler(sigma, sigma_next, scale)
+            is_euler = is_affine and _are_close((a, b), (euler.x_factor, euler.denoised_factor))
+            is_euler = is_euler and not any(factor for _, factor in factors)
+            steps.append(RehearsedStep(euler, gain=gain, is_exact=is_euler))
     evaluations = [(max(bisect(begins, number) - 1, 0), number in own) for number in range(len(record.evaluations))]
     return Rehearsal(steps, evaluations)
 
@@ -258,3 +293,29 @@ def rehearse(function, model, like, sigmas, extra_args, options, can_draw):
 def input_scale(sampling, sigma):
     """Return the host's c_in(sigma), whatever the model's parameterization."""
     return sampling.calculate_input(torch.tensor([sigma], dtype=torch.float64), torch.ones(1, dtype=torch.float64)).item()
+
+
+class Levels(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
+    """The noise levels of SD 1.5, which stand for those of a model that is not loaded yet."""
+
+
+class NoModel:
+    """Stands for a MODEL that is not loaded yet, in the places where the host and its samplers look for the noise levels."""
+
+    def __init__(self):
+        self.model_sampling = Levels()
+        self.inner_model = self.model_patcher = self
+
+    def get_model_object(self, _):
+        return self.model_sampling
+
+
+@functools.lru_cache(maxsize=64)
+def rehearse_by_name(sampler_name, sigmas):
+    """Return the Rehearsal of a sampler of the host's list over `sigmas`, a tuple of n + 1 floats, on the `Levels`.
+
+    Raises CannotRehearse as `rehearse`.
+    """
+    sampler, like = comfy.samplers.sampler_object(sampler_name), torch.zeros(1, 1, 1, 1)
+    function, options = sampler.sampler_function, sampler.extra_options
+    return rehearse(function, NoModel(), like, torch.tensor(sigmas), {}, options, can_draw_ahead(function, options))

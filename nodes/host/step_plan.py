@@ -1,15 +1,12 @@
 """What a sampling run will do, told before it runs: which steps are corrected and cached, and what that costs."""
 
 import asyncio
-import functools
 import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-import comfy.model_sampling
 import comfy.samplers
-import torch
 from aiohttp import web
 
 from ...iec_core.cachequant import CacheProfile, CorrectedFeatures
@@ -21,26 +18,11 @@ from .caching import CacheSettings
 from .correction import check_sampler
 from .events import running_server
 from .profiles import PROFILES
-from .rehearsal import CannotRehearse, rehearse
+from .rehearsal import CannotRehearse, Levels, NoModel, rehearse_by_name
 
 ALL = parse_correction_steps("all")
 MOST_STEPS = 500  # that are drawn
 LEAST_DENOISE = 0.01  # the schedule of a run that denoises less has as many more steps
-
-
-class _Sampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
-    """The noise levels of SD 1.5, which stand for those of a model that is not loaded yet."""
-
-
-class _NoModel:
-    """Stands for a MODEL that is not loaded yet, in the places where the host and its samplers look for the noise levels."""
-
-    def __init__(self):
-        self.model_sampling = _Sampling()
-        self.inner_model = self.model_patcher = self
-
-    def get_model_object(self, _):
-        return self.model_sampling
 
 
 class NotKnown(ValueError):
@@ -77,7 +59,7 @@ class Sampling:
     def sigmas(self):
         """Return the sigmas of the run as the host makes them, n + 1 on the CPU."""
         name = "euler" if self.is_custom else self.sampler_name  # KSampler makes the schedules of some samplers otherwise
-        sigmas = comfy.samplers.KSampler(_NoModel(), self.steps, "cpu", name, self.scheduler, self.denoise).sigmas
+        sigmas = comfy.samplers.KSampler(NoModel(), self.steps, "cpu", name, self.scheduler, self.denoise).sigmas
         if self.last_step is not None and self.last_step < len(sigmas) - 1:
             sigmas = sigmas[: self.last_step + 1]
             if self.force_full_denoise:
@@ -93,16 +75,8 @@ def _full_steps(sigmas, interval=1, schedule="uniform", start_percent=0.0, end_p
             return sorted(CorrectedFeatures(profile).full_steps(sigmas))
         except ValueError:  # of another schedule, or of this one on a model with other noise levels
             return None
-    start, end = (float(_Sampling().percent_to_sigma(percent)) for percent in (start_percent, end_percent))
+    start, end = (float(Levels().percent_to_sigma(percent)) for percent in (start_percent, end_percent))
     return sorted(CacheSettings(max(interval, 1), 0, parse_cache_schedule(schedule), start, end).full_steps(sigmas))
-
-
-@functools.lru_cache(maxsize=32)
-def _rehearsed(sampler_name, sigmas):
-    """Return (sigmas of the steps, number of evaluations) of a run over `sigmas` (a tuple) without corrections."""
-    sampler, x = comfy.samplers.sampler_object(sampler_name), torch.zeros(1, 1, 1, 1)
-    rehearsal = rehearse(sampler.sampler_function, _NoModel(), x, torch.tensor(sigmas), {}, sampler.extra_options, False)
-    return rehearsal.sigmas, len(rehearsal.evaluations)
 
 
 def step_plan(correction, sampling, cache=None, correction_pass="refresh", is_cache_open=False):
@@ -126,23 +100,25 @@ def step_plan(correction, sampling, cache=None, correction_pass="refresh", is_ca
         nothing = {"corrected": [], "correctable": [], "full": None}
         return {**about, "steps": 0, **nothing, "full_corrections": 0, "evaluations": 0, "nfe": 0}
     try:
-        begins, evaluations = _rehearsed(sampling.sampler_name, tuple(sigmas.tolist()))
+        rehearsal = rehearse_by_name(sampling.sampler_name, tuple(sigmas.tolist()))
     except CannotRehearse as reason:
         raise NotKnown(f"sampler_name: its steps are not known before it runs, because {reason}.") from reason
+    begins, evaluations = rehearsal.sigmas, len(rehearsal.evaluations)
     full = None if cache is None else _full_steps(begins, **cache)
     if settings.steps.kind == "full" and full is None and (is_cache_open or cache is not None):
         raise NotKnown("correction_steps: which steps the cache evaluates in full is known when it runs.")
-    corrected = settings.corrected_steps(begins, full)
-    in_full = corrected if full is None else corrected.intersection(full if correction_pass != "reuse" else ())
+    corrected = settings.corrected_steps(begins, full, rehearsal.known_ends)
+    at = {settings.step_of(step) for step in corrected}
+    in_full = at if full is None else at.intersection(full if correction_pass != "reuse" else ())
     return {
         **about,
         "steps": len(begins) - 1,
         "corrected": sorted(corrected),
-        "correctable": sorted(replace(settings, steps=ALL).corrected_steps(begins)),
+        "correctable": sorted(replace(settings, steps=ALL).corrected_steps(begins, None, rehearsal.known_ends)),
         "full": full,
-        "full_corrections": settings.max_iterations * len(in_full),
+        "full_corrections": settings.added_evaluations * len(in_full),
         "evaluations": evaluations,
-        "nfe": evaluations + settings.max_iterations * len(corrected),
+        "nfe": evaluations + settings.added_evaluations * len(corrected),
     }
 
 

@@ -69,6 +69,80 @@ def test_next_point_has_nothing_to_correct_before_sigma_zero():
     assert CorrectionSettings.parse("all", max_iterations=0).corrected_steps([3.0, 2.0, 0.0]) == set()
 
 
+def test_ahead_corrects_the_steps_whose_ends_are_known():
+    settings = CorrectionSettings.parse("all", evaluation_point="ahead")
+    assert settings.corrected_steps([3.0, 2.0, 1.0, 0.0], known_ends={0, 1}) == {0, 1}
+    assert settings.corrected_steps([3.0, 2.0, 1.0, 0.0]) == set()
+    assert CorrectionSettings.parse("steps:1,2", evaluation_point="ahead").corrected_steps([3, 2, 1, 0], None, {0, 1}) == {1}
+
+
+@pytest.mark.parametrize(
+    ("point", "iterations", "added"),
+    [("paper", 0, 0), ("paper", 2, 2), ("next", 1, 1), ("ahead", 0, 0), ("ahead", 1, 0), ("ahead", 3, 2)],
+)
+def test_evaluations_that_a_corrected_step_adds(point, iterations, added):
+    assert CorrectionSettings.parse("all", max_iterations=iterations, evaluation_point=point).added_evaluations == added
+
+
+def ahead(settings, evaluate, x=X, step=STEP):
+    """Return (denoised, trace, what is kept for the next step)."""
+    kept = []
+    denoised, trace = corrected_denoised(evaluate, x, step, settings, keep=kept.append)
+    (prediction,) = kept
+    return denoised, trace, prediction
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 4])
+def test_ahead_is_next_and_keeps_its_last_prediction(iterations):
+    seen = []
+
+    def evaluate(x_in, sigma, iteration):
+        seen.append(x_in - sigma * (SLOPE * x_in + OFFSET))
+        return seen[-1]
+
+    settings = [CorrectionSettings.parse("all", 0.5, iterations, 0, point) for point in ("next", "ahead")]
+    expected, _ = corrected_denoised(evaluate, X, STEP, settings[0])
+    denoised, _, kept = ahead(settings[1], evaluate)
+    torch.testing.assert_close(denoised, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(kept, seen[-1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_ahead_keeps_the_prediction_at_the_iterate_that_an_item_falls_back_to(at):
+    """Item 1 is broken in one iteration: it ends at the iterate before, and the prediction there is its next step's."""
+    seen = []
+
+    def evaluate(x_in, sigma, iteration):
+        denoised = x_in - sigma * (SLOPE * x_in + OFFSET)
+        if iteration == at:
+            denoised[1] = 1e6
+        seen.append((x_in.clone(), denoised))
+        return denoised
+
+    denoised, trace, kept = ahead(CorrectionSettings.parse("all", 0.5, 4, 0, "ahead"), evaluate)
+    assert trace.fell_back.tolist() == [False, True]
+    assert torch.equal(kept[0], seen[-1][1][0])
+    assert torch.equal(kept[1], seen[max(at - 1, 1)][1][1])  # a first correction that fails leaves D_0, whose x' it was at
+    ends_at = STEP.x_factor * X[1] + STEP.denoised_factor * denoised[1]
+    torch.testing.assert_close(seen[max(at - 1, 1)][0][1], ends_at, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_evaluated_ahead_is_eulers_own_latent(dtype):
+    """As k-diffusion computes it, with the sigmas in the latent's dtype, bit for bit."""
+    x, denoised = (torch.randn(2, 500, generator=torch.Generator().manual_seed(1), dtype=dtype) for _ in range(2))
+    sigmas = torch.tensor([2.7, 1.9], dtype=dtype)
+    expected = x + (x - denoised) / sigmas[0].reshape(1, 1) * (sigmas[1] - sigmas[0])
+    seen = []
+
+    def evaluate(x_in, sigma, iteration):
+        seen.append(x_in)
+        return denoised
+
+    ahead(CorrectionSettings.parse("all", evaluation_point="ahead"), evaluate, x, Step.euler(*sigmas.tolist()))
+    assert torch.equal(seen[1], expected)
+
+
 def test_converges_to_the_fixed_point():
     step = SIGMA_NEXT - SIGMA
     fixed_point = (X + step * OFFSET) / (1 - step * SLOPE * SCALE)

@@ -1,6 +1,6 @@
 import pytest
 
-from iec_core.schedule import evaluations, parse_correction_steps, steps_within
+from iec_core.schedule import parse_correction_steps, steps_within
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,12 @@ from iec_core.schedule import evaluations, parse_correction_steps, steps_within
         ("ends:1/2", 4, {0, 1, 2, 3}),
         ("first:2", 5, {0, 1}),
         ("last:2", 5, {3, 4}),
+        ("first:1/5", 20, {0, 1, 2, 3}),
+        ("first:1/5", 4, {0}),  # max(1, round(0.8))
+        ("first:1/5", 2, {0}),  # max(1, round(0.4))
+        ("first:1/1", 3, {0, 1, 2}),
+        ("last:1/5", 20, {16, 17, 18, 19}),
+        (" Last: 2/3 ", 3, {1, 2}),
         ("steps:0,1,48,49", 50, {0, 1, 48, 49}),
         (" Steps: 3 , 3,1 ", 5, {1, 3}),
         ("ENDS: 1 / 10", 10, {0, 9}),
@@ -36,6 +42,7 @@ def test_full_is_what_the_cache_evaluates_in_full():
     [
         ("steps:0,5,10,15", 12, "steps:0,5,10"), ("steps:12", 12, "none"), ("first:3", 2, "first:2"), ("last:3", 8, "last:3"),
         ("last:3", 0, "none"), ("Ends:1/10", 4, "ends:1/10"), ("full", 4, "full"), ("middle", 4, "none"), ("", 4, "none"),
+        ("first:1/5", 2, "first:1/5"), ("last:3/4", 0, "last:3/4"),
     ],
 )  # fmt: skip
 def test_steps_within_a_run(text, total, inside):
@@ -45,7 +52,8 @@ def test_steps_within_a_run(text, total, inside):
 
 @pytest.mark.parametrize(
     "text", ["", "most", "ends", "ends:1", "ends:0/10", "ends:2/3", "ends:1/0", "first:0", "first:-1", "last:", "steps:",
-             "steps:1,", "steps:-1", "steps:1;2", "all,none", "first:3 extra"],
+             "first:0/5", "first:6/5", "last:1/0", "last:1/5/2", "steps:1,", "steps:-1", "steps:1;2", "all,none",
+             "first:3 extra"],
 )  # fmt: skip
 def test_unknown_forms_are_refused_with_the_input_named(text):
     with pytest.raises(ValueError, match=r"^correction_steps: "):
@@ -53,7 +61,9 @@ def test_unknown_forms_are_refused_with_the_input_named(text):
 
 
 def test_unknown_word_lists_the_forms():
-    with pytest.raises(ValueError, match=r"all, none, full, ends:1/10, first:3, last:3 or steps:0,1,48,49"):
+    with pytest.raises(
+        ValueError, match=r"all, none, full, ends:1/10, first:1/5, first:3, last:1/5, last:3 or steps:0,1,48,49"
+    ):
         parse_correction_steps("middle")
 
 
@@ -69,9 +79,3 @@ def test_more_steps_than_the_run_has_are_refused(text):
     assert len(parse_correction_steps(text).of(11)) == 11
     with pytest.raises(ValueError, match=r"asks for 11 steps, and the run has 10; ask for 10 at most"):
         parse_correction_steps(text).of(10)
-
-
-def test_evaluations():
-    assert evaluations(50, frozenset(), 3) == 50
-    assert evaluations(50, parse_correction_steps("ends:1/10").of(50), 1) == 60
-    assert evaluations(20, parse_correction_steps("all").of(20), 3) == 80
