@@ -108,6 +108,15 @@ class CorrectionSettings:
         return replace(self, lambda_=self.lambdas[step], lambdas=()) if self.lambdas else self
 
     @property
+    def is_auto(self):
+        """Whether the steps and the evaluation point are chosen for each run."""
+        return self.steps.kind == "auto" and self.max_iterations > 0
+
+    def with_choice(self, choice):
+        """Return the settings with an `automatic.Choice`."""
+        return replace(self, steps=choice.steps, evaluation_point=choice.evaluation_point or self.evaluation_point)
+
+    @property
     def is_off(self):
         """Whether no step can be corrected."""
         return self.steps.kind == "none" or self.max_iterations == 0
@@ -118,7 +127,7 @@ class CorrectionSettings:
             return "none"
         paper = CorrectionSettings(self.steps)
         words = [self.steps.text]
-        words += [self.evaluation_point] if self.evaluation_point != paper.evaluation_point else []
+        words += [self.evaluation_point] if self.evaluation_point != paper.evaluation_point and not self.is_auto else []
         words += [self.lambda_mode] if self.lambda_mode != paper.lambda_mode else []
         words += [f"lambda {self.lambda_:g}"] if self.lambda_ != paper.lambda_ and not self.lambdas else []
         words += ["lambdas"] if self.lambdas else []

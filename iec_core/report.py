@@ -59,7 +59,8 @@ def _shown(value):
 class RunReport:
     """Filled by the corrected sampler while it runs.
 
-    label: the run's name in tables and plots. correction: `CorrectionSettings.summary`. source: the node that asked for the
+    label: the run's name in tables and plots. correction: `CorrectionSettings.summary`. choice: what `auto` chose and why, a
+    sentence, "" without it. source: the node that asked for the
     correction, "" where none did. steps: a StepReport each. sigmas: where the steps begin, and the last one's end, n + 1.
     nfe: evaluations of the denoiser. seconds: wall time of the sampler function. warnings: sentences on what a user should
     know. latents: with `keep_latents`, the latent at the start of every step and the final one, n + 1 float32 CPU tensors
@@ -78,6 +79,7 @@ class RunReport:
     latents: list[torch.Tensor | None] = field(default_factory=list)
     result: torch.Tensor | None = None
     source: str = ""
+    choice: str = ""
 
     def start(self, sigmas, corrected):
         """Begin a run over `sigmas` (n + 1 floats) that corrects the steps in `corrected`; what an earlier run left is
@@ -113,7 +115,7 @@ class RunReport:
 
     def as_dict(self):
         """Return the report as JSON has it: all but the latents."""
-        names = ("label", "correction", "nfe", "seconds", "warnings")
+        names = ("label", "correction", "choice", "nfe", "seconds", "warnings")
         return {name: getattr(self, name) for name in names} | {"steps": [asdict(step) for step in self.steps]}
 
 

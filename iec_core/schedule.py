@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-FORMS = "all, none, full, ends:1/10, first:1/5, first:3, last:1/5, last:3 or steps:0,1,48,49"
+FORMS = "auto, all, none, full, ends:1/10, first:1/5, first:3, last:1/5, last:3 or steps:0,1,48,49"
 
 # The forms that take steps at the start of a run, at its end, and the largest share of it that they can take.
 ENDS = {"ends": (True, True), "first": (True, False), "last": (False, True)}
@@ -28,13 +28,13 @@ class CorrectionSteps:
         full: the steps that a cache evaluates in full, None without a cache; those are what `full` is, and without a cache
         every step is one. `ends:a/b` is the first and the last max(1, round(total * a / b)) steps, `first:a/b` and `last:a/b`
         are one of the two: `ends:1/10` is the paper's +-1/10 (section 4.2). Raises ValueError where the text names a step that
-        the run does not have.
+        the run does not have. `auto` has none before it is chosen for a run (`automatic.choose`).
         """
         if self.kind == "full" and full is not None:
             return frozenset(full)
         if self.kind in ("all", "full"):
             return frozenset(range(total))
-        if self.kind == "none":
+        if self.kind in ("none", "auto"):
             return frozenset()
         if self.kind in ENDS:
             count = self._count(total)
@@ -66,7 +66,7 @@ class CorrectionSteps:
 def parse_correction_steps(text):
     """Parse a `correction_steps` text. Raises ValueError, with a sentence that lists the forms, for anything else."""
     compact = re.sub(r"\s+", "", text).lower()
-    if compact in ("all", "none", "full"):
+    if compact in ("auto", "all", "none", "full"):
         return CorrectionSteps(compact, compact)
     if match := re.fullmatch(r"(ends|first|last):(\d+)/(\d+)", compact):
         kind, over, under = match[1], int(match[2]), int(match[3])

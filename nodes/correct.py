@@ -19,10 +19,11 @@ def correction_inputs():
     return [
         io.String.Input(
             "correction_steps",
-            default="ends:1/10",
-            tooltip=f"Which of the run's steps are corrected, counted from 0: {FORMS}. full is the steps that a cache "
-            "evaluates in full, every step without one; ends:1/10 the first and the last tenth. Each corrected step costs "
-            "max_iterations more evaluations.",
+            default="auto",
+            tooltip=f"Which of the run's steps are corrected, counted from 0: {FORMS}. auto chooses steps and evaluation_point "
+            "that were measured to help and cost nothing. full is the steps that a cache evaluates in full, every step without "
+            "one; ends:1/10, the paper's, the first and the last tenth. Each corrected step costs max_iterations more "
+            "evaluations, one less at evaluation_point ahead.",
         ),
         io.Float.Input(
             "lambda_",
@@ -53,9 +54,10 @@ def correction_inputs():
             options=list(EVALUATION_POINTS),
             default="paper",
             optional=True,
-            tooltip="Where a step's result is evaluated again. paper: at the step's own timestep. next: at the timestep that "
-            "it belongs to (Heun's rule at lambda 0.5, one iteration); the last step, which ends at no noise, has none. ahead: "
-            "as next, and it is the next step's own evaluation too, so that one iteration costs nothing; for euler and ddim.",
+            tooltip="Where a step's result is evaluated again; correction_steps auto chooses its own. paper: at the step's own "
+            "timestep. next: at the timestep that it belongs to (Heun's rule at lambda 0.5, one iteration); the last step, "
+            "which ends at no noise, has none. ahead: as next, and it is the next step's own evaluation too, so that one "
+            "iteration costs nothing; for euler and ddim.",
         ),
         io.Combo.Input(
             "lambda_mode",

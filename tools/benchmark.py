@@ -1,11 +1,14 @@
 """Benchmarks behind `make benchmark`: what the correction costs and keeps, each against a baseline in the same run.
 
-    python tools/benchmark.py [overhead] [correction_pass] [evaluation_point] [samplers] [forecast] [--repeat N]
+    python tools/benchmark.py [auto] [schedules] [free] [overhead] [correction_pass] [evaluation_point] [samplers] [forecast]
+                              [--repeat N] [--architecture unet|transformer]
 
 Prints the tables of docs/benchmarks.md. Times are medians after a warm-up; errors are means over seeds and images.
 """
 
 import argparse
+import functools
+import itertools
 import platform
 import statistics
 import time
@@ -111,13 +114,13 @@ def overhead(nodes, repeat):
 
 
 class Builtin:
-    """Samples of the built-in model in float32: eight classes, guidance scale 3, DDIM."""
+    """Samples of a built-in model in float32: eight classes, guidance scale 3, DDIM."""
 
     LABELS = "face, heart, person, vehicle, fruit, boat, clock, flag"
 
-    def __init__(self, nodes):
+    def __init__(self, nodes, architecture="unet"):
         self._nodes = nodes
-        self.model = nodes["IECLoadBuiltinModel"].execute(precision="float32").result[0]
+        self.model = nodes["IECLoadBuiltinModel"].execute(precision="float32", architecture=architecture).result[0]
         self._conditioning = [nodes["IECClassLabel"].execute(labels=text).result[0] for text in (self.LABELS, "none")]
 
     def variant(self, bits=None, **cache):
@@ -145,6 +148,86 @@ def mean_error(latents, references):
     """Return ||x - reference|| / ||reference||, the mean over all images of all seeds; lists of [B, ...]."""
     errors = [(x - y).flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1) for x, y in zip(latents, references)]
     return torch.cat(errors).mean().item()
+
+
+AUTO = {"correction_steps": "auto"}
+SEEDS = (11, 12)  # not those by which the choices of `auto` were made
+VARIANTS = {
+    "full precision": {}, "W8A8": {"bits": 8}, "W4A8": {"bits": 4},
+    "DeepCache 3": {"interval": 3}, "DeepCache 5": {"interval": 5},
+}  # fmt: skip
+
+
+@functools.cache
+def exact_of(builtin, scheduler, seeds=SEEDS):
+    """Return the latents of each seed that stand for the exact solution: 100 steps of heun on the schedule."""
+    return [builtin.sample(builtin.model, seed, 100, scheduler, "heun") for seed in seeds]
+
+
+def table(*columns):
+    """Print the head of a table."""
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}", flush=True)
+
+
+def row(*cells):
+    """Print a row of a table; numbers as errors."""
+    print(f"| {' | '.join(f'{cell:.3f}' if isinstance(cell, float) else str(cell) for cell in cells)} |", flush=True)
+
+
+def auto(nodes, architecture):
+    """A sampler as it is added, against the stock sampler of as many evaluations."""
+    builtin = Builtin(nodes, architecture)
+    print(f"\nThe samplers as they are added. {device()[1]}; built-in {architecture}, float32, batch 8, cfg 3, seeds {SEEDS}.")
+    print("The error to 100 steps of heun on the same schedule, and in brackets that to full precision of as many steps.\n")
+    table("schedule", "steps", "variant", "euler, stock", "euler, auto", "share", "dpmpp_2m, stock")
+    models = {name: builtin.variant(**inputs) for name, inputs in VARIANTS.items()}
+    for scheduler in ("karras", "simple", "normal"):
+        exact = exact_of(builtin, scheduler)
+        for steps in (4, 8, 20, 30):
+            runs = [("euler", {}), ("euler", AUTO), ("dpmpp_2m", {})]
+            own = {
+                name: [builtin.sample(builtin.model, seed, steps, scheduler, name) for seed in SEEDS]
+                for name in dict(runs)
+            }  # fmt: skip
+            for variant, model in models.items():
+                errors, cells = [], []
+                for name, correction in runs:
+                    latents = [builtin.sample(model, seed, steps, scheduler, name, **correction) for seed in SEEDS]
+                    errors.append(mean_error(latents, exact))
+                    cells.append(f"{errors[-1]:.3f} ({mean_error(latents, own[name]):.3f})")
+                row(scheduler, steps, variant, *cells[:2], f"{errors[1] / errors[0]:.2f}", cells[2])
+
+
+def schedules(nodes, architecture):
+    """euler as it is added on every schedule, at full precision."""
+    import comfy.samplers
+
+    builtin, counts = Builtin(nodes, architecture), (6, 10, 20, 50)
+    print(f"\neuler on every schedule, stock → auto. {device()[1]}; built-in {architecture}, float32, batch 8, cfg 3, seed 11.")
+    print("The error to 100 steps of heun on the same schedule.\n")
+    table("schedule", *(f"{steps} steps" for steps in counts))
+    for scheduler in comfy.samplers.KSampler.SCHEDULERS:
+        exact, cells = exact_of(builtin, scheduler, SEEDS[:1]), []
+        for steps in counts:
+            runs = [[builtin.sample(builtin.model, SEEDS[0], steps, scheduler, "euler", **one)] for one in ({}, AUTO)]
+            cells.append(" → ".join(f"{mean_error(latents, exact):.3f}" for latents in runs))
+        row(scheduler, *cells)
+
+
+def free(nodes, architecture):
+    """Which steps to correct ahead behind a cache: all, the full ones, or the steps before those."""
+    builtin, steps = Builtin(nodes, architecture), 20
+    print(f"\nahead behind a DeepCache. {device()[1]}; built-in {architecture}, float32, {steps} euler steps, batch 8, cfg 3,")
+    print(f"seeds {SEEDS}. The error to 100 steps of heun on the same schedule; none of these has more evaluations.\n")
+    table("schedule", "interval", "forecast", "none", "all", "full steps", "steps before full ones (auto)")
+    for scheduler, interval, forecast in itertools.product(("karras", "simple"), (2, 3, 5), ("hold", "linear")):
+        exact, model = exact_of(builtin, scheduler), builtin.variant(interval=interval, forecast=forecast)
+        errors = []
+        for text in ("none", "all", "full", "auto"):
+            correction = {"correction_steps": text, "evaluation_point": "ahead"}
+            latents = [builtin.sample(model, seed, steps, scheduler, "euler", **correction) for seed in SEEDS]
+            errors.append(mean_error(latents, exact))
+        row(scheduler, interval, forecast, *errors)
 
 
 def correction_pass(nodes, repeat):
@@ -246,6 +329,7 @@ def forecast(nodes, repeat):
             print(f"| {steps} | {interval} | {' | '.join(cells)} |", flush=True)
 
 
+OF_BOTH_MODELS = {"auto": auto, "schedules": schedules, "free": free}
 BENCHMARKS = {
     "overhead": overhead,
     "correction_pass": correction_pass,
@@ -257,13 +341,17 @@ BENCHMARKS = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", choices=[[], *BENCHMARKS], help="default: all")
+    parser.add_argument("names", nargs="*", choices=[[], *OF_BOTH_MODELS, *BENCHMARKS], help="default: all")
+    parser.add_argument("--architecture", default="unet", choices=("unet", "transformer"), help="of the built-in model")
     parser.add_argument("--repeat", type=int, default=5, help="timed calls of each, after one that is not timed")
     arguments = parser.parse_args()
     nodes = comfyui.load_nodes(cpu=not torch.cuda.is_available())
     with torch.inference_mode():
-        for name in arguments.names or BENCHMARKS:
-            BENCHMARKS[name](nodes, arguments.repeat)
+        for name in arguments.names or [*OF_BOTH_MODELS, *BENCHMARKS]:
+            if name in OF_BOTH_MODELS:
+                OF_BOTH_MODELS[name](nodes, arguments.architecture)
+            else:
+                BENCHMARKS[name](nodes, arguments.repeat)
 
 
 if __name__ == "__main__":

@@ -88,6 +88,12 @@ def full_steps(extra_args, sigmas):
     return None if cache is None else sorted(cache.full_steps(sigmas))
 
 
+def other_cache(extra_args):
+    """Return the name of the host's own cache (EasyCache, LazyCache) on the MODEL of a sampling run, "" without one."""
+    options = extra_args.get("model_options", {}).get("transformer_options", {})
+    return getattr(options.get("easycache"), "name", "")
+
+
 def _entry_keys(x, transformer_options):
     """Return a key for each conditioning entry in the batch: equal keys mean that one's feature can serve the other.
 

@@ -12,9 +12,10 @@ import comfy.patcher_extension
 import comfy.samplers
 import torch
 
+from ...iec_core.automatic import Situation, choose, nothing_because
 from ...iec_core.correction import corrected_denoised
 from ...iec_core.report import Stopwatch, TraceReader
-from .caching import full_steps
+from .caching import full_steps, other_cache
 from .events import EvaluationProgress
 from .noise import NoiseAhead, can_draw_ahead, sampler_name
 from .rehearsal import CannotRehearse, rehearse, rehearse_by_name
@@ -205,11 +206,25 @@ def refusal(name):
     return None
 
 
+def resolved(settings, rehearsal, full, other_cache=""):
+    """Return (settings, sentence): what `auto` chooses for a run, and why; the settings themselves, and "", without it.
+
+    full: the steps that a cache of this pack evaluates in full, None without one. other_cache: another's name.
+    """
+    if not settings.is_auto:
+        return settings, ""
+    has_noise = any(rehearsed.draws for rehearsed in rehearsal.steps)
+    why_none = rehearsal.why_no_end_is_known()
+    full = None if full is None else frozenset(full)
+    choice = choose(Situation(tuple(rehearsal.sigmas), rehearsal.known_ends, why_none, has_noise, full, other_cache))
+    return settings.with_choice(choice), choice.why
+
+
 def check_sampler(name, settings, of="sampler"):
     """Raise ValueError for a sampler, by its name in the host's list, that cannot be corrected as `settings` say; of: the
     input that names it.
     """
-    if settings.is_off:
+    if settings.is_off or settings.is_auto:
         return
     if reason := refusal(name):
         raise ValueError(f"{of}: {reason}; choose another sampler, or correction_steps none.")
@@ -255,32 +270,24 @@ class CorrectedSampler(comfy.samplers.KSAMPLER):
 
     def _run(self, report, progress, model, x, sigmas, extra_args, callback, disable, options):
         """Rehearse the sampler function, then run it on the corrected denoiser."""
-        function, schedule = self.sampler_function, sigmas.cpu()
-        name = sampler_name(function) or type(function).__name__
-        plain = functools.partial(self._run_uncorrected, report, model, x, sigmas, extra_args, callback, disable, options)
-        if len(schedule) < 2 or (self._settings.is_off and refusal(name)):  # no step, or none that can be told
-            return plain()
-        seed = extra_args.get("seed")
+        function, schedule, seed = self.sampler_function, sigmas.cpu(), extra_args.get("seed")
         can_draw = seed is not None and can_draw_ahead(function, options)
-        try:
-            rehearsal = rehearse(function, model, x, schedule, extra_args, options, can_draw)
-        except CannotRehearse as reason:
-            if self._settings.is_off:
-                return plain()
-            raise ValueError(
-                f"sampler: the steps of {name} cannot be corrected, because {reason}; choose a sampler of the host's list, or "
-                "correction_steps none."
-            ) from reason
+        rehearsal, report.choice = self._rehearse(
+            lambda: rehearse(function, model, x, schedule, extra_args, options, can_draw), len(schedule) - 1
+        )
+        if rehearsal is None:
+            return self._run_uncorrected(report, model, x, sigmas, extra_args, callback, disable, options)
         full = full_steps(extra_args, rehearsal.sigmas)
-        check_known_ends(name, self._settings, rehearsal)
-        corrected = self._settings.corrected_steps(rehearsal.sigmas, full, rehearsal.known_ends)
+        settings, report.choice = resolved(self._settings, rehearsal, full, other_cache(extra_args))
+        check_known_ends(self._name, settings, rehearsal)
+        corrected = settings.corrected_steps(rehearsal.sigmas, full, rehearsal.known_ends)
         ahead = None
         if any(rehearsal.steps[step].draws for step in corrected):
             ahead = NoiseAhead(function, x, sigmas, seed)
             options = {**options, **ahead.options}
-        total = len(rehearsal.evaluations) + self._settings.added_evaluations * len(corrected)
+        total = len(rehearsal.evaluations) + settings.added_evaluations * len(corrected)
         progress.begin(corrected, full, len(rehearsal.steps), total)
-        denoiser = CorrectedDenoiser(model, report, rehearsal, corrected, self._settings, ahead, progress)
+        denoiser = CorrectedDenoiser(model, report, rehearsal, corrected, settings, ahead, progress)
 
         def on_step(info):
             denoiser.on_step(info)
@@ -290,6 +297,33 @@ class CorrectedSampler(comfy.samplers.KSAMPLER):
         samples = function(denoiser, x, sigmas, extra_args=extra_args, callback=on_step, disable=disable, **options)
         denoiser.finish(samples)
         return samples
+
+    @property
+    def _name(self):
+        return sampler_name(self.sampler_function) or type(self.sampler_function).__name__
+
+    def _rehearse(self, rehearsed, steps):
+        """Return (the Rehearsal, ""), or (None, a sentence if `auto` corrects nothing) where there is no step, or none that can
+        be told and none that has to be. rehearsed(): the Rehearsal of so many steps.
+
+        Raises ValueError where steps are to be corrected that cannot be told.
+        """
+        settings, reason = self._settings, refusal(self._name)
+        if steps < 1 or (settings.is_off and reason):
+            return None, ""
+        if settings.is_auto and reason:
+            return None, nothing_because(reason)
+        try:
+            return rehearsed(), ""
+        except CannotRehearse as reason:
+            if settings.is_off:
+                return None, ""
+            if settings.is_auto:
+                return None, nothing_because(f"the steps of {self._name} are not known before, because {reason}")
+            raise ValueError(
+                f"sampler: the steps of {self._name} cannot be corrected, because {reason}; choose a sampler of the host's "
+                "list, or correction_steps none."
+            ) from reason
 
     def _run_uncorrected(self, report, model, x, sigmas, extra_args, callback, disable, options):
         """Run a sampler function as the host would, where no step can be told; the report has none."""

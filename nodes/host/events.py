@@ -29,9 +29,9 @@ class EvaluationProgress:
     The host's bar counts evaluations instead of steps; as always, an update is also where the host looks for an interrupt.
 
     Two events go to the client that queued the prompt; they are silent where no server runs. Both tell {workflow, node, source,
-    prompt_id, label, correction, steps, corrected, full, nfe}: the workflow's id if it came with the prompt, the node that
-    samples, the one that asked for the correction, the numbers of the corrected steps, those that a cache evaluates in full
-    (null without one), and the evaluations so far.
+    prompt_id, label, correction, choice, steps, corrected, full, nfe}: the workflow's id if it came with the prompt, the node
+    that samples, the one that asked for the correction, what `auto` chose and why, the numbers of the corrected steps, those
+    that a cache evaluates in full (null without one), and the evaluations so far.
 
     `iec.step`, at the start of each step and at the end: step, the number of steps finished, and `iterated`, a list of what
     was learned of corrected steps since the last event, {step, lambdas, residuals, contraction, fell_back}: a mean over the
@@ -89,6 +89,7 @@ class EvaluationProgress:
             "prompt_id": self._context.prompt_id,
             "label": self._report.label,
             "correction": self._report.correction,
+            "choice": self._report.choice,
             "steps": self._steps,
             **self._about,
             "nfe": self._report.nfe,

@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 import comfy.samplers
 from aiohttp import web
 
+from ...iec_core.automatic import nothing_because
 from ...iec_core.cachequant import CacheProfile, CorrectedFeatures
 from ...iec_core.caching import parse_cache_schedule
 from ...iec_core.choices import unknown_choice
 from ...iec_core.correction import CorrectionSettings
 from ...iec_core.schedule import parse_correction_steps, steps_within
 from .caching import CacheSettings
-from .correction import check_sampler
+from .correction import check_sampler, refusal, resolved
 from .events import running_server
 from .profiles import PROFILES
 from .rehearsal import CannotRehearse, Levels, NoModel, rehearse_by_name
@@ -86,27 +87,28 @@ def step_plan(correction, sampling, cache=None, correction_pass="refresh", is_ca
     end_percent of IECDeepCache, or profile_name. correction_pass: the cache's. is_cache_open: whether there may be a cache that
     only the run knows.
 
-    The answer: correction, as reports name it; steps; corrected, a list of their numbers; correctable, those of the steps that
-    can be; full, those that the cache evaluates in full, or None; full_corrections, how many corrections are evaluated in
-    full; evaluations without corrections, and nfe with them, an upper bound where iterations can converge early. Raises
-    ValueError, with a sentence, for what a run would be refused for, and NotKnown for what only the run can tell.
+    The answer: correction, as reports name it; choice, what `auto` chooses and why, "" without it; evaluation_point, its choice
+    too; steps; corrected, a list of their numbers; correctable, those of the steps that can be; full, those that the cache
+    evaluates in full, or None; full_corrections, how many corrections are evaluated in full; evaluations without corrections,
+    and nfe with them, an upper bound where iterations can converge early. Raises ValueError, with a sentence, for what a run
+    would be refused for, and NotKnown for what only the run can tell.
     """
     settings, sampling = CorrectionSettings.parse(**correction), Sampling(**sampling)
-    about = {"correction": settings.summary()}
+    about = {"correction": settings.summary(), "choice": "", "evaluation_point": settings.evaluation_point}
     sampling.check()
     check_sampler(sampling.sampler_name, settings, "sampler_name")
     sigmas = sampling.sigmas()
     if len(sigmas) < 2:
         nothing = {"corrected": [], "correctable": [], "full": None}
         return {**about, "steps": 0, **nothing, "full_corrections": 0, "evaluations": 0, "nfe": 0}
-    try:
-        rehearsal = rehearse_by_name(sampling.sampler_name, tuple(sigmas.tolist()))
-    except CannotRehearse as reason:
-        raise NotKnown(f"sampler_name: its steps are not known before it runs, because {reason}.") from reason
+    rehearsal = _rehearsal(settings, sampling.sampler_name, sigmas)
     begins, evaluations = rehearsal.sigmas, len(rehearsal.evaluations)
     full = None if cache is None else _full_steps(begins, **cache)
-    if settings.steps.kind == "full" and full is None and (is_cache_open or cache is not None):
+    goes_by_cache = settings.steps.kind == "full" or (settings.is_auto and rehearsal.known_ends)
+    if goes_by_cache and full is None and (is_cache_open or cache is not None):
         raise NotKnown("correction_steps: which steps the cache evaluates in full is known when it runs.")
+    settings, about["choice"] = resolved(settings, rehearsal, full)
+    about["evaluation_point"] = settings.evaluation_point
     corrected = settings.corrected_steps(begins, full, rehearsal.known_ends)
     at = {settings.step_of(step) for step in corrected}
     in_full = at if full is None else at.intersection(full if correction_pass != "reuse" else ())
@@ -120,6 +122,15 @@ def step_plan(correction, sampling, cache=None, correction_pass="refresh", is_ca
         "evaluations": evaluations,
         "nfe": evaluations + settings.added_evaluations * len(corrected),
     }
+
+
+def _rehearsal(settings, sampler_name, sigmas):
+    try:
+        return rehearse_by_name(sampler_name, tuple(sigmas.tolist()))
+    except CannotRehearse as reason:
+        known = refusal(sampler_name) if settings.is_auto else None
+        sentence = f"sampler_name: its steps are not known before it runs, because {reason}."
+        raise NotKnown(nothing_because(known) if known else sentence) from reason
 
 
 def _mended(correction, **question):

@@ -172,7 +172,7 @@ def test_strip_follows_the_graph(frontend, strip):
 @pytest.mark.parametrize(
     ("widget", "value", "sentence"),
     [
-        ("correction_steps", "some", "correction_steps: 'some' is not a known form; write all, none"),
+        ("correction_steps", "some", "correction_steps: 'some' is not a known form; write auto, all, none"),
         ("correction_steps", "steps:20", "names step 20, but the run has 20 steps"),
         ("sampler_name", "dpm_adaptive", "dpm_adaptive picks its steps by its own error estimate"),
     ],
@@ -185,6 +185,24 @@ def test_what_would_be_refused_is_said(frontend, strip, widget, value, sentence)
     strip.set("IECKSampler", "correction_steps", "first:1")
     strip.set("IECKSampler", "sampler_name", "euler")
     strip.wait("20 → 21 evaluations, +5 %")
+
+
+def test_auto_shows_what_it_chose_and_a_click_writes_it_down(frontend, strip):
+    frontend.open_api(workflow(steps=12, correction_steps="auto"))
+    strip.wait("12 → 12 evaluations")
+    strip.wait("auto corrects 3 of 12 steps")
+    assert strip.steps("corrected") == [2, 5, 8]  # a cache's full steps are 0, 3, 6 and 9
+    strip.set("IECKSampler", "sampler_name", "dpmpp_2m")
+    strip.wait("auto corrects nothing: the sampler steps with its earlier predictions too")
+    assert strip.steps("corrected") == [] and "12 evaluations" in strip.text()
+    strip.set("IECKSampler", "sampler_name", "euler")
+    strip.wait("auto corrects 3 of 12 steps")
+    strip.show()
+    strip.page.locator(".iec-cell").nth(0).click()
+    strip.page.wait_for_function("() => !document.querySelector('.iec').innerText.includes('auto')")
+    assert strip.value("IECKSampler", "correction_steps") == "steps:0,2,5,8"
+    assert strip.value("IECKSampler", "evaluation_point") == "ahead"
+    assert "12 → 12 evaluations" in strip.text() and strip.steps("corrected") == [0, 2, 5, 8]
 
 
 @both

@@ -11,7 +11,7 @@ FOLDER = pathlib.Path(__file__).parent
 # stock nodes that are not in the host's nodes.py
 EXTRAS = (
     "custom_sampler", "model_advanced", "chroma_radiance", "pag", "perpneg", "differential_diffusion", "advanced_samplers",
-    "freelunch", "hypertile", "model_downscale", "sag", "tomesd", "torch_compile", "context_windows",
+    "freelunch", "hypertile", "model_downscale", "sag", "tomesd", "torch_compile", "context_windows", "easycache",
 )  # fmt: skip
 
 
@@ -40,6 +40,17 @@ def host(tmp_path_factory):
         return getattr(cls(), cls.FUNCTION)(**inputs)
 
     return types.SimpleNamespace(nodes=known, run=run, common_ksampler=nodes.common_ksampler)
+
+
+@pytest.fixture(autouse=True)
+def no_patch_stays_on_the_weights(request):
+    """Take off what a test has patched: the host writes it into the weights that all clones share, and puts these back
+    only when another clone is loaded.
+    """
+    model = request.getfixturevalue("model") if "model" in request.fixturenames else None
+    yield
+    if model is not None and model.backup:
+        model.unpatch_model()
 
 
 @pytest.fixture(scope="session")

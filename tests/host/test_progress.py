@@ -40,6 +40,8 @@ RUNS = [
     ("euler", {"correction_steps": "all", "max_iterations": 2}, 2 * STEPS),
     ("euler", {"correction_steps": "first:1", "max_iterations": 2}, 2),
     ("euler", {"correction_steps": "all", "evaluation_point": "next"}, STEPS - 1),
+    ("euler", {"correction_steps": "all", "evaluation_point": "ahead"}, 0),
+    ("euler", {"correction_steps": "all", "evaluation_point": "ahead", "max_iterations": 2}, STEPS - 1),
     ("heun", {"correction_steps": "none"}, 0),
     ("heun", {"correction_steps": "all"}, STEPS),
     ("dpmpp_2m", {"correction_steps": "all"}, STEPS),

@@ -92,7 +92,7 @@ class Strip {
     const fixed = isLinked(this.node, "correction_steps") ? "correction_steps comes over a link" : "";
     const common = { run, isKept, fixed, isOther: this.isOther() };
     if (run?.isRunning) {
-      const lines = answer?.steps === run.steps ? [costOf(answer), fullOf(run)] : [fullOf(run)];
+      const lines = [answer?.steps === run.steps && costOf(answer), fullOf(run), run.choice];
       return { ...common, plan: { steps: run.steps, corrected: run.corrected, full: run.full }, lines };
     }
     if (!answer) return common;
@@ -104,11 +104,11 @@ class Strip {
       return { ...common, plan, lines: [fullOf(run)], message: `${message} These are the last run's.` };
     }
     if (answer.full || !this.isCacheOpen) {
-      return { ...common, plan: answer, lines: [costOf(answer), fullOf(answer), fullCorrectionsOf(answer)] };
+      return { ...common, plan: answer, lines: [costOf(answer), fullOf(answer), fullCorrectionsOf(answer), answer.choice] };
     }
     const full = run?.steps === answer.steps ? run.full : null;
     const ofCache = full ? `${fullOf(run)}: so it was in the last run` : "which steps are cached is known when it runs";
-    return { ...common, plan: { ...answer, full }, lines: [costOf(answer), ofCache] };
+    return { ...common, plan: { ...answer, full }, lines: [costOf(answer), ofCache, answer.choice] };
   }
 
   /**
@@ -149,19 +149,30 @@ class Strip {
     }
   }
 
+  /** Adds or takes away a step. What `auto` chose is written down with it: its evaluation point too. */
   toggle(step) {
-    const widget = this.node.widgets.find((one) => one.name === "correction_steps");
-    if (!widget || this.answer?.steps === undefined) return;
+    if (!this.widget("correction_steps") || this.answer?.steps === undefined) return;
     const steps = new Set(this.answer.corrected);
     if (!steps.delete(step)) steps.add(step);
     this.answer = { ...this.answer, corrected: [...steps] }; // the next click may come before the server's answer
     undoable(() => {
-      const before = widget.value;
-      widget.value = textOf([...steps], this.answer.steps);
-      widget.callback?.(widget.value, app.canvas, this.node);
-      this.node.onWidgetChanged?.(widget.name, widget.value, before, widget);
+      if (this.answer.choice) this.set("evaluation_point", this.answer.evaluation_point);
+      this.set("correction_steps", textOf([...steps], this.answer.steps));
     });
     this.draw();
+  }
+
+  widget(name) {
+    return this.node.widgets.find((one) => one.name === name);
+  }
+
+  set(name, value) {
+    const widget = this.widget(name);
+    if (!widget || widget.value === value) return;
+    const before = widget.value;
+    widget.value = value;
+    widget.callback?.(value, app.canvas, this.node);
+    this.node.onWidgetChanged?.(name, value, before, widget);
   }
 
   keep(isKept) {

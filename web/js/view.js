@@ -47,9 +47,10 @@ function makeSvg(tag, attributes, text = "") {
 const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
 
 /** What corrections cost, in words. plan: as POST /iec/step_plan answers. */
-export function costOf({ evaluations, nfe }) {
+export function costOf({ evaluations, nfe, corrected }) {
   const share = evaluations ? Math.round((100 * (nfe - evaluations)) / evaluations) : 0;
-  return nfe === evaluations ? plural(nfe, "evaluation") : `${evaluations} → ${nfe} evaluations, +${share} %`;
+  if (!corrected.length) return plural(nfe, "evaluation");
+  return `${evaluations} → ${nfe} evaluations${nfe === evaluations ? "" : `, +${share} %`}`;
 }
 
 /** Which steps a cache evaluates in full, in words; nothing without a cache. */

@@ -1,0 +1,139 @@
+"""The samplers as they are added, with `correction_steps` auto: never worse than the stock sampler, and better where it can."""
+
+import pytest
+import torch
+from test_ahead import KNOWN_ENDS
+
+AUTO = {"correction_steps": "auto", "lambda_": 0.5, "max_iterations": 1, "tolerance": 1e-5}
+NODES = ("IECKSampler", "IECApply", "IECSampler")
+CORRECTED = ("euler", "ddim")
+
+
+def default_of(host, node, name):
+    return next(one.default for one in host.nodes[node].define_schema().inputs if one.id == name)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("node", NODES)
+def test_is_the_default(host, node):
+    assert {name: default_of(host, node, name) for name in AUTO} == AUTO
+    assert default_of(host, node, "evaluation_point") == "paper"  # what the other texts count with
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", CORRECTED)
+@pytest.mark.parametrize("point", ["paper", "next"])
+def test_euler_is_corrected_ahead_at_no_cost(sample, model, name, point):
+    reports = []
+    run = {"sampler_name": name, "steps": 12, "scheduler": "karras"}
+    auto = sample(model, reports, **run, **{**AUTO, "tolerance": 0.0}, evaluation_point=point)
+    assert torch.equal(auto, sample(model, **run, correction_steps="all", evaluation_point="ahead"))
+    assert reports[0].nfe == 12 and [step.step for step in reports[0].steps if step.corrected] == list(range(11))
+    assert reports[0].correction == "auto" and reports[0].choice.startswith("auto corrects 11 of 12 steps")
+    assert reports[0].as_dict()["choice"] == reports[0].choice
+
+
+@pytest.mark.filterwarnings("ignore:Should have t")
+def test_every_other_sampler_is_the_stock_sampler(host, sample, stock_sample, model):
+    """Those too that are refused with any other text: dpm_adaptive, and those with cfg_pp."""
+    import comfy.samplers
+
+    names = [name for name in comfy.samplers.KSampler.SAMPLERS if name not in (*CORRECTED, "ar_video")]
+    for name in names:
+        reports = []
+        run = {"sampler_name": name, "steps": 3, "scheduler": "karras", "cfg": 1.0}
+        assert torch.equal(sample(model, reports, **run, **AUTO), stock_sample(model, **run)), name
+        assert reports[0].choice.startswith("auto corrects nothing: "), name
+        assert not any(step.corrected for step in reports[0].steps), name
+    assert "noise" in reports_of(sample, model, KNOWN_ENDS[2]) and "dpm_adaptive" in reports_of(sample, model, "dpm_adaptive")
+
+
+def reports_of(sample, model, name):
+    reports = []
+    sample(model, reports, sampler_name=name, steps=3, **AUTO)
+    return reports[0].choice
+
+
+@pytest.mark.parametrize(
+    "cache", [{"interval": 3}, {"interval": 3, "forecast": "linear"}, {"interval": 2, "schedule": "steps:2,3"}]
+)
+def test_behind_a_cache_the_step_before_each_full_one_is(host, sample, model, cache):
+    cached = host.run("IECDeepCache", model=model, **{"interval": 3, "branch": 0, **cache})[0]
+    reports = []
+    run = {"steps": 12, "scheduler": "karras"}
+    auto = sample(cached, reports, **run, **{**AUTO, "tolerance": 0.0})
+    before = {2, 5, 8} if "schedule" not in cache else {1, 2}
+    assert {step.step for step in reports[0].steps if step.corrected} == before
+    assert reports[0].nfe == 12 and "cache" in reports[0].choice
+    listed = f"steps:{','.join(map(str, before))}"
+    assert torch.equal(auto, sample(cached, **run, correction_steps=listed, evaluation_point="ahead"))
+
+
+def test_the_other_nodes_choose_for_each_run(host, advanced, model, conditioning):
+    sampler = host.run("KSamplerSelect", sampler_name="euler")[0]
+    patched, runs = host.run("IECApply", model=model, **AUTO)
+    wrapped, others = host.run("IECSampler", sampler=sampler, **AUTO)
+    guider = host.run("BasicGuider", model=patched, conditioning=conditioning[0])[0]
+    plain = host.run("BasicGuider", model=model, conditioning=conditioning[0])[0]
+    run = {"steps": 10, "scheduler": "karras"}
+    corrected = advanced(guider, "euler", **run)
+    assert torch.equal(advanced(plain, wrapped, **run), corrected)
+    assert torch.equal(advanced(guider, "dpmpp_2m", steps=4), advanced(plain, "dpmpp_2m", steps=4))
+    assert [report.choice.split(":")[0] for report in runs] == [
+        "auto corrects 9 of 10 steps, each by the next step's own evaluation, which costs nothing.",
+        "auto corrects nothing",
+    ]
+    assert others[0].choice == runs[0].choice and not torch.equal(corrected, advanced(plain, "euler", **run))
+
+
+@pytest.fixture(scope="module")
+def as_added(host, model, conditioning):
+    """as_added(model, scheduler, steps): the errors to 60 steps of heun of the stock euler, and of IECApply as it is added."""
+    kept = {}
+
+    def run(sampler, steps, model, scheduler):
+        latent = {"samples": torch.zeros(2, 3, 32, 32)}
+        return host.common_ksampler(model, 5, steps, 2.0, sampler, scheduler, *conditioning, latent, 1.0)[0]["samples"]
+
+    def compare(variant, scheduler, steps, exact_of=model):
+        if (exact_of, scheduler) not in kept:
+            kept[exact_of, scheduler] = run("heun", 60, exact_of, scheduler)
+        exact = kept[exact_of, scheduler]
+        auto = host.run("IECApply", model=variant, **AUTO)[0]
+        results = [run("euler", steps, one, scheduler) for one in (variant, auto)]
+        return [((result - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)).mean().item() for result in results]
+
+    return compare
+
+
+@pytest.mark.parametrize("scheduler", ["simple", "karras"])
+@pytest.mark.parametrize("variant", ["full precision", "W8A8", "DeepCache 3"])
+def test_no_default_hurts(host, as_added, model, variant, scheduler):
+    """Images of another seed than the ones by which the choices were made."""
+    if variant == "W8A8":
+        bits = {"weight_bits": "8", "activation_bits": "8", "keep_sensitive_layers": True}
+        model = host.run("IECQuantizeModel", model=model, **bits)[0]
+    if variant == "DeepCache 3":
+        model = host.run("IECDeepCache", model=model, interval=3, branch=0)[0]
+    for steps, most in ((8, 1.0), (10, 0.9), (20, 0.85)):
+        stock, auto = as_added(model, scheduler, steps)
+        assert auto <= most * stock, steps
+
+
+@pytest.mark.parametrize("scheduler", ["normal", "sgm_uniform"])
+def test_zero_terminal_snr_is_not_hurt(host, as_added, model, scheduler):
+    """The first step goes from sigma 4518 to about 20: corrected like the others it would be all of the image."""
+    patched = host.run("ModelSamplingDiscrete", model=model, sampling="v_prediction", zsnr=True)[0]
+    stock, auto = as_added(patched, scheduler, 12, exact_of=patched)
+    assert auto < 0.9 * stock
+
+
+@pytest.mark.parametrize("node", ["EasyCache", "LazyCache"])
+def test_behind_the_hosts_own_cache_it_is_the_stock_sampler(host, sample, stock_sample, model, node):
+    """Which evaluations it reuses is decided as it goes."""
+    settings = {"reuse_threshold": 0.3, "start_percent": 0.1, "end_percent": 0.9, "verbose": False}
+    cached = host.run(node, model=model, **settings)[0]
+    reports = []
+    run = {"steps": 12, "scheduler": "karras"}
+    assert torch.equal(sample(cached, reports, **run, **AUTO), stock_sample(cached, **run))
+    assert reports[0].choice.startswith(f"auto corrects nothing: {node} is on the MODEL")

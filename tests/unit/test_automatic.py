@@ -1,0 +1,69 @@
+"""What `auto` chooses, for the situations that were measured."""
+
+import pytest
+
+from iec_core.automatic import Situation, choose
+from iec_core.correction import CorrectionSettings
+
+
+def chosen(situation):
+    """(numbers of the steps, evaluation point)."""
+    choice = choose(situation)
+    return sorted(choice.steps.of(situation.steps)), choice.evaluation_point
+
+
+def sigmas_of(steps):
+    return tuple(1.0 - step / steps for step in range(steps + 1))
+
+
+def test_a_sampler_of_one_prediction_is_corrected_ahead_wherever_it_can_be():
+    assert chosen(Situation(sigmas_of(12), frozenset(range(11)))) == (list(range(11)), "ahead")
+    assert chosen(Situation(sigmas_of(12), frozenset({1, 3}))) == ([1, 3], "ahead")
+
+
+def test_behind_a_cache_the_step_before_each_full_one_is():
+    every = frozenset(range(11))
+    assert chosen(Situation(sigmas_of(12), every, full=frozenset({0, 3, 6, 9}))) == ([2, 5, 8], "ahead")
+    assert chosen(Situation(sigmas_of(12), every, full=frozenset(range(12)))) == (list(range(11)), "ahead")
+    assert chosen(Situation(sigmas_of(12), every, full=frozenset({0}))) == ([], None)
+
+
+@pytest.mark.parametrize("first", [4518.0, 999999999.9])
+def test_steps_to_less_than_a_quarter_of_their_sigma_are_left_alone(first):
+    """From where there is no signal, and the last but one of schedules that end in a leap."""
+    assert chosen(Situation((first, *(20 * sigma for sigma in sigmas_of(12))), frozenset(range(12))))[0] == list(range(1, 12))
+    assert chosen(Situation((*sigmas_of(12)[:-1], 0.02, 0.0), frozenset(range(12))))[0] == list(range(11))
+
+
+@pytest.mark.parametrize(
+    ("situation", "reason"),
+    [
+        (Situation(sigmas_of(12), why_none="steps with its earlier predictions too"), "the sampler steps with its earlier"),
+        (Situation(sigmas_of(12), frozenset(range(11)), has_noise=True), "noise"),
+        (Situation(sigmas_of(9), frozenset(range(8))), "fewer than 10 steps"),
+        (Situation(sigmas_of(12)[::-1], frozenset(range(11))), "the schedule goes up"),
+        (Situation((*sigmas_of(12)[:-1], 0.5, 0.2, 0.0), frozenset(range(13))), "the schedule goes up"),
+        (Situation(sigmas_of(12), frozenset(range(11)), other_cache="EasyCache"), "EasyCache is on the MODEL"),
+        (Situation(sigmas_of(12)), "no step"),
+    ],
+)
+def test_nothing_is_corrected_where_nothing_was_measured_to_help(situation, reason):
+    assert chosen(situation) == ([], None)
+    why = choose(situation).why
+    assert why.startswith("auto corrects nothing: ") and reason in why and why.endswith(".")
+
+
+def test_settings_take_the_choice_and_keep_the_rest():
+    settings = CorrectionSettings.parse("auto", 0.4, 2, 1e-3, "next", "contractive")
+    assert settings.is_auto and not settings.is_off and settings.summary() == "auto contractive lambda 0.4 K 2"
+    assert settings.corrected_steps([3.0, 2.0, 1.0, 0.0]) == frozenset()  # it is chosen for a run
+    taken = settings.with_choice(choose(Situation(sigmas_of(12), frozenset(range(11)))))
+    assert (taken.evaluation_point, taken.lambda_, taken.max_iterations) == ("ahead", 0.4, 2)
+    assert taken.corrected_steps(sigmas_of(12), None, frozenset(range(11))) == set(range(11))
+    off = settings.with_choice(choose(Situation(sigmas_of(1))))
+    assert off.is_off and off.evaluation_point == "next"
+
+
+def test_without_iterations_auto_is_off():
+    settings = CorrectionSettings.parse("auto", max_iterations=0)
+    assert settings.is_off and not settings.is_auto
