@@ -81,7 +81,7 @@ def _why_nothing(situation):
     if situation.other_cache:
         return f"{situation.other_cache} is on the MODEL, whose cached evaluations are not known"
     if situation.steps < LEAST_STEPS:
-        return f"the run has fewer than {LEAST_STEPS} steps, as models have that are distilled to their own"
+        return f"runs of fewer than {LEAST_STEPS} steps are left alone, for the sake of models distilled to so few"
     if any(then > here for here, then in itertools.pairwise(situation.sigmas)):
         return "the schedule goes up"
     return None

@@ -60,12 +60,11 @@ class RunReport:
     """Filled by the corrected sampler while it runs.
 
     label: the run's name in tables and plots. correction: `CorrectionSettings.summary`. choice: what `auto` chose and why, a
-    sentence, "" without it. source: the node that asked for the
-    correction, "" where none did. steps: a StepReport each. sigmas: where the steps begin, and the last one's end, n + 1.
-    nfe: evaluations of the denoiser. seconds: wall time of the sampler function. warnings: sentences on what a user should
-    know. latents: with `keep_latents`, the latent at the start of every step and the final one, n + 1 float32 CPU tensors
-    [B, ...]. They are in the network's coordinates; `result` is the run's output as the host hands it on, which is what a
-    VAE decodes.
+    sentence, "" without it. source: the node that asked for the correction, "" where none did. steps: a StepReport each.
+    sigmas: where the steps begin, and the last one's end, n + 1. nfe: evaluations of the denoiser. seconds: wall time of the
+    sampler function. warnings: sentences on what a user should know. latents: with `keep_latents`, the latent at the start of
+    every step and the final one, n + 1 float32 CPU tensors [B, ...]. They are in the network's coordinates; `result` is the
+    run's output as the host hands it on, which is what a VAE decodes.
     """
 
     label: str

@@ -43,13 +43,13 @@ def host(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def no_patch_stays_on_the_weights(request):
-    """Take off what a test has patched: the host writes it into the weights that all clones share, and puts these back
-    only when another clone is loaded.
+def no_patch_stays_on_the_model(request):
+    """Take off what a test has patched: the host writes it into the weights and the model that all clones share, and puts these
+    back only when another clone is loaded.
     """
     model = request.getfixturevalue("model") if "model" in request.fixturenames else None
     yield
-    if model is not None and model.backup:
+    if model is not None and (model.backup or model.object_patches_backup):
         model.unpatch_model()
 
 
