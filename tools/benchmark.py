@@ -204,7 +204,7 @@ def auto(nodes, architecture):
 
 
 def schedules(nodes, architecture):
-    """euler corrected ahead in all its steps, on every schedule, at full precision."""
+    """euler corrected ahead in all its steps, on the host's schedules, at full precision."""
     import comfy.samplers
 
     builtin, counts, seeds = Builtin(nodes, architecture), (4, 6, 10, 20, 50), SEEDS[:1]
@@ -214,6 +214,8 @@ def schedules(nodes, architecture):
     print("The error to 100 steps of heun.\n")
     table("schedule", *(f"{steps} steps" for steps in counts))
     for scheduler in comfy.samplers.KSampler.SCHEDULERS:
+        if scheduler == "ddim_uniform":  # it begins at another sigma for each number of steps
+            continue
         exact, cells = exact_of(builtin, scheduler, seeds), []
         for steps in counts:
             runs = [[builtin.sample(builtin.model, seeds[0], steps, scheduler, "euler", **one)] for one in ({}, AHEAD)]

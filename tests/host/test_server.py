@@ -280,7 +280,7 @@ def test_pictures_refuse_bad_settings_at_validation(host, node, inputs, sentence
         host.run(pictures(1, shown=(node, {"reports": ["runs", 0], **inputs})))
 
 
-FORMS = "all, none, full, ends:1/10, first:3, last:3 or steps:0,1,48,49"
+FORMS = "auto, all, none, full, ends:1/10, first:1/5, first:3, last:1/5, last:3 or steps:0,1,48,49"
 BAD = [
     ({"correction_steps": "middle"}, f"correction_steps: 'middle' is not a known form; write {FORMS}."),
     ({"correction_steps": "steps:0,6"}, "correction_steps: 'steps:0,6' names step 6, but the run has 6 steps"),

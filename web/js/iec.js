@@ -151,7 +151,7 @@ class Strip {
 
   /** Adds or takes away a step. What `auto` chose is written down with it: its evaluation point too. */
   toggle(step) {
-    if (!this.widget("correction_steps") || this.answer?.steps === undefined) return;
+    if (!this.inputWidget("correction_steps") || this.answer?.steps === undefined) return;
     const steps = new Set(this.answer.corrected);
     if (!steps.delete(step)) steps.add(step);
     this.answer = { ...this.answer, corrected: [...steps] }; // the next click may come before the server's answer
@@ -162,12 +162,12 @@ class Strip {
     this.draw();
   }
 
-  widget(name) {
+  inputWidget(name) {
     return this.node.widgets.find((one) => one.name === name);
   }
 
   set(name, value) {
-    const widget = this.widget(name);
+    const widget = this.inputWidget(name);
     if (!widget || widget.value === value) return;
     const before = widget.value;
     widget.value = value;
