@@ -4,6 +4,7 @@ The measurements are in docs/benchmarks.md, "What auto chooses". Errors are thos
 """
 
 import itertools
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from .schedule import CorrectionSteps
@@ -30,7 +31,7 @@ class Situation:
     known_ends: frozenset[int] = frozenset()
     why_none: str | None = None
     has_noise: bool = False
-    full: frozenset[int] | None = None
+    full: Collection[int] | None = None
     other_cache: str = ""
 
     @property

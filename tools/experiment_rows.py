@@ -79,11 +79,11 @@ class Run:
         guidance counts twice.
         """
         full = range(0, self.steps, self.interval)
-        corrected = pack.load("iec_core.schedule").parse_correction_steps(self.correction_steps).of(self.steps, full)
-        plain = self.steps * EVALUATIONS_A_STEP.get(self.sampler, 1)
         settings = pack.load("iec_core.correction").CorrectionSettings.parse(
             self.correction_steps, self.lambda_, self.max_iterations, evaluation_point=self.evaluation_point
         )
+        corrected = settings.steps.of(self.steps, full)
+        plain = self.steps * EVALUATIONS_A_STEP.get(self.sampler, 1)
         refreshed = len(corrected.intersection(full)) * settings.added_evaluations
         shallow = (len(corrected) - len(corrected.intersection(full))) * settings.added_evaluations
         share = 1 if self.interval == 1 else 0.1 + 0.9 / self.interval

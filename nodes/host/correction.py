@@ -215,7 +215,6 @@ def resolved(settings, rehearsal, full, other_cache=""):
         return settings, ""
     has_noise = any(rehearsed.draws for rehearsed in rehearsal.steps)
     why_none = rehearsal.why_no_end_is_known()
-    full = None if full is None else frozenset(full)
     choice = choose(Situation(tuple(rehearsal.sigmas), rehearsal.known_ends, why_none, has_noise, full, other_cache))
     return settings.with_choice(choice), choice.why
 
