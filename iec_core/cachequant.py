@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .caching import FORECASTS, FeatureCache
+from .caching import FeatureCache
 from .profile_file import Profile
 
 COLUMNS = 65536  # of a feature's numbers in a channel, how many are summed at a time in float64: for the memory
@@ -321,7 +321,7 @@ class CorrectedFeatures(FeatureCache):
 
     def __init__(self, profile):
         self._terms = next((weights.shape[2] - 1 for weights in profile.features.values()), 1)
-        super().__init__(FORECASTS[self._terms - 1])
+        super().__init__("hold" if self._terms == 1 else "linear")
         self._profile = profile
         self._first = 0
 
@@ -339,8 +339,8 @@ class CorrectedFeatures(FeatureCache):
         if abs(position - step) < 1e-6 and (step == 0 or step + self._first in self._profile.full_steps):
             super().store(keys, feature, position, stream)
 
-    def _forecast(self, kept, position, stream):
-        step, weights = self._step(position), self._profile.features.get(stream)
+    def _forecast(self, slot, kept, position):
+        step, weights = self._step(position), self._profile.features.get(slot[1])
         expected = [full for full in self._profile.full_steps if full <= step][-self._terms :]
         if weights is None or [round(at) + self._first for at, _ in kept] != expected:
             return kept[-1][1]  # a run that begins within the schedule holds others at first: it goes without correction

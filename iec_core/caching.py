@@ -7,7 +7,13 @@ from dataclasses import dataclass
 import torch
 
 SCHEDULE_FORMS = "uniform, power:15,1.4 (center, power) or steps:0,5,9"
-FORECASTS = ("hold", "linear", "quadratic")
+KEPT = {"auto": 2, "hold": 1, "linear": 2, "quadratic": 3}  # how many features each forecast goes by
+FORECASTS = tuple(KEPT)
+
+# Of the straight line's trials at the full steps, how much of one counts at the next.
+REMEMBERED = 0.5
+# How much of the straight line is taken before it was tried.
+UNTRIED = 0.25
 
 
 @dataclass(frozen=True)
@@ -68,17 +74,45 @@ def extrapolation_weights(positions, position):
     return weights
 
 
+class _LineTrials:
+    """How much of the straight line through the last two features should be taken, by how near it came at the full steps.
+
+    At a full step the true feature is there: of the line's move away from the held feature, the share is taken that would have
+    met it best in the squares' sum, <true - held, line - held> / |line - held|^2, over the trials so far, of which each
+    counts REMEMBERED times the next; 0 is the held feature, 1 the line. One share for each item of the batch, left on the
+    device.
+    """
+
+    def __init__(self):
+        self._met, self._moved = 0.0, 0.0
+
+    def add(self, held, line, true):
+        """Try the line at a full step: held, line and true features [b, ...]."""
+        move, should = ((x - held).flatten(1).float() for x in (line, true))
+        self._met = REMEMBERED * self._met + torch.linalg.vecdot(should, move)
+        self._moved = REMEMBERED * self._moved + torch.linalg.vecdot(move, move)
+
+    def share(self, like):
+        """Return the share, from 0 to 1, as a tensor that broadcasts over `like` [b, ...]."""
+        if not torch.is_tensor(self._moved):
+            return like.new_full((), UNTRIED)
+        share = (self._met / self._moved).nan_to_num(0, 1, 0).clamp(0, 1)  # features that never move leave nothing to share
+        return share.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+
 class FeatureCache:
     """The deep features of the last full evaluations, one slice for each conditioning entry that was in the batch.
 
     A host may evaluate its conditioning entries in one batch or apart, in any order: a feature is found by the keys of
     its entries, never by its place in a batch. forecast: "hold" keeps the last feature; "linear" and "quadratic" carry the last
-    two, three forward along the positions at which they were stored.
+    two, three forward along the positions at which they were stored; "auto" takes as much of the straight line as its trials at
+    the full steps bore out, for each item of the batch.
     """
 
     def __init__(self, forecast="hold"):
-        self._kept = FORECASTS.index(forecast) + 1
+        self._kept = KEPT[forecast]
         self._slices = {}
+        self._trials = {} if forecast == "auto" else None
 
     def store(self, keys, feature, position, stream=""):
         """Keep `feature` [len(keys) * b, ...]: equal slices along dimension 0, one a key. It is not copied: nobody else
@@ -88,26 +122,42 @@ class FeatureCache:
         feature, where an evaluation has several.
         """
         for key, part in zip(keys, feature.detach().chunk(len(keys))):
-            kept = [(at, old) for at, old in self._slices.get((key, stream), []) if at != position and old.shape == part.shape]
-            self._slices[key, stream] = [*kept, (position, part)][-self._kept :]
+            slot = key, stream
+            before = [(at, old) for at, old in self._slices.get(slot, []) if old.shape == part.shape]
+            kept = [(at, old) for at, old in before if at != position]
+            if self._trials is not None and len(kept) == len(before) == 2:  # a replaced feature was tried already
+                self._trials.setdefault(slot, _LineTrials()).add(kept[-1][1], _on_polynomial(kept, position), part)
+            self._slices[slot] = [*kept, (position, part)][-self._kept :]
 
     def load(self, keys, items, position, stream=""):
         """Return the feature at `position` for a batch of these entries with `items` rows in all, as a tensor of its own, or
         None where an entry has none or where the batch size has changed.
         """
-        parts = [self._slices.get((key, stream)) for key in keys]
+        slots = [(key, stream) for key in keys]
+        parts = [self._slices.get(slot) for slot in slots]
         if any(part is None or part[-1][1].shape[0] * len(keys) != items for part in parts):
             return None
-        return torch.cat([self._forecast(part, position, stream) for part in parts])
+        return torch.cat([self._forecast(slot, kept, position) for slot, kept in zip(slots, parts)])
 
-    def _forecast(self, kept, position, stream):
-        weights = extrapolation_weights([at for at, _ in kept], position)
-        first, *rest = zip(weights, (feature for _, feature in kept))
-        total = first[1] if not rest else first[0] * first[1]
-        for weight, feature in rest:
-            total = torch.add(total, feature, alpha=weight)
-        return total
+    def _forecast(self, slot, kept, position):
+        """Return the feature of a slot at a position, by what is kept of it: (position, feature), the newest last."""
+        if self._trials is None or len(kept) < 2:
+            return _on_polynomial(kept, position)
+        held = kept[-1][1]
+        return torch.lerp(held, _on_polynomial(kept, position), self._trials.get(slot, _LineTrials()).share(held))
 
     def clear(self):
-        """Forget every feature."""
+        """Forget every feature, and what was learned from them."""
         self._slices.clear()
+        if self._trials is not None:
+            self._trials.clear()
+
+
+def _on_polynomial(kept, position):
+    """Return the value at `position` of the polynomial through the (position, tensor) in `kept`."""
+    weights = extrapolation_weights([at for at, _ in kept], position)
+    first, *rest = zip(weights, (feature for _, feature in kept))
+    total = first[1] if not rest else first[0] * first[1]
+    for weight, feature in rest:
+        total = torch.add(total, feature, alpha=weight)
+    return total

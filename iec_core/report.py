@@ -60,7 +60,8 @@ class RunReport:
     """Filled by the corrected sampler while it runs.
 
     label: the run's name in tables and plots. correction: `CorrectionSettings.summary`. choice: what `auto` chose and why, a
-    sentence, "" without it. source: the node that asked for the correction, "" where none did. steps: a StepReport each.
+    sentence, "" without it. source: the node that asked for the correction, "" where none did. moved: the share of the result
+    that the corrections moved, as estimated by `bias.moved_in_all`. steps: a StepReport each.
     sigmas: where the steps begin, and the last one's end, n + 1. nfe: evaluations of the denoiser. seconds: wall time of the
     sampler function. warnings: sentences on what a user should know. latents: with `keep_latents`, the latent at the start of
     every step and the final one, n + 1 float32 CPU tensors [B, ...]. They are in the network's coordinates; `result` is the
@@ -79,6 +80,7 @@ class RunReport:
     result: torch.Tensor | None = None
     source: str = ""
     choice: str = ""
+    moved: float = 0.0
 
     def start(self, sigmas, corrected):
         """Begin a run over `sigmas` (n + 1 floats) that corrects the steps in `corrected`; what an earlier run left is
@@ -86,7 +88,7 @@ class RunReport:
         """
         self.sigmas = list(sigmas)
         self.steps = [StepReport(i, *pair, i in corrected) for i, pair in enumerate(itertools.pairwise(sigmas))]
-        self.nfe, self.seconds, self.warnings, self.result = 0, 0.0, [], None
+        self.nfe, self.seconds, self.moved, self.warnings, self.result = 0, 0.0, 0.0, [], None
         self.latents = [None] * len(self.sigmas)
 
     def keep(self, step, latent):
@@ -114,7 +116,7 @@ class RunReport:
 
     def as_dict(self):
         """Return the report as JSON has it: all but the latents."""
-        names = ("label", "correction", "choice", "nfe", "seconds", "warnings")
+        names = ("label", "correction", "choice", "nfe", "seconds", "moved", "warnings")
         return {name: getattr(self, name) for name in names} | {"steps": [asdict(step) for step in self.steps]}
 
 

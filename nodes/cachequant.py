@@ -72,7 +72,7 @@ class IECCalibrateCacheQuant(io.ComfyNode):
                 io.Combo.Input(
                     "forecast",
                     options=CALIBRATED_FORECASTS,
-                    default="hold",
+                    default="linear",
                     optional=True,
                     tooltip="What a step's feature is computed from. hold: the last full step's, the paper's. linear: the last "
                     "two full steps', which is more exact and keeps a second feature.",
@@ -107,7 +107,7 @@ class IECCalibrateCacheQuant(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, negative, latent_image, seed, runs, interval, branch, schedule="dps", forecast="hold",
+        cls, model, negative, latent_image, seed, runs, interval, branch, schedule="dps", forecast="linear",
         correct_consumer=False, full_precision=None, **more,
     ):  # fmt: skip
         profile = calibrate(

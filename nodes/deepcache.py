@@ -25,7 +25,7 @@ class IECDeepCache(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "interval",
-                    default=3,
+                    default=2,
                     min=1,
                     max=1000,
                     tooltip="Every interval-th step is evaluated in full, from the first on. 1 is no caching.",
@@ -75,10 +75,11 @@ class IECDeepCache(io.ComfyNode):
                 io.Combo.Input(
                     "forecast",
                     options=list(FORECASTS),
-                    default="hold",
+                    default="auto",
                     optional=True,
                     tooltip="What stands for the deep feature on the other steps. hold: that of the last full evaluation. "
-                    "linear, quadratic: those of the last two, three carried forward.",
+                    "linear, quadratic: those of the last two, three carried forward. auto: as much of linear as it came true "
+                    "at the full steps so far.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="A clone of the model that caches.")],
@@ -101,7 +102,7 @@ class IECDeepCache(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, interval, branch, correction_pass="refresh", schedule="uniform", start_percent=0.0, end_percent=1.0,
-        forecast="hold",
+        forecast="auto",
     ):  # fmt: skip
         sampling = model.get_model_object("model_sampling")
         start, end = (float(sampling.percent_to_sigma(percent)) for percent in (start_percent, end_percent))

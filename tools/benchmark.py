@@ -1,7 +1,7 @@
 """Benchmarks behind `make benchmark`: what the correction costs and keeps, each against a baseline in the same run.
 
-    python tools/benchmark.py [auto] [schedules] [free] [overhead] [correction_pass] [evaluation_point] [samplers] [forecast]
-                              [--repeat N] [--architecture unet|transformer]
+    python tools/benchmark.py [auto] [schedules] [free] [caches] [calibrated] [bias] [overhead] [correction_pass]
+                              [evaluation_point] [samplers] [forecast] [--repeat N] [--architecture unet|transformer]
 
 Prints the tables of docs/benchmarks.md. Times are medians after a warm-up; errors are means over seeds and images.
 """
@@ -10,6 +10,7 @@ import argparse
 import functools
 import itertools
 import platform
+import re
 import statistics
 import time
 import types
@@ -113,6 +114,20 @@ def overhead(nodes, repeat):
         print(f"| {kind} | {evaluations} | {seconds * 1e3:.1f} | {above * 1e3:.1f} | {share:.3%} |")
 
 
+PROMPTS = ("face, heart", "person, vehicle", "fruit, boat", "clock, flag")  # a calibration's
+
+
+def calibration_inputs(nodes, steps, runs, sampler_name="ddim", scheduler="normal"):
+    """Return the inputs of a calibrating node's runs: on four pairs of classes, on seeds of their own."""
+    label = nodes["IECClassLabel"]
+    names = ("positive", "positive_2", "positive_3", "positive_4")
+    return {
+        **{name: label.execute(labels=text).result[0] for name, text in zip(names, PROMPTS)},
+        "negative": label.execute(labels="none").result[0], "latent_image": {"samples": torch.zeros(2, 3, 32, 32)}, "seed": 500,
+        "runs": runs, "steps": steps, "cfg": 3.0, "sampler_name": sampler_name, "scheduler": scheduler,
+    }  # fmt: skip
+
+
 class Builtin:
     """Samples of a built-in model in float32: eight classes, guidance scale 3, DDIM."""
 
@@ -136,13 +151,17 @@ class Builtin:
 
     def sample(self, model, seed, steps=50, scheduler="ddim_uniform", sampler="ddim", **correction):
         """Return the latents [8, 3, 32, 32]; correction: inputs of IECKSampler, default none."""
+        return self.run(model, seed, steps, scheduler, sampler, **correction)[0]
+
+    def run(self, model, seed, steps, scheduler, sampler, **correction):
+        """Return (latents, [RunReport]) as `sample`."""
         positive, negative = self._conditioning
         settings = {**CORRECTION, "correction_steps": "none", **correction}
         sampled = self._nodes["IECKSampler"].execute(
             model=model, seed=seed, steps=steps, cfg=3.0, sampler_name=sampler, scheduler=scheduler, positive=positive,
             negative=negative, latent_image={"samples": torch.zeros(8, 3, 32, 32)}, denoise=1.0, **settings,
         )  # fmt: skip
-        return sampled.result[0]["samples"]
+        return sampled.result[0]["samples"], sampled.result[1]
 
 
 def mean_error(latents, references):
@@ -157,6 +176,9 @@ VARIANTS = {
     "full precision": {}, "W8A8": {"bits": 8}, "W4A8": {"bits": 4},
     "DeepCache 3": {"interval": 3}, "DeepCache 5": {"interval": 5},
 }  # fmt: skip
+FORECASTS = ("hold", "linear", "auto")
+# By DeepCache's interval, the share of an uncached run's time: measured by `forecast`.
+SHARES = {2: 0.55, 3: 0.43, 5: 0.30}
 
 
 @functools.cache
@@ -230,7 +252,7 @@ def free(nodes, architecture):
     print(f"seeds {SEEDS}. The error to 100 steps of heun; none of these has more evaluations.\n")
     table("schedule", "interval", "forecast", "none", "all", "full steps", "steps before full ones (auto)")
     schedulers = ("simple",) if builtin.is_flow else ("karras", "simple")
-    for scheduler, interval, forecast in itertools.product(schedulers, (2, 3, 5), ("hold", "linear")):
+    for scheduler, interval, forecast in itertools.product(schedulers, (2, 3, 5), FORECASTS):
         exact, model = exact_of(builtin, scheduler), builtin.variant(interval=interval, forecast=forecast)
         errors = []
         for text in ("none", "all", "full", "auto"):
@@ -238,6 +260,78 @@ def free(nodes, architecture):
             latents = [builtin.sample(model, seed, steps, scheduler, "euler", **correction) for seed in SEEDS]
             errors.append(mean_error(latents, exact))
         row(scheduler, interval, forecast, *errors)
+
+
+def caches(nodes, architecture):
+    """What stands for the feature on cached steps, and fewer steps in the same time, for several samplers."""
+    builtin, scheduler = Builtin(nodes, architecture), "simple" if architecture == "transformer" else "karras"
+    print(
+        f"\nForecasts. {device()[1]}; built-in {architecture}, float32, {scheduler}, batch 8, cfg 3, seeds {SEEDS}; DeepCache"
+    )
+    print("branch 0. The error to full precision of as many steps, and in brackets that to 100 steps of heun.\n")
+    table("sampler", "steps", "interval", *FORECASTS, "uncached, fewer steps")
+    runs = [("euler", {}), ("euler", AUTO), ("dpmpp_2m", {}), ("dpmpp_2m_sde", {}), ("euler_ancestral", {})]
+    exact = exact_of(builtin, scheduler)
+
+    def sampled(model, steps, sampler, correction):
+        return [builtin.sample(model, seed, steps, scheduler, sampler, **correction) for seed in SEEDS]
+
+    for steps, (sampler, correction) in itertools.product((10, 20, 30), runs):
+        own = sampled(builtin.model, steps, sampler, {})
+        for interval, share in SHARES.items():
+            models = [(builtin.variant(interval=interval, forecast=forecast), steps) for forecast in FORECASTS]
+            models.append((builtin.model, round(steps * share)))
+            cells = []
+            for model, count in models:
+                latents = sampled(model, count, sampler, correction)
+                cells.append(f"{mean_error(latents, own):.3f} ({mean_error(latents, exact):.3f})")
+            row(sampler + (", auto" if correction else ""), steps, interval, *cells)
+
+
+def calibrated(nodes, architecture):
+    """What a calibrated cache should go by: the last feature or the last two, on which schedule."""
+    builtin, scheduler, steps = Builtin(nodes, architecture), "simple" if architecture == "transformer" else "karras", 20
+    kinds = list(itertools.product(("uniform", "dps"), ("hold", "linear")))
+    print(
+        f"\nCalibrated caches. {device()[1]}; built-in {architecture}, float32, {steps} steps on {scheduler}, batch 8, cfg 3,"
+    )
+    print(f"seeds {SEEDS}; branch 0, calibrated on four pairs of classes, two runs each. The error to full precision.\n")
+    table("sampler", "interval", "DeepCache, hold", "DeepCache, auto", *(f"CacheQuant, {', '.join(kind)}" for kind in kinds))
+    for sampler in ("euler", "dpmpp_2m", "dpmpp_2m_sde", "euler_ancestral"):
+        inputs = calibration_inputs(nodes, steps, 2, sampler, scheduler)
+        own = [builtin.sample(builtin.model, seed, steps, scheduler, sampler) for seed in SEEDS]
+        for interval in SHARES:
+            models = [builtin.variant(interval=interval, forecast=forecast) for forecast in ("hold", "auto")]
+            for schedule, forecast in kinds:
+                profile = nodes["IECCalibrateCacheQuant"].execute(
+                    model=builtin.model, **inputs, interval=interval, branch=0, schedule=schedule, forecast=forecast
+                ).result[0]  # fmt: skip
+                models.append(nodes["IECCacheQuant"].execute(model=builtin.model, profile=profile).result[0])
+            runs = [[builtin.sample(model, seed, steps, scheduler, sampler) for seed in SEEDS] for model in models]
+            row(sampler, interval, *(mean_error(latents, own) for latents in runs))
+
+
+def bias(nodes, architecture):
+    """What corrections do by themselves: the estimate that a run's warning goes by, and what was moved."""
+    builtin, seed = Builtin(nodes, architecture), SEEDS[0]
+    print(f"\nWhat a correction does by itself. {device()[1]}; built-in {architecture}, float32, batch 8, cfg 3, seed {seed}.")
+    print("The error is that to 100 steps of heun.\n")
+    table("sampler, schedule", "steps", "model", "corrected", "estimate", "moved", "error, stock → corrected", "warning")
+    models = {name: builtin.variant(**VARIANTS[name]) for name in ("full precision", "W8A8", "DeepCache 5")}
+    even, uneven = ("simple", "beta") if builtin.is_flow else ("karras", "normal")
+    runs = [("euler", even, steps) for steps in (10, 20, 50)] + [("euler", "simple", 20)]
+    runs += [("dpmpp_2m", even, 20), ("dpmpp_2m", uneven, 20), ("uni_pc", even, 20), ("heun", even, 20)]
+    for sampler, scheduler, steps in dict.fromkeys(runs):
+        (exact,) = exact_of(builtin, scheduler, (seed,))
+        for name, model in models.items():
+            plain = builtin.sample(model, seed, steps, scheduler, sampler)
+            for point, text in itertools.product(("paper", "next"), ("ends:1/10", "all")):
+                correction = {"correction_steps": text, "evaluation_point": point}
+                latents, (report,) = builtin.run(model, seed, steps, scheduler, sampler, **correction)
+                change = f"{mean_error([plain], [exact]):.3f} → {mean_error([latents], [exact]):.3f}"
+                said = re.search("its own|nothing|multiplies", " ".join(report.warnings))
+                cells = f"{point}, {text}", report.moved, mean_error([latents], [plain]), change, said[0] if said else "-"
+                row(f"{sampler}, {scheduler}", steps, name, *cells)
 
 
 def correction_pass(nodes, repeat):
@@ -254,7 +348,7 @@ def correction_pass(nodes, repeat):
     passes += [("all", point, kind) for point in ("paper", "next") for kind in ("refresh", "keep", "reuse")]
     for interval in (3, 5):
         for steps, point, kind in passes:
-            model = builtin.variant(interval=interval, correction_pass=kind)
+            model = builtin.variant(interval=interval, correction_pass=kind, forecast="hold")
             correction = {"correction_steps": steps, "evaluation_point": point}
             seconds = median_seconds(lambda: builtin.sample(model, 2, **correction), repeat)  # noqa: B023
             error = mean_error([builtin.sample(model, seed, **correction) for seed in seeds], references)
@@ -269,7 +363,7 @@ def evaluation_point(nodes, repeat):
     """
     builtin, seeds, plan = Builtin(nodes), (2, 3), {"scheduler": "normal"}
     variants = {"full precision": {}, "W8A8": {"bits": 8}, "W4A8": {"bits": 4}}
-    variants |= {f"DeepCache {interval}": {"interval": interval} for interval in (2, 3, 5)}
+    variants |= {f"DeepCache {interval}": {"interval": interval, "forecast": "hold"} for interval in (2, 3, 5)}
     corrections = [{}]
     for point in ("paper", "next"):
         corrections += [{"evaluation_point": point, "correction_steps": steps} for steps in ("ends:1/10", "all")]
@@ -339,7 +433,7 @@ def forecast(nodes, repeat):
             print(f"| {steps} | {interval} | {' | '.join(cells)} |", flush=True)
 
 
-OF_BOTH_MODELS = {"auto": auto, "schedules": schedules, "free": free}
+OF_BOTH_MODELS = {"auto": auto, "schedules": schedules, "free": free, "caches": caches, "calibrated": calibrated, "bias": bias}
 BENCHMARKS = {
     "overhead": overhead,
     "correction_pass": correction_pass,

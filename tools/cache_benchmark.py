@@ -19,7 +19,7 @@ import benchmark
 import comfyui
 import torch
 from networks import random_model
-from quality import Quality, calibration_inputs
+from quality import Quality
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -50,13 +50,14 @@ class Table(Quality):
         error, _, distance = self.of(self.builtin.model, steps=steps)
         print(f"| {interval} | uncached, {steps} steps | {steps / self.steps:.2f} | {error:.4f} | {distance:.4f} |", flush=True)
 
-    def cached(self, **settings):
-        return self.nodes["IECDeepCache"].execute(model=self.builtin.model, branch=0, **settings).result[0]
+    def cached(self, forecast="hold", **settings):
+        inputs = {"branch": 0, "forecast": forecast, **settings}
+        return self.nodes["IECDeepCache"].execute(model=self.builtin.model, **inputs).result[0]
 
     def calibrate(self, interval, schedule, forecast):
         profile = self.nodes["IECCalibrateCacheQuant"].execute(
-            model=self.builtin.model, **calibration_inputs(self.nodes, self.steps, runs=2), interval=interval, branch=0,
-            schedule=schedule, forecast=forecast,
+            model=self.builtin.model, **benchmark.calibration_inputs(self.nodes, self.steps, runs=2), interval=interval,
+            branch=0, schedule=schedule, forecast=forecast,
         )  # fmt: skip
         return profile.result[0]
 
@@ -103,7 +104,8 @@ def measure(table, interval):
     power = f"power:{table.steps // 3},1.4"
     table.row(interval, f"DeepCache, {power}", table.cached(interval=interval, schedule=power))
     table.row(interval, "DeepCache, dps", table.cached(interval=interval, schedule=listed["dps"]))
-    table.row(interval, "DeepCache, linear", table.cached(interval=interval, forecast="linear"))
+    for forecast in ("linear", "auto"):
+        table.row(interval, f"DeepCache, {forecast}", table.cached(interval=interval, forecast=forecast))
     for (schedule, forecast), profile in profiles.items():
         table.row(interval, f"CacheQuant, {schedule}, {forecast}", table.profiled(profile))
     table.row(interval, "DeepCache; IEC next on full steps", table.cached(interval=interval), on_full["uniform"])

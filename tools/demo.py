@@ -8,6 +8,7 @@ Leaves `grid.png`, `error_growth.png` and `table.csv` in the output folder.
 import argparse
 import copy
 import csv
+import dataclasses
 import json
 import pathlib
 import signal
@@ -34,15 +35,20 @@ def with_settings(workflow, **settings):
 
 
 def promised_evaluations(workflow):
-    """Return the number of evaluations that the workflow's samplers will take in all."""
-    correction = pack.load("iec_core.correction")
+    """Return the number of evaluations that the workflow's samplers will take in all, for samplers of one evaluation a step
+    and heun, at most.
+    """
+    correction, schedule = pack.load("iec_core.correction"), pack.load("iec_core.schedule")
     names = ("correction_steps", "lambda_", "max_iterations", "tolerance", "evaluation_point")
     total = 0
     for inputs in samplers(workflow):
         settings = correction.CorrectionSettings.parse(**{name: inputs[name] for name in names if name in inputs})
+        if settings.is_auto:
+            settings = dataclasses.replace(settings, steps=schedule.parse_correction_steps("all"), evaluation_point="ahead")
         sigmas = [1.0] * inputs["steps"] + [0.0]  # what counts is that the schedule ends at zero
         corrected = settings.corrected_steps(sigmas, known_ends=frozenset(range(inputs["steps"] - 1)))
-        total += inputs["steps"] + settings.added_evaluations * len(corrected)
+        of_its_own = 2 * inputs["steps"] - 1 if inputs["sampler_name"] == "heun" else inputs["steps"]
+        total += of_its_own + settings.added_evaluations * len(corrected)
     return total
 
 

@@ -5,7 +5,6 @@ import torch
 from sample_distance import frechet_distance
 
 COMPONENTS = 16
-PROMPTS = ("face, heart", "person, vehicle", "fruit, boat", "clock, flag")  # a calibration's
 
 
 class Features:
@@ -31,17 +30,6 @@ class Features:
         finally:
             hook.remove()
         return torch.cat(found)
-
-
-def calibration_inputs(nodes, steps, runs):
-    """Return the inputs of a calibrating node's runs: on four pairs of classes, on seeds of their own."""
-    label = nodes["IECClassLabel"]
-    names = ("positive", "positive_2", "positive_3", "positive_4")
-    return {
-        **{name: label.execute(labels=text).result[0] for name, text in zip(names, PROMPTS)},
-        "negative": label.execute(labels="none").result[0], "latent_image": {"samples": torch.zeros(2, 3, 32, 32)}, "seed": 500,
-        "runs": runs, "steps": steps, "cfg": 3.0, "sampler_name": "ddim", "scheduler": "normal",
-    }  # fmt: skip
 
 
 class Quality:

@@ -19,7 +19,7 @@ import benchmark
 import comfyui
 import torch
 from networks import LINEAR, random_model
-from quality import Quality, calibration_inputs
+from quality import Quality
 
 FORMATS = {
     "W8A8": ("8", "8", {}),
@@ -52,7 +52,7 @@ def quantized(nodes, model, name):
 def calibrated(nodes, model, steps, scales):
     """Return the MODEL with activation scales from runs on four pairs of classes."""
     return nodes["IECCalibrateQuantization"].execute(
-        model=model, **calibration_inputs(nodes, steps, runs=1), scales=scales, activation_scale="search"
+        model=model, **benchmark.calibration_inputs(nodes, steps, runs=1), scales=scales, activation_scale="search"
     ).result[0]  # fmt: skip
 
 

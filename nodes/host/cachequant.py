@@ -12,7 +12,7 @@ from ...iec_core.cachequant import (
     StepDistances,
     group_steps,
 )
-from ...iec_core.caching import FORECASTS, CacheSchedule, FeatureCache
+from ...iec_core.caching import KEPT, CacheSchedule, FeatureCache
 from . import quantize
 from .activation_scales import calibrated, scales_of
 from .cached_model import cache_kind, with_cache
@@ -47,7 +47,7 @@ def calibrate(
         sample(with_cache(source, settings, lambda new: new(distances, distances.full_steps)))
         distances.check_every_step_was_seen()
         schedule = CacheSchedule("steps", tuple(group_steps(distances.cost(), interval)))
-    fits = FeatureFits(lambda steps: schedule.full_steps(steps, interval), FORECASTS.index(forecast) + 1, kind.channel_dim)
+    fits = FeatureFits(lambda steps: schedule.full_steps(steps, interval), KEPT[forecast], kind.channel_dim)
     paired = functools.partial(_PairedRun, kind, model, fits)
     sample(with_cache(source, settings, lambda new: paired(*2 * [new(fits, fits.full_steps)])))
     fits.check_every_step_was_seen()

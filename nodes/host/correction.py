@@ -13,16 +13,17 @@ import comfy.samplers
 import torch
 
 from ...iec_core.automatic import Situation, choose, nothing_because
+from ...iec_core.bias import CorrectedRun, bias_warning, moved_in_all
 from ...iec_core.correction import corrected_denoised
 from ...iec_core.report import Stopwatch, TraceReader
 from .caching import full_steps, other_cache
 from .events import EvaluationProgress
+from .known_errors import is_exact
 from .noise import NoiseAhead, can_draw_ahead, sampler_name
 from .rehearsal import CannotRehearse, rehearse, rehearse_by_name
 
 KEY = "iec"
 SOME_SIGMAS = (8.0, 5.0, 3.0, 1.5, 0.5, 0.0)  # over which a sampler shows how it steps, whatever the run's will be
-HIGH_GAIN = 2  # steps of even width have 1.5 with dpmpp_2m
 TRY_PRECISION = "Try another precision of the model, or fewer patches on it."
 
 
@@ -48,9 +49,10 @@ class CorrectedDenoiser(CountedDenoiser):
     through. Nothing is read back from the device before `finish`.
     """
 
-    def __init__(self, model, report, rehearsal, corrected, settings, noise, progress):
+    def __init__(self, model, report, rehearsal, full, corrected, settings, noise, progress):
         super().__init__(model, report)
         self._rehearsal = rehearsal
+        self._full = full
         self._corrected = corrected
         self._settings = settings
         self._noise = noise
@@ -58,6 +60,7 @@ class CorrectedDenoiser(CountedDenoiser):
         self._stopwatch = None
         self._evaluation = self._begun = 0
         self._finite = []
+        self._model_options = {}
         self._ahead = None  # what was evaluated in the step before for this one
         self._traces = TraceReader(report)
         report.start(rehearsal.sigmas, corrected)
@@ -65,6 +68,7 @@ class CorrectedDenoiser(CountedDenoiser):
     def __call__(self, x, sigma, **extra_args):
         if self._evaluation >= len(self._rehearsal.evaluations):
             raise _departed()
+        self._model_options = extra_args.get("model_options", {})
         step, is_own = self._rehearsal.evaluations[self._evaluation]
         self._evaluation += 1
         if step == self._begun:
@@ -162,15 +166,19 @@ class CorrectedDenoiser(CountedDenoiser):
         self._progress.end()
 
     def _warn(self):
-        """Add to the report what the sampler makes of a correction, if that is much, and log its warnings."""
-        gains = {step: abs(self._rehearsal.steps[step].gain) for step in self._corrected}
-        worst = max(gains, key=gains.get, default=None)
-        if worst is not None and gains[worst] > HIGH_GAIN:
-            self._report.warnings.append(
-                f"{self._report.label}: this sampler extrapolates from its last predictions, and so multiplies what a "
-                f"correction changes, by {gains[worst]:.1f} in step {worst}; take a schedule of even steps such as karras, or "
-                "leave that step out."
-            )
+        """Add to the report what the corrections did by themselves, and a warning of too much; log its warnings."""
+        rehearsed, network = self._rehearsal, getattr(self._model.inner_model.inner_model, "diffusion_model", None)
+        run = CorrectedRun(
+            self._settings.evaluation_point,
+            tuple(step.gain for step in rehearsed.steps),
+            rehearsed.has_history or rehearsed.evaluates_more_than_once,
+            any(rehearsed.steps[step].step.input_scale != 1 for step in self._corrected),
+            self._full,
+            network is not None and is_exact(network, self._model_options),
+        )
+        self._report.moved = float(f"{moved_in_all(self._report.steps, run):.3g}")
+        if warning := bias_warning(self._report.steps, run):
+            self._report.warnings.append(f"{self._report.label}: {warning}")
         for warning in self._report.warnings:
             logging.warning(f"[ComfyUI-IEC] {warning}")
 
@@ -286,7 +294,7 @@ class CorrectedSampler(comfy.samplers.KSAMPLER):
             options = {**options, **ahead.options}
         total = len(rehearsal.evaluations) + settings.added_evaluations * len(corrected)
         progress.begin(corrected, full, len(rehearsal.steps), total)
-        denoiser = CorrectedDenoiser(model, report, rehearsal, corrected, settings, ahead, progress)
+        denoiser = CorrectedDenoiser(model, report, rehearsal, full, corrected, settings, ahead, progress)
 
         def on_step(info):
             denoiser.on_step(info)

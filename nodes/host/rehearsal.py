@@ -80,13 +80,23 @@ class Rehearsal:
         pairs = enumerate(itertools.pairwise(rehearsed.step for rehearsed in self.steps))
         return frozenset(index for index, (one, then) in pairs if math.isclose(one.sigma_next, then.sigma, rel_tol=1e-6))
 
+    @property
+    def evaluates_more_than_once(self):
+        """Whether a step takes several evaluations."""
+        return len(self.evaluations) > len(self.steps)
+
+    @property
+    def has_history(self):
+        """Whether a step is taken with earlier predictions too."""
+        return any(abs(rehearsed.gain - 1) > 1e-3 for rehearsed in self.steps)
+
     def why_no_end_is_known(self):
         """Return the reason why no step's end is known beforehand, to go on after the sampler's name; None where some are."""
-        if len(self.evaluations) > len(self.steps):
+        if self.evaluates_more_than_once:
             return "evaluates more than once in a step"
         if len(self.steps) > 1 and not self._ends_at_a_begin():
             return "evaluates at other sigmas than its steps lead to"
-        if any(abs(rehearsed.gain - 1) > 1e-3 for rehearsed in self.steps):
+        if self.has_history:
             return "steps with its earlier predictions too"
         if not all(rehearsed.is_exact for rehearsed in self.steps[:-1]):
             return "takes steps, or adds noise, that cannot be told from one prediction"

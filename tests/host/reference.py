@@ -1,6 +1,10 @@
-"""The paper's correction written out as a sampler function of the host, with nothing of the pack: what its nodes must give."""
+"""What the nodes must give, with nothing of the pack: the paper's correction as a sampler function of the host, and what a
+feature is carried forward to.
+"""
 
 import itertools
+
+import torch
 
 
 def iec_euler(model, x, sigmas, extra_args=None, callback=None, disable=None):
@@ -20,3 +24,33 @@ def iec_euler(model, x, sigmas, extra_args=None, callback=None, disable=None):
             inside = change(at, mask, extra_options={"model": model.inner_model, "sigmas": sigmas})
         x = plain + inside * 0.5 * (again - plain)
     return x
+
+
+def carried_forward(features, step, degree):
+    """Lagrange's polynomial through the last degree + 1 of the (step, feature), at `step`; `as_tried` where degree is None."""
+    if degree is None:
+        return as_tried(features, step)
+    nodes, total = features[-degree - 1 :], 0
+    for i, (here, feature) in enumerate(nodes):
+        weight = 1.0
+        for j, (there, _) in enumerate(nodes):
+            weight *= (step - there) / (here - there) if i != j else 1
+        total = total + weight * feature
+    return total
+
+
+def as_tried(features, step):
+    """The straight line through the last two features, at `step`, of whose way from the held one each row takes as much as
+    would have met the features so far best: a trial counts half as much as the next, and before there is one it is a quarter.
+    """
+    if len(features) == 1:
+        return features[0][1]
+    shares = []
+    for row in range(len(features[0][1])):
+        met = moved = 0.0
+        for (p, f), (q, g), (r, true) in zip(features, features[1:], features[2:]):
+            move = (g - f)[row].double() * (r - q) / (q - p)
+            met, moved = met / 2 + (move * (true - g)[row]).sum(), moved / 2 + (move * move).sum()
+        shares.append(0.25 if len(features) == 2 else max(0.0, min(1.0, met / moved)))
+    held, line = features[-1][1], carried_forward(features, step, 1)
+    return torch.stack([h + share * (at - h) for h, at, share in zip(held, line, shares)])

@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from reference import carried_forward
 
 STEPS = 8
 
@@ -47,23 +48,13 @@ def shallow_and_deep(unet, x, timesteps, y, branch, deep):
     return unet.out(h), deep
 
 
-def carried_forward(features, step, degree):
-    """Lagrange's polynomial through the last degree + 1 of the (step, feature), at `step`."""
-    nodes, total = features[-degree - 1 :], 0
-    for i, (here, feature) in enumerate(nodes):
-        weight = 1.0
-        for j, (there, _) in enumerate(nodes):
-            weight *= (step - there) / (here - there) if i != j else 1
-        total = total + weight * feature
-    return total
-
-
 @pytest.mark.parametrize(
     ("interval", "branch", "cfg", "settings", "full"),
     [
         (2, 0, 2.0, {}, {0, 2, 4, 6}),
         (3, 2, 2.0, {}, {0, 3, 6}),
-        (5, 0, 1.0, {}, {0, 5}),
+        (5, 0, 1.0, {"forecast": "hold"}, {0, 5}),
+        (2, 2, 2.0, {"forecast": "hold"}, {0, 2, 4, 6}),
         (3, 7, 2.0, {}, {0, 3, 6}),
         (4, 4, 2.0, {}, {0, 4}),
         (2, 0, 2.0, {"forecast": "linear"}, {0, 2, 4, 6}),
@@ -83,7 +74,7 @@ def test_equals_deepcache_restated(
     host, sample, model, cached, conditioning, relative, interval, branch, cfg, settings, full
 ):  # fmt: skip
     result = sample(cached(interval, branch, **settings), steps=STEPS, cfg=cfg)
-    degree = {"linear": 1, "quadratic": 2}.get(settings.get("forecast"), 0)
+    degree = {"hold": 0, "linear": 1, "quadratic": 2}.get(settings.get("forecast"))  # the default tries the line
 
     unet, sampling = model.model.diffusion_model, model.get_model_object("model_sampling")
     labels = [entry[0][1]["pooled_output"] for entry in conditioning]

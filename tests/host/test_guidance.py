@@ -149,7 +149,7 @@ def test_it_is_the_stock_run_or_the_correction_written_out(advanced, with_iec, m
         assert torch.equal(latent, stock) and report.nfe == 3
     for latent, report in with_iec(guider, "all"):
         assert relative(latent, expected) < 1e-5 and report.nfe == 6
-        assert report.warnings == []
+        assert not any("did not converge" in warning for warning in report.warnings)
     assert relative(stock, expected) > 0.1
 
 

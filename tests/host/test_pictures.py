@@ -108,7 +108,8 @@ def test_no_caption_is_wider_than_its_column(module, label):
 
 
 PAIRS = {
-    "demo": [(label, correction) for label in "abcde" for correction in ("none", "ends:1/10", "all", "all next")],
+    "demo": [("heun", "none")]
+    + [(label, correction) for label in "abcde" for correction in ("none", "auto", "ends:1/10", "all next")],
     "labels": [(f"run ({i})", "none") for i in range(20)],
     "corrections": [("run", f"first:{i}") for i in range(20)],
     "many": [(f"run {i}", f"first:{j}") for i in range(10) for j in range(10)],

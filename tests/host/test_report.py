@@ -20,7 +20,10 @@ def test_report_says_what_the_iteration_did(host):
     run(sampler, guider, sigmas)
     text, _ = host.run("IECReport", report=reports, after={"samples": torch.zeros(1)})
     (told,) = json.loads(text)
-    assert (told["nfe"], told["correction"], told["warnings"]) == (10, "steps:0,2 lambda 0.4 K 3", [])
+    assert (told["nfe"], told["correction"]) == (10, "steps:0,2 lambda 0.4 K 3")
+    steps = [torch.tensor(told["steps"][number]["residuals"]) for number in (0, 2)]
+    assert told["moved"] == pytest.approx(0.4 * sum(residuals.sum(0).mean().item() for residuals in steps), rel=0.01)
+    assert [f"about {told['moved']:.0%}" in warning for warning in told["warnings"]] == [True]
     assert [step["sigma"] for step in told["steps"]] == sigmas[:-1].tolist()
     assert [step["sigma_next"] for step in told["steps"]] == sigmas[1:].tolist()
     assert [step["corrected"] for step in told["steps"]] == [True, False, True, False]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from reference import carried_forward
 
 STEPS = 6
 FULL = {0, 3}  # of an interval of 3
@@ -246,7 +247,7 @@ def models(host):
 @pytest.fixture
 def cached(host):
     return lambda model, branch=0, interval=3, **settings: host.run(
-        "IECDeepCache", model=model, interval=interval, branch=branch, **settings
+        "IECDeepCache", model=model, interval=interval, branch=branch, **{"forecast": "hold", **settings}
     )[0]
 
 
@@ -341,21 +342,11 @@ class Restated:
         given = [kwargs[name] if isinstance(name, str) else args[name] for name in self.blocks[number][2]]
         return list(given[0]) if isinstance(given[0], (tuple, list)) else given
 
-    def forecast(self, kept):
-        """Lagrange's polynomial through the last degree + 1 of the (step, residuals), at the step."""
-        kept, total = kept[-self.degree - 1 :], 0
-        for i, (here, residual) in enumerate(kept):
-            weight = 1.0
-            for j, (there, _) in enumerate(kept):
-                weight *= (self.step - there) / (here - there) if i != j else 1
-            total = total + weight * residual
-        return total
-
     def leave(self, place, left):
         """What goes out of the inner blocks of a list."""
         keys = [[(*entry, place, number) for entry in self.entries] for number in range(len(left))]
         if self.step not in self.full and all(key in self.kept for key in itertools.chain(*keys)):
-            residuals = [torch.cat([self.forecast(self.kept[key]) for key in own]) for own in keys]
+            residuals = [torch.cat([carried_forward(self.kept[key], self.step, self.degree) for key in own]) for own in keys]
             return [entered + residual for entered, residual in zip(self.entered[place], residuals)]
         for own, entered, value in zip(keys, self.entered[place], left):
             for key, part in zip(own, (value - entered).chunk(len(own))):
@@ -464,10 +455,11 @@ def test_skip_connections_of_a_cached_step_are_its_own(sample, models, cached, n
     assert len(joined) >= 2 * STEPS and all(origins == [last - number] for number, origins in joined)
 
 
+@pytest.mark.parametrize(("forecast", "degree"), [("linear", 1), ("auto", None)])
 @pytest.mark.parametrize("name", ["Flux", "Wan"])
-def test_linear_forecast(sample, models, cached, restated, relative, name):
-    result = sample(name, cached(models(name), schedule="steps:1,4", forecast="linear"))
-    assert relative(result, restated(name, 0, full={0, 1, 4}, degree=1)) < 1e-5
+def test_carried_forward(sample, models, cached, restated, relative, name, forecast, degree):
+    result = sample(name, cached(models(name), schedule="steps:1,4", forecast=forecast))
+    assert relative(result, restated(name, 0, full={0, 1, 4}, degree=degree)) < 1e-5
     assert relative(result, restated(name, 0, full={0, 1, 4})) > 1e-4
 
 

@@ -144,7 +144,9 @@ def draw(host):
 
 @pytest.fixture(scope="module")
 def cached(host):
-    return lambda model, interval=3, branch=0: host.run("IECDeepCache", model=model, interval=interval, branch=branch)[0]
+    return lambda model, interval=3, branch=0: host.run(
+        "IECDeepCache", model=model, interval=interval, branch=branch, forecast="hold"
+    )[0]
 
 
 # DeepCache, written out

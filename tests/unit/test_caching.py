@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from iec_core.caching import FORECASTS, FeatureCache, parse_cache_schedule
+from iec_core.caching import FORECASTS, REMEMBERED, UNTRIED, FeatureCache, parse_cache_schedule
 
 
 def test_first_of_every_interval_is_full():
@@ -47,9 +47,12 @@ def test_unknown_schedule_is_refused(text):
         parse_cache_schedule(text)
 
 
-@pytest.mark.parametrize(("forecast", "degree"), list(zip(FORECASTS, (0, 1, 2))))
-def test_forecast_is_exact_for_a_polynomial_of_its_degree(forecast, degree):
-    coefficients = torch.randn(degree + 1, 2, 3, dtype=torch.float64)
+DEGREES = {"hold": 0, "linear": 1, "quadratic": 2, "auto": 1}
+
+
+@pytest.mark.parametrize("forecast", FORECASTS)
+def test_forecast_is_exact_for_a_polynomial_of_its_degree(forecast):
+    coefficients = torch.randn(DEGREES[forecast] + 1, 2, 3, dtype=torch.float64)
 
     def feature(position):
         return sum(c * position**power for power, c in enumerate(coefficients))
@@ -66,6 +69,72 @@ def test_forecast_begins_with_what_there_is():
     assert torch.equal(cache.load(["a"], 2, 3), one)
     cache.store(["a"], two, 2)
     torch.testing.assert_close(cache.load(["a"], 2, 4), 2 * two - one)
+
+
+def auto_restated(features, position):
+    """The forecast of one item's [(position, feature)], with numpy: of the line as much as the trials say."""
+    (before, last), (at, held) = features[-2:]
+    met = moved = 0.0
+    for (p, f), (q, g), (r, true) in zip(features, features[1:], features[2:]):
+        move = (g - f) * (r - q) / (q - p)
+        met, moved = REMEMBERED * met + np.sum((true - g) * move), REMEMBERED * moved + np.sum(move * move)
+    share = UNTRIED if len(features) == 2 else min(max(met / moved, 0), 1)
+    return held + share * (held - last) * (position - at) / (at - before)
+
+
+def test_auto_takes_of_the_line_what_its_trials_bore_out():
+    generator = np.random.default_rng(4)
+    drift, noise = generator.normal(size=(2, 5)), generator.normal(size=(6, 2, 5))
+    places = [0, 2, 3, 5, 6.5, 9]
+    items = [[(at, (0.3, 1.5)[item] * drift[item] * at + n[item]) for at, n in zip(places, noise)] for item in range(2)]
+    cache, shares = FeatureCache("auto"), []
+    for count, at in enumerate(places, 1):
+        cache.store(["a"], torch.from_numpy(np.stack([item[count - 1][1] for item in items])), at)
+        if count >= 2:
+            expected = np.stack([auto_restated(item[:count], at + 1) for item in items])
+            found = cache.load(["a"], 2, at + 1)
+            torch.testing.assert_close(found, torch.from_numpy(expected), rtol=1e-5, atol=1e-5)  # the share is in float32
+            hold, line = (torch.from_numpy(np.stack([item[k][1] for item in items])) for k in (count - 1, count - 2))
+            shares.append(((found - hold) / (hold - line)).mean(1) * (at - places[count - 2]))
+    assert all(share[0] != share[1] for share in shares[1:])  # each image by its own trials
+
+
+@pytest.mark.parametrize("trend", [0, 1])
+def test_auto_ends_as_hold_in_noise_and_as_linear_on_a_line(trend):
+    torch.manual_seed(1)
+    cache, drift = FeatureCache("auto"), torch.randn(1, 4096)
+    features = [trend * at * drift + (1 - trend) * torch.randn(1, 4096) for at in range(6)]
+    for at, feature in enumerate(features):
+        cache.store(["a"], feature, at)
+    found = cache.load(["a"], 1, 6)
+    torch.testing.assert_close(found, trend * 6 * drift if trend else features[-1])
+
+
+def test_auto_in_half_precision_and_with_features_that_stand_still():
+    cache, large = FeatureCache("auto"), torch.full((1, 4096), 300.0, dtype=torch.float16)  # their product is beyond 65504
+    for at, factor in enumerate((1, 1, 1, 1, 2, 3)):
+        cache.store(["a"], factor * large, at)
+        found = cache.load(["a"], 1, at + 1)
+        assert found.dtype == torch.float16 and found.isfinite().all()
+        if at < 4:
+            assert torch.equal(found, large)
+
+
+def test_auto_learns_nothing_from_a_replaced_feature_and_forgets_with_the_run():
+    cache, noise = FeatureCache("auto"), torch.randn(4, 1, 8, generator=torch.Generator().manual_seed(0))
+    features = 2 * torch.arange(4.0)[:, None, None] + noise
+    for at, feature in enumerate(features[:3]):
+        cache.store(["a"], feature, at)
+    cache.store(["a"], features[3], 2)  # a correction at the step's own timestep
+    move = features[1] - features[0]
+    share = ((features[2] - features[1]) * move).sum() / (move * move).sum()
+    assert 0.1 < share < 0.9
+    expected = features[3] + share * (features[3] - features[1])
+    torch.testing.assert_close(cache.load(["a"], 1, 3), expected)
+    cache.clear()
+    cache.store(["a"], features[0], 0)
+    cache.store(["a"], features[1], 1)
+    torch.testing.assert_close(cache.load(["a"], 1, 2), features[1] + UNTRIED * (features[1] - features[0]))
 
 
 def test_feature_at_the_same_position_is_replaced():

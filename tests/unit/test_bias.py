@@ -1,0 +1,97 @@
+"""By how much a correction moves a run's result by itself, and of what a user is told."""
+
+import pytest
+
+from iec_core.bias import CorrectedRun, bias_warning, moved_by
+from iec_core.report import StepReport
+
+FLAT = (1.0,) * 12  # a sampler without history
+
+
+def step(number, *iterations, sigma_next=1.0):
+    """A corrected step; iterations: (lambdas, residuals), each a list over the images."""
+    lambdas, residuals = ([list(pair[k]) for pair in iterations] for k in (0, 1))
+    return StepReport(number, 2.0, sigma_next, True, lambdas=lambdas, residuals=residuals)
+
+
+def run(moves, last_ends_without_noise=True):
+    """StepReports of one image with lambda 0.5 that move it by these shares, step by step."""
+    ends = [1.0] * (len(moves) - 1) + [0.0 if last_ends_without_noise else 1.0]
+    return [step(number, ([0.5], [2 * move]), sigma_next=end) for number, (move, end) in enumerate(zip(moves, ends))]
+
+
+def test_a_step_moves_by_lambda_times_residual_of_every_iteration_in_the_mean_of_the_images():
+    one = step(0, ([0.5, 0.5], [0.2, 0.4]), ([0.5, 0.0], [0.1, 0.3]))
+    assert moved_by(one) == pytest.approx((0.5 * 0.2 + 0.5 * 0.1 + 0.5 * 0.4) / 2)
+    assert moved_by(one, gain=-3.0) == pytest.approx(3 * moved_by(one))
+    assert moved_by(step(0, ([0.5, 0.0], [0.2, None]))) == pytest.approx(0.05)  # an image that fell back
+    assert moved_by(StepReport(0, 2.0, 1.0, True)) == 0
+
+
+def test_the_papers_rule_is_warned_of_with_the_sum_and_the_step_that_does_most():
+    assert bias_warning(run([0.01, 0.01, 0.13]), CorrectedRun("paper", FLAT[:3])) == (
+        "a correction at evaluation_point paper has an error of its own, which moves the result by about 15%, most of it in "
+        "step 2, which ends without noise; correction_steps auto avoids that."
+    )
+    even = bias_warning(run([0.03, 0.04, 0.03]), CorrectedRun("paper", FLAT[:3]))
+    assert "about 10%;" in even and "step" not in even.split(";")[0].replace("steps", "")
+    assert "most of it in step 1;" in bias_warning(run([0.01, 0.13, 0.01]), CorrectedRun("paper", FLAT[:3]))
+
+
+@pytest.mark.parametrize(
+    ("moves", "about"),
+    [
+        ([0.02, 0.02], {"evaluation_point": "paper"}),  # small
+        ([0.2, 0.2], {"evaluation_point": "next"}),  # of higher order than the step
+        ([0.2, 0.2], {"evaluation_point": "ahead"}),
+        ([0.2, 0.2], {"evaluation_point": "paper", "is_scaled": False}),  # a flow model, where it was measured to help
+        ([0.2, 0.2], {"evaluation_point": "paper", "is_scaled": False, "is_exact": True}),
+        ([0.2, 0.2], {"evaluation_point": "paper", "full": [0, 5, 10]}),  # behind a wide cache the paper's rule helped
+        ([0.2, 0.2], {"evaluation_point": "paper", "full": [0, 1, 7]}),  # its last full step is the 8th of 12
+        ([0.2, 0.2], {"evaluation_point": "next", "is_exact": True}),  # makes up for coarse steps
+        ([0.02, 0.02], {"evaluation_point": "paper", "is_exact": True}),
+        ([0.0005, 0.0005], {"evaluation_point": "next", "is_exact": True, "is_higher_order": True}),
+        ([0.2, 0.2], {"evaluation_point": "next", "gains": (1.0, *[1.5] * 11), "full": [0, 5, 10]}),
+    ],
+)
+def test_what_is_not_warned_of(moves, about):
+    assert bias_warning(run(moves), CorrectedRun(**{"gains": FLAT, **about})) is None
+
+
+def test_a_run_that_corrects_nothing():
+    steps = [StepReport(number, 2.0, 1.0, False) for number in range(3)]
+    assert bias_warning(steps, CorrectedRun("paper", (1.0, 1.5, 1.0), is_higher_order=True, is_exact=True)) is None
+
+
+def test_a_narrow_cache_changes_nothing():
+    assert bias_warning(run([0.2, 0.2]), CorrectedRun("paper", FLAT, full=[0, 4, 8])) is not None
+
+
+@pytest.mark.parametrize("point", ["paper", "next"])
+def test_history_multiplies_the_estimate(point):
+    """dpmpp_2m: of what step 1 changes 3.4 times go into step 1, and step 2 takes off 0.5 times that."""
+    said = bias_warning(run([0.02, 0.1, 0.02]), CorrectedRun(point, (1.0, 3.4, 1.5)))
+    bias = (1 - 2.4) * 0.02, (3.4 - 0.5) * 0.1, 1.5 * 0.02
+    assert said == (
+        "this sampler extrapolates from its last predictions, and so multiplies what a correction changes (by 3.4 in step 1), "
+        f"which moves the result by about {sum(map(abs, bias)):.0%}, most of it in step 1; correction_steps auto avoids that."
+    )
+
+
+def test_history_is_warned_of_at_any_size_but_behind_a_cache():
+    gains = (1.0, *[1.5] * 10, 1.0)
+    said = bias_warning(run([0.02, 0.02]), CorrectedRun("next", gains))
+    assert "by 1.5 in step 1), which moves the result by about 3%" in said
+    assert bias_warning(run([0.01, 0.01]), CorrectedRun("next", gains, full=[0, 3, 6, 9])) is None
+    assert bias_warning(run([0.1, 0.1]), CorrectedRun("next", gains, full=[0, 3, 6, 9])) is not None
+
+
+def test_a_model_with_nothing_to_correct():
+    said = bias_warning(run([0.04, 0.04]), CorrectedRun("paper", FLAT, is_exact=True))
+    assert said.startswith(
+        "this MODEL is neither quantized nor cached, so that a correction has nothing to take back, which moves"
+    )
+    assert "by about 8%" in said
+    said = bias_warning(run([0.004, 0.004]), CorrectedRun("next", FLAT, is_exact=True, is_higher_order=True))
+    assert "nor cached, and the sampler is of higher order by itself, so" in said
+    assert bias_warning(run([0.01, 0.01]), CorrectedRun("ahead", FLAT, is_exact=True, is_higher_order=True)) is None
