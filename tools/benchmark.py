@@ -1,7 +1,8 @@
 """Benchmarks behind `make benchmark`: what the correction costs and keeps, each against a baseline in the same run.
 
     python tools/benchmark.py [auto] [schedules] [free] [caches] [calibrated] [bias] [overhead] [correction_pass]
-                              [evaluation_point] [samplers] [forecast] [--repeat N] [--architecture unet|transformer]
+                              [evaluation_point] [samplers] [forecast] [stochastic] [--repeat N]
+                              [--architecture unet|transformer]
 
 Prints the tables of docs/benchmarks.md. Times are medians after a warm-up; errors are means over seeds and images.
 """
@@ -137,7 +138,7 @@ class Builtin:
         self._nodes = nodes
         self.model = nodes["IECLoadBuiltinModel"].execute(precision="float32", architecture=architecture).result[0]
         self.is_flow = architecture == "transformer"
-        self._conditioning = [nodes["IECClassLabel"].execute(labels=text).result[0] for text in (self.LABELS, "none")]
+        self.conditioning = [nodes["IECClassLabel"].execute(labels=text).result[0] for text in (self.LABELS, "none")]
 
     def variant(self, bits=None, **cache):
         """Return the model with weights of `bits` and 8-bit activations, and with a DeepCache of these inputs."""
@@ -155,7 +156,7 @@ class Builtin:
 
     def run(self, model, seed, steps, scheduler, sampler, **correction):
         """Return (latents, [RunReport]) as `sample`."""
-        positive, negative = self._conditioning
+        positive, negative = self.conditioning
         settings = {**CORRECTION, "correction_steps": "none", **correction}
         sampled = self._nodes["IECKSampler"].execute(
             model=model, seed=seed, steps=steps, cfg=3.0, sampler_name=sampler, scheduler=scheduler, positive=positive,
@@ -288,7 +289,7 @@ def caches(nodes, architecture):
             row(sampler + (", auto" if correction else ""), steps, interval, *cells)
 
 
-def calibrated(nodes, architecture):
+def calibrated(nodes, architecture, samplers=("euler", "dpmpp_2m_sde")):
     """What a calibrated cache should go by: the last feature or the last two, on which schedule."""
     builtin, scheduler, steps = Builtin(nodes, architecture), "simple" if architecture == "transformer" else "karras", 20
     kinds = list(itertools.product(("uniform", "dps"), ("hold", "linear")))
@@ -297,7 +298,7 @@ def calibrated(nodes, architecture):
     )
     print(f"seeds {SEEDS}; branch 0, calibrated on four pairs of classes, two runs each. The error to full precision.\n")
     table("sampler", "interval", "DeepCache, hold", "DeepCache, auto", *(f"CacheQuant, {', '.join(kind)}" for kind in kinds))
-    for sampler in ("euler", "dpmpp_2m", "dpmpp_2m_sde", "euler_ancestral"):
+    for sampler in samplers:
         inputs = calibration_inputs(nodes, steps, 2, sampler, scheduler)
         own = [builtin.sample(builtin.model, seed, steps, scheduler, sampler) for seed in SEEDS]
         for interval in SHARES:
@@ -309,6 +310,70 @@ def calibrated(nodes, architecture):
                 models.append(nodes["IECCacheQuant"].execute(model=builtin.model, profile=profile).result[0])
             runs = [[builtin.sample(model, seed, steps, scheduler, sampler) for seed in SEEDS] for model in models]
             row(sampler, interval, *(mean_error(latents, own) for latents in runs))
+
+
+class AncestralPath:
+    """Noise for euler_ancestral (and ddpm, which takes the same step) over a schedule and over any split of its steps, so that
+    the runs go along one path: a step's noise is what that of the steps that it is split into comes to where D stays the same.
+    """
+
+    def __init__(self, sigmas, split):
+        pairs = itertools.pairwise(sigmas.tolist())
+        steps = [here * (then / here) ** (part / split) for here, then in pairs if then > 0 for part in range(split)]
+        self.sigmas = torch.tensor([*steps, *sigmas[-2:].tolist()])  # of the split schedule, [n + 1] on the CPU
+
+    def sampler(self, x, seed=None):
+        """Return noise_sampler(sigma, sigma_next), in the place of the host's `default_noise_sampler`."""
+        generator = torch.Generator().manual_seed(seed)
+        fine = list(itertools.pairwise(self.sigmas[:-1].tolist()))
+        drawn = [torch.randn(x.shape, generator=generator) for _ in fine]
+
+        def up(here, then):
+            return then * (here**2 - then**2) ** 0.5 / here
+
+        def noise(sigma, sigma_next):
+            here, then, total = float(sigma), float(sigma_next), torch.zeros(x.shape)
+            for (begin, end), one in zip(fine, drawn):
+                if begin <= here * (1 + 1e-4) and end >= then * (1 - 1e-4):
+                    total += then**2 / end**2 * up(begin, end) * one
+            return (total / up(here, then)).to(x)
+
+        return noise
+
+
+def stochastic(nodes, repeat):
+    """euler_ancestral corrected ahead, against the solution of its stochastic equation along the same path of noise."""
+    import comfy.sample
+    import comfy.samplers
+    from comfy.k_diffusion import sampling
+
+    builtin, split = Builtin(nodes), 8
+    print(f"\neuler_ancestral, stock → all steps ahead. {device()[1]}; built-in model, float32, batch 8, cfg 3, seeds {SEEDS}.")
+    print(f"The error to the same path of noise in steps split in {split}.\n")
+    table("schedule", "steps", "full precision", "W8A8", "W4A8", "DeepCache 3")
+
+    def sampled(model, sampler, sigmas, seed):
+        empty, (positive, negative) = torch.zeros(8, 3, 32, 32), builtin.conditioning
+        noise = comfy.sample.prepare_noise(empty, seed)
+        return comfy.sample.sample_custom(
+            model, noise, 3.0, sampler, sigmas, positive, negative, empty, seed=seed, disable_pbar=True
+        )
+
+    stock, before = comfy.samplers.sampler_object("euler_ancestral"), sampling.default_noise_sampler
+    ahead = nodes["IECSampler"].execute(sampler=stock, lambda_=0.5, max_iterations=1, tolerance=1e-5, **AHEAD).result[0]
+    try:
+        for scheduler, steps in itertools.product(("karras", "normal"), (10, 20, 30)):
+            sigmas = comfy.samplers.calculate_sigmas(builtin.model.get_model_object("model_sampling"), scheduler, steps)
+            path, cells = AncestralPath(sigmas, split), []
+            sampling.default_noise_sampler = path.sampler
+            exact = [sampled(builtin.model, stock, path.sigmas, seed) for seed in SEEDS]
+            for name in ("full precision", "W8A8", "W4A8", "DeepCache 3"):
+                model = builtin.variant(**VARIANTS[name])
+                runs = [[sampled(model, sampler, sigmas, seed) for seed in SEEDS] for sampler in (stock, ahead)]
+                cells.append(" → ".join(f"{mean_error(latents, exact):.3f}" for latents in runs))
+            row(scheduler, steps, *cells)
+    finally:
+        sampling.default_noise_sampler = before
 
 
 def bias(nodes, architecture):
@@ -440,6 +505,7 @@ BENCHMARKS = {
     "evaluation_point": evaluation_point,
     "samplers": samplers,
     "forecast": forecast,
+    "stochastic": stochastic,
 }
 
 
