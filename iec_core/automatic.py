@@ -23,14 +23,15 @@ class Situation:
 
     sigmas: where the steps begin, and the last one's end, n + 1 floats. known_ends: the steps that can be corrected `ahead`, as
     `CorrectionSettings.corrected_steps` has them. why_none: why there are none, to go on after "the sampler"; None where there
-    are. has_noise: whether steps add noise. full: the steps that a cache of this pack evaluates in full; None without one.
+    are. noise: "" where steps add none; "ancestral" where all that do take the step of the model's own stochastic equation, as
+    euler_ancestral and ddpm; "other". full: the steps that a cache of this pack evaluates in full; None without one.
     other_cache: the name of another pack's cache, "" without one.
     """
 
     sigmas: tuple[float, ...]
     known_ends: frozenset[int] = frozenset()
     why_none: str | None = None
-    has_noise: bool = False
+    noise: str = ""
     full: Collection[int] | None = None
     other_cache: str = ""
 
@@ -77,8 +78,8 @@ def _why_nothing(situation):
     """Return why no step of the run is corrected, None where some may be."""
     if situation.why_none:
         return f"the sampler {situation.why_none}"
-    if situation.has_noise:
-        return "the sampler adds noise"
+    if situation.noise == "other":
+        return "the sampler adds noise in another way than euler_ancestral and ddpm"
     if situation.other_cache:
         return f"{situation.other_cache} is on the MODEL, whose cached evaluations are not known"
     if situation.steps < LEAST_STEPS:

@@ -24,9 +24,11 @@ Where x'_k is evaluated is the `evaluation_point`:
 - `ahead`: as `next`, and the prediction at the last x'_k is then the next step's own, in place of one at the corrected x'. A
   step so has one evaluation, as without a correction: predict, evaluate, correct, the PEC mode of an Adams-Moulton method
   (Lambert, Numerical Methods for Ordinary Differential Systems, 1991, section 4.3). It is the prediction that is kept; its
-  eps, taken from the corrected x', is another one.
+  eps, taken from the corrected x', is another one. In a step with noise G(D) = D(x'_k, sigma'), the mean of two predictions at
+  lambda = 1/2: eps_k has the step's fresh noise in it, of which the average would take away a part.
 """
 
+import math
 import re
 from dataclasses import dataclass, field, replace
 
@@ -183,6 +185,12 @@ class Step:
         return cls(sigma, sigma_next, sigma_next / sigma, 1 - sigma_next / sigma, input_scale)
 
     @property
+    def is_ancestral(self):
+        """Whether this is the mean of the step of the model's own stochastic equation for the prediction: DDPM's posterior."""
+        share = (self.sigma_next / self.sigma) ** 2
+        return all(math.isclose(*pair, abs_tol=1e-4) for pair in ((self.x_factor, share), (self.denoised_factor, 1 - share)))
+
+    @property
     def is_euler(self):
         """Whether this is the step that `euler` returns."""
         return self == Step.euler(self.sigma, self.sigma_next, self.input_scale)
@@ -327,6 +335,7 @@ class _Place:
         is_own = settings.evaluation_point == "paper"
         self.sigma = step.sigma if is_own else step.sigma_next
         self.scale = step.input_scale if is_own else 1.0
+        self._is_mean_of_predictions = settings.evaluation_point == "ahead" and noise is not None
         # What is evaluated ahead stands for an evaluation of the sampler's own, at the latent that its arithmetic gives.
         self._is_sampler_euler = settings.evaluation_point == "ahead" and noise is None and step.is_euler
 
@@ -346,7 +355,9 @@ class _Place:
         return (x_in / self.scale - self._start()).div_(self._step.denoised_factor)
 
     def target(self, x_in, denoised):
-        """Return G(D) = x - sigma eps, for the prediction `denoised` at x_in."""
+        """Return G(D), for the prediction `denoised` at x_in."""
+        if self._is_mean_of_predictions:
+            return denoised
         return self._x - (x_in - denoised) * (self._step.sigma / self.sigma)
 
 

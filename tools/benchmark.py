@@ -342,13 +342,13 @@ class AncestralPath:
 
 
 def stochastic(nodes, repeat):
-    """euler_ancestral corrected ahead, against the solution of its stochastic equation along the same path of noise."""
+    """euler_ancestral as it is added, against the solution of its stochastic equation along the same path of noise."""
     import comfy.sample
     import comfy.samplers
     from comfy.k_diffusion import sampling
 
     builtin, split = Builtin(nodes), 8
-    print(f"\neuler_ancestral, stock → all steps ahead. {device()[1]}; built-in model, float32, batch 8, cfg 3, seeds {SEEDS}.")
+    print(f"\neuler_ancestral, stock → auto. {device()[1]}; built-in model, float32, batch 8, cfg 3, seeds {SEEDS}.")
     print(f"The error to the same path of noise in steps split in {split}.\n")
     table("schedule", "steps", "full precision", "W8A8", "W4A8", "DeepCache 3")
 
@@ -360,7 +360,7 @@ def stochastic(nodes, repeat):
         )
 
     stock, before = comfy.samplers.sampler_object("euler_ancestral"), sampling.default_noise_sampler
-    ahead = nodes["IECSampler"].execute(sampler=stock, lambda_=0.5, max_iterations=1, tolerance=1e-5, **AHEAD).result[0]
+    auto = nodes["IECSampler"].execute(sampler=stock, lambda_=0.5, max_iterations=1, tolerance=1e-5, **AUTO).result[0]
     try:
         for scheduler, steps in itertools.product(("karras", "normal"), (10, 20, 30)):
             sigmas = comfy.samplers.calculate_sigmas(builtin.model.get_model_object("model_sampling"), scheduler, steps)
@@ -369,7 +369,7 @@ def stochastic(nodes, repeat):
             exact = [sampled(builtin.model, stock, path.sigmas, seed) for seed in SEEDS]
             for name in ("full precision", "W8A8", "W4A8", "DeepCache 3"):
                 model = builtin.variant(**VARIANTS[name])
-                runs = [[sampled(model, sampler, sigmas, seed) for seed in SEEDS] for sampler in (stock, ahead)]
+                runs = [[sampled(model, sampler, sigmas, seed) for seed in SEEDS] for sampler in (stock, auto)]
                 cells.append(" → ".join(f"{mean_error(latents, exact):.3f}" for latents in runs))
             row(scheduler, steps, *cells)
     finally:

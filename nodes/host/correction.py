@@ -221,9 +221,10 @@ def resolved(settings, rehearsal, full, other_cache=""):
     """
     if not settings.is_auto:
         return settings, ""
-    has_noise = any(rehearsed.draws for rehearsed in rehearsal.steps)
+    noisy = [rehearsed.step.is_ancestral for rehearsed in rehearsal.steps if rehearsed.draws]
+    noise = "" if not noisy else "ancestral" if all(noisy) else "other"
     why_none = rehearsal.why_no_end_is_known()
-    choice = choose(Situation(tuple(rehearsal.sigmas), rehearsal.known_ends, why_none, has_noise, full, other_cache))
+    choice = choose(Situation(tuple(rehearsal.sigmas), rehearsal.known_ends, why_none, noise, full, other_cache))
     return settings.with_choice(choice), choice.why
 
 

@@ -162,7 +162,9 @@ def test_a_run_that_ends_above_zero_evaluates_nothing_past_its_end(ahead):
 
 
 def test_noise_of_a_step_is_in_what_is_evaluated_ahead(ahead):
-    """euler_ancestral: x' and the latent that the sampler goes on from have the same draw, so that only D differs."""
+    """euler_ancestral: x' and the latent that the sampler goes on from have the same draw, so that only D differs. It is the
+    mean of the predictions before and after the step.
+    """
     guider, seen = ToyGuider("V_PREDICTION", network=bent), []
     sampler, _ = ahead("euler_ancestral")
     sigmas = sigmas_of(6)
@@ -176,6 +178,7 @@ def test_noise_of_a_step_is_in_what_is_evaluated_ahead(ahead):
         corrected, x_next = taken[step][1], taken[step + 1][0]
         predicted = x_next + (1 - down / sigma) * (own[step] - corrected)
         torch.testing.assert_close(guider.calls[step + 1][0], predicted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(corrected, (own[step] + own[step + 1]) / 2, rtol=1e-5, atol=1e-5)
         seen.append((own[step] - corrected).abs().max().item())
     assert min(seen) > 1e-3
 

@@ -1,12 +1,15 @@
 """The samplers as they are added, with `correction_steps` auto: never worse than the stock sampler, and better where it can."""
 
+import contextlib
+import sys
+
 import pytest
 import torch
 from test_ahead import KNOWN_ENDS
 
 AUTO = {"correction_steps": "auto", "lambda_": 0.5, "max_iterations": 1, "tolerance": 1e-5}
 NODES = ("IECKSampler", "IECApply", "IECSampler")
-CORRECTED = ("euler", "ddim")
+CORRECTED = ("euler", "ddim", "euler_ancestral", "ddpm")
 
 
 def default_of(host, node, name):
@@ -47,7 +50,29 @@ def test_every_other_sampler_is_the_stock_sampler(host, sample, model, condition
         assert torch.equal(auto, stock), name
         assert reports[0].choice.startswith("auto corrects nothing: "), name
         assert not any(step.corrected for step in reports[0].steps), name
-    assert "noise" in reports_of(sample, model, KNOWN_ENDS[2]) and "dpm_adaptive" in reports_of(sample, model, "dpm_adaptive")
+    assert "dpm_adaptive" in reports_of(sample, model, "dpm_adaptive")
+
+
+@pytest.mark.filterwarnings("ignore:Should have t")
+def test_which_samplers_it_corrects(host):
+    """From 10 steps on: those that take Euler's step, or that of the model's own stochastic equation, and no other."""
+    import comfy.samplers
+
+    place = host.nodes["IECSampler"].__module__.removesuffix("correct") + "host."
+    rehearsal, correction = (sys.modules[place + module] for module in ("rehearsal", "correction"))
+    settings, sigmas = (
+        sys.modules[place.removesuffix("nodes.host.") + "iec_core.correction"].CorrectionSettings.parse("auto"),
+        tuple(3.0 - step / 4 for step in range(13)),
+    )
+    choices = {}
+    for name in set(comfy.samplers.KSampler.SAMPLERS) - {name for name in KNOWN_ENDS if name in CORRECTED}:
+        with contextlib.suppress(rehearsal.CannotRehearse):
+            choices[name] = correction.resolved(settings, rehearsal.rehearse_by_name(name, sigmas), None)
+    assert len(choices) > 20 and "another way than euler_ancestral" in choices["lcm"][1]
+    assert all(chosen.is_off for chosen, _ in choices.values())
+    for name in CORRECTED:
+        chosen, _ = correction.resolved(settings, rehearsal.rehearse_by_name(name, sigmas), None)
+        assert (chosen.steps.numbers, chosen.evaluation_point) == (tuple(range(11)), "ahead"), name
 
 
 def reports_of(sample, model, name):

@@ -19,6 +19,7 @@ def sigmas_of(steps):
 def test_a_sampler_of_one_prediction_is_corrected_ahead_wherever_it_can_be():
     assert chosen(Situation(sigmas_of(12), frozenset(range(11)))) == (list(range(11)), "ahead")
     assert chosen(Situation(sigmas_of(12), frozenset({1, 3}))) == ([1, 3], "ahead")
+    assert chosen(Situation(sigmas_of(12), frozenset({1, 3}), noise="ancestral")) == ([1, 3], "ahead")
 
 
 def test_behind_a_cache_the_step_before_each_full_one_is():
@@ -39,7 +40,7 @@ def test_steps_to_less_than_a_quarter_of_their_sigma_are_left_alone(first):
     ("situation", "reason"),
     [
         (Situation(sigmas_of(12), why_none="steps with its earlier predictions too"), "the sampler steps with its earlier"),
-        (Situation(sigmas_of(12), frozenset(range(11)), has_noise=True), "noise"),
+        (Situation(sigmas_of(12), frozenset(range(11)), noise="other"), "the sampler adds noise in another way"),
         (Situation(sigmas_of(9), frozenset(range(8))), "fewer than 10 steps"),
         (Situation(sigmas_of(12)[::-1], frozenset(range(11))), "the schedule goes up"),
         (Situation((*sigmas_of(12)[:-1], 0.5, 0.2, 0.0), frozenset(range(13))), "the schedule goes up"),
