@@ -98,10 +98,12 @@ def _why_harmful(run, moves, bias):
     if run.evaluation_point == "ahead" or run.has_wide_cache:
         return None
     is_large = bias >= LARGE_BIAS
-    if run.is_exact and (run.is_higher_order or (run.leads_away and is_large)):
+    # Small ones raised the small error of samplers of higher order too, but on the flow model lowered it.
+    counts = is_large or (run.is_scaled and run.full is None)
+    if run.is_exact and ((run.is_higher_order and counts) or (run.leads_away and is_large)):
         order = ", and the sampler is of higher order by itself" if run.is_higher_order else ""
         return f"this MODEL is neither quantized nor cached{order}, so that a correction has nothing to take back"
-    if run.has_history and (is_large or run.full is None):
+    if run.has_history and counts:
         step = max(moves, key=lambda step: abs(run.gains[step]))
         multiplied = f"by {abs(run.gains[step]):.1f} in step {step}"
         return (

@@ -57,7 +57,7 @@ def correction_inputs():
             tooltip="Where a step's result is evaluated again; correction_steps auto chooses its own. paper: at the step's own "
             "timestep. next: at the timestep that it belongs to (Heun's rule at lambda 0.5, one iteration); the last step, "
             "which ends at no noise, has none. ahead: as next, and it is the next step's own evaluation too, so that one "
-            "iteration costs nothing; for euler and ddim.",
+            "iteration costs nothing; for euler, ddim, euler_ancestral, ddpm.",
         ),
         io.Combo.Input(
             "lambda_mode",

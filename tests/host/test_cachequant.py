@@ -16,7 +16,7 @@ def calibrate(host, model, conditioning):
     def run(source=None, **settings):
         inputs = {
             "positive": conditioning[0], "negative": conditioning[1], "latent_image": {"samples": torch.zeros(2, 3, 16, 16)},
-            **SAMPLING, "runs": 1, "interval": INTERVAL, "branch": 0, **settings,
+            **SAMPLING, "runs": 1, "interval": INTERVAL, "branch": 0, "forecast": "hold", **settings,
         }  # fmt: skip
         return host.run("IECCalibrateCacheQuant", model=source or model, **inputs)[0]
 
@@ -115,7 +115,7 @@ def test_calibrated_is_nearer_to_full_precision(host, calibrate, sample, model, 
     profile = calibrate(runs=2, forecast=forecast)
     exact = sample(model, **settings)
     calibrated = sample(host.run("IECCacheQuant", model=model, profile=profile)[0], **settings)
-    uniform = sample(host.run("IECDeepCache", model=model, interval=INTERVAL, branch=0)[0], **settings)
+    uniform = sample(host.run("IECDeepCache", model=model, interval=INTERVAL, branch=0, forecast="hold")[0], **settings)
     assert len(profile.full_steps) == STEPS // INTERVAL
     assert relative(calibrated, exact) < {"hold": 0.9, "linear": 0.7}[forecast] * relative(uniform, exact)
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-PROMPTS = 200
+PROMPTS = 120
 STEPS = 4
 SIZES, BATCHES, LORAS = (16, 32, 48), (1, 2), (False, True)
 CACHES = {

@@ -46,6 +46,7 @@ def test_the_papers_rule_is_warned_of_with_the_sum_and_the_step_that_does_most()
         ([0.2, 0.2], {"evaluation_point": "ahead"}),
         ([0.2, 0.2], {"evaluation_point": "paper", "is_scaled": False}),  # a flow model, where it was measured to help
         ([0.2, 0.2], {"evaluation_point": "paper", "is_scaled": False, "is_exact": True}),
+        ([0.02, 0.02], {"evaluation_point": "next", "is_scaled": False, "gains": (1.0, *[1.5] * 11)}),
         ([0.2, 0.2], {"evaluation_point": "paper", "full": [0, 5, 10]}),  # behind a wide cache the paper's rule helped
         ([0.2, 0.2], {"evaluation_point": "paper", "full": [0, 1, 7]}),  # its last full step is the 8th of 12
         ([0.2, 0.2], {"evaluation_point": "next", "is_exact": True}),  # makes up for coarse steps
@@ -84,6 +85,7 @@ def test_history_is_warned_of_at_any_size_but_behind_a_cache():
     assert "by 1.5 in step 1), which moves the result by about 3%" in said
     assert bias_warning(run([0.01, 0.01]), CorrectedRun("next", gains, full=[0, 3, 6, 9])) is None
     assert bias_warning(run([0.1, 0.1]), CorrectedRun("next", gains, full=[0, 3, 6, 9])) is not None
+    assert bias_warning(run([0.1, 0.1]), CorrectedRun("next", gains, is_scaled=False)) is not None
 
 
 def test_a_model_with_nothing_to_correct():
