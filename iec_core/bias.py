@@ -25,15 +25,15 @@ LEAST_BIAS = 0.002
 @dataclass(frozen=True)
 class CorrectedRun:
     """What is known of a run that was sampled. evaluation_point: of its corrections. gains: by how much each step of the run
-    multiplies a change of its prediction, 1 where the sampler has no history. is_higher_order: whether the sampler is of higher
-    order by itself, by history or by further evaluations. is_scaled: whether the network's input is scaled by the noise level.
+    multiplies a change of its prediction, 1 where the sampler has no history. evaluates_more_than_once: whether it does in a
+    step. is_scaled: whether the network's input is scaled by the noise level.
     full: the steps that a cache of this pack evaluates in full, None without one. is_exact: whether the MODEL is known to have
     no error that a correction could be for.
     """
 
     evaluation_point: str
     gains: tuple[float, ...]
-    is_higher_order: bool = False
+    evaluates_more_than_once: bool = False
     is_scaled: bool = True
     full: list | None = None
     is_exact: bool = False
@@ -47,6 +47,11 @@ class CorrectedRun:
     def has_history(self):
         """Whether the sampler multiplies what a correction changes."""
         return any(abs(gain - 1) > 0.05 for gain in self.gains)
+
+    @property
+    def is_higher_order(self):
+        """Whether the sampler is of higher order by itself."""
+        return self.has_history or self.evaluates_more_than_once
 
     def net_gain(self, step):
         """Return by how much a change of a step's prediction is multiplied in this step and, against it, the next: a step with
@@ -98,18 +103,23 @@ def _why_harmful(run, moves, bias):
     if run.evaluation_point == "ahead" or run.has_wide_cache:
         return None
     is_large = bias >= LARGE_BIAS
-    # Small ones raised the small error of samplers of higher order too, but on the flow model lowered it.
-    counts = is_large or (run.is_scaled and run.full is None)
-    if run.is_exact and ((run.is_higher_order and counts) or (run.leads_away and is_large)):
-        order = ", and the sampler is of higher order by itself" if run.is_higher_order else ""
+    # A sampler of higher order has a small error itself: a small bias raised it too, but not that of a flow model.
+    at_any_size = run.is_scaled and run.full is None and (run.has_history or run.is_exact)
+    by_order = run.is_higher_order and (run.is_scaled or run.has_history) and (is_large or at_any_size)
+    if not by_order and not (run.leads_away and is_large):
+        return None
+    if run.is_exact:
+        order = ", and the sampler is of higher order by itself" if by_order else ""
         return f"this MODEL is neither quantized nor cached{order}, so that a correction has nothing to take back"
-    if run.has_history and counts:
+    if by_order and run.has_history:
         step = max(moves, key=lambda step: abs(run.gains[step]))
-        multiplied = f"by {abs(run.gains[step]):.1f} in step {step}"
         return (
-            f"this sampler extrapolates from its last predictions, and so multiplies what a correction changes ({multiplied})"
+            "this sampler extrapolates from its last predictions, and so multiplies what a correction changes (by "
+            f"{abs(run.gains[step]):.1f} in step {step})"
         )
-    return "a correction at evaluation_point paper has an error of its own" if run.leads_away and is_large else None
+    if run.leads_away:
+        return "a correction at evaluation_point paper has an error of its own"
+    return "this sampler is of higher order by itself, and loses that by a correction"
 
 
 def _where(steps, moves):

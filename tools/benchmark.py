@@ -289,7 +289,7 @@ def caches(nodes, architecture):
             row(sampler + (", auto" if correction else ""), steps, interval, *cells)
 
 
-def calibrated(nodes, architecture, samplers=("euler", "dpmpp_2m_sde")):
+def calibrated(nodes, architecture, samplers=("euler", "euler_ancestral")):
     """What a calibrated cache should go by: the last feature or the last two, on which schedule."""
     builtin, scheduler, steps = Builtin(nodes, architecture), "simple" if architecture == "transformer" else "karras", 20
     kinds = list(itertools.product(("uniform", "dps"), ("hold", "linear")))

@@ -171,7 +171,7 @@ class CorrectedDenoiser(CountedDenoiser):
         run = CorrectedRun(
             self._settings.evaluation_point,
             tuple(step.gain for step in rehearsed.steps),
-            rehearsed.has_history or rehearsed.evaluates_more_than_once,
+            rehearsed.evaluates_more_than_once,
             any(rehearsed.steps[step].step.input_scale != 1 for step in self._corrected),
             self._full,
             network is not None and is_exact(network, self._model_options),

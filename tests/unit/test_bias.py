@@ -47,11 +47,13 @@ def test_the_papers_rule_is_warned_of_with_the_sum_and_the_step_that_does_most()
         ([0.2, 0.2], {"evaluation_point": "paper", "is_scaled": False}),  # a flow model, where it was measured to help
         ([0.2, 0.2], {"evaluation_point": "paper", "is_scaled": False, "is_exact": True}),
         ([0.02, 0.02], {"evaluation_point": "next", "is_scaled": False, "gains": (1.0, *[1.5] * 11)}),
+        ([0.2, 0.2], {"evaluation_point": "next", "is_scaled": False, "is_exact": True, "evaluates_more_than_once": True}),
+        ([0.02, 0.02], {"evaluation_point": "next", "evaluates_more_than_once": True}),
         ([0.2, 0.2], {"evaluation_point": "paper", "full": [0, 5, 10]}),  # behind a wide cache the paper's rule helped
         ([0.2, 0.2], {"evaluation_point": "paper", "full": [0, 1, 7]}),  # its last full step is the 8th of 12
         ([0.2, 0.2], {"evaluation_point": "next", "is_exact": True}),  # makes up for coarse steps
         ([0.02, 0.02], {"evaluation_point": "paper", "is_exact": True}),
-        ([0.0005, 0.0005], {"evaluation_point": "next", "is_exact": True, "is_higher_order": True}),
+        ([0.0005, 0.0005], {"evaluation_point": "next", "is_exact": True, "evaluates_more_than_once": True}),
         ([0.2, 0.2], {"evaluation_point": "next", "gains": (1.0, *[1.5] * 11), "full": [0, 5, 10]}),
     ],
 )
@@ -61,7 +63,7 @@ def test_what_is_not_warned_of(moves, about):
 
 def test_a_run_that_corrects_nothing():
     steps = [StepReport(number, 2.0, 1.0, False) for number in range(3)]
-    assert bias_warning(steps, CorrectedRun("paper", (1.0, 1.5, 1.0), is_higher_order=True, is_exact=True)) is None
+    assert bias_warning(steps, CorrectedRun("paper", (1.0, 1.5, 1.0), evaluates_more_than_once=True, is_exact=True)) is None
 
 
 def test_a_narrow_cache_changes_nothing():
@@ -94,6 +96,15 @@ def test_a_model_with_nothing_to_correct():
         "this MODEL is neither quantized nor cached, so that a correction has nothing to take back, which moves"
     )
     assert "by about 8%" in said
-    said = bias_warning(run([0.004, 0.004]), CorrectedRun("next", FLAT, is_exact=True, is_higher_order=True))
+    said = bias_warning(run([0.004, 0.004]), CorrectedRun("next", FLAT, is_exact=True, evaluates_more_than_once=True))
     assert "nor cached, and the sampler is of higher order by itself, so" in said
-    assert bias_warning(run([0.01, 0.01]), CorrectedRun("ahead", FLAT, is_exact=True, is_higher_order=True)) is None
+    assert bias_warning(run([0.01, 0.01]), CorrectedRun("ahead", FLAT, is_exact=True, evaluates_more_than_once=True)) is None
+
+
+def test_a_sampler_of_several_evaluations_a_step():
+    said = bias_warning(run([0.05, 0.05]), CorrectedRun("next", FLAT, evaluates_more_than_once=True))
+    assert said.startswith(
+        "this sampler is of higher order by itself, and loses that by a correction, which moves the result by"
+    )
+    said = bias_warning(run([0.05, 0.05]), CorrectedRun("paper", FLAT, evaluates_more_than_once=True))
+    assert said.startswith("a correction at evaluation_point paper has an error of its own")
