@@ -26,9 +26,8 @@ LEAST_BIAS = 0.002
 class CorrectedRun:
     """What is known of a run that was sampled. evaluation_point: of its corrections. gains: by how much each step of the run
     multiplies a change of its prediction, 1 where the sampler has no history. evaluates_more_than_once: whether it does in a
-    step. is_scaled: whether the network's input is scaled by the noise level.
-    full: the steps that a cache of this pack evaluates in full, None without one. is_exact: whether the MODEL is known to have
-    no error that a correction could be for.
+    step. is_scaled: whether the network's input is scaled by the noise level. full: the steps that a cache of this pack
+    evaluates in full, None without one. is_exact: whether the MODEL is known to have no error that a correction could be for.
     """
 
     evaluation_point: str

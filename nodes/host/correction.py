@@ -167,6 +167,12 @@ class CorrectedDenoiser(CountedDenoiser):
 
     def _warn(self):
         """Add to the report what the corrections did by themselves, and a warning of too much; log its warnings."""
+        if self._corrected:
+            self._tell_bias()
+        for warning in self._report.warnings:
+            logging.warning(f"[ComfyUI-IEC] {warning}")
+
+    def _tell_bias(self):
         rehearsed, network = self._rehearsal, getattr(self._model.inner_model.inner_model, "diffusion_model", None)
         run = CorrectedRun(
             self._settings.evaluation_point,
@@ -179,8 +185,6 @@ class CorrectedDenoiser(CountedDenoiser):
         self._report.moved = float(f"{moved_in_all(self._report.steps, run):.3g}")
         if warning := bias_warning(self._report.steps, run):
             self._report.warnings.append(f"{self._report.label}: {warning}")
-        for warning in self._report.warnings:
-            logging.warning(f"[ComfyUI-IEC] {warning}")
 
 
 def _departed():
