@@ -376,6 +376,7 @@ def test_demo_makes_what_it_promises(tmp_path):
     variants = ["full precision", "W8A8", "W4A8", "DeepCache 5", "W8A8 + DeepCache 5"]
     corrections = [["none", "2"], ["auto", "2"], ["ends:1/10", "4"], ["all next", "3"]]
     expected = [["heun", "none", "3"], *([variant, *correction] for variant in variants for correction in corrections)]
+    expected.remove(["full precision", "all next", "3"])  # which is heun
     assert [row[:3] for row in rows[1:]] == expected
     printed = [re.split(" {2,}", line) for line in done.stdout.splitlines()]
     assert all(row in printed for row in rows)
