@@ -186,7 +186,7 @@ def test_quick_start_runs_as_it_is(host):
     assert [picture.shape for picture in pictures] == [(256, 256, 3)] * 4
     assert all(picture.std() > 20 for picture in pictures)
     report = json.loads(outputs[of_type(workflow, "IECReport")]["text"][0])
-    assert (report[0]["label"], report[0]["nfe"]) == ("W8A8 + DeepCache 3", 32)
+    assert (report[0]["label"], report[0]["nfe"]) == ("W8A8 + DeepCache 2", 24)
 
 
 def test_inpainting_draws_in_the_masked_half_alone(host):
