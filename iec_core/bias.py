@@ -12,6 +12,7 @@ itself.) What the steps do is summed up as if it all pointed one way. docs/bench
 has the estimate beside what was measured.
 """
 
+import itertools
 from dataclasses import dataclass
 
 # From here on the paper's rule raised the error of a first-order sampler in most rows, and below in none; twice what 8 bits do.
@@ -61,8 +62,8 @@ class CorrectedRun:
     @property
     def has_wide_cache(self):
         """Whether a cache goes on for WIDE_CACHE steps or more without a full one."""
-        full = [] if self.full is None else sorted(self.full)
-        return any(then - here >= WIDE_CACHE for here, then in zip(full, [*full[1:], len(self.gains)]))
+        ends = [] if self.full is None else [*sorted(self.full), len(self.gains)]
+        return any(then - here >= WIDE_CACHE for here, then in itertools.pairwise(ends))
 
 
 def moved_by(step, gain=1.0):
@@ -89,7 +90,8 @@ def bias_warning(steps, run):
 
     steps: the run's StepReports.
     """
-    moves, bias = _moves(steps, run), moved_in_all(steps, run)
+    moves = _moves(steps, run)
+    bias = sum(moves.values())
     reason = _why_harmful(run, moves, bias) if bias >= LEAST_BIAS else None
     if reason is None:
         return None
