@@ -15,18 +15,24 @@ from . import (
     quantize,
     report,
 )
+from .host.events import running_server
+from .host.inputs import refuse_unfit_values
 from .host.step_plan import serve_step_plans
+
+QUANTIZATION = quantize, quantization_profile, quantization_report
+MODULES = correct, *QUANTIZATION, deepcache, cachequant, builtin, compare, pictures, report, contraction
+NODES = [node for module in MODULES for node in module.NODES]
 
 
 class IECExtension(ComfyExtension):
     """Every node of the pack."""
 
     async def get_node_list(self):
-        quantization = quantize, quantization_profile, quantization_report
-        modules = correct, *quantization, deepcache, cachequant, builtin, compare, pictures, report, contraction
-        return [node for module in modules for node in module.NODES]
+        return NODES
 
 
 async def comfy_entrypoint():
-    serve_step_plans()
+    if server := running_server():
+        serve_step_plans(server)
+        refuse_unfit_values(server, {node.define_schema().node_id: node for node in NODES})
     return IECExtension()

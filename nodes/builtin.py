@@ -5,12 +5,13 @@ from comfy_api.latest import io
 
 from ..iec_core.choices import unknown_choice
 from .host.builtin_model import ARCHITECTURES, class_conditioning, load_builtin_model
+from .host.inputs import CheckedNode, known_values
 from .host.schema import schema
 
 PRECISIONS = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class IECLoadBuiltinModel(io.ComfyNode):
+class IECLoadBuiltinModel(CheckedNode):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -39,12 +40,13 @@ class IECLoadBuiltinModel(io.ComfyNode):
         )
 
     @classmethod
+    @known_values
     def validate_inputs(cls, precision=None, architecture=None):
         bad = unknown_choice(PRECISIONS, precision=precision) or unknown_choice(ARCHITECTURES, architecture=architecture)
         return bad or True
 
     @classmethod
-    def execute(cls, precision, architecture="unet"):
+    def run(cls, precision, architecture="unet"):
         return io.NodeOutput(load_builtin_model(PRECISIONS[precision], architecture))
 
 
@@ -53,7 +55,7 @@ def split_labels(labels):
     return [name for part in labels.split(",") if (name := " ".join(part.lower().split()))]
 
 
-class IECClassLabel(io.ComfyNode):
+class IECClassLabel(CheckedNode):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -74,6 +76,7 @@ class IECClassLabel(io.ComfyNode):
         )
 
     @classmethod
+    @known_values
     def validate_inputs(cls, labels=None):
         try:
             labels is None or class_conditioning(split_labels(labels))
@@ -82,7 +85,7 @@ class IECClassLabel(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, labels):
+    def run(cls, labels):
         return io.NodeOutput(class_conditioning(split_labels(labels)))
 
 

@@ -8,6 +8,7 @@ from ..iec_core.choices import unknown_choice
 from .calibration import profile_name_input, run_inputs, sampling_of, taken_prompts, wrong_run_choice
 from .host.cachequant import apply_profile, calibrate
 from .host.caching import CORRECTION_PASSES
+from .host.inputs import CheckedNode, known_values
 from .host.profiles import PROFILES
 from .host.schema import schema
 from .types import CacheProfileSocket
@@ -33,7 +34,7 @@ def full_steps_output():
     )
 
 
-class IECCalibrateCacheQuant(io.ComfyNode):
+class IECCalibrateCacheQuant(CheckedNode):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -97,6 +98,7 @@ class IECCalibrateCacheQuant(io.ComfyNode):
         )
 
     @classmethod
+    @known_values
     def validate_inputs(cls, sampler_name=None, scheduler=None, schedule=None, forecast=None):
         try:
             schedule is None or parse_calibrated_schedule(schedule)
@@ -106,7 +108,7 @@ class IECCalibrateCacheQuant(io.ComfyNode):
         return wrong or unknown_choice(CALIBRATED_FORECASTS, forecast=forecast) or True
 
     @classmethod
-    def execute(
+    def run(
         cls, model, negative, latent_image, seed, runs, interval, branch, schedule="dps", forecast="linear",
         correct_consumer=False, full_precision=None, **more,
     ):  # fmt: skip
@@ -128,7 +130,7 @@ class IECCalibrateCacheQuant(io.ComfyNode):
         return io.NodeOutput(profile, profile.full_steps_text)
 
 
-class IECSaveCacheProfile(io.ComfyNode):
+class IECSaveCacheProfile(CheckedNode):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -146,15 +148,16 @@ class IECSaveCacheProfile(io.ComfyNode):
         )
 
     @classmethod
+    @known_values
     def validate_inputs(cls, name=None):
         return PROFILES.wrong_name(name) or True
 
     @classmethod
-    def execute(cls, profile, name):
+    def run(cls, profile, name):
         return io.NodeOutput(profile, ui={"text": [PROFILES.write(name, profile.save)]})
 
 
-class IECLoadCacheProfile(io.ComfyNode):
+class IECLoadCacheProfile(CheckedNode):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -171,6 +174,7 @@ class IECLoadCacheProfile(io.ComfyNode):
         )
 
     @classmethod
+    @known_values
     def validate_inputs(cls, profile_name=None):
         return PROFILES.missing(profile_name=profile_name) or True
 
@@ -179,12 +183,12 @@ class IECLoadCacheProfile(io.ComfyNode):
         return PROFILES.changed(profile_name)
 
     @classmethod
-    def execute(cls, profile_name):
+    def run(cls, profile_name):
         profile = PROFILES.read("profile_name", profile_name, CacheProfile.load)
         return io.NodeOutput(profile, profile.full_steps_text)
 
 
-class IECCacheQuant(io.ComfyNode):
+class IECCacheQuant(CheckedNode):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -208,11 +212,12 @@ class IECCacheQuant(io.ComfyNode):
         )
 
     @classmethod
+    @known_values
     def validate_inputs(cls, correction_pass=None):
         return unknown_choice(CORRECTION_PASSES, correction_pass=correction_pass) or True
 
     @classmethod
-    def execute(cls, model, profile, correction_pass="refresh"):
+    def run(cls, model, profile, correction_pass="refresh"):
         return io.NodeOutput(apply_profile(model, profile, correction_pass))
 
 

@@ -9,6 +9,8 @@ from comfy_api.latest import io
 
 from ..iec_core.metrics import psnr, relative_error
 from . import grids, plots
+from .correct import after_input, check_is_done
+from .host.inputs import CheckedNode
 from .host.schema import schema
 from .types import Report, as_image, shown_on
 
@@ -16,7 +18,7 @@ COLUMNS = ("variant", "correction_steps", "NFE", "seconds", "relative_error", "P
 MORE = ("more", *(f"more_{number}" for number in range(2, 8)))  # what a Join Reports (IEC) takes after the first reports
 
 
-class IECJoinReports(io.ComfyNode):
+class IECJoinReports(CheckedNode):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -29,13 +31,17 @@ class IECJoinReports(io.ComfyNode):
             inputs=[
                 Report.Input("reports", tooltip="The first reports; the very first run is the reference of a comparison."),
                 *(Report.Input(name, optional=name != MORE[0], tooltip="The reports that follow.") for name in MORE),
+                after_input("a report"),
             ],
             outputs=[Report.Output(display_name="reports", tooltip="All reports, in order.")],
         )
 
     @classmethod
-    def execute(cls, reports, **more):
-        return io.NodeOutput([*reports, *itertools.chain.from_iterable(more.get(name) or () for name in MORE)])
+    def run(cls, reports, after=None, **more):
+        given = {"reports": reports, **{name: more[name] for name in MORE if more.get(name) is not None}}
+        for option, found in given.items():
+            check_is_done(option, found, after)
+        return io.NodeOutput([*itertools.chain.from_iterable(given.values())])
 
 
 def trajectory_error(report, reference):
@@ -59,8 +65,14 @@ def check_reports(reports, least=1):
             "join the reports of several KSampler (IEC) with Join Reports (IEC)."
         )
     for report in reports:
+        if report.keep_latents and not report.latents:
+            raise ValueError(
+                f"reports: the run '{report.label}' took no steps, as with denoise 0; compare runs that take some."
+            )
         if report.result is None or not report.latents:
-            raise ValueError(f"reports: the run '{report.label}' kept no latents; set keep_latents on its IECKSampler.")
+            raise ValueError(
+                f"reports: the run '{report.label}' kept no latents; only a KSampler (IEC) can, with keep_latents."
+            )
         if report.latents[-1].shape != reports[0].latents[-1].shape:
             raise ValueError(
                 f"reports: the run '{report.label}' has latents of shape {tuple(report.latents[-1].shape)}, the reference "
@@ -111,7 +123,7 @@ def as_csv(lines):
     return out.getvalue()
 
 
-class IECCompare(io.ComfyNode):
+class IECCompare(CheckedNode):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -135,7 +147,7 @@ class IECCompare(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, reports, vae):
+    def run(cls, reports, vae):
         check_reports(reports)
         images = decoded(reports, vae)
         grid = as_image(grids.image_grid([(name, batch.numpy()) for name, batch in zip(captions(reports), images)]))

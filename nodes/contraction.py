@@ -6,36 +6,14 @@ from comfy_api.latest import io
 from ..iec_core.choices import unknown_choice
 from . import plots
 from .host.contraction import probe_contraction
+from .host.inputs import CheckedNode, known_values
 from .host.schema import schema
 from .types import as_image, shown_on
 
-# Bounds of what has none at the host when it comes over a link.
-BOUNDS = {
-    "steps": (1, 10000),
-    "cfg": (0.0, 100.0),
-    "denoise": (0.0, 1.0),
-    "every": (1, 10000),
-    "iterations": (2, 200),
-    "tolerance": (1e-4, 0.5),
-    "perturbation": (1e-5, 1.0),
-}
 
-
-def wrong_number(**values):
-    """Return the sentence for the first of `values` that is outside its bounds, else None; None comes over a link."""
-    for name, value in values.items():
-        low, high = BOUNDS[name]
-        if isinstance(value, (int, float)) and not low <= value <= high:
-            return f"{name}: {value} is outside {low:g} to {high:g}."
-    return None
-
-
-class IECContractionProbe(io.ComfyNode):
+class IECContractionProbe(CheckedNode):
     @classmethod
     def define_schema(cls):
-        def number(name):
-            return {"min": BOUNDS[name][0], "max": BOUNDS[name][1]}
-
         return schema(
             node_id="IECContractionProbe",
             display_name="Contraction Probe (IEC)",
@@ -54,11 +32,9 @@ class IECContractionProbe(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="The seed of the run's noise, and of the directions that are tried.",
                 ),
-                io.Int.Input(
-                    "steps", default=20, **number("steps"), tooltip="The number of Euler (DDIM) steps, as you sample."
-                ),
+                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="The number of Euler (DDIM) steps, as you sample."),
                 io.Float.Input(
-                    "cfg", default=8.0, **number("cfg"), step=0.1, round=0.01, tooltip="Guidance scale, as you sample."
+                    "cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Guidance scale, as you sample."
                 ),
                 io.Combo.Input(
                     "scheduler",
@@ -71,25 +47,28 @@ class IECContractionProbe(io.ComfyNode):
                     "latent_image", tooltip="The latent image to denoise. Each image of a batch has norms of its own."
                 ),
                 io.Float.Input(
-                    "denoise", default=1.0, **number("denoise"), step=0.01, tooltip="Share of the denoising that is done."
+                    "denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Share of the denoising that is done."
                 ),
                 io.Int.Input(
                     "every",
                     default=1,
-                    **number("every"),
+                    min=1,
+                    max=10000,
                     tooltip="Measure every n-th step, from the first; the steps between get the suggestion before them.",
                 ),
                 io.Int.Input(
                     "iterations",
                     default=24,
-                    **number("iterations"),
+                    min=2,
+                    max=200,
                     tooltip="Products with the Jacobian and its transpose at most, twice for each measured step. More are "
                     "needed where norms do not converge.",
                 ),
                 io.Float.Input(
                     "tolerance",
                     default=0.02,
-                    **number("tolerance"),
+                    min=1e-4,
+                    max=0.5,
                     step=0.001,
                     round=False,
                     tooltip="Relative error at which a norm counts as converged.",
@@ -97,7 +76,8 @@ class IECContractionProbe(io.ComfyNode):
                 io.Float.Input(
                     "perturbation",
                     default=0.01,
-                    **number("perturbation"),
+                    min=1e-5,
+                    max=1.0,
                     step=0.001,
                     round=False,
                     tooltip="Size of the changes by which the true map, roundings and all, is seen: a share of the latent's "
@@ -114,24 +94,15 @@ class IECContractionProbe(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls, steps=None, cfg=None, scheduler=None, denoise=None, every=None, iterations=None, tolerance=None, perturbation=None
-    ):
-        wrong = unknown_choice(comfy.samplers.KSampler.SCHEDULERS, scheduler=scheduler)
-        wrong = wrong or wrong_number(
-            steps=steps, cfg=cfg, denoise=denoise, every=every, iterations=iterations, tolerance=tolerance,
-            perturbation=perturbation,
-        )  # fmt: skip
-        return wrong or True
+    @known_values
+    def validate_inputs(cls, scheduler=None):
+        return unknown_choice(comfy.samplers.KSampler.SCHEDULERS, scheduler=scheduler) or True
 
     @classmethod
-    def execute(
+    def run(
         cls, model, seed, steps, cfg, scheduler, positive, negative, latent_image, denoise=1.0, every=1, iterations=24,
         tolerance=0.02, perturbation=0.01,
     ):  # fmt: skip
-        wrong = cls.validate_inputs(steps, cfg, scheduler, denoise, every, iterations, tolerance, perturbation)
-        if wrong is not True:
-            raise ValueError(wrong)
         sampling = {"steps": steps, "cfg": cfg, "scheduler": scheduler, "denoise": denoise}
         report = probe_contraction(
             model, positive, negative, latent_image, seed, sampling, every, iterations, tolerance, perturbation

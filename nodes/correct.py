@@ -10,6 +10,7 @@ from ..iec_core.correction import EVALUATION_POINTS, LAMBDA_MODES, CorrectionSet
 from ..iec_core.report import RunReport
 from ..iec_core.schedule import FORMS
 from .host.correction import apply_correction, check_sampler, with_correction
+from .host.inputs import CheckedNode, known_values
 from .host.schema import schema
 from .types import Report
 
@@ -107,16 +108,41 @@ class RunLog(list):
         return self[-1]
 
 
+def after_input(option):
+    """Return the input that lets a node wait for the runs of the report at its input `option`."""
+    return io.Latent.Input(
+        "after",
+        optional=True,
+        tooltip=f"With Apply IEC and IEC Sampler: the latent of the last sampler that {option} is of, so that it is read after "
+        "the run. KSampler (IEC) needs none.",
+    )
+
+
+def check_is_done(option, report, after):
+    """Raise ValueError where the runs of the report at the input `option` are still to come, or were in another prompt.
+
+    after: what came in at `after_input`.
+    """
+    if isinstance(report, RunLog) and after is None:
+        raise ValueError(
+            f"{option}: it is of runs that come later; wire the latent of the last sampler that it is about into 'after', so "
+            "that it is read when that is done."
+        )
+    if not report:
+        raise ValueError(
+            f"{option}: none of its runs was in this prompt; wire the latent of a sampler that it is about into 'after', and "
+            "change the seed if that sampler is done already."
+        )
+
+
 def check(
     correction_steps=None, lambda_=None, evaluation_point=None, lambda_mode=None, lambdas=None, total=None, sampler_name=None
 ):  # fmt: skip
     """Return True, or the sentence for a wrong value. A value that is None comes over a link and is not known yet.
 
     The bounds of max_iterations and tolerance are the host's to check: it shows our sentence at every input that is named
-    in `validate_inputs`, and leaves those inputs to us altogether. What is no number where it has to be one is the host's
-    too.
+    in `validate_inputs`.
     """
-    lambda_ = lambda_ if isinstance(lambda_, (int, float)) else None
     given = {
         "correction_steps": correction_steps,
         "lambda_": lambda_,
@@ -126,7 +152,7 @@ def check(
     }
     try:
         settings = CorrectionSettings.parse(**{name: value for name, value in given.items() if value is not None})
-        if isinstance(total, int):
+        if total is not None:
             settings.steps.of(total)
             settings.check_lambdas(total)
         if sampler_name is not None:
@@ -136,7 +162,7 @@ def check(
     return True
 
 
-class IECKSampler(io.ComfyNode):
+class IECKSampler(CheckedNode):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -204,12 +230,11 @@ class IECKSampler(io.ComfyNode):
         )
 
     @classmethod
+    @known_values
     def validate_inputs(
         cls, steps=None, sampler_name=None, scheduler=None, correction_steps=None, lambda_=None, evaluation_point=None,
         lambda_mode=None, lambdas=None,
     ):  # fmt: skip
-        if isinstance(steps, int) and not 1 <= steps <= 10000:
-            return f"steps: {steps} is outside 1 to 10000."
         known = comfy.samplers.KSampler
         wrong_choice = unknown_choice(known.SAMPLERS, sampler_name=sampler_name)
         wrong_choice = wrong_choice or unknown_choice(known.SCHEDULERS, scheduler=scheduler)
@@ -218,7 +243,7 @@ class IECKSampler(io.ComfyNode):
         return wrong_choice or check(correction_steps, lambda_, evaluation_point, lambda_mode, lambdas, total, sampler_name)
 
     @classmethod
-    def execute(
+    def run(
         cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise,
         correction_steps, lambda_, max_iterations, tolerance, evaluation_point="paper", lambda_mode="fixed", label="",
         keep_latents=False, lambdas="",
@@ -235,7 +260,7 @@ class IECKSampler(io.ComfyNode):
         return io.NodeOutput(latent, [report])
 
 
-class IECApply(io.ComfyNode):
+class IECApply(CheckedNode):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -254,17 +279,18 @@ class IECApply(io.ComfyNode):
         )
 
     @classmethod
+    @known_values
     def validate_inputs(cls, correction_steps=None, lambda_=None, evaluation_point=None, lambda_mode=None, lambdas=None):
         return check(correction_steps, lambda_, evaluation_point, lambda_mode, lambdas)
 
     @classmethod
-    def execute(cls, model, **settings):
+    def run(cls, model, **settings):
         settings = CorrectionSettings.parse(**settings)
         runs = RunLog(settings)
         return io.NodeOutput(apply_correction(model, settings, runs.begin), runs)
 
 
-class IECSampler(io.ComfyNode):
+class IECSampler(CheckedNode):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -283,11 +309,12 @@ class IECSampler(io.ComfyNode):
         )
 
     @classmethod
+    @known_values
     def validate_inputs(cls, correction_steps=None, lambda_=None, evaluation_point=None, lambda_mode=None, lambdas=None):
         return check(correction_steps, lambda_, evaluation_point, lambda_mode, lambdas)
 
     @classmethod
-    def execute(cls, sampler, **settings):
+    def run(cls, sampler, **settings):
         settings = CorrectionSettings.parse(**settings)
         runs = RunLog(settings)
         return io.NodeOutput(with_correction(sampler, settings, runs.begin), runs)

@@ -6,10 +6,11 @@ from ..iec_core.caching import FORECASTS, SCHEDULE_FORMS, parse_cache_schedule
 from ..iec_core.choices import unknown_choice
 from .host.cached_model import apply_cache
 from .host.caching import CORRECTION_PASSES, CacheSettings
+from .host.inputs import CheckedNode, known_values
 from .host.schema import schema
 
 
-class IECDeepCache(io.ComfyNode):
+class IECDeepCache(CheckedNode):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -86,6 +87,7 @@ class IECDeepCache(io.ComfyNode):
         )
 
     @classmethod
+    @known_values
     def validate_inputs(cls, correction_pass=None, schedule=None, forecast=None, start_percent=None, end_percent=None):
         if None not in (start_percent, end_percent) and start_percent >= end_percent:
             return (
@@ -100,7 +102,7 @@ class IECDeepCache(io.ComfyNode):
         return wrong or unknown_choice(FORECASTS, forecast=forecast) or True
 
     @classmethod
-    def execute(
+    def run(
         cls, model, interval, branch, correction_pass="refresh", schedule="uniform", start_percent=0.0, end_percent=1.0,
         forecast="auto",
     ):  # fmt: skip

@@ -6,6 +6,7 @@ from ..iec_core.choices import unknown_choice
 from ..iec_core.metrics import pareto_front
 from . import grids, plots
 from .compare import captions, check_reports, decoded, error_plot, final_error, told_apart
+from .host.inputs import CheckedNode, known_values
 from .host.schema import schema
 from .types import Report, as_image, shown_on
 
@@ -14,7 +15,6 @@ COSTS = {
     "seconds": (lambda report: report.seconds, "seconds of the sampler"),
     "evaluations": (lambda report: report.nfe, "evaluations of the network (NFE)"),
 }
-GAINS = 1.0, 100.0
 
 
 def reports_input():
@@ -22,7 +22,7 @@ def reports_input():
     return Report.Input("reports", tooltip="Joined reports with latents, of two runs or more; the first is the reference.")
 
 
-class IECErrorPlot(io.ComfyNode):
+class IECErrorPlot(CheckedNode):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -37,13 +37,13 @@ class IECErrorPlot(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, reports):
+    def run(cls, reports):
         check_reports(reports, least=2)
         plot = error_plot(reports)
         return io.NodeOutput(plot, ui=shown_on(cls, plot))
 
 
-class IECImageGrid(io.ComfyNode):
+class IECImageGrid(CheckedNode):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -60,8 +60,8 @@ class IECImageGrid(io.ComfyNode):
                 io.Float.Input(
                     "difference_gain",
                     default=8.0,
-                    min=GAINS[0],
-                    max=GAINS[1],
+                    min=1.0,
+                    max=100.0,
                     step=1.0,
                     optional=True,
                     tooltip="What the absolute difference to the first run is multiplied by, so that it can be seen. 1 shows "
@@ -76,16 +76,14 @@ class IECImageGrid(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, reports, vae, difference_gain=8.0):
+    def run(cls, reports, vae, difference_gain=8.0):
         check_reports(reports, least=2)
-        if not GAINS[0] <= difference_gain <= GAINS[1]:  # over a link the host does not look
-            raise ValueError(f"difference_gain: {difference_gain} is outside {GAINS[0]:g} to {GAINS[1]:g}.")
         images = [batch.numpy() for batch in decoded(reports, vae)]
         grid = as_image(grids.side_by_side(captions(reports), images, difference_gain))
         return io.NodeOutput(grid, ui=shown_on(cls, grid))
 
 
-class IECParetoPlot(io.ComfyNode):
+class IECParetoPlot(CheckedNode):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -111,11 +109,12 @@ class IECParetoPlot(io.ComfyNode):
         )
 
     @classmethod
+    @known_values
     def validate_inputs(cls, cost=None):
         return unknown_choice(COSTS, cost=cost) or True
 
     @classmethod
-    def execute(cls, reports, cost):
+    def run(cls, reports, cost):
         check_reports(reports, least=2)
         spent, axis = COSTS[cost]
         names = told_apart(reports)

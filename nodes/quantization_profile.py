@@ -6,6 +6,7 @@ from ..iec_core.activation_scales import ActivationScales
 from ..iec_core.choices import unknown_choice
 from .calibration import profile_name_input, run_inputs, sampling_of, taken_prompts, wrong_run_choice
 from .host.activation_scales import apply_scales, calibrate_activations
+from .host.inputs import CheckedNode, known_values
 from .host.profiles import PROFILES
 from .host.schema import schema
 from .types import QuantizationProfileSocket
@@ -14,7 +15,7 @@ SCALES = ["timestep-wise", "static"]
 SCALE_BY = ["search", "absmax"]
 
 
-class IECCalibrateQuantization(io.ComfyNode):
+class IECCalibrateQuantization(CheckedNode):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -51,12 +52,13 @@ class IECCalibrateQuantization(io.ComfyNode):
         )
 
     @classmethod
+    @known_values
     def validate_inputs(cls, sampler_name=None, scheduler=None, scales=None, activation_scale=None):
         wrong = wrong_run_choice(sampler_name, scheduler) or unknown_choice(SCALES, scales=scales)
         return wrong or unknown_choice(SCALE_BY, activation_scale=activation_scale) or True
 
     @classmethod
-    def execute(
+    def run(
         cls, model, negative, latent_image, seed, runs, scales="timestep-wise", activation_scale="search", **more
     ):  # fmt: skip
         profile = calibrate_activations(
@@ -66,7 +68,7 @@ class IECCalibrateQuantization(io.ComfyNode):
         return io.NodeOutput(apply_scales(model, profile), profile)
 
 
-class IECSaveQuantizationProfile(io.ComfyNode):
+class IECSaveQuantizationProfile(CheckedNode):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -84,15 +86,16 @@ class IECSaveQuantizationProfile(io.ComfyNode):
         )
 
     @classmethod
+    @known_values
     def validate_inputs(cls, name=None):
         return PROFILES.wrong_name(name) or True
 
     @classmethod
-    def execute(cls, profile, name):
+    def run(cls, profile, name):
         return io.NodeOutput(profile, ui={"text": [PROFILES.write(name, profile.save)]})
 
 
-class IECLoadQuantizationProfile(io.ComfyNode):
+class IECLoadQuantizationProfile(CheckedNode):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -106,6 +109,7 @@ class IECLoadQuantizationProfile(io.ComfyNode):
         )
 
     @classmethod
+    @known_values
     def validate_inputs(cls, profile_name=None):
         return PROFILES.missing(profile_name=profile_name) or True
 
@@ -114,11 +118,11 @@ class IECLoadQuantizationProfile(io.ComfyNode):
         return PROFILES.changed(profile_name)
 
     @classmethod
-    def execute(cls, profile_name):
+    def run(cls, profile_name):
         return io.NodeOutput(PROFILES.read("profile_name", profile_name, ActivationScales.load))
 
 
-class IECApplyQuantizationProfile(io.ComfyNode):
+class IECApplyQuantizationProfile(CheckedNode):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -135,7 +139,7 @@ class IECApplyQuantizationProfile(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, profile):
+    def run(cls, model, profile):
         return io.NodeOutput(apply_scales(model, profile))
 
 

@@ -6,6 +6,7 @@ from ..iec_core import layer_errors as core
 from ..iec_core.choices import unknown_choice
 from . import plots
 from .calibration import run_inputs, sampling_of, taken_prompts, wrong_run_choice
+from .host.inputs import CheckedNode, known_values
 from .host.layer_errors import layer_errors
 from .host.schema import schema
 from .types import as_image, shown_on
@@ -13,7 +14,7 @@ from .types import as_image, shown_on
 BUDGETS = ["none", "size", "error"]
 
 
-class IECQuantizationReport(io.ComfyNode):
+class IECQuantizationReport(CheckedNode):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -63,11 +64,12 @@ class IECQuantizationReport(io.ComfyNode):
         )
 
     @classmethod
+    @known_values
     def validate_inputs(cls, sampler_name=None, scheduler=None, budget=None):
         return wrong_run_choice(sampler_name, scheduler) or unknown_choice(BUDGETS, budget=budget) or True
 
     @classmethod
-    def execute(
+    def run(
         cls, model, full_precision, negative, latent_image, seed, runs, budget="none", size_mb=0.0, least_sqnr=30.0, **more
     ):  # fmt: skip
         errors = layer_errors(

@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..iec_core.choices import unknown_choice
 from ..iec_core.quantization import WeightFormat
+from .host.inputs import CheckedNode, known_values
 from .host.quantize import LayerRules, Quantization, parse_patterns, quantize_model
 from .host.quantized_files import FILES, load_quantized_model, save_quantized_model
 from .host.quantized_layers import ActivationFormat
@@ -26,7 +27,7 @@ def _wrong_group(group_size, weight_bits, activation_bits):
         return f"group_size: {group_size} goes with weight_bits 8 or 4 and activation_bits 16 only; write none."
 
 
-class IECQuantizeModel(io.ComfyNode):
+class IECQuantizeModel(CheckedNode):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -111,6 +112,7 @@ class IECQuantizeModel(io.ComfyNode):
         )
 
     @classmethod
+    @known_values
     def validate_inputs(
         cls, weight_bits=None, activation_bits=None, group_size=None, weight_scale=None, activation_scale=None
     ):  # fmt: skip
@@ -122,7 +124,7 @@ class IECQuantizeModel(io.ComfyNode):
         return wrong or _wrong_group(group_size, weight_bits, activation_bits) or True
 
     @classmethod
-    def execute(
+    def run(
         cls, model, weight_bits, activation_bits, keep_sensitive_layers, group_size="none", weight_scale="absmax", rotate=False,
         activation_scale="token", keep_output_projections=False, include="", exclude="",
     ):  # fmt: skip
@@ -135,7 +137,7 @@ class IECQuantizeModel(io.ComfyNode):
         return io.NodeOutput(quantize_model(model, Quantization(weight, activation, rules, rotate)))
 
 
-class IECSaveQuantizedModel(io.ComfyNode):
+class IECSaveQuantizedModel(CheckedNode):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -153,15 +155,16 @@ class IECSaveQuantizedModel(io.ComfyNode):
         )
 
     @classmethod
+    @known_values
     def validate_inputs(cls, name=None):
         return FILES.wrong_name(name) or True
 
     @classmethod
-    def execute(cls, model, name):
+    def run(cls, model, name):
         return io.NodeOutput(ui={"text": [save_quantized_model(model, name)]})
 
 
-class IECLoadQuantizedModel(io.ComfyNode):
+class IECLoadQuantizedModel(CheckedNode):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -182,6 +185,7 @@ class IECLoadQuantizedModel(io.ComfyNode):
         )
 
     @classmethod
+    @known_values
     def validate_inputs(cls, model_name=None):
         return FILES.missing(model_name=model_name) or True
 
@@ -190,7 +194,7 @@ class IECLoadQuantizedModel(io.ComfyNode):
         return FILES.changed(model_name)
 
     @classmethod
-    def execute(cls, model_name):
+    def run(cls, model_name):
         return io.NodeOutput(load_quantized_model(model_name))
 
 

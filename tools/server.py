@@ -66,8 +66,8 @@ class Server:
         return answer.content
 
     def _submit(self, workflow, client):
-        body = {"prompt": workflow, "client_id": client}
-        answer = requests.post(self.url + "/prompt", json=body, timeout=60)
+        body = json.dumps({"prompt": workflow, "client_id": client})  # with NaN and all, which requests' own would refuse
+        answer = requests.post(self.url + "/prompt", data=body, timeout=60)
         if answer.status_code != 200 or answer.json()["node_errors"]:  # 200 with errors: some outputs would be missing
             raise Refused(answer.status_code, answer.json())
         return answer.json()["prompt_id"]

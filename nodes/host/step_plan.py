@@ -17,7 +17,6 @@ from ...iec_core.correction import CorrectionSettings
 from ...iec_core.schedule import parse_correction_steps, steps_within
 from .caching import CacheSettings
 from .correction import check_sampler, refusal, resolved
-from .events import running_server
 from .profiles import PROFILES
 from .rehearsal import CannotRehearse, Levels, NoModel, rehearse_by_name
 
@@ -171,12 +170,8 @@ def _answer(question):
         return {"unknown": "The steps cannot be told; the server's log says why."}
 
 
-def serve_step_plans():
-    """Let the server of this process answer POST /iec/step_plan, for the frontend extension; where there is one."""
-    server = running_server()
-    if server is None:
-        return
-
+def serve_step_plans(server):
+    """Let a server, the host's PromptServer, answer POST /iec/step_plan, for the frontend extension."""
     planner = ThreadPoolExecutor(1, "iec-step-plan")
 
     @server.routes.post("/iec/step_plan")

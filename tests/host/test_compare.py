@@ -63,8 +63,28 @@ def test_runs_of_other_schedules_keep_their_final_error(host, sample, model, rep
 
 def test_report_without_latents_is_refused(host, sample, model, reports):
     sample(model, reports, label="bare")
-    with pytest.raises(ValueError, match=r"^reports: the run 'bare' kept no latents; set keep_latents"):
+    with pytest.raises(ValueError, match=r"^reports: the run 'bare' kept no latents; only a KSampler"):
         compare(host, reports)
+
+
+def test_run_without_steps_is_told_as_such(host, sample, model, reports):
+    sample(model, reports, label="still", keep_latents=True, denoise=0.0)
+    with pytest.raises(ValueError, match=r"^reports: the run 'still' took no steps, as with denoise 0"):
+        compare(host, reports)
+
+
+def test_reports_of_runs_to_come_are_joined_when_they_are_there(host, model, stock_sample, reports):
+    """Of Apply IEC: an empty log at first, which must not be copied as if the runs were none."""
+    corrected, log = host.run("IECApply", model=model, correction_steps="all", lambda_=0.5, max_iterations=1, tolerance=0.0)
+    with pytest.raises(ValueError, match=r"^more_2: it is of runs that come later; wire the latent of the last sampler"):
+        host.run("IECJoinReports", reports=reports[:1], more=reports[1:], more_2=log)
+    latent = {"samples": torch.zeros(1, 3, 32, 32)}
+    with pytest.raises(ValueError, match=r"^reports: none of its runs was in this prompt"):
+        host.run("IECJoinReports", reports=log, more=reports, after=latent)
+    stock_sample(corrected, steps=3)
+    joined = host.run("IECJoinReports", reports=log, more=reports, after=latent)[0]
+    assert [run.label for run in joined] == ["run 1", "full", "other"] and len(joined[0].steps) == 3
+    host.run("IECReport", report=joined)
 
 
 def test_runs_of_other_shapes_are_refused(host, sample, model, reports):

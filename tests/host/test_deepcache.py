@@ -214,9 +214,9 @@ def test_a_window_without_steps_is_refused(host):
     assert node.validate_inputs(start_percent=0.2, end_percent=0.8) is True
 
 
-@pytest.mark.parametrize("branch", [-1, 8])
-def test_unknown_branch_is_refused(cached, branch):
-    with pytest.raises(ValueError, match=r"^branch: this U-Net has branches 0 to 7"):
+@pytest.mark.parametrize(("branch", "why"), [(-1, "-1 is outside 0 to 100"), (8, "this U-Net has branches 0 to 7")])
+def test_unknown_branch_is_refused(cached, branch, why):
+    with pytest.raises(ValueError, match=rf"^branch: {why}"):
         cached(2, branch)
 
 

@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-PROMPTS = 120
+PROMPTS = 80
 STEPS = 4
-SIZES, BATCHES, LORAS = (16, 32, 48), (1, 2), (False, True)
+SIZES, BATCHES, LORAS = (16, 32), (1, 2), (False, True)
 CACHES = {
     "none": None,
     "hold": {"interval": 2, "branch": 0},

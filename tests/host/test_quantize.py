@@ -265,12 +265,6 @@ def compiled(source):
     return clone
 
 
-@pytest.mark.parametrize("weight_bits", ["8", "4"])
-def test_compiled_is_the_same(sample, quantized, weight_bits):
-    base = quantized(weight_bits)
-    torch.testing.assert_close(sample(compiled(base)), sample(base), rtol=1e-4, atol=1e-4)
-
-
 def test_a_compiled_model_is_refused(model, quantized):
     with pytest.raises(ValueError, match=r"^model: this MODEL is compiled, and what is compiled cannot be quantized"):
         quantized(source=compiled(model))

@@ -438,9 +438,7 @@ def test_a_file_that_is_not_there_is_refused(host, folder, load):
     assert node.validate_inputs(model_name="../other.safetensors").startswith("model_name: there is no file '../other.safe")
     assert node.validate_inputs(model_name="other.safetensors") is True and node.validate_inputs(model_name=None) is True
     for name in ("none.safetensors", "../other.safetensors"):
-        with pytest.raises(
-            ValueError, match=r"^model_name: '.*' is of no use: there is no such file in models/diffusion_models"
-        ):
+        with pytest.raises(ValueError, match=r"^model_name: there is no file '.*' in models/diffusion_models"):
             load(name)
 
 

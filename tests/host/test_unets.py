@@ -774,6 +774,14 @@ def test_compiled(host, models, draw, cached, relative, graphs):
     assert relative(draw(compiled(cached(model, branch=1)), "short"), draw(cached(model, branch=1), "short")) < 1e-4
 
 
+@pytest.mark.parametrize("weight_bits", ["8", "4"])
+def test_compiled_with_quantized_layers(host, models, draw, relative, graphs, weight_bits):
+    bits = {"weight_bits": weight_bits, "activation_bits": "8", "keep_sensitive_layers": False}
+    quantized = host.run("IECQuantizeModel", model=models("short"), **bits)[0]
+    compiled = host.run("TorchCompileModel", model=quantized, backend="eager")[0]
+    assert relative(draw(compiled, "short"), draw(quantized, "short")) < 1e-5 and graphs() == 1
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_quantized(models, draw, rounded, relative, name):
     """Every family's Linear and Conv2d layers can be quantized."""

@@ -1,0 +1,197 @@
+"""What the inputs of the pack's nodes take: checked as a client wrote it, before the host makes it fit, and again before a node
+runs, when what comes over links is known.
+
+The host turns a value into its input's type before a node sees it: null becomes the text "None", "false" becomes true, 3.7
+becomes 3. So its values are looked at when a prompt arrives (`on_prompt`).
+"""
+
+import contextlib
+import functools
+import inspect
+import json
+import math
+import numbers
+
+import nodes as host_nodes
+from comfy_api.latest import io
+
+ASKED = {
+    "INT": "a whole number",
+    "FLOAT": "a finite number",
+    "BOOLEAN": "true or false, without quotes",
+    "STRING": "a text",
+    "COMBO": "one of the choices, as text",
+}
+
+
+def _written(value):
+    """Return how a client wrote a value, cut to what a sentence has room for."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):
+        text = f"of the type {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _plain(value):
+    """Return a text or a finite number as it is; raises TypeError or ValueError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (str, numbers.Real)):
+        raise TypeError
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError
+    return value  # as a choice a number is refused by the node, which says how to write it
+
+
+def _whole(value):
+    number = int(_plain(value))
+    if not isinstance(value, str) and number != value:
+        raise ValueError
+    return number
+
+
+def _finite(value):
+    return _plain(float(_plain(value)))
+
+
+def _switch(value):
+    if not isinstance(value, bool) and value not in (0, 1):
+        raise ValueError
+    return bool(value)
+
+
+READ = {
+    "INT": _whole,
+    "FLOAT": _finite,
+    "BOOLEAN": _switch,
+    "STRING": lambda value: str(_plain(value)),
+    "COMBO": _plain,
+}
+
+
+def _between(spec):
+    """Return the words for the bounds of a numeric input."""
+    low, high = (value if isinstance(value, int) else f"{value:g}" for value in (spec.min, spec.max))
+    return f"{low} to {high}"
+
+
+def read(spec, value):
+    """Return a value of an io.Input of a node in the input's type. Raises ValueError, with a sentence that names the input, for
+    one that would have to become another: null, NaN, 3.7 for a whole number, "false" for a switch.
+    """
+    kind = spec.get_io_type()
+    if kind not in READ:
+        return value
+    try:
+        return READ[kind](value)
+    except (ValueError, TypeError, OverflowError):
+        where = f" from {_between(spec)}" if kind in ("INT", "FLOAT") else ""
+        raise ValueError(f"{spec.id}: {_written(value)} is not {ASKED[kind]}{where}.") from None
+
+
+def check_bounds(spec, value):
+    """Raise ValueError, with a sentence, where a number is outside an io.Input's bounds."""
+    if spec.get_io_type() in ("INT", "FLOAT") and not spec.min <= value <= spec.max:
+        raise ValueError(f"{spec.id}: {value} is outside {_between(spec)}.")
+
+
+class CheckedNode(io.ComfyNode):
+    """A node whose `run` gets its widgets' values in their types, as its `validate_inputs` takes them."""
+
+    @classmethod
+    def execute(cls, **inputs):
+        specs = {spec.id: spec for spec in cls.define_schema().inputs}
+        values = {name: read(specs[name], value) for name, value in inputs.items()}
+        for name, value in values.items():
+            check_bounds(specs[name], value)
+        if (said := cls._validated(values)) is not True:
+            raise ValueError(said)
+        return cls.run(**values)
+
+    @classmethod
+    def _validated(cls, values):
+        """Return True, or the sentence of the node's `validate_inputs` for these values, where it has one."""
+        if cls.validate_inputs.__func__ is io.ComfyNode.validate_inputs.__func__:
+            return True
+        named = inspect.signature(cls.validate_inputs).parameters
+        return cls.validate_inputs(**{name: value for name, value in values.items() if name in named})
+
+
+def known_values(check):
+    """Return a node's `validate_inputs` from one that takes numbers within their bounds, and None for a value that is not known
+    yet, as it comes over a link, or is refused for its type. The host leaves all checks of the values it names to the node.
+    """
+
+    @functools.wraps(check)
+    def validate_inputs(cls, **given):
+        known = {name: None if isinstance(value, (list, Unfit)) else value for name, value in given.items()}
+        try:
+            for spec in cls.define_schema().inputs:
+                known.get(spec.id) is None or check_bounds(spec, known[spec.id])
+        except ValueError as refusal:
+            return str(refusal)
+        return check(cls, **known)
+
+    validate_inputs.__signature__ = inspect.signature(check)  # where the host reads which values it is to pass
+    return validate_inputs
+
+
+class Unfit(str):
+    """A value that the host is to refuse at validation: what turns it into an input's type raises ValueError(sentence)."""
+
+    def __new__(cls, text, sentence=""):
+        unfit = super().__new__(cls, text)
+        unfit.sentence = sentence
+        return unfit
+
+    def _refuse(self):
+        raise ValueError(self.sentence)
+
+    __str__ = __int__ = __float__ = __bool__ = _refuse
+
+    def __format__(self, form):
+        return format("".join(self), form)
+
+
+def _is_link(value, prompt):
+    """Tell whether a list is a link to an output of a node that is in the prompt."""
+    try:
+        source, slot = value
+        outputs = host_nodes.NODE_CLASS_MAPPINGS[prompt[source]["class_type"]].RETURN_TYPES
+        return isinstance(slot, int) and 0 <= slot < len(outputs)
+    except (ValueError, TypeError, KeyError):
+        return False
+
+
+def _as_the_host_shall_see(spec, value, prompt):
+    """Return the value of an input, or what makes the host refuse it with a sentence."""
+    if isinstance(value, list):
+        return value if _is_link(value, prompt) else [value]  # refused as a bad link, which is a list of two
+    if spec.get_io_type() not in READ:
+        return [value]
+    plain = value["__value__"] if isinstance(value, dict) and "__value__" in value else value
+    try:
+        read(spec, plain)
+    except ValueError as refusal:
+        # The host turns no choices into another type: the text is refused as none of them.
+        return _written(plain) if spec.get_io_type() == "COMBO" else Unfit(_written(plain), str(refusal))
+    return value
+
+
+def refuse_unfit(prompt, pack):
+    """Mark in a prompt, as a client sent it, the values that inputs of the pack's nodes cannot take. pack: {id: node class}."""
+    for node in prompt.values():
+        inputs = node["inputs"]
+        for spec in pack[node["class_type"]].define_schema().inputs if node["class_type"] in pack else ():
+            if spec.id in inputs:
+                inputs[spec.id] = _as_the_host_shall_see(spec, inputs[spec.id], prompt)
+
+
+def refuse_unfit_values(server, pack):
+    """Let a server's prompts be looked at when they arrive. server: the host's PromptServer. pack: as `refuse_unfit` takes."""
+
+    def on_prompt(body):
+        with contextlib.suppress(KeyError, TypeError, AttributeError):  # of no prompt, or none of its form, the host says so
+            refuse_unfit(body["prompt"], pack)
+        return body
+
+    server.add_on_prompt_handler(on_prompt)
