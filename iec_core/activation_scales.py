@@ -91,11 +91,11 @@ class ScaleStatistics:
 
     def search(self, name, x):
         """Take up what enters the layer of this name, once its largest magnitude is known."""
-        place, kind, x = self._place(name), self._kinds[name], x.float()
-        widest = self._largest[place].to(x.device) / LIMITS[kind]
+        (row, column), kind, x = self._place(name), self._kinds[name], x.float()
+        widest = self._largest[row, column].to(x.device) / LIMITS[kind]
         scales = [(widest * share).clamp(min=torch.finfo(torch.float32).tiny) for share in CLIPPING]
         errors = torch.stack([(_rounded(x, scale, kind) * scale - x).square_().sum() for scale in scales])
-        self._errors[:, *place] += errors.double().cpu()
+        self._errors[:, row, column] += errors.cpu().double()  # in this order: not every device has float64
 
     def scales(self, searched):
         """Return (names, scales float32 [steps or 1, n]) of the n layers that were run with anything but zeros.
