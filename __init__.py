@@ -1,7 +1,5 @@
 """ComfyUI-IEC: Iterative Error Correction, quantization and DeepCache for the models that ComfyUI samples."""
 
-from .nodes import comfy_entrypoint
-
-WEB_DIRECTORY = "./web"
+from .nodes import WEB_DIRECTORY, comfy_entrypoint
 
 __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]

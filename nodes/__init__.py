@@ -1,38 +1,51 @@
 """The nodes: what a user wires. Thin V3 nodes, a file a capability; what touches the host's internals is in `host`."""
 
+import logging
+
 from comfy_api.latest import ComfyExtension
 
-from . import (
-    builtin,
-    cachequant,
-    compare,
-    contraction,
-    correct,
-    deepcache,
-    pictures,
-    quantization_profile,
-    quantization_report,
-    quantize,
-    report,
-)
-from .host.events import running_server
-from .host.inputs import refuse_unfit_values
-from .host.step_plan import serve_step_plans
+from .host.copies import first_copy
 
-QUANTIZATION = quantize, quantization_profile, quantization_report
-MODULES = correct, *QUANTIZATION, deepcache, cachequant, builtin, compare, pictures, report, contraction
-NODES = [node for module in MODULES for node in module.NODES]
+COPIES = first_copy()
+WEB_DIRECTORY = "./web" if COPIES is None else None
+
+if COPIES is None:  # a second copy brings nothing: routes, operators and the page's extension can be registered once only
+    from . import (
+        builtin,
+        cachequant,
+        compare,
+        contraction,
+        correct,
+        deepcache,
+        pictures,
+        quantization_profile,
+        quantization_report,
+        quantize,
+        report,
+    )
+    from .host.events import running_server
+    from .host.inputs import refuse_unfit_values
+    from .host.step_plan import serve_step_plans
+
+    QUANTIZATION = quantize, quantization_profile, quantization_report
+    MODULES = correct, *QUANTIZATION, deepcache, cachequant, builtin, compare, pictures, report, contraction
+    NODES = [node for module in MODULES for node in module.NODES]
+else:
+    NODES = []
 
 
 class IECExtension(ComfyExtension):
-    """Every node of the pack."""
+    """Every node of the pack; none in a second copy of it."""
 
     async def get_node_list(self):
         return NODES
 
 
 async def comfy_entrypoint():
-    if server := running_server():
+    if COPIES is not None:
+        first, second = COPIES
+        logging.warning(f"[ComfyUI-IEC] {second} is left out, for {first} is a copy of the same nodes; remove one of them.")
+    elif server := running_server():
         serve_step_plans(server)
         refuse_unfit_values(server, {node.define_schema().node_id: node for node in NODES})
     return IECExtension()

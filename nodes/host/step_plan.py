@@ -21,6 +21,7 @@ from .profiles import PROFILES
 from .rehearsal import CannotRehearse, Levels, NoModel, rehearse_by_name
 
 ALL = parse_correction_steps("all")
+ROUTE = "/iec/step_plan"
 MOST_STEPS = 500  # that are drawn
 LEAST_DENOISE = 0.01  # the schedule of a run that denoises less has as many more steps
 
@@ -172,9 +173,11 @@ def _answer(question):
 
 def serve_step_plans(server):
     """Let a server, the host's PromptServer, answer POST /iec/step_plan, for the frontend extension."""
+    if any(getattr(route, "path", None) == ROUTE for route in server.routes):  # a second one would stop the server
+        return
     planner = ThreadPoolExecutor(1, "iec-step-plan")
 
-    @server.routes.post("/iec/step_plan")
+    @server.routes.post(ROUTE)
     async def answer_plan(request):
         # In a thread: a rehearsal of many steps takes a moment, in which the server has others to answer. In one for all, as
         # it takes its time from the prompt that is running.

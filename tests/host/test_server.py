@@ -368,6 +368,26 @@ def test_interrupted_run_leaves_the_model_as_on_a_fresh_server(host, output, tmp
     assert torch.equal(latent, expected)
 
 
+def test_a_second_copy_of_the_pack_steps_aside(tmp_path):
+    """As when an older folder was left in custom_nodes: the server starts, and has nodes, route and extension of the first."""
+    second = tmp_path / "more" / "an_older_copy"
+    second.parent.mkdir()
+    second.symlink_to(comfyui.ROOT, target_is_directory=True)
+    (tmp_path / "paths.yaml").write_text(json.dumps({"more": {"custom_nodes": str(second.parent)}}))
+    arguments = ["--extra-model-paths-config", str(tmp_path / "paths.yaml")]
+    arguments += ["--whitelist-custom-nodes", comfyui.PACK, second.name]
+    with server.serve(tmp_path / "output", arguments) as host:
+        info, log = host.get("/object_info"), host.log.read_text(errors="replace")
+        scripts = [path for path in host.get("/extensions") if path.endswith("/iec.js")]
+        answer = requests.post(f"{host.url}/iec/step_plan", data="{}", timeout=60)
+    first = comfyui.provide() / "custom_nodes" / comfyui.PACK
+    told = [line for line in log.splitlines() if "[ComfyUI-IEC]" in line]
+    assert len(told) == 1 and str(first) in told[0] and str(second) in told[0] and told[0].endswith("; remove one of them.")
+    assert {info[name]["python_module"] for name in NODES} == {f"custom_nodes.{comfyui.PACK}"}
+    assert scripts == [f"/extensions/{comfyui.PACK}/js/iec.js"]
+    assert answer.status_code == 200 and "IMPORT FAILED" not in log and "Traceback" not in log
+
+
 def test_demo_makes_what_it_promises(tmp_path):
     command = [sys.executable, str(comfyui.ROOT / "tools/demo.py"), "--steps", "2", "--output", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
