@@ -1,7 +1,11 @@
 """Small .safetensors files of what a calibration has found out."""
 
+import os
+
 import safetensors
 import safetensors.torch
+
+from .file_kinds import format_of, read_metadata, reason
 
 
 class Profile:
@@ -13,22 +17,24 @@ class Profile:
     """
 
     def save(self, path):
-        """Write a .safetensors file."""
+        """Write a .safetensors file. Raises OSError where it cannot be written."""
         tensors, about = self._content()
-        about = {"format": self._format(), "version": self.VERSION, **about}
-        safetensors.torch.save_file({name: value.contiguous() for name, value in tensors.items()}, path, about)
+        about = {"format": format_of(self.KIND), "version": self.VERSION, **about}
+        data = safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()}, about)
+        with open(path, "wb") as file:  # the library's own writer raises no OSError
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
 
     @classmethod
     def load(cls, path):
-        """Read a file that `save` wrote. Raises ValueError, with a sentence, for any other."""
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                about = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        except (OSError, safetensors.SafetensorError) as error:
-            raise ValueError(f"it cannot be read as a .safetensors file ({error}); calibrate anew") from error
-        if about.get("format") != cls._format() or about.get("version") != cls.VERSION:
+        """Read a file that `save` wrote. Raises ValueError, with a sentence, for any other. Nothing of it stays mapped: Windows
+        replaces no file that is.
+        """
+        about = cls._readable(read_metadata, path)
+        if about.get("format") != format_of(cls.KIND) or about.get("version") != cls.VERSION:
             raise ValueError(f"it is no {cls.KIND}, or one of another version; calibrate anew")
+        tensors = cls._readable(_tensors, path)
         try:
             profile = cls._of(tensors, about)
             is_whole = profile._is_whole()
@@ -38,6 +44,17 @@ class Profile:
             raise ValueError(f"its content is not that of a {cls.KIND}; calibrate anew")
         return profile
 
-    @classmethod
-    def _format(cls):
-        return f"iec_{cls.KIND}".replace(" ", "_")
+    @staticmethod
+    def _readable(read, path):
+        try:
+            return read(path)
+        except OSError as error:
+            why = reason(error)
+        except (ValueError, KeyError, safetensors.SafetensorError) as error:
+            why = str(error)
+        raise ValueError(f"it cannot be read as a .safetensors file ({why}); calibrate anew")
+
+
+def _tensors(path):
+    with open(path, "rb") as file:
+        return safetensors.torch.load(file.read())

@@ -133,14 +133,14 @@ class QuantizedFile:
         try:
             self._file = open(path, "rb")  # noqa: SIM115
         except OSError as error:
-            raise ValueError(f"it cannot be opened ({error})") from error
+            raise ValueError(f"it cannot be opened ({error.strerror or error})") from error
         try:
             metadata, self._tensors, self._start = _read_header(self._file)
             self._check(_description(metadata))
             self.settings = _settings(metadata)
         except OSError as error:
             self.close()
-            raise ValueError(f"it cannot be read ({error})") from error
+            raise ValueError(f"it cannot be read ({error.strerror or error})") from error
         except ValueError:
             self.close()
             raise

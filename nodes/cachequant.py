@@ -150,11 +150,11 @@ class IECSaveCacheProfile(CheckedNode):
     @classmethod
     @known_values
     def validate_inputs(cls, name=None):
-        return PROFILES.wrong_name(name) or True
+        return PROFILES.wrong_name(name, CacheProfile.KIND) or True
 
     @classmethod
     def run(cls, profile, name):
-        return io.NodeOutput(profile, ui={"text": [PROFILES.write(name, profile.save)]})
+        return io.NodeOutput(profile, ui={"text": [PROFILES.write(name, profile.KIND, profile.save)]})
 
 
 class IECLoadCacheProfile(CheckedNode):

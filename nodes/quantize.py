@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..iec_core.choices import unknown_choice
+from ..iec_core.file_kinds import QUANTIZED_MODEL
 from ..iec_core.quantization import WeightFormat
 from .host.inputs import CheckedNode, known_values
 from .host.quantize import LayerRules, Quantization, parse_patterns, quantize_model
@@ -157,7 +158,7 @@ class IECSaveQuantizedModel(CheckedNode):
     @classmethod
     @known_values
     def validate_inputs(cls, name=None):
-        return FILES.wrong_name(name) or True
+        return FILES.wrong_name(name, QUANTIZED_MODEL) or True
 
     @classmethod
     def run(cls, model, name):

@@ -234,12 +234,14 @@ def host_int8(nodes, kind, model):
     """The Linear layers in int8, in a file of ours that the host opens by itself."""
     import comfy.quant_ops
     import comfy.sd
+    import folder_paths
 
     if "int8_tensorwise" not in comfy.quant_ops.QUANT_ALGOS:
         raise NotThere("this host has no int8")
     inputs = {"weight_bits": "8", "activation_bits": "8", "keep_sensitive_layers": True, "include": LINEAR[kind]}
     ours = nodes["IECQuantizeModel"].execute(model=model, **inputs).result[0]
-    path = nodes["IECSaveQuantizedModel"].execute(model=ours, name="benchmark_int8").ui["text"][0]
+    nodes["IECSaveQuantizedModel"].execute(model=ours, name="benchmark_int8")
+    path = folder_paths.get_full_path("diffusion_models", "benchmark_int8.safetensors")
     try:
         return comfy.sd.load_diffusion_model(path)
     finally:

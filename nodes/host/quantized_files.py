@@ -11,6 +11,7 @@ import comfy.ops
 import comfy.utils
 import torch
 
+from ...iec_core.file_kinds import QUANTIZED_MODEL
 from ...iec_core.quantization import Packing
 from ...iec_core.quantized_file import LayerFile, QuantizedFile, description, layer_tensors, write
 from .builtin_model import CONFIG_OF_CLASS
@@ -28,7 +29,7 @@ MARKS = (
 
 
 def save_quantized_model(model, name):
-    """Write a quantized MODEL, with the LoRAs that lie on it, and return the file's path.
+    """Write a quantized MODEL, with the LoRAs that lie on it, and return what the file is called.
 
     Raises ValueError, with a sentence, where the MODEL is not quantized, the host would not make the same of its file, or the
     file cannot be written.
@@ -45,7 +46,7 @@ def save_quantized_model(model, name):
         layers, quantization_of(model), {"bits": activation.bits, "per_tensor": activation.per_tensor}, _dtype_name(base),
         type(base).__name__, fingerprint(model), _settings_to_keep(base, layers),
     )  # fmt: skip
-    return FILES.write(name, lambda path: write(path, _sources(model, layers, activation.bits), about))
+    return FILES.write(name, QUANTIZED_MODEL, lambda path: write(path, _sources(model, layers, activation.bits), about))
 
 
 def load_quantized_model(name):

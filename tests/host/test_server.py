@@ -2,7 +2,6 @@
 
 import io
 import json
-import pathlib
 import re
 import signal
 import subprocess
@@ -409,7 +408,9 @@ def test_a_quantized_model_is_saved_and_loaded_by_a_later_prompt(host, output):
     direct["cached"]["inputs"]["interval"] = 1
     expected = saved_latent(output, host.run(direct))
     keep = {"class_type": "IECSaveQuantizedModel", "inputs": {"model": ["quantized", 0], "name": "iec_test_of_files"}}
-    path = pathlib.Path(host.run({name: direct[name] for name in ("model", "quantized")} | {"keep": keep})["keep"]["text"][0])
+    told = host.run({name: direct[name] for name in ("model", "quantized")} | {"keep": keep})["keep"]["text"][0]
+    assert told == "models/diffusion_models/iec_test_of_files.safetensors"
+    path = comfyui.provide() / told
     try:
         load = {"class_type": "IECLoadQuantizedModel", "inputs": {"model_name": path.name}}
         later = {name: node for name, node in direct.items() if name not in ("model", "quantized")} | {"loaded": load}

@@ -1,11 +1,15 @@
 """Files that are no profile, or of another kind or version, are refused with a sentence, by both kinds alike."""
 
+import os
+import pathlib
+
 import pytest
 import safetensors.torch
 import torch
 
 from iec_core.activation_scales import ActivationScales
-from iec_core.cachequant import CacheProfile
+from iec_core.cachequant import FACTS, CacheProfile
+from iec_core.file_kinds import kind_of
 
 KINDS = {"cache profile": CacheProfile, "quantization profile": ActivationScales}
 FORMATS = {"cache profile": "iec_cache_profile", "quantization profile": "iec_quantization_profile"}
@@ -43,3 +47,52 @@ def test_another_kind_or_version_is_refused(refusal_of, kind):
     for about in (None, {**right, "format": other}, {**right, "version": "2"}, {"format": FORMATS[kind]}):
         assert refusal_of(kind, about) == f"it is no {kind}, or one of another version; calibrate anew"
     assert refusal_of(kind, right) == f"its content is not that of a {kind}; calibrate anew"
+
+
+def whole(kind):
+    """A profile of a kind."""
+    some, sigmas = torch.ones(4), torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64)
+    if kind == "quantization profile":
+        return ActivationScales({"quantization": "W8A8"}, some, ("a",), sigmas[:1], torch.ones(1, 1))
+    return CacheProfile(dict.fromkeys(FACTS, "1"), some, sigmas, (0, 1), 0, {})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_that_is_not_there_is_refused_without_its_path(tmp_path, kind):
+    why = "it cannot be read as a .safetensors file (No such file or directory); calibrate anew"
+    assert refusal(tmp_path / "none.safetensors", kind) == why
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_truncated_file_is_refused(tmp_path, kind):
+    whole(kind).save(tmp_path / "net.safetensors")
+    os.truncate(tmp_path / "net.safetensors", os.path.getsize(tmp_path / "net.safetensors") - 1)
+    assert refusal(tmp_path / "net.safetensors", kind).startswith("it cannot be read as a .safetensors file (")
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/maps").exists(), reason="this system does not list what is mapped")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loaded_file_is_not_mapped(tmp_path, kind):
+    """Windows replaces no file that is; the library's own reader maps it as long as a tensor of it lives."""
+    path = tmp_path / "net.safetensors"
+    whole(kind).save(path)
+    profile = KINDS[kind].load(path)
+    assert torch.equal(profile.fingerprint, torch.ones(4))
+    assert str(path) not in pathlib.Path("/proc/self/maps").read_text()
+
+
+def test_kinds_are_told_by_the_header_alone(tmp_path):
+    path = tmp_path / "net.safetensors"
+    for about, kind in [
+        ({"format": "iec_cache_profile"}, "cache profile"),
+        ({"format": "iec_quantization_profile", "version": "9"}, "quantization profile"),
+        ({"iec.quantized": "damaged"}, "quantized model"),
+        ({"format": "pt"}, None),
+        (None, None),
+    ]:
+        safetensors.torch.save_file({"weight": torch.zeros(2)}, path, about)
+        assert kind_of(path) == kind
+    for content in (b"", b"\xff" * 20, (9).to_bytes(8, "little") + b"[" * 9, (2).to_bytes(8, "little") + b"[]"):
+        path.write_bytes(content)
+        assert kind_of(path) is None
+    assert kind_of(tmp_path) is None
