@@ -6,9 +6,10 @@ import math
 import textwrap
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from .fonts import Letters, drawable
 
 SHOWN = 8  # images of a batch at most
 GAP = 8  # pixels between cells
@@ -17,13 +18,11 @@ WIDTH, HEIGHT = 2048, 3072  # of a side-by-side picture at most; the captions' h
 LARGEST = 320  # side of its cells at most
 
 
-def _font(size):
-    """Return the plots' font, which has more letters than Pillow's own."""
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
-
-
 def _wrapped(text, font, width):
-    """Return the text with each of its lines broken where it would be wider than `width` pixels."""
+    """Return the text, in letters that can be drawn, with each of its lines broken where it would be wider than `width` pixels.
+
+    font: Letters.
+    """
 
     def fits(lines):
         return all(font.getlength(line) <= width for line in lines)
@@ -32,12 +31,7 @@ def _wrapped(text, font, width):
         ways = (textwrap.wrap(line, count) for count in range(len(line), 0, -1))
         return next((lines for lines in ways if fits(lines)), list(line))
 
-    return "\n".join("\n".join(broken(line)) for line in text.splitlines() if line)
-
-
-def _text_height(text, font):
-    """Return the pixels that a text of several lines takes."""
-    return math.ceil(ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, font=font)[3])
+    return "\n".join("\n".join(broken(line)) for line in drawable(text).splitlines() if line)
 
 
 def cell_size(shape, tile):
@@ -64,18 +58,18 @@ def image_grid(rows):
     width, or more where they are few.
     """
     rows = [(caption, images[:SHOWN]) for caption, images in rows]
-    font = _font(28)
+    font = Letters(28)
     columns = max(len(images) for _, images in rows)
     tile = max(96, min(256, 800 // columns, 3072 // len(rows)))
     width, height = cell_size(rows[0][1][0].shape, tile)
     captions = [_wrapped(caption, font, 384) for caption, _ in rows]
     text_width = 2 * GAP + math.ceil(max(font.getlength(line) for caption in captions for line in caption.splitlines()))
-    height = max(height, *(_text_height(caption, font) for caption in captions)) + GAP
+    height = max(height, *map(font.height, captions)) + GAP
     grid = Image.new("RGB", (text_width + columns * (width + GAP), len(rows) * height), "white")
     draw = ImageDraw.Draw(grid)
     for row, (caption, (_, images)) in enumerate(zip(captions, rows)):
         middle = row * height + height // 2
-        draw.multiline_text((GAP, middle), caption, fill="black", font=font, anchor="lm")
+        font.write(draw, (GAP, middle), caption, "lm")
         for column, image in enumerate(images):
             cell = _cell(image, tile)
             grid.paste(cell, (text_width + column * (width + GAP), middle - cell.height // 2))
@@ -127,25 +121,25 @@ def side_by_side(captions, images, gain):
     plan = layout(len(images), len(images[0]), shape)
     width, height = (side + GAP for side in cell_size(shape, plan.tile))
     right, down = (width, 0) if plan.beside else (0, height)  # from an image to its difference
-    font = _font(max(14, min(plan.columns * width // 48, width // 8)))
+    font = Letters(max(14, min(plan.columns * width // 48, width // 8)))
     captions = [_wrapped(caption, font, width - GAP) for caption in captions]
     told = _wrapped(f"difference x\u00a0{gain:g}", font, width - GAP)
-    head = max(_text_height(caption, font) for caption in (told, *captions)) + 4 * GAP
+    head = max(map(font.height, (told, *captions))) + 4 * GAP
     band = head + len(images[0]) * (height + down)
     starts = range(1, len(images), plan.others)
     picture = Image.new("RGB", (GAP + plan.columns * width, len(starts) * band), "white")
-    write = functools.partial(ImageDraw.Draw(picture).multiline_text, fill="black", font=font)
+    write = functools.partial(font.write, ImageDraw.Draw(picture))
     for top, start in zip(range(0, picture.height, band), starts):
         for place, run in enumerate((0, *range(start, min(start + plan.others, len(images))))):
             left = GAP + plan.column(place) * width
-            write((left, top + head - GAP), captions[run], anchor="ld")
+            write((left, top + head - GAP), captions[run], "ld")
             if run and plan.beside:
-                write((left + right, top + head - GAP), told, anchor="ld")
+                write((left + right, top + head - GAP), told, "ld")
             for row, (image, reference) in enumerate(zip(images[run], images[0])):
                 y = top + head + row * (height + down)
                 picture.paste(_cell(image, plan.tile), (left, y))
                 if run:
                     picture.paste(_cell(gain * np.abs(image - reference), plan.tile), (left + right, y + down))
                 elif not plan.beside:
-                    write((left + width // 2, y + down + height // 2), told, anchor="mm", align="center")
+                    write((left + width // 2, y + down + height // 2), told, "mm")
     return np.asarray(picture)

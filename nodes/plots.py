@@ -6,8 +6,11 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from matplotlib.transforms import IdentityTransform
+
+from . import fonts
 
 # Okabe and Ito's palette: told apart with every common colour blindness, the first five best.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#56B4E9", "#E69F00", "#009E73", "#CC79A7")
@@ -22,17 +25,36 @@ def _figure(height):
     return figure
 
 
+def _use_fonts(figure):
+    """Draw what the plots' own font has not in others of this machine."""
+    for text in figure.findobj(Text):
+        text.set_fontfamily(fonts.families(text.get_text()))
+
+
 def _picture(figure):
     """Render a figure to uint8 [H, W, 3]."""
+    _use_fonts(figure)
     figure.canvas.draw()
     return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
 
 
 def shortened(text, length=40):
-    """Return a user's text for a plot, its end left out where it has more than `length` characters."""
-    text = text if len(text) <= length else text[: length - 1] + "…"
+    """Return a user's text for a plot, its end left out where it is wider than `length` letters."""
+    text, width = fonts.drawable(text), fonts.Letters(100).letters
+    if width(text) > length:
+        text = next(part for end in range(4 * length, -1, -1) if width(part := f"{text[:end]}…") <= length)
     text = text.replace("$", r"\$")  # or it would be set as a formula
     return f" {text}" if text.startswith("_") else text  # or legends would leave it out
+
+
+def shortened_apart(labels, length=40):
+    """Return {label: the label for a plot}; where two would be alike once they are shortened, a number tells them apart."""
+    found = {}
+    for label in dict.fromkeys(labels):
+        numbered = (f"{shortened(label, length - 5)} ({number})" for number in itertools.count(2))
+        names = itertools.chain([shortened(label, length)], numbered)
+        found[label] = next(name for name in names if name not in found.values())
+    return found
 
 
 def _log_scale(axes):
@@ -46,7 +68,7 @@ def _log_scale(axes):
 
 def _legend_columns(names):
     """Return the number of a legend's columns that fit the figure's width."""
-    return 2 if len(names) > 2 and max(map(len, names)) <= 38 else 1
+    return 2 if len(names) > 2 and max(map(fonts.Letters(100).letters, names)) <= 38 else 1
 
 
 def run_steps(report):
@@ -126,7 +148,8 @@ def error_growth(curves):
     curves: list of (label, correction, errors), no two with the same label and correction; errors[i] is the error at the
     start of step i, nan where there is none.
     """
-    names = [f"{shortened(label)}, IEC {correction}" for label, correction, _ in curves]
+    short = shortened_apart(label for label, *_ in curves)
+    names = [f"{short[label]}, IEC {correction}" for label, correction, _ in curves]
     columns = _legend_columns(names)
     figure = _figure(4 + 0.19 * -(-len(curves) // columns))
     axes = figure.add_subplot()
@@ -163,7 +186,8 @@ def table(runs):
 
     runs: list of (label, correction, NFE, seconds, relative error, PSNR in dB), as texts. The first is the reference.
     """
-    cells = [(shortened(label, 31), _without_the_middle(correction, 16), *numbers) for label, correction, *numbers in runs]
+    short = shortened_apart((label for label, *_ in runs), 31)
+    cells = [(short[label], _without_the_middle(correction, 16), *numbers) for label, correction, *numbers in runs]
     figure = _figure(0.3 * (len(cells) + 1.5))
     figure.set_layout_engine("none")
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 1), ylim=(len(cells) + 0.6, -0.9))
@@ -212,9 +236,11 @@ def _label_points(figure, axes, points, texts, lines):
     """Write a text beside each point [(x, y)] of the axes, with a thin line to it, off the horizontal and vertical `lines`
     [(x, y), (x, y)]; returns whether no text hides anything.
     """
+    _use_fonts(figure)
     figure.draw_without_rendering()  # now the layout is known, and stays
     figure.set_layout_engine("none")
     labels = [figure.text(0, 0, text, fontsize=9, va="bottom", transform=IdentityTransform()) for text in texts]
+    _use_fonts(figure)
     extents = [label.get_window_extent() for label in labels]
     at = axes.transData.transform(points)
     bounds, gap = axes.get_window_extent().extents, 4 * figure.dpi / 72
@@ -274,8 +300,9 @@ def pareto(runs, front, reference, cost):
     """
     floor = min((error for *_, error in runs if error > 0), default=1e-6) / 3  # where a run without any error is drawn
     points = [(spent, error if error > 0 else floor) for *_, spent, error in runs]
-    names = [(shortened(label), f"IEC {correction}{'' if error > 0 else ', error 0'}") for label, correction, _, error in runs]
-    reference = f"{shortened(reference[0])}, IEC {reference[1]}", reference[2]
+    short = shortened_apart([reference[0], *(label for label, *_ in runs)])
+    names = [(short[label], f"IEC {correction}{'' if error > 0 else ', error 0'}") for label, correction, _, error in runs]
+    reference = f"{short[reference[0]]}, IEC {reference[1]}", reference[2]
     figure, legible = _pareto_figure(points, front, reference, cost, ["\n".join(name) for name in names])
     if not legible:
         listed = [f"{number}  {', '.join(name)}" for number, name in enumerate(names, 1)]

@@ -101,7 +101,7 @@ def test_grid_of_large_images_is_scaled_down(module, runs, batch):
 @pytest.mark.parametrize("label", ["a", "W8A8 + DeepCache 5, of a model", "a_name_without_any_space_" * 4, "", "two  spaces"])
 def test_no_caption_is_wider_than_its_column(module, label):
     grids = module("grids")
-    font = grids._font(20)
+    font = module("fonts").Letters(20)
     text = grids._wrapped(f"{label}\nIEC all next lambda 0.3 K 3", font, 130)
     assert "".join(text.split()) == "".join(f"{label}IEC all next lambda 0.3 K 3".split())
     assert all(font.getlength(line) <= 130 for line in text.splitlines())
