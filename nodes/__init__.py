@@ -2,6 +2,10 @@
 
 import logging
 
+from .host import version  # noqa: F401 - first, for it refuses a ComfyUI that lacks what the others import
+
+# isort: split
+
 from comfy_api.latest import ComfyExtension
 
 from .host.copies import first_copy

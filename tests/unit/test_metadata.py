@@ -27,8 +27,9 @@ def test_registry_fields_are_of_the_form_that_the_registry_wants():
     assert any(classifier.startswith("Operating System :: ") for classifier in project["classifiers"])
 
 
-def test_oldest_comfyui_is_the_one_that_is_tested():
-    assert PROJECT["tool"]["comfy"]["requires-comfyui"] == f">={comfyui.VERSION}"
+def test_oldest_comfyui_is_the_one_that_is_tested_and_asked_for():
+    asked = re.search(r'^OLDEST = "(.+?)"', (comfyui.ROOT / "nodes" / "host" / "version.py").read_text(), re.MULTILINE)[1]
+    assert PROJECT["tool"]["comfy"]["requires-comfyui"] == f">={comfyui.VERSION}" == f">={asked}"
 
 
 def listed(path):

@@ -1,0 +1,40 @@
+"""A ComfyUI that is older than the pack needs: refused while the pack is loaded, by a sentence."""
+
+import asyncio
+import sys
+import types
+
+import comfyui
+import pytest
+
+
+@pytest.fixture
+def load_in(host, tmp_path, monkeypatch, caplog):
+    """load_in(version): (whether a host of this version can load the pack, what its log says of it)."""
+    import nodes
+
+    def run(version):
+        copy = tmp_path / "comfyui-iec"
+        copy.symlink_to(comfyui.ROOT, target_is_directory=True)
+        known = set(sys.modules)
+        monkeypatch.setitem(sys.modules, "comfyui_version", version and types.SimpleNamespace(__version__=version))
+        monkeypatch.setitem(sys.modules, "comfy_api.latest", None)  # which such hosts lack
+        try:
+            return asyncio.run(nodes.load_custom_node(str(copy))), caplog.messages[-1]
+        finally:
+            for name in set(sys.modules) - known:
+                del sys.modules[name]
+
+    return run
+
+
+@pytest.mark.parametrize("version", ["0.3.64", "0.3.9", "0.2.7", None])
+def test_an_older_host_is_told_the_version_that_is_needed(load_in, version):
+    loaded, said = load_in(version)
+    assert not loaded
+    assert "ComfyUI-IEC needs ComfyUI 0.3.75 or newer, and this one is " + (version or "") in said
+
+
+@pytest.mark.parametrize("version", ["0.3.75", "0.3.100", "0.4.0", "0.33.0", "1.0", "0.3.76-2-g1f2e3d"])
+def test_no_other_is_refused(load_in, version):
+    assert "comfy_api" in load_in(version)[1]  # it came as far as that
