@@ -31,7 +31,7 @@ class ActivationScales(Profile):
         """Return the scales float32 [L] for sigma (a tensor of one number), on its device: between two calibrated sigmas on the
         line, outside them those of the nearest.
         """
-        table, sigmas = self.table.to(sigma.device), self.sigmas.to(sigma.device, torch.float32)
+        table, sigmas = self.table.to(sigma.device), self.sigmas.float().to(sigma.device)
         if len(table) == 1:
             return table[0]
         rising = sigmas.flip(0)

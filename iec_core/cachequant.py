@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .caching import FeatureCache
+from .devices import has_float64
 from .profile_file import Profile
 
 COLUMNS = 65536  # of a feature's numbers in a channel, how many are summed at a time in float64: for the memory
@@ -49,7 +50,7 @@ def group_steps(cost, interval):
 
 
 def _in_float64(x):
-    return (x if x.device.type in ("cpu", "cuda") else x.cpu()).double()  # other devices may have no float64
+    return (x if has_float64(x.device) else x.cpu()).double()
 
 
 class ChannelFit:

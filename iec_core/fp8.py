@@ -2,27 +2,19 @@
 
 import torch
 
+from .devices import once_a_device
 from .quantization import LIMITS
 
 LARGEST = LIMITS["fp8"]
-_multiplies = {}  # by kind of device; a dict, for the compiler sees through functools.cache
 
 
-@torch.compiler.assume_constant_result
-def has_scaled_mm(device_type):
-    """Tell whether torch._scaled_mm multiplies float8 e4m3 on this kind of device (on NVIDIA: Ada and newer)."""
-    if device_type not in _multiplies:
-        _multiplies[device_type] = device_type == "cuda" and _can_multiply(device_type)
-    return _multiplies[device_type]
-
-
-def _can_multiply(device_type):
-    a = torch.zeros(16, 16, device=device_type, dtype=torch.float8_e4m3fn)
-    one = torch.ones((), device=device_type)
-    try:
-        torch._scaled_mm(a, a.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
-    except (RuntimeError, ValueError):
+@once_a_device
+def has_scaled_mm(device):
+    """Tell whether torch._scaled_mm multiplies float8 e4m3 on a device (on NVIDIA: Ada and newer)."""
+    if device.type != "cuda":
         return False
+    a, one = torch.zeros(16, 16, device=device, dtype=torch.float8_e4m3fn), torch.ones((), device=device)
+    torch._scaled_mm(a, a.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
     return True
 
 
@@ -32,8 +24,11 @@ def fits(inputs, outputs):
 
 
 def activation_scale(rows, scale=None):
-    """Return the scale of rows where it is given, a tensor of one number; else that of their largest magnitude."""
-    return (rows.abs().amax().float() / LARGEST).clamp(min=1e-12) if scale is None else scale
+    """Return the scale of rows where it is given, a tensor of one number; else that of their largest magnitude. It is not
+    finite where they are not, which clipping would hide.
+    """
+    largest = rows.abs().amax().float()
+    return (largest / LARGEST).clamp(min=1e-12) if scale is None else scale + 0 * largest
 
 
 def linear_fp8(x, values, weight_scale, bias, scale=None):

@@ -19,7 +19,7 @@ def layer_errors(model, full_precision, prompts, negative, latent_image, seed, r
     if quantization_of(model) is None:
         raise ValueError("model: this MODEL is not quantized; put Quantize Model (IEC) in front.")
     source = source_of(model, full_precision)
-    layers, device = quantized_layers(model.model.diffusion_model), model.load_device.type
+    layers, device = quantized_layers(model.model.diffusion_model), model.load_device
     references = dict(source.model.diffusion_model.named_modules())
     errors = {name: _of_weight(model, source, name, layer) for name, layer in layers.items()}
 
@@ -49,13 +49,13 @@ def _of_weight(model, source, name, layer):
     words += [f"rotated by {fmt.rotation}"] if fmt.rotation else []
     return LayerError(
         name, ", ".join(words) + f", activations {layer.activation.bits} bits",
-        layer.backend(model.load_device.type), layer.packing.nbytes, original.nbytes,
+        layer.backend(model.load_device), layer.packing.nbytes, original.nbytes,
         decibels(full.square().sum().item(), noise),
     )  # fmt: skip
 
 
-def _take_up(error, reference, device_type, layer, inputs, output):
-    error.backend = layer.backend(device_type)  # with calibrated activations another one than without
+def _take_up(error, reference, device, layer, inputs, output):
+    error.backend = layer.backend(device)  # with calibrated activations another one than without
     expected = reference(inputs[0]).float()
     error.signal += expected.square().sum().item()
     error.noise += (output.float() - expected).square().sum().item()

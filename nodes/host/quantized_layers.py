@@ -112,16 +112,16 @@ class _QuantizedLayer:
         """Return what comes in as it is quantized."""
         return rotate(x, self.packing.format.rotation) if self.packing.format.rotation else x
 
-    def backend(self, device_type):
-        """Return, in words, what computes this layer on a kind of device."""
+    def backend(self, device):
+        """Return, in words, what computes this layer on a device."""
         kind, quantized = self.packing.format.kind, self.activation.bits == 8
-        if not quantized or (kind == "fp8" and not self._multiplies_fp8(device_type)):
+        if not quantized or (kind == "fp8" and not self._multiplies_fp8(device)):
             return "dequantized weight"
         if kind == "fp8":
             return "torch._scaled_mm"
-        return self._integer_backend(device_type)
+        return self._integer_backend(device)
 
-    def _multiplies_fp8(self, device_type):
+    def _multiplies_fp8(self, device):
         return False
 
     def _straight(self, rows):
@@ -131,7 +131,7 @@ class _QuantizedLayer:
         if self.activation.bits == 16:
             return rows
         if self.packing.format.kind == "fp8":
-            if not self._multiplies_fp8(rows.device.type):
+            if not self._multiplies_fp8(rows.device):
                 return rows
             scale = fp8.activation_scale(rows.detach(), self.input_scale)
             limit, dtype = fp8.LARGEST, torch.float8_e4m3fn
@@ -154,7 +154,7 @@ class QuantizedLinear(_QuantizedLayer, comfy.ops.manual_cast.Linear):
 
     def _compute(self, x, packed, bias):
         activation, fmt = self.activation, self.packing.format
-        if activation.bits == 16 or (fmt.kind == "fp8" and not self._multiplies_fp8(x.device.type)):
+        if activation.bits == 16 or (fmt.kind == "fp8" and not self._multiplies_fp8(x.device)):
             return torch.nn.functional.linear(self.rotated(x), self.packing.scaled(packed, x.dtype), bias)
         values, scale = self.packing.values(packed)
         if fmt.kind == "fp8":
@@ -166,12 +166,12 @@ class QuantizedLinear(_QuantizedLayer, comfy.ops.manual_cast.Linear):
         rows = self._straight(rows.reshape(-1, rows.shape[-1])).reshape(rows.shape)
         return torch.nn.functional.linear(rows, self.packing.scaled(packed, x.dtype), bias)
 
-    def _multiplies_fp8(self, device_type):
+    def _multiplies_fp8(self, device):
         fits = fp8.fits(self.packing.inputs, self.packing.rows)
-        return self.packing.format.kind == "fp8" and fits and fp8.has_scaled_mm(device_type)
+        return self.packing.format.kind == "fp8" and fits and fp8.has_scaled_mm(device)
 
-    def _integer_backend(self, device_type):
-        return linear_backend(device_type, self._per_row())
+    def _integer_backend(self, device):
+        return linear_backend(device, self._per_row(), self.packing.rows, self.packing.inputs)
 
 
 class QuantizedConv2d(_QuantizedLayer, comfy.ops.manual_cast.Conv2d):
@@ -196,10 +196,10 @@ class QuantizedConv2d(_QuantizedLayer, comfy.ops.manual_cast.Conv2d):
         kernel = self.packing.shaped(self.packing.scaled(packed, x.dtype))
         return torch.nn.functional.conv2d(x, kernel, bias, self.stride, self.padding, self.dilation)
 
-    def _integer_backend(self, device_type):
+    def _integer_backend(self, device):
         if is_pointwise(self.kernel_size, self.stride, self.padding):
-            return linear_backend(device_type, self._per_row())
-        return conv_backend(device_type)
+            return linear_backend(device, self._per_row(), self.packing.rows, self.packing.inputs)
+        return conv_backend(device)
 
 
 def quantized_class(layer):

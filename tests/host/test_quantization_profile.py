@@ -592,7 +592,7 @@ def test_report_tells_what_computes_calibrated_layers(quantize, calibrate, repor
     import sys
 
     layers = sys.modules[type(next(iter(layers_of(quantize()).values()))).__module__]
-    monkeypatch.setattr(layers, "linear_backend", lambda device_type, per_row: f"rows: {per_row}")
+    monkeypatch.setattr(layers, "linear_backend", lambda device, per_row, *_: f"rows: {per_row}")
     quantized = quantize()
     for source, expected in ((quantized, "rows: True"), (calibrate(quantized)[0], "rows: False")):
         backends = {row[1] for row in report(source)[0].values()}

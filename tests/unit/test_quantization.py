@@ -1,10 +1,21 @@
 """The integer arithmetic against int64, and the quantizer against its definition."""
 
+import types
+
 import pytest
 import torch
 
 from iec_core import int8
-from iec_core.int8 import conv2d_int8, conv2d_sums, dynamic_scale, int_matmul, linear_int8, quantize_activation
+from iec_core.fp8 import activation_scale
+from iec_core.int8 import (
+    conv2d_int8,
+    conv2d_sums,
+    dynamic_scale,
+    int_matmul,
+    linear_backend,
+    linear_int8,
+    quantize_activation,
+)
 from iec_core.quantization import (
     LIMITS,
     Packing,
@@ -246,6 +257,42 @@ def test_activation_scales_do_not_depend_on_neighbours():
     assert torch.equal(together[1:2], alone)
 
 
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("per_tensor", [False, True])
+@pytest.mark.parametrize("scale", [None, torch.tensor(0.02), torch.tensor([0.02])])
+def test_what_is_not_finite_is_seen_in_what_comes_out(scale, per_tensor, wrong):
+    """In full precision it would be, and integers know of none: it must come out as NaN, of other items only with one scale."""
+    values, scales = quantize_rows(normal(8, 36), WeightFormat())
+    apart = scale is not None or not per_tensor
+    x = normal(3, 2, 36, seed=3)
+    x[1, 0, 5] = wrong
+    found = linear_int8(x, values, scales[:, 0], normal(8), scale, per_tensor)
+    assert found[1, 0].isnan().all() and found[[0, 2]].isfinite().all() == apart
+    for kernel, inputs in ((3, 4), (1, 36)):
+        image = normal(3, inputs, 6, 6, seed=4)
+        image[1, 2, 3, 3] = wrong
+        geometry = (kernel, kernel), (1, 1), (kernel // 2, kernel // 2), (1, 1)
+        found = conv2d_int8(image, values, scales[:, 0], normal(8), *geometry, scale, per_tensor)
+        assert found[1, :, 3, 3].isnan().all() and found[[0, 2]].isfinite().all() == apart
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_a_scale_of_float8_is_not_finite_where_what_comes_in_is_not(wrong):
+    rows, scale = normal(2, 16), torch.tensor(0.02)
+    assert activation_scale(rows, scale) == scale
+    rows[1, 3] = wrong
+    assert activation_scale(rows, scale).isnan() and not activation_scale(rows).isfinite()
+
+
+def test_an_infinity_in_half_precision_is_seen():
+    """And the largest finite numbers, whose differences would overflow, are none."""
+    values, scale = quantize_rows(normal(8, 16), WeightFormat())
+    x = torch.full((2, 16), -65504.0).half()
+    x[0, 0], x[1, 0] = 65504, torch.inf
+    found = linear_int8(x, values, scale[:, 0], None, torch.tensor(1000.0)).float()
+    assert not found[0].isnan().any() and found[1].isnan().all()
+
+
 def test_half_precision_stays_half():
     values, scale = quantize_rows(normal(8, 16), WeightFormat())
     assert linear_int8(normal(2, 16).half(), values, scale[:, 0], torch.zeros(8).half()).dtype == torch.float16
@@ -255,7 +302,7 @@ def test_half_precision_stays_half():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kitchen_computes_the_same(monkeypatch, dtype, rotation):
     """comfy-kitchen's eager kernel, which serves on a GPU where it has no faster one."""
-    monkeypatch.setattr(int8, "linear_backend", lambda device_type, per_row: int8.KITCHEN)
+    monkeypatch.setattr(int8, "linear_backend", lambda *_: int8.KITCHEN)
     x, bias = normal(2, 5, 64).to(dtype), normal(24, seed=2).to(dtype)
     values, scale = quantize_rows(normal(24, 64, seed=1), WeightFormat())
     result = linear_int8(x, values, scale[:, 0], bias, rotation=rotation)
@@ -268,10 +315,44 @@ def test_kitchen_computes_the_same(monkeypatch, dtype, rotation):
     assert result.dtype == dtype and result.shape == (2, 5, 24)
 
 
+def test_kitchen_is_given_only_what_its_kernels_take(monkeypatch):
+    """Its CUDA kernels are called without a look at the sizes."""
+    monkeypatch.setattr(int8, "HAS_KITCHEN", True)
+    monkeypatch.setattr(int8, "has_exact_int_mm", lambda device: True)
+    taken = {(outputs, inputs): linear_backend("cuda", True, outputs, inputs) for outputs in (8, 17, 24) for inputs in (48, 40)}
+    assert {sizes for sizes, name in taken.items() if name == int8.KITCHEN} == {(8, 48), (24, 48)}
+    assert linear_backend("cpu", True, 8, 48) == linear_backend("cuda", False, 8, 48) == "torch._int_mm"
+
+
+def test_kitchen_is_not_given_nothing_nor_float64(monkeypatch):
+    monkeypatch.setattr(int8, "linear_backend", lambda *_: int8.KITCHEN)
+    values, scale = quantize_rows(normal(8, 16), WeightFormat())
+    assert linear_int8(torch.zeros(0, 16), values, scale[:, 0], None).shape == (0, 8)
+    found = linear_int8(normal(2, 16).double(), values, scale[:, 0], None)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.float(), linear_int8(normal(2, 16), values, scale[:, 0], None), rtol=1e-4, atol=1e-4)
+
+
+def test_nan_is_seen_behind_a_kernel_that_takes_no_notice_of_it(monkeypatch):
+    """As comfy-kitchen's for CUDA, which takes the largest magnitude of what is a number."""
+    kernel = torch.ops.comfy_kitchen.int8_linear
+    blind = types.SimpleNamespace(int8_linear=lambda rows, *more: kernel(rows.nan_to_num(0), *more))
+    monkeypatch.setattr(int8, "linear_backend", lambda *_: int8.KITCHEN)
+    monkeypatch.setattr(torch.ops, "comfy_kitchen", blind)
+    values, scale = quantize_rows(normal(8, 16), WeightFormat())
+    x = normal(4, 16)
+    torch.testing.assert_close(
+        linear_int8(x, values, scale[:, 0], None), kernel(x, values, scale[:, 0], None, 0), rtol=0, atol=0
+    )
+    x[1, 3] = torch.nan
+    assert linear_int8(x, values, scale[:, 0], None)[1].isnan().all()
+
+
+@pytest.mark.parametrize("given", [None, torch.tensor(0.1)])
 @pytest.mark.parametrize("per_tensor", [False, True])
-def test_nothing_gives_nothing(per_tensor):
+def test_nothing_gives_nothing(per_tensor, given):
     values, scale = quantize_rows(normal(8, 36), WeightFormat())
-    assert linear_int8(torch.zeros(0, 36), values, scale[:, 0], None, per_tensor=per_tensor).shape == (0, 8)
+    assert linear_int8(torch.zeros(0, 36), values, scale[:, 0], None, given, per_tensor).shape == (0, 8)
     geometry = (3, 3), (1, 1), (1, 1), (1, 1)
-    empty = conv2d_int8(torch.zeros(0, 4, 6, 6), values, scale[:, 0], None, *geometry, per_tensor=per_tensor)
+    empty = conv2d_int8(torch.zeros(0, 4, 6, 6), values, scale[:, 0], None, *geometry, given, per_tensor)
     assert empty.shape == (0, 8, 6, 6)

@@ -1,0 +1,70 @@
+"""What a device can do is found out for each device, and a shortage of memory is no answer."""
+
+import pytest
+import torch
+
+from iec_core import fp8, int8
+from iec_core.devices import has_float8, once_a_device
+
+
+@pytest.fixture
+def asked():
+    """(probe that is decorated, devices that it was tried on, answers by device: a bool or an error to raise)."""
+    tried, answers = [], {}
+
+    @once_a_device
+    def probe(device):
+        tried.append(device)
+        if isinstance(answers[device], Exception):
+            raise answers[device]
+        return answers[device]
+
+    return probe, tried, answers
+
+
+def test_two_devices_of_a_kind_are_two(asked):
+    probe, tried, answers = asked
+    one, other = torch.device("cuda", 0), torch.device("cuda", 1)
+    answers.update({one: True, other: False})
+    assert [probe(one), probe(other), probe("cuda:0"), probe("cuda:1")] == [True, False, True, False]
+    assert tried == [one, other]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("not implemented for 'Char'"), NotImplementedError(), TypeError("no float8")])
+def test_what_ends_in_an_error_cannot_be_done(asked, error):
+    probe, tried, answers = asked
+    answers[torch.device("mps")] = error
+    assert not probe("mps") and not probe("mps") and len(tried) == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("Tried to allocate 2.00 MiB"), RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)  # fmt: skip
+def test_a_shortage_of_memory_is_not_remembered(asked, error):
+    probe, _, answers = asked
+    answers[torch.device("cuda", 0)] = error
+    for _ in range(2):
+        with pytest.raises(RuntimeError) as raised:
+            probe("cuda:0")
+        assert raised.value is error
+    answers[torch.device("cuda", 0)] = True
+    assert probe("cuda:0")
+
+
+def test_the_probes_of_this_processor():
+    assert not fp8.has_scaled_mm("cpu") and has_float8("cpu")
+    assert int8.has_exact_int_mm("cpu") == int8.has_exact_int_mm(torch.device("cpu"))
+    if not torch.backends.mps.is_available():
+        assert not has_float8("mps")
+
+
+def test_answers_are_constants_of_a_compiled_function():
+    def ask(x):
+        return x + 1 if int8.has_exact_int_mm(x.device) else x - 1
+
+    expected = ask(torch.zeros(2))
+    assert torch.equal(torch.compile(ask, backend="eager", fullgraph=True)(torch.zeros(2)), expected)
