@@ -36,7 +36,7 @@ class IECQuantizeModel(CheckedNode):
             display_name="Quantize Model (IEC)",
             category="advanced/model/IEC",
             description="Makes a model with quantized Linear and Conv2d layers, which takes less memory and computes in "
-            "integers. LoRAs reach the quantized layers, wherever in the chain they are.",
+            "integers. LoRAs go in front of it: of what is changed afterwards, small changes are rounded away.",
             search_aliases=ALIASES,
             inputs=[
                 io.Model.Input("model", tooltip="The model to quantize; it stays as it is."),

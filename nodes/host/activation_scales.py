@@ -8,8 +8,8 @@ from comfy.patcher_extension import WrappersMP
 
 from ...iec_core.activation_scales import ActivationScales, ScaleStatistics
 from .calibration import Bar, sample_all, watched
-from .quantize import quantization_of
 from .quantized_layers import quantized_layers
+from .quantized_network import quantization_of
 from .steps import Schedule
 from .weights import fingerprint, is_same
 

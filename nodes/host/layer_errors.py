@@ -5,8 +5,9 @@ import math
 
 from ...iec_core.layer_errors import LayerError, decibels
 from .calibration import Bar, sample_all, watched
-from .quantize import KEY, PREFIX, quantization_of, source_of
+from .quantize import source_of
 from .quantized_layers import quantized_layers
+from .quantized_network import KEY, PREFIX, quantization_of
 from .weights import original_weight, patched_weight
 
 

@@ -7,11 +7,11 @@ weight which is quantized goes into it first.
 
 import copy
 import hashlib
+import logging
 import uuid
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import comfy.hooks
 import comfy.model_patcher
 import comfy.utils
 import torch
@@ -19,10 +19,8 @@ from comfy.patcher_extension import WrappersMP
 
 from ...iec_core.quantization import Packing, WeightFormat, rotation_size
 from .quantized_layers import ActivationFormat, is_host_state, quantized_class
-from .weights import fingerprint, is_same, original_weight, patched_weight
-
-KEY = "iec_quantize"
-PREFIX = "diffusion_model."
+from .quantized_network import KEY, PREFIX, mark_quantized, quantization_of
+from .weights import fingerprint, is_same, original_weight, patched_shape, patched_weight
 
 # Modules that embed the timestep and the label, as the host's networks name them.
 EMBEDDINGS = (
@@ -128,12 +126,10 @@ class Quantization:
         whole = "" if self.rules.keep_sensitive else " of all layers"
         return whole + "".join(f", {detail}" for detail in details if detail)
 
-    def packing(self, layer):
-        """Return the Packing of a layer's weight."""
-        linear = isinstance(layer, torch.nn.Linear)
-        rotation = rotation_size(layer.weight.shape[1]) if self.rotate and linear else 0
-        fmt = WeightFormat(self.weight.kind, self.weight.group_size, rotation, self.weight.search)
-        return Packing(layer.weight.shape, fmt)
+    def packing(self, shape):
+        """Return the Packing of a weight of this shape."""
+        rotation = rotation_size(shape[1]) if self.rotate and len(shape) == 2 else 0
+        return Packing(shape, WeightFormat(self.weight.kind, self.weight.group_size, rotation, self.weight.search))
 
 
 def quantizable_layers(network):
@@ -162,14 +158,14 @@ def quantize_model(model, quantization):
     layers = quantizable_layers(model.model.diffusion_model)
     if not layers:
         raise ValueError("model: this MODEL has no Linear or Conv2d layer in floating point to quantize.")
-    chosen = quantization.rules.select(list(layers))
+    chosen = _without_enlarged(model, layers, quantization.rules.select(list(layers)))
     if not chosen:
         raise ValueError(
             "include, exclude, keep_sensitive_layers: together they leave no layer to quantize; let some be quantized."
         )
     bar, replaced = comfy.utils.ProgressBar(len(chosen)), {}
     for name in chosen:
-        layer, packing = layers[name], quantization.packing(layers[name])
+        layer, packing = layers[name], quantization.packing(_shape(model, name, layers[name]))
         packed = _quantized_weight(model, f"{PREFIX}{name}.weight", packing)
         bias = None if layer.bias is None else _own(model, f"{PREFIX}{name}.bias", layer.bias)
         replaced[layer] = quantized_class(layer).of(name, layer, packing, packed, bias, quantization.activation)
@@ -179,9 +175,24 @@ def quantize_model(model, quantization):
     return _patcher(model, base, [f"{PREFIX}{name}.weight" for name in chosen])
 
 
-def quantization_of(model):
-    """Return the short name of a MODEL's quantization, None where it has none."""
-    return getattr(model.model, "iec_quantization", None)
+def _shape(model, name, layer):
+    """Return the shape of a layer's weight, a tuple; as the host has patched it, it may be another."""
+    return tuple(original_weight(model, f"{PREFIX}{name}.weight", layer.weight).shape)
+
+
+def _without_enlarged(model, layers, names):
+    """Return the names without those of layers that a patch enlarges, which the host looks at to tell what it can feed in: they
+    stay as they are, and the patch on them.
+    """
+
+    def is_enlarged(name):
+        shape = _shape(model, name, layers[name])
+        return patched_shape(model.patches.get(f"{PREFIX}{name}.weight"), shape) != shape
+
+    enlarged = [name for name in names if is_enlarged(name)]
+    if enlarged:
+        logging.info(f"IEC: {', '.join(enlarged)} stays unquantized, for a LoRA enlarges its weight.")
+    return [name for name in names if name not in enlarged]
 
 
 def source_of(quantized, full_precision):
@@ -265,11 +276,3 @@ def _patcher(model, base, baked):
     for key in baked:
         quantized.patches.pop(key, None)
     return mark_quantized(quantized)
-
-
-def mark_quantized(model):
-    """Return a MODEL whose network is quantized, with what its patcher and its runs need to know of that."""
-    # In the host's faster mode hooks' weights are kept in floating point and copied over the packed ones.
-    model.set_hook_mode(comfy.hooks.EnumHookMode.MinVram)
-    model.model_options["transformer_options"][KEY] = quantization_of(model)
-    return model

@@ -16,9 +16,9 @@ from ...iec_core.quantization import Packing
 from ...iec_core.quantized_file import LayerFile, QuantizedFile, description, layer_tensors, write
 from .builtin_model import CONFIG_OF_CLASS
 from .folders import ModelFolder
-from .quantize import PREFIX, mark_quantized, quantization_of
 from .quantized_layers import ActivationFormat, class_for, quantized_layers
-from .weights import fingerprint, original_weight, patched_weight
+from .quantized_network import PREFIX, check_shapes, mark_quantized, network_state, quantization_of, warn_of_lost_changes
+from .weights import fingerprint, original_weight, patched_shape, patched_weight
 
 FILES = ModelFolder("diffusion_models")
 
@@ -39,6 +39,9 @@ def save_quantized_model(model, name):
             "model: this MODEL is not quantized; put Quantize Model (IEC) in front, or save it with the host's nodes."
         )
     base = model.model
+    check_shapes(model)
+    _check_patches(model)
+    warn_of_lost_changes(model)
     quantized = quantized_layers(base.diffusion_model)
     layers = {key: LayerFile(tuple(layer.packing.shape), layer.packing.format) for key, layer in quantized.items()}
     activation = next(iter(quantized.values())).activation
@@ -60,6 +63,20 @@ def load_quantized_model(name):
 
 
 # What is written
+
+
+def _check_patches(model):
+    """Raise ValueError where a patch enlarges a weight that is not quantized."""
+    for name, tensor in _plain_tensors(model.model, quantized_layers(model.model.diffusion_model)).items():
+        if PREFIX + name not in model.patches:
+            continue
+        shape = tuple(original_weight(model, PREFIX + name, tensor).shape)
+        larger = patched_shape(model.patches.get(PREFIX + name), shape)
+        if larger != shape:
+            raise ValueError(
+                f"model: it cannot be saved, for a LoRA enlarges its weight {name} from {shape} to {larger}, and ComfyUI would "
+                "make another network of the file; keep the workflow that quantizes it."
+            )
 
 
 def _sources(model, layers, activation_bits):
@@ -84,16 +101,16 @@ def _sources(model, layers, activation_bits):
         empty = torch.empty(Packing(layer.shape, layer.format).nbytes, dtype=torch.int8, device="meta")
         for key, tensor in layer_tensors(name, layer, empty, activation_bits).items():
             sources[key] = tensor.dtype, tensor.shape, lambda name=name, key=key: tensors(name)[key]
-    for name, tensor in _plain_tensors(network, layers).items():
+    for name, tensor in _plain_tensors(model.model, layers).items():
         sources[name] = tensor.dtype, tensor.shape, functools.partial(plain, name, tensor)
     for name, tensor in _marks(model.model).items():
         sources[name] = tensor.dtype, tensor.shape, lambda tensor=tensor: tensor
     return sources
 
 
-def _plain_tensors(network, layers):
-    """Return {name: tensor} of what is not quantized."""
-    return {key: tensor for key, tensor in network.state_dict().items() if key.removesuffix(".weight") not in layers}
+def _plain_tensors(base, layers):
+    """Return {name: tensor} of a BaseModel's network, of what is not quantized."""
+    return {key: tensor for key, tensor in network_state(base).items() if key.removesuffix(".weight") not in layers}
 
 
 def _marks(base):
@@ -130,7 +147,7 @@ def _settings_to_keep(base, layers):
         )
     if type(base).__name__ in CONFIG_OF_CLASS:
         return {}
-    weights = {**_plain_tensors(base.diffusion_model, layers), **_marks(base)}
+    weights = {**_plain_tensors(base, layers), **_marks(base)}
     made = functools.partial(_made, type(base).__name__)
     try:
         again = made(base.get_dtype(), weights, layers, {})
@@ -159,9 +176,9 @@ def _difference(base, again, layers):
     settings = _untold_settings(base, again)
     if settings:
         return f"settings {', '.join(settings)}"
-    shapes = {name: tuple(tensor.shape) for name, tensor in base.diffusion_model.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in network_state(base).items()}
     shapes |= {f"{name}.weight": layer.shape for name, layer in layers.items()}
-    found = {name: tuple(tensor.shape) for name, tensor in again.diffusion_model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in network_state(again).items()}
     return next((f"weight {name}" for name in {**shapes, **found} if shapes.get(name) != found.get(name)), None)
 
 

@@ -1,6 +1,7 @@
 """A MODEL's own weights, before any patch, and by what it is told from another."""
 
 import comfy.lora
+import comfy.weight_adapter
 import torch
 
 PLACES, VALUES = 256, 16
@@ -15,9 +16,26 @@ def original_weight(model, key, parameter):
 
 def patched_weight(model, key, weight):
     """Return a weight in floating point with the MODEL's patches for the key on it; the weight itself where it has none."""
-    if key not in model.patches:
-        return weight
-    return comfy.lora.calculate_weight(model.patches[key], weight.float().clone(), key)
+    return with_patches(model.patches.get(key), key, weight)
+
+
+def with_patches(patches, key, weight):
+    """Return a weight in floating point with a MODEL's patches for this key on it; the weight itself where there are none."""
+    return comfy.lora.calculate_weight(patches, weight.float().clone(), key) if patches else weight
+
+
+def patched_shape(patches, shape):
+    """Return the shape, a tuple, that a weight of this shape has with patches on it. Some LoRAs enlarge weights, such as those
+    that give a network more input channels.
+    """
+    for _, value, _, offset, *_ in patches or ():
+        if isinstance(value, comfy.weight_adapter.LoRAAdapter):
+            larger = value.weights[5]
+        else:
+            pads = isinstance(value, tuple) and value[0] == "diff" and len(value[1]) > 1 and value[1][1].get("pad_weight")
+            larger = value[1][0].shape if pads else None
+        shape = shape if larger is None or offset is not None else larger
+    return tuple(shape)
 
 
 def fingerprint(model):

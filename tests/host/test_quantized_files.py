@@ -81,7 +81,7 @@ def has_quantized_loader():
 
 
 def tensors_of(model):
-    return model.model.diffusion_model.state_dict()
+    return model.model.state_dict()
 
 
 def assert_same_weights(one, other):

@@ -869,3 +869,49 @@ def test_quantized(host, sample, models, rounded, relative, name):
     quantized, reference = rounded(model)
     assert relative(sample(name, quantized), sample(name, reference)) < 1e-4
     assert relative(sample(name, reference), sample(name, model)) > 1e-4
+
+
+# LoRAs that enlarge a weight, as Flux's Canny and Depth enlarge that of the first layer
+
+
+def with_larger_input(model, source):
+    """The MODEL, made from `source`, with a LoRA that gives img_in as many input channels more, for a picture besides."""
+    import comfy.weight_adapter
+
+    key, clone = "diffusion_model.img_in.weight", model.clone()
+    rows, columns = source.model.diffusion_model.hidden_size, source.model.diffusion_model.in_channels
+    down = noise(2, 2 * columns, seed=8) / columns**0.5
+    weights = noise(rows, 2, seed=9), down, None, None, None, [rows, 2 * columns]
+    assert clone.add_patches({key: comfy.weight_adapter.LoRAAdapter(set(), weights)}) == [key]
+    return clone
+
+
+@pytest.mark.parametrize("settings", [{"keep_sensitive_layers": False}, {"keep_sensitive_layers": True}])
+def test_a_lora_in_front_may_enlarge_a_weight(host, sample, models, relative, settings):
+    model = models("Flux")
+    shape = FAMILIES["Flux"].latent
+    own = {"concat_latent_image": noise(*shape, seed=7)}
+    patched = with_larger_input(model, model)
+    expected = sample("Flux", patched, own=own)
+    assert relative(sample("Flux", patched, own={"concat_latent_image": noise(*shape, seed=6)}), expected) > 0.01
+    quantized = host.run("IECQuantizeModel", model=patched, weight_bits="8", activation_bits="16", **settings)[0]
+    assert type(quantized.model.diffusion_model.img_in) is type(model.model.diffusion_model.img_in)
+    assert relative(sample("Flux", quantized, own=own), expected) < 0.02
+    sample("Flux", patched, own=own)
+    # while the host has the larger weight in the network that both share
+    plain = host.run("IECQuantizeModel", model=model, weight_bits="8", activation_bits="16", **settings)[0]
+    assert relative(sample("Flux", plain), sample("Flux", model)) < 0.02
+    with pytest.raises(ValueError, match=r"^model: it cannot be saved, for a LoRA enlarges its weight img_in.weight from \("):
+        host.run("IECSaveQuantizedModel", model=quantized, name="q")
+
+
+def test_a_lora_behind_that_enlarges_a_quantized_weight_is_refused_before_anything_is_patched(host, sample, models):
+    quantized = host.run(
+        "IECQuantizeModel", model=models("Flux"), weight_bits="8", activation_bits="16", keep_sensitive_layers=False
+    )[0]
+    expected = sample("Flux", quantized)
+    with pytest.raises(ValueError, match=r"^exclude: a LoRA enlarges the weight of img_in from \(\d+, \d+\) to \(\d+, \d+\)"):
+        sample("Flux", with_larger_input(quantized, models("Flux")))
+    with pytest.raises(ValueError, match=r"^exclude: a LoRA enlarges the weight of img_in"):
+        host.run("IECSaveQuantizedModel", model=with_larger_input(quantized, models("Flux")), name="q")
+    assert torch.equal(sample("Flux", quantized), expected)

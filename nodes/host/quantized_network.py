@@ -1,0 +1,116 @@
+"""What a quantized MODEL is to the rest of the host: to what saves it, takes its weights, or lays patches on them."""
+
+import functools
+import logging
+
+import comfy.hooks
+from comfy.patcher_extension import WrappersMP
+
+from .quantized_layers import quantized_layers
+from .weights import original_weight, patched_shape, with_patches
+
+KEY = "iec_quantize"
+PREFIX = "diffusion_model."
+
+MEASURED = 8  # layers, of which a change's share is found out
+LEAST_SHARE = 0.9  # of a change, below which there is a warning
+
+
+def quantization_of(model):
+    """Return the short name of a MODEL's quantization, None where it has none."""
+    return getattr(model.model, "iec_quantization", None)
+
+
+def mark_quantized(model):
+    """Return a MODEL whose network is quantized, with what its patcher, its runs and other nodes need to know of that."""
+    # In the host's faster mode hooks' weights are kept in floating point and copied over the packed ones.
+    model.set_hook_mode(comfy.hooks.EnumHookMode.MinVram)
+    model.model_options["transformer_options"][KEY] = quantization_of(model)
+    model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _before_loading)
+    base = model.model
+    base.state_dict_for_saving = _refuse_saving
+    layers = quantized_layers(base.diffusion_model).values()
+    for module in (base.diffusion_model, *base.diffusion_model.children()):
+        if module not in layers:
+            module._register_state_dict_hook(functools.partial(_hand_out, base.get_dtype()))
+    return model
+
+
+def network_state(base):
+    """Return the tensors of a BaseModel's network by name, of quantized layers the packed ones."""
+    return {key.removeprefix(PREFIX): tensor for key, tensor in base.state_dict().items() if key.startswith(PREFIX)}
+
+
+def _refuse_saving(*_, **__):
+    raise ValueError(
+        "model: this MODEL is quantized, and what ComfyUI's own nodes would write of it nothing could open; save it with Save "
+        "Quantized Model (IEC)."
+    )
+
+
+def _hand_out(dtype, module, state, prefix, _):
+    """Let whoever takes the weights of a network, or of a part of it, have such as can be computed with: a Control-LoRA, or a
+    ControlNet that takes over the network's embedders. The host's own count of bytes is over all of the BaseModel.
+    """
+    if not prefix:
+        for name, layer in quantized_layers(module).items():
+            state[f"{name}.weight"] = layer.packing.dequantize(state[f"{name}.weight"], dtype)
+
+
+def _before_loading(executor, model, *args, **kwargs):
+    """Refuse patches that quantized layers cannot take, while nothing is patched yet, and warn of those that would be lost."""
+    check_shapes(model)
+    warn_of_lost_changes(model)
+    return executor(model, *args, **kwargs)
+
+
+def _patches(model):
+    """Return {key: patches} of a MODEL, those of its hooks among them."""
+    found = {}
+    for patches in (model.patches, *model.hook_patches.values()):
+        for key, more in patches.items():
+            found[key] = [*found.get(key, ()), *more]
+    return found
+
+
+def check_shapes(model):
+    """Raise ValueError where a patch on a quantized MODEL enlarges a quantized weight."""
+    patches = _patches(model)
+    for name, layer in quantized_layers(model.model.diffusion_model).items():
+        shape = patched_shape(patches.get(f"{PREFIX}{name}.weight"), layer.packing.shape)
+        if shape != tuple(layer.packing.shape):
+            raise ValueError(
+                f"exclude: a LoRA enlarges the weight of {name} from {tuple(layer.packing.shape)} to {shape}, which a "
+                "quantized layer cannot take up; put the LoRA in front of Quantize Model (IEC), or name that layer in exclude."
+            )
+
+
+def warn_of_lost_changes(model):
+    """Log a warning, once for the patches that lie on a quantized MODEL, where its weights keep little of what they change."""
+    if getattr(model.model, "iec_measured", None) == model.patches_uuid:
+        return
+    model.model.iec_measured = model.patches_uuid
+    share = kept_share(model)
+    if share < LEAST_SHARE:
+        logging.warning(
+            f"IEC: of what LoRAs or other patches behind Quantize Model (IEC) change, its weights ({quantization_of(model)}) "
+            f"keep a share of {max(share, 0):.2f}, for changes smaller than their steps are rounded away; put the LoRA in "
+            "front of Quantize Model (IEC)."
+        )
+
+
+def kept_share(model):
+    """Return what share of the change that the patches on a quantized MODEL make to its weights is left when these are rounded:
+    the projection of the one on the other, over some layers. 1 where there are no patches.
+    """
+    layers, patches = quantized_layers(model.model.diffusion_model), _patches(model)
+    names = [name for name in layers if f"{PREFIX}{name}.weight" in patches]
+    asked = kept = 0.0
+    for name in names[:: -(-len(names) // MEASURED) or 1]:
+        key, layer = f"{PREFIX}{name}.weight", layers[name]
+        before = layer.convert_weight(original_weight(model, key, layer.weight).to(model.load_device))
+        wanted = with_patches(patches[key], key, before)
+        left = layer.packing.dequantize(layer.packing.quantize(wanted))
+        wanted, left = wanted - before, left - before
+        asked, kept = asked + wanted.square().sum().item(), kept + (wanted * left).sum().item()
+    return kept / asked if asked else 1.0

@@ -1,0 +1,196 @@
+"""What the rest of the host makes of a quantized MODEL: LoRAs behind it, its own save nodes, a Control-LoRA."""
+
+import pathlib
+
+import pytest
+import torch
+
+SMALL = {"steps": 2, "latent_image": {"samples": torch.zeros(2, 3, 16, 16)}}
+CHANGED = [f"middle_block.1.{name}.weight" for name in ("proj_in", "proj_out", "transformer_blocks.0.ff.net.2")]
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def quantize(host, model):
+    def run(source=None, **settings):
+        settings = {"weight_bits": "8", "activation_bits": "16", "keep_sensitive_layers": True, **settings}
+        return host.run("IECQuantizeModel", model=source or model, **settings)[0]
+
+    return run
+
+
+# LoRAs
+
+
+def changes(model, size):
+    """{name: change}, each of so many parts of the weight's norm."""
+    weights = {name: model.model.get_parameter(f"diffusion_model.{name}") for name in CHANGED}
+    found = {name: noise(*weight.shape, seed=len(name)) for name, weight in weights.items()}
+    return {name: change * (size * weights[name].norm() / change.norm()) for name, change in found.items()}
+
+
+def with_lora(source, model, size=0.01):
+    clone = source.clone()
+    patches = {f"diffusion_model.{name}": (change,) for name, change in changes(model, size).items()}
+    assert len(clone.add_patches(patches, 1.0)) == len(CHANGED)
+    return clone
+
+
+def on_grid(weight, limit):
+    """A weight rounded by the definition of the format, in float64; one scale for each output channel."""
+    rows = weight.double().flatten(1)
+    scale = rows.abs().amax(1, keepdim=True) / limit
+    return (rows / scale).round() * scale
+
+
+def kept(model, size, limit):
+    """What is left of the changes, projected on them, when a rounded weight takes them up and is rounded again."""
+    asked = left = 0
+    for name, change in changes(model, size).items():
+        before = on_grid(model.model.get_parameter(f"diffusion_model.{name}"), limit)
+        change = change.double().flatten(1)
+        asked += change.square().sum()
+        left += (change * (on_grid(before + change, limit) - before)).sum()
+    return (left / asked).item()
+
+
+def warnings(caplog):
+    return [text for text in caplog.messages if text.startswith("IEC: of what LoRAs")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "limit", "size"),
+    [
+        ({"weight_bits": "4"}, "W4A16", 7, 0.01), ({"weight_bits": "4"}, "W4A16", 7, 0.05),
+        ({"weight_bits": "8"}, "W8A16", 127, 0.001),
+    ],
+)  # fmt: skip
+def test_a_lora_that_is_rounded_away_is_warned_of_once(quantize, model, sample, caplog, settings, name, limit, size):
+    patched = with_lora(quantize(**settings), model, size)
+    sample(patched, **SMALL)
+    sample(patched, **SMALL)
+    (said,) = warnings(caplog)
+    share = kept(model, size, limit)
+    assert share < 0.9 and f"({name}) keep a share of {share:.2f}" in said and "in front of Quantize Model (IEC)" in said
+
+
+def test_a_lora_that_arrives_is_no_warning(quantize, model, sample, caplog):
+    assert kept(model, 0.01, 127) > 0.9
+    sample(with_lora(quantize(), model), **SMALL)
+    sample(quantize(with_lora(model, model), weight_bits="4"), **SMALL)  # in front
+    sample(quantize(weight_bits="4"), **SMALL)
+    assert warnings(caplog) == []
+
+
+def test_another_lora_is_warned_of_anew(quantize, model, sample, caplog):
+    quantized = quantize(weight_bits="fp8")
+    for size in (0.01, 0.02):
+        sample(with_lora(quantized, model, size), **SMALL)
+    one, other = warnings(caplog)
+    assert "(FP8 W8A16) keep a share of 0." in one and one != other
+
+
+def test_saving_warns_too(host, quantize, model, caplog, tmp_path, monkeypatch):
+    import folder_paths
+
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", ([str(tmp_path)], {".safetensors"}))
+    host.run("IECSaveQuantizedModel", model=with_lora(quantize(weight_bits="4"), model), name="q")
+    assert len(warnings(caplog)) == 1
+
+
+# The host's own save nodes
+
+
+@pytest.mark.parametrize("node", ["ModelSave", "CheckpointSave", "ImageOnlyCheckpointSave"])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_the_hosts_own_save_nodes_refuse(host, quantize, sample, tmp_path, monkeypatch, node, loaded):
+    import folder_paths
+    from comfy_extras import nodes_model_merging, nodes_video_model
+
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    quantized = quantize()
+    if loaded:
+        models = tmp_path / "models"
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", ([str(models)], {".safetensors"}))
+        host.run("IECSaveQuantizedModel", model=quantized, name="q")
+        quantized = host.run("IECLoadQuantizedModel", model_name="q.safetensors")[0]
+    before = set(tmp_path.rglob("*.safetensors"))
+    expected = sample(quantized, **SMALL)
+    parts = {} if node == "ModelSave" else {"clip" if node == "CheckpointSave" else "clip_vision": None, "vae": None}
+    saver = (nodes_video_model if node == "ImageOnlyCheckpointSave" else nodes_model_merging).__dict__[node]()
+    with pytest.raises(ValueError, match=r"^model: this MODEL is quantized, .* save it with Save Quantized Model \(IEC\)\.$"):
+        saver.save(quantized.clone(), filename_prefix="c", **parts)
+    assert set(tmp_path.rglob("*.safetensors")) == before
+    assert torch.equal(sample(quantized, **SMALL), expected)
+
+
+def test_the_source_can_still_be_saved(quantize, model, tmp_path, monkeypatch):
+    import folder_paths
+    from comfy_extras.nodes_model_merging import ModelSave
+
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    quantize()
+    ModelSave().save(model, "c")
+    assert [pathlib.Path(path).stat().st_size > 1e6 for path in tmp_path.rglob("*.safetensors")] == [True]
+
+
+# Weights that others take
+
+
+def control_lora(model):
+    """A Control-LoRA of the built-in U-Net: low-rank changes of its encoder, and the layers of its own."""
+    import comfy.cldm.cldm
+    import comfy.controlnet
+
+    config = {name: value for name, value in model.model.model_config.unet_config.items() if name != "out_channels"}
+    own = comfy.cldm.cldm.ControlNet(**{**config, "dtype": torch.float32}, hint_channels=3).state_dict()
+    base, weights = model.model.state_dict(), {"lora_controlnet": torch.zeros(0)}
+    for number, (name, weight) in enumerate(own.items()):
+        if f"diffusion_model.{name}" not in base:
+            weights[name] = noise(*weight.shape, seed=number) / max(1, weight[0].numel()) ** 0.5
+        elif weight.ndim > 1:
+            layer = name.removesuffix(".weight")
+            weights[f"{layer}.up"] = noise(weight.shape[0], 2, seed=number) / 10
+            weights[f"{layer}.down"] = noise(2, weight[0].numel(), seed=number + 1) / weight[0].numel() ** 0.5
+    return comfy.controlnet.ControlLora(weights)
+
+
+def test_a_control_lora_is_as_on_the_weights_that_the_quantized_ones_stand_for(
+    host, model, sample, rounded, conditioning, relative
+):
+    """It takes the MODEL's weights for its own network."""
+    quantized, reference = rounded(model)
+
+    def controlled(source):
+        entries = host.run(
+            "ControlNetApplyAdvanced", positive=conditioning[0], negative=conditioning[1], control_net=control_lora(model),
+            image=torch.rand(2, 16, 16, 3, generator=torch.Generator().manual_seed(1)), strength=1.0, start_percent=0.0,
+            end_percent=1.0,
+        )  # fmt: skip
+        return sample(source, positive=entries[0], negative=entries[1], **SMALL)
+
+    expected, plain = controlled(reference), sample(quantized, **SMALL)
+    assert relative(controlled(quantized), expected) < 1e-4 < 0.01 < relative(plain, expected)
+    assert torch.equal(sample(quantized, **SMALL), plain)
+
+
+def test_the_state_of_a_network_or_a_part_is_weights_to_compute_with(model, quantize):
+    """And the bytes that the host counts are those of the packed ones."""
+    import comfy.model_management
+
+    quantized = quantize(keep_sensitive_layers=False)
+    size = comfy.model_management.module_size(quantized.model)
+    network, source = quantized.model.diffusion_model, model.model.diffusion_model
+    assert size < 0.3 * comfy.model_management.module_size(model.model)
+    for ours, full in ((network, source), (network.time_embed, source.time_embed)):
+        found, expected = ours.state_dict(), full.state_dict()
+        assert {name: (tensor.shape, tensor.dtype) for name, tensor in found.items()} == {
+            name: (tensor.shape, tensor.dtype) for name, tensor in expected.items()
+        }
+        for name, tensor in found.items():
+            error = (tensor - expected[name]).abs().flatten(1 if tensor.ndim > 1 else 0)
+            assert (error <= 0.5001 / 127 * expected[name].abs().flatten(1).amax(1, True)).all() if tensor.ndim > 1 else True
+    assert comfy.model_management.module_size(quantized.model) == size
