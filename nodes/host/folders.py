@@ -28,10 +28,6 @@ def _parts(name):
 
 def _fault(name):
     """Return why a name, with folders or without, is none on every system, else None."""
-    if not isinstance(name, str):
-        return "it is no text"
-    if name == "None":  # so the host writes null
-        return "it is null"
     if len(name.encode(errors="replace")) > MOST_BYTES_IN_ALL:
         return f"it has more than {MOST_BYTES_IN_ALL} bytes"
     return next((fault for part in _parts(name) if (fault := _fault_of_part(part))), None)
@@ -58,7 +54,7 @@ def _fault_of_part(part):
 
 def _shown(name):
     """Return a name as it can be shown in a sentence."""
-    text = name if isinstance(name, str) and name.translate(JOINERS).isprintable() else ascii(name).strip("'\"")
+    text = name if name.translate(JOINERS).isprintable() else ascii(name).strip("'\"")
     return text if len(text) <= 80 else f"{text[:80]}…"
 
 
