@@ -1,4 +1,4 @@
-"""The tests' own browser: the frontend is ready, in both modes, and what fails in it is seen."""
+"""The tests' own browser: the frontend is ready, in both modes, and what fails in it is seen; what it does with seeds."""
 
 import frontend as tool
 import pytest
@@ -60,3 +60,45 @@ def test_without_any_browser_one_sentence_says_so(monkeypatch):
         monkeypatch.setattr(tool, name, lambda: None)
     with pytest.raises(RuntimeError, match="Chromium: none is on PATH, and neither apt nor Playwright could install one"):
         tool.chromium()
+
+
+ADD = "(kinds) => kinds.forEach((kind) => app.graph.add(LiteGraph.createNode(kind)))"
+
+
+def queue_twice(frontend):
+    """Queue the open workflow twice; return the seeds of each prompt as the server would get it, by kind of node."""
+    prompts = []
+
+    def answer(route):
+        prompts.append(route.request.post_data_json["prompt"])
+        route.fulfill(json={"prompt_id": f"prompt {len(prompts)}", "number": len(prompts), "node_errors": {}})
+
+    frontend.page.route("**/api/prompt", answer)
+    try:
+        frontend.page.evaluate("async () => { await app.queuePrompt(0); await app.queuePrompt(0); }")
+    finally:
+        frontend.page.unroute("**/api/prompt")
+    assert len(prompts) == 2
+    return [
+        {node["class_type"]: node["inputs"]["seed"] for node in prompt.values() if "seed" in node["inputs"]}
+        for prompt in prompts
+    ]
+
+
+def test_queueing_again_changes_the_seed_of_the_sampler_alone(frontend):
+    """Of nodes as they are added: another seed would be another calibration. What a workflow was saved with stays: it has a
+    place among the values of the widgets, and is the user's own choice.
+    """
+    about = frontend.server.get("/object_info")
+    ours = [kind for kind, info in about.items() if info["python_module"] == about["IECKSampler"]["python_module"]]
+    kinds = [kind for kind in ours if any("seed" in names for names in about[kind]["input_order"].values())]
+    assert len(kinds) > 4 and "IECKSampler" in kinds
+    frontend.page.evaluate(ADD, kinds)
+    first, second = queue_twice(frontend)
+    assert set(first) == set(second) == set(kinds)
+    assert {kind for kind in kinds if first[kind] != second[kind]} == {"IECKSampler"}
+    saved = frontend.page.evaluate("() => app.graph.serialize()")
+    for node in saved["nodes"]:
+        node["widgets_values"][:2] = 41, "increment"
+    frontend.open(saved)
+    assert queue_twice(frontend) == [dict.fromkeys(kinds, 41), dict.fromkeys(kinds, 42)]

@@ -9,6 +9,8 @@ import { isLinked, nodeById, planOf } from "./graph.js";
 import { StepView, costOf, fullCorrectionsOf, fullOf, textOf } from "./view.js";
 
 const NODES = ["IECKSampler", "IECApply", "IECSampler"];
+// Nodes whose seed is of a measurement: another one with each queued prompt would measure anew, and replace what was saved.
+const MEASURING = ["IECCalibrateCacheQuant", "IECCalibrateQuantization", "IECContractionProbe", "IECQuantizationReport"];
 const KEPT = "iec_run"; // the node's property that holds a run which is saved with the workflow
 const LOOK_AGAIN = 300; // milliseconds between two looks at the graph; it has no event that covers every change
 const ASK_AGAIN = 5000; // milliseconds after the server has not answered
@@ -249,6 +251,12 @@ function dropRunning(isMeant = () => true) {
   for (const [key, run] of runs) if (run.isRunning && isMeant(run)) runs.delete(key);
 }
 
+/** Leaves the seed of a node that was just added as it is after each queued prompt; a saved workflow sets its own choice later. */
+function fixSeed(node) {
+  const seed = node.widgets?.find((one) => one.name === "seed");
+  for (const control of seed?.linkedWidgets ?? []) control.value = "fixed";
+}
+
 app.registerExtension({
   name: "comfyui-iec.steps",
   setup() {
@@ -262,5 +270,6 @@ app.registerExtension({
   },
   nodeCreated(node) {
     if (NODES.includes(node.comfyClass)) strips.add(new Strip(node));
+    if (MEASURING.includes(node.comfyClass)) fixSeed(node);
   },
 });
