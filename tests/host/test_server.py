@@ -206,7 +206,7 @@ def test_server_answers_for_the_steps_of_a_run(host):
     assert (answer["corrected"], answer["full"]) == ([0, 1, 18, 19], [0, 5, 10, 15])
     assert (answer["evaluations"], answer["nfe"]) == (39, 43)
     refused = requests.post(f"{host.url}/iec/step_plan", data="nonsense", timeout=60)
-    assert refused.status_code == 200 and refused.json()["unknown"]
+    assert refused.status_code == 400 and refused.json()["unknown"].startswith("question: it is no JSON")
 
 
 def test_report_of_a_patched_model_waits_for_its_runs(host):

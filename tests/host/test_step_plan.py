@@ -1,9 +1,13 @@
 """What a run will do, told before it runs: held against real runs of the host's samplers."""
 
+import asyncio
 import json
+import threading
 
 import pytest
 import torch
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
 
 SAMPLERS = ("euler", "heun", "heunpp2", "dpm_2", "dpmpp_2s_ancestral", "dpmpp_2m", "uni_pc", "lcm", "seeds_3", "deis")
 
@@ -132,11 +136,11 @@ def test_full_of_the_other_nodes_is_that_of_the_cache_too(host, advanced, model,
 
 def test_full_is_not_known_where_the_cache_is_not(plans):
     question = {"correction": {"correction_steps": "full"}, "sampling": sampling()}
-    assert plans._answer(json.dumps(question))["corrected"] == list(range(6))
+    assert plans._answer(question)["corrected"] == list(range(6))
     sentence = "correction_steps: which steps the cache evaluates in full is known when it runs."
-    assert plans._answer(json.dumps({**question, "is_cache_open": True})) == {"unknown": sentence}
+    assert plans._answer({**question, "is_cache_open": True}) == {"unknown": sentence}
     question["correction"] = {"correction_steps": "all"}
-    assert plans._answer(json.dumps({**question, "is_cache_open": True}))["corrected"] == list(range(6))
+    assert plans._answer({**question, "is_cache_open": True})["corrected"] == list(range(6))
 
 
 @pytest.mark.parametrize(
@@ -144,18 +148,18 @@ def test_full_is_not_known_where_the_cache_is_not(plans):
 )
 def test_refused_correction_steps_come_with_those_that_the_run_has(plans, text, corrected):
     question = {"correction": {"correction_steps": text}, "sampling": sampling(), "cache": {"interval": 3}}
-    answer = plans._answer(json.dumps(question))
+    answer = plans._answer(question)
     assert answer["error"].startswith(f"correction_steps: '{text}'")
     assert (answer["steps"], answer["corrected"], answer["correctable"]) == (6, corrected, list(range(6)))
     assert answer["full"] == [0, 3]
     question["sampling"]["sampler_name"] = "euler_cfg_pp"
-    assert plans._answer(json.dumps(question))["error"]
+    assert plans._answer(question)["error"]
 
 
 def test_run_that_is_refused_for_more_has_no_plan(plans):
     for correction in ({}, {"correction_steps": "all"}, {"correction_steps": "all", "lambda_": 0}):
         question = {"correction": correction, "sampling": sampling("euler_cfg_pp")}
-        assert list(plans._answer(json.dumps(question))) == ["error"]
+        assert list(plans._answer(question)) == ["error"]
 
 
 def test_steps_that_cannot_be_corrected_are_told(plans):
@@ -221,16 +225,87 @@ def test_what_a_run_is_refused_for_is_said(plans, correction, run, sentence):
         plans.step_plan(correction, sampling(**run))
 
 
-@pytest.mark.parametrize("question", ["", "[]", "{}", '{"correction": 3, "sampling": 4}', '{"correction": {}, "sampling": {}}'])
-def test_a_question_of_another_kind_gets_a_sentence(plans, question):
-    assert plans._answer(question)["unknown"]
+def question(**changed):
+    """The JSON of a question, with values of its parts changed, such as sampling={"steps": 5}."""
+    parts = {"correction": {"correction_steps": "all"}, "sampling": sampling(denoise=1.0), "cache": {"interval": 3}}
+    for name, values in changed.items():
+        parts[name] = {**parts[name], **values} if isinstance(values, dict) and name in parts else values
+    return json.dumps(parts)
+
+
+BAD_QUESTIONS = {
+    "question: it is no JSON": ["", "nonsense", '{"correction"', "[" * 5000, '{"sampling": {"steps": ' + "9" * 5000 + "}}"],
+    "question: [] is not an object": ["[]"],
+    "question: null is not an object": ["null"],
+    "question: correction is missing": ["{}"],
+    "question: 'more' is not known": [question(more=1)],
+    "correction: 3 is not an object": [question(correction=3)],
+    "correction_steps: null is not a text": [question(correction={"correction_steps": None})],
+    'correction_steps: ["all"] is not a text': [question(correction={"correction_steps": ["all"]})],
+    "lambda_: NaN is not a number": [question(correction={"lambda_": float("nan")})],
+    "tolerance: true is not a number": [question(correction={"tolerance": True})],
+    "max_iterations: 1.5 is not a whole number": [question(correction={"max_iterations": 1.5})],
+    "sampling: [] is not an object": [question(sampling=[])],
+    "sampling: steps is missing": [json.dumps({"correction": {}, "sampling": {}})],
+    "sampling: 'cfg' is not known": [question(sampling={"cfg": 1.0})],
+    'steps: "6" is not a whole number': [question(sampling={"steps": "6"})],
+    "steps: null is not a whole number": [question(sampling={"steps": None})],
+    "steps: -1 is not a whole number": [question(sampling={"steps": -1})],
+    "denoise: Infinity is not a number": [question(sampling={"denoise": float("inf")})],
+    "sampler_name: 7 is not a text": [question(sampling={"sampler_name": 7})],
+    "last_step: -3 is not a whole number": [question(sampling={"last_step": -3})],
+    "cache: 5 is not an object": [question(cache=5)],
+    "interval: null is not a whole number": [question(cache={"interval": None})],
+    "start_percent: {} is not a number": [question(cache={"start_percent": {}})],
+    "correction_pass: 1 is not a text": [question(correction_pass=1)],
+}
+
+
+@pytest.mark.fast
+def test_a_question_of_another_form_gets_a_sentence(plans):
+    for sentence, texts in BAD_QUESTIONS.items():
+        for text in texts:
+            with pytest.raises(plans.BadQuestion) as refused:
+                plans.read_question(text)
+            assert str(refused.value).startswith(sentence) and len(str(refused.value)) < 300
+    for fine in (question(), question(cache=None), question(sampling={"steps": 10**9, "last_step": None, "denoise": 1})):
+        assert plans._answer(plans.read_question(fine))
+
+
+@pytest.mark.fast
+def test_a_client_has_one_plan_at_a_time_and_short_questions(plans, monkeypatch):
+    """On a server of aiohttp's own, where a plan takes until it is let go."""
+    started, let_go = threading.Event(), threading.Event()
+
+    def slow(asked):
+        started.set()
+        let_go.wait(30)
+        return {"steps": asked["sampling"]["steps"]}
+
+    async def ask():
+        app = web.Application()
+        app.router.add_post("/", plans.Planner().answer)
+        async with TestClient(TestServer(app)) as client:
+            first = asyncio.create_task(client.post("/", data=question()))
+            await asyncio.to_thread(started.wait, 30)
+            second = await client.post("/", data=question())
+            let_go.set()
+            answers = [await first, second, await client.post("/", data=question(sampling={"steps": 7}))]
+            answers += [await client.post("/", data=data) for data in (question(sampling={"scheduler": "x" * 2**14}), b"\xff")]
+            return [(answer.status, await answer.json()) for answer in answers]
+
+    monkeypatch.setattr(plans, "_answer", slow)
+    (status, plan), busy, later, long, bytes_ = asyncio.run(ask())
+    assert (status, plan) == (200, {"steps": 6}) and later == (200, {"steps": 7})
+    assert busy == (429, {"unknown": "Another step plan is being made; ask again when it is there."})
+    assert long == (400, {"unknown": "question: it is longer than 16 KB."}) and bytes_[0] == 400
 
 
 def test_what_is_only_not_known_is_no_refusal(plans):
     question = {"correction": {"correction_steps": "none"}, "sampling": sampling("dpm_adaptive")}
-    assert "not known before it runs" in plans._answer(json.dumps(question))["unknown"]
+    assert "not known before it runs" in plans._answer(question)["unknown"]
     question["correction"] = {"correction_steps": "all"}
-    assert "dpm_adaptive picks its steps" in plans._answer(json.dumps(question))["error"]
+    assert "dpm_adaptive picks its steps" in plans._answer(question)["error"]
 
 
 def test_planning_leaves_the_random_numbers_of_a_run_alone(plans):
@@ -240,7 +315,7 @@ def test_planning_leaves_the_random_numbers_of_a_run_alone(plans):
     torch.manual_seed(1)
     before, done = torch.get_rng_state(), 0
     for name in comfy.samplers.KSampler.SAMPLERS:
-        answer = plans._answer(json.dumps({"correction": {"correction_steps": "all"}, "sampling": sampling(name)}))
+        answer = plans._answer({"correction": {"correction_steps": "all"}, "sampling": sampling(name)})
         done += "nfe" in answer
         assert torch.equal(torch.get_rng_state(), before), name
     assert done > 20
