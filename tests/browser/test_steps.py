@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+from playwright.sync_api import TimeoutError
 
 SAMPLING = {"steps": 20, "sampler_name": "euler", "scheduler": "normal"}
 CORRECTION = {
@@ -351,6 +352,26 @@ def test_linked_correction_steps_cannot_be_clicked(frontend, strip):
     assert "over a link" in strip.page.locator(".iec-cell").first.get_attribute("title")
 
 
+def test_a_busy_server_is_asked_again_and_the_plan_before_is_marked(frontend, strip):
+    """Busy with the question of another page: one plan a client."""
+    frontend.open_api(workflow(steps=4))
+    strip.wait("4 → 6 evaluations")
+    busy = {"unknown": "Another step plan is being made; ask again when it is there."}
+    strip.page.route("**/iec/step_plan", lambda route: route.fulfill(status=429, json=busy))
+    strip.set("IECKSampler", "steps", 5)
+    strip.wait("The server is making the plan; this is the one of the settings before.")
+    assert "4 → 6 evaluations" in strip.text()
+    strip.page.unroute("**/iec/step_plan")
+    strip.wait("5 → 7 evaluations")
+    assert "settings before" not in strip.text()
+    refusal = {"unknown": "steps: null is not a whole number of at least 0."}
+    strip.page.route("**/iec/step_plan", lambda route: route.fulfill(status=400, json=refusal))
+    strip.set("IECKSampler", "steps", 6)
+    strip.wait(refusal["unknown"])
+    strip.page.unroute("**/iec/step_plan")
+    frontend.errors.clear()  # the browser's own, of the statuses
+
+
 def test_focus_stays_on_the_cell(frontend, strip):
     frontend.open_api(workflow(steps=4, correction_steps="none"))
     strip.wait("4 evaluations")
@@ -361,8 +382,15 @@ def test_focus_stays_on_the_cell(frontend, strip):
     assert cell.evaluate("(element) => element === document.activeElement")
 
 
-@pytest.mark.parametrize("kept", [{}, True, {"steps": 3, "iterated": None}, {"steps": 10**6, "corrected": [], "warnings": []}])
-def test_kept_run_of_another_form_is_none(frontend, strip, kept):
+RUN = {"steps": 3, "corrected": [], "iterated": {}, "warnings": [], "nfe": 3, "seconds": 1.0, "correction": "none"}
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [{}, True, {"steps": 3, "iterated": None}, {"steps": 10**6, "corrected": [], "warnings": []}, {**RUN, "source": "5"}],
+    ids=["empty", "true", "null", "huge", "of the node that this is a copy of"],
+)
+def test_kept_run_of_another_form_or_node_is_none(frontend, strip, kept):
     frontend.open_api(workflow(steps=4))
     strip.wait("4 → 6 evaluations")
     saved = frontend.page.evaluate("() => app.graph.serialize()")
@@ -533,3 +561,168 @@ def test_run_of_another_workflow_is_not_shown(frontend):
     strip.wait("6 → 8 evaluations")
     frontend.page.wait_for_timeout(700)
     assert "last run" not in strip.text()
+
+
+KNOWN_LATER = "The steps are known when it runs."
+CACHE_LATER = "which steps are cached is known when it runs"
+IN_FULL = "7 of 20 steps in full, the others cached"
+
+# Nodes of other packs: those without a server's part, and those with one, as the frontend knows them by the server's list.
+DEFINE = """async () => {
+    const define = (type, inputs, outputs, isVirtualNode) => {
+        class Other extends LiteGraph.LGraphNode {
+            constructor() {
+                super(type);
+                for (const [name, kind] of inputs) this.addInput(name, kind);
+                for (const kind of outputs) this.addOutput(kind, kind);
+                this.isVirtualNode = isVirtualNode;
+            }
+        }
+        LiteGraph.registerNodeType(type, Other);
+    };
+    define("TestSetNode", [["MODEL", "MODEL"]], [], true);
+    define("TestGetNode", [], ["MODEL"], true);
+    const output = { output_is_list: [false], output_name: ["out"], category: "test", output_node: false, description: "" };
+    const other = (name, required, kind) => app.registerNodeDef(name, {
+        ...output, name, display_name: name, python_module: "custom_nodes.another-pack", output: [kind],
+        input: { required }, input_order: { required: Object.keys(required) },
+    });
+    await other("TestPatch", { model: ["MODEL", {}] }, "MODEL");
+    await other("TestAnySwitch", { any_01: ["*", {}], any_02: ["*", {}] }, "*");
+    await other("TestFromPipe", { pipe: ["BASIC_PIPE", {}] }, "MODEL");
+    await other("TestToPipe", { model: ["MODEL", {}] }, "BASIC_PIPE");
+    await other("TestLoader", { name: ["STRING", {}] }, "MODEL");
+    await other("TestWrapper", { sampler: ["SAMPLER", {}] }, "SAMPLER");
+    await other("TestSampler", { model: ["MODEL", {}], steps: ["INT", {}], denoise: ["FLOAT", {}],
+        sampler_name: [["euler"], {}], scheduler: [["normal"], {}] }, "LATENT");
+}"""
+# Opens a workflow and changes it: `one(class)` is its node, `put(type, from, to, input)` a new node between two.
+CHANGED = """async ([prompt, change]) => {
+    await app.loadApiJson(prompt, "workflow");
+    const one = (kind) => app.graph.nodes.find((node) => node.comfyClass === kind || node.type === kind);
+    const add = (type) => { const node = LiteGraph.createNode(type); app.graph.add(node); return node; };
+    const wire = (from, to, name) => from.connect(0, to, to.inputs.findIndex((input) => input.name === name));
+    const put = (type, from, to, name) => {
+        const node = add(type);
+        from.connect(0, node, 0);
+        wire(node, to, name);
+        return node;
+    };
+    const set = (kind, name, value) => { one(kind).widgets.find((widget) => widget.name === name).value = value; };
+    const copy = (kind) => { const node = one(kind).clone(); app.graph.add(node); return node; };
+    new Function("one, add, wire, put, set, copy", change)(one, add, wire, put, set, copy);
+}"""
+TOLD = """([kinds, others]) => {
+    const text = document.querySelector(".iec")?.innerText ?? "";
+    return kinds.every((one) => text.includes(one)) && !others.some((one) => text.includes(one));
+}"""
+MODEL = "one('IECDeepCache'), one('IECKSampler'), 'model'"
+CASES = {
+    # name: (the workflow's sampler, change, texts that the strip has, texts that it has not)
+    "as it is": ("IECKSampler", "", ["20 → 24 evaluations", IN_FULL], ["when it runs"]),
+    "reroutes": ("IECKSampler", f"put('Reroute', {MODEL})", ["20 → 24 evaluations", IN_FULL], ["when it runs"]),
+    "host's patch": ("IECKSampler", f"put('FreeU', {MODEL})", ["20 → 24 evaluations", IN_FULL], ["when it runs"]),
+    "bypassed patch": ("IECKSampler", f"put('TestPatch', {MODEL}).mode = 4", ["20 → 24", IN_FULL], ["when it runs"]),
+    "bypassed cache": ("IECKSampler", "one('IECDeepCache').mode = 4", ["20 → 24 evaluations"], ["in full", "when it runs"]),
+    "muted cache": ("IECKSampler", "one('IECDeepCache').mode = 2", ["20 → 24 evaluations", CACHE_LATER], ["in full"]),
+    "patch of another pack": ("IECKSampler", f"put('TestPatch', {MODEL})", ["20 → 24", CACHE_LATER], ["in full"]),
+    "loader of another pack": (
+        "IECKSampler", "wire(add('TestLoader'), one('IECKSampler'), 'model')", ["20 → 24", CACHE_LATER], ["in full"],
+    ),
+    "Set and Get": (
+        "IECKSampler",
+        "one('IECDeepCache').connect(0, add('TestSetNode'), 0); wire(add('TestGetNode'), one('IECKSampler'), 'model')",
+        ["20 → 24 evaluations", CACHE_LATER], ["in full"],
+    ),
+    "pipe": (
+        "IECKSampler",
+        "const pipe = add('TestToPipe'); one('IECDeepCache').connect(0, pipe, 0); "
+        "put('TestFromPipe', pipe, one('IECKSampler'), 'model')",
+        ["20 → 24 evaluations", CACHE_LATER], ["in full"],
+    ),
+    "any-switch": ("IECKSampler", f"put('TestAnySwitch', {MODEL})", ["20 → 24 evaluations", CACHE_LATER], ["in full"]),
+    "nothing wired": (
+        "IECKSampler", "one('IECKSampler').disconnectInput(0)", ["20 → 24 evaluations", CACHE_LATER], ["in full"],
+    ),
+    "cache of the host": ("IECKSampler", f"put('EasyCache', {MODEL})", ["20 → 24 evaluations", CACHE_LATER], ["in full"]),
+    "cache in a subgraph": (
+        "IECKSampler",
+        "app.graph.convertToSubgraph(new Set([one('IECDeepCache')]))",
+        ["20 → 24 evaluations", CACHE_LATER],
+        ["in full"],
+    ),
+    "merge": (
+        "IECKSampler", f"wire(one('IECLoadBuiltinModel'), put('ModelMergeSimple', {MODEL}), 'model2')",
+        ["20 → 24 evaluations", IN_FULL], ["when it runs"],
+    ),
+    "auto behind what is not known": (
+        "IECKSampler", f"put('TestPatch', {MODEL}); set('IECKSampler', 'correction_steps', 'auto')",
+        ["is known when it runs"], ["evaluations", "auto corrects"],
+    ),
+    "auto with the host's cache": (
+        "IECKSampler", f"put('EasyCache', {MODEL}); set('IECKSampler', 'correction_steps', 'auto')",
+        ["is known when it runs"], ["evaluations", "auto corrects"],
+    ),
+    "muted": ("IECKSampler", "one('IECKSampler').mode = 2", ["The node is muted: it does not run."], ["evaluations"]),
+    "bypassed": ("IECApply", "one('IECApply').mode = 4", ["The node is bypassed: it corrects nothing."], ["evaluations"]),
+    "Apply IEC as it is": ("IECApply", "", ["20 → 24 evaluations", IN_FULL], ["when it runs"]),
+    "a copy of the sampler": (
+        "IECApply",
+        "const again = copy('KSampler'); wire(one('IECDeepCache'), again, 'model')",
+        ["20 → 24 evaluations", IN_FULL], ["when it runs"],
+    ),
+    "samplers that differ": (
+        "IECApply",
+        "const again = copy('KSampler'); wire(one('IECDeepCache'), again, 'model'); "
+        "again.widgets.find((w) => w.name === 'steps').value = 9",
+        [KNOWN_LATER], ["evaluations"],
+    ),
+    "muted second sampler": (
+        "IECApply",
+        "const again = copy('KSampler'); wire(one('IECDeepCache'), again, 'model'); "
+        "again.widgets.find((w) => w.name === 'steps').value = 9; again.mode = 2",
+        ["20 → 24 evaluations", IN_FULL], ["when it runs"],
+    ),
+    "Apply IEC before another pack's patch": (
+        "IECApply", "put('TestPatch', one('IECApply'), one('IECDeepCache'), 'model')", [KNOWN_LATER], ["evaluations"],
+    ),
+    "Apply IEC before a Set": (
+        "IECApply", "one('IECApply').connect(0, add('TestSetNode'), 0)", [KNOWN_LATER], ["evaluations"],
+    ),
+    "Apply IEC in a merge's second": (
+        "IECApply",
+        "const merge = put('ModelMergeSimple', one('IECLoadBuiltinModel'), one('IECDeepCache'), 'model'); "
+        "wire(one('IECApply'), merge, 'model2')",
+        [KNOWN_LATER], ["evaluations"],
+    ),
+    "sampler of another pack": (
+        "IECApply",
+        "app.graph.remove(one('KSampler')); wire(one('IECDeepCache'), add('TestSampler'), 'model')",
+        [KNOWN_LATER], ["evaluations"],
+    ),
+    "IEC Sampler as it is": ("IECSampler", "", ["20 → 24 evaluations", IN_FULL], ["when it runs"]),
+    "wrapper behind IEC Sampler": (
+        "IECSampler", "put('TestWrapper', one('IECSampler'), one('SamplerCustomAdvanced'), 'sampler')",
+        [KNOWN_LATER], ["evaluations"],
+    ),
+    "wrapper before IEC Sampler": (
+        "IECSampler", "put('TestWrapper', one('KSamplerSelect'), one('IECSampler'), 'sampler')", [KNOWN_LATER], ["evaluations"],
+    ),
+    "bypassed wrapper": (
+        "IECSampler", "put('TestWrapper', one('IECSampler'), one('SamplerCustomAdvanced'), 'sampler').mode = 4",
+        ["20 → 24 evaluations", IN_FULL], ["when it runs"],
+    ),
+}  # fmt: skip
+
+
+def test_strip_says_what_the_graph_tells_and_no_more(frontend, strip):
+    """Nodes that hand on what they like, and nodes that do nothing, between and behind those of a run."""
+    strip.page.evaluate(DEFINE)
+    wrong = {}
+    for name, (sampler, change, told, untold) in CASES.items():
+        strip.page.evaluate(CHANGED, [workflow(sampler), change])
+        try:
+            strip.page.wait_for_function(TOLD, arg=[told, untold], timeout=4000)
+        except TimeoutError:
+            wrong[name] = strip.text()
+    assert wrong == {}

@@ -4,6 +4,12 @@
 
 const [MUTED, BYPASSED] = [2, 4]; // LiteGraph's modes of a node that does nothing, and of one that hands its inputs on
 
+/** The input that a bypassed node hands on as its output of a slot and type; as the frontend chooses it. */
+function handedOn(node, slot, type) {
+  const isOfType = (one) => one?.type === type;
+  return isOfType(node.inputs?.[slot]) ? node.inputs[slot] : node.inputs?.find(isOfType);
+}
+
 /**
  * The node that an input is wired to, past reroutes and bypassed nodes; null if to none, undefined if to one elsewhere, such as
  * outside the subgraph.
@@ -11,12 +17,13 @@ const [MUTED, BYPASSED] = [2, 4]; // LiteGraph's modes of a node that does nothi
 function sourceOf(node, name) {
   let input = node?.inputs?.find((one) => one.name === name);
   for (let hops = 0; hops < 1000; hops++) {
-    if (!isWired(input)) return null;
+    if (!isWired(input)) return hops ? undefined : null;
     const link = linkOf(node.graph, input.link);
     const source = link && node.graph.getNodeById(link.origin_id);
     if (!source || source.mode === MUTED) return undefined;
     if (source.mode !== BYPASSED && source.type !== "Reroute") return source;
-    input = source.inputs?.find((one) => one.type === link.type || source.type === "Reroute");
+    const { type } = source.outputs?.[link.origin_slot] ?? {};
+    input = source.type === "Reroute" ? source.inputs?.[0] : handedOn(source, link.origin_slot, type);
     node = source;
   }
   return undefined;
@@ -47,26 +54,47 @@ function has(node, ...names) {
   return names.every((name) => own.has(name));
 }
 
-const isAdvanced = (node) => has(node, "start_at_step", "end_at_step", "return_with_leftover_noise");
-const isKSampler = (node) => has(node, "steps", "sampler_name", "scheduler") && (has(node, "denoise") || isAdvanced(node));
-const isCustomSampler = (node) => has(node, "sampler", "sigmas");
+const CACHES = ["IECDeepCache", "IECCacheQuant"];
+const OTHER_CACHES = ["EasyCache", "LazyCache"]; // the host's, of which a plan knows nothing
+const KSAMPLERS = ["KSampler", "KSamplerAdvanced", "IECKSampler"];
+const CUSTOM_SAMPLERS = ["SamplerCustom", "SamplerCustomAdvanced"];
 
-/** The first sampler that what a node gives out leads to. */
-function samplerAfter(node) {
-  const seen = new Set([node]);
-  const queue = [node];
+/**
+ * Whether what a node does is known: the host's own and ours. Others, and those that only the frontend has (Set and Get nodes,
+ * subgraphs), may hand on what they like; a switch hands on one of several, a merge the first.
+ */
+function isKnown(node) {
+  const module = node.constructor?.nodeData?.python_module ?? "";
+  const isOurs = node.comfyClass?.startsWith("IEC") && module;
+  const isOfServer = !node.isVirtualNode && (isOurs || module === "nodes" || module.startsWith("comfy_extras."));
+  const models = (node.inputs ?? []).filter((one) => one.type === "MODEL" && isWired(one));
+  const isChoice = node.comfyClass?.includes("Switch") || (models.length > 1 && !node.comfyClass.startsWith("ModelMerge"));
+  return isOfServer && !isChoice;
+}
+
+const isFirstOfType = (input, node) => node.inputs?.find((one) => one.type === input?.type) === input;
+
+/**
+ * The samplers that what a node gives out leads to; undefined where it leads to nodes that are not known, which may sample, or
+ * hand on something else.
+ */
+function samplersAfter(node) {
+  const [seen, queue, samplers] = [new Set([node]), [node], []];
   while (queue.length) {
     const here = queue.shift();
-    const outputs = (here.outputs ?? []).filter((output) => ["MODEL", "GUIDER", "SAMPLER"].includes(output.type));
-    for (const id of outputs.flatMap((output) => output.links ?? [])) {
-      const next = here.graph.getNodeById(linkOf(here.graph, id)?.target_id);
-      if (!next || next.mode === MUTED || seen.has(next)) continue;
-      if (isKSampler(next) || isCustomSampler(next)) return next;
+    const isHandedOn = (output) => here.type === "Reroute" || ["MODEL", "GUIDER", "SAMPLER"].includes(output.type);
+    for (const id of (here.outputs ?? []).filter(isHandedOn).flatMap((output) => output.links ?? [])) {
+      const link = linkOf(here.graph, id);
+      const next = here.graph.getNodeById(link?.target_id);
+      if (next?.mode === MUTED || seen.has(next)) continue;
+      if (!next || !(next.mode === BYPASSED || next.type === "Reroute" || isKnown(next))) return undefined;
+      if (!isFirstOfType(next.inputs[link.target_slot], next)) continue; // such as a merge's second, of which it takes weights
       seen.add(next);
-      queue.push(next);
+      const isSampler = next.mode !== BYPASSED && [...KSAMPLERS, ...CUSTOM_SAMPLERS].includes(next.comfyClass);
+      (isSampler ? samplers : queue).push(next);
     }
   }
-  return undefined;
+  return samplers;
 }
 
 /**
@@ -77,24 +105,26 @@ function upstream(node, name, type, found) {
   const seen = new Set();
   let here = sourceOf(node, name);
   while (here && !seen.has(here)) {
+    if (!isKnown(here)) return undefined;
     if (found(here)) return here;
     seen.add(here);
     const input = here.inputs?.find((one) => one.type === type);
-    here = input ? sourceOf(here, input.name) : null;
+    if (!input) return here.inputs?.some((one) => isWired(one) && !one.widget) ? undefined : null; // a loader has none
+    here = sourceOf(here, input.name);
   }
-  return here ? undefined : here;
+  return undefined; // wired to nothing: it cannot run, or another extension wires it as it is queued
 }
 
 /** The sampling inputs of a step plan: steps, sampler_name and so on. */
 function samplingOf(sampler) {
-  if (isKSampler(sampler)) {
+  if (KSAMPLERS.includes(sampler.comfyClass)) {
     const plain = () => ({ denoise: valueOf(sampler, "denoise") });
     const part = () => ({
       start_step: valueOf(sampler, "start_at_step"),
       last_step: valueOf(sampler, "end_at_step"),
       force_full_denoise: valueOf(sampler, "return_with_leftover_noise") === "disable",
     });
-    const more = isAdvanced(sampler) ? part() : plain();
+    const more = sampler.comfyClass === "KSamplerAdvanced" ? part() : plain();
     return { ...values(sampler, ["steps", "sampler_name", "scheduler"]), ...more };
   }
   const schedule = sourceOf(sampler, "sigmas");
@@ -108,11 +138,11 @@ const values = (node, names) => Object.fromEntries(names.map((name) => [name, va
 
 /** The cache inputs of a step plan; null without a cache, undefined where the graph does not tell. */
 function cacheOf(sampler) {
-  const isCache = (node) => ["IECDeepCache", "IECCacheQuant"].includes(node.comfyClass);
+  const isCache = (node) => [...CACHES, ...OTHER_CACHES].includes(node.comfyClass);
   const from = has(sampler, "guider") ? sourceOf(sampler, "guider") : sampler;
-  const input = from?.inputs?.find((one) => one.type === "MODEL");
+  const input = from && isKnown(from) && from.inputs?.find((one) => one.type === "MODEL");
   const cache = input ? upstream(from, input.name, "MODEL", isCache) : undefined;
-  if (!cache) return cache;
+  if (!cache || OTHER_CACHES.includes(cache.comfyClass)) return cache ? undefined : cache;
   const pass = values(cache, ["correction_pass"]);
   const names = ["interval", "schedule", "start_percent", "end_percent"];
   if (cache.comfyClass === "IECDeepCache") return { ...pass, ...values(cache, names) };
@@ -122,18 +152,26 @@ function cacheOf(sampler) {
 }
 
 const CORRECTION = ["correction_steps", "lambda_", "max_iterations", "tolerance", "evaluation_point", "lambda_mode"];
+const OPEN = { question: undefined, isCacheOpen: false };
 
 /**
  * The question for POST /iec/step_plan that belongs to an IEC sampler node, and whether a cache is there whose steps cannot be
- * told: {question, isCacheOpen}. question is undefined where the steps are known only when the prompt is run.
+ * told: {question, isCacheOpen}. question is undefined where the steps are known only when the prompt is run, as they are where
+ * the node leads to several runs that differ; why says more then, where there is more to say.
  */
 export function planOf(node) {
-  const sampler = node.comfyClass === "IECKSampler" ? node : samplerAfter(node);
-  const sampling = sampler && samplingOf(sampler);
+  if (node.mode === MUTED) return { ...OPEN, why: "The node is muted: it does not run." };
+  if (node.mode === BYPASSED) return { ...OPEN, why: "The node is bypassed: it corrects nothing." };
+  const samplers = node.comfyClass === "IECKSampler" ? [node] : (samplersAfter(node) ?? []);
+  const plans = new Map(samplers.map((sampler) => planAt(node, sampler)).map((plan) => [JSON.stringify(plan), plan]));
+  return plans.size === 1 ? [...plans.values()][0] : OPEN;
+}
+
+/** The same for the run of one sampler. */
+function planAt(node, sampler) {
+  const sampling = samplingOf(sampler);
   const correction = values(node, CORRECTION);
-  if (!sampling || [...Object.values(sampling), ...Object.values(correction)].includes(undefined)) {
-    return { question: undefined, isCacheOpen: false };
-  }
+  if (!sampling || [...Object.values(sampling), ...Object.values(correction)].includes(undefined)) return OPEN;
   const cache = cacheOf(sampler);
   const isCacheOpen = cache === undefined || Object.values(cache ?? {}).includes(undefined);
   if (isCacheOpen || !cache) {

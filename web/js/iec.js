@@ -14,6 +14,7 @@ const MEASURING = ["IECCalibrateCacheQuant", "IECCalibrateQuantization", "IECCon
 const KEPT = "iec_run"; // the node's property that holds a run which is saved with the workflow
 const LOOK_AGAIN = 300; // milliseconds between two looks at the graph; it has no event that covers every change
 const ASK_AGAIN = 5000; // milliseconds after the server has not answered
+const SOON = 1000; // milliseconds in which a plan may be that of the settings before
 const MOST_RUNS = 200; // that are remembered
 const NO_ID = "00000000-0000-0000-0000-000000000000"; // of every workflow that was opened in API form
 
@@ -29,12 +30,13 @@ function undoable(change) {
   app.canvas.setDirty(true, true);
 }
 
-/** The run that a node's property holds, if it is one: a workflow may come from anywhere. */
+/** The run that a node's property holds, if it is one, and its own: a workflow may come from anywhere, a node be a copy. */
 function keptRun(node) {
   const run = node.properties[KEPT];
   const lists = [run?.corrected, run?.warnings, Object.values(run?.iterated ?? [null])];
   const isRun = Number.isInteger(run?.steps) && lists.every(Array.isArray) && lists[2].every((one) => Number.isInteger(one?.step));
-  return isRun ? { ...run, isRunning: false } : undefined;
+  const isOwn = String(run?.source).split(":").pop() === String(node.id);
+  return isRun && isOwn ? { ...run, isRunning: false } : undefined;
 }
 
 class Strip {
@@ -52,6 +54,8 @@ class Strip {
     this.now = undefined; // the question for the settings as they are, as JSON
     this.asked = undefined; // the one that was asked last
     this.answer = undefined; // to it, or to the one before until there is one
+    this.answered = undefined; // the question that the answer is to
+    this.changedAt = 0;
     this.isWaiting = false;
     this.askedAt = 0;
   }
@@ -67,9 +71,11 @@ class Strip {
   look(run) {
     this.run = run ?? keptRun(this.node);
     if (run && !run.isRunning && run !== this.kept && this.node.properties[KEPT]) undoable(() => this.remember());
-    const { question, isCacheOpen } = planOf(this.node);
+    const { question, isCacheOpen, why } = planOf(this.node);
+    this.why = why;
     this.isCacheOpen = isCacheOpen || Boolean(question?.cache); // a profile of another schedule has no steps for this one
     const asked = JSON.stringify(question ?? null);
+    if (asked !== this.now) this.changedAt = Date.now();
     this.now = asked;
     const isLate = this.answer?.isSilence && Date.now() - this.askedAt > ASK_AGAIN;
     if ((asked !== this.asked || isLate) && !this.isWaiting) this.ask(asked);
@@ -81,7 +87,9 @@ class Strip {
     this.askedAt = Date.now();
     this.isWaiting = true;
     try {
-      this.answer = asked === "null" ? {} : await answerTo(asked);
+      const answer = asked === "null" ? {} : await answerTo(asked);
+      if (answer) [this.answer, this.answered] = [answer, asked];
+      else this.asked = undefined; // so that the next look asks again
     } finally {
       this.isWaiting = false;
     }
@@ -97,10 +105,11 @@ class Strip {
       const lines = [answer?.steps === run.steps && costOf(answer), fullOf(run), run.choice];
       return { ...common, plan: { steps: run.steps, corrected: run.corrected, full: run.full }, lines };
     }
+    if (this.answered !== this.now && Date.now() - this.changedAt > SOON) return { ...common, ...this.late() };
     if (!answer) return common;
     if (answer.error) return { ...common, ...this.refusal(answer) };
     if (answer.steps === undefined) {
-      const message = answer.unknown ?? "The steps are known when it runs.";
+      const message = this.why ?? answer.unknown ?? "The steps are known when it runs.";
       if (!run) return { ...common, message };
       const plan = { steps: run.steps, corrected: run.corrected, full: run.full };
       return { ...common, plan, lines: [fullOf(run)], message: `${message} These are the last run's.` };
@@ -111,6 +120,14 @@ class Strip {
     const full = run?.steps === answer.steps ? run.full : null;
     const ofCache = full ? `${fullOf(run)}: so it was in the last run` : "which steps are cached is known when it runs";
     return { ...common, plan: { ...answer, full }, lines: [costOf(answer), ofCache, answer.choice] };
+  }
+
+  /** What is drawn while the server makes the plan of the settings as they are. */
+  late() {
+    const isPlan = this.answer?.steps !== undefined && !this.answer.error;
+    if (!isPlan) return { message: "The server is making the plan." };
+    const message = "The server is making the plan; this is the one of the settings before.";
+    return { plan: this.answer, lines: [costOf(this.answer)], message };
   }
 
   /**
@@ -190,11 +207,20 @@ class Strip {
   }
 }
 
-/** The server's answer to a question for a step plan, as JSON; isSilence where there is none. */
-async function answerTo(question) {
+let lastAsked = Promise.resolve();
+
+/** The server's answer to a question for a step plan, as JSON: it makes one at a time for all strips. */
+function answerTo(question) {
+  lastAsked = lastAsked.then(() => ask(question));
+  return lastAsked;
+}
+
+/** The same at once; isSilence where there is no answer, and undefined where the server is busy with another page's question. */
+async function ask(question) {
   try {
     const response = await api.fetchApi("/iec/step_plan", { method: "POST", body: question });
-    if (response.ok) return await response.json();
+    if (response.status === 429) return undefined;
+    if (response.ok || response.status === 400) return await response.json();
     return { unknown: `The server cannot tell the steps (status ${response.status}).`, isSilence: true };
   } catch {
     return { unknown: "The server does not answer.", isSilence: true };
