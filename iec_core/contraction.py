@@ -20,6 +20,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .autograd import saved_apart
+from .vectors import dots, norms, widened
 
 # The dampings that are compared.
 LAMBDAS = tuple(number / 10 for number in range(1, 10))
@@ -37,11 +38,6 @@ def iteration_pair(lambda_, b):
     return 1 - lambda_, lambda_ * b
 
 
-def _norm(x):
-    """Euclidean norm of every item of x [B, ...], as [B]."""
-    return torch.linalg.vector_norm(x.flatten(1), dim=1)
-
-
 def _over(value, like):
     """Reshape a [B] tensor so that it broadcasts over `like` [B, ...]."""
     return value.to(like).reshape(-1, *[1] * (like.ndim - 1))
@@ -49,7 +45,8 @@ def _over(value, like):
 
 def _unit(x):
     """x [B, ...] with norm 1 in every item; zeros stay zeros."""
-    return x / _over(_norm(x).clamp(min=torch.finfo(x.dtype).tiny), x)
+    wide = widened(x)
+    return (wide / _over(norms(x).clamp(min=torch.finfo(wide.dtype).tiny), wide)).to(x)
 
 
 def _in_short(error):
@@ -131,11 +128,11 @@ class Linearization:
             return torch.autograd.grad(product, w, v.to(product))[0]
 
     def _differences(self, v):
-        reach = torch.finfo(self._point.dtype).eps ** (1 / 3) * _norm(self._point).clamp(min=1e-6)
+        reach = torch.finfo(self._point.dtype).eps ** (1 / 3) * norms(self._point).clamp(min=1e-6)
         step = _over(reach, self._point) * _unit(v)
         with torch.no_grad():
             change = self._function(self._point + step) - self._function(self._point - step)
-        return change * _over(_norm(v) / (2 * reach), change)
+        return change * _over(norms(v) / (2 * reach), change)
 
     def _first_that_agrees(self):
         """Return the first of METHODS by which J v and J^T w are of one J: <J v, J v> = <J^T J v, v>."""
@@ -145,8 +142,8 @@ class Linearization:
             self.method = method
             try:
                 image = self.jvp(v)
-                length = _norm(image)
-                other = (self.vjp(_unit(image)) * v).flatten(1).sum(1)
+                length = norms(image)
+                other = dots(self.vjp(_unit(image)), v)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -191,7 +188,7 @@ def spectral_norms(jacobian, like, pairs, iterations=30, tolerance=1e-3, generat
     while waiting and search.products < iterations:
         number = waiting.pop(0)
         theta, residual = search.residual(*pairs[number])
-        bound = _norm(residual).cpu().double()
+        bound = norms(residual).cpu().double()
         if not bool(bound.isfinite().all()):
             raise ValueError("the products with the Jacobian are not finite")
         converged[number] = bound <= 2 * tolerance * theta
@@ -199,8 +196,8 @@ def spectral_norms(jacobian, like, pairs, iterations=30, tolerance=1e-3, generat
             waiting.append(number)
             search.add(residual)
     found = [search.largest(*pair) for pair in pairs]
-    norms = torch.stack([theta.sqrt() for theta, *_ in found])
-    return SpectralNorms(norms, converged, torch.stack([vector for _, vector, _ in found]), search.products)
+    largest, vectors = (torch.stack(of_pairs) for of_pairs in zip(*[(theta.sqrt(), vector) for theta, vector, _ in found]))
+    return SpectralNorms(largest, converged, vectors, search.products)
 
 
 class _Subspace:
@@ -215,11 +212,11 @@ class _Subspace:
 
     def add(self, vector):
         """Take up a direction; an image in which nothing of it is new gets zeros."""
-        before = _norm(vector)
+        before = norms(vector)
         for _ in range(2):  # twice is enough (Kahan, in Parlett 1980)
             for other in self._v:
-                vector = vector - other * _over((other * vector).flatten(1).sum(1), vector)
-        new = _norm(vector) > 100 * torch.finfo(vector.dtype).eps * before
+                vector = vector - other * _over(dots(other, vector), vector)
+        new = norms(vector) > 100 * torch.finfo(vector.dtype).eps * before
         vector = _unit(vector) * _over(new, vector)
         image = self._jacobian.jvp(vector).to(vector)
         self.products += 1
@@ -233,8 +230,8 @@ class _Subspace:
     def _grown(gram, left, right):
         """Return the inner products <left_i, right_j> from those without the last of each."""
         size = len(left)
-        column = torch.stack([(one * right[-1]).flatten(1).sum(1) for one in left], 1).cpu().double()
-        row = torch.stack([(left[-1] * one).flatten(1).sum(1) for one in right], 1).cpu().double()
+        column = torch.stack([dots(one, right[-1]) for one in left], 1).cpu().double()
+        row = torch.stack([dots(left[-1], one) for one in right], 1).cpu().double()
         grown = gram.new_zeros(gram.shape[0], size, size)
         grown[:, :-1, :-1], grown[:, :, -1], grown[:, -1, :] = gram, column, row
         return grown
@@ -267,9 +264,9 @@ def lipschitz(function, x, directions, sizes, pairs=((0.0, 1.0),), value=None, r
     ratios = []
     for size in sizes:
         for direction in directions:
-            d = _unit(direction) * _over(size * _norm(x), x)
+            d = _unit(direction) * _over(size * norms(x), x)
             change = function(x + d) - value
-            ratios.append(torch.stack([_norm(alpha * d + beta * change) / _norm(d) for alpha, beta in pairs]).cpu().double())
+            ratios.append(torch.stack([norms(alpha * d + beta * change) / norms(d) for alpha, beta in pairs]).cpu().double())
     ratios = torch.stack(ratios)
     return ratios.amax(0) if reduce == "max" else ratios.square().mean(0).sqrt()
 

@@ -36,6 +36,7 @@ import torch
 
 from .choices import unknown_choice
 from .schedule import CorrectionSteps, parse_correction_steps
+from .vectors import dots, norms, widened
 
 EVALUATION_POINTS = ("paper", "next", "ahead")
 LAMBDA_MODES = ("fixed", "contractive", "anderson")
@@ -214,18 +215,9 @@ class StepTrace:
 
 
 def _per_item(value, like):
-    """Reshape a [B] tensor so that it broadcasts over `like` [B, ...]."""
+    """Reshape a [B] tensor so that it broadcasts over `like` [B, ...], whose dtype a factor has to leave as it is."""
+    value = value if value.dtype == torch.bool else value.to(like)
     return value.reshape(-1, *[1] * (like.ndim - 1))
-
-
-def _norm(x):
-    """Euclidean norm of every item of x [B, ...], as [B]."""
-    return torch.linalg.vector_norm(x.flatten(1), dim=1)
-
-
-def _dot(x, y):
-    """Inner product of every item of x and y [B, ...], as [B]."""
-    return torch.linalg.vecdot(x.flatten(1), y.flatten(1))
 
 
 def contractive_lambda(slope, lipschitz, largest):
@@ -292,9 +284,10 @@ class _Iteration:
         that is none. relative: [B], what makes a change of D relative to x'.
         """
         is_first = self._norm is None
-        moved_norm, norm = _norm(moved), _norm(residual)
+        moved_norm, norm = norms(moved), norms(residual)
+        moved = widened(moved)
         image = residual if is_first else moved + residual - moved / _per_item(self._last_lambda, moved)  # G(D_k) - G(D_{k-1})
-        lipschitz, slope = _norm(image) / moved_norm, _dot(image, moved) / moved_norm**2
+        lipschitz, slope = norms(image) / moved_norm, dots(image, moved) / moved_norm**2
         del image
         lambda_ = self._lambda(slope, lipschitz, is_first)
         contraction = damped_contraction(slope, lipschitz, lambda_).where(self._active, torch.nan)
@@ -321,7 +314,7 @@ class _Iteration:
         """Keep D_k, `denoised`, for the items that go on to D_{k+1}, `advanced`, and D_{k+1} for those that did not move, or by
         less than the tolerance; return whether any goes on.
         """
-        change = _norm(advanced - denoised) * relative
+        change = norms(advanced - denoised) * relative
         self._active = self._active & (change > 0) & (change >= self._settings.tolerance)
         self.kept = torch.where(_per_item(self._active, denoised), denoised, advanced)
         return bool(self._active.any())
@@ -383,7 +376,7 @@ def corrected_denoised(evaluate, x, step, settings, noise=None, mask=None, keep=
     reach = place.scale * step.denoised_factor  # by how much x_in moves with D
     x_in = place.of(denoised)
     iteration = _Iteration(denoised, settings)
-    rounding = _norm(x) * (10 * torch.finfo(x.dtype).eps) / min(1.0, abs(reach))
+    rounding = norms(x) * (10 * torch.finfo(x.dtype).eps) / min(1.0, abs(reach))
     kept = None
     del denoised
     for number in range(1, settings.max_iterations + 1):
@@ -391,7 +384,7 @@ def corrected_denoised(evaluate, x, step, settings, noise=None, mask=None, keep=
         target = place.target(x_in, prediction)
         inside = None if mask is None else mask()
         if number == 1:
-            denoised, moved = iteration.kept, (x_in - x) / reach
+            denoised, moved = iteration.kept, widened(x_in - x) / reach
         else:
             denoised = iteration.among_active(place.denoised(x_in))
             if mask is not None:
@@ -400,7 +393,7 @@ def corrected_denoised(evaluate, x, step, settings, noise=None, mask=None, keep=
         residual = target - denoised
         if mask is not None:
             residual, moved = residual * inside, moved * (inside > 0)
-        relative = abs(reach) / _norm(x_in)
+        relative = abs(reach) / norms(x_in)
         advanced = iteration.advance(denoised, residual, moved, rounding, relative)
         if keep is not None:
             kept = iteration.last_prediction(prediction, kept)

@@ -201,6 +201,19 @@ def test_lipschitz_sees_what_a_straight_through_derivative_does_not():
         lipschitz(rounded, x, directions, [0.1], reduce="mean")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_norms_and_stretches_of_16_bits_do_not_overflow(dtype):
+    """Of x -> 3 x at a latent whose norm is beyond float16."""
+    x = (600 * torch.ones(2, 16384)).to(dtype)
+    assert x.double().norm(dim=1).min() > torch.finfo(torch.float16).max
+    directions = [torch.ones_like(x)]
+    stretched = lipschitz(lambda u: 3 * u, x, directions, [0.25], pairs=[(0.0, 1.0), (1.0, 1.0)])
+    torch.testing.assert_close(stretched, torch.tensor([[3.0, 3.0], [4.0, 4.0]]).double(), rtol=0.05, atol=0)
+    with Linearization(lambda u: 3 * u, x, "double") as jacobian:
+        found = spectral_norms(jacobian, x, [(0.0, 1.0), (1.0, 1.0)])
+    torch.testing.assert_close(found.norms, torch.tensor([[3.0, 3.0], [4.0, 4.0]]).double(), rtol=0.05, atol=0)
+
+
 def test_suggested_lambda_is_the_least_of_the_worst_image():
     norms = torch.full((9, 2), 0.9)
     norms[2, 0] = 0.1  # the other image is at 0.9

@@ -219,6 +219,28 @@ def test_contractive_never_takes_more_than_lambda_and_nothing_where_nothing_cont
     assert torch.equal(denoised, first)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("mode", "iterations"), [("contractive", 1), ("anderson", 2), ("fixed", 3)])
+def test_latents_of_16_bits_are_measured_in_32(dtype, mode, iterations):
+    """A latent whose square overflows in float16: a line of slope -1, which the damping 1 / 2 solves."""
+    x = 14 * torch.randn(2, 4096, generator=torch.Generator().manual_seed(0))
+    assert x.square().sum(1).min() > 2 * torch.finfo(torch.float16).max
+    reach = STEP.denoised_factor * SCALE
+
+    def evaluate(x_in, sigma, iteration):
+        return (x_in.double() * (1 - 1 / reach) - 0.3).to(dtype)
+
+    largest = 0.5 if mode == "fixed" else 1.0 if mode == "contractive" else 0.4
+    settings = CorrectionSettings.parse("all", largest, iterations, 0.0, lambda_mode=mode)
+    denoised, trace = corrected_denoised(evaluate, x.to(dtype), STEP, settings)
+    assert denoised.dtype == dtype and denoised.isfinite().all()
+    expected = fixed_point(-1.0, x.double())
+    assert ((denoised.double() - expected).norm() / expected.norm()).item() < 20 * torch.finfo(dtype).eps
+    last = trace.lambdas[-1] if mode != "fixed" else trace.lambdas[0]
+    torch.testing.assert_close(last, torch.full((2,), 0.5), rtol=0.05, atol=0)
+    assert all(row.isfinite().all() and row.dtype == torch.float32 for row in trace.residuals)
+
+
 @pytest.mark.parametrize("lambda_", [0.2, 0.5, 0.9])
 def test_contraction_is_that_of_the_damped_map(lambda_):
     slopes = torch.tensor([-0.6, 0.7], dtype=torch.float64)
