@@ -87,6 +87,9 @@ def later_report():
     return Report.Output(display_name="report", tooltip="What the runs did and cost; for IEC Report, which waits for them.")
 
 
+MOST_RUNS = 100  # that a RunLog keeps where no prompt tells which belong together, as in a script
+
+
 class RunLog(list):
     """The RunReports of one prompt's runs, in order; filled while they run. Made by the node that asks for them."""
 
@@ -94,17 +97,22 @@ class RunLog(list):
         super().__init__()
         self._settings = settings
         self._prompt = None
+        self._begun = 0
         context = get_executing_context()
         self._node = context.node_id if context else ""
 
     def begin(self):
-        """Return the report of a run that begins; the runs of an earlier prompt are dropped."""
+        """Return the report of a run that begins; the runs of an earlier prompt are dropped, and without one the oldest."""
         context = get_executing_context()
         prompt = context and context.prompt_id
         if prompt != self._prompt:
             self.clear()
+            self._begun = 0
+        if context is None:
+            del self[: 1 - MOST_RUNS]
         self._prompt = prompt
-        self.append(RunReport(f"run {len(self) + 1}", self._settings.summary(), source=self._node))
+        self._begun += 1
+        self.append(RunReport(f"run {self._begun}", self._settings.summary(), source=self._node))
         return self[-1]
 
 

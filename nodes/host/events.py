@@ -29,9 +29,10 @@ class EvaluationProgress:
     The host's bar counts evaluations instead of steps; as always, an update is also where the host looks for an interrupt.
 
     Two events go to the client that queued the prompt; they are silent where no server runs. Both tell {workflow, node, source,
-    prompt_id, label, correction, choice, steps, corrected, full, nfe}: the workflow's id if it came with the prompt, the node
-    that samples, the one that asked for the correction, what `auto` chose and why, the numbers of the corrected steps, those
-    that a cache evaluates in full (null without one), and the evaluations so far.
+    prompt_id, label, correction, choice, steps, nfe}: the workflow's id if it came with the prompt, the node that samples, the
+    one that asked for the correction, what `auto` chose and why, and the evaluations so far. A run's first event and its last
+    tell {corrected, full} too: the numbers of the corrected steps, and of those that a cache evaluates in full, null without
+    one. In every event of a long run these would be most of what is sent.
 
     `iec.step`, at the start of each step and at the end: step, the number of steps finished, and `iterated`, a list of what
     was learned of corrected steps since the last event, {step, lambdas, residuals, contraction, fell_back}: a mean over the
@@ -69,13 +70,15 @@ class EvaluationProgress:
         """Tell that `step` steps are done, and what was `learned`, a list of StepReports."""
         if step == self._steps:
             self._bar.update_absolute(self._total, self._total)  # iterations that converged early are done too
-        self._send("iec.step", step=step, iterated=_told(learned))
+        self._send("iec.step", step=step, iterated=_told(learned), **(self._about if step == 0 else {}))
 
     def end(self):
         """Tell that the run is over and its report complete."""
         report = self._report
         corrected = [step for step in report.steps if step.corrected]
-        self._send("iec.run", iterated=_told(corrected), seconds=report.seconds, warnings=report.warnings)
+        self._send(
+            "iec.run", iterated=_told(corrected), seconds=report.seconds, warnings=report.warnings, **self._about
+        )  # fmt: skip
 
     def _send(self, event, **more):
         server = running_server()
@@ -91,7 +94,6 @@ class EvaluationProgress:
             "correction": self._report.correction,
             "choice": self._report.choice,
             "steps": self._steps,
-            **self._about,
             "nfe": self._report.nfe,
         }
         server.send_sync(event, {**data, **more}, server.client_id)

@@ -175,3 +175,14 @@ def test_reads_of_a_run_do_not_grow_with_its_corrections(host, name, masked):
     with torch.inference_mode(False):  # in inference mode reads are not dispatched to modes
         (none, evaluations), (every, corrected) = reads("none"), reads("all")
     assert corrected == evaluations + 4 and every == none > 0
+
+
+def test_a_log_without_prompts_keeps_its_last_runs(host):
+    """A script that samples all day has no prompt, whose end would drop the runs before."""
+    import comfy.samplers
+
+    log = host.run("IECSampler", sampler=comfy.samplers.sampler_object("euler"), **SETTINGS)[1]
+    for _ in range(250):
+        log.begin()
+    assert len(log) <= 100
+    assert [report.label for report in log[-2:]] == ["run 249", "run 250"]

@@ -268,7 +268,8 @@ function onEvent({ detail }, isRunning) {
   const asked = isNew ? askedNow(detail) : known.asked;
   for (const one of detail.iterated) iterated[one.step] = one;
   runs.delete(key); // so that it is the youngest
-  runs.set(key, { ...detail, step: detail.step ?? detail.steps, asked, iterated, isRunning });
+  const before = isNew ? { corrected: [], full: null } : known; // an event between a run's first and last does not tell them
+  runs.set(key, { ...before, ...detail, step: detail.step ?? detail.steps, asked, iterated, isRunning });
   if (runs.size > MOST_RUNS) runs.delete(runs.keys().next().value);
 }
 
