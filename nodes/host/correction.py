@@ -6,7 +6,9 @@ guidance and the in-paint mask applied. That callable is what is corrected.
 
 import copy
 import functools
+import itertools
 import logging
+import math
 
 import comfy.patcher_extension
 import comfy.samplers
@@ -19,11 +21,14 @@ from ...iec_core.report import Stopwatch, TraceReader
 from .caching import full_steps, other_cache
 from .events import EvaluationProgress
 from .known_errors import is_exact
-from .noise import NoiseAhead, can_draw_ahead, sampler_name
-from .rehearsal import CannotRehearse, rehearse, rehearse_by_name
+from .network_calls import NetworkCalls, past_other_cache
+from .noise import NoiseAhead, can_draw_ahead, is_of_the_host, sampler_name
+from .rehearsal import AppliedTwice, BadSchedule, CannotRehearse, check_schedule, rehearse, rehearse_by_name
 
 KEY = "iec"
 SOME_SIGMAS = (8.0, 5.0, 3.0, 1.5, 0.5, 0.0)  # over which a sampler shows how it steps, whatever the run's will be
+RUN = "iec_run"  # in a run's model options: its EvaluationProgress
+APPLIED_TWICE = "sampler: IEC is applied twice to this sampling run; use only one of IECKSampler, IECApply and IECSampler."
 TRY_PRECISION = "Try another precision of the model, or fewer patches on it."
 
 
@@ -32,16 +37,26 @@ class CountedDenoiser:
     denoiser's, which samplers read.
     """
 
-    def __init__(self, model, report):
+    def __init__(self, model, report, calls):
         self._model = model
         self._report = report
+        self._calls = calls
+        self.finite = Finiteness()
 
     def __getattr__(self, name):
         return getattr(self._model, name)
 
     def __call__(self, x, sigma, **extra_args):
-        self._report.nfe += 1
-        return self._model(x, sigma, **extra_args)
+        denoised = self._counted(self._model, x, sigma, extra_args)[0]
+        self.finite.evaluated(None, x, denoised)
+        return denoised
+
+    def _counted(self, model, x, sigma, extra_args):
+        """Return (the denoised prediction, how often the network was evaluated for it: once, or not at all)."""
+        denoised = model(x, sigma, **extra_args)
+        evaluations = int(self._calls.have_been())
+        self._report.nfe += evaluations
+        return denoised, evaluations
 
 
 class CorrectedDenoiser(CountedDenoiser):
@@ -49,8 +64,8 @@ class CorrectedDenoiser(CountedDenoiser):
     through. Nothing is read back from the device before `finish`.
     """
 
-    def __init__(self, model, report, rehearsal, full, corrected, settings, noise, progress):
-        super().__init__(model, report)
+    def __init__(self, model, report, calls, rehearsal, full, corrected, settings, noise, progress):
+        super().__init__(model, report, calls)
         self._rehearsal = rehearsal
         self._full = full
         self._corrected = corrected
@@ -59,7 +74,6 @@ class CorrectedDenoiser(CountedDenoiser):
         self._progress = progress
         self._stopwatch = None
         self._evaluation = self._begun = 0
-        self._finite = []
         self._model_options = {}
         self._ahead = None  # what was evaluated in the step before for this one
         self._traces = TraceReader(report)
@@ -91,11 +105,15 @@ class CorrectedDenoiser(CountedDenoiser):
     def _correct(self, step, x, sigma, extra_args):
         rehearsed, of = self._rehearsal.steps[step], self._settings.step_of(step)
 
+        is_paper = self._settings.evaluation_point == "paper"
+        level = rehearsed.evaluated_at if is_paper else rehearsed.evaluated_next
+
         def evaluate(x_in, at, iteration):
             if iteration == 0:
                 return self._own(step, x, sigma, extra_args)
-            told = _tell(extra_args, of, at, iteration - (of - step))
-            return self._evaluate(step, x_in, torch.full_like(sigma, at), told, True)
+            told = _past_other_cache(_tell(extra_args, of, at, iteration - (of - step)))
+            model = self._holding(rehearsed.step) if is_paper else self._model
+            return self._evaluate(step, x_in, torch.full_like(sigma, level), told, model)
 
         noise = self._noise.of(rehearsed.draws) if rehearsed.draws else None
         mask = None
@@ -108,16 +126,37 @@ class CorrectedDenoiser(CountedDenoiser):
 
     def _keep(self, step, prediction):
         """Keep a prediction that was evaluated ahead, for the step that it is of."""
-        self._finite.append((step, prediction.isfinite().all()))
+        self.finite.evaluated(step, None, prediction)
         self._ahead = prediction
 
-    def _evaluate(self, step, x, sigma, extra_args, is_correction=False):
-        self._report.steps[step].nfe += 1
-        denoised = super().__call__(x, sigma, **extra_args)
-        if not is_correction:  # a correction that is not finite falls back
-            self._finite.append((step, denoised.isfinite().all()))
+    def _evaluate(self, step, x, sigma, extra_args, correcting=None):
+        """Return the denoised prediction at x; correcting: the callable that has it, in a correction."""
+        denoised, evaluations = self._counted(correcting or self._model, x, sigma, extra_args)
+        self._report.steps[step].nfe += evaluations
+        if correcting is None:  # a correction that is not finite falls back
+            self.finite.evaluated(step, x, denoised)
         self._progress.evaluated()
         return denoised
+
+    def _holding(self, step):
+        """Return the host's denoiser for corrections at `paper`. What is evaluated is the step's result, and so outside the
+        in-paint mask the image with as much noise as the result has, scaled alike; the host puts there that of its begin.
+        """
+
+        def denoise(x, sigma, **extra_args):
+            model = self._model
+            if extra_args.get("denoise_mask") is None or not hasattr(model, "latent_image"):
+                return model(x, sigma, **extra_args)
+            inside = self._mask(x, sigma, extra_args)
+            held = model.inner_model.inner_model.scale_latent_inpaint(
+                x=x, sigma=torch.full_like(sigma, step.sigma_next), noise=model.noise, latent_image=model.latent_image,
+                denoise_mask=inside,
+            )  # fmt: skip
+            x = x * inside + step.input_scale * held * (1 - inside)
+            denoised = model(x, sigma, **{**extra_args, "denoise_mask": None})
+            return denoised * inside + model.latent_image * (1 - inside)
+
+        return denoise
 
     def _mask(self, x, sigma, extra_args):
         """Return by how much each number of x may be corrected: outside the in-paint mask the prediction is the image to keep,
@@ -142,27 +181,15 @@ class CorrectedDenoiser(CountedDenoiser):
             raise _departed()
 
     def finish(self, samples):
-        """Take down the run's final latent, and read back what happened.
-
-        Raises RuntimeError where an evaluation that the sampler used, or its result, was not finite.
-        """
+        """Take down the run's final latent, and read back what happened."""
         if self._evaluation != len(self._rehearsal.evaluations):
             raise _departed()
         self._begin(samples.device)  # the end of the last step
         self._report.keep(len(self._rehearsal.steps), samples)
-        steps = [*(step for step, _ in self._finite), len(self._rehearsal.steps) - 1]
-        flags = torch.stack([*(flag for _, flag in self._finite), samples.isfinite().all()]).tolist()
         seconds = self._stopwatch.seconds()
         self._traces.take(wait=True)
         self._report.finish(seconds)
         self._warn()
-        if not all(flags):
-            step = steps[flags.index(False)]
-            raise RuntimeError(
-                f"model: in step {step} of {len(self._rehearsal.steps)}, numbered from 0 (sigma "
-                f"{self._rehearsal.steps[step].step.sigma:.4g}), the network returned NaN or infinity; no latent is passed "
-                f"on. {TRY_PRECISION}"
-            )
         self._progress.end()
 
     def _warn(self):
@@ -187,6 +214,58 @@ class CorrectedDenoiser(CountedDenoiser):
             self._report.warnings.append(f"{self._report.label}: {warning}")
 
 
+class Finiteness:
+    """Whether the latents that a run evaluated, and the predictions there, were finite. Read back once, at the end."""
+
+    def __init__(self):
+        self._steps = []
+        self._flags = []  # of each evaluation: [latent, prediction]
+
+    def evaluated(self, step, x, denoised):
+        """Note an evaluation of a step, None where it has no number; x: None where it is known to be finite."""
+        prediction = denoised.isfinite().all()
+        self._steps.append(step)
+        self._flags.append(torch.stack([torch.ones_like(prediction) if x is None else x.isfinite().all(), prediction]))
+
+    def check(self, samples, name, sigmas, cfg):
+        """Raise RuntimeError, with a sentence of whose doing it is, where not all was finite. samples: the run's result. name:
+        the sampler's. sigmas: where the steps begin and the last one's end. cfg: the guidance scale, None where there is none.
+        """
+        flags = torch.stack([*self._flags, samples.isfinite().all().expand(2)]).tolist()
+        first = next((number for number, both in enumerate(flags) if not all(both)), None)
+        if first is None:
+            return
+        is_prediction = first < len(self._steps) and flags[first][0]
+        step = self._steps[first] if first < len(self._steps) else len(sigmas) - 2
+        raise RuntimeError(f"{_whose_fault(is_prediction, first == 0, step, name, sigmas, cfg)}; no latent is passed on.")
+
+
+def _whose_fault(is_prediction, is_first, step, name, sigmas, cfg):
+    """Return the words for what led to NaN or infinity. is_prediction: whether it is a prediction, from a finite latent."""
+    equal = [number for number, (here, then) in enumerate(itertools.pairwise(sigmas)) if here == then]
+    where = "" if step is None else f" in step {step} of {len(sigmas) - 1}, numbered from 0 (sigma {sigmas[step]:.4g}),"
+    try:
+        check_schedule(torch.tensor(sigmas))
+    except BadSchedule as reason:
+        return f"sigmas: {reason}, and {name} comes to NaN or infinity, as without IEC; choose another schedule"
+    if is_prediction and cfg is not None and not math.isfinite(cfg):
+        return f"cfg: {cfg} is no finite number, and so no guided prediction is; choose one of 0 to 100"
+    if is_prediction:
+        return f"model:{where} the network returned NaN or infinity. {TRY_PRECISION[:-1]}"
+    if is_first:
+        return "latent_image: the latent that sampling begins with has NaN or infinity in it; choose another"
+    if equal:
+        sigma = f"{sigmas[equal[0]]:.4g}"
+        return (
+            f"sigmas: step {equal[0]}, numbered from 0, leads from {sigma} to {sigma}, over which {name} comes to NaN or "
+            "infinity, as without IEC; leave out one of the two, or choose another sampler"
+        )
+    return (
+        f"sampler:{where} {name} came to NaN or infinity by its own doing, from finite predictions of the network; choose "
+        "another sampler, or another schedule"
+    )
+
+
 def _departed():
     return RuntimeError(
         "sampler: it takes other steps in this run than its schedule says, so that they cannot be told; choose a sampler of "
@@ -202,6 +281,13 @@ def _tell(extra_args, step, sigma, iteration=0):
     iec = {"step": step, "iteration": iteration, "sigma": sigma}
     model_options["transformer_options"] = {**model_options.get("transformer_options", {}), KEY: iec}
     return {**extra_args, "model_options": model_options}
+
+
+def _past_other_cache(extra_args):
+    """Return a sampler's extra arguments with which another cache lets the network answer."""
+    model_options = extra_args["model_options"]
+    options = past_other_cache(model_options["transformer_options"])
+    return {**extra_args, "model_options": {**model_options, "transformer_options": options}}
 
 
 def refusal(name):
@@ -260,35 +346,75 @@ def check_known_ends(name, settings, rehearsal, of="sampler"):
 
 
 class CorrectedSampler(comfy.samplers.KSAMPLER):
-    """A host SAMPLER whose steps are corrected. begin_report(): the RunReport that a run fills."""
+    """A host SAMPLER whose steps are corrected, whether it is its `sample` that is called or its sampler function, as another
+    pack's SAMPLER does that has one inside.
+    """
 
     def __init__(self, sampler, settings, begin_report):
-        super().__init__(sampler.sampler_function, sampler.extra_options, sampler.inpaint_options)
+        function = CorrectedFunction(sampler.sampler_function, settings, begin_report)
+        super().__init__(function, sampler.extra_options, sampler.inpaint_options)
         self._sampler = sampler
-        self._settings = settings
-        self._begin_report = begin_report
+        self._is_off = settings.is_off
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, *args, **kwargs):
         """As KSAMPLER.sample; the progress that `callback` is told counts evaluations."""
-        report = self._begin_report()
-        progress = EvaluationProgress(report)
+        _check_not_twice(extra_args)
+        progress = EvaluationProgress()
         sampler = copy.copy(self._sampler)
+        sampler.sampler_function, sampler.extra_options = self.sampler_function, self.extra_options
+        sampler.inpaint_options = self.inpaint_options
+        extra_args, callback = _with_progress(extra_args, progress), progress.counting(callback)
+        samples = sampler.sample(model_wrap, sigmas, extra_args, callback, noise, *args, **kwargs)
+        if not progress.has_run and not self._is_off:
+            raise ValueError(
+                f"sampler: {type(sampler).__name__} does not sample by its sampler function, which is what IEC corrects; "
+                "choose a sampler of KSamplerSelect, or correction_steps none."
+            )
+        return samples
 
-        def corrected(model, x, sigmas, extra_args, callback, disable, **options):
-            return self._run(report, progress, model, x, sigmas, extra_args, callback, disable, options)
 
-        sampler.sampler_function = corrected
-        return sampler.sample(model_wrap, sigmas, extra_args, progress.counting(callback), noise, *args, **kwargs)
+def _with_progress(extra_args, progress):
+    return {**extra_args, "model_options": {**extra_args.get("model_options", {}), RUN: progress}}
+
+
+def _check_not_twice(extra_args):
+    """Raise AppliedTwice in a corrected run, whose sampler has another corrected one inside."""
+    progress = extra_args.get("model_options", {}).get(RUN)
+    if progress is not None and progress.is_running:
+        raise AppliedTwice(APPLIED_TWICE)
+
+
+class CorrectedFunction:
+    """A sampler function of the host with its steps corrected. begin_report(): the RunReport that a run fills."""
+
+    def __init__(self, function, settings, begin_report):
+        functools.update_wrapper(self, function, updated=())
+        self._function = function
+        self._settings = settings
+        self._begin_report = begin_report
+
+    def __call__(self, model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
+        extra_args = extra_args or {}
+        _check_not_twice(extra_args)
+        progress = extra_args.get("model_options", {}).get(RUN) or EvaluationProgress(has_bar=False)
+        extra_args = _with_progress(extra_args, progress)
+        progress.is_running = progress.has_run = True
+        try:
+            return self._run(self._begin_report(), progress, model, x, sigmas, extra_args, callback, disable, options)
+        finally:
+            progress.is_running = False
 
     def _run(self, report, progress, model, x, sigmas, extra_args, callback, disable, options):
         """Rehearse the sampler function, then run it on the corrected denoiser."""
-        function, schedule, seed = self.sampler_function, sigmas.cpu(), extra_args.get("seed")
+        function, schedule, seed = self._function, sigmas.cpu(), extra_args.get("seed")
         can_draw = seed is not None and can_draw_ahead(function, options)
         rehearsal, report.choice = self._rehearse(
             lambda: rehearse(function, model, x, schedule, extra_args, options, can_draw), len(schedule) - 1
         )
+        calls = NetworkCalls()
+        extra_args = calls.watch(extra_args)
         if rehearsal is None:
-            return self._run_uncorrected(report, model, x, sigmas, extra_args, callback, disable, options)
+            return self._run_uncorrected(report, calls, model, x, sigmas, extra_args, callback, disable, options)
         full = full_steps(extra_args, rehearsal.sigmas)
         settings, report.choice = resolved(self._settings, rehearsal, full, other_cache(extra_args))
         check_known_ends(self._name, settings, rehearsal)
@@ -298,8 +424,8 @@ class CorrectedSampler(comfy.samplers.KSAMPLER):
             ahead = NoiseAhead(function, x, sigmas, seed)
             options = {**options, **ahead.options}
         total = len(rehearsal.evaluations) + settings.added_evaluations * len(corrected)
-        progress.begin(corrected, full, len(rehearsal.steps), total)
-        denoiser = CorrectedDenoiser(model, report, rehearsal, full, corrected, settings, ahead, progress)
+        progress.begin(report, corrected, full, len(rehearsal.steps), total)
+        denoiser = CorrectedDenoiser(model, report, calls, rehearsal, full, corrected, settings, ahead, progress)
 
         def on_step(info):
             denoiser.on_step(info)
@@ -308,20 +434,23 @@ class CorrectedSampler(comfy.samplers.KSAMPLER):
 
         samples = function(denoiser, x, sigmas, extra_args=extra_args, callback=on_step, disable=disable, **options)
         denoiser.finish(samples)
+        denoiser.finite.check(samples, self._name, rehearsal.sigmas, _guidance_of(model))
+        progress.end()
         return samples
 
     @property
     def _name(self):
-        return sampler_name(self.sampler_function) or type(self.sampler_function).__name__
+        return sampler_name(self._function) or type(self._function).__name__
 
     def _rehearse(self, rehearsed, steps):
         """Return (the Rehearsal, ""), or (None, a sentence if `auto` corrects nothing) where there is no step, or none that can
-        be told and none that has to be. rehearsed(): the Rehearsal of so many steps.
+        be told and none that has to be. rehearsed(): the Rehearsal of so many steps. Another pack's sampler function may do
+        more than to sample: where nothing is corrected it is not called but for the run.
 
         Raises ValueError where steps are to be corrected that cannot be told.
         """
         settings, reason = self._settings, refusal(self._name)
-        if steps < 1 or (settings.is_off and reason):
+        if steps < 1 or (settings.is_off and (reason or not is_of_the_host(self._function))):
             return None, ""
         if settings.is_auto and reason:
             return None, nothing_because(reason)
@@ -330,29 +459,36 @@ class CorrectedSampler(comfy.samplers.KSAMPLER):
         except CannotRehearse as reason:
             if settings.is_off:
                 return None, ""
+            is_schedule = isinstance(reason, BadSchedule)
             if settings.is_auto:
-                return None, nothing_because(f"the steps of {self._name} are not known before, because {reason}")
+                known = reason if is_schedule else f"the steps of {self._name} are not known before, because {reason}"
+                return None, nothing_because(known)
+            if is_schedule:
+                raise ValueError(f"sigmas: {reason}; choose another schedule, or correction_steps none.") from reason
             raise ValueError(
                 f"sampler: the steps of {self._name} cannot be corrected, because {reason}; choose a sampler of the host's "
                 "list, or correction_steps none."
             ) from reason
 
-    def _run_uncorrected(self, report, model, x, sigmas, extra_args, callback, disable, options):
+    def _run_uncorrected(self, report, calls, model, x, sigmas, extra_args, callback, disable, options):
         """Run a sampler function as the host would, where no step can be told; the report has none."""
         report.start(sigmas.tolist(), frozenset())
         report.steps = []
         stopwatch = Stopwatch(x.device)
         stopwatch.mark()
-        denoiser = CountedDenoiser(model, report)
-        samples = self.sampler_function(
-            denoiser, x, sigmas, extra_args=extra_args, callback=callback, disable=disable, **options
-        )
+        denoiser = CountedDenoiser(model, report, calls)
+        samples = self._function(denoiser, x, sigmas, extra_args=extra_args, callback=callback, disable=disable, **options)
         stopwatch.mark()
         report.keep(len(report.sigmas) - 1, samples)
         report.finish(stopwatch.seconds())
-        if not samples.isfinite().all():
-            raise RuntimeError(f"model: the network returned NaN or infinity; no latent is passed on. {TRY_PRECISION}")
+        denoiser.finite.check(samples, self._name, sigmas.tolist(), _guidance_of(model))
         return samples
+
+
+def _guidance_of(model):
+    """Return the guidance scale of the guider that a denoiser is of, None where it has none."""
+    scale = getattr(model.inner_model, "cfg", None)
+    return scale if isinstance(scale, (int, float)) else None
 
 
 def with_correction(sampler, settings, begin_report):
@@ -360,10 +496,8 @@ def with_correction(sampler, settings, begin_report):
 
     Raises ValueError for a sampler that has no sampler function to wrap, that cannot be corrected, or that is already.
     """
-    if isinstance(sampler, CorrectedSampler):
-        raise ValueError(
-            "sampler: IEC is applied twice to this sampling run; use only one of IECKSampler, IECApply and IECSampler."
-        )
+    if isinstance(getattr(sampler, "sampler_function", None), CorrectedFunction):
+        raise AppliedTwice(APPLIED_TWICE)
     if not isinstance(sampler, comfy.samplers.KSAMPLER):
         raise ValueError(
             f"sampler: IEC wraps the samplers of KSamplerSelect and the like, and {type(sampler).__name__} is of another "

@@ -24,7 +24,7 @@ def _workflow_of(server, prompt_id):
 
 
 class EvaluationProgress:
-    """Counts the evaluations of one sampling run, and tells of its steps.
+    """Counts the evaluations of one sampling run, and tells of its steps. is_running, has_run: of the corrected function.
 
     The host's bar counts evaluations instead of steps; as always, an update is also where the host looks for an interrupt.
 
@@ -40,17 +40,20 @@ class EvaluationProgress:
     `iec.run`, after a run: iterated, of all corrected steps; seconds; warnings, sentences.
     """
 
-    def __init__(self, report):
+    def __init__(self, has_bar=True):
+        """has_bar: whether the bar is ours to move; it is not where another pack calls a sampler function by itself."""
         self._context = get_executing_context()
-        self._report = report
-        self._workflow, self._about = "", {}
+        self._has_bar = has_bar
+        self._report, self._workflow, self._about = None, "", {}
         self._steps = self._total = self._bar = None
+        self._evaluations = 0
+        self.is_running = self.has_run = False
 
-    def begin(self, corrected, full, steps, total):
+    def begin(self, report, corrected, full, steps, total):
         """Begin a run of so many steps and, at most, evaluations. corrected: numbers of steps. full: such, or None."""
-        self._about = {"corrected": sorted(corrected), "full": full}
-        self._steps, self._total = steps, total
-        self._bar = comfy.utils.ProgressBar(total)
+        self._report, self._about = report, {"corrected": sorted(corrected), "full": full}
+        self._steps, self._total, self._evaluations = steps, total, 0
+        self._bar = comfy.utils.ProgressBar(total) if self._has_bar else None
 
     def counting(self, callback):
         """Return the host's callback(step, denoised, x, total_steps), told evaluations where it is told steps."""
@@ -58,17 +61,19 @@ class EvaluationProgress:
         def counted(step, denoised, x, total_steps):
             if self._total is None:  # a run whose evaluations are not known beforehand
                 return callback(step, denoised, x, total_steps)
-            return callback(self._report.nfe - 1, denoised, x, self._total)
+            return callback(self._evaluations - 1, denoised, x, self._total)
 
         return None if callback is None else counted
 
     def evaluated(self):
         """Move the bar on."""
-        self._bar.update_absolute(self._report.nfe, self._total)
+        self._evaluations += 1
+        if self._bar is not None:
+            self._bar.update_absolute(self._evaluations, self._total)
 
     def step(self, step, learned):
         """Tell that `step` steps are done, and what was `learned`, a list of StepReports."""
-        if step == self._steps:
+        if step == self._steps and self._bar is not None:
             self._bar.update_absolute(self._total, self._total)  # iterations that converged early are done too
         self._send("iec.step", step=step, iterated=_told(learned), **(self._about if step == 0 else {}))
 

@@ -14,6 +14,11 @@ def sampler_name(function):
     return getattr(function, "__name__", "").removeprefix("sample_")
 
 
+def is_of_the_host(function):
+    """Tell whether a sampler function is the host's own code, which does nothing but sample."""
+    return getattr(function, "__module__", None) is not None and function.__module__.split(".")[0] in ("comfy", "comfy_extras")
+
+
 def can_draw_ahead(function, options):
     """Tell whether this is a sampler of the host that makes its own noise sampler."""
     name = getattr(function, "__name__", "")

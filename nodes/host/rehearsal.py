@@ -19,6 +19,7 @@ import math
 from bisect import bisect
 from dataclasses import dataclass, field
 
+import comfy.model_management
 import comfy.model_sampling
 import comfy.samplers
 import torch
@@ -30,6 +31,14 @@ from .noise import can_draw_ahead
 
 class CannotRehearse(ValueError):
     """The sampler's steps cannot be told before it runs."""
+
+
+class BadSchedule(CannotRehearse):
+    """The same, and it is the schedule's doing, whatever the sampler."""
+
+
+class AppliedTwice(ValueError):
+    """What is rehearsed corrects its steps itself."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +57,17 @@ class RehearsedStep:
 
     gain: by how much the step multiplies a change of its own prediction, against a step without history: for dpmpp_2m
     1 + h / (2 h_last), about that where the history is longer, 1 for a sampler of several evaluations a step. is_exact: whether
-    the sampler's own latent after the step is what `step` and `draws` say, with this step's prediction alone.
+    the sampler's own latent after the step is what `step` and `draws` say, with this step's prediction alone. evaluated_at: the
+    sigma that the network is given, which is another than the latent's where a sampler lies about it, as Detail Daemon does;
+    evaluated_next: that which it would be given at the step's result.
     """
 
     step: Step
     draws: tuple[Draw, ...] = ()
     gain: float = 1.0
     is_exact: bool = False
+    evaluated_at: float = 0.0
+    evaluated_next: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -77,8 +90,10 @@ class Rehearsal:
         return frozenset() if self.why_no_end_is_known() else self._ends_at_a_begin()
 
     def _ends_at_a_begin(self):
-        pairs = enumerate(itertools.pairwise(rehearsed.step for rehearsed in self.steps))
-        return frozenset(index for index, (one, then) in pairs if math.isclose(one.sigma_next, then.sigma, rel_tol=1e-6))
+        pairs = enumerate(itertools.pairwise(self.steps))
+        return frozenset(
+            index for index, (one, then) in pairs if math.isclose(one.step.sigma_next, then.evaluated_at, rel_tol=1e-6)
+        )
 
     @property
     def evaluates_more_than_once(self):
@@ -105,12 +120,15 @@ class Rehearsal:
 
 @dataclass
 class _Record:
-    """What happened in a rehearsal, in order; `final` is the sampler's result. Latents are numbers, [items] in float64."""
+    """What happened in a rehearsal, in order; `final` is the sampler's result. Latents are numbers, [items] in float64.
+    draws_by_itself: whether there was noise that it did not ask the noise sampler for.
+    """
 
     evaluations: list[tuple[float, torch.Tensor]] = field(default_factory=list)  # sigma, latent
     callbacks: list[tuple[int, int]] = field(default_factory=list)  # step, evaluations before
     draws: list[tuple[int, torch.Tensor, torch.Tensor]] = field(default_factory=list)  # evaluations before, sigmas
     final: torch.Tensor | None = None
+    draws_by_itself: bool = False
 
     def pattern(self):
         """Return what has to be the same in every run of a sampler that does not look at its latent."""
@@ -153,28 +171,38 @@ def _spread(numbers, x):
 
 class _OwnDraws(TorchDispatchMode):
     """Takes what a sampler draws by itself from a generator of our own: the global one may be in use by a run, in another
-    thread, whose images must not depend on it.
+    thread, whose images must not depend on it. is_silent: zeros instead, so that what the sampler does without its noise shows.
+
+    happened: whether there was any.
     """
 
-    def __init__(self):
+    def __init__(self, is_silent):
         super().__init__()
         self._generator = torch.Generator().manual_seed(0)
+        self._is_silent = is_silent
+        self.happened = False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in function.tags or kwargs.get("generator") is not None:
+        if torch.Tag.nondeterministic_seeded not in function.tags:
             return function(*args, **kwargs)
-        takers = {"default": "generator", "low": "low_generator"}  # overloads that differ in nothing but the generator
-        if not any(argument.name == "generator" for argument in function._schema.arguments):
-            function = getattr(function.overloadpacket, takers[function._overloadname])
-        return function(*args, **{**kwargs, "generator": self._generator})
+        self.happened = True
+        if kwargs.get("generator") is None:
+            takers = {"default": "generator", "low": "low_generator"}  # overloads that differ in nothing but the generator
+            if not any(argument.name == "generator" for argument in function._schema.arguments):
+                function = getattr(function.overloadpacket, takers[function._overloadname])
+            kwargs = {**kwargs, "generator": self._generator}
+        drawn = function(*args, **kwargs)
+        if self._is_silent and torch.is_tensor(drawn) and drawn.is_floating_point():
+            drawn.zero_()
+        return drawn
 
 
-def _play(function, model, like, sigmas, extra_args, options, latent, predict, noise):
+def _play(function, model, like, sigmas, extra_args, options, latent, predict, noise, is_silent):
     """Run the sampler function on a batch of numbers, and return the _Record.
 
     latent: [items]; predict(x, number): the denoised prediction at x, in the evaluation of that number; noise(number): [items]
-    for each draw. like: the run's latent, for its dimensions and dtype.
+    for each draw. like: the run's latent, for its dimensions and dtype. is_silent: whether the sampler's own draws are 0.
     """
     record = _Record()
 
@@ -189,12 +217,12 @@ def _play(function, model, like, sigmas, extra_args, options, latent, predict, n
     x = _spread(latent, torch.empty(size, dtype=torch.promote_types(like.dtype, torch.float32)))
     if "noise_sampler" in inspect.signature(function).parameters:
         options = {**options, "noise_sampler": draw}
-    with _OwnDraws():
+    with _OwnDraws(is_silent) as own:
         final = function(
             _StandIn(model, record, predict, _guidance_patches(extra_args.get("model_options"))), x, sigmas.clone(),
             extra_args=dict(extra_args), callback=on_step, disable=True, **options,
         )  # fmt: skip
-    record.final = _numbers(final)
+    record.final, record.draws_by_itself = _numbers(final), own.happened
     return record
 
 
@@ -232,12 +260,61 @@ def _are_close(values, others):
     return all(math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-4) for one, other in zip(values, others))
 
 
+def _leads(a, b, sigma, sigma_next):
+    """Tell whether x' = a x + b D is the Euler step between these sigmas."""
+    euler = Step.euler(sigma, sigma_next)
+    return _are_close((a, b), (euler.x_factor, euler.denoised_factor))
+
+
 def _preserves_the_image(a, b, sigma, sigma_next):
     """Tell whether x' = a x + b D takes D + sigma noise to D + sigma' noise, or (1 - sigma) D + ... to (1 - sigma') D + ...
 
     It does not where a sampler adds noise of its own before it evaluates, which is in the rehearsed numbers then.
     """
     return math.isclose(a + b, 1, abs_tol=1e-4) or math.isclose((1 - sigma) * a + b, 1 - sigma_next, abs_tol=1e-4)
+
+
+def _step(record, own, index, starts, schedule, model, can_draw):
+    """Return the RehearsedStep of a number. starts: the sigmas that the steps are evaluated at. schedule: the run's sigmas, if
+    its steps are those; else None.
+    """
+    a, b, factors, gain, is_affine = _factors(record, own, index)
+    sigma, then = starts[index], starts[index + 1] if index + 1 < len(starts) else None
+    sigma_next = schedule[index + 1] if schedule else a * sigma if then is None else then
+    is_noisy = any(factor for _, factor in factors)
+    sampling = model.inner_model.inner_model.model_sampling
+
+    def scale(here, there):
+        return input_scale(sampling, there) / input_scale(sampling, here)
+
+    if factors and can_draw and is_affine and _preserves_the_image(a, b, sigma, sigma_next):
+        draws = tuple(Draw(number, *record.draws[number][1:], factor) for number, factor in factors if factor)
+        step = Step(sigma, sigma_next, a, b, scale(sigma, sigma_next))
+        return RehearsedStep(step, draws, gain, True, sigma, sigma_next)
+    is_plain = is_affine and not is_noisy and not record.draws_by_itself
+    lies = schedule is not None and not math.isclose(sigma, schedule[index], rel_tol=1e-3)
+    if lies and is_plain and _leads(a, b, schedule[index], sigma_next):
+        at_next = sigma_next if then is None else then
+        step = Step.euler(schedule[index], sigma_next, scale(sigma, at_next))
+        return RehearsedStep(step, (), gain, True, sigma, at_next)
+    is_euler = _leads(a, b, sigma, sigma_next)
+    has_one_prediction = len(own) == len(record.evaluations) and math.isclose(gain, 1, abs_tol=1e-3)
+    if is_plain and not is_euler and has_one_prediction and b:
+        return RehearsedStep(Step(sigma, sigma_next, a, b, scale(sigma, sigma_next)), (), gain, False, sigma, sigma_next)
+    if lies and not is_euler:
+        raise CannotRehearse("it evaluates its latents at other noise levels than they have")
+    step = Step.euler(sigma, sigma_next, scale(sigma, sigma_next))
+    return RehearsedStep(step, (), gain, is_plain and is_euler, sigma, sigma_next)
+
+
+def check_schedule(sigmas):
+    """Raise BadSchedule for sigmas over which no sampler leads: that are not finite, or go on after 0."""
+    sigmas = sigmas.tolist()
+    if not all(map(math.isfinite, sigmas)):
+        raise BadSchedule("the schedule has NaN or infinity in it")
+    if 0 in sigmas[:-1]:
+        step = sigmas.index(0)
+        raise BadSchedule(f"the schedule goes on after its first 0, in step {step}, numbered from 0, where no noise is left")
 
 
 def rehearse(function, model, like, sigmas, extra_args, options, can_draw):
@@ -248,13 +325,14 @@ def rehearse(function, model, like, sigmas, extra_args, options, can_draw):
     whatever order, the step is taken to lead where the probability-flow equation leads to first order.
 
     Raises CannotRehearse where the function fails on the stand-in, picks its steps by its latent, or does not take them one
-    after the other.
+    after the other; BadSchedule where no sampler could take these steps.
     """
+    check_schedule(sigmas)
 
-    def play(latent, predict, noise):
+    def play(latent, predict, noise, is_silent=False):
         try:
-            return _play(function, model, like, sigmas, extra_args, options, latent, predict, noise)
-        except CannotRehearse:
+            return _play(function, model, like, sigmas, extra_args, options, latent, predict, noise, is_silent)
+        except (CannotRehearse, AppliedTwice, comfy.model_management.InterruptProcessingException):
             raise
         except Exception as error:
             raise CannotRehearse(f"it cannot be run on numbers ({type(error).__name__}: {error})") from error
@@ -269,6 +347,7 @@ def rehearse(function, model, like, sigmas, extra_args, options, can_draw):
         units[0],
         lambda x, number: _spread(units[1] + (number + 1) % 2 * alternating, x),
         lambda number: units[min(2 + number, len(units) - 1)],
+        is_silent=True,
     )
     if record.pattern() != first.pattern():
         raise CannotRehearse("it picks its steps as it goes")
@@ -279,23 +358,10 @@ def rehearse(function, model, like, sigmas, extra_args, options, can_draw):
     begins = [before - 1 for _, before in record.callbacks]
     own = _own_evaluations(record, begins)
     starts = [record.evaluations[number][0] for number in own]
-    ends = sigmas[1:].tolist() if len(own) == len(sigmas) - 1 else [*starts[1:], None]
-    sampling = model.inner_model.inner_model.model_sampling
-    steps = []
-    for index, (sigma, sigma_next) in enumerate(zip(starts, ends)):
-        if sigma == 0:
-            raise CannotRehearse("a step of its schedule begins at sigma 0")
-        a, b, factors, gain, is_affine = _factors(record, own, index)
-        sigma_next = a * sigma if sigma_next is None else sigma_next
-        scale = input_scale(sampling, sigma_next) / input_scale(sampling, sigma)
-        if factors and can_draw and is_affine and _preserves_the_image(a, b, sigma, sigma_next):
-            draws = tuple(Draw(number, *record.draws[number][1:], factor) for number, factor in factors if factor)
-            steps.append(RehearsedStep(Step(sigma, sigma_next, a, b, scale), draws, gain, is_exact=True))
-        else:
-            euler = Step.euler(sigma, sigma_next, scale)
-            is_euler = is_affine and _are_close((a, b), (euler.x_factor, euler.denoised_factor))
-            is_euler = is_euler and not any(factor for _, factor in factors)
-            steps.append(RehearsedStep(euler, gain=gain, is_exact=is_euler))
+    if 0 in starts:
+        raise CannotRehearse("a step of its own begins at sigma 0")
+    schedule = sigmas.tolist() if len(own) == len(sigmas) - 1 else None
+    steps = [_step(record, own, index, starts, schedule, model, can_draw) for index in range(len(own))]
     evaluations = [(max(bisect(begins, number) - 1, 0), number in own) for number in range(len(record.evaluations))]
     return Rehearsal(steps, evaluations)
 

@@ -11,17 +11,23 @@ def iec_euler(model, x, sigmas, extra_args=None, callback=None, disable=None):
     """Euler over a variance-preserving model, every step corrected once at its own timestep with lambda 0.5.
 
     The network is shown the step's result at the input scale 1 / sqrt(sigma^2 + 1) that the result belongs to, and the sigma
-    that the step begins at. Outside an in-paint mask the step is Euler's.
+    that the step begins at. Outside an in-paint mask the step is Euler's, and what is shown there is the image with the noise
+    of sigma_next, as everywhere.
     """
     mask, change = extra_args["denoise_mask"], extra_args["model_options"].get("denoise_mask_function")
     for sigma, sigma_next in itertools.pairwise(sigmas):
         at = sigma.expand(x.shape[0])
         plain = x + (sigma_next - sigma) * (x - model(x, at, **extra_args)) / sigma
-        shown = plain * ((sigma**2 + 1) / (sigma_next**2 + 1)).sqrt()
-        again = x + (sigma_next - sigma) * (shown - model(shown, at, **extra_args)) / sigma
-        inside = 1.0 if mask is None else mask
+        to_shown = ((sigma**2 + 1) / (sigma_next**2 + 1)).sqrt()
+        result, inside = plain, 1.0 if mask is None else mask
         if change is not None and mask is not None:
             inside = change(at, mask, extra_options={"model": model.inner_model, "sigmas": sigmas})
+        if mask is not None:
+            result = inside * plain + (1 - inside) * (model.latent_image + sigma_next * model.noise)
+        denoised = model(result * to_shown, at, **{**extra_args, "denoise_mask": None})
+        if mask is not None:
+            denoised = inside * denoised + (1 - inside) * model.latent_image
+        again = x + (sigma_next - sigma) * (plain * to_shown - denoised) / sigma
         x = plain + inside * 0.5 * (again - plain)
     return x
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from reference import iec_euler
+from toy import ToyGuider
 
 
 def latent_image():
@@ -53,6 +54,38 @@ def test_inpainting_agrees_with_the_correction_written_out(host, sample, advance
     expected = advanced(guider, iec_euler, scheduler="simple", steps=4, latent=latent)
     ours = sample(model, latent_image=latent, scheduler="simple", steps=4, correction_steps="all")
     assert relative(ours, expected) < 1e-5
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("model_type", ["EPS", "EDM", "FLOW"])
+def test_what_a_correction_evaluates_has_one_noise_level(host, model_type):
+    """At `paper` the network is given the step's result, c_in(sigma) x_in = c_in(sigma') x': also outside the in-paint mask,
+    where x' is the image with the run's own noise at sigma'.
+    """
+    import comfy.samplers
+
+    guider = ToyGuider(model_type, network=torch.sin)
+    sampling = guider.inner_model.model_sampling
+    guider.inner_model.scale_latent_inpaint = lambda sigma, noise, latent_image, **_: sampling.noise_scaling(
+        sigma.reshape(-1, 1, 1, 1), noise, latent_image
+    )
+    generator = torch.Generator().manual_seed(1)
+    noise, image = (torch.randn(2, 1, 2, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+    mask = torch.tensor([[1.0, 0.0], [0.0, 0.3]], dtype=torch.float64).expand(2, 1, 2, 2)
+    sigmas = torch.tensor([0.9, 0.6, 0.2, 0.0], dtype=torch.float64)
+    settings = {"correction_steps": "all", "lambda_": 0.5, "max_iterations": 2, "tolerance": 0.0}
+    sampler = host.run("IECSampler", sampler=comfy.samplers.sampler_object("euler"), **settings)[0]
+    extra = {"model_options": {}, "seed": 1}
+    sampler.sample(guider, sigmas, extra, None, noise, image, mask, True)
+    assert len(guider.calls) == 9
+    for step in range(3):
+        sigma, sigma_next = sigmas[step].item(), sigmas[step + 1].item()
+        kept = 1 - sigma if model_type == "FLOW" else 1, 1 - sigma_next if model_type == "FLOW" else 1
+        own, *iterations = (call[0] for call in guider.calls[3 * step : 3 * step + 3])
+        torch.testing.assert_close(own[mask == 0], (kept[0] * image + sigma * noise)[mask == 0])
+        for x_in in iterations:
+            there = guider.input_scale(sigma_next) * (kept[1] * image + sigma_next * noise)
+            torch.testing.assert_close(guider.input_scale(sigma) * x_in[mask == 0], there[mask == 0])
 
 
 def test_denoise_below_one_counts_the_steps_that_are_run(host, sample, advanced, model, conditioning, relative):

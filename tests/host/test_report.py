@@ -186,3 +186,69 @@ def test_a_log_without_prompts_keeps_its_last_runs(host):
         log.begin()
     assert len(log) <= 100
     assert [report.label for report in log[-2:]] == ["run 249", "run 250"]
+
+
+class Failing(ToyGuider):
+    """Predicts `value` from its `begin`-th evaluation on."""
+
+    def __init__(self, begin, value=float("nan")):
+        super().__init__("EPS")
+        self._begin, self._value = begin, value
+
+    def denoised(self, x, sigma):
+        return super().denoised(x, sigma) * (self._value if len(self.calls) > self._begin else 1.0)
+
+
+NONE, AT_ONE = ({**SETTINGS, "correction_steps": steps} for steps in ("none", "steps:1"))
+
+
+@pytest.mark.parametrize("settings", [NONE, AT_ONE])
+def test_a_sampler_that_divides_by_a_step_of_no_width_is_not_told_as_the_networks(host, settings):
+    """dpmpp_2m divides by the width of its last step in log sigma; the stock run is NaN too."""
+    import comfy.samplers
+
+    sigmas = torch.tensor([14.0, 7.0, 7.0, 3.0, 1.0, 0.0])
+    stock, guider = comfy.samplers.sampler_object("dpmpp_2m"), ToyGuider("EPS")
+    assert run(stock, ToyGuider("EPS"), sigmas).isnan().all()
+    with pytest.raises(RuntimeError, match=r"^sigmas: step 1, numbered from 0, leads from 7 to 7, over which dpmpp_2m"):
+        run(host.run("IECSampler", sampler=stock, **settings)[0], guider, sigmas)
+    assert all(guider.denoised(torch.ones(1, 1), torch.ones(1)).isfinite())
+
+
+def test_whose_doing_nan_is(host):
+    import comfy.samplers
+
+    def sample_dividing(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        for i in range(len(sigmas) - 1):
+            denoised = model(x, sigmas[i] * x.new_ones([len(x)]), **extra_args)
+            if callback is not None:
+                callback({"x": x, "i": i, "denoised": denoised})
+            x = denoised + (x - denoised) * sigmas[i + 1] / sigmas[i] / (0 if i == 1 else 1)
+        return x
+
+    euler, own = comfy.samplers.sampler_object("euler"), comfy.samplers.KSAMPLER(sample_dividing)
+    sigmas = torch.tensor([6.0, 4.0, 2.5, 1.0, 0.0])
+    for settings in (NONE, {**SETTINGS, "correction_steps": "steps:0"}):
+        with pytest.raises(RuntimeError, match="the network returned NaN or infinity") as caught:
+            run(host.run("IECSampler", sampler=euler, **settings)[0], Failing(2), sigmas)
+        assert str(caught.value).startswith("model:")
+        with pytest.raises(
+            RuntimeError, match=r"^sampler:.* dividing came to NaN or infinity by its own doing, from finite pred"
+        ):
+            run(host.run("IECSampler", sampler=own, **settings)[0], ToyGuider("EPS"), sigmas)
+        unguided = Failing(0)
+        unguided.cfg = float("nan")
+        with pytest.raises(RuntimeError, match=r"^cfg: nan is no finite number"):
+            run(host.run("IECSampler", sampler=euler, **settings)[0], unguided, sigmas)
+        with pytest.raises((RuntimeError, ValueError), match=r"^sigmas: the schedule has NaN or infinity"):
+            run(host.run("IECSampler", sampler=euler, **settings)[0], ToyGuider("EPS"), sigmas.clone().fill_(float("nan")))
+
+
+def test_a_schedule_that_goes_on_after_zero_is_not_told_as_the_samplers(host):
+    import comfy.samplers
+
+    sampler, sigmas = comfy.samplers.sampler_object("euler"), torch.tensor([6.0, 2.0, 0.0, 0.0])
+    with pytest.raises(ValueError, match=r"^sigmas: .* in step 2, numbered from 0, where no noise is left"):
+        run(host.run("IECSampler", sampler=sampler, **AT_ONE)[0], ToyGuider("EPS"), sigmas)
+    with pytest.raises(RuntimeError, match=r"^sigmas: .* after its first 0, in step 2, .* as without IEC"):
+        run(host.run("IECSampler", sampler=sampler, **NONE)[0], ToyGuider("EPS"), sigmas)
