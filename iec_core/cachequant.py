@@ -108,7 +108,7 @@ class _AllSteps:
                 "nothing can be found out for that step; calibrate with another, such as euler."
             )
 
-    def load(self, keys, items, position, stream=""):
+    def load(self, keys, items, position, stream="", since=0.0):
         """Return None: nothing is reused."""
 
 
@@ -282,13 +282,21 @@ class CacheProfile(Profile):
     def _is_whole(self):
         steps = len(self.sigmas) - 1
         maps = [*self.features.values(), *([] if self.consumer is None else [self.consumer])]
+        columns = {weights.shape[2] for weights in self.features.values()}
+        tensors = (self.fingerprint, self.sigmas, *maps)
         return (
             set(self.facts) >= FACTS
+            and all(isinstance(value, str) for value in self.facts.values())
+            and int(self.facts["interval"]) >= 1
+            and int(self.facts["branch"]) >= 0
+            and self.channel_dim in (1, -1)
             and self.fingerprint.ndim == self.sigmas.ndim == 1
-            and self.full_steps[0] == 0
-            and all(0 <= step < steps for step in self.full_steps)
-            and all(weights.ndim == 3 and weights.shape[0] == steps and weights.shape[2] in (2, 3) for weights in maps)
-            and all(value.isfinite().all() for value in (self.fingerprint, self.sigmas, *maps))
+            and all(isinstance(step, int) and 0 <= step < steps for step in self.full_steps)
+            and list(self.full_steps) == sorted({0, *self.full_steps})
+            and (columns in ({2}, {3}) or (not columns and len(self.full_steps) == steps))
+            and (self.consumer is None or self.consumer.shape[2] == 2)
+            and all(weights.ndim == 3 and weights.shape[0] == steps and weights.shape[1] > 0 for weights in maps)
+            and all(value.is_floating_point() and value.isfinite().all() for value in tensors)
         )
 
     def place(self, sigmas):
@@ -338,7 +346,17 @@ class CorrectedFeatures(FeatureCache):
         """
         step = round(position)
         if abs(position - step) < 1e-6 and (step == 0 or step + self._first in self._profile.full_steps):
+            self._check_channels(feature, self._profile.features.get(stream))
             super().store(keys, feature, position, stream)
+
+    def _check_channels(self, tensor, weights):
+        """Raise ValueError where a map is for another number of channels than a tensor has."""
+        channels = tensor.shape[self._profile.channel_dim]
+        if weights is not None and weights.shape[1] != channels:
+            raise ValueError(
+                f"profile: its corrections are for {weights.shape[1]} channels, and this model has {channels} there; calibrate "
+                "for this model."
+            )
 
     def _forecast(self, slot, kept, position):
         step, weights = self._step(position), self._profile.features.get(slot[1])
@@ -354,4 +372,5 @@ class CorrectedFeatures(FeatureCache):
         """Return what the block that consumes the feature gave, h, corrected for the step at this position."""
         if self._profile.consumer is None:
             return h
+        self._check_channels(h, self._profile.consumer)
         return mapped([h], self._profile.consumer[self._step(position)], self._profile.channel_dim)

@@ -129,13 +129,13 @@ class FeatureCache:
                 self._trials.setdefault(slot, _LineTrials()).add(kept[-1][1], _on_polynomial(kept, position), part)
             self._slices[slot] = [*kept, (position, part)][-self._kept :]
 
-    def load(self, keys, items, position, stream=""):
+    def load(self, keys, items, position, stream="", since=-math.inf):
         """Return the feature at `position` for a batch of these entries with `items` rows in all, as a tensor of its own, or
-        None where an entry has none or where the batch size has changed.
+        None where an entry has none, none that was stored at `since` or later, or where the batch size has changed.
         """
         slots = [(key, stream) for key in keys]
-        parts = [self._slices.get(slot) for slot in slots]
-        if any(part is None or part[-1][1].shape[0] * len(keys) != items for part in parts):
+        parts = [self._slices.get(slot, [(-math.inf, None)]) for slot in slots]
+        if any(part[-1][0] < since or part[-1][1] is None or part[-1][1].shape[0] * len(keys) != items for part in parts):
             return None
         return torch.cat([self._forecast(slot, kept, position) for slot, kept in zip(slots, parts)])
 

@@ -6,9 +6,10 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.patcher_extension import WrappersMP
 
 from ...iec_core.caching import FeatureCache
-from .caching import KEY
+from .caching import KEY, other_cache, warn_once
 from .dit_cache import TransformerCache
 from .runs import keep_for_run
+from .steps import follow_steps
 from .unet_cache import UnetCache
 
 
@@ -17,29 +18,50 @@ def cache_kind(model):
     return UnetCache if isinstance(model.get_model_object("diffusion_model"), UNetModel) else TransformerCache
 
 
-def with_cache(model, settings, make_run):
+def with_cache(model, settings, make_run, node):
     """Return a clone of a MODEL whose evaluations a cached run decides on, one made anew for each sampling run.
 
-    settings: CacheSettings. make_run(new): the run; new(features, full_steps=None, consumed=None) makes a CacheRun.
+    settings: CacheSettings. make_run(new): the run; new(features, full_steps=None, consumed=None) makes a CacheRun. node: the
+    node's name, for messages.
 
-    Raises ValueError where the MODEL cannot be cached, has no such branch, or has a cache already.
+    Raises ValueError where the MODEL cannot be cached, has no such branch, or has a cache already. A run raises it where the
+    MODEL has got another cache since.
     """
     if any(KEY in wrappers for wrappers in model.wrappers.values()):
         raise ValueError("model: this MODEL has a cache already; use one IECDeepCache or IECCacheQuant node only.")
+    _check_other_cache(model.model_options, node)
     network, kind = model.get_model_object("diffusion_model"), cache_kind(model)
     kind.check(network, settings.branch)
 
+    def begin_run(model_options):
+        _check_other_cache(model_options, node)
+        return make_run(new)
+
     def evaluate(executor, *args, **kwargs):
         kwargs.pop(KEY, None)
-        return args[5][KEY].evaluate(executor, *args, **kwargs)  # the host's transformer options
+        run = args[5].get(KEY)  # the host's transformer options
+        if run is None:
+            warn_once("another node calls the network outside of a sampling run; it is evaluated in full")
+            return executor(*args, **kwargs)
+        return run.evaluate(executor, *args, **kwargs)
 
     new = functools.partial(kind, settings)
     model = model.clone()
-    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, keep_for_run(KEY, lambda: make_run(new)))
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, keep_for_run(KEY, begin_run))
+    follow_steps(model)
     model.add_wrapper_with_key(kind.wrapper_type, KEY, evaluate)
     if kind.wrapper_type == WrappersMP.DIFFUSION_MODEL:
         model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _mark)
     return model
+
+
+def _check_other_cache(model_options, node):
+    """Raise ValueError where the host's own cache is on the MODEL too."""
+    if other := other_cache({"model_options": model_options}):
+        raise ValueError(
+            f"model: both {other} and {node} are on this MODEL, and neither knows what the other leaves out; use only one of "
+            "them."
+        )
 
 
 def _mark(executor, *args, **kwargs):
@@ -51,4 +73,4 @@ def _mark(executor, *args, **kwargs):
 
 def apply_cache(model, settings):
     """Return a clone of a MODEL that caches as CacheSettings say. Raises ValueError as `with_cache`."""
-    return with_cache(model, settings, lambda new: new(FeatureCache(settings.forecast)))
+    return with_cache(model, settings, lambda new: new(FeatureCache(settings.forecast)), "IECDeepCache")

@@ -40,16 +40,17 @@ def calibrate(
     correct_consumer = correct_consumer and bits != "none" and kind.has_consumer
     passes = 1 + (schedule is None) + correct_consumer
     bar = Bar(passes * runs * len(prompts) * sampling["steps"])
+    cached = functools.partial(with_cache, source, settings, node="IECCalibrateCacheQuant")
     sample = functools.partial(sample_all, prompts, negative, latent_image, seed, runs, sampling, bar)
 
     if schedule is None:
         distances = StepDistances(interval)
-        sample(with_cache(source, settings, lambda new: new(distances, distances.full_steps)))
+        sample(cached(lambda new: new(distances, distances.full_steps)))
         distances.check_every_step_was_seen()
         schedule = CacheSchedule("steps", tuple(group_steps(distances.cost(), interval)))
     fits = FeatureFits(lambda steps: schedule.full_steps(steps, interval), KEPT[forecast], kind.channel_dim)
     paired = functools.partial(_PairedRun, kind, model, fits)
-    sample(with_cache(source, settings, lambda new: paired(*2 * [new(fits, fits.full_steps)])))
+    sample(cached(lambda new: paired(*(new(fits, fits.full_steps) for _ in range(2)))))
     fits.check_every_step_was_seen()
 
     facts = {
@@ -61,11 +62,11 @@ def calibrate(
         kind.channel_dim, fits.maps(),
     )  # fmt: skip
     if correct_consumer:
-        profile.consumer = _fit_consumer(model, source, settings, profile, fits.full_steps, sample)
+        profile.consumer = _fit_consumer(model, cached, profile, fits.full_steps, sample)
     return profile
 
 
-def _fit_consumer(model, source, settings, profile, all_steps, sample):
+def _fit_consumer(model, cached, profile, all_steps, sample):
     """Return the map of the consuming block's output from the quantized network, cached by the profile, on full precision."""
     statistics = ConsumerStatistics(profile.channel_dim)
 
@@ -75,7 +76,7 @@ def _fit_consumer(model, source, settings, profile, all_steps, sample):
         measured = new(features, features.full_steps, consumed=statistics.consumed)
         return _PairedRun(cache_kind(model), model, statistics, reference, measured)
 
-    sample(with_cache(source, settings, make_run))
+    sample(cached(make_run))
     return statistics.map(len(profile.sigmas) - 1)
 
 
@@ -84,7 +85,8 @@ def apply_profile(model, profile, correction_pass):
 
     Raises ValueError where the profile is of another model, or the MODEL cannot be cached.
     """
-    if not is_same(fingerprint(model), profile.fingerprint):
+    is_for_another = profile.channel_dim != cache_kind(model).channel_dim
+    if is_for_another or not is_same(fingerprint(model), profile.fingerprint):
         raise ValueError(
             f"profile: it was calibrated for another model, a {profile.facts['network']} with other weights; calibrate for "
             "this model, or load its own profile."
@@ -96,7 +98,8 @@ def apply_profile(model, profile, correction_pass):
         return _ProfiledRun(new(features, features.full_steps, **consumer), profile)
 
     interval, branch = int(profile.facts["interval"]), int(profile.facts["branch"])
-    return with_cache(model, CacheSettings(interval, branch, correction_pass=correction_pass), make_run)
+    settings = CacheSettings(interval, branch, correction_pass=correction_pass)
+    return with_cache(model, settings, make_run, "IECCacheQuant")
 
 
 class _PairedRun:

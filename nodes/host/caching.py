@@ -1,10 +1,13 @@
 """What the caches of U-Nets and of transformers share: when an evaluation is full, and whose features are whose."""
 
+import functools
+import logging
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from ...iec_core.caching import CacheSchedule
-from .steps import Schedule
+from . import steps
 
 KEY = "iec_deepcache"
 
@@ -38,14 +41,23 @@ class CacheSettings:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an evaluation does with the cache. keys: of its conditioning entries. position: its place on the schedule, in steps.
-    reuses: whether it takes up kept features where there are any. keeps: whether a full evaluation keeps its own.
+    """What an evaluation does with the cache. keys: of its conditioning entries. position: its place on the schedule, in steps,
+    None where it is not known. reuses: whether it takes up kept features where there are any. keeps: whether a full evaluation
+    keeps its own. since: the position from which on a kept feature is not too old.
     """
 
     keys: list
-    position: float
+    position: float | None
     reuses: bool
     keeps: bool
+    since: float = -math.inf
+
+    def load(self, features, items, stream=""):
+        """Return what a FeatureCache has for a batch with `items` rows."""
+        return features.load(self.keys, items, self.position, stream, self.since)
+
+
+UNKNOWN = Plan([], None, False, False)
 
 
 class CacheRun:
@@ -61,22 +73,62 @@ class CacheRun:
         self.settings = settings
         self.features = features
         self.full_steps = full_steps or settings.full_steps
-        self._schedule = self._full = None
+        self._steps = self._full = None
+        self._evaluation, self._counts = None, Counter()  # how often each key came in the sampler's evaluation
+        self._full_step, self._since = None, -math.inf  # the last step that was evaluated in full, and where that began
 
     def clear(self):
         """Forget the features."""
         self.features.clear()
 
-    def plan(self, x, transformer_options):
-        """Return the Plan of the evaluation of x [B, ...]."""
-        if self._schedule is None:
-            self._schedule = Schedule(transformer_options)
-            self._full = self.full_steps(self._schedule.sigmas)
-        step, position = self._schedule.locate(transformer_options)
+    def plan(self, x, transformer_options, variant=()):
+        """Return the Plan of the evaluation of x [B, ...]. variant: what else tells it from others of its entries.
+
+        Where the host's options leave out the steps or the entries, as of a pack that calls the network in its own way, it is
+        evaluated in full.
+        """
+        run = self._run_steps(transformer_options)
+        place = None if run is None else run.locate(transformer_options)
+        entries = _entries(x, transformer_options)
+        if place is None or entries is None:
+            warn_once("another node calls the network without telling it the step or the conditioning; it is evaluated in full")
+            return UNKNOWN
+        keys = self._numbered([(*entry, _place(x, transformer_options, run.rows, len(entries)), variant) for entry in entries])
+        step, position = place
         is_correction = transformer_options.get("iec", {}).get("iteration", 0) > 0
         on_correction = self.settings.correction_pass
         reuses = step not in self._full or (is_correction and on_correction == "reuse")
-        return Plan(_entry_keys(x, transformer_options), position, reuses, not (is_correction and on_correction == "keep"))
+        if step in self._full and step != self._full_step:
+            self._full_step, self._since = step, position
+        return Plan(keys, position, reuses, not (is_correction and on_correction == "keep"), self._since)
+
+    def _run_steps(self, transformer_options):
+        """Return the RunSteps, None where the schedule is not known."""
+        if self._steps is None:
+            self._steps = transformer_options.get(steps.KEY)
+            if self._steps is None and (sigmas := transformer_options.get("sample_sigmas")) is not None:
+                self._steps = steps.RunSteps(sigmas)
+            if self._steps is not None:
+                self._full = self.full_steps(self._steps.schedule.sigmas)
+        return self._steps
+
+    def _numbered(self, keys):
+        """Return the keys, each with how often it came before in the sampler's evaluation: a node may have the network evaluate
+        one tile of the latent after the other, or the same entry in several ways.
+        """
+        if self._steps.evaluation != self._evaluation:
+            self._evaluation, self._counts = self._steps.evaluation, Counter()
+        numbered = []
+        for key in keys:
+            numbered.append((*key, self._counts[key]))
+            self._counts[key] += 1
+        return numbered
+
+
+@functools.cache
+def warn_once(text):
+    """Log a warning, once a process, of a node that keeps a cache from its work."""
+    logging.warning(f"[ComfyUI-IEC] Cache: {text}.")
 
 
 def full_steps(extra_args, sigmas):
@@ -88,20 +140,34 @@ def full_steps(extra_args, sigmas):
     return None if cache is None else sorted(cache.full_steps(sigmas))
 
 
-def other_cache(extra_args):
-    """Return the name of the host's own cache (EasyCache, LazyCache) on the MODEL of a sampling run, "" without one."""
-    options = extra_args.get("model_options", {}).get("transformer_options", {})
+def other_cache(has_options):
+    """Return the name of the host's own cache (EasyCache, LazyCache), "" without one. has_options: `model_options` is in it."""
+    options = has_options.get("model_options", {}).get("transformer_options", {})
     return getattr(options.get("easycache"), "name", "")
 
 
-def _entry_keys(x, transformer_options):
-    """Return a key for each conditioning entry in the batch: equal keys mean that one's feature can serve the other.
+def _entries(x, transformer_options):
+    """Return what names each conditioning entry in the batch: how the host numbers it. None where it is not told."""
+    told = [transformer_options.get(name) for name in ("cond_or_uncond", "uuids")]
+    given = [names for names in told if names]
+    if not given or any(len(names) != len(given[0]) for names in given) or x.shape[0] % len(given[0]):
+        return None
+    if told[1]:
+        return list(zip(*given))
+    return [(*entry, *given[0]) for entry in zip(*given)]  # one number may be of several entries: they are known in their batch
 
-    Besides the entry, as the host numbers it, that takes the shape, the context window if there is one, and which blocks
-    are patched: perturbed-attention guidance evaluates an entry twice, once with a replaced attention.
+
+def _place(x, transformer_options, rows, entries):
+    """Return where in the latent an evaluation is, and how: equal ones mean that one's feature can serve the other.
+
+    That takes the shape, the frames of a context window, of the host or of AnimateDiff, if there is one, and which blocks are
+    patched: perturbed-attention guidance evaluates an entry twice, once with a replaced attention. And the entries of the
+    batch, where these have not the rows of the latent: several tiles may be in it.
     """
     replaced = transformer_options.get("patches_replace", {})
     patched = frozenset((kind, block) for kind, blocks in replaced.items() for block in blocks)
     window = getattr(transformer_options.get("context_window"), "index_list", ())
-    place = (tuple(x.shape[1:]), tuple(window), patched)
-    return [(*entry, *place) for entry in zip(transformer_options["cond_or_uncond"], transformer_options["uuids"])]
+    frames = (transformer_options.get("ad_params") or {}).get("sub_idxs") or ()
+    is_whole = rows is None or x.shape[0] == rows * entries
+    batch = () if is_whole else tuple(map(str, transformer_options.get("uuids") or transformer_options["cond_or_uncond"]))
+    return tuple(x.shape[1:]), tuple(map(int, window)), tuple(map(int, frames)), patched, batch

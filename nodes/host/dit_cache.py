@@ -5,7 +5,6 @@ add to what enters them, and a cached evaluation adds it again. Where a transfor
 and single ones, which hand on different tensors, either kind has a residual of its own.
 """
 
-import dataclasses
 import inspect
 import sys
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from .caching import CacheRun
+from .caching import KEY, CacheRun, warn_once
 
 # Where the host's transformers have their blocks, and the name under which these can be replaced.
 LISTS = {
@@ -129,6 +128,7 @@ class TransformerCache(CacheRun):
     def __init__(self, settings, features, full_steps=None):
         super().__init__(settings, features, full_steps)
         self._names = {}  # of each span and conditioning entry: the streams that its blocks hand on
+        self._are_replaced = False  # whether replacements were called in the run
 
     @staticmethod
     def check(network, branch):
@@ -148,9 +148,8 @@ class TransformerCache(CacheRun):
 
     def evaluate(self, executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
         """As the host's apply_model, with the spans' blocks run or their residuals added."""
-        network, plan = executor.class_obj.diffusion_model, self.plan(x, transformer_options)
-        variant = _variant(transformer_options, kwargs)
-        plan = dataclasses.replace(plan, keys=[(*key, variant) for key in plan.keys])
+        network = executor.class_obj.diffusion_model
+        plan = self.plan(x, transformer_options, _variant(transformer_options, kwargs))
         lists = find_blocks(network)  # of the network that is evaluated: a guider may have another one for the negative
         found = spans(lists, self.settings.branch)
         passes = [_SpanPass(span, lists[span.kind], plan, self.features, self._names) for span in found]
@@ -160,12 +159,23 @@ class TransformerCache(CacheRun):
             blocks.update(one.replacements(blocks))
         options = {**transformer_options, "patches_replace": {**replaced, "dit": blocks}}
         result = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        self._are_replaced |= any(one.is_done for one in passes)
         if not all(one.is_done for one in passes):
+            self._check_left_out(network, transformer_options)
+        return result
+
+    def _check_left_out(self, network, transformer_options):
+        """Raise ValueError where it is the network that did not call the replacements, and not another node, such as another
+        cache, that left out the network or its blocks.
+        """
+        wrappers = transformer_options.get("wrappers", {})
+        has_others = any(set(wrappers.get(kind, {})) - {KEY} for kind in (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL))
+        if not self._are_replaced and not has_others:
             raise ValueError(
                 f"model: this transformer ({type(network).__name__}) does not let its blocks be "
                 "replaced, so that they cannot be cached; sample without it."
             )
-        return result
+        warn_once("another node on the MODEL leaves out evaluations of the network, or of its blocks; these are not cached")
 
 
 class _SpanPass:
@@ -215,7 +225,7 @@ class _SpanPass:
             self._entered = {name: value.clone() for name, value in entered.items()}
 
     def _load(self, name, items):
-        return self._features.load(self._plan.keys, items, self._plan.position, self._stream(name))
+        return self._plan.load(self._features, items, self._stream(name))
 
     def _leave(self, out):
         """Return what goes out. In a cached evaluation, what the host has added between the blocks, such as a ControlNet's

@@ -77,14 +77,14 @@ class UnetCache(CacheRun):
             )
         self.first = len(unet.output_blocks) - 1 - self.branch
         plan, network, kept = self.plan(x, options), unet, []
-        feature = self.features.load(plan.keys, x.shape[0], plan.position) if plan.reuses else None
+        feature = plan.load(self.features, x.shape[0]) if plan.reuses else None
         if feature is not None:
             network, control = self._shallow(unet), self._shallow_control(control)
             options = self._at_feature(self._without_skipped_patches(options), self._resuming(feature, unet))
         elif plan.keeps:
             # A copy, for other patches may change the tensor in place; a list, for a compiled network cannot look up keys.
             options = self._at_feature(options, lambda h, options: kept.append(h.clone()) or h)
-        if self._consumed is not None:
+        if self._consumed is not None and plan.position is not None:
             network = self._telling(network, plan.position)
         return plan, network, control, options, kept
 

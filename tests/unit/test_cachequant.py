@@ -1,6 +1,7 @@
 """Cache profiles: the schedule against brute force, the correction against least squares written out, files."""
 
 import itertools
+import json
 import math
 
 import pytest
@@ -263,7 +264,29 @@ SPOILED = {
     "a map of no channels": lambda tensors, about: tensors.update({"feature.": torch.zeros(6)}),
     "NaN": lambda tensors, about: tensors["feature."].fill_(float("nan")),
     "a step beyond the last": lambda tensors, about: tensors.update(full_steps=torch.tensor([0, 6])),
+    "half a step": lambda tensors, about: tensors.update(full_steps=torch.tensor([0, 2.5])),
+    "steps out of order": lambda tensors, about: tensors.update(full_steps=torch.tensor([0, 4, 2])),
+    "a step twice": lambda tensors, about: tensors.update(full_steps=torch.tensor([0, 2, 2])),
+    "no first step": lambda tensors, about: tensors.update(full_steps=torch.tensor([2, 4])),
+    "steps in a table": lambda tensors, about: tensors.update(full_steps=torch.tensor([[0, 2]])),
+    "no step": lambda tensors, about: tensors.update(full_steps=torch.tensor([], dtype=torch.int64)),
+    "sigmas in a table": lambda tensors, about: tensors.update(sigmas=tensors["sigmas"][None].clone()),
+    "whole sigmas": lambda tensors, about: tensors.update(sigmas=tensors["sigmas"].long()),
+    "an interval in words": lambda tensors, about: spoil_fact(about, "interval", "two"),
+    "no interval": lambda tensors, about: spoil_fact(about, "interval", "0"),
+    "half a branch": lambda tensors, about: spoil_fact(about, "branch", "0.5"),
+    "a branch below 0": lambda tensors, about: spoil_fact(about, "branch", "-1"),
+    "a fact that is no text": lambda tensors, about: spoil_fact(about, "sampler_name", ["euler"]),
+    "channels where none are": lambda tensors, about: about.update(channel_dim="7"),
+    "no map": lambda tensors, about: tensors.pop("feature."),
+    "maps of several kinds": lambda tensors, about: tensors.update({"feature.x": torch.ones(6, 3, 3)}),
+    "a map of many features": lambda tensors, about: tensors.update({"feature.": torch.ones(6, 3, 4)}),
+    "a consumer's map of two": lambda tensors, about: tensors.update(consumer=torch.ones(6, 3, 3)),
 }
+
+
+def spoil_fact(about, name, value):
+    about["facts"] = json.dumps({**json.loads(about["facts"]), name: value})
 
 
 @pytest.mark.parametrize("kind", SPOILED)
@@ -271,6 +294,16 @@ def test_a_spoiled_profile_is_refused_with_a_sentence(spoiled, kind):
     path = spoiled(profile(), SPOILED[kind])
     with pytest.raises(ValueError, match=r"^its content is not that of a cache profile; calibrate anew$"):
         CacheProfile.load(path)
+
+
+def test_maps_for_another_number_of_channels_are_refused():
+    spoiled = profile()
+    spoiled.features = {"": torch.ones(6, 5, 2)}
+    with pytest.raises(ValueError, match=r"^profile: its corrections are for 5 channels, and this model has 3 there;"):
+        CorrectedFeatures(spoiled).store(["cond"], feature(0), 0.0)
+    spoiled.consumer = torch.ones(6, 4, 2)
+    with pytest.raises(ValueError, match=r"^profile: its corrections are for 4 channels, and this model has 3 there;"):
+        CorrectedFeatures(spoiled).consumed(feature(0), 0.0)
 
 
 def test_mapping_keeps_the_dtype():

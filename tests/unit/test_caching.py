@@ -159,6 +159,14 @@ def test_changed_batch_size_is_no_hit():
     assert cache.load(["cond"], 4, 0) is None
 
 
+def test_a_feature_that_is_too_old_is_no_hit():
+    cache = FeatureCache()
+    cache.store(["cond", "uncond"], torch.ones(2, 3), 0)
+    cache.store(["cond"], torch.ones(1, 3), 3)
+    assert cache.load(["cond"], 1, 4, since=3) is not None
+    assert cache.load(["uncond"], 1, 4, since=3) is None and cache.load(["uncond"], 1, 4, since=0) is not None
+
+
 def test_who_loads_a_feature_cannot_change_the_kept_one():
     cache = FeatureCache()
     cache.store(["cond"], torch.ones(2, 3), 0)

@@ -1,0 +1,352 @@
+"""Whose feature is whose, and of which step, whatever else calls the network: tiles, windows, samplers and caches of others,
+and what these leave out.
+"""
+
+import functools
+import math
+import sys
+
+import pytest
+import torch
+from test_transformers import build, conditioning, noise
+
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def flux(host):
+    return build("Flux")
+
+
+class Given:
+    """A NOISE that is given."""
+
+    seed = 0
+
+    def __init__(self, noise):
+        self.noise = noise
+
+    def generate_noise(self, latent):
+        return self.noise
+
+
+@pytest.fixture
+def draw(host):
+    """draw(model, noise, sampler="euler", cfg=2.0, sigmas=None): the latents of a run from this noise. sampler: a name or a
+    sampler function.
+    """
+    import comfy.samplers
+
+    def run(model, noise, sampler="euler", cfg=2.0, sigmas=None):
+        if model.model.diffusion_model.__class__.__name__ == "Flux":
+            positive, negative = (conditioning("Flux", seed) for seed in (1, 2))
+        else:
+            positive, negative = (host.run("IECClassLabel", labels=label)[0] for label in ("face", "none"))
+        guider = host.run("CFGGuider", model=model, positive=positive, negative=negative, cfg=cfg)[0]
+        sampler = comfy.samplers.KSAMPLER(sampler) if callable(sampler) else comfy.samplers.sampler_object(sampler)
+        if sigmas is None:
+            sigmas = host.run("BasicScheduler", model=model, scheduler="simple", steps=STEPS, denoise=1.0)[0]
+        latent = {"samples": torch.zeros_like(noise)}
+        return host.run(
+            "SamplerCustomAdvanced", noise=Given(noise), guider=guider, sampler=sampler, sigmas=sigmas, latent_image=latent
+        )[0]["samples"]  # fmt: skip
+
+    return run
+
+
+@pytest.fixture
+def cached(host):
+    return lambda model, interval=3, **settings: host.run(
+        "IECDeepCache", model=model, interval=interval, branch=0, **{"forecast": "hold", **settings}
+    )[0]
+
+
+@pytest.fixture(params=["U-Net", "Flux"])
+def network(request, model, flux):
+    """(MODEL, noise for two images)."""
+    return (model, noise(2, 3, 16, 16)) if request.param == "U-Net" else (flux, noise(2, 16, 8, 16))
+
+
+def with_function(model, function):
+    model = model.clone()
+    model.set_model_unet_function_wrapper(function)
+    return model
+
+
+def twice(value):
+    return torch.cat([value, value]) if torch.is_tensor(value) else value
+
+
+def one_after_the_other(apply_model, arguments):
+    """The left half of the latent, then the right one."""
+    halves = arguments["input"].chunk(2, dim=-1)
+    return torch.cat([apply_model(half, arguments["timestep"], **arguments["c"]) for half in halves], dim=-1)
+
+
+def at_once(apply_model, arguments):
+    """Both halves in one batch, told as the host told one."""
+    halves = torch.cat(arguments["input"].chunk(2, dim=-1))
+    told = {name: twice(value) for name, value in arguments["c"].items()}
+    return torch.cat(apply_model(halves, twice(arguments["timestep"]), **told).chunk(2), dim=-1)
+
+
+@pytest.mark.parametrize("tiles", [one_after_the_other, at_once])
+def test_each_tile_has_its_own_feature(draw, cached, relative, network, tiles):
+    """As if each tile were a latent of its own, in a run of its own."""
+    model, start = network
+    result = draw(cached(with_function(model, tiles)), start)
+    apart = torch.cat([draw(cached(model), half) for half in start.chunk(2, dim=-1)], dim=-1)
+    assert relative(result, apart) < 1e-5
+    assert relative(result, draw(with_function(model, tiles), start)) > 1e-3
+
+
+def test_tiles_in_other_batches_are_not_taken_for_each_other(draw, cached, relative, network):
+    """Of a step that is cached, in whose batches the tiles come otherwise, nothing is right but to evaluate it in full."""
+    model, start = network
+    calls = []
+
+    def tiles(apply_model, arguments):
+        calls.append(1)
+        return (at_once if len(calls) == 1 else one_after_the_other)(apply_model, arguments)
+
+    result = draw(cached(with_function(model, tiles), schedule="steps:0,2,3,4"), start)
+    assert relative(result, draw(with_function(model, one_after_the_other), start)) < 1e-5
+
+
+def test_each_window_of_animatediff_has_its_own_feature(draw, cached, relative, network):
+    """Frames are a batch's images; the second evaluation begins with the last window."""
+    import comfy.samplers
+
+    model, _ = network
+    start, calls = noise(4, *network[1].shape[1:]), []
+
+    def windows(arguments):
+        calls.append(1)
+        out = [torch.zeros_like(arguments["input"]) for _ in arguments["conds"]]
+        for frames in [[0, 1], [2, 3]][:: 1 if len(calls) % 2 else -1]:
+            options = dict(arguments["model_options"])
+            options["transformer_options"] = {**options["transformer_options"], "ad_params": {"sub_idxs": frames}}
+            of = [arguments[name][frames] for name in ("input", "sigma")]
+            for whole, part in zip(out, comfy.samplers.calc_cond_batch(model.model, arguments["conds"], *of, options)):
+                whole[frames] = part
+        return out
+
+    model = model.clone()
+    windowed = cached(model)
+    windowed.set_model_sampler_calc_cond_batch_function(windows)
+    result = draw(windowed, start)
+    apart = torch.cat([draw(cached(model), part) for part in start.chunk(2)])
+    assert relative(result, apart) < 1e-5
+    assert relative(result, draw(model, start)) > 1e-3
+
+
+def test_a_feature_from_before_the_last_full_step_is_not_taken_up(draw, cached, network):
+    """The negative is not there in the third step, which is full: the fourth can only be evaluated in full."""
+    import comfy.samplers
+
+    model, start = network
+
+    def guided(schedule):
+        calls, caching = [], cached(model, schedule=schedule)
+
+        def third_without_negative(arguments):
+            calls.append(1)
+            positive, negative = arguments["conds"]
+            conds = [positive, None if len(calls) == 3 else negative]
+            of = (arguments[name] for name in ("input", "sigma", "model_options"))
+            return comfy.samplers.calc_cond_batch(model.model, conds, *of)
+
+        caching.set_model_sampler_calc_cond_batch_function(third_without_negative)
+        return draw(caching, start)
+
+    assert torch.equal(guided("steps:0,2"), guided("steps:0,2,3"))
+
+
+def leaving_out(names):
+    def call(apply_model, arguments):
+        options = arguments["c"]["transformer_options"]
+        told = {name: value for name, value in options.items() if name not in names}
+        return apply_model(arguments["input"], arguments["timestep"], **{**arguments["c"], "transformer_options": told})
+
+    return call
+
+
+@pytest.mark.parametrize("name", ["uuids", "cond_or_uncond", "sigmas", "sample_sigmas"])
+def test_what_another_pack_leaves_out_is_known_otherwise(draw, cached, network, name):
+    model, start = network
+    expected = draw(cached(model), start)
+    assert torch.equal(draw(cached(with_function(model, leaving_out([name]))), start), expected)
+
+
+@pytest.mark.parametrize("names", [("uuids", "cond_or_uncond"), ("iec_deepcache",)])
+def test_in_full_where_it_is_not_known_and_told_once(draw, cached, network, caplog, names):
+    caching = sys.modules[next(name for name in sys.modules if name.endswith("nodes.host.caching"))]
+    caching.warn_once.cache_clear()
+    model, start = network
+    assert torch.equal(draw(cached(with_function(model, leaving_out(names))), start), draw(model, start))
+    (told,) = [record.message for record in caplog.records if "another node calls the network" in record.message]
+    assert told.endswith("it is evaluated in full.")
+
+
+# which step it is
+
+RISING = [14.6, 7.0, 3.0, 1.0, 5.0, 2.0, 0.5, 0.0]
+FALLING = [14.6, 9.0, 5.0, 3.0, 1.5, 0.9, 0.4, 0.0]
+
+
+@pytest.fixture
+def evaluated(draw, cached, model):
+    """evaluated(sampler, sigmas): of each of the sampler's evaluations, whether it was in full."""
+    middle = model.model.diffusion_model.middle_block[0]
+
+    def run(sampler, sigmas):
+        from comfy.patcher_extension import WrappersMP
+
+        deep = []
+
+        def count(executor, *args, **kwargs):
+            deep.append(False)
+            return executor(*args, **kwargs)
+
+        watched = cached(model)
+        watched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "count", count)
+        hook = middle.register_forward_hook(lambda *_: deep.__setitem__(-1, True))
+        try:
+            draw(watched, noise(1, 3, 8, 8), sampler, cfg=1.0, sigmas=torch.tensor(sigmas))
+        finally:
+            hook.remove()
+        return deep
+
+    return run
+
+
+def sampler_of(name):
+    import comfy.samplers
+
+    return comfy.samplers.sampler_object(name).sampler_function
+
+
+def without_callback(name):
+    def function(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        return sampler_of(name)(model, x, sigmas, extra_args=extra_args, disable=disable)
+
+    return function
+
+
+def lying(name, amount):
+    """A sampler that shows the network less than its sigma, least in the middle, as Detail Daemon does."""
+
+    def function(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        steps = len(sigmas) - 1
+
+        def shown(x, sigma, **extra):
+            place = next(step for step in range(steps) if sigma[0] >= sigmas[step + 1])
+            place += float((sigmas[place] - sigma[0]) / (sigmas[place] - sigmas[place + 1]))
+            return model(x, sigma * (1 - amount * math.sin(math.pi * place / steps)), **extra)
+
+        shown.inner_model = model.inner_model
+        return sampler_of(name)(shown, x, sigmas, extra_args=extra_args, callback=callback, disable=disable)
+
+    return function
+
+
+SAMPLERS = ["euler", "dpmpp_2m", "lcm", "heun", "dpm_2"]
+
+
+def in_full(name, steps):
+    """Of a sampler's evaluations over a schedule that ends at 0, cached with an interval of 3, those that are in full. Heun's
+    second one, at the next step's sigma, is of that step; dpm_2's, between the two, of the step itself. The last step has one.
+    """
+    at = {"heun": lambda step: {2 * step - 1, 2 * step}, "dpm_2": lambda step: {2 * step, 2 * step + 1}}
+    numbers = {number for step in range(0, steps, 3) for number in at.get(name, lambda step: {step})(step)}
+    return sorted(number for number in numbers if 0 <= number < (2 * steps - 1 if name in at else steps))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_steps_are_told_by_their_order_on_a_schedule_that_goes_up_again(evaluated, name):
+    for sigmas in (FALLING, RISING):
+        found = evaluated(name, sigmas)
+        assert [number for number, full in enumerate(found) if full] == in_full(name, 7)
+
+
+def test_a_sampler_that_does_not_call_back(evaluated):
+    for sigmas in (FALLING, RISING):
+        found = evaluated(without_callback("euler"), sigmas)
+        assert [number for number, full in enumerate(found) if full] == in_full("euler", 7)
+
+
+@pytest.mark.parametrize("amount", [0.2, 0.35])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_steps_are_told_by_their_order_of_a_sampler_that_shows_another_sigma(evaluated, name, amount):
+    found = evaluated(lying(name, amount), [*torch.linspace(2.6, -3, 16).exp().tolist(), 0.0])
+    assert [number for number, full in enumerate(found) if full] == in_full(name, 16)
+
+
+def test_a_forecast_goes_by_the_steps_that_an_iec_sampler_tells(host, draw, cached, model, relative):
+    model = cached(model, forecast="linear")
+    told = host.run("IECApply", model=model, correction_steps="none", lambda_=0.5, max_iterations=1, tolerance=0.0)[0]
+    start, sigmas = noise(1, 3, 8, 8), torch.tensor(RISING)
+    assert relative(draw(told, start, sigmas=sigmas), draw(model, start, sigmas=sigmas)) < 1e-6
+
+
+# other caches
+
+
+def test_the_hosts_cache_is_refused_with_a_calibration_or_a_profile(host, model):
+    from comfy.patcher_extension import WrappersMP
+
+    both = host.run("EasyCache", model=model, reuse_threshold=0.2, start_percent=0.15, end_percent=0.95, verbose=False)[0]
+    positive, negative = (host.run("IECClassLabel", labels=label)[0] for label in ("face", "none"))
+    settings = {
+        "positive": positive, "negative": negative, "latent_image": {"samples": torch.zeros(1, 3, 8, 8)}, "seed": 0, "steps": 3,
+        "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal", "runs": 1, "interval": 2, "branch": 0,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"^model: both EasyCache and IECCalibrateCacheQuant are on this MODEL"):
+        host.run("IECCalibrateCacheQuant", model=both, **settings)
+    profile = host.run("IECCalibrateCacheQuant", model=model, **settings)[0]
+    with pytest.raises(ValueError, match=r"^model: both EasyCache and IECCacheQuant are on this MODEL"):
+        host.run("IECCacheQuant", model=both, profile=profile)
+    profile.channel_dim = -1
+    with pytest.raises(ValueError, match=r"^profile: it was calibrated for another model"):
+        host.run("IECCacheQuant", model=model, profile=profile)
+    assert WrappersMP.OUTER_SAMPLE not in model.wrappers
+
+
+@pytest.mark.parametrize("other", ["EasyCache", "LazyCache"])
+def test_the_hosts_cache_is_refused_in_either_order(host, draw, cached, network, other):
+    model, start = network
+    settings = {"reuse_threshold": 0.2, "start_percent": 0.15, "end_percent": 0.95, "verbose": False}
+    put = functools.partial(host.run, other, **settings)
+    expected = draw(model, start)
+    sentence = rf"^model: both {other} and IECDeepCache are on this MODEL, and neither knows what the other leaves out; use"
+    with pytest.raises(ValueError, match=sentence):
+        cached(put(model=model)[0])
+    both = put(model=cached(model))[0]
+    with pytest.raises(ValueError, match=sentence):
+        draw(both, start)
+    assert torch.equal(draw(model, start), expected)
+
+
+@pytest.mark.parametrize("is_behind", [True, False])
+@pytest.mark.parametrize("left_out", [{1, 2, 4}, {0, 1, 2, 4}])
+def test_a_cache_that_leaves_out_the_network_is_let_do_so(draw, cached, network, left_out, is_behind):
+    """With all cached steps left out nothing is left for the cache to do."""
+    from comfy.patcher_extension import WrappersMP
+
+    model, start = network
+
+    def put(model):
+        steps = []
+
+        def leave_out(executor, x, *args, **kwargs):
+            sigma = args[-1]["sigmas"][0].item()
+            if sigma not in steps:
+                steps.append(sigma)
+            return x * 0.5 if len(steps) - 1 in left_out else executor(x, *args, **kwargs)
+
+        model = model.clone()
+        model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "another cache", leave_out)
+        return model
+
+    result = draw(put(cached(model)) if is_behind else cached(put(model)), start)
+    assert torch.equal(result, draw(put(model), start))
