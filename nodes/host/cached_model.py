@@ -25,7 +25,7 @@ def with_cache(model, settings, make_run, node):
     node's name, for messages.
 
     Raises ValueError where the MODEL cannot be cached, has no such branch, or has a cache already. A run raises it where the
-    MODEL has got another cache since.
+    MODEL has got another cache since, or tiles that move.
     """
     if any(KEY in wrappers for wrappers in model.wrappers.values()):
         raise ValueError("model: this MODEL has a cache already; use one IECDeepCache or IECCacheQuant node only.")
@@ -35,6 +35,7 @@ def with_cache(model, settings, make_run, node):
 
     def begin_run(model_options):
         _check_other_cache(model_options, node)
+        _check_tiles(model_options, node)
         return make_run(new)
 
     def evaluate(executor, *args, **kwargs):
@@ -61,6 +62,15 @@ def _check_other_cache(model_options, node):
         raise ValueError(
             f"model: both {other} and {node} are on this MODEL, and neither knows what the other leaves out; use only one of "
             "them."
+        )
+
+
+def _check_tiles(model_options, node):
+    """Raise ValueError where another pack's node has tiles of the latent evaluated at places that change from step to step."""
+    if (name := type(model_options.get("model_function_wrapper")).__name__) == "SpotDiffusion":
+        raise ValueError(
+            f"model: {name} moves its tiles from step to step, and {node} reuses what was computed for a tile; use tiles that "
+            "stay, such as MultiDiffusion's, or no cache."
         )
 
 

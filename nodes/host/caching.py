@@ -93,7 +93,8 @@ class CacheRun:
         if place is None or entries is None:
             warn_once("another node calls the network without telling it the step or the conditioning; it is evaluated in full")
             return UNKNOWN
-        keys = self._numbered([(*entry, _place(x, transformer_options, run.rows, len(entries)), variant) for entry in entries])
+        where = _place(x, transformer_options, run.latent, len(entries))
+        keys = self._numbered([(*entry, where, variant) for entry in entries])
         step, position = place
         is_correction = transformer_options.get("iec", {}).get("iteration", 0) > 0
         on_correction = self.settings.correction_pass
@@ -157,17 +158,17 @@ def _entries(x, transformer_options):
     return [(*entry, *given[0]) for entry in zip(*given)]  # one number may be of several entries: they are known in their batch
 
 
-def _place(x, transformer_options, rows, entries):
+def _place(x, transformer_options, latent, entries):
     """Return where in the latent an evaluation is, and how: equal ones mean that one's feature can serve the other.
 
-    That takes the shape, the frames of a context window, of the host or of AnimateDiff, if there is one, and which blocks are
-    patched: perturbed-attention guidance evaluates an entry twice, once with a replaced attention. And the entries of the
-    batch, where these have not the rows of the latent: several tiles may be in it.
+    That takes its shape and the latent's, the frames of a context window, of the host or of AnimateDiff, if there is one, and
+    which blocks are patched: perturbed-attention guidance evaluates an entry twice, once with a replaced attention. And the
+    entries of the batch, where these have not the rows of the latent: several tiles may be in it.
     """
     replaced = transformer_options.get("patches_replace", {})
     patched = frozenset((kind, block) for kind, blocks in replaced.items() for block in blocks)
     window = getattr(transformer_options.get("context_window"), "index_list", ())
     frames = (transformer_options.get("ad_params") or {}).get("sub_idxs") or ()
-    is_whole = rows is None or x.shape[0] == rows * entries
+    is_whole = not latent or x.shape[0] == latent[0] * entries
     batch = () if is_whole else tuple(map(str, transformer_options.get("uuids") or transformer_options["cond_or_uncond"]))
-    return tuple(x.shape[1:]), tuple(map(int, window)), tuple(map(int, frames)), patched, batch
+    return tuple(x.shape[1:]), latent[1:], tuple(map(int, window)), tuple(map(int, frames)), patched, batch

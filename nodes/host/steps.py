@@ -82,12 +82,13 @@ class RunSteps:
     The host calls back once a step, after the step's own evaluation. What follows until the next time are the step's further
     evaluations, and at last the next step's own: of as many as there were the time before.
 
-    evaluation: the number of the sampler's evaluation, in which the network may be called several times. rows: of its latent.
+    evaluation: the number of the sampler's evaluation, in which the network may be called several times. latent: the shape of
+    what it is of, () where it is not known.
     """
 
     def __init__(self, sigmas, picks_its_steps=False):
         self.schedule = Schedule(sigmas)
-        self.evaluation, self.rows = 0, None
+        self.evaluation, self.latent = 0, ()
         self._picks_its_steps = picks_its_steps
         self._is_begun = False  # by the host
         self._is_told = False  # by an IEC sampler
@@ -104,7 +105,7 @@ class RunSteps:
 
     def begin(self, x, sigma):
         """Begin the sampler's evaluation of x [B, ...] at sigma [B]."""
-        self._is_begun, self.rows = True, x.shape[0]
+        self._is_begun, self.latent = True, tuple(x.shape)
         self._begin(sigma)
 
     def _begin(self, sigma):

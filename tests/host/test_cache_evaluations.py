@@ -113,6 +113,18 @@ def test_tiles_in_other_batches_are_not_taken_for_each_other(draw, cached, relat
     assert relative(result, draw(with_function(model, one_after_the_other), start)) < 1e-5
 
 
+def test_tiles_that_move_are_refused(draw, cached, model):
+    class SpotDiffusion:  # as Tiled Diffusion and its forks have it
+        def __call__(self, apply_model, arguments):
+            return one_after_the_other(apply_model, arguments)
+
+    start = noise(1, 3, 8, 8)
+    tiled = with_function(model, SpotDiffusion())
+    assert draw(tiled, start).isfinite().all()
+    with pytest.raises(ValueError, match=r"^model: SpotDiffusion moves its tiles from step to step, and IECDeepCache reuses"):
+        draw(cached(tiled), start)
+
+
 def test_each_window_of_animatediff_has_its_own_feature(draw, cached, relative, network):
     """Frames are a batch's images; the second evaluation begins with the last window."""
     import comfy.samplers
