@@ -237,32 +237,36 @@ class Finiteness:
             return
         is_prediction = first < len(self._steps) and flags[first][0]
         step = self._steps[first] if first < len(self._steps) else len(sigmas) - 2
-        raise RuntimeError(f"{_whose_fault(is_prediction, first == 0, step, name, sigmas, cfg)}; no latent is passed on.")
+        what, advice = _fault(is_prediction, first == 0, step, name, sigmas, cfg)
+        raise RuntimeError(f"{what}; no latent is passed on. {advice}")
 
 
-def _whose_fault(is_prediction, is_first, step, name, sigmas, cfg):
-    """Return the words for what led to NaN or infinity. is_prediction: whether it is a prediction, from a finite latent."""
-    equal = [number for number, (here, then) in enumerate(itertools.pairwise(sigmas)) if here == then]
+def _fault(is_prediction, is_first, step, name, sigmas, cfg):
+    """Return (what led to NaN or infinity, what to do). is_prediction: whether it is a prediction, from a finite latent.
+    is_first: whether it is the run's first evaluation.
+    """
     where = "" if step is None else f" in step {step} of {len(sigmas) - 1}, numbered from 0 (sigma {sigmas[step]:.4g}),"
+    equal = [number for number, (here, then) in enumerate(itertools.pairwise(sigmas)) if here == then]
     try:
         check_schedule(torch.tensor(sigmas))
     except BadSchedule as reason:
-        return f"sigmas: {reason}, and {name} comes to NaN or infinity, as without IEC; choose another schedule"
+        return f"sigmas: {reason}, and {name} comes to NaN or infinity, as without IEC", "Choose another schedule."
     if is_prediction and cfg is not None and not math.isfinite(cfg):
-        return f"cfg: {cfg} is no finite number, and so no guided prediction is; choose one of 0 to 100"
+        return f"cfg: {cfg} is no finite number, and so no guided prediction is", "Choose one of 0 to 100."
     if is_prediction:
-        return f"model:{where} the network returned NaN or infinity. {TRY_PRECISION[:-1]}"
+        return f"model:{where} the network returned NaN or infinity", TRY_PRECISION
     if is_first:
-        return "latent_image: the latent that sampling begins with has NaN or infinity in it; choose another"
+        return "latent_image: the latent that sampling begins with has NaN or infinity in it", "Choose another."
     if equal:
         sigma = f"{sigmas[equal[0]]:.4g}"
         return (
             f"sigmas: step {equal[0]}, numbered from 0, leads from {sigma} to {sigma}, over which {name} comes to NaN or "
-            "infinity, as without IEC; leave out one of the two, or choose another sampler"
+            "infinity, as without IEC",
+            "Leave out one of the two, or choose another sampler.",
         )
     return (
-        f"sampler:{where} {name} came to NaN or infinity by its own doing, from finite predictions of the network; choose "
-        "another sampler, or another schedule"
+        f"sampler:{where} {name} came to NaN or infinity by its own doing, from finite predictions of the network",
+        "Choose another sampler, or another schedule.",
     )
 
 
