@@ -17,6 +17,7 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from ...iec_core.devices import has_float8
 from ...iec_core.quantization import Packing, WeightFormat, rotation_size
 from .quantized_layers import ActivationFormat, is_host_state, quantized_class
 from .quantized_network import KEY, PREFIX, mark_quantized, quantization_of
@@ -144,6 +145,10 @@ def quantize_model(model, quantization):
     """
     if quantization_of(model):
         raise ValueError("model: this MODEL is quantized already; use one IECQuantizeModel node only.")
+    if quantization.weight.kind == "fp8" and not has_float8(model.load_device):
+        raise ValueError(
+            f"weight_bits: fp8 cannot be on this device ({model.load_device}), which has no float8; choose 8 or 4."
+        )
     bound = [key for key in model.object_patches if key.split(".")[0] == "diffusion_model"]
     if bound or model.injections:
         raise ValueError(

@@ -11,6 +11,7 @@ import comfy.ops
 import comfy.utils
 import torch
 
+from ...iec_core.devices import has_float8
 from ...iec_core.file_kinds import QUANTIZED_MODEL
 from ...iec_core.quantization import Packing
 from ...iec_core.quantized_file import LayerFile, QuantizedFile, description, layer_tensors, write
@@ -206,14 +207,50 @@ def _are_alike(one, other):
 def _read(path):
     """Return the BaseModel in a file. Raises ValueError, with what is wrong with it."""
     with QuantizedFile(path) as file:
+        device = comfy.model_management.get_torch_device()
+        if any(layer.format.kind == "fp8" for layer in file.layers.values()) and not has_float8(device):
+            raise ValueError(f"its weights are float8, which this device ({device}) has not; save one with weight_bits 8 or 4")
         weights = {key: file.tensor(key) for key in file.plain}
-        base = _made(file.about["network"], getattr(torch, file.about["dtype"]), weights, file.layers, file.settings)
-        if type(base).__name__ != file.about["network"]:
-            raise ValueError(f"it is of a {file.about['network']}, and this ComfyUI would make a {type(base).__name__} of it")
+        make = functools.partial(
+            _made, file.about["network"], getattr(torch, file.about["dtype"]), weights, file.layers, file.settings
+        )
+        _check_before_memory(make, weights, file)
+        base = make()
+        _check_network(base, weights, file)
         _fill(base.diffusion_model, weights, file)
         base.iec_quantization = file.about["name"]
         base.iec_fingerprint = torch.tensor(file.about["fingerprint"], dtype=torch.float32)
     return base
+
+
+def _check_before_memory(make, weights, file):
+    """Check what make() returns while it has no memory: what the host makes besides large weights is as large as the numbers of
+    the file say.
+    """
+    try:
+        with torch.device("meta"):
+            base = make()
+    except ValueError as error:
+        if "meta" not in str(error):
+            raise
+    else:  # not a network that looks at values while it is made
+        _check_network(base, weights, file)
+
+
+def _check_network(base, weights, file):
+    """Raise ValueError where a BaseModel is not that of a file."""
+    if type(base).__name__ != file.about["network"]:
+        raise ValueError(f"it is of a {file.about['network']}, and this ComfyUI would make a {type(base).__name__} of it")
+    wanted = {name: tuple(tensor.shape) for name, tensor in network_state(base).items()}
+    missing = set(wanted) - set(weights) - {f"{name}.weight" for name in file.layers}
+    if missing:
+        raise ValueError(f"{min(missing)} is missing")
+    for name, layer in file.layers.items():
+        if wanted.get(f"{name}.weight") != layer.shape:
+            raise ValueError(f"its network has no layer {name} of shape {layer.shape}")
+    for name, tensor in weights.items():
+        if name not in MARKS and wanted.get(name) != tuple(tensor.shape):
+            raise ValueError(f"its network has no weight {name} of shape {tuple(tensor.shape)} and type {tensor.dtype}")
 
 
 def _made(network, dtype, weights, layers, settings):
@@ -285,15 +322,12 @@ def _without_memory(operations, most):
 def _fill(network, weights, file):
     """Give a network the file's weights, and put quantized layers where the file has them."""
     activation, modules = ActivationFormat(**file.about["activation"]), dict(network.named_modules())
-    missing = set(network.state_dict()) - set(weights) - {f"{name}.weight" for name in file.layers}
-    if missing:
-        raise ValueError(f"{min(missing)} is missing")
     for key, tensor in weights.items():
         if key not in MARKS:
             _set(modules, key, tensor)
     for name, layer in file.layers.items():
         kind = class_for(modules.get(name))
-        if kind is None or tuple(modules[name].weight.shape) != layer.shape:
+        if kind is None:
             raise ValueError(f"its network has no layer {name} of shape {layer.shape}")
         packing, packed = Packing(layer.shape, layer.format), file.packed(name)
         if not packing.stored(packed)[1].isfinite().all():

@@ -731,3 +731,39 @@ def test_no_second_copy_is_in_memory(folder, save, load):
     _, growth = peak_of(lambda: save(loaded, "again"))
     assert growth < 0.1 * size  # beside the model, which is there already
     assert_same_weights(loaded, load("again.safetensors"))
+
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the bytes of the largest tensor that is made in memory."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for made in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(made, torch.Tensor) and made.device.type != "meta":
+                self.nbytes = max(self.nbytes, made.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_attention_heads": 65536}, "its network has no"),
+        ({"num_attention_heads": 65536, "caption_channels": 12, "in_channels": 65536}, "its network has no"),
+        ({"num_attention_heads": -1}, "this ComfyUI cannot make a network of it"),
+    ],
+)
+def test_numbers_of_a_file_take_no_memory(network, quantize, save, load, settings, message):
+    """Layers of all kinds are as large as they say: here norms of 524288 channels."""
+    path = save(quantize(network("LTXV")))
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    about = json.loads(metadata["config"])
+    about["transformer"] |= settings
+    tensors = safetensors.torch.load_file(path)
+    safetensors.torch.save_file(tensors, path, metadata | {"config": json.dumps(about)})
+    largest = max(tensor.nbytes for tensor in tensors.values())
+    with Largest() as seen, pytest.raises(ValueError, match=rf"^model_name: 'q.safetensors' is of no use: {message}"):
+        load()
+    assert seen.nbytes <= max(largest, 2**20)

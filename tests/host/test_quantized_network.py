@@ -101,6 +101,31 @@ def test_saving_warns_too(host, quantize, model, caplog, tmp_path, monkeypatch):
     assert len(warnings(caplog)) == 1
 
 
+# Devices without float8
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="for a probe that fails this needs a device that is not there")
+def test_float8_is_refused_where_the_device_has_none(host, quantize, model, tmp_path, monkeypatch):
+    """As on MPS."""
+    import comfy.model_management
+    import folder_paths
+
+    mps = torch.device("mps")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", ([str(tmp_path)], {".safetensors"}))
+    host.run("IECSaveQuantizedModel", model=quantize(weight_bits="fp8"), name="q")
+    elsewhere = model.clone()
+    elsewhere.load_device = mps
+    with pytest.raises(
+        ValueError, match=r"^weight_bits: fp8 cannot be on this device \(mps\), which has no float8; choose 8 or"
+    ):
+        quantize(elsewhere, weight_bits="fp8")
+    monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: mps)
+    with pytest.raises(
+        ValueError, match=r"'q.safetensors' is of no use: its weights are float8, which this device \(mps\) has"
+    ):
+        host.run("IECLoadQuantizedModel", model_name="q.safetensors")
+
+
 # The host's own save nodes
 
 
