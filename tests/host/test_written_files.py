@@ -256,7 +256,7 @@ def test_two_writers_at_once_leave_one_whole_file(models, save, monkeypatch, nod
 
 NO_NAMES = {
     "part of it is empty": ["", "/net", "sub/", "a//b", "a\\\\b", "\\net", ".safetensors"],
-    "begins with a dot": ["..", "../net", "../net.safetensors", "a/../../net", "a\\..\\net", ".hidden", "./net"],
+    "begins with a dot": ["..", "../net", "../net.safetensors", "a/../../net", "a\\..\\net", ".hidden", "./net", "a/.b"],
     "ends with a dot or a space": ["net.", "net ", "sub /net", "sub./net", "net .safetensors"],
     "has one of": ["C:net", "C:/net", "a*", "what?", "<a>", 'a"b', "a|b", "net:stream"],
     "cannot be shown": ["n\0", "a\nb", "a\x1b[2Jb", "a\x7f", "a\u202eb", "a\tb", "\ud800"],
