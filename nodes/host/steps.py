@@ -123,8 +123,8 @@ class RunSteps:
         if self._own >= self.schedule.steps:
             self._picks_its_steps = True
         elif self._seen is not None:
-            is_there = self.schedule.has(self._seen)
-            self._shown = 1.0 if is_there else self._seen / self.schedule.sigmas[self._own]
+            is_there, sigma = self.schedule.has(self._seen), self.schedule.sigmas[self._own]
+            self._shown = 1.0 if is_there or min(self._seen, sigma) <= 0 else self._seen / sigma
             self._is_honest &= is_there
         self._callback, self._since, self._seen = number, 0, None
 
