@@ -491,7 +491,7 @@ class CorrectedFunction:
 
 def _guidance_of(model):
     """Return the guidance scale of the guider that a denoiser is of, None where it has none."""
-    scale = getattr(model.inner_model, "cfg", None)
+    scale = getattr(getattr(model, "inner_model", None), "cfg", None)
     return scale if isinstance(scale, (int, float)) else None
 
 

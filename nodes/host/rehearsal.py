@@ -274,15 +274,14 @@ def _preserves_the_image(a, b, sigma, sigma_next):
     return math.isclose(a + b, 1, abs_tol=1e-4) or math.isclose((1 - sigma) * a + b, 1 - sigma_next, abs_tol=1e-4)
 
 
-def _step(record, own, index, starts, schedule, model, can_draw):
+def _step(record, own, index, starts, schedule, sampling, can_draw):
     """Return the RehearsedStep of a number. starts: the sigmas that the steps are evaluated at. schedule: the run's sigmas, if
-    its steps are those; else None.
+    its steps are those; else None. sampling: the host's model sampling.
     """
     a, b, factors, gain, is_affine = _factors(record, own, index)
     sigma, then = starts[index], starts[index + 1] if index + 1 < len(starts) else None
     sigma_next = schedule[index + 1] if schedule else a * sigma if then is None else then
     is_noisy = any(factor for _, factor in factors)
-    sampling = model.inner_model.inner_model.model_sampling
 
     def scale(here, there):
         return input_scale(sampling, there) / input_scale(sampling, here)
@@ -328,6 +327,10 @@ def rehearse(function, model, like, sigmas, extra_args, options, can_draw):
     after the other; BadSchedule where no sampler could take these steps.
     """
     check_schedule(sigmas)
+    try:
+        sampling = model.inner_model.inner_model.model_sampling
+    except AttributeError as error:  # another pack's denoiser, around the host's
+        raise CannotRehearse("the denoiser that it is given does not show its model") from error
 
     def play(latent, predict, noise, is_silent=False):
         try:
@@ -361,7 +364,7 @@ def rehearse(function, model, like, sigmas, extra_args, options, can_draw):
     if 0 in starts:
         raise CannotRehearse("a step of its own begins at sigma 0")
     schedule = sigmas.tolist() if len(own) == len(sigmas) - 1 else None
-    steps = [_step(record, own, index, starts, schedule, model, can_draw) for index in range(len(own))]
+    steps = [_step(record, own, index, starts, schedule, sampling, can_draw) for index in range(len(own))]
     evaluations = [(max(bisect(begins, number) - 1, 0), number in own) for number in range(len(record.evaluations))]
     return Rehearsal(steps, evaluations)
 

@@ -135,6 +135,25 @@ def test_a_sampler_that_lies_and_adds_noise_is_refused(host):
     assert not guider.calls
 
 
+def test_a_denoiser_that_does_not_show_its_model_is_refused(host):
+    import comfy.samplers
+
+    for steps in ("none", "auto", "all"):
+        ours = host.run("IECSampler", sampler=stock(), **{**SETTINGS, "correction_steps": steps})[0]
+
+        def bare(model, x, sigmas, ours=ours, **kwargs):
+            return ours.sampler_function(lambda x, sigma, **extra: model(x, sigma, **extra), x, sigmas, **kwargs)
+
+        guider, plain = ToyGuider("EPS"), ToyGuider("EPS")
+        if steps == "all":
+            with pytest.raises(ValueError, match=r"^sampler: .* because the denoiser that it is given does not show its model"):
+                run(comfy.samplers.KSAMPLER(bare), guider, torch.tensor(SIGMAS))
+            assert not guider.calls
+        else:
+            expected = run(stock(), plain, torch.tensor(SIGMAS))
+            assert torch.equal(run(comfy.samplers.KSAMPLER(bare), guider, torch.tensor(SIGMAS)), expected)
+
+
 def test_a_step_of_other_factors_is_corrected_at_its_own_next_latent(host):
     import comfy.samplers
 
