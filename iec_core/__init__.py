@@ -2,5 +2,5 @@
 
 The modules know torch alone: `schedule` says which steps are corrected, `correction` is the fixed-point iteration,
 `quantization` the integer arithmetic, `caching` the feature cache of DeepCache, `metrics` the error measures, `report` what a
-run did, `choices` the sentence for an unknown word.
+run did, `choices` the sentence for an unknown word, `devices` what a device can do.
 """
