@@ -378,11 +378,23 @@ class Levels(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EP
     """The noise levels of SD 1.5, which stand for those of a model that is not loaded yet."""
 
 
+class FlowLevels(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+    """The noise levels of SD 3, or with another shift of other flow models."""
+
+    def __init__(self, shift=3.0):
+        super().__init__()
+        self.set_parameters(shift=shift)
+
+
+class FluxLevels(comfy.model_sampling.ModelSamplingFlux, comfy.model_sampling.CONST):
+    """The noise levels of Flux."""
+
+
 class NoModel:
     """Stands for a MODEL that is not loaded yet, in the places where the host and its samplers look for the noise levels."""
 
-    def __init__(self):
-        self.model_sampling = Levels()
+    def __init__(self, levels=None):
+        self.model_sampling = levels or Levels()
         self.inner_model = self.model_patcher = self
 
     def get_model_object(self, _):
@@ -390,11 +402,12 @@ class NoModel:
 
 
 @functools.lru_cache(maxsize=64)
-def rehearse_by_name(sampler_name, sigmas):
-    """Return the Rehearsal of a sampler of the host's list over `sigmas`, a tuple of n + 1 floats, on the `Levels`.
+def rehearse_by_name(sampler_name, sigmas, levels=None):
+    """Return the Rehearsal of a sampler of the host's list over `sigmas`, a tuple of n + 1 floats, on noise levels, by default
+    the `Levels`.
 
     Raises CannotRehearse as `rehearse`.
     """
     sampler, like = comfy.samplers.sampler_object(sampler_name), torch.zeros(1, 1, 1, 1)
     function, options = sampler.sampler_function, sampler.extra_options
-    return rehearse(function, NoModel(), like, torch.tensor(sigmas), {}, options, can_draw_ahead(function, options))
+    return rehearse(function, NoModel(levels), like, torch.tensor(sigmas), {}, options, can_draw_ahead(function, options))

@@ -134,6 +134,36 @@ def test_full_of_the_other_nodes_is_that_of_the_cache_too(host, advanced, model,
     assert [step.step for step in reports[0].steps if step.corrected] == [0, 3, 6]
 
 
+@pytest.mark.parametrize(
+    ("name", "scheduler", "differs"),
+    [("euler", "simple", False), ("euler", "kl_optimal", True), ("euler_ancestral", "simple", True)],
+)
+def test_auto_is_told_where_no_model_has_another(plans, host, sample, model, name, scheduler, differs):
+    """By runs of a model with SD 1.5's noise levels and of a flow model: what differs is not promised."""
+    flow = host.run("IECLoadBuiltinModel", precision="float32", architecture="transformer")[0]
+    auto, run = {"correction_steps": "auto"}, {"steps": 20, "sampler_name": name, "scheduler": scheduler}
+    plan = plans.step_plan(auto, run)
+    runs = []
+    for one in (model, flow):
+        reports = []
+        sample(one, reports, cfg=1.0, **auto, **run)
+        runs.append({step.step for step in reports[0].steps if step.corrected})
+        assert reports[0].nfe == plan["nfe"] == 20
+    assert plan["corrected"] == sorted(runs[0] & runs[1]) and plan["open"] == sorted(runs[0] ^ runs[1])
+    assert ("depends on the model's noise levels, and is known when it runs" in plan["choice"]) == differs
+    assert (runs[0] != runs[1]) == differs
+
+
+@pytest.mark.fast
+def test_what_goes_by_the_noise_levels_of_the_model_is_not_told(plans):
+    """The part of a schedule that is cached, and schedules that have as many steps as the model has noise levels."""
+    part = {"interval": 3, "start_percent": 0.3}
+    assert plans.step_plan({"correction_steps": "all"}, sampling(steps=20, scheduler="karras"), part)["full"] is None
+    assert plans.step_plan({"correction_steps": "all"}, sampling(steps=20, scheduler="karras"), {"interval": 3})["full"]
+    with pytest.raises(plans.NotKnown, match="scheduler: how many steps it makes"):
+        plans.step_plan({"correction_steps": "all"}, sampling(steps=300, scheduler="ddim_uniform"))
+
+
 def test_full_is_not_known_where_the_cache_is_not(plans):
     question = {"correction": {"correction_steps": "full"}, "sampling": sampling()}
     assert plans._answer(question)["corrected"] == list(range(6))

@@ -173,7 +173,7 @@ class Strip {
     if (!this.inputWidget("correction_steps") || this.answer?.steps === undefined) return;
     const steps = new Set(this.answer.corrected);
     if (!steps.delete(step)) steps.add(step);
-    this.answer = { ...this.answer, corrected: [...steps] }; // the next click may come before the server's answer
+    this.answer = { ...this.answer, corrected: [...steps], open: [] }; // the next click may come before the server's answer
     undoable(() => {
       if (this.answer.choice) this.set("evaluation_point", this.answer.evaluation_point);
       this.set("correction_steps", textOf([...steps], this.answer.steps));

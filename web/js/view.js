@@ -10,6 +10,7 @@ const STYLE = `
 .iec-cell.narrow { border-width: 0 0 1px 0; border-radius: 0; }
 .iec-cell.cached { height: 8px; }
 .iec-cell.corrected { background: #56b4e9; border-color: #56b4e9; }
+.iec-cell.open { background: repeating-linear-gradient(45deg, #56b4e9 0 2px, transparent 2px 5px); border-color: #56b4e9; }
 .iec-cell.done { box-shadow: 0 2px 0 #009e73; }
 .iec-cell:hover:not(:disabled) { outline: 1px solid var(--input-text, #ddd); }
 .iec-cell:disabled { cursor: default; }
@@ -147,16 +148,19 @@ export class StepView {
   }
 
   /** Cells stay what they are, so that the one with the keyboard's focus keeps it. */
-  drawCells({ steps, corrected, full, correctable }, done, fixed) {
+  drawCells({ steps, corrected, full, correctable, open }, done, fixed) {
     const rows = Math.ceil(steps / CELLS_IN_A_ROW) || 1;
     this.cells.style.gridTemplateColumns = `repeat(${Math.ceil(steps / rows)}, 1fr)`;
     while (this.cells.children.length > steps) this.cells.lastChild.remove();
     while (this.cells.children.length < steps) this.cells.append(this.cell(this.cells.children.length));
-    const [isCorrected, isFull, canBe] = [corrected, full ?? [], correctable ?? []].map((list) => new Set(list));
+    const lists = [corrected, full ?? [], correctable ?? [], open ?? []];
+    const [isCorrected, isFull, canBe, isOpen] = lists.map((list) => new Set(list));
     for (const [step, cell] of [...this.cells.children].entries()) {
-      const words = [`step ${step}`, isCorrected.has(step) ? "corrected" : "not corrected"];
+      const whether = isCorrected.has(step) ? "corrected" : "not corrected";
+      const words = [`step ${step}`, isOpen.has(step) ? "corrected or not, by the model" : whether];
       if (full) words.push(isFull.has(step) ? "in full" : "cached");
       cell.classList.toggle("corrected", isCorrected.has(step));
+      cell.classList.toggle("open", isOpen.has(step));
       cell.classList.toggle("cached", Boolean(full) && !isFull.has(step));
       cell.classList.toggle("done", step < done);
       cell.classList.toggle("narrow", steps / rows > NARROW);
