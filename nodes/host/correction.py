@@ -190,7 +190,6 @@ class CorrectedDenoiser(CountedDenoiser):
         self._traces.take(wait=True)
         self._report.finish(seconds)
         self._warn()
-        self._progress.end()
 
     def _warn(self):
         """Add to the report what the corrections did by themselves, and a warning of too much; log its warnings."""

@@ -196,7 +196,7 @@ def _without_enlarged(model, layers, names):
 
     enlarged = [name for name in names if is_enlarged(name)]
     if enlarged:
-        logging.info(f"IEC: {', '.join(enlarged)} stays unquantized, for a LoRA enlarges its weight.")
+        logging.info(f"[ComfyUI-IEC] {', '.join(enlarged)} stays unquantized, for a LoRA enlarges its weight.")
     return [name for name in names if name not in enlarged]
 
 

@@ -93,9 +93,9 @@ def warn_of_lost_changes(model):
     share = kept_share(model)
     if share < LEAST_SHARE:
         logging.warning(
-            f"IEC: of what LoRAs or other patches behind Quantize Model (IEC) change, its weights ({quantization_of(model)}) "
-            f"keep a share of {max(share, 0):.2f}, for changes smaller than their steps are rounded away; put the LoRA in "
-            "front of Quantize Model (IEC)."
+            "[ComfyUI-IEC] Of what LoRAs or other patches behind Quantize Model (IEC) change, its weights "
+            f"({quantization_of(model)}) keep a share of {max(share, 0):.2f}, for changes smaller than their steps are rounded "
+            "away; put the LoRA in front of Quantize Model (IEC)."
         )
 
 

@@ -58,7 +58,7 @@ def kept(model, size, limit):
 
 
 def warnings(caplog):
-    return [text for text in caplog.messages if text.startswith("IEC: of what LoRAs")]
+    return [text for text in caplog.messages if text.startswith("[ComfyUI-IEC] Of what LoRAs")]
 
 
 @pytest.mark.parametrize(

@@ -428,14 +428,6 @@ def test_a_quantized_model_is_saved_and_loaded_by_a_later_prompt(host, output):
         host.run(later)
 
 
-@pytest.mark.parametrize(("name", "why"), [(None, "it is null"), ("nul.txt", "nul.txt is the name of a device on Windows")])
-def test_a_name_that_is_none_is_refused_at_validation(host, name, why):
-    graph = {key: node for key, node in workflow().items() if key in ("model", "quantized")}
-    graph["keep"] = {"class_type": "IECSaveQuantizedModel", "inputs": {"model": ["quantized", 0], "name": name}}
-    with pytest.raises(server.Refused, match=rf"name: '\w+.*' is no name for a file in models/diffusion_models: {why};"):
-        host.run(graph)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_demo_takes_its_server_down_when_it_is_stopped(tmp_path, number):
     command = [sys.executable, str(comfyui.ROOT / "tools/demo.py"), "--output", str(tmp_path)]
