@@ -130,8 +130,6 @@ class IECQuantizeModel(CheckedNode):
         activation_scale="token", keep_output_projections=False, include="", exclude="",
     ):  # fmt: skip
         group = 0 if group_size == "none" else int(group_size)
-        if wrong := _wrong_group(group_size, weight_bits, activation_bits):
-            raise ValueError(wrong)
         rules = LayerRules(keep_sensitive_layers, keep_output_projections, parse_patterns(include), parse_patterns(exclude))
         weight = WeightFormat(KINDS[weight_bits], group, 0, weight_scale == "search" and weight_bits != "fp8")
         activation = ActivationFormat(int(activation_bits), activation_scale == "tensor")

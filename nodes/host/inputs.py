@@ -2,7 +2,7 @@
 runs, when what comes over links is known.
 
 The host turns a value into its input's type before a node sees it: null becomes the text "None", "false" becomes true, 3.7
-becomes 3. So its values are looked at when a prompt arrives (`on_prompt`).
+becomes 3. So its values are looked at when a prompt arrives (`refuse_unfit_values`).
 """
 
 import contextlib
@@ -156,8 +156,8 @@ def _is_link(value, prompt):
     """Tell whether a list is a link to an output of a node that is in the prompt."""
     try:
         source, slot = value
-        outputs = host_nodes.NODE_CLASS_MAPPINGS[prompt[source]["class_type"]].RETURN_TYPES
-        return isinstance(slot, int) and 0 <= slot < len(outputs)
+        node = host_nodes.NODE_CLASS_MAPPINGS.get(prompt[source]["class_type"])
+        return isinstance(slot, int) and 0 <= slot < (len(node.RETURN_TYPES) if node else math.inf)  # it may be replaced later
     except (ValueError, TypeError, KeyError):
         return False
 
