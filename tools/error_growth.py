@@ -145,7 +145,7 @@ def disturbed_once(model, size, kind, at, record):
 def sample(known, model, sampler, cfg, variant, steps, batch):
     """Return the RunReport of an IECKSampler run; known: node classes by id."""
     inputs = {"correction_steps": "all", "lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0, **VARIANTS[variant]}
-    positive, negative = (known["IECClassLabel"].execute(labels).result[0] for labels in (LABELS, "none"))
+    positive, negative = (known["IECClassLabel"].execute(labels=labels).result[0] for labels in (LABELS, "none"))
     outputs = known["IECKSampler"].execute(
         model=model, seed=SEED, steps=steps, cfg=cfg, sampler_name=sampler, scheduler="ddim_uniform", positive=positive,
         negative=negative, latent_image={"samples": torch.zeros(batch, 3, 32, 32)}, denoise=1.0, keep_latents=True, **inputs,

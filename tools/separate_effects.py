@@ -103,7 +103,7 @@ class Experiment:
 
     def __init__(self, known):
         self._known = known
-        self.full = known["IECLoadBuiltinModel"].execute("float32").result[0]
+        self.full = known["IECLoadBuiltinModel"].execute(precision="float32").result[0]
         self.models = {name: self._quantized(bits) for name, bits in BITS.items()}
 
     def _quantized(self, bits):
@@ -116,7 +116,7 @@ class Experiment:
         """Return the RunReport of an IECKSampler run of eight images, with its latents. The scheduler begins at the same sigma
         whatever the steps, so that runs of all numbers of steps have one exact solution.
         """
-        positive, negative = (self._known["IECClassLabel"].execute(labels).result[0] for labels in (LABELS, "none"))
+        positive, negative = (self._known["IECClassLabel"].execute(labels=labels).result[0] for labels in (LABELS, "none"))
         inputs = {"lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0, **settings}
         outputs = self._known["IECKSampler"].execute(
             model=model, seed=seed, steps=steps, cfg=1.0, sampler_name=sampler, scheduler="simple", positive=positive,
@@ -138,7 +138,7 @@ class Experiment:
     def eps(self, bits, x, sigma):
         """Return the noise that a model of BITS sees in x, [8, 3, 32, 32] in the sampler's coordinates, at sigma."""
         base = self.models[bits].model
-        label = self._known["IECClassLabel"].execute(LABELS).result[0][0]
+        label = self._known["IECClassLabel"].execute(labels=LABELS).result[0][0]
         at = torch.full((len(x),), sigma)
         return (x - base.apply_model(x, at, c_crossattn=label[0], y=label[1]["pooled_output"])) / sigma
 

@@ -219,7 +219,7 @@ def test_perturbed_attention_guidance_keeps_its_two_passes_apart(host, sample, m
 
 def test_samplers_that_step_with_the_unguided_prediction_are_refused(sample, model):
     sample(model, sampler_name="euler_cfg_pp")
-    with pytest.raises(ValueError, match=r"^sampler: euler_cfg_pp steps with the unguided prediction"):
+    with pytest.raises(ValueError, match=r"^sampler_name: euler_cfg_pp steps with the unguided prediction"):
         sample(model, sampler_name="euler_cfg_pp", correction_steps="all")
 
 

@@ -266,8 +266,6 @@ NO_NAMES = {
     ],
     "has more than 200 bytes": ["x" * 300, "模" * 67, "sub/" + "x" * 201],
     "has more than 1000 bytes": ["a/" * 600 + "net", "x" * 100_000],
-    "is null": ["None"],  # what the host makes of null
-    "is no text": [3, ["net"], {}],  # over a link
 }  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def whole(kind):
     some, sigmas = torch.ones(4), torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64)
     if kind == "quantization profile":
         return ActivationScales({"quantization": "W8A8"}, some, ("a",), sigmas[:1], torch.ones(1, 1))
-    return CacheProfile(dict.fromkeys(FACTS, "1"), some, sigmas, (0, 1), 0, {})
+    return CacheProfile(dict.fromkeys(FACTS, "1"), some, sigmas, (0, 1), 1, {})
 
 
 @pytest.mark.parametrize("kind", KINDS)
