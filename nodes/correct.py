@@ -143,24 +143,13 @@ def check_is_done(option, report, after):
         )
 
 
-def check(
-    correction_steps=None, lambda_=None, evaluation_point=None, lambda_mode=None, lambdas=None, total=None, sampler_name=None
-):  # fmt: skip
-    """Return True, or the sentence for a wrong value. A value that is None comes over a link and is not known yet.
-
-    The bounds of max_iterations and tolerance are the host's to check: it shows our sentence at every input that is named
-    in `validate_inputs`.
+def check(total=None, sampler_name=None, **given):
+    """Return True, or the sentence for a wrong value. total: the number of steps, where it is known. given: inputs of the
+    correction; None is not known yet.
     """
-    given = {
-        "correction_steps": correction_steps,
-        "lambda_": lambda_,
-        "evaluation_point": evaluation_point,
-        "lambda_mode": lambda_mode,
-        "lambdas": lambdas,
-    }
     try:
         settings = CorrectionSettings.parse(**{name: value for name, value in given.items() if value is not None})
-        if total is not None:
+        if total is not None and not settings.is_off:
             settings.steps.of(total)
             settings.check_lambdas(total)
         if sampler_name is not None:
@@ -241,14 +230,18 @@ class IECKSampler(CheckedNode):
     @known_values
     def validate_inputs(
         cls, steps=None, sampler_name=None, scheduler=None, correction_steps=None, lambda_=None, evaluation_point=None,
-        lambda_mode=None, lambdas=None,
+        lambda_mode=None, lambdas=None, max_iterations=None,
     ):  # fmt: skip
         known = comfy.samplers.KSampler
         wrong_choice = unknown_choice(known.SAMPLERS, sampler_name=sampler_name)
         wrong_choice = wrong_choice or unknown_choice(known.SCHEDULERS, scheduler=scheduler)
-        # ddim_uniform takes every (timesteps // steps)-th timestep of the model, which can be more than `steps` of them.
-        total = None if scheduler in (None, "ddim_uniform") else steps
-        return wrong_choice or check(correction_steps, lambda_, evaluation_point, lambda_mode, lambdas, total, sampler_name)
+        # ddim_uniform takes every (timesteps // steps)-th timestep of the model, which can be more than `steps` of them; beta
+        # takes each of them once, which can be fewer.
+        total = None if scheduler in (None, "ddim_uniform", "beta") else steps
+        return wrong_choice or check(
+            total, sampler_name, correction_steps=correction_steps, lambda_=lambda_, max_iterations=max_iterations,
+            evaluation_point=evaluation_point, lambda_mode=lambda_mode, lambdas=lambdas,
+        )  # fmt: skip
 
     @classmethod
     def run(
@@ -289,7 +282,10 @@ class IECApply(CheckedNode):
     @classmethod
     @known_values
     def validate_inputs(cls, correction_steps=None, lambda_=None, evaluation_point=None, lambda_mode=None, lambdas=None):
-        return check(correction_steps, lambda_, evaluation_point, lambda_mode, lambdas)
+        return check(
+            correction_steps=correction_steps, lambda_=lambda_, evaluation_point=evaluation_point, lambda_mode=lambda_mode,
+            lambdas=lambdas,
+        )  # fmt: skip
 
     @classmethod
     def run(cls, model, **settings):
@@ -319,7 +315,10 @@ class IECSampler(CheckedNode):
     @classmethod
     @known_values
     def validate_inputs(cls, correction_steps=None, lambda_=None, evaluation_point=None, lambda_mode=None, lambdas=None):
-        return check(correction_steps, lambda_, evaluation_point, lambda_mode, lambdas)
+        return check(
+            correction_steps=correction_steps, lambda_=lambda_, evaluation_point=evaluation_point, lambda_mode=lambda_mode,
+            lambdas=lambdas,
+        )  # fmt: skip
 
     @classmethod
     def run(cls, sampler, **settings):

@@ -46,10 +46,10 @@ def sample_all(prompts, negative, latent_image, seed, runs, sampling, callback, 
     ratios = {name: latent_image[name] for name in ratios if name in latent_image}
     latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"], **ratios)
     for prompt in prompts:
-        for run in range(runs):
-            noise = comfy.sample.prepare_noise(latent, seed + run)
+        for of_run in ((seed + run) % 2**64 for run in range(runs)):
+            noise = comfy.sample.prepare_noise(latent, of_run)
             samples = comfy.sample.sample(
-                model, noise, positive=prompt, negative=negative, latent_image=latent, seed=seed + run, callback=callback,
+                model, noise, positive=prompt, negative=negative, latent_image=latent, seed=of_run, callback=callback,
                 disable_pbar=True, **sampling,
             )  # fmt: skip
             parts = samples.unbind() if getattr(samples, "is_nested", False) else [samples]

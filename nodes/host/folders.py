@@ -78,8 +78,8 @@ class ModelFolder:
         return path
 
     def changed(self, name):
-        """Return when the file of this name was last written."""
-        return os.path.getmtime(self.path(name))
+        """Return when the file of this name was last written, "" for a name that comes over a link, None, and is not known."""
+        return "" if name is None else os.path.getmtime(self.path(name))
 
     def read(self, option, name, read):
         """Return read(path) of the file of this name, which comes from the input `option`. Raises ValueError, with a sentence,

@@ -100,6 +100,8 @@ class CheckedNode(io.ComfyNode):
     @classmethod
     def execute(cls, **inputs):
         specs = {spec.id: spec for spec in cls.define_schema().inputs}
+        if unknown := sorted(inputs.keys() - specs.keys()):
+            raise ValueError(f"{unknown[0]}: this node has no such input; it has {', '.join(specs)}.")
         values = {name: read(specs[name], value) for name, value in inputs.items()}
         for name, value in values.items():
             check_bounds(specs[name], value)
@@ -179,19 +181,18 @@ def _as_the_host_shall_see(spec, value, prompt):
 
 def refuse_unfit(prompt, pack):
     """Mark in a prompt, as a client sent it, the values that inputs of the pack's nodes cannot take. pack: {id: node class}."""
-    for node in prompt.values():
-        inputs = node["inputs"]
-        for spec in pack[node["class_type"]].define_schema().inputs if node["class_type"] in pack else ():
-            if spec.id in inputs:
-                inputs[spec.id] = _as_the_host_shall_see(spec, inputs[spec.id], prompt)
+    for node in prompt.values() if isinstance(prompt, dict) else ():
+        with contextlib.suppress(KeyError, TypeError, AttributeError):  # of a node that is not of its form, the host says so
+            for spec in pack[node["class_type"]].define_schema().inputs if node["class_type"] in pack else ():
+                if spec.id in node["inputs"]:
+                    node["inputs"][spec.id] = _as_the_host_shall_see(spec, node["inputs"][spec.id], prompt)
 
 
 def refuse_unfit_values(server, pack):
     """Let a server's prompts be looked at when they arrive. server: the host's PromptServer. pack: as `refuse_unfit` takes."""
 
     def on_prompt(body):
-        with contextlib.suppress(KeyError, TypeError, AttributeError):  # of no prompt, or none of its form, the host says so
-            refuse_unfit(body["prompt"], pack)
+        refuse_unfit(body.get("prompt") if isinstance(body, dict) else None, pack)
         return body
 
     server.add_on_prompt_handler(on_prompt)

@@ -81,8 +81,8 @@ class _QuantizedLayer:
         """Evaluate the layer on x. Raises ValueError where the network has cast x to the type of the packed weight."""
         if not x.is_floating_point():
             raise ValueError(
-                f"exclude: this network takes the type of what enters {self.name} from that layer's weight, so that it cannot "
-                "be quantized; name it in exclude."
+                f"model: its network takes the type of what enters {self.name} from that layer's weight, so that it cannot be "
+                "quantized; name it in exclude of Quantize Model (IEC)."
             )
         with self._at(x) as (packed, bias):
             return (self._compute_straight if self.passes_gradients else self._compute)(x, packed, bias)

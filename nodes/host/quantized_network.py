@@ -1,9 +1,11 @@
 """What a quantized MODEL is to the rest of the host: to what saves it, takes its weights, or lays patches on them."""
 
+import contextlib
 import functools
 import logging
 
 import comfy.hooks
+import torch
 from comfy.patcher_extension import WrappersMP
 
 from .quantized_layers import quantized_layers
@@ -26,7 +28,7 @@ def mark_quantized(model):
     # In the host's faster mode hooks' weights are kept in floating point and copied over the packed ones.
     model.set_hook_mode(comfy.hooks.EnumHookMode.MinVram)
     model.model_options["transformer_options"][KEY] = quantization_of(model)
-    model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _before_loading)
+    model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _around_loading)
     base = model.model
     base.state_dict_for_saving = _refuse_saving
     layers = quantized_layers(base.diffusion_model).values()
@@ -57,11 +59,13 @@ def _hand_out(dtype, module, state, prefix, _):
             state[f"{name}.weight"] = layer.packing.dequantize(state[f"{name}.weight"], dtype)
 
 
-def _before_loading(executor, model, *args, **kwargs):
+def _around_loading(executor, model, *args, **kwargs):
     """Refuse patches that quantized layers cannot take, while nothing is patched yet, and warn of those that would be lost."""
     check_shapes(model)
-    warn_of_lost_changes(model)
-    return executor(model, *args, **kwargs)
+    loaded = executor(model, *args, **kwargs)
+    with contextlib.suppress(torch.OutOfMemoryError):  # of a sampling run that has room by now, not of a line in the log
+        warn_of_lost_changes(model)
+    return loaded
 
 
 def _patches(model):
@@ -80,16 +84,18 @@ def check_shapes(model):
         shape = patched_shape(patches.get(f"{PREFIX}{name}.weight"), layer.packing.shape)
         if shape != tuple(layer.packing.shape):
             raise ValueError(
-                f"exclude: a LoRA enlarges the weight of {name} from {tuple(layer.packing.shape)} to {shape}, which a "
-                "quantized layer cannot take up; put the LoRA in front of Quantize Model (IEC), or name that layer in exclude."
+                f"model: a LoRA enlarges the weight of {name} from {tuple(layer.packing.shape)} to {shape}, which a "
+                "quantized layer cannot take up; put the LoRA in front of Quantize Model (IEC), or name that layer in its "
+                "exclude."
             )
 
 
 def warn_of_lost_changes(model):
     """Log a warning, once for the patches that lie on a quantized MODEL, where its weights keep little of what they change."""
-    if getattr(model.model, "iec_measured", None) == model.patches_uuid:
+    measured = model.model.__dict__.setdefault("iec_measured", set())
+    if model.patches_uuid in measured:
         return
-    model.model.iec_measured = model.patches_uuid
+    measured.add(model.patches_uuid)
     share = kept_share(model)
     if share < LEAST_SHARE:
         logging.warning(

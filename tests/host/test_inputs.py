@@ -8,6 +8,7 @@ import sys
 import pytest
 import requests
 import server
+import torch
 
 # What a client may send for any input. A list is a link, and these lead nowhere.
 ANY = [
@@ -183,6 +184,56 @@ def test_wrong_numbers_over_links_end_in_a_sentence(server_of_nodes, ours):
             assert not PYTHON.search(str(failure.value).replace("ValueError", "")), failure.value
             tried += 1
     assert tried > 25
+
+
+def test_a_value_is_found_behind_a_node_that_is_of_no_form(server_of_nodes, ours):
+    """Of which the host may run the rest."""
+    make = made_of(ours)
+    prompt = {"odd": {"class_type": "IECApply", "inputs": None}, **sources(make), "bad": make("IECKSampler", steps=3.7)}
+    answer = post(server_of_nodes, {**prompt, **shown("one", "bad")})
+    assert answer.status_code == 400 and "steps: 3.7 is not a whole number" in answer.text
+
+
+# What is right, though its size or number is odd.
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"max_iterations": 0, "sampler_name": "euler_cfg_pp", "correction_steps": "all"},
+        {"max_iterations": 0, "steps": 4, "correction_steps": "steps:7"},
+        # 247 steps: the scheduler takes each timestep once
+        {"scheduler": "beta", "steps": 250, "lambdas": ",".join(["0.5"] * 247), "correction_steps": "all"},
+    ],
+)
+def test_what_would_run_is_not_refused_beforehand(host, inputs):
+    given = {"steps": 20, "sampler_name": "euler", "scheduler": "normal", "lambda_": 0.5, "max_iterations": 1, **inputs}
+    assert host.nodes["IECKSampler"].validate_inputs(**given) is True
+
+
+def test_the_largest_seed_has_a_next_one(host, model, monkeypatch):
+    """As the runs of a calibration have one each."""
+    import comfy.sample
+
+    seeds = []
+    monkeypatch.setattr(comfy.sample, "sample", lambda *args, seed, **more: seeds.append(seed) or args[1])
+    calibrate = host.nodes["IECCalibrateCacheQuant"].run.__func__.__globals__["calibrate"]
+    sample_all = calibrate.__globals__["sample_all"]
+    latent, sampling = {"samples": torch.zeros(1, 3, 8, 8)}, {"steps": 1, "cfg": 1.0}
+    sample_all([[]], [], latent, 2**64 - 1, 3, sampling, None, model)
+    assert seeds == [2**64 - 1, 0, 1]
+
+
+def test_a_file_whose_name_comes_over_a_link_has_no_time_yet(host):
+    """The host asks with None, and an error would let all behind the node run anew with every prompt."""
+    for name in ("IECLoadCacheProfile", "IECLoadQuantizationProfile"):
+        assert host.nodes[name].fingerprint_inputs(profile_name=None) == ""
+    assert host.nodes["IECLoadQuantizedModel"].fingerprint_inputs(model_name=None) == ""
+
+
+def test_an_input_that_no_node_has_is_told(host):
+    with pytest.raises(ValueError, match=r"^more: this node has no such input; it has precision, architecture\."):
+        host.run("IECLoadBuiltinModel", precision="auto", more=1)
 
 
 def test_every_node_checks_what_comes_over_links(host):

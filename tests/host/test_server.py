@@ -298,7 +298,7 @@ BAD = [
     ({"evaluation_point": "middle"}, "evaluation_point: 'middle' is none of paper, next"),
     ({"lambda_": "x"}, 'lambda_: "x" is not a finite number from 0 to 1'),
     ({"steps": "x"}, 'steps: "x" is not a whole number from 1 to 10000'),
-    ({"max_iterations": -1}, "Value -1 smaller than min of 0: max_iterations"),
+    ({"max_iterations": -1}, "max_iterations: -1 is outside 0 to 100."),
     ({"tolerance": -1.0}, "Value -1.0 smaller than min of 0.0: tolerance"),
 ]
 

@@ -863,7 +863,7 @@ def test_quantized(host, sample, models, rounded, relative, name):
     model = models(name)
     if name in CAST_TO_A_WEIGHT:
         quantized = rounded(model)[0]
-        with pytest.raises(ValueError, match=rf"^exclude: this network takes the type of what enters {CAST_TO_A_WEIGHT[name]}"):
+        with pytest.raises(ValueError, match=rf"^model: its network takes the type of what enters {CAST_TO_A_WEIGHT[name]}"):
             sample(name, quantized)
         return
     quantized, reference = rounded(model)
@@ -910,8 +910,8 @@ def test_a_lora_behind_that_enlarges_a_quantized_weight_is_refused_before_anythi
         "IECQuantizeModel", model=models("Flux"), weight_bits="8", activation_bits="16", keep_sensitive_layers=False
     )[0]
     expected = sample("Flux", quantized)
-    with pytest.raises(ValueError, match=r"^exclude: a LoRA enlarges the weight of img_in from \(\d+, \d+\) to \(\d+, \d+\)"):
+    with pytest.raises(ValueError, match=r"^model: a LoRA enlarges the weight of img_in from \(\d+, \d+\) to \(\d+, \d+\)"):
         sample("Flux", with_larger_input(quantized, models("Flux")))
-    with pytest.raises(ValueError, match=r"^exclude: a LoRA enlarges the weight of img_in"):
+    with pytest.raises(ValueError, match=r"^model: a LoRA enlarges the weight of img_in"):
         host.run("IECSaveQuantizedModel", model=with_larger_input(quantized, models("Flux")), name="q")
     assert torch.equal(sample("Flux", quantized), expected)

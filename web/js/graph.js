@@ -68,7 +68,7 @@ function isKnown(node) {
   const isOurs = node.comfyClass?.startsWith("IEC") && module;
   const isOfServer = !node.isVirtualNode && (isOurs || module === "nodes" || module.startsWith("comfy_extras."));
   const models = (node.inputs ?? []).filter((one) => one.type === "MODEL" && isWired(one));
-  const isChoice = node.comfyClass?.includes("Switch") || (models.length > 1 && !node.comfyClass.startsWith("ModelMerge"));
+  const isChoice = node.comfyClass?.includes("Switch") || (models.length > 1 && !node.comfyClass?.startsWith("ModelMerge"));
   return isOfServer && !isChoice;
 }
 

@@ -14,6 +14,7 @@ const MEASURING = ["IECCalibrateCacheQuant", "IECCalibrateQuantization", "IECCon
 const KEPT = "iec_run"; // the node's property that holds a run which is saved with the workflow
 const LOOK_AGAIN = 300; // milliseconds between two looks at the graph; it has no event that covers every change
 const ASK_AGAIN = 5000; // milliseconds after the server has not answered
+const ANSWERS_WITHIN = 30000; // milliseconds in which the server answers, if at all
 const SOON = 1000; // milliseconds in which a plan may be that of the settings before
 const MOST_RUNS = 200; // that are remembered
 const NO_ID = "00000000-0000-0000-0000-000000000000"; // of every workflow that was opened in API form
@@ -218,7 +219,8 @@ function answerTo(question) {
 /** The same at once; isSilence where there is no answer, and undefined where the server is busy with another page's question. */
 async function ask(question) {
   try {
-    const response = await api.fetchApi("/iec/step_plan", { method: "POST", body: question });
+    const signal = AbortSignal.timeout(ANSWERS_WITHIN);
+    const response = await api.fetchApi("/iec/step_plan", { method: "POST", body: question, signal });
     if (response.status === 429) return undefined;
     if (response.ok || response.status === 400) return await response.json();
     return { unknown: `The server cannot tell the steps (status ${response.status}).`, isSilence: true };
