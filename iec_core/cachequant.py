@@ -111,6 +111,9 @@ class _AllSteps:
     def load(self, keys, items, position, stream="", since=0.0):
         """Return None: nothing is reused."""
 
+    def begin(self, position):
+        """As FeatureCache.begin."""
+
 
 class StepDistances(_AllSteps):
     """How far the features of the steps are from each other, over calibration runs.

@@ -111,8 +111,23 @@ class FeatureCache:
 
     def __init__(self, forecast="hold"):
         self._kept = KEPT[forecast]
+        self._begun = []
         self._slices = {}
         self._trials = {} if forecast == "auto" else None
+
+    def begin(self, position):
+        """Tell that a full step begins at `position`, since when features are loaded from now on. Entries that no longer come,
+        as of context windows that move from step to step, are dropped once no forecast goes by so old a feature.
+        """
+        if position not in self._begun:
+            self._begun = [*self._begun, position][-self._kept :]
+        if len(self._begun) < self._kept:
+            return
+        oldest = min(self._begun)
+        for slot in [slot for slot, kept in self._slices.items() if kept[-1][0] < oldest]:
+            del self._slices[slot]
+            if self._trials is not None:
+                self._trials.pop(slot, None)
 
     def store(self, keys, feature, position, stream=""):
         """Keep `feature` [len(keys) * b, ...]: equal slices along dimension 0, one a key. It is not copied: nobody else
@@ -149,6 +164,7 @@ class FeatureCache:
     def clear(self):
         """Forget every feature, and what was learned from them."""
         self._slices.clear()
+        self._begun = []
         if self._trials is not None:
             self._trials.clear()
 

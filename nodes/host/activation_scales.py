@@ -132,7 +132,7 @@ class _Observed:
         return names, self._sigmas[last], scales[last]
 
     def _locate(self, transformer_options):
-        schedule = Schedule(transformer_options["sample_sigmas"])
+        schedule = Schedule(transformer_options["sample_sigmas"].flatten().tolist())
         if self._statistics is None:
             kinds = {name: "fp8" if layer.packing.format.kind == "fp8" else "int8" for name, layer in self._layers.items()}
             self._statistics = ScaleStatistics(kinds, schedule.steps, self._timestep_wise)

@@ -36,7 +36,7 @@ def with_cache(model, settings, make_run, node):
     def begin_run(model_options):
         _check_other_cache(model_options, node)
         _check_tiles(model_options, node)
-        return make_run(new)
+        return make_run(functools.partial(kind, settings, model_options=model_options))
 
     def evaluate(executor, *args, **kwargs):
         kwargs.pop(KEY, None)
@@ -46,7 +46,6 @@ def with_cache(model, settings, make_run, node):
             return executor(*args, **kwargs)
         return run.evaluate(executor, *args, **kwargs)
 
-    new = functools.partial(kind, settings)
     model = model.clone()
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, keep_for_run(KEY, begin_run))
     follow_steps(model)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ...iec_core.caching import CacheSchedule
 from . import steps
+from .network_calls import IEC
 
 KEY = "iec_deepcache"
 
@@ -73,7 +74,8 @@ class CacheRun:
         self.settings = settings
         self.features = features
         self.full_steps = full_steps or settings.full_steps
-        self._steps = self._full = None
+        self._steps = None
+        self._schedule = self._full = None  # whose steps these are
         self._evaluation, self._counts = None, Counter()  # how often each key came in the sampler's evaluation
         self._full_step, self._since = None, -math.inf  # the last step that was evaluated in full, and where that began
 
@@ -95,13 +97,28 @@ class CacheRun:
             return UNKNOWN
         where = _place(x, transformer_options, run.latent, len(entries))
         keys = self._numbered([(*entry, where, variant) for entry in entries])
+        self._take_up(run.schedule)
         step, position = place
-        is_correction = transformer_options.get("iec", {}).get("iteration", 0) > 0
+        is_correction = transformer_options.get(IEC, {}).get("iteration", 0) > 0
         on_correction = self.settings.correction_pass
         reuses = step not in self._full or (is_correction and on_correction == "reuse")
         if step in self._full and step != self._full_step:
-            self._full_step, self._since = step, position
+            self._begin_full_step(step, position)
         return Plan(keys, position, reuses, not (is_correction and on_correction == "keep"), self._since)
+
+    def _take_up(self, schedule):
+        """Begin a schedule. A sampler of another pack may call one of IEC's several times, each with a part of the run's."""
+        if schedule is self._schedule:
+            return
+        if self._schedule is not None:
+            self.clear()
+            self._full_step, self._since = None, -math.inf
+        self._schedule, self._full = schedule, self.full_steps(schedule.sigmas)
+
+    def _begin_full_step(self, step, position):
+        """Begin to evaluate a step in full; no feature from before it is taken up any more."""
+        self._full_step, self._since = step, position
+        self.features.begin(position)
 
     def _run_steps(self, transformer_options):
         """Return the RunSteps, None where the schedule is not known."""
@@ -109,8 +126,6 @@ class CacheRun:
             self._steps = transformer_options.get(steps.KEY)
             if self._steps is None and (sigmas := transformer_options.get("sample_sigmas")) is not None:
                 self._steps = steps.RunSteps(sigmas)
-            if self._steps is not None:
-                self._full = self.full_steps(self._steps.schedule.sigmas)
         return self._steps
 
     def _numbered(self, keys):

@@ -34,8 +34,8 @@ from ...iec_core.contraction import (
 from ...iec_core.contraction_report import ContractionReport, StepContraction
 from .caching import full_steps
 from .calibration import Bar
-from .correction import KEY as CORRECTION
 from .correction import TRY_PRECISION
+from .network_calls import IEC
 from .quantize import quantization_of
 from .quantized_layers import straight_through
 from .rehearsal import input_scale
@@ -183,7 +183,7 @@ def probe_contraction(model, positive, negative, latent_image, seed, sampling, e
     step, from the first. iterations, tolerance: of `spectral_norms`. perturbation: size of the changes by which the true map is
     seen, a share of the latent's norm. Raises ValueError where the MODEL cannot be measured.
     """
-    if model.get_wrappers(WrappersMP.OUTER_SAMPLE, CORRECTION):
+    if model.get_wrappers(WrappersMP.OUTER_SAMPLE, IEC):
         raise ValueError(
             "model: IEC is on this MODEL already, which the probe is to help with; connect the one before Apply IEC."
         )

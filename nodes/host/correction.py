@@ -21,11 +21,10 @@ from ...iec_core.report import Stopwatch, TraceReader
 from .caching import full_steps, other_cache
 from .events import EvaluationProgress
 from .known_errors import is_exact
-from .network_calls import NetworkCalls, past_other_cache
+from .network_calls import IEC, NetworkCalls, network_of, past_other_cache
 from .noise import NoiseAhead, can_draw_ahead, is_of_the_host, sampler_name
 from .rehearsal import AppliedTwice, BadSchedule, CannotRehearse, check_schedule, rehearse, rehearse_by_name
 
-KEY = "iec"
 SOME_SIGMAS = (8.0, 5.0, 3.0, 1.5, 0.5, 0.0)  # over which a sampler shows how it steps, whatever the run's will be
 RUN = "iec_run"  # in a run's model options: its EvaluationProgress
 APPLIED_TWICE = "sampler: IEC is applied twice to this sampling run; use only one of IECKSampler, IECApply and IECSampler."
@@ -67,6 +66,7 @@ class CorrectedDenoiser(CountedDenoiser):
     def __init__(self, model, report, calls, rehearsal, full, corrected, settings, noise, progress):
         super().__init__(model, report, calls)
         self._rehearsal = rehearsal
+        self._sigmas = rehearsal.sigmas
         self._full = full
         self._corrected = corrected
         self._settings = settings
@@ -77,7 +77,7 @@ class CorrectedDenoiser(CountedDenoiser):
         self._model_options = {}
         self._ahead = None  # what was evaluated in the step before for this one
         self._traces = TraceReader(report)
-        report.start(rehearsal.sigmas, corrected)
+        report.start(self._sigmas, corrected)
 
     def __call__(self, x, sigma, **extra_args):
         if self._evaluation >= len(self._rehearsal.evaluations):
@@ -100,7 +100,7 @@ class CorrectedDenoiser(CountedDenoiser):
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
             return ahead
-        return self._evaluate(step, x, sigma, _tell(extra_args, step, self._rehearsal.steps[step].step.sigma))
+        return self._evaluate(step, x, sigma, self._tell(extra_args, step, self._rehearsal.steps[step].step.sigma))
 
     def _correct(self, step, x, sigma, extra_args):
         rehearsed, of = self._rehearsal.steps[step], self._settings.step_of(step)
@@ -111,7 +111,7 @@ class CorrectedDenoiser(CountedDenoiser):
         def evaluate(x_in, at, iteration):
             if iteration == 0:
                 return self._own(step, x, sigma, extra_args)
-            told = _past_other_cache(_tell(extra_args, of, at, iteration - (of - step)))
+            told = _past_other_cache(self._tell(extra_args, of, at, iteration - (of - step)))
             model = self._holding(rehearsed.step) if is_paper else self._model
             return self._evaluate(step, x_in, torch.full_like(sigma, level), told, model)
 
@@ -123,6 +123,15 @@ class CorrectedDenoiser(CountedDenoiser):
         corrected, trace = corrected_denoised(evaluate, x, rehearsed.step, self._settings.at(step), noise, mask, keep)
         self._traces.add(step, trace)
         return corrected
+
+    def _tell(self, extra_args, step, sigma, iteration=0):
+        """Return the sampler's extra arguments with step, iteration and sigma (a float) in the transformer options, and the
+        sigmas whose steps are numbered, for whatever else is on the MODEL.
+        """
+        model_options = dict(extra_args.get("model_options", {}))
+        told = {"step": step, "iteration": iteration, "sigma": sigma, "sigmas": self._sigmas}
+        model_options["transformer_options"] = {**model_options.get("transformer_options", {}), IEC: told}
+        return {**extra_args, "model_options": model_options}
 
     def _keep(self, step, prediction):
         """Keep a prediction that was evaluated ahead, for the step that it is of."""
@@ -199,7 +208,7 @@ class CorrectedDenoiser(CountedDenoiser):
             logging.warning(f"[ComfyUI-IEC] {warning}")
 
     def _tell_bias(self):
-        rehearsed, network = self._rehearsal, getattr(self._model.inner_model.inner_model, "diffusion_model", None)
+        rehearsed, network = self._rehearsal, network_of(self._model)
         run = CorrectedRun(
             self._settings.evaluation_point,
             tuple(step.gain for step in rehearsed.steps),
@@ -274,16 +283,6 @@ def _departed():
         "sampler: it takes other steps in this run than its schedule says, so that they cannot be told; choose a sampler of "
         "the host's list, or sample without IEC."
     )
-
-
-def _tell(extra_args, step, sigma, iteration=0):
-    """Return the sampler's extra arguments with step, iteration and sigma (a float) in the transformer options, for whatever
-    else is on the MODEL.
-    """
-    model_options = dict(extra_args.get("model_options", {}))
-    iec = {"step": step, "iteration": iteration, "sigma": sigma}
-    model_options["transformer_options"] = {**model_options.get("transformer_options", {}), KEY: iec}
-    return {**extra_args, "model_options": model_options}
 
 
 def _past_other_cache(extra_args):
@@ -415,7 +414,7 @@ class CorrectedFunction:
             lambda: rehearse(function, model, x, schedule, extra_args, options, can_draw), len(schedule) - 1
         )
         calls = NetworkCalls()
-        extra_args = calls.watch(extra_args)
+        extra_args = calls.watch(extra_args, network_of(model))
         if rehearsal is None:
             return self._run_uncorrected(report, calls, model, x, sigmas, extra_args, callback, disable, options)
         full = full_steps(extra_args, rehearsal.sigmas)
@@ -517,5 +516,5 @@ def apply_correction(model, settings, begin_report):
         return executor(noise, latent_image, with_correction(sampler, settings, begin_report), *args, **kwargs)
 
     model = model.clone()
-    model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, KEY, outer_sample)
+    model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, IEC, outer_sample)
     return model

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from .caching import KEY, CacheRun, warn_once
+from .caching import CacheRun, warn_once
+from .network_calls import others_take_part
 
 # Where the host's transformers have their blocks, and the name under which these can be replaced.
 LISTS = {
@@ -119,16 +120,21 @@ def _fits(residual, entered):
 
 
 class TransformerCache(CacheRun):
-    """One sampling run's cache of a transformer's residuals."""
+    """One sampling run's cache of a transformer's residuals. model_options: the run's."""
 
     channel_dim = -1
     has_consumer = False
     wrapper_type = WrappersMP.APPLY_MODEL
 
-    def __init__(self, settings, features, full_steps=None):
+    def __init__(self, settings, features, full_steps=None, model_options=None):
         super().__init__(settings, features, full_steps)
+        self._model_options = model_options or {}
         self._names = {}  # of each span and conditioning entry: the streams that its blocks hand on
         self._are_replaced = False  # whether replacements were called in the run
+
+    def _begin_full_step(self, step, position):
+        super()._begin_full_step(step, position)
+        self._names.clear()  # of features that are too old from now on
 
     @staticmethod
     def check(network, branch):
@@ -168,9 +174,8 @@ class TransformerCache(CacheRun):
         """Raise ValueError where it is the network that did not call the replacements, and not another node, such as another
         cache, that left out the network or its blocks.
         """
-        wrappers = transformer_options.get("wrappers", {})
-        has_others = any(set(wrappers.get(kind, {})) - {KEY} for kind in (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL))
-        if not self._are_replaced and not has_others:
+        options = {**self._model_options, "transformer_options": transformer_options}
+        if not self._are_replaced and not others_take_part(options, network):
             raise ValueError(
                 f"model: this transformer ({type(network).__name__}) does not let its blocks be "
                 "replaced, so that they cannot be cached; sample without it."

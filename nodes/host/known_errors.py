@@ -3,6 +3,7 @@
 import torch
 
 from . import caching, quantize
+from .network_calls import others_take_part
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -15,9 +16,6 @@ def is_exact(network, model_options):
     options = model_options.get("transformer_options", {})
     if quantize.KEY in options or caching.KEY in options or "easycache" in options:
         return False
-    wrappers = {key for by_key in options.get("wrappers", {}).values() for key, found in by_key.items() if found}
-    if any(not str(key).startswith("iec") for key in wrappers):
-        return False
-    if "model_function_wrapper" in model_options or options.get("patches_replace") or "forward" in vars(network):
+    if others_take_part(model_options, network) or options.get("patches_replace"):
         return False
     return all(type(one) is torch.nn.Parameter and one.dtype in FLOATS for one in network.parameters())

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 from comfy.patcher_extension import WrappersMP
 
+from .network_calls import IEC
 from .noise import sampler_name
 
 KEY = "iec_run_steps"
@@ -14,10 +15,10 @@ SAME = 1e-3  # two sigmas that differ by less, relatively, are one: a sampler ma
 
 
 class Schedule:
-    """A run's sigmas, read back once, and where on them an evaluation is."""
+    """A run's sigmas, a list of floats, and where on them an evaluation is."""
 
     def __init__(self, sigmas):
-        self.sigmas = sigmas.flatten().tolist()
+        self.sigmas = sigmas
         descending = self.sigmas[0] >= self.sigmas[-1]
         self._rising = [-sigma if descending else sigma for sigma in self.sigmas]
         self._sign = -1 if descending else 1
@@ -68,7 +69,7 @@ class Schedule:
         An IEC sampler says both, which spares the device a read. Otherwise the sigma tells: an evaluation between two sigmas
         of the schedule belongs to the step that it is part of.
         """
-        told = transformer_options.get("iec")
+        told = transformer_options.get(IEC)
         if told is not None:
             return told["step"], self.position_near(told["sigma"], told["step"])
         position = self.position(transformer_options["sigmas"].flatten()[0].item())
@@ -87,11 +88,12 @@ class RunSteps:
     """
 
     def __init__(self, sigmas, picks_its_steps=False):
-        self.schedule = Schedule(sigmas)
+        self.schedule = Schedule(sigmas.flatten().tolist())
         self.evaluation, self.latent = 0, ()
         self._picks_its_steps = picks_its_steps
         self._is_begun = False  # by the host
         self._is_told = False  # by an IEC sampler
+        self._told = None  # what it told of the last evaluation
         self._sigma = self._place = None  # of the evaluation
         self._step = 0  # where the last evaluation was
         self._own = -1  # the step of the last own evaluation
@@ -130,9 +132,9 @@ class RunSteps:
 
     def locate(self, transformer_options):
         """As Schedule.locate; None where no sigma is known."""
-        told = transformer_options.get("iec")
+        told = transformer_options.get(IEC)
         if told is not None:
-            self._is_told, self._own = True, told["step"]
+            self._follow(told)
             return self.schedule.locate(transformer_options)
         if self._is_begun and self._place is not None:
             return self._place
@@ -141,11 +143,24 @@ class RunSteps:
             return None
         sigma = sigma.flatten()[0].item()
         if not self._is_begun and sigma != self._seen:
+            self._told = None
             self._begin(None)
         position = self._position(sigma)
         self._step = self.schedule.step_at(position)
         self._seen, self._place = sigma, (self._step, position)
         return self._place
+
+    def _follow(self, told):
+        """Take over what an IEC sampler tells. Its steps' numbers are of its own sigmas, which are others than the run's where
+        a sampler such as dpm_fast spaces its steps itself.
+        """
+        self._is_told, self._own = True, told["step"]
+        if told["sigmas"] != self.schedule.sigmas:
+            self.schedule = Schedule(told["sigmas"])
+        if not self._is_begun and told != self._told:
+            self._seen = None
+            self._begin(None)
+        self._told = told
 
     def _position(self, sigma):
         schedule, following = self.schedule, self._own + 1

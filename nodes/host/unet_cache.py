@@ -41,7 +41,7 @@ class UnetCache(CacheRun):
     has_consumer = True
     wrapper_type = WrappersMP.DIFFUSION_MODEL
 
-    def __init__(self, settings, features, full_steps=None, consumed=None):
+    def __init__(self, settings, features, full_steps=None, consumed=None, model_options=None):
         super().__init__(settings, features, full_steps)
         self.branch = settings.branch
         self.first = None  # the first output block that a cached evaluation runs, of the network that is evaluated

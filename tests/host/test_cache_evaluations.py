@@ -3,8 +3,10 @@ and what these leave out.
 """
 
 import functools
+import inspect
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -362,3 +364,144 @@ def test_a_cache_that_leaves_out_the_network_is_let_do_so(draw, cached, network,
 
     result = draw(put(cached(model)) if is_behind else cached(put(model)), start)
     assert torch.equal(result, draw(put(model), start))
+
+
+# what the cache, an IEC sampler and other packs tell each other
+
+IEC = {"lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0}
+
+
+def host_module(name):
+    return sys.modules[next(loaded for loaded in sys.modules if loaded.endswith(f"nodes.host.{name}"))]
+
+
+def test_cache_and_report_number_the_steps_of_a_sampler_that_spaces_its_own_alike(sample, cached, model):
+    """dpm_fast takes 5 steps where 12 are asked for; the cache ends after 60% of the noise levels."""
+    from comfy.patcher_extension import WrappersMP
+
+    reports, seen = [], []
+
+    def note(executor, x, timestep, model_options, *args, **kwargs):
+        seen.append([model_options["transformer_options"].get("iec"), False])
+        return executor(x, timestep, model_options, *args, **kwargs)
+
+    watched = cached(model, interval=2, end_percent=0.6)
+    watched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "note", note)
+    middle = model.model.diffusion_model.middle_block[0]
+    hook = middle.register_forward_hook(lambda *_: seen[-1].__setitem__(1, True))
+    try:
+        sample(watched, reports, steps=12, cfg=1.0, sampler_name="dpm_fast", scheduler="normal", correction_steps="full")
+    finally:
+        hook.remove()
+    own = [(told["step"], full) for told, full in seen if told is not None and told["iteration"] == 0]
+    assert [step for step, _ in own] == list(range(5))
+    assert [step for step, full in own if full] == [step.step for step in reports[0].steps if step.corrected] == [0, 2, 3, 4]
+
+
+def test_windows_that_move_do_not_pile_up(draw, cached, network):
+    import comfy.samplers
+
+    model, _ = network
+    calls, slots, names = [], [], []
+
+    def windows(arguments):
+        frames = [len(calls), len(calls) + 1]
+        calls.append(1)
+        options = dict(arguments["model_options"])
+        options["transformer_options"] = {**options["transformer_options"], "ad_params": {"sub_idxs": frames}}
+        of = [arguments[name] for name in ("input", "sigma")]
+        return comfy.samplers.calc_cond_batch(model.model, arguments["conds"], *of, options)
+
+    def note(executor, *args, **kwargs):
+        result = executor(*args, **kwargs)
+        run = args[5]["iec_deepcache"]
+        slots.append(len(run.features._slices))
+        names.append(len(getattr(run, "_names", ())))
+        return result
+
+    windowed = cached(model, interval=1)
+    windowed.set_model_sampler_calc_cond_batch_function(windows)
+    kind = host_module("cached_model").cache_kind(model).wrapper_type
+    windowed.wrappers[kind] = {"note": [note], **windowed.wrappers[kind]}  # around the cache
+    draw(windowed, noise(2, *network[1].shape[1:]))
+    assert len(slots) == STEPS and len(set(slots)) == len(set(names)) == 1
+
+
+def test_what_an_iec_sampler_tells_begins_an_evaluation_where_the_host_tells_none(host, draw, cached, network):
+    """Of a guider that has its own way to the network, the run's own numbers of evaluations are not there."""
+    model, start = network
+    told = host.run("IECApply", model=cached(model), correction_steps="none", **IEC)[0]
+    expected = draw(told, start)
+    assert torch.equal(draw(with_function(told, leaving_out(["iec_run_steps"])), start), expected)
+    assert not torch.equal(expected, draw(model, start))
+
+
+def others(kind, key):
+    return {"transformer_options": {"wrappers": {kind: {key: [print]}}}}
+
+
+@pytest.mark.parametrize(
+    ("model_options", "replaced", "expected"),
+    [
+        ({}, False, False),
+        ({}, True, True),
+        ({"model_function_wrapper": print}, False, True),
+        (others("diffusion_model", "TeaCache"), False, True),
+        (others("diffusion_model", None), False, True),
+        (others("predict_noise", "TeaCache"), False, True),
+        (others("apply_model", "torch.compile"), False, False),
+        (others("apply_model", "iec_activation_scales"), False, False),
+        ({"transformer_options": {"wrappers": {"apply_model": {"removed": []}}}}, False, False),
+    ],
+)
+def test_who_takes_part_in_an_evaluation_is_known_by_one_rule(host, model_options, replaced, expected):
+    calls, network = host_module("network_calls"), torch.nn.Linear(2, 2)
+    if replaced:
+        network.forward = network.forward
+    assert calls.others_take_part(model_options, network) is expected
+    assert host_module("known_errors").is_exact(network, model_options) is not expected
+    extra_args = {"model_options": model_options}
+    assert (calls.NetworkCalls().watch(extra_args, network) is not extra_args) is expected
+
+
+def test_nfe_leaves_out_what_a_function_around_the_model_answers(sample, model):
+    times, reports = [], []
+
+    def every_other(apply_model, arguments):
+        times.append(1)
+        answers = len(times) % 2 == 0
+        return arguments["input"] * 0.5 if answers else apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
+
+    sample(with_function(model, every_other), reports, steps=6, cfg=1.0, scheduler="normal")
+    assert len(times) == 6 and reports[0].nfe == 3
+
+
+@pytest.mark.parametrize(("other", "is_refused"), [("iec_activation_scales", True), ("another cache", False), (None, False)])
+def test_our_own_wrapper_is_no_other_node_that_leaves_out_blocks(draw, cached, flux, monkeypatch, other, is_refused):
+    """A transformer that is deaf to replacements is refused, unless another pack may be why. other: None: a function."""
+    from comfy.patcher_extension import WrappersMP
+
+    network = flux.model.diffusion_model
+    forward = network.forward_orig
+
+    def deaf(*args, **kwargs):
+        given = inspect.signature(forward).bind(*args, **kwargs)
+        given.arguments["transformer_options"] = {**given.arguments["transformer_options"], "patches_replace": {}}
+        return forward(*given.args, **given.kwargs)
+
+    monkeypatch.setattr(network, "forward_orig", deaf)
+    watched = cached(flux)
+    if other is None:
+        watched = with_function(watched, lambda apply, given: apply(given["input"], given["timestep"], **given["c"]))
+    else:
+        watched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, other, lambda executor, *args, **kwargs: executor(*args, **kwargs))
+    if is_refused:
+        with pytest.raises(ValueError, match=r"^model: this transformer \(Flux\) does not let its blocks be replaced"):
+            draw(watched, noise(1, 16, 8, 16))
+    else:
+        assert draw(watched, noise(1, 16, 8, 16)).isfinite().all()
+
+
+def test_the_name_iec_is_written_in_one_place(host):
+    folder = Path(host_module("steps").__file__).parent
+    assert [file.name for file in folder.glob("*.py") for _ in range(file.read_text().count('"iec"'))] == ["network_calls.py"]

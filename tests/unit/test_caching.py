@@ -179,3 +179,22 @@ def test_clear_forgets():
     cache.store(["cond"], torch.ones(1), 0)
     cache.clear()
     assert cache.load(["cond"], 1, 0) is None
+
+
+@pytest.mark.parametrize("forecast", FORECASTS)
+def test_entries_that_no_longer_come_are_dropped(forecast):
+    """As of context windows that move: the memory in use does not grow with the steps, and who stays keeps its history."""
+    coefficients = torch.randn(DEGREES[forecast] + 1, 2, 3, dtype=torch.float64)
+    cache, held = FeatureCache(forecast), []
+    for step in range(8):
+        feature = sum(c * step**power for power, c in enumerate(coefficients))
+        cache.begin(step)
+        cache.begin(step)  # as of two runs that share it
+        cache.store([f"window {step}", "stays"], torch.cat([feature, feature]), step)
+        held.append(sum(len(kept) for kept in cache._slices.values()))
+        assert cache.load([f"window {step}"], 2, step, since=step) is not None
+    assert len(set(held[3:])) == 1 and held[-1] <= 6
+    expected = sum(c * 9**power for power, c in enumerate(coefficients))
+    torch.testing.assert_close(cache.load(["stays"], 2, 9), expected)
+    if forecast == "auto":
+        assert len(cache._trials) == 1
