@@ -398,6 +398,33 @@ def test_cache_and_report_number_the_steps_of_a_sampler_that_spaces_its_own_alik
     assert [step for step, full in own if full] == [step.step for step in reports[0].steps if step.corrected] == [0, 2, 3, 4]
 
 
+def test_a_sampler_that_samples_in_parts_has_each_part_cached_as_reported(host, cached, draw, model):
+    """As IEC tells it, each part has steps of its own, and those behind the cache's end are in full: of sigmas 0.9 and 0.4."""
+    import comfy.samplers
+
+    plain = comfy.samplers.sampler_object("euler")
+    corrected, _ = host.run("IECSampler", sampler=plain, correction_steps="none", **IEC)
+    deep = []
+
+    def in_parts(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        for part in (sigmas[:4], sigmas[3:]):
+            x = corrected.sampler_function(model, x, part, extra_args=extra_args, disable=disable)
+        return x
+
+    def each(apply_model, arguments):
+        deep.append(False)
+        return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
+
+    hook = model.model.diffusion_model.middle_block[0].register_forward_hook(lambda *_: deep.__setitem__(-1, True))
+    try:
+        watched = with_function(cached(model, interval=9, end_percent=0.6), each)
+        draw(watched, noise(1, 3, 8, 8), in_parts, cfg=1.0, sigmas=torch.tensor(FALLING))
+    finally:
+        hook.remove()
+    assert 0.9 < model.get_model_object("model_sampling").percent_to_sigma(0.6) < 1.5
+    assert [number for number, full in enumerate(deep) if full] == [0, 3, 5, 6]
+
+
 def test_windows_that_move_do_not_pile_up(draw, cached, network):
     import comfy.samplers
 
