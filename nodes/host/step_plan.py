@@ -125,7 +125,7 @@ def step_plan(correction, sampling, cache=None, correction_pass="refresh", is_ca
     full = None if cache is None else _full_steps(schedules, begins, **cache)
     goes_by_cache = settings.steps.kind == "full" or (settings.is_auto and rehearsal.known_ends)
     if goes_by_cache and full is None and (is_cache_open or cache is not None):
-        raise NotKnown("correction_steps: which steps the cache evaluates in full is known when it runs.")
+        raise NotKnown("correction_steps: which steps a cache evaluates in full is known when it runs.")
     if settings.is_auto and rehearsal.known_ends:
         settings, corrected, maybe, about["choice"] = _chosen(settings, sampling.sampler_name, schedules, full)
     else:

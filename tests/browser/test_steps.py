@@ -273,7 +273,7 @@ def test_full_of_a_cache_outside_a_subgraph_is_told_when_it_runs(frontend, strip
     frontend.open_api(workflow(correction_steps="full", steps=5))
     strip.wait("5 → 7 evaluations")
     into_subgraph(frontend, "IECKSampler")
-    strip.wait("which steps the cache evaluates in full is known when it runs")
+    strip.wait("which steps a cache evaluates in full is known when it runs")
     assert strip.steps() == []
     strip.run()
     assert strip.steps("corrected") == [0, 3] and strip.steps("cached") == [1, 2, 4]

@@ -76,7 +76,7 @@ def test_cached_steps_of_a_profile_are_those_in_the_file(plans, host, model, con
     assert full() == [0, 2, 5]
     assert full(start_step=1) == [0, 1, 4]  # a part of the calibrated schedule; its first step always is
     assert full(steps=7) is None  # only the run tells, by a refusal
-    with pytest.raises(plans.NotKnown, match="which steps the cache evaluates in full is known when it runs"):
+    with pytest.raises(plans.NotKnown, match="which steps a cache evaluates in full is known when it runs"):
         plans.step_plan({"correction_steps": "full"}, sampling(steps=7), {"profile_name": "mine.safetensors"})
     assert plans.step_plan({"correction_steps": "full"}, sampling(), {"profile_name": "mine.safetensors"})["nfe"] == 9
 
@@ -167,7 +167,7 @@ def test_what_goes_by_the_noise_levels_of_the_model_is_not_told(plans):
 def test_full_is_not_known_where_the_cache_is_not(plans):
     question = {"correction": {"correction_steps": "full"}, "sampling": sampling()}
     assert plans._answer(question)["corrected"] == list(range(6))
-    sentence = "correction_steps: which steps the cache evaluates in full is known when it runs."
+    sentence = "correction_steps: which steps a cache evaluates in full is known when it runs."
     assert plans._answer({**question, "is_cache_open": True}) == {"unknown": sentence}
     question["correction"] = {"correction_steps": "all"}
     assert plans._answer({**question, "is_cache_open": True})["corrected"] == list(range(6))
