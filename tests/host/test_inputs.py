@@ -186,12 +186,17 @@ def test_wrong_numbers_over_links_end_in_a_sentence(server_of_nodes, ours):
     assert tried > 25
 
 
-def test_a_value_is_found_behind_a_node_that_is_of_no_form(server_of_nodes, ours):
-    """Of which the host may run the rest."""
-    make = made_of(ours)
-    prompt = {"odd": {"class_type": "IECApply", "inputs": None}, **sources(make), "bad": make("IECKSampler", steps=3.7)}
-    answer = post(server_of_nodes, {**prompt, **shown("one", "bad")})
-    assert answer.status_code == 400 and "steps: 3.7 is not a whole number" in answer.text
+def test_a_value_is_found_behind_a_node_that_is_of_no_form(host):
+    """Some hosts run what does not lead to it."""
+    node = host.nodes["IECKSampler"]
+    prompt = {
+        "odd": {"class_type": "IECKSampler", "inputs": None}, "other": 3,
+        "bad": {"class_type": "IECKSampler", "inputs": {"steps": 3.7, "model": ["odd", 0]}},
+    }  # fmt: skip
+    node.execute.__func__.__globals__["refuse_unfit"](prompt, {"IECKSampler": node})
+    with pytest.raises(ValueError, match=r"^steps: 3\.7 is not a whole number"):
+        int(prompt["bad"]["inputs"]["steps"])
+    assert prompt["bad"]["inputs"]["model"] == ["odd", 0]
 
 
 # What is right, though its size or number is odd.
