@@ -23,7 +23,7 @@ benchmark: setup
 	$(RUN) tools/quantization_benchmark.py
 	$(RUN) tools/quantization_benchmark.py --speed
 
-# The rows of docs/results that are missing; all take about an hour and a half on two CPU cores. It can be stopped, and goes on.
+# The rows of docs/results that are missing; all take about two and a half hours on two CPU cores. It can be stopped, and goes on.
 experiments: setup
 	$(RUN) tools/experiments.py $(OPTIONS)
 
@@ -53,9 +53,13 @@ lint: setup
 setup: $(VENV)/.installed
 	$(RUN) tools/comfyui.py
 
-# Trains the built-in model anew: about 100 minutes on two CPU cores. Needs npm, which fetches the images.
+# Trains the built-in models on by one run each, about two hours of one CPU core, and says what it brought. It can be stopped, and
+# goes on. Needs npm, which fetches the images.
 train: setup
 	$(RUN) tools/train_builtin_model.py
+	$(RUN) tools/train_transformer.py
+	$(RUN) tools/model_distance.py
+	$(RUN) tools/model_distance.py --architecture transformer
 
 $(VENV)/.installed: requirements-dev.txt tools/constraints.txt
 	$(PYTHON) -m venv $(VENV)

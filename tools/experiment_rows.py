@@ -1,8 +1,11 @@
 """The experiments: which runs of the built-in models are compared, and for which question.
 
-A row is one way to sample, a `Run`, over `IMAGES` images whose classes go round through all that the models know, with the same
-noise in every row. What a row is measured against are runs too: its baseline, the run of the same model with no correction; the
+A row is one way to sample, a `Run`, over images whose classes go round through all that the models know, with the same noise in
+every row. What a row is measured against are runs too: its baseline, the run of the same model with no correction; the
 full-precision run of as many steps, without cache and correction; and the exact solution. `experiments.py` computes them.
+
+How many images a question needs follows from what it asks: an error is told from another by tens of images in pairs, a distance
+between distributions by hundreds.
 """
 
 import itertools
@@ -10,7 +13,9 @@ from dataclasses import dataclass, replace
 
 import pack
 
-IMAGES = 64
+SCALES = ("small", "full")
+FULL_IMAGES = 2048
+CHUNK = 8  # images that are sampled at once
 EXACT_STEPS = 100  # of heun
 STOCHASTIC = ("euler_ancestral", "er_sde")  # their images are no solution of an equation that has an exact one
 EVALUATIONS_A_STEP = {"heun": 2}
@@ -69,9 +74,9 @@ class Run:
 
     @property
     def references(self):
-        """The runs that it is measured against, by name."""
-        runs = {"same_steps": self.same_steps, "exact": self.exact}
-        return {name: run for name, run in runs.items() if run is not None}
+        """The runs that it is measured against, by name; a baseline is not measured against itself."""
+        runs = {"baseline": self.baseline, "same_steps": self.same_steps, "exact": self.exact}
+        return {name: run for name, run in runs.items() if run is not None and (name, run) != ("baseline", self)}
 
     @property
     def evaluations(self):
@@ -90,6 +95,53 @@ class Run:
         return (plain * share + refreshed + 0.1 * shallow) * (1 if self.cfg == 1 else 2)
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """The images of a run that are sampled at once: `size` of them, from number * size on."""
+
+    run: Run
+    number: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a results file: a run over so many images, sampled so many at once."""
+
+    file: str
+    run: Run
+    images: int
+    chunk: int = CHUNK
+
+    @property
+    def key(self):
+        return self.run.key
+
+    @property
+    def baseline(self):
+        """The row of the run without a correction."""
+        return replace(self, run=self.run.baseline)
+
+    def chunks_of(self, run):
+        """Return the chunks that this row needs of one of its runs."""
+        return [Chunk(run, number, self.chunk) for number in range(self.images // self.chunk)]
+
+    @property
+    def chunks(self):
+        """All chunks that the row needs: its own, and those of what it is measured against."""
+        return [chunk for run in dict.fromkeys([self.run, *self.run.references.values()]) for chunk in self.chunks_of(run)]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked; the name of the file that has its rows; its runs; how many images each of them needs on a CPU."""
+
+    asked: str
+    file: str
+    runs: list
+    images: int = 64
+
+
 def grid(base, **values):
     """Return the runs that differ from a Run in every combination of the values, each a list by the name of its field."""
     return [replace(base, **dict(zip(values, combination))) for combination in itertools.product(*values.values())]
@@ -104,57 +156,74 @@ def with_rules(runs, *rules):
     ]
 
 
-ENDS, ALL, ALL_NEXT = ("ends:1/10", "paper"), ("all", "paper"), ("all", "next")
+ENDS, ALL, ALL_NEXT, ALL_AHEAD = ("ends:1/10", "paper"), ("all", "paper"), ("all", "next"), ("all", "ahead")
 FIRST_FIFTH, FIRST_HALF = ("first:4", "next"), ("first:10", "next")
 FULL, FULL_NEXT = ("full", "paper"), ("full", "next")
 FORMATS = ["none", "W8A8", "W4A8"]
 FLOW = Run(architecture="transformer", scheduler="simple")
 
-# Question: (the file of its rows, its runs). Where two questions want the same run, it is in the first one's file.
-QUESTIONS = {
-    "Which rule of correction lowers the error, on which schedule, in which precision; and do more steps do as well?": (
+QUESTIONS = [
+    Question(
+        "Which rule of correction lowers the error, on which schedule, in which precision; and do more steps do as well?",
         "rules",
         [
             *with_rules(
                 grid(Run(), quantization=FORMATS, scheduler=["karras", "simple", "normal"]),
-                ENDS, ALL, ALL_NEXT, FIRST_FIFTH, FIRST_HALF,
+                ENDS, ALL, ALL_NEXT, ALL_AHEAD, FIRST_FIFTH, FIRST_HALF,
             ),
             *grid(Run(), quantization=FORMATS, scheduler=["karras", "simple", "normal"], steps=[24, 30, 40]),
         ],
     ),
-    "What does a correction do behind a cache, and do fewer steps without a cache do as well?": (
+    Question(
+        "Do the images come nearer to the real ones, and do twice the steps do as well?",
+        "distances",
+        [
+            *with_rules(grid(Run(), cfg=[1.0, 3.0], quantization=FORMATS), ALL, ALL_NEXT, ALL_AHEAD),
+            *grid(Run(), cfg=[1.0, 3.0], quantization=FORMATS, steps=[40]),
+        ],
+        images=256,
+    ),
+    Question(
+        "What does a correction do behind a cache, and do fewer steps without a cache do as well?",
         "caches",
         [
             *with_rules(grid(Run(), interval=[2, 3, 5], forecast=["hold", "linear"]), FULL, FULL_NEXT),
             *grid(Run(), steps=[7, 10, 14]),
         ],
     ),
-    "What does it do with samplers that keep a history, and with those that draw noise?": (
+    Question(
+        "What does it do with samplers that keep a history, and with those that draw noise?",
         "samplers",
         with_rules(grid(Run(), sampler=["dpmpp_2m", "euler_ancestral", "er_sde"]), ALL, ALL_NEXT, FIRST_FIFTH),
     ),
-    "Is it the same on a transformer of flow matching?": (
+    Question(
+        "Is it the same on a transformer of flow matching?",
         "transformer",
         [
-            *with_rules(grid(FLOW, quantization=FORMATS), ENDS, ALL, ALL_NEXT, FIRST_FIFTH),
+            *with_rules(grid(FLOW, quantization=FORMATS), ENDS, ALL, ALL_NEXT, ALL_AHEAD, FIRST_FIFTH),
             *with_rules(grid(FLOW, interval=[3], forecast=["hold", "linear"]), FULL, FULL_NEXT),
             *grid(FLOW, steps=[10, 24, 30, 40]),
         ],
     ),
-    "Which damping, and how many iterations?": (
+    Question(
+        "Which damping, and how many iterations?",
         "damping",
         [
+            Run(),
             *grid(Run(correction_steps="all"), evaluation_point=["paper", "next"], lambda_=[0.1, 0.3, 0.5, 0.7, 0.9, 1.0]),
             *grid(Run(correction_steps="all"), evaluation_point=["paper", "next"], max_iterations=[2, 3]),
         ],
     ),
-}  # fmt: skip
+]  # fmt: skip
 
 
-def declared():
-    """Return {file name without suffix: [Run, ...]} of all questions, every run once."""
-    seen, files = set(), {}
-    for name, runs in QUESTIONS.values():
-        files[name] = [run for run in dict.fromkeys(runs) if run not in seen]
-        seen.update(files[name])
-    return files
+def declared(scale="small", chunk=CHUNK):
+    """Return {file name without suffix: [Row, ...]} of all questions; a file has all rows of its question, each once.
+
+    scale: "small", as many images as each question needs, or "full", `FULL_IMAGES` a row. chunk: images sampled at once.
+    """
+    images = {question.file: question.images if scale == "small" else FULL_IMAGES for question in QUESTIONS}
+    return {
+        question.file: [Row(question.file, run, images[question.file], chunk) for run in dict.fromkeys(question.runs)]
+        for question in QUESTIONS
+    }

@@ -1,8 +1,8 @@
 """Images of the runs of experiments: sampled by the pack's own nodes, a chunk at a time, and kept as files.
 
-A chunk is `CHUNK` images, less than a minute's work on one core. Its noise comes from the chunk's number alone, so that an
-image is the same whoever samples it and whatever was sampled before. `sampled` has chunks made by processes of their own:
-`prepare` makes one ready, `sample` works in it.
+A chunk of eight images is less than a minute's work on one core. Its noise comes from its size and number alone, so that an
+image is the same whoever samples it and whatever was sampled before. `sampled` has chunks made by processes of their own, and
+`made` makes one. Beside the images a chunk keeps their features, which take as long as a few steps of sampling.
 """
 
 import concurrent.futures
@@ -16,20 +16,23 @@ import tempfile
 import time
 from dataclasses import asdict
 
+import classifier
 import comfyui
 import emoji
-import experiment_rows
+import experiment_ray
+import imagenet
 import pack
 import processes
 import safetensors
 import torch
+from experiment_rows import CHUNK
 from safetensors.torch import save
 
-CHUNK = 8
+MOST_AT_ONCE = 256  # images, on a GPU
 SEED = 1000  # of the first chunk's noise; the next one's is one more
 ASSETS = comfyui.ROOT / "nodes/assets"
 WEIGHTS = {"unet": ASSETS / "emoji32.safetensors", "transformer": ASSETS / "emoji32_flow.safetensors"}
-SHAPE = (CHUNK, 3, 32, 32)
+MEASURED_BY = (classifier.WEIGHTS, imagenet.REAL_FEATURES)
 
 
 @functools.cache
@@ -42,13 +45,20 @@ def _digest(thing):
 
 
 def digest(run):
-    """Return what tells a run's images from others, 12 hexadecimal digits: its settings, the seeds, the model's weights."""
-    return _digest([asdict(run), CHUNK, SEED, _sha256(WEIGHTS[run.architecture])])
+    """Return what tells a run's images from others, 12 hexadecimal digits: its settings, the seeds, the model's weights, and
+    the networks that make their features.
+    """
+    return _digest([asdict(run), SEED, _sha256(WEIGHTS[run.architecture]), *map(_sha256, MEASURED_BY)])
 
 
-def row_digest(run):
-    """Return what tells a run's row from others: its images, how many they are, and all that they are measured against."""
-    return _digest([experiment_rows.IMAGES, *map(digest, (run, run.baseline, *run.references.values()))])
+def row_digest(row):
+    """Return what tells a row from others: its images, how many they are, and all that they are measured against."""
+    return _digest([row.images, row.chunk, *map(digest, (row.run, *row.run.references.values()))])
+
+
+def shape(chunk):
+    """Return the shape of a chunk's latents."""
+    return (chunk.size, 3, 32, 32)
 
 
 class Sampler:
@@ -74,24 +84,50 @@ class Sampler:
             self._models[key] = model
         return self._models[key]
 
-    def chunk(self, run, number):
-        """Return (latents float32 [CHUNK, 3, 32, 32], evaluations of the network, seconds). Raises ValueError where a latent
-        is not finite.
+    def chunk(self, chunk):
+        """Return (latents float32 [size, 3, 32, 32], evaluations of the network, seconds) of a Chunk. Raises ValueError where a
+        latent is not finite.
         """
-        classes = list(emoji.CLASSES)
-        labels = ", ".join(classes[(number * CHUNK + place) % len(classes)] for place in range(CHUNK))
+        run, first, classes = chunk.run, chunk.number * chunk.size, list(emoji.CLASSES)
+        labels = ", ".join(classes[(first + place) % len(classes)] for place in range(chunk.size))
         inputs = {
             "positive": self._run("IECClassLabel", labels=labels)[0], "negative": self._run("IECClassLabel", labels="none")[0],
-            "latent_image": {"samples": torch.zeros(SHAPE)}, "denoise": 1.0, "seed": SEED + number, "steps": run.steps,
-            "cfg": run.cfg, "sampler_name": run.sampler, "scheduler": run.scheduler,
+            "latent_image": {"samples": torch.zeros(shape(chunk))}, "denoise": 1.0, "seed": SEED + chunk.number,
+            "steps": run.steps, "cfg": run.cfg, "sampler_name": run.sampler, "scheduler": run.scheduler,
             "correction_steps": run.correction_steps, "evaluation_point": run.evaluation_point, "lambda_": run.lambda_,
             "max_iterations": run.max_iterations, "tolerance": 0.0,
         }  # fmt: skip
         model, begin = self._model(run), time.perf_counter()
         latent, reports = self._run("IECKSampler", model=model, **inputs)
         if not bool(latent["samples"].isfinite().all()):
-            raise ValueError(f"{run.key}: a latent of images {number * CHUNK} to {number * CHUNK + CHUNK - 1} is not finite.")
+            raise ValueError(f"{run.key}: a latent of images {first} to {first + chunk.size - 1} is not finite.")
         return latent["samples"].float().cpu(), reports[0].nfe, time.perf_counter() - begin
+
+    def at_once(self, architecture):
+        """Return how many images of a model a GPU samples at once, a power of two of 8 to 256: what the host expects that they
+        take must fit into half of the free memory. 8 without a GPU.
+        """
+        import comfy.model_management as management
+
+        device, size = management.get_torch_device(), MOST_AT_ONCE
+        if device.type != "cuda":
+            return CHUNK
+        (model,) = self._run("IECLoadBuiltinModel", precision="float32", architecture=architecture)
+        while size > CHUNK and model.model.memory_required([2 * size, 3, 32, 32]) > management.get_free_memory(device) / 2:
+            size //= 2
+        return size
+
+
+@functools.cache
+def _classifier():
+    return classifier.load()[0]
+
+
+def features(latents):
+    """Return {network: features float32 [N, 64]} of latents [N, 3, 32, 32], whose values are pixels in -1..1."""
+    images = (latents.clamp(-1, 1) + 1) / 2
+    on = "cuda" if torch.cuda.is_available() else "cpu"
+    return {"emoji": _classifier().features(images).float(), "imagenet": imagenet.real().of(images, on).float()}
 
 
 def device():
@@ -105,67 +141,90 @@ class Store:
     def __init__(self, folder):
         self.folder = pathlib.Path(folder)
 
-    def path(self, run, number):
-        return self.folder / f"{digest(run)}-{number}.safetensors"
+    def path(self, chunk):
+        return self.folder / f"{digest(chunk.run)}-{chunk.size}x{chunk.number}.safetensors"
 
-    def load(self, run, number):
-        """Return (latents [CHUNK, 3, 32, 32], {"key", "nfe", "seconds", "device"}), or None where there is no such chunk."""
+    def load(self, chunk):
+        """Return ({"latents": [size, 3, 32, 32], "emoji": [size, 64], "imagenet": [size, 64]}, {"key", "nfe", "seconds",
+        "device"}), or None where there is no such chunk.
+        """
         try:
-            with safetensors.safe_open(self.path(run, number), "pt") as file:
-                latents, about = file.get_tensor("latents"), json.loads(file.metadata()["about"])
+            with safetensors.safe_open(self.path(chunk), "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in ("latents", "emoji", "imagenet")}
+                about = json.loads(file.metadata()["about"])
         except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError):
             return None
-        is_whole = latents.shape == SHAPE and bool(latents.isfinite().all()) and about.get("key") == run.key
-        return (latents, about) if is_whole else None
+        latents = tensors["latents"]
+        is_whole = latents.shape == shape(chunk) and bool(latents.isfinite().all()) and about.get("key") == chunk.run.key
+        return (tensors, about) if is_whole else None
 
-    def save(self, run, number, latents, nfe, seconds):
-        """Write a chunk, in one move."""
+    def save(self, chunk, content):
+        """Write a chunk, in one move; content: what `content_of` or `made` returns."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        about = {"key": run.key, "nfe": nfe, "seconds": seconds, "device": device()}
         with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".partial", delete=False) as file:
-            file.write(save({"latents": latents}, {"about": json.dumps(about)}))
-        pathlib.Path(file.name).replace(self.path(run, number))
+            file.write(content)
+        pathlib.Path(file.name).replace(self.path(chunk))
 
-    def load_run(self, run):
-        """Return (latents [IMAGES, 3, 32, 32], evaluations of the network for an image, seconds in all, device), or None
-        where a chunk is missing.
+    def load_run(self, row, run):
+        """Return ({"latents", "emoji", "imagenet"} of all images, evaluations of the network for an image, seconds in all,
+        device) of a run as a row needs it, or None where a chunk is missing.
         """
-        chunks = [self.load(run, number) for number in range(experiment_rows.IMAGES // CHUNK)]
+        chunks = [self.load(chunk) for chunk in row.chunks_of(run)]
         if any(chunk is None for chunk in chunks):
             return None
         about = [about for _, about in chunks]
-        latents = torch.cat([latents for latents, _ in chunks])
-        return latents, about[0]["nfe"], sum(one["seconds"] for one in about), about[0]["device"]
+        tensors = {name: torch.cat([tensors[name] for tensors, _ in chunks]) for name in chunks[0][0]}
+        return tensors, about[0]["nfe"], sum(one["seconds"] for one in about), about[0]["device"]
+
+
+def content_of(chunk, latents, nfe, seconds):
+    """Return the bytes of a chunk's file."""
+    about = {"key": chunk.run.key, "nfe": nfe, "seconds": seconds, "device": device()}
+    return save({"latents": latents, **features(latents)}, {"about": json.dumps(about)})
 
 
 _ready = {}  # the Sampler of a process, once it is prepared
 
 
 def prepare():
-    """Make this process ready for `sample`: one thread, ComfyUI loaded. It goes on where a terminal interrupts the whole group,
-    so that the chunk at hand is not lost, and ends with its parent.
-    """
+    """Make this process ready for `made`: one thread, ComfyUI loaded. Return its Sampler."""
+    if not _ready:
+        torch.set_num_threads(1)
+        _ready["sampler"] = Sampler(comfyui.load_nodes(cpu=not torch.cuda.is_available()))
+    return _ready["sampler"]
+
+
+def made(chunk):
+    """Sample a chunk, and return the bytes of its file."""
+    with torch.inference_mode():
+        return content_of(chunk, *prepare().chunk(chunk))
+
+
+def _prepare_child():
+    """Go on where a terminal interrupts the whole group, so that the chunk at hand is not lost, and end with the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     processes.end_with_parent()
-    torch.set_num_threads(1)
-    _ready["sampler"] = Sampler(comfyui.load_nodes(cpu=not torch.cuda.is_available()))
+    prepare()
 
 
-def sample(run, number, folder):
-    """Sample a chunk of a run into a store's folder."""
-    with torch.inference_mode():
-        Store(folder).save(run, number, *_ready["sampler"].chunk(run, number))
+def _sample(chunk, folder):
+    """Sample a chunk into a store's folder."""
+    Store(folder).save(chunk, made(chunk))
 
 
 def sampled(chunks, store, workers):
-    """Sample chunks, (Run, number), into a store by as many processes; yield each when it is there.
+    """Sample Chunks into a store by as many processes, or by the workers of the Ray cluster that RAY_ADDRESS names; yield each
+    when it is there.
 
-    Raises what `Sampler.chunk` does. Where it is interrupted, the chunks at hand are finished.
+    Raises what `Sampler.chunk` does. Where it is interrupted, the chunks at hand of its own processes are finished.
     """
+    if experiment_ray.is_wanted():
+        yield from experiment_ray.sampled(chunks, store)
+        return
     context = multiprocessing.get_context("spawn")
-    executor = concurrent.futures.ProcessPoolExecutor(workers, context, prepare)
+    executor = concurrent.futures.ProcessPoolExecutor(workers, context, _prepare_child)
     try:
-        futures = {executor.submit(sample, *chunk, store.folder): chunk for chunk in chunks}
+        futures = {executor.submit(_sample, chunk, store.folder): chunk for chunk in chunks}
         for future in concurrent.futures.as_completed(futures):
             future.result()
             yield futures[future]

@@ -1,12 +1,16 @@
-"""What the trainings of this pack's models have in common: the loop, the averaged weights, the file."""
+"""What the trainings of this pack's models have in common: the loop, the averaged weights, the file, and how one goes on."""
 
 import copy
 import json
 import math
+import pathlib
 import time
 
+import comfyui
 import pack
 import torch
+
+SNAPSHOT = 500  # steps between two snapshots; of the built-in models, less than ten minutes on one CPU core
 
 
 def learning_rate_factor(step, settings):
@@ -15,19 +19,22 @@ def learning_rate_factor(step, settings):
     return warmup * 0.5 * (1 + math.cos(math.pi * step / settings["steps"]))
 
 
-def train(network, loss_of_a_batch, settings, on_snapshot):
+def train(network, loss_of_a_batch, settings, on_snapshot, state=None):
     """Minimise `loss_of_a_batch()`; every 500 steps and at the end call on_snapshot(averaged network, steps done, mean loss
     of the last 500 steps).
 
-    settings: steps, learning_rate, warmup_steps, weight_decay, gradient_clip, ema_decay.
+    settings: steps, learning_rate, warmup_steps, weight_decay, gradient_clip, ema_decay. state: a `State`, which what was
+    interrupted goes on from, to the same weights bit for bit.
     """
     average = copy.deepcopy(network).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=settings["learning_rate"], betas=(0.9, 0.99), weight_decay=settings["weight_decay"]
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, settings))
+    parts = {"network": network, "average": average, "optimizer": optimizer, "schedule": schedule}
+    first = state.restore(parts) if state else 0
     losses, began = [], time.time()
-    for step in range(settings["steps"]):
+    for step in range(first, settings["steps"]):
         with pack.load("iec_core.autograd").saved_apart():
             loss = loss_of_a_batch()
         optimizer.zero_grad(set_to_none=True)
@@ -39,10 +46,99 @@ def train(network, loss_of_a_batch, settings, on_snapshot):
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
         losses.append(loss.item())
-        if (step + 1) % 500 == 0 or step + 1 == settings["steps"]:
-            recent = sum(losses[-500:]) / len(losses[-500:])
+        is_last = step + 1 == settings["steps"]
+        if (step + 1) % SNAPSHOT == 0 or is_last:
+            recent = sum(losses[-SNAPSHOT:]) / len(losses[-SNAPSHOT:])
             print(f"step {step + 1}  loss {recent:.4f}  {time.time() - began:.0f} s", flush=True)
+            if state and not is_last:
+                state.save(step + 1, parts)
             on_snapshot(average, step + 1, recent)
+    if state:
+        state.remove()
+
+
+class State:
+    """All that an interrupted training goes on from, in a file that is replaced in one move."""
+
+    def __init__(self, path, run, generator):
+        """run: the facts of the training run, as JSON has them; a file of another run is left aside. generator: the
+        torch.Generator that the batches are drawn with.
+        """
+        self._path, self._run, self._generator = pathlib.Path(path), run, generator
+
+    def _kept(self):
+        if not self._path.exists():
+            return None
+        kept = torch.load(self._path, weights_only=True)
+        return kept if json.loads(kept["run"]) == self._run else None
+
+    def is_there(self):
+        """Tell whether there is something to go on from."""
+        return self._kept() is not None
+
+    def restore(self, parts):
+        """Load the state into parts, {name: what has a state_dict}, and return how many steps are done; 0 without a file."""
+        kept = self._kept()
+        if kept is None:
+            return 0
+        for name, part in parts.items():
+            part.load_state_dict(kept[name])
+        self._generator.set_state(kept["generator"])
+        print(f"goes on after step {kept['step']}", flush=True)
+        return kept["step"]
+
+    def save(self, step, parts):
+        """Write the file; step: how many are done."""
+        kept = {name: part.state_dict() for name, part in parts.items()}
+        kept |= {"run": json.dumps(self._run), "step": step, "generator": self._generator.get_state()}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._path.with_suffix(".partial")
+        torch.save(kept, partial)
+        partial.replace(self._path)
+
+    def remove(self):
+        self._path.unlink(missing_ok=True)
+
+
+def run_on(path, build, config, classes, title, loss_of, settings, data):
+    """Train a model on by one run of settings["steps"] steps, from the weights in its file, or anew where there is no file.
+
+    path: the safetensors file; a run that was interrupted goes on where its last snapshot was, as long as .cache/training has
+    its state. build(): the network with fresh weights. loss_of(network, generator): what `train` takes. settings: as `train`
+    takes them, and "seed", to which the number of earlier runs is added. data: facts of the images. The file's metadata tell
+    all runs, the first one first: settings, data, steps done, loss.
+    """
+    weights, history = read(path)
+    begun = [run for run in history if run["step"] < run["steps"]]
+    for earlier in (history[:-1], history) if begun and begun[-1] == history[-1] else (history,):
+        run = dict(settings, seed=settings["seed"] + len(earlier), torch=torch.__version__, **data)
+        generator = torch.Generator().manual_seed(run["seed"])
+        state = State(comfyui.CACHE / "training" / (path.name + ".pt"), run, generator)
+        if state.is_there():
+            break
+    torch.manual_seed(run["seed"])
+    network = build()
+    if weights:
+        network.load_state_dict(weights)
+
+    def snapshot(average, step, loss):
+        runs = [*earlier, dict(run, step=step, loss=round(loss, 5))]
+        save(average, path, title, unet_config=config, classes=classes, training=runs)
+
+    print(f"run {len(earlier) + 1} of {path.name}, {settings['steps']} steps", flush=True)
+    train(network, loss_of(network, generator), settings, snapshot, state)
+
+
+def read(path):
+    """Return (weights in float32, the list of training runs) of a model's file; (None, []) where there is none."""
+    import safetensors
+
+    if not path.exists():
+        return None, []
+    with safetensors.safe_open(path, "pt") as file:
+        weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+        told = json.loads(file.metadata()["iec.training"])
+    return weights, told if isinstance(told, list) else [told]  # files of one run have it by itself
 
 
 def save(network, path, title, **facts):

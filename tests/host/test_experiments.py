@@ -1,12 +1,14 @@
 """The runs of experiments, sampled by the real nodes."""
 
+import contextlib
+import os
 from types import SimpleNamespace
 
 import experiment_rows
 import experiment_samples
 import pytest
 import torch
-from experiment_rows import Run
+from experiment_rows import Chunk, Run
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +17,7 @@ def sampler(host):
 
 
 def test_every_declared_run_is_accepted_by_the_nodes(host):
-    runs = [run for runs in experiment_rows.declared().values() for run in runs]
+    runs = {row.run for rows in experiment_rows.declared().values() for row in rows}
     for run in [*runs, *(run.exact for run in runs if run.exact)]:
         correction = {
             "correction_steps": run.correction_steps,
@@ -51,9 +53,9 @@ def test_a_chunk_is_what_the_nodes_make(host, sampler, run, nfe):
         "latent_image": {"samples": torch.zeros(8, 3, 32, 32)}, "denoise": 1.0, "correction_steps": run.correction_steps,
         "lambda_": run.lambda_, "max_iterations": 1, "tolerance": 0.0, "evaluation_point": run.evaluation_point,
     }  # fmt: skip
-    latents, told, _ = sampler.chunk(run, 1)
+    latents, told, _ = sampler.chunk(Chunk(run, 1, 8))
     assert torch.equal(latents, host.run("IECKSampler", **settings)[0]["samples"]) and told == nfe
-    assert not torch.equal(latents, sampler.chunk(run, 0)[0])
+    assert not torch.equal(latents, sampler.chunk(Chunk(run, 0, 8))[0])
 
 
 def test_an_image_that_is_not_finite_is_told_with_its_row(host):
@@ -64,14 +66,77 @@ def test_an_image_that_is_not_finite_is_told_with_its_row(host):
 
     broken = experiment_samples.Sampler({**host.nodes, "IECKSampler": Broken})
     with pytest.raises(ValueError, match=r"unet euler karras 1 cfg3: a latent of images 8 to 15 is not finite"):
-        broken.chunk(Run(steps=1), 1)
+        broken.chunk(Chunk(Run(steps=1), 1, 8))
+
+
+def check(chunks, store, sampler):
+    """What was sampled elsewhere is what is sampled here, and its features are those of its images."""
+    for chunk in chunks:
+        tensors, about = store.load(chunk)
+        run = chunk.run
+        assert about["key"] == run.key and about["nfe"] == run.steps * (2 if run.correction_steps == "all" else 1)
+        assert torch.equal(tensors["latents"], sampler.chunk(chunk)[0])
+        for name, found in experiment_samples.features(tensors["latents"]).items():
+            assert torch.allclose(tensors[name], found, rtol=1e-4, atol=1e-4)
 
 
 def test_processes_give_the_same_images(sampler, tmp_path):
     store, runs = experiment_samples.Store(tmp_path), [Run(steps=1), Run(steps=1, correction_steps="all")]
-    chunks = [(run, number) for run in runs for number in (0, 1)]
+    chunks = [Chunk(run, number, 8) for number, run in enumerate(runs)]
     assert set(experiment_samples.sampled(chunks, store, workers=2)) == set(chunks)
-    for run, number in chunks:
-        latents, about = store.load(run, number)
-        assert about["key"] == run.key and about["nfe"] == run.steps * (2 if run.correction_steps == "all" else 1)
-        assert torch.equal(latents, sampler.chunk(run, number)[0])
+    check(chunks, store, sampler)
+
+
+def test_without_a_gpu_chunks_are_small(sampler):
+    assert sampler.at_once("unet") == 8
+
+
+@contextlib.contextmanager
+def same_environment():
+    """Ray sets variables of its own."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ |= before
+
+
+@pytest.fixture(scope="module")
+def address():
+    """A Ray cluster of two workers on this machine."""
+    with same_environment():
+        os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1"}
+        from ray.cluster_utils import Cluster
+
+        built = Cluster()
+        for _ in range(2):
+            memory = 80 * 2**20  # the least that Ray takes
+            built.add_node(num_cpus=1, num_gpus=0, object_store_memory=memory, include_dashboard=False)
+        yield built.address
+        built.shutdown()
+
+
+@pytest.fixture
+def cluster(address):
+    """The environment names the cluster."""
+    with same_environment():
+        os.environ["RAY_ADDRESS"] = address
+        yield
+
+
+def test_a_ray_cluster_gives_the_same_images(sampler, tmp_path, cluster):
+    store = experiment_samples.Store(tmp_path)
+    chunks = [Chunk(Run(steps=1), number, 8) for number in (0, 1)]
+    assert set(experiment_samples.sampled(chunks, store, workers=1)) == set(chunks)
+    check(chunks, store, sampler)
+
+
+def test_what_a_worker_raises_is_told(tmp_path, cluster):
+    chunk = Chunk(Run(steps=1, sampler="none such"), 0, 8)
+    with pytest.raises(Exception, match="none such"):
+        list(experiment_samples.sampled([chunk], experiment_samples.Store(tmp_path), workers=1))
+
+
+def test_an_address_without_a_cluster_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(ValueError, match=r"RAY_ADDRESS: no cluster answers at '127.0.0.1:1'"):
+        list(experiment_samples.sampled([Chunk(Run(steps=1), 0, 8)], experiment_samples.Store(tmp_path), workers=1))

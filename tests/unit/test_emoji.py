@@ -1,9 +1,12 @@
 """The training data's split, and the loop that the trainings share."""
 
+import functools
 import json
 
+import comfyui
 import emoji
 import numpy as np
+import pytest
 import safetensors
 import torch
 import training
@@ -55,3 +58,87 @@ def test_training_minimises_and_its_file_tells_of_it(tmp_path):
         assert json.loads(file.metadata()["iec.classes"]) == ["a", "b"]
         assert torch.allclose(file.get_tensor("weight").float(), wanted, atol=1e-3)
     assert [p.name for p in tmp_path.iterdir()] == ["layer.safetensors"]
+
+
+CONFIG, DATA = {"width": 3}, {"images": 5}
+SETTINGS = {
+    "seed": 7, "steps": 9, "learning_rate": 0.05, "warmup_steps": 2, "weight_decay": 0.01, "gradient_clip": 1.0,
+    "ema_decay": 0.9,
+}  # fmt: skip
+
+
+@pytest.fixture
+def run_on(tmp_path, monkeypatch):
+    """A function that trains the layer of a file on, with a snapshot every three steps; it dies after `snapshots` of them."""
+    monkeypatch.setattr(training, "SNAPSHOT", 3)
+    monkeypatch.setattr(comfyui, "CACHE", tmp_path / "cache")
+    save = training.save
+
+    def loss_of(layer, generator):
+        return lambda: (layer(torch.randn(16, 3, generator=generator)) - 1).square().mean()
+
+    def run(path, snapshots=99, **settings):
+        seen = []
+
+        def save_and_die(*args, **facts):
+            save(*args, **facts)
+            seen.append(facts)
+            if len(seen) == snapshots:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(training, "save", save_and_die)
+        build = functools.partial(torch.nn.Linear, 3, 2)
+        training.run_on(path, build, CONFIG, ["a"], "a layer", loss_of, {**SETTINGS, **settings}, DATA)
+
+    return run
+
+
+def told(path):
+    with safetensors.safe_open(path, "pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return weights, json.loads(file.metadata()["iec.training"])
+
+
+def same(some, others):
+    return some.keys() == others.keys() and all(torch.equal(some[name], others[name]) for name in some)
+
+
+@pytest.mark.parametrize("snapshots", [1, 2])
+def test_a_training_that_was_stopped_goes_on_to_the_same_weights(run_on, tmp_path, snapshots):
+    whole, stopped = tmp_path / "whole.safetensors", tmp_path / "stopped.safetensors"
+    run_on(whole)
+    with pytest.raises(KeyboardInterrupt):
+        run_on(stopped, snapshots)
+    assert told(stopped)[1][0]["step"] == 3 * snapshots
+    run_on(stopped)
+    assert same(told(stopped)[0], told(whole)[0]) and told(stopped)[1] == told(whole)[1]
+    assert list((tmp_path / "cache/training").iterdir()) == []
+
+
+def test_a_run_goes_on_from_the_file_and_the_history_tells_all(run_on, tmp_path):
+    path = tmp_path / "layer.safetensors"
+    run_on(path)
+    first, history = told(path)
+    assert [(run["seed"], run["step"], run["images"]) for run in history] == [(7, 9, 5)]
+    run_on(path, steps=3, learning_rate=1e-9, weight_decay=0.0)
+    second, history = told(path)
+    assert [(run["seed"], run["steps"], run["step"]) for run in history] == [(7, 9, 9), (8, 3, 3)]
+    assert all(torch.allclose(first[name], second[name], atol=1e-3) for name in first)  # it did not begin anew
+
+
+def test_an_interrupted_run_whose_state_is_lost_is_told_as_such(run_on, tmp_path):
+    path = tmp_path / "layer.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        run_on(path, snapshots=1)
+    for file in (tmp_path / "cache/training").iterdir():
+        file.unlink()
+    run_on(path)
+    assert [(run["seed"], run["step"]) for run in told(path)[1]] == [(7, 3), (8, 9)]
+
+
+def test_other_settings_do_not_go_on_with_what_was_stopped(run_on, tmp_path):
+    path = tmp_path / "layer.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        run_on(path, snapshots=2)
+    run_on(path, learning_rate=0.01)
+    assert [(run["step"], run["learning_rate"]) for run in told(path)[1]] == [(6, 0.05), (9, 0.01)]

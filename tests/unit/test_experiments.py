@@ -9,8 +9,9 @@ import experiment_samples
 import experiments
 import numpy as np
 import pytest
+import sample_distance
 import torch
-from experiment_rows import Run
+from experiment_rows import Chunk, Row, Run
 
 PLAIN = Run(steps=4)
 CORRECTED = replace(PLAIN, correction_steps="all")
@@ -19,12 +20,26 @@ ANCESTRAL = replace(PLAIN, sampler="euler_ancestral")
 FILES = {"first": [CORRECTED, COARSE, PLAIN], "second": [ANCESTRAL]}
 
 
-def images_of(run, number, salt=""):
+def declared(scale="small", chunk=8, images=16):
+    return {name: [Row(name, run, images, chunk) for run in runs] for name, runs in FILES.items()}
+
+
+def row_of(run, name="first"):
+    return Row(name, run, 16)
+
+
+def images_of(run, number, salt="", size=8):
     """Made-up latents of a chunk: the same content for all runs, and noise of the run's own."""
-    content = torch.randn(experiment_samples.SHAPE, generator=torch.Generator().manual_seed(number))
+    shape = (size, 3, 32, 32)
+    content = torch.randn(shape, generator=torch.Generator().manual_seed(number))
     seed = int(hashlib.sha256(f"{run.key} {number} {salt}".encode()).hexdigest()[:8], 16)
-    noise = torch.randn(experiment_samples.SHAPE, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     return content.clamp(-1, 1) + (0.01 + 0.01 * len(run.key)) * noise
+
+
+def features_of(latents):
+    """Made-up features: in place of the networks', 64 pixels of each image."""
+    return {"emoji": latents[:, 0, 16, :].repeat(1, 2), "imagenet": latents[:, 1, 12:14, :].reshape(-1, 64).contiguous()}
 
 
 class Fake:
@@ -34,20 +49,22 @@ class Fake:
         self.told, self.stop, self.salt = [], None, ""
 
     def __call__(self, chunks, store, workers):
-        for run, number in chunks:
+        for chunk in chunks:
             if self.stop is not None and len(self.told) == self.stop:
                 raise KeyboardInterrupt
-            self.told.append((run, number))
-            store.save(run, number, images_of(run, number, self.salt), run.steps, 1.0)
-            yield run, number
+            self.told.append(chunk)
+            images = images_of(chunk.run, chunk.number, self.salt, chunk.size)
+            store.save(chunk, experiment_samples.content_of(chunk, images, chunk.run.steps, 1.0))
+            yield chunk
 
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
     fake = Fake()
-    monkeypatch.setattr(experiment_rows, "IMAGES", 16)
-    monkeypatch.setattr(experiment_rows, "declared", lambda: FILES)
+    monkeypatch.setattr(experiment_rows, "declared", declared)
+    monkeypatch.setattr(experiment_samples, "features", features_of)
     monkeypatch.setattr(experiments, "sampled", fake)
+    monkeypatch.setattr(experiments, "RESAMPLES", 20)
     monkeypatch.setattr(experiments, "CACHE", tmp_path / "cache")
     return fake
 
@@ -63,19 +80,26 @@ def rows_of(folder, name="first"):
 
 def test_declared_rows_are_apart_and_have_their_baselines():
     files = experiment_rows.declared()
-    runs = [run for runs in files.values() for run in runs]
-    assert len({run.key for run in runs}) == len(set(runs)) == len(runs) > 100
-    assert {run.baseline for run in runs} <= set(runs)
-    assert len({experiment_samples.digest(run) for run in runs}) == len(runs)
-    assert experiment_rows.IMAGES % experiment_samples.CHUNK == 0
+    for rows in files.values():
+        assert len({row.key for row in rows}) == len(set(rows)) == len(rows)
+        assert {row.baseline for row in rows} <= set(rows)
+        assert all(row.images % row.chunk == 0 for row in rows)
+    runs = {row.run for rows in files.values() for row in rows}
+    assert len(runs) > 100 and len({experiment_samples.digest(run) for run in runs}) == len(runs)
+
+
+def test_the_full_scale_has_the_same_runs_of_2048_images():
+    small, full = experiment_rows.declared(), experiment_rows.declared("full", 256)
+    assert [row.run for rows in full.values() for row in rows] == [row.run for rows in small.values() for row in rows]
+    assert {(row.images, row.chunk) for rows in full.values() for row in rows} == {(2048, 256)}
+    assert experiments.chunk_size("small") == 8
 
 
 def test_the_whole_list_takes_less_than_four_hours(tmp_path):
-    runs = [run for runs in experiment_rows.declared().values() for run in runs]
-    store = experiment_samples.Store(tmp_path)
-    assert 10 < experiments.minutes(runs, store, workers=2) < 240
-    longest = max(run.evaluations for run in runs for run in (run, *run.references.values()))
-    assert longest * experiment_samples.CHUNK / experiments.SPEED < 120  # seconds that a kill may lose
+    rows = [row for rows in experiment_rows.declared().values() for row in rows]
+    assert 10 < experiments.minutes(rows, experiment_samples.Store(tmp_path), workers=2) < 240
+    longest = max(chunk.run.evaluations * chunk.size for row in rows for chunk in row.chunks)
+    assert longest / experiments.SPEED < 120  # seconds that a kill may lose
 
 
 @pytest.mark.parametrize(
@@ -99,6 +123,7 @@ def test_references_are_full_precision_without_cache_and_correction():
     assert run.same_steps == Run() and run.exact == Run(sampler="heun", steps=experiment_rows.EXACT_STEPS)
     assert Run(architecture="transformer", scheduler="simple").exact.scheduler == "simple"
     assert Run(sampler="er_sde").exact is None and list(Run(sampler="er_sde").references) == ["same_steps"]
+    assert list(run.references) == ["baseline", "same_steps", "exact"]
 
 
 def relative(run, reference):
@@ -119,8 +144,26 @@ def test_numbers_are_those_of_the_images(fake, tmp_path):
     # Two standard errors of the pairs: what is common to the runs is not in it.
     width = float(row["change_exact_high"]) - float(row["change_exact_low"])
     assert width == pytest.approx(2 * 1.96 * (each - before).std() / 4, rel=0.3)
-    assert float(row["emoji_frechet"]) > 0 and row["emoji_kernel_low"] < row["emoji_kernel_high"]
+    assert (row["images"], row["chunk"]) == ("16", "8")
     assert (row["images"], row["nfe"], row["seconds"]) == ("16", "4", "2") and row["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("network", ["emoji", "imagenet"])
+def test_distances_are_those_of_the_features(fake, tmp_path, network):
+    run_all(tmp_path)
+    row, real = rows_of(tmp_path)[CORRECTED.key], experiments.real_features()[network]
+
+    def features(run):
+        return np.concatenate([features_of(images_of(run, number))[network].double().numpy() for number in (0, 1)])
+
+    own, before = features(CORRECTED), features(PLAIN)
+    frechet, kernel = sample_distance.frechet_distance, sample_distance.kernel_distance
+    for name, measure in {f"{network}_frechet": frechet, f"{network}_kernel": kernel}.items():
+        assert float(row[name]) == pytest.approx(measure(own, real), rel=1e-3)
+        change = measure(own, real) - measure(before, real)
+        assert float(row[f"change_{name}"]) == pytest.approx(change, rel=0.02, abs=2e-3 * abs(measure(own, real)))
+        assert float(row[f"{name}_low"]) < float(row[name]) < float(row[f"{name}_high"])
+    assert rows_of(tmp_path)[PLAIN.key][f"change_{network}_frechet"] == ""
 
 
 def test_a_baseline_has_no_change_and_a_stochastic_run_no_exact_solution(fake, tmp_path):
@@ -168,28 +211,35 @@ def test_other_weights_make_a_row_missing(fake, tmp_path, monkeypatch):
     monkeypatch.setitem(experiment_samples.WEIGHTS, "unet", other)
     fake.told.clear()
     run_all(tmp_path)
-    assert {run for run, _ in fake.told} == {*FILES["first"], *FILES["second"], PLAIN.exact}
-    assert rows_of(tmp_path)[PLAIN.key]["digest"] == experiment_samples.row_digest(PLAIN)
+    assert {chunk.run for chunk in fake.told} == {*FILES["first"], *FILES["second"], PLAIN.exact}
+    assert rows_of(tmp_path)[PLAIN.key]["digest"] == experiment_samples.row_digest(row_of(PLAIN))
 
 
-@pytest.mark.parametrize("name, value", [("IMAGES", 24), ("EXACT_STEPS", 7)])
-def test_other_images_or_another_reference_make_a_row_missing(fake, tmp_path, monkeypatch, name, value):
+@pytest.mark.parametrize("name", ["images", "steps of the reference", "images at once"])
+def test_other_images_or_another_reference_make_a_row_missing(fake, tmp_path, monkeypatch, name):
     run_all(tmp_path)
-    monkeypatch.setattr(experiment_rows, name, value)
+    if name == "steps of the reference":
+        monkeypatch.setattr(experiment_rows, "EXACT_STEPS", 7)
+        expected = {Chunk(PLAIN.exact, 0, 8), Chunk(PLAIN.exact, 1, 8)}
+    else:
+        images, size = (24, 8) if name == "images" else (16, 4)
+        monkeypatch.setattr(experiment_rows, "declared", lambda *_: declared(images=images, chunk=size))
+        numbers = (2,) if name == "images" else range(4)
+        runs = (CORRECTED, COARSE, PLAIN, ANCESTRAL, PLAIN.exact)
+        expected = {Chunk(run, number, size) for run in runs for number in numbers}
     fake.told.clear()
     run_all(tmp_path)
-    expected = {(run, 2) for run in (CORRECTED, COARSE, PLAIN, ANCESTRAL, PLAIN.exact)}
-    assert set(fake.told) == (expected if name == "IMAGES" else {(PLAIN.exact, 0), (PLAIN.exact, 1)})
+    assert set(fake.told) == expected
     assert set(rows_of(tmp_path)) == {run.key for run in FILES["first"]}
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:-9]), lambda path: path.write_bytes(b"")])
 def test_a_damaged_chunk_is_sampled_again(fake, tmp_path, damage):
     run_all(tmp_path / "whole")
-    damage(experiment_samples.Store(experiments.CACHE).path(COARSE, 1))
+    damage(experiment_samples.Store(experiments.CACHE).path(Chunk(COARSE, 1, 8)))
     fake.told.clear()
     run_all(tmp_path / "again")
-    assert fake.told == [(COARSE, 1)]
+    assert fake.told == [Chunk(COARSE, 1, 8)]
     assert (tmp_path / "whole/first.csv").read_bytes() == (tmp_path / "again/first.csv").read_bytes()
 
 
@@ -197,7 +247,7 @@ def test_a_row_is_computed_again_on_request(fake, tmp_path, capsys):
     run_all(tmp_path)
     fake.told.clear()
     assert run_all(tmp_path, "--again", CORRECTED.key) == 0 and "the same digits" in capsys.readouterr().out
-    assert {run for run, _ in fake.told} == {CORRECTED, PLAIN, PLAIN.exact}
+    assert {chunk.run for chunk in fake.told} == {CORRECTED, PLAIN, PLAIN.exact}
     fake.salt = "another machine's"
     assert run_all(tmp_path, "--again", CORRECTED.key) == 1 and "other digits in error_same_steps" in capsys.readouterr().out
 
@@ -213,7 +263,7 @@ def test_the_list_says_what_is_missing(fake, tmp_path, capsys):
     capsys.readouterr()
     assert run_all(tmp_path, "--list") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if line.endswith("there")] == [f"{ANCESTRAL.key:60}  there"]
+    assert [line for line in lines if line.endswith("there")] == [f"second       {ANCESTRAL.key:60}  there"]
     assert lines[-1].startswith("3 of 4 rows are missing")
 
 

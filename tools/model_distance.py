@@ -1,0 +1,65 @@
+"""How far the images of a built-in model are from the real ones: whether to train it on.
+
+    python tools/model_distance.py [--architecture transformer] [--model FILE] [--images N] [--cfg 1 3]
+
+Fréchet and kernel distance of images of 20 `euler` steps to all images of the training data, in the components of
+`imagenet.py`. As a floor, the Fréchet distance of as many real images to all of them. Distances of as many images compare.
+"""
+
+import argparse
+import pathlib
+import sys
+
+import comfyui
+import experiment_samples
+import imagenet
+import numpy as np
+import sample_distance
+import torch
+from experiment_rows import CHUNK, Row, Run
+
+SCHEDULERS = {"unet": "karras", "transformer": "simple"}
+
+
+def components(sampler, run, images):
+    """Return the components float64 [images, 64] of the images of a run."""
+    parts = [sampler.chunk(chunk)[0] for chunk in Row("", run, images).chunks_of(run)]
+    return torch.cat([imagenet.real().of((part.clamp(-1, 1) + 1) / 2) for part in parts]).numpy()
+
+
+def floor(images):
+    """Return the Fréchet distance of as many real images, drawn without replacement, to all of them."""
+    real = imagenet.real().components.numpy()
+    drawn = np.random.default_rng(0).permutation(len(real))[:images]
+    return sample_distance.frechet_distance(real[drawn], real)
+
+
+def sampler_of(architecture, path):
+    """Return a Sampler whose built-in model has the weights of a file."""
+    nodes = comfyui.load_nodes(cpu=not torch.cuda.is_available())
+    (builtin,) = [module for name, module in sys.modules.items() if name.endswith("nodes.host.builtin_model")]
+    builtin.ARCHITECTURES[architecture].path = path
+    return experiment_samples.Sampler(nodes)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--architecture", choices=SCHEDULERS, default="unet")
+    parser.add_argument("--model", type=pathlib.Path, metavar="FILE", help="weights other than the built-in ones")
+    parser.add_argument("--images", type=int, default=256, help=f"a multiple of {CHUNK}")
+    parser.add_argument("--cfg", type=float, nargs="+", default=[1.0, 3.0])
+    options = parser.parse_args()
+    path = (options.model or experiment_samples.WEIGHTS[options.architecture]).resolve()
+    sampler, real = sampler_of(options.architecture, path), imagenet.real().components.numpy()
+    print(f"{path.name}, {options.images} images, floor {floor(options.images):.1f}", flush=True)
+    for cfg in options.cfg:
+        run = Run(architecture=options.architecture, scheduler=SCHEDULERS[options.architecture], cfg=cfg)
+        with torch.inference_mode():
+            found = components(sampler, run, options.images)
+        for kind in sample_distance.MEASURES:
+            one = sample_distance.distance_with_interval(kind, found, real)
+            print(f"cfg {cfg:g}: {kind} {one.value:.4g} ({one.low:.4g} to {one.high:.4g})", flush=True)
+
+
+if __name__ == "__main__":
+    main()
