@@ -64,6 +64,10 @@ class _Frechet:
         shift = np.square(mean - self._mean).sum()
         return shift + np.trace(covariance) + np.trace(self._covariance) - 2 * np.sqrt(product.clip(min=0)).sum()
 
+    def of_draws(self, counts):
+        """Return the distances [R] of counts [R, N]."""
+        return np.array([self(drawn) for drawn in counts])
+
 
 class _Kernel:
     """The unbiased squared maximum mean discrepancy to a real set under the kernel (x.y / C + 1)^3, of samples with weights."""
@@ -79,12 +83,17 @@ class _Kernel:
         self._among = among.sum() / (len(real) * (len(real) - 1))
 
     def __call__(self, counts):
-        """Return the distance; counts: how often each sample is taken, integers [N]. Copies are the same item: their pairs
-        count neither in the sum nor in the number of pairs.
+        """Return the distance; counts: how often each sample is taken, integers [N]."""
+        return self.of_draws(counts[None])[0]
+
+    def of_draws(self, counts):
+        """Return the distances [R] of counts [R, N]. Copies are the same item: their pairs count neither in the sum nor in the
+        number of pairs.
         """
-        total = counts.sum()
-        pairs = total**2 - np.square(counts).sum()
-        return counts @ self._within @ counts / pairs - 2 * counts @ self._across / total + self._among
+        total = counts.sum(1)
+        pairs = total**2 - np.square(counts).sum(1)
+        within = np.einsum("rn,rn->r", counts @ self._within, counts)
+        return within / pairs - 2 * counts @ self._across / total + self._among
 
 
 MEASURES = {"frechet": _Frechet, "kernel": _Kernel}
@@ -132,7 +141,7 @@ def distance_with_interval(kind, samples, real, resamples=200, seed=0):
     """
     samples, real = _checked(samples=samples, real=real)
     measure = MEASURES[kind](samples, real)
-    resampled = [measure(counts) for counts in _draws(len(samples), resamples, seed)]
+    resampled = measure.of_draws(_draws(len(samples), resamples, seed))
     return _estimate(measure(np.ones(len(samples), np.int64)), resampled)
 
 
@@ -145,13 +154,9 @@ def change_with_interval(kind, samples, baseline, real, resamples=200, seed=0):
     samples, baseline, real = _checked(samples=samples, baseline=baseline, real=real)
     if len(samples) != len(baseline):
         raise ValueError(f"baseline: it has {len(baseline)} rows and samples has {len(samples)}; pairs need as many.")
-    measures = MEASURES[kind](samples, real), MEASURES[kind](baseline, real)
-
-    def change(counts):
-        return measures[0](counts) - measures[1](counts)
-
-    resampled = [change(counts) for counts in _draws(len(samples), resamples, seed)]
-    return _estimate(change(np.ones(len(samples), np.int64)), resampled)
+    of_samples, of_baseline = MEASURES[kind](samples, real), MEASURES[kind](baseline, real)
+    every, draws = np.ones(len(samples), np.int64), _draws(len(samples), resamples, seed)
+    return _estimate(of_samples(every) - of_baseline(every), of_samples.of_draws(draws) - of_baseline.of_draws(draws))
 
 
 def mean_with_interval(values, resamples=1000, seed=0):
