@@ -5,7 +5,8 @@ import os
 import safetensors
 import safetensors.torch
 
-from .file_kinds import format_of, read_metadata, reason
+from .file_kinds import format_of, read_metadata
+from .safetensors_header import reason
 
 
 class Profile:
@@ -52,7 +53,7 @@ class Profile:
             why = reason(error)
         except (ValueError, KeyError, safetensors.SafetensorError) as error:
             why = str(error)
-        raise ValueError(f"it cannot be read as a .safetensors file ({why}); calibrate anew")
+        raise ValueError(f"it cannot be read ({why}); calibrate anew")
 
 
 def _tensors(path):

@@ -19,9 +19,11 @@ from dataclasses import asdict, dataclass, fields
 
 import torch
 
+from .file_kinds import QUANTIZED_KEY
 from .quantization import LIMITS, Packing, WeightFormat, rotation_size
+from .safetensors_header import LARGEST_HEADER, parsed, read_header, short
 
-FORMAT_KEY, VERSION = "iec.quantized", 1
+VERSION = 1
 HOST_KEY = "_quantization_metadata"  # ComfyUI's
 CONFIG_KEY = "config"  # ComfyUI's too: {"transformer": what the weights do not tell of the network}
 HOST_FORMATS = {"int8": "int8_tensorwise", "fp8": "float8_e4m3fn"}
@@ -33,7 +35,6 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 STORED = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
 NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
-LARGEST_HEADER = 16 * 2**20  # bytes; that of a network of ten thousand layers has half as many
 LARGEST_DIMENSIONS = 8  # of a tensor
 LARGEST_FINGERPRINT = 4096  # numbers
 
@@ -135,7 +136,7 @@ class QuantizedFile:
         except OSError as error:
             raise ValueError(f"it cannot be opened ({error.strerror or error})") from error
         try:
-            metadata, self._tensors, self._start = _read_header(self._file)
+            metadata, self._tensors, self._start = _read_tensors(self._file)
             self._check(_description(metadata))
             self.settings = _settings(metadata)
         except OSError as error:
@@ -177,7 +178,7 @@ class QuantizedFile:
             self.about = {name: about[name] for name in ("name", "activation", "dtype", "network", "fingerprint")}
             self.layers = {name: _layer(entry) for name, entry in about["layers"].items()}
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise ValueError(f"its description is damaged ({type(error).__name__}: {_short(error)})") from error
+            raise ValueError(f"its description is damaged ({type(error).__name__}: {short(error)})") from error
         if not self.layers:
             raise ValueError("its description has no layer")
         wanted = {}
@@ -189,7 +190,7 @@ class QuantizedFile:
 
     def _check_tensor(self, key, dtype, shape):
         if key not in self._tensors:
-            raise ValueError(f"{_short(key)} is missing")
+            raise ValueError(f"{short(key)} is missing")
         found = self._tensors[key]
         if found.dtype != dtype:
             raise ValueError(f"{key} is {NAMES[found.dtype]}, and should be {NAMES[dtype]}")
@@ -207,65 +208,27 @@ class _Tensor:
     stop: int
 
 
-def _short(value):
-    """Return an error's words, or a value from a file as it can be shown."""
-    text = str(value) if isinstance(value, Exception) and str(value).isprintable() else repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}…"
-
-
-def _parsed(text, what):
-    """Return what a JSON text says. Raises ValueError, also where a name is there twice."""
-
-    def unique(pairs):
-        named = dict(pairs)
-        if len(named) != len(pairs):
-            raise ValueError("a name is there twice")
-        return named
-
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its {what} is damaged ({_short(error)})") from error
-
-
-def _read_header(file):
+def _read_tensors(file):
     """Return (metadata, {key: _Tensor}, where the data begin) of a file."""
-    size = os.fstat(file.fileno()).st_size
-    length = int.from_bytes(file.read(8), "little")
-    if size < 10 or not 2 <= length <= min(size - 8, LARGEST_HEADER):
-        raise ValueError(
-            f"it is no .safetensors file, or a damaged one (of its {size} bytes {length} are said to be the header, which can "
-            f"have {LARGEST_HEADER} at most)"
-        )
-    text = file.read(length)
-    try:
-        text = text.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"it is no .safetensors file, or its header is damaged ({error})") from error
-    header = _parsed(text, "header")
-    if not isinstance(header, dict) or not text.startswith("{"):
-        raise ValueError("it is no .safetensors file, or its header is damaged (it is no table)")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its header is damaged (the metadata are no table of texts)")
-    tensors = {key: _tensor(key, entry) for key, entry in header.items()}
-    _check_places(tensors, size - 8 - length)
-    return metadata, tensors, 8 + length
+    metadata, entries, start = read_header(file)
+    tensors = {key: _tensor(key, entry) for key, entry in entries.items()}
+    _check_places(tensors, os.fstat(file.fileno()).st_size - start)
+    return metadata, tensors, start
 
 
 def _tensor(key, entry):
     """Return the _Tensor of an entry in a header."""
     if not NAME.fullmatch(key):
-        raise ValueError(f"it has a tensor of the name {_short(key)}, which is no name of a weight")
+        raise ValueError(f"it has a tensor of the name {short(key)}, which is no name of a weight")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{_short(key)} is not described by dtype, shape and data_offsets")
+        raise ValueError(f"{short(key)} is not described by dtype, shape and data_offsets")
     dtype, shape, places = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"{_short(key)} has a type that is not known ({_short(dtype)})")
+        raise ValueError(f"{short(key)} has a type that is not known ({short(dtype)})")
     if not _are_sizes(shape, LARGEST_DIMENSIONS) or not _are_sizes(places, 2) or len(places) != 2:
-        raise ValueError(f"{_short(key)} has a shape or a place that cannot be ({_short(shape)}, {_short(places)})")
+        raise ValueError(f"{short(key)} has a shape or a place that cannot be ({short(shape)}, {short(places)})")
     if places[1] - places[0] != math.prod(shape) * DTYPES[dtype].itemsize:
-        raise ValueError(f"{_short(key)} has shape {tuple(shape)} and type {dtype}, and not the bytes {places} for it")
+        raise ValueError(f"{short(key)} has shape {tuple(shape)} and type {dtype}, and not the bytes {places} for it")
     return _Tensor(DTYPES[dtype], tuple(shape), *places)
 
 
@@ -281,7 +244,7 @@ def _check_places(tensors, size):
     end = 0
     for key, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if tensor.start != end:
-            raise ValueError(f"{_short(key)} does not begin where what is before it ends")
+            raise ValueError(f"{short(key)} does not begin where what is before it ends")
         end = tensor.stop
     if end != size:
         raise ValueError(f"it is truncated or has been added to (its tensors have {end} bytes, and it has {size} for them)")
@@ -289,24 +252,24 @@ def _check_places(tensors, size):
 
 def _description(metadata):
     """Return the description in a file's metadata."""
-    if FORMAT_KEY not in metadata:
+    if QUANTIZED_KEY not in metadata:
         raise ValueError("it was not written by Save Quantized Model (IEC); load it with the host's own node")
-    about = _parsed(metadata[FORMAT_KEY], "description")
+    about = parsed(metadata[QUANTIZED_KEY], "description")
     version = about.get("version") if isinstance(about, dict) else None
     if type(version) is not int or version != VERSION:
-        raise ValueError(f"it is of version {_short(version)}, and only version {VERSION} can be read; save the model anew")
+        raise ValueError(f"it is of version {short(version)}, and only version {VERSION} can be read; save the model anew")
     return about
 
 
 def _settings(metadata):
     """Return the settings of a network in a file's metadata."""
-    about = _parsed(metadata.get(CONFIG_KEY, '{"transformer": {}}'), "settings of the network")
+    about = parsed(metadata.get(CONFIG_KEY, '{"transformer": {}}'), "settings of the network")
     settings = about.get("transformer") if isinstance(about, dict) else None
     lists = (
         [value if isinstance(value, list) else [value] for value in settings.values()] if isinstance(settings, dict) else [[{}]]
     )
     if not all(len(values) <= 64 and all(_is_setting(value) for value in values) for values in lists):
-        raise ValueError(f"its settings of the network cannot be ({_short(about)})")
+        raise ValueError(f"its settings of the network cannot be ({short(about)})")
     return settings
 
 
@@ -330,15 +293,15 @@ def _expected(name, layer, activation_bits):
 def _layer(entry):
     """Return the LayerFile of an entry in a file's description. Raises ValueError or TypeError for what is none."""
     if set(entry) != {"shape", "format"} or set(entry["format"]) != {field.name for field in fields(WeightFormat)}:
-        raise ValueError(f"its description has a layer of other words than shape and format ({_short(entry)})")
+        raise ValueError(f"its description has a layer of other words than shape and format ({short(entry)})")
     shape, fmt = entry["shape"], WeightFormat(**entry["format"])
     whole = _are_sizes(shape, 4) and len(shape) in (2, 4) and 0 not in shape
     numbers = _are_sizes([fmt.group_size, fmt.rotation], 2) and type(fmt.search) is bool
     rotation = fmt.rotation if numbers else 0
     if not whole or not numbers or fmt.kind not in LIMITS or (rotation and rotation_size(rotation) != rotation):
-        raise ValueError(f"its description has a layer that cannot be ({_short(entry)})")
+        raise ValueError(f"its description has a layer that cannot be ({short(entry)})")
     if Packing(shape, fmt).format != fmt:
-        raise ValueError(f"its description has a layer whose format does not go with its shape ({_short(entry)})")
+        raise ValueError(f"its description has a layer whose format does not go with its shape ({short(entry)})")
     return LayerFile(tuple(shape), fmt)
 
 
@@ -347,11 +310,11 @@ def _check_about(about):
     activation = about["activation"]
     known = set(activation) == {"bits", "per_tensor"} and type(activation["bits"]) is int and activation["bits"] in (8, 16)
     if not known or type(activation["per_tensor"]) is not bool:
-        raise ValueError(f"its description has activations that cannot be ({_short(activation)})")
+        raise ValueError(f"its description has activations that cannot be ({short(activation)})")
     if not all(isinstance(about[key], str) and about[key].isprintable() for key in ("name", "dtype", "network")):
         raise ValueError("its description has a name that is no text")
     if about["dtype"] not in ("float32", "float16", "bfloat16"):
-        raise ValueError(f"its description has a type of network that cannot be ({_short(about['dtype'])})")
+        raise ValueError(f"its description has a type of network that cannot be ({short(about['dtype'])})")
     numbers = about["fingerprint"]
     whole = isinstance(numbers, list) and len(numbers) <= LARGEST_FINGERPRINT
     if not whole or not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
@@ -374,6 +337,6 @@ def description(layers, name, activation, dtype, network, fingerprint, settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"model: it cannot be saved, for {error}.") from error
     return config | {
-        FORMAT_KEY: json.dumps(about, separators=(",", ":")),
+        QUANTIZED_KEY: json.dumps(about, separators=(",", ":")),
         HOST_KEY: json.dumps({"format_version": "1.0", "layers": hosts}, separators=(",", ":")),
     }

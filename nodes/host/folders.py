@@ -8,7 +8,8 @@ import uuid
 
 import folder_paths
 
-from ...iec_core.file_kinds import kind_of, reason
+from ...iec_core.file_kinds import kind_of
+from ...iec_core.safetensors_header import reason
 
 SUFFIX = ".safetensors"
 FORBIDDEN = set('<>:"|?*')  # in names on Windows, where a colon leads to another drive

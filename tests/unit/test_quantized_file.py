@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iec_core import quantized_file
+from iec_core import quantized_file, safetensors_header
 from iec_core.quantization import Packing, WeightFormat
 from iec_core.quantized_file import LayerFile, QuantizedFile, description, layer_tensors, write
 
@@ -568,7 +568,8 @@ def test_somebody_elses_files_are_refused(path, tmp_path):
 
 def test_a_header_larger_than_any_networks_is_not_parsed(path, monkeypatch):
     save(path)
-    monkeypatch.setattr(quantized_file, "LARGEST_HEADER", 1000)
+    for module in (quantized_file, safetensors_header):
+        monkeypatch.setattr(module, "LARGEST_HEADER", 1000)
     assert re.search(NO_FILE, refusal(path))
     with pytest.raises(ValueError, match=r"^model: it has too many layers for a file of this kind"):
         save(path)
