@@ -21,7 +21,7 @@ import torch
 
 from .file_kinds import QUANTIZED_KEY
 from .quantization import LIMITS, Packing, WeightFormat, rotation_size
-from .safetensors_header import LARGEST_HEADER, parsed, read_header, short
+from .safetensors_header import LARGEST_HEADER, parsed, read_header, reason, short
 
 VERSION = 1
 HOST_KEY = "_quantization_metadata"  # ComfyUI's
@@ -134,14 +134,14 @@ class QuantizedFile:
         try:
             self._file = open(path, "rb")  # noqa: SIM115
         except OSError as error:
-            raise ValueError(f"it cannot be opened ({error.strerror or error})") from error
+            raise ValueError(f"it cannot be opened ({reason(error)})") from error
         try:
             metadata, self._tensors, self._start = _read_tensors(self._file)
             self._check(_description(metadata))
             self.settings = _settings(metadata)
         except OSError as error:
             self.close()
-            raise ValueError(f"it cannot be read ({error.strerror or error})") from error
+            raise ValueError(f"it cannot be read ({reason(error)})") from error
         except ValueError:
             self.close()
             raise
