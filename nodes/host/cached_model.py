@@ -57,7 +57,7 @@ def with_cache(model, settings, make_run, node):
 
 def _check_other_cache(model_options, node):
     """Raise ValueError where the host's own cache is on the MODEL too."""
-    if other := other_cache({"model_options": model_options}):
+    if other := other_cache(model_options):
         raise ValueError(
             f"model: both {other} and {node} are on this MODEL, and neither knows what the other leaves out; use only one of "
             "them."

@@ -156,10 +156,9 @@ def full_steps(extra_args, sigmas):
     return None if cache is None else sorted(cache.full_steps(sigmas))
 
 
-def other_cache(has_options):
-    """Return the name of the host's own cache (EasyCache, LazyCache), "" without one. has_options: `model_options` is in it."""
-    options = has_options.get("model_options", {}).get("transformer_options", {})
-    return getattr(options.get("easycache"), "name", "")
+def other_cache(model_options):
+    """Return the name of the host's own cache (EasyCache, LazyCache) in model options, "" without one."""
+    return getattr(model_options.get("transformer_options", {}).get("easycache"), "name", "")
 
 
 def _entries(x, transformer_options):

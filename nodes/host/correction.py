@@ -418,7 +418,7 @@ class CorrectedFunction:
         if rehearsal is None:
             return self._run_uncorrected(report, calls, model, x, sigmas, extra_args, callback, disable, options)
         full = full_steps(extra_args, rehearsal.sigmas)
-        settings, report.choice = resolved(self._settings, rehearsal, full, other_cache(extra_args))
+        settings, report.choice = resolved(self._settings, rehearsal, full, other_cache(extra_args["model_options"]))
         check_known_ends(self._name, settings, rehearsal)
         corrected = settings.corrected_steps(rehearsal.sigmas, full, rehearsal.known_ends)
         ahead = None
