@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .advice import TRY_PRECISION
 from .int8 import quantize_activation
 from .profile_file import Profile
 from .quantization import CLIPPING, LIMITS
@@ -84,8 +85,8 @@ class ScaleStatistics:
         place, largest = self._place(name), x.abs().amax().float().cpu()
         if not largest.isfinite():
             raise ValueError(
-                f"model: NaN or infinity came into its layer {name} in a calibration run, from which nothing can be found out; "
-                "try another precision of the model, or fewer patches on it."
+                f"model: NaN or infinity came into its layer {name} in a calibration run, from which nothing can be found out. "
+                f"{TRY_PRECISION}"
             )
         self._largest[place] = torch.maximum(self._largest[place], largest)
 

@@ -4,6 +4,8 @@ import comfy.sample
 import comfy.utils
 from comfy.patcher_extension import WrappersMP
 
+from ...iec_core.advice import TRY_PRECISION
+
 
 class Bar:
     """The node's progress bar, over the steps of all runs; a callback for the host's samplers."""
@@ -55,6 +57,6 @@ def sample_all(prompts, negative, latent_image, seed, runs, sampling, callback, 
             parts = samples.unbind() if getattr(samples, "is_nested", False) else [samples]
             if not all(part.isfinite().all() for part in parts):
                 raise ValueError(
-                    "model: it returned NaN or infinity in a calibration run, from which nothing can be found out; try another "
-                    "precision of the model, or fewer patches on it."
+                    "model: it returned NaN or infinity in a calibration run, from which nothing can be found out. "
+                    f"{TRY_PRECISION}"
                 )

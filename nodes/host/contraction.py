@@ -21,6 +21,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch.overrides import TorchFunctionMode
 
+from ...iec_core.advice import TRY_PRECISION
 from ...iec_core.contraction import (
     LAMBDAS,
     Linearization,
@@ -34,7 +35,6 @@ from ...iec_core.contraction import (
 from ...iec_core.contraction_report import ContractionReport, StepContraction
 from .caching import full_steps
 from .calibration import Bar
-from .correction import TRY_PRECISION
 from .network_calls import IEC
 from .quantize import quantization_of
 from .quantized_layers import straight_through
@@ -142,7 +142,7 @@ class Probe:
                 contraction = self._norms(network, noise, u_next, pairs, slope_next, step)
             except ValueError as error:
                 raise ValueError(
-                    f"model: its network has no Jacobian that could be measured in step {step} ({error}); {TRY_PRECISION}"
+                    f"model: its network has no Jacobian that could be measured in step {step} ({error}). {TRY_PRECISION}"
                 ) from error
         suggested = suggested_lambda(contraction[0].norms)
         return StepContraction.of(

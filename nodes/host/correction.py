@@ -14,6 +14,7 @@ import comfy.patcher_extension
 import comfy.samplers
 import torch
 
+from ...iec_core.advice import TRY_PRECISION
 from ...iec_core.automatic import Situation, choose, nothing_because
 from ...iec_core.bias import CorrectedRun, bias_warning, moved_in_all
 from ...iec_core.correction import corrected_denoised
@@ -28,7 +29,6 @@ from .rehearsal import AppliedTwice, BadSchedule, CannotRehearse, check_schedule
 SOME_SIGMAS = (8.0, 5.0, 3.0, 1.5, 0.5, 0.0)  # over which a sampler shows how it steps, whatever the run's will be
 RUN = "iec_run"  # in a run's model options: its EvaluationProgress
 APPLIED_TWICE = "sampler: IEC is applied twice to this sampling run; use only one of IECKSampler, IECApply and IECSampler."
-TRY_PRECISION = "Try another precision of the model, or fewer patches on it."
 
 
 class CountedDenoiser:

@@ -3,6 +3,7 @@
 import functools
 import math
 
+from ...iec_core.advice import TRY_PRECISION
 from ...iec_core.layer_errors import LayerError, decibels
 from .calibration import Bar, sample_all, watched
 from .quantize import source_of
@@ -63,5 +64,5 @@ def _take_up(error, reference, device, layer, inputs, output):
     if not math.isfinite(error.signal + error.noise):
         raise ValueError(
             f"model: NaN or infinity came out of its layer {error.name} or of that in full precision, from which nothing can "
-            "be found out; try another precision of the model, or fewer patches on it."
+            f"be found out. {TRY_PRECISION}"
         )
