@@ -22,8 +22,9 @@ from ...iec_core.report import Stopwatch, TraceReader
 from .caching import full_steps, other_cache
 from .events import EvaluationProgress
 from .known_errors import is_exact
-from .network_calls import IEC, NetworkCalls, network_of, past_other_cache
+from .network_calls import IEC, NetworkCalls, base_of, network_of, past_other_cache
 from .noise import NoiseAhead, can_draw_ahead, is_of_the_host, sampler_name
+from .quantized_network import lost_changes
 from .rehearsal import AppliedTwice, BadSchedule, CannotRehearse, check_schedule, rehearse, rehearse_by_name
 
 SOME_SIGMAS = (8.0, 5.0, 3.0, 1.5, 0.5, 0.0)  # over which a sampler shows how it steps, whatever the run's will be
@@ -201,11 +202,14 @@ class CorrectedDenoiser(CountedDenoiser):
         self._warn()
 
     def _warn(self):
-        """Add to the report what the corrections did by themselves, and a warning of too much; log its warnings."""
+        """Add to the report what the corrections did by themselves, and a warning of too much, and log its warnings; add to it
+        what the log has already.
+        """
         if self._corrected:
             self._tell_bias()
         for warning in self._report.warnings:
             logging.warning(f"[ComfyUI-IEC] {warning}")
+        _tell_lost_changes(self._report, self._model)
 
     def _tell_bias(self):
         rehearsed, network = self._rehearsal, network_of(self._model)
@@ -220,6 +224,12 @@ class CorrectedDenoiser(CountedDenoiser):
         self._report.moved = float(f"{moved_in_all(self._report.steps, run):.3g}")
         if warning := bias_warning(self._report.steps, run):
             self._report.warnings.append(f"{self._report.label}: {warning}")
+
+
+def _tell_lost_changes(report, model):
+    """Add to the report of a run what is lost of the patches on its quantized MODEL. The log has it, once for the patches."""
+    if warning := lost_changes(base_of(model)):
+        report.warnings.append(f"{report.label}: {warning}")
 
 
 class Finiteness:
@@ -483,6 +493,7 @@ class CorrectedFunction:
         stopwatch.mark()
         report.keep(len(report.sigmas) - 1, samples)
         report.finish(stopwatch.seconds())
+        _tell_lost_changes(report, model)
         denoiser.finite.check(samples, self._name, sigmas.tolist(), _guidance_of(model))
         return samples
 

@@ -10,10 +10,14 @@ IEC = "iec"  # what our own wrappers' keys begin with, and where the transformer
 BEFORE_THE_NETWORK = (WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)
 
 
+def base_of(denoiser):
+    """Return the BaseModel that the host's denoiser, as samplers get it, evaluates; None where it does not show it."""
+    return getattr(getattr(denoiser, "inner_model", None), "inner_model", None)
+
+
 def network_of(denoiser):
     """Return the network that the host's denoiser, as samplers get it, evaluates; None where it does not show it."""
-    model = getattr(getattr(denoiser, "inner_model", None), "inner_model", None)
-    return getattr(model, "diffusion_model", None)
+    return getattr(base_of(denoiser), "diffusion_model", None)
 
 
 def others_take_part(model_options, network=None):

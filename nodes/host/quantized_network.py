@@ -91,18 +91,36 @@ def check_shapes(model):
 
 
 def warn_of_lost_changes(model):
-    """Log a warning, once for the patches that lie on a quantized MODEL, where its weights keep little of what they change."""
-    measured = model.model.__dict__.setdefault("iec_measured", set())
-    if model.patches_uuid in measured:
+    """Log a warning, once for the patches that lie on a quantized MODEL, where its weights keep little of what they change; it
+    is kept for the reports of runs with these patches (`lost_changes`).
+    """
+    warnings, key = model.model.__dict__.setdefault("iec_lost_changes", {}), _patches_key(model)
+    if key in warnings:
         return
-    measured.add(model.patches_uuid)
+    warnings[key] = ""  # also where there is no memory to measure it: then no run tries again
     share = kept_share(model)
     if share < LEAST_SHARE:
-        logging.warning(
-            "[ComfyUI-IEC] Of what LoRAs or other patches behind Quantize Model (IEC) change, its weights "
-            f"({quantization_of(model)}) keep a share of {max(share, 0):.2f}, for changes smaller than their steps are rounded "
-            "away; put the LoRA in front of Quantize Model (IEC)."
+        warnings[key] = warning = (
+            f"Of what LoRAs or other patches behind Quantize Model (IEC) change, its weights ({quantization_of(model)}) keep a "
+            f"share of {max(share, 0):.2f}, for changes smaller than their steps are rounded away; put the LoRA in front of "
+            "Quantize Model (IEC)."
         )
+        logging.warning(f"[ComfyUI-IEC] {warning}")
+
+
+def lost_changes(base):
+    """Return the warning, a sentence, of what is lost of the patches on a MODEL in the run that its BaseModel is in; "" where
+    there is none. base: None where it is not known.
+    """
+    patcher = getattr(base, "current_patcher", None)  # the run's own: other clones, with other patches, have the same base
+    return "" if patcher is None else getattr(base, "iec_lost_changes", {}).get(_patches_key(patcher), "")
+
+
+def _patches_key(model):
+    """Return what tells the patches on a MODEL from others. The host gives them a new id when a run's hooks add some, and keeps
+    it when these are taken off again.
+    """
+    return model.patches_uuid, len(model.hook_patches)
 
 
 def kept_share(model):

@@ -93,6 +93,52 @@ def test_another_lora_is_warned_of_anew(quantize, model, sample, caplog):
     assert "(FP8 W8A16) keep a share of 0." in one and one != other
 
 
+@pytest.mark.parametrize("settings", [{}, {"correction_steps": "auto"}, {"sampler_name": "dpm_adaptive"}])
+def test_the_report_of_each_run_with_it_says_so_too(quantize, model, sample, caplog, settings):
+    """And that of a run without it does not, though both have the same network. By dpm_adaptive no step is known."""
+    quantized, found = quantize(weight_bits="4"), []
+    patched = with_lora(quantized, model)
+    for source in (patched, quantized, patched, patched.clone()):
+        sample(source, found, label="mine", **{**SMALL, **settings})
+    (said,) = warnings(caplog)
+    sentence = said.removeprefix("[ComfyUI-IEC] ")
+    assert [run.warnings for run in found] == [[f"mine: {sentence}"], [], [f"mine: {sentence}"], [f"mine: {sentence}"]]
+    assert found[0].as_dict()["warnings"] == found[0].warnings
+
+
+def test_so_does_that_of_apply_iec_and_of_the_wrapped_sampler(host, quantize, model, conditioning):
+    patched = with_lora(quantize(weight_bits="4"), model)
+    settings = {"correction_steps": "none", "lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0}
+    sampler = host.run("KSamplerSelect", sampler_name="euler")[0]
+    applied, of_model = host.run("IECApply", model=patched, **settings)
+    wrapped, of_sampler = host.run("IECSampler", sampler=sampler, **settings)
+    for source, its_sampler in ((applied, sampler), (patched, wrapped)):
+        host.run(
+            "SamplerCustom", model=source, add_noise=True, noise_seed=7, cfg=2.0, positive=conditioning[0],
+            negative=conditioning[1], sampler=its_sampler, latent_image=SMALL["latent_image"],
+            sigmas=host.run("BasicScheduler", model=patched, scheduler="karras", steps=2, denoise=1.0)[0],
+        )  # fmt: skip
+    for (report,) in (of_model, of_sampler):
+        (said,) = report.warnings
+        assert "(W4A16) keep a share of 0." in said
+
+
+def test_a_run_without_the_lora_of_another_runs_conditioning_does_not_say_it(host, quantize, model, conditioning):
+    """Its patches are on the MODEL only as long as that run goes on."""
+    import comfy.hooks
+
+    name = f"diffusion_model.{CHANGED[0].removesuffix('.weight')}"
+    out, into = model.model.get_parameter(f"{name}.weight").shape[:2]
+    lora = {f"{name}.lora_up.weight": noise(out, 8) / 1000, f"{name}.lora_down.weight": noise(8, into)}
+    hooked = comfy.hooks.set_hooks_for_conditioning(conditioning[0], comfy.hooks.create_hook_lora(lora, 1.0, 0.0))
+    settings = {"correction_steps": "none", "lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0}
+    applied, found = host.run("IECApply", model=quantize(weight_bits="4"), **settings)
+    for positive in (conditioning[0], hooked, conditioning[0], hooked):
+        latent = SMALL["latent_image"]
+        host.common_ksampler(applied, 7, 2, 2.0, "euler", "karras", positive, conditioning[1], latent, 1.0)
+    assert ["keep a share of 0." in " ".join(run.warnings) for run in found] == [False, True, False, True]
+
+
 def test_saving_warns_too(host, quantize, model, caplog, tmp_path, monkeypatch):
     import folder_paths
 
