@@ -19,12 +19,18 @@ CHUNK = 8  # images that are sampled at once
 EXACT_STEPS = 100  # of heun
 STOCHASTIC = ("euler_ancestral", "er_sde")  # their images are no solution of an equation that has an exact one
 EVALUATIONS_A_STEP = {"heun": 2}
+CONTROLS = (
+    "none",
+    "shrunk",  # the noise multiplied by what a correction makes of it where noise dominates, without an evaluation
+    "epsilon1.005",  # the noise divided by 1.005, by the host's Epsilon Scaling
+    "averaged",  # two evaluations at the same point, weights and activations rounded stochastically, averaged
+)
 
 
 @dataclass(frozen=True)
 class Run:
     """A way to sample, in the words of the nodes' inputs. quantization: "none" or such as "W8A8". interval: DeepCache's, 1 for
-    none.
+    none. scheduler: "quadratic" for the authors' timesteps. control: one of `CONTROLS`, an effect of a correction by itself.
     """
 
     architecture: str = "unet"
@@ -39,6 +45,7 @@ class Run:
     evaluation_point: str = "paper"
     lambda_: float = 0.5
     max_iterations: int = 1
+    control: str = "none"
 
     @property
     def key(self):
@@ -50,13 +57,14 @@ class Run:
             words += [self.correction_steps, self.evaluation_point]
             words += [f"lambda{self.lambda_:g}"] if self.lambda_ != 0.5 else []
             words += [f"K{self.max_iterations}"] if self.max_iterations != 1 else []
+        words += [self.control] if self.control != "none" else []
         return " ".join(words)
 
     @property
     def baseline(self):
-        """The same without a correction."""
+        """The same without a correction or a control."""
         plain = Run()
-        correction = ("correction_steps", "evaluation_point", "lambda_", "max_iterations")
+        correction = ("correction_steps", "evaluation_point", "lambda_", "max_iterations", "control")
         return replace(self, **{name: getattr(plain, name) for name in correction})
 
     @property
@@ -70,6 +78,7 @@ class Run:
         if self.sampler in STOCHASTIC:
             return None
         scheduler = {"unet": "karras", "transformer": "simple"}[self.architecture]
+        scheduler = self.scheduler if self.scheduler == "quadratic" else scheduler  # which begins at a sigma of its own
         return replace(self.same_steps, sampler="heun", scheduler=scheduler, steps=EXACT_STEPS)
 
     @property
@@ -88,7 +97,7 @@ class Run:
             self.correction_steps, self.lambda_, self.max_iterations, evaluation_point=self.evaluation_point
         )
         corrected = settings.steps.of(self.steps, full)
-        plain = self.steps * EVALUATIONS_A_STEP.get(self.sampler, 1)
+        plain = self.steps * EVALUATIONS_A_STEP.get(self.sampler, 1) * (2 if self.control == "averaged" else 1)
         refreshed = len(corrected.intersection(full)) * settings.added_evaluations
         shallow = (len(corrected) - len(corrected.intersection(full))) * settings.added_evaluations
         share = 1 if self.interval == 1 else 0.1 + 0.9 / self.interval
@@ -160,6 +169,7 @@ ENDS, ALL, ALL_NEXT, ALL_AHEAD = ("ends:1/10", "paper"), ("all", "paper"), ("all
 FIRST_FIFTH, FIRST_HALF = ("first:4", "next"), ("first:10", "next")
 FULL, FULL_NEXT = ("full", "paper"), ("full", "next")
 FORMATS = ["none", "W8A8", "W4A8"]
+AUTHORS = Run(scheduler="quadratic", sampler="ddim", steps=100, cfg=1.0)
 FLOW = Run(architecture="transformer", scheduler="simple")
 
 QUESTIONS = [
@@ -178,8 +188,21 @@ QUESTIONS = [
         "Do the images come nearer to the real ones, and do twice the steps do as well?",
         "distances",
         [
-            *with_rules(grid(Run(), cfg=[1.0, 3.0], quantization=FORMATS), ALL, ALL_NEXT, ALL_AHEAD),
-            *grid(Run(), cfg=[1.0, 3.0], quantization=FORMATS, steps=[40]),
+            *with_rules(grid(Run(), quantization=FORMATS), ALL, ALL_NEXT, ALL_AHEAD),
+            *grid(Run(), quantization=FORMATS, steps=[40]),
+        ],
+        images=256,
+    ),
+    Question(
+        "In the authors' cells, 100 steps of DDIM on quadratic timesteps: what helps, and does it help full precision too?",
+        "authors",
+        [
+            *with_rules(grid(AUTHORS, quantization=FORMATS), ALL),
+            *with_rules(grid(AUTHORS, interval=[10]), FULL),
+            *with_rules(grid(AUTHORS, quantization=["none", "W8A8"]), ALL_NEXT),
+            *grid(AUTHORS, quantization=["none", "W8A8"], control=["shrunk", "epsilon1.005"]),
+            *grid(AUTHORS, quantization=["W8A8", "W4A8"], control=["averaged"]),
+            *grid(AUTHORS, quantization=["none", "W8A8"], steps=[200]),
         ],
         images=256,
     ),

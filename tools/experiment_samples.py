@@ -6,6 +6,7 @@ image is the same whoever samples it and whatever was sampled before. `sampled` 
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import json
@@ -14,10 +15,11 @@ import pathlib
 import signal
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import classifier
 import comfyui
+import effects
 import emoji
 import experiment_ray
 import imagenet
@@ -32,6 +34,7 @@ MOST_AT_ONCE = 256  # images, on a GPU
 SEED = 1000  # of the first chunk's noise; the next one's is one more
 ASSETS = comfyui.ROOT / "nodes/assets"
 WEIGHTS = {"unet": ASSETS / "emoji32.safetensors", "transformer": ASSETS / "emoji32_flow.safetensors"}
+STOCK = ("custom_sampler", "eps")  # node files of the host
 MEASURED_BY = (classifier.WEIGHTS, imagenet.REAL_FEATURES)
 
 
@@ -88,20 +91,64 @@ class Sampler:
         """Return (latents float32 [size, 3, 32, 32], evaluations of the network, seconds) of a Chunk. Raises ValueError where a
         latent is not finite.
         """
-        run, first, classes = chunk.run, chunk.number * chunk.size, list(emoji.CLASSES)
-        labels = ", ".join(classes[(first + place) % len(classes)] for place in range(chunk.size))
-        inputs = {
-            "positive": self._run("IECClassLabel", labels=labels)[0], "negative": self._run("IECClassLabel", labels="none")[0],
-            "latent_image": {"samples": torch.zeros(shape(chunk))}, "denoise": 1.0, "seed": SEED + chunk.number,
-            "steps": run.steps, "cfg": run.cfg, "sampler_name": run.sampler, "scheduler": run.scheduler,
+        run, first, seed = chunk.run, chunk.number * chunk.size, SEED + chunk.number
+        with self._controlled(run, seed) as model:
+            begin = time.perf_counter()
+            sample = self._by_timesteps if run.scheduler == "quadratic" else self._by_scheduler
+            latent, report = sample(model, run, self._labels(first, chunk.size), {"samples": torch.zeros(shape(chunk))}, seed)
+            seconds = time.perf_counter() - begin
+        if not bool(latent["samples"].isfinite().all()):
+            raise ValueError(f"{run.key}: a latent of images {first} to {first + chunk.size - 1} is not finite.")
+        return latent["samples"].float().cpu(), report.nfe * (2 if run.control == "averaged" else 1), seconds
+
+    def _labels(self, first, size):
+        """Return the conditioning of `size` images from the first on: the classes go round."""
+        classes = list(emoji.CLASSES)
+        labels = ", ".join(classes[(first + place) % len(classes)] for place in range(size))
+        return {name: self._run("IECClassLabel", labels=text)[0] for name, text in (("positive", labels), ("negative", "none"))}
+
+    @contextlib.contextmanager
+    def _controlled(self, run, seed):
+        """The MODEL of a run with its control."""
+        model = self._model(run)
+        if run.control == "shrunk":
+            yield effects.shrunk(model, run.lambda_)
+        elif run.control.startswith("epsilon"):
+            yield self._run("Epsilon Scaling", model=model, scaling_factor=float(run.control.removeprefix("epsilon")))[0]
+        elif run.control == "averaged":
+            full = self._model(replace(run, quantization="none"))
+            rounding = effects.Rounding(model, full, seed)
+            try:
+                yield effects.evaluated(model, 2, rounding)
+            finally:
+                rounding.nearest()
+        else:
+            yield model
+
+    def _correction(self, run):
+        return {
             "correction_steps": run.correction_steps, "evaluation_point": run.evaluation_point, "lambda_": run.lambda_,
             "max_iterations": run.max_iterations, "tolerance": 0.0,
         }  # fmt: skip
-        model, begin = self._model(run), time.perf_counter()
-        latent, reports = self._run("IECKSampler", model=model, **inputs)
-        if not bool(latent["samples"].isfinite().all()):
-            raise ValueError(f"{run.key}: a latent of images {first} to {first + chunk.size - 1} is not finite.")
-        return latent["samples"].float().cpu(), reports[0].nfe, time.perf_counter() - begin
+
+    def _by_scheduler(self, model, run, labels, latent, seed):
+        """Return (LATENT, RunReport) of KSampler (IEC)."""
+        latent, reports = self._run(
+            "IECKSampler", model=model, **labels, latent_image=latent, denoise=1.0, seed=seed, steps=run.steps, cfg=run.cfg,
+            sampler_name=run.sampler, scheduler=run.scheduler, **self._correction(run),
+        )  # fmt: skip
+        return latent, reports[0]
+
+    def _by_timesteps(self, model, run, labels, latent, seed):
+        """The same over the authors' timesteps, by the host's SamplerCustom and IEC Sampler."""
+        sampler, reports = self._run(
+            "IECSampler", sampler=self._run("KSamplerSelect", sampler_name=run.sampler)[0], **self._correction(run)
+        )
+        latent, _ = self._run(
+            "SamplerCustom", model=model, add_noise=True, noise_seed=seed, cfg=run.cfg, **labels, sampler=sampler,
+            sigmas=quadratic_sigmas(model.get_model_object("model_sampling"), run.steps), latent_image=latent,
+        )  # fmt: skip
+        return latent, reports[-1]
 
     def at_once(self, architecture):
         """Return how many images of a model a GPU samples at once, a power of two of 8 to 256: what the host expects that they
@@ -121,6 +168,14 @@ class Sampler:
 @functools.cache
 def _classifier():
     return classifier.load()[0]
+
+
+def quadratic_sigmas(sampling, steps):
+    """Return float32 [steps + 1], from the most noise to 0, on the timesteps of the authors' DDIM: linspace(0, sqrt(0.8 T),
+    steps)^2, T = 1000 there and here. Theirs cuts off their fractions, so that a few of its steps go nowhere.
+    """
+    timesteps = torch.linspace(0, (0.8 * len(sampling.sigmas)) ** 0.5, steps) ** 2
+    return torch.cat([sampling.sigma(timesteps).flip(0).float(), torch.zeros(1)])
 
 
 def features(latents):
@@ -190,7 +245,7 @@ def prepare():
     """Make this process ready for `made`: one thread, ComfyUI loaded. Return its Sampler."""
     if not _ready:
         torch.set_num_threads(1)
-        _ready["sampler"] = Sampler(comfyui.load_nodes(cpu=not torch.cuda.is_available()))
+        _ready["sampler"] = Sampler(comfyui.load_nodes(*STOCK, cpu=not torch.cuda.is_available()))
     return _ready["sampler"]
 
 

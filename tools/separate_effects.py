@@ -18,13 +18,13 @@ guidance.
 """
 
 import argparse
-import contextlib
 import csv
 import pathlib
 
 import comfyui
 import pack
 import torch
+from effects import Rounding, evaluated
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -39,63 +39,6 @@ RULES = {  # name: (IECKSampler's inputs, evaluations of the network at each poi
     "next": ({**TWICE, "evaluation_point": "next"}, 1),
 }
 COLOURS = {"one evaluation": "#000000", "two at the same point": "#009E73", "paper": "#D55E00", "next": "#0072B2"}
-
-
-class StochasticRounding(torch.overrides.TorchFunctionMode):
-    """Where it is entered, round_ goes up with the probability of the fraction: a rounding without bias (Gupta et al. 2015,
-    arXiv 1502.02551), whose error is drawn anew each time.
-    """
-
-    def __init__(self, seed):
-        super().__init__()
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.Tensor.round_:
-            return args[0].add_(torch.rand(args[0].shape, generator=self._generator)).floor_()
-        return function(*args, **(kwargs or {}))
-
-
-class Rounding:
-    """The weights and activations of a quantized MODEL rounded stochastically, anew in each evaluation of the network; the
-    weights come from the full-precision MODEL of the same network.
-    """
-
-    def __init__(self, model, full, seed):
-        self._mode = StochasticRounding(seed)
-        weights = dict(full.model.diffusion_model.named_parameters())
-        modules = model.model.diffusion_model.named_modules()
-        self._layers = [(layer, weights[f"{name}.weight"]) for name, layer in modules if hasattr(layer, "packing")]
-
-    @contextlib.contextmanager
-    def evaluation(self):
-        with self._mode:
-            for layer, weight in self._layers:
-                layer.weight.data.copy_(layer.packing.quantize(weight.data))
-            yield
-
-    def nearest(self):
-        """Put the weights back as they were, rounded to the nearest."""
-        for layer, weight in self._layers:
-            layer.weight.data.copy_(layer.packing.quantize(weight.data))
-
-
-def evaluated(model, evaluations, rounding):
-    """Return a clone of a MODEL whose network's output is the mean of as many evaluations at the same point, each in
-    `rounding.evaluation()` where there is a rounding.
-    """
-    from comfy.patcher_extension import WrappersMP
-
-    def wrapped(executor, *args, **kwargs):
-        outputs = []
-        for _ in range(evaluations):
-            with rounding.evaluation() if rounding else contextlib.nullcontext():
-                outputs.append(executor(*args, **kwargs))
-        return sum(outputs) / evaluations
-
-    model = model.clone()
-    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "separate_effects", wrapped)
-    return model
 
 
 class Experiment:

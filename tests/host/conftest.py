@@ -11,7 +11,7 @@ FOLDER = pathlib.Path(__file__).parent
 # stock nodes that are not in the host's nodes.py
 EXTRAS = (
     "custom_sampler", "model_advanced", "chroma_radiance", "pag", "perpneg", "differential_diffusion", "advanced_samplers",
-    "freelunch", "hypertile", "model_downscale", "sag", "tomesd", "torch_compile", "context_windows", "easycache",
+    "freelunch", "hypertile", "model_downscale", "sag", "tomesd", "torch_compile", "context_windows", "easycache", "eps",
 )  # fmt: skip
 
 

@@ -1,11 +1,15 @@
 """The runs of experiments, sampled by the real nodes."""
 
 import contextlib
+import itertools
+import math
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import experiment_rows
 import experiment_samples
+import numpy as np
 import pytest
 import torch
 from experiment_rows import Chunk, Run
@@ -24,8 +28,9 @@ def test_every_declared_run_is_accepted_by_the_nodes(host):
             "lambda_": run.lambda_,
             "evaluation_point": run.evaluation_point,
         }
+        scheduler = run.scheduler if run.scheduler != "quadratic" else "simple"  # that goes by SamplerCustom
         valid = host.nodes["IECKSampler"].validate_inputs(
-            steps=run.steps, sampler_name=run.sampler, scheduler=run.scheduler, **correction
+            steps=run.steps, sampler_name=run.sampler, scheduler=scheduler, **correction
         )
         assert valid is True, run.key
 
@@ -58,11 +63,73 @@ def test_a_chunk_is_what_the_nodes_make(host, sampler, run, nfe):
     assert not torch.equal(latents, sampler.chunk(Chunk(run, 0, 8))[0])
 
 
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def denoised(host, model):
+    """A function of (x float32 [8, 3, 32, 32], sigma) that evaluates the built-in U-Net for the first eight classes."""
+    classes = "face, heart, hand, person, mammal, bird, sea animal, reptile"
+    label = host.run("IECClassLabel", labels=classes)[0][0]
+
+    def of(x, sigma):
+        at = torch.full((len(x),), sigma)
+        return model.model.apply_model(x, at, c_crossattn=label[0], y=label[1]["pooled_output"])
+
+    return of
+
+
+def authors_sigmas(model):
+    """On the timesteps of the authors' DDIM, from the model's own betas."""
+    timesteps = np.linspace(0, np.sqrt(0.8 * 1000), STEPS) ** 2
+    log_sigmas = model.model.model_sampling.sigmas.double().log().numpy()
+    return [*np.exp(np.interp(timesteps, np.arange(1000), log_sigmas))[::-1], 0.0]
+
+
+def ddim(denoised, sigmas, noise_factor=lambda sigma, sigma_next: 1.0):
+    """DDIM without noise from the host's noise of seed 1000; each predicted noise is multiplied by its step's factor."""
+    x = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1000)) * sigmas[0]
+    for sigma, sigma_next in itertools.pairwise(sigmas):
+        eps = (x - denoised(x, sigma)) / sigma * noise_factor(sigma, sigma_next)
+        x = x - sigma * eps + sigma_next * eps
+    return x
+
+
+def shrink(sigma, sigma_next):
+    now, then = (at**2 / (1 + at**2) for at in (sigma, sigma_next))  # 1 - abar
+    return 1 - 0.5 * (1 - math.sqrt(then / now))
+
+
+@pytest.mark.parametrize(
+    "control, factor", [("none", lambda *_: 1), ("shrunk", shrink), ("epsilon1.005", lambda *_: 1 / 1.005)]
+)
+def test_the_authors_ddim_and_its_controls_are_their_formulas(sampler, model, denoised, relative, control, factor):
+    run = Run(scheduler="quadratic", sampler="ddim", steps=STEPS, cfg=1.0, control=control)
+    latents, nfe, _ = sampler.chunk(Chunk(run, 0, 8))
+    assert relative(latents, ddim(denoised, authors_sigmas(model), factor)) < 1e-4 and nfe == STEPS
+
+
+def test_a_correction_over_the_authors_timesteps_counts_its_evaluations(sampler):
+    run = Run(scheduler="quadratic", sampler="ddim", steps=STEPS, cfg=1.0, correction_steps="all")
+    corrected, nfe, _ = sampler.chunk(Chunk(run, 0, 8))
+    assert nfe == 2 * STEPS and not torch.equal(corrected, sampler.chunk(Chunk(run.baseline, 0, 8))[0])
+
+
+def test_averaged_rounding_is_drawn_by_the_seed_and_leaves_the_model_as_it_was(sampler, relative):
+    plain = Run(quantization="W4A8", steps=2, cfg=1.0)
+    averaged = replace(plain, control="averaged")
+    before = sampler.chunk(Chunk(plain, 0, 8))[0]
+    found, nfe, _ = sampler.chunk(Chunk(averaged, 0, 8))
+    assert nfe == 4 and relative(found, before) > 1e-3
+    assert torch.equal(found, sampler.chunk(Chunk(averaged, 0, 8))[0])
+    assert torch.equal(before, sampler.chunk(Chunk(plain, 0, 8))[0])
+
+
 def test_an_image_that_is_not_finite_is_told_with_its_row(host):
     class Broken:
         @staticmethod
         def execute(**inputs):
-            return SimpleNamespace(result=({"samples": torch.full((8, 3, 32, 32), torch.nan)}, []))
+            return SimpleNamespace(result=({"samples": torch.full((8, 3, 32, 32), torch.nan)}, [SimpleNamespace(nfe=1)]))
 
     broken = experiment_samples.Sampler({**host.nodes, "IECKSampler": Broken})
     with pytest.raises(ValueError, match=r"unet euler karras 1 cfg3: a latent of images 8 to 15 is not finite"):
@@ -116,27 +183,28 @@ def address():
 
 
 @pytest.fixture
-def cluster(address):
-    """The environment names the cluster."""
+def ray_address():
+    """A function that names the cluster in the environment."""
     with same_environment():
-        os.environ["RAY_ADDRESS"] = address
-        yield
+        yield lambda address: os.environ.update(RAY_ADDRESS=address)
 
 
-def test_a_ray_cluster_gives_the_same_images(sampler, tmp_path, cluster):
+def test_a_ray_cluster_gives_the_same_images(sampler, tmp_path, address, ray_address):
+    ray_address(address)
     store = experiment_samples.Store(tmp_path)
     chunks = [Chunk(Run(steps=1), number, 8) for number in (0, 1)]
     assert set(experiment_samples.sampled(chunks, store, workers=1)) == set(chunks)
     check(chunks, store, sampler)
 
 
-def test_what_a_worker_raises_is_told(tmp_path, cluster):
+def test_what_a_worker_raises_is_told(tmp_path, address, ray_address):
+    ray_address(address)
     chunk = Chunk(Run(steps=1, sampler="none such"), 0, 8)
     with pytest.raises(Exception, match="none such"):
         list(experiment_samples.sampled([chunk], experiment_samples.Store(tmp_path), workers=1))
 
 
-def test_an_address_without_a_cluster_is_told(tmp_path, monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+def test_an_address_without_a_cluster_is_told(tmp_path, ray_address):
+    ray_address("127.0.0.1:1")
     with pytest.raises(ValueError, match=r"RAY_ADDRESS: no cluster answers at '127.0.0.1:1'"):
         list(experiment_samples.sampled([Chunk(Run(steps=1), 0, 8)], experiment_samples.Store(tmp_path), workers=1))

@@ -1,5 +1,6 @@
 """The experiment that takes a correction apart: its controls are what they say."""
 
+import effects
 import pytest
 import separate_effects
 import torch
@@ -12,7 +13,7 @@ def experiment(host):
 
 def test_stochastic_rounding_has_no_bias_and_its_name():
     x = torch.full((200_000,), -1.3)
-    with separate_effects.StochasticRounding(seed=0):
+    with effects.StochasticRounding(seed=0):
         rounded = x.clone().round_()
     assert set(rounded.tolist()) == {-2.0, -1.0}
     assert abs(rounded.mean() + 1.3) < 5 * (0.3 * 0.7 / len(x)) ** 0.5
@@ -43,7 +44,7 @@ def test_averaging_at_the_same_point_lowers_independent_noise(experiment):
     def network(base):
         return base.diffusion_model(x, sigma * 100, context=label[:, None], y=label)
 
-    rounding = separate_effects.Rounding(model, full, seed=0)
+    rounding = effects.Rounding(model, full, seed=0)
     before = {name: value.clone() for name, value in model.model.diffusion_model.state_dict().items()}
     errors = []
     for _ in range(16):

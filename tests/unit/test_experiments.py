@@ -111,6 +111,8 @@ def test_the_whole_list_takes_less_than_four_hours(tmp_path):
         (Run(correction_steps="ends:1/10", max_iterations=3), 2 * (20 + 4 * 3)),
         (Run(sampler="heun"), 80),
         (Run(interval=5, correction_steps="full"), 2 * (20 * 0.28 + 4)),
+        (Run(correction_steps="all", evaluation_point="ahead"), 40),
+        (Run(control="averaged"), 80),
     ],
 )
 def test_costs_are_counted(run, evaluations):
@@ -122,6 +124,9 @@ def test_references_are_full_precision_without_cache_and_correction():
     assert run.baseline == Run(quantization="W4A8", interval=3, forecast="linear")
     assert run.same_steps == Run() and run.exact == Run(sampler="heun", steps=experiment_rows.EXACT_STEPS)
     assert Run(architecture="transformer", scheduler="simple").exact.scheduler == "simple"
+    controlled = Run(scheduler="quadratic", sampler="ddim", control="shrunk")
+    assert controlled.baseline == controlled.same_steps == replace(controlled, control="none")
+    assert controlled.exact == Run(scheduler="quadratic", sampler="heun", steps=experiment_rows.EXACT_STEPS)
     assert Run(sampler="er_sde").exact is None and list(Run(sampler="er_sde").references) == ["same_steps"]
     assert list(run.references) == ["baseline", "same_steps", "exact"]
 
