@@ -23,7 +23,7 @@ benchmark: setup
 	$(RUN) tools/quantization_benchmark.py
 	$(RUN) tools/quantization_benchmark.py --speed
 
-# The rows of docs/results that are missing; all take about two and a half hours on two CPU cores. It can be stopped, and goes on.
+# The rows of docs/results that are missing; all take less than four hours on two CPU cores. It can be stopped, and goes on.
 experiments: setup
 	$(RUN) tools/experiments.py $(OPTIONS)
 
