@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from toy import ToyGuider, run
+from toy import Listener, ToyGuider, run
 
 AHEAD = {"lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0, "evaluation_point": "ahead"}
 KNOWN_ENDS = ("euler", "ddim", "euler_ancestral", "ddpm", "lcm")
@@ -137,20 +137,12 @@ def test_with_no_damping_a_run_is_the_stock_run(host, undamped, advanced, model,
 
 
 def test_evaluations_say_whose_they_are(ahead):
-    told = []
-
-    class Listener(ToyGuider):
-        def __call__(self, x, sigma, model_options=None, seed=None):
-            about = model_options["transformer_options"]["iec"]
-            told.append((about["step"], about["iteration"], about["sigma"], sigma[0].item()))
-            return super().__call__(x, sigma, model_options, seed)
-
-    sigmas = sigmas_of(5)
-    run(ahead("euler", max_iterations=2)[0], Listener("EPS", network=bent), sigmas)
+    guider, sigmas = Listener("EPS", network=bent), sigmas_of(5)
+    run(ahead("euler", max_iterations=2)[0], guider, sigmas)
     at = sigmas.tolist()
     expected = [(0, 0, at[0])] + [(step, iteration, at[step]) for step in range(1, 5) for iteration in (0, 1)]
-    assert [one[:2] for one in told] == [one[:2] for one in expected]
-    assert all(one[2] == one[3] == pytest.approx(other[2]) for one, other in zip(told, expected))
+    assert [one[:2] for one in guider.told] == [one[:2] for one in expected]
+    assert all(one[2] == one[3] == pytest.approx(other[2]) for one, other in zip(guider.told, expected))
 
 
 def test_a_run_that_ends_above_zero_evaluates_nothing_past_its_end(ahead):

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from toy import ToyGuider, run
+from toy import Listener, ToyGuider, run
 
 SETTINGS = {"correction_steps": "all", "lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0}
 SIGMAS = (10.0, 6.0, 3.0, 1.5, 0.6, 0.0)
@@ -173,24 +173,16 @@ def test_a_step_of_other_factors_is_corrected_at_its_own_next_latent(host):
 
 
 def test_a_schedule_that_rises_is_told_by_order(host):
-    told = []
-
-    class Listener(ToyGuider):
-        def __call__(self, x, sigma, model_options=None, seed=None):
-            about = model_options["transformer_options"]["iec"]
-            told.append((about["step"], about["iteration"], about["sigma"], sigma[0].item()))
-            return super().__call__(x, sigma, model_options, seed)
-
     rising = [14.6, 7.0, 3.0, 1.0, 5.0, 2.0, 0.5, 0.0]
     sigmas = torch.tensor(rising).double()
     for point, count in (("paper", 7), ("next", 6)):
-        told.clear()
-        run(host.run("IECSampler", sampler=stock(), evaluation_point=point, **SETTINGS)[0], Listener("EPS"), sigmas)
+        guider = Listener("EPS")
+        run(host.run("IECSampler", sampler=stock(), evaluation_point=point, **SETTINGS)[0], guider, sigmas)
         own = [(step, 0, sigma) for step, sigma in enumerate(rising[:-1])]
         again = [(step, 1, rising[step + (point == "next")]) for step in range(count)]
-        assert [one[:2] for one in told] == [one[:2] for one in sorted(own + again)]
-        assert [one[2] for one in told] == pytest.approx([one[2] for one in sorted(own + again)])
-        assert all(one[2] == one[3] for one in told)
+        assert [one[:2] for one in guider.told] == [one[:2] for one in sorted(own + again)]
+        assert [one[2] for one in guider.told] == pytest.approx([one[2] for one in sorted(own + again)])
+        assert all(one[2] == one[3] for one in guider.told)
 
 
 def test_nothing_is_rehearsed_where_nothing_is_corrected(host):

@@ -48,6 +48,19 @@ class ToyGuider:
         return self.denoised(x, sigma)
 
 
+class Listener(ToyGuider):
+    """`told` takes what each evaluation is told of itself, and where it is: (step, iteration, sigma, sigma it is at)."""
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.told = []
+
+    def __call__(self, x, sigma, model_options=None, seed=None):
+        about = model_options["transformer_options"]["iec"]
+        self.told.append((about["step"], about["iteration"], about["sigma"], sigma[0].item()))
+        return super().__call__(x, sigma, model_options, seed)
+
+
 class PixelVAE:
     """Decodes as the host's pixel-space VAE."""
 
