@@ -31,8 +31,8 @@ experiments: setup
 pictures: setup
 	$(RUN) tools/draw_workflows.py
 
-# In three processes of one thread each, for a third of the time of those in the browser is spent waiting; a file of tests in one of
-# them, those in the browser, which take longest, first.
+# In three processes of one thread each, for two used 72 % of two cores; a file of tests in one of them, those in the browser, which
+# take longest, first.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # The tests in tests/browser need Chromium, and install it where they may. OPTIONS are pytest's, such as --random-order.
