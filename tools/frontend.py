@@ -61,7 +61,16 @@ FONTS = """<?xml version="1.0"?>
 """
 # No name is looked up. Requests could be refused one by one instead, but then none would come from the browser's cache.
 ONLY_LOOPBACK = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
-READY = "() => window.app?.graph && window.app.vueAppReady && window.app.extensions.length > 0"
+# Where it keeps drafts, with the workflow that it then opens by itself: one that is opened before would be replaced.
+READY = """() => window.app?.graph && window.app.vueAppReady && window.app.extensions.length > 0 && (
+    !app.extensionManager.setting.get("Comfy.Workflow.Persist") || !!app.extensionManager.workflow.activeWorkflow
+)"""
+# Opens an empty workflow, and tells after its first drawing whether it stays: a draft of an earlier page can come into it.
+OPEN_BLANK = """async () => {
+    await app.extensionManager.command.execute("Comfy.NewBlankWorkflow");
+    for (let frame = 0; frame < 3; frame++) await new Promise(requestAnimationFrame);
+    return app.graph.nodes.length === 0;
+}"""
 
 
 def _on_path():
@@ -160,11 +169,8 @@ class Frontend:
         self._open_blank()
 
     def _open_blank(self):
-        """Open an empty workflow, again where the frontend's drafts of an earlier page are restored into it meanwhile."""
         for _ in range(10):
-            self.page.evaluate("() => app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
-            self.page.wait_for_timeout(1000)  # the first drawing too
-            if self.page.evaluate("() => app.graph.nodes.length === 0"):
+            if self.page.evaluate(OPEN_BLANK):
                 return
         raise RuntimeError(f"the frontend at {self.server.url} opens no empty workflow")
 
