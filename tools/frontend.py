@@ -196,12 +196,11 @@ class Frontend:
 
 
 @contextlib.contextmanager
-def show(server, vue_nodes=False, settings=None, viewport=None, scale=1):
-    """Yield the loaded Frontend of a Server: no dialogs, an empty graph, and no access to anything but this machine.
+def in_browser(server, viewport=None, scale=1):
+    """Yield a Frontend of a Server that is still to be loaded, without access to anything but this machine.
 
-    Its fonts are DejaVu's and those that the frontend itself brings. vue_nodes, settings: as of Frontend.load. viewport:
-    {"width", "height"}; scale: device pixels for each pixel of it. Raises RuntimeError where there is no Chromium or the
-    frontend does not come up.
+    Its fonts are DejaVu's and those that the frontend itself brings. viewport: {"width", "height"}; scale: device pixels for
+    each pixel of it. Raises RuntimeError where there is no Chromium.
     """
     with tempfile.TemporaryDirectory() as fonts, sync_playwright() as playwright:
         arguments = ["--no-sandbox", "--disable-gpu", "--font-render-hinting=none", "--force-color-profile=srgb", ONLY_LOOPBACK]
@@ -209,11 +208,21 @@ def show(server, vue_nodes=False, settings=None, viewport=None, scale=1):
         try:
             context = browser.new_context(viewport=viewport or VIEWPORT, device_scale_factor=scale, reduced_motion="reduce")
             context.add_init_script(DISMISSED)
-            view = Frontend(server, context.new_page())
-            view.load(vue_nodes, settings)
-            yield view
+            yield Frontend(server, context.new_page())
         finally:
             browser.close()
+
+
+@contextlib.contextmanager
+def show(server, vue_nodes=False, settings=None, viewport=None, scale=1):
+    """Yield the loaded Frontend of a Server: no dialogs and an empty graph.
+
+    vue_nodes, settings: as of Frontend.load. viewport, scale: as of in_browser. Raises RuntimeError where there is no Chromium
+    or the frontend does not come up.
+    """
+    with in_browser(server, viewport, scale) as view:
+        view.load(vue_nodes, settings)
+        yield view
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ SCREENSHOTS = comfyui.ROOT / "output" / "browser"
 
 @pytest.fixture(scope="package")
 def view(tmp_path_factory):
-    """The Frontend that the tests of this folder share in a process, on a server with the model files that the example
-    workflows name.
+    """The Frontend, still to be loaded, that the tests of this folder share in a process, on a server with the model files that
+    the example workflows name.
 
     Not longer than that: while Playwright is on, its event loop runs, and the tests in `host` need their own.
     """
     models = dummy_models.write(tmp_path_factory.mktemp("models"))
-    with server.serve(tmp_path_factory.mktemp("output"), models=models) as host, frontend_tool.show(host) as view:
+    with server.serve(tmp_path_factory.mktemp("output"), models=models) as host, frontend_tool.in_browser(host) as view:
         yield view
 
 
