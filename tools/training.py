@@ -1,5 +1,6 @@
 """What the trainings of this pack's models have in common: the loop, the averaged weights, the file, and how one goes on."""
 
+import argparse
 import copy
 import json
 import math
@@ -10,6 +11,7 @@ import comfyui
 import pack
 import torch
 
+BUILTIN, TRAINING = comfyui.ROOT / "nodes/assets", comfyui.ROOT / "tools/assets/training"
 SNAPSHOT = 500  # steps between two snapshots; of the built-in models, less than ten minutes on one CPU core
 
 
@@ -100,17 +102,26 @@ class State:
         self._path.unlink(missing_ok=True)
 
 
-def run_on(path, build, config, classes, title, loss_of, settings, data):
-    """Train a model on by one run of settings["steps"] steps, from the weights in its file, or anew where there is no file.
+def arguments(name, about):
+    """Return the arguments of a built-in model's training, --out and --anew. name: of its file; about: the command's help."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--out", type=pathlib.Path, default=TRAINING / name, metavar="FILE")
+    parser.add_argument("--anew", action="store_true", help="where there is no such file: not from the built-in weights on")
+    return parser.parse_args()
+
+
+def run_on(path, start, build, config, classes, title, loss_of, settings, data):
+    """Train a model on by one run of settings["steps"] steps, from the weights in its file.
 
     path: the safetensors file; a run that was interrupted goes on where its last snapshot was, as long as .cache/training has
-    its state. build(): the network with fresh weights. loss_of(network, generator): what `train` takes. settings: as `train`
-    takes them, and "seed", to which the number of earlier runs is added. data: facts of the images. The file's metadata tell
-    all runs, the first one first: settings, data, steps done, loss.
+    its state. start: the file to begin with where that is not there, None for fresh weights. build(): the network with fresh
+    weights. loss_of(network, generator): what `train` takes. settings: as `train` takes them, and "seed", to which the number
+    of earlier runs is added. data: facts of the images. The file's metadata tell all runs, the first one first: settings, data,
+    steps done, loss.
     """
-    weights, history = read(path)
-    begun = [run for run in history if run["step"] < run["steps"]]
-    for earlier in (history[:-1], history) if begun and begun[-1] == history[-1] else (history,):
+    weights, history = read(path if path.exists() else start)
+    was_stopped = bool(history) and history[-1]["step"] < history[-1]["steps"]
+    for earlier in (history[:-1], history) if was_stopped else (history,):
         run = dict(settings, seed=settings["seed"] + len(earlier), torch=torch.__version__, **data)
         generator = torch.Generator().manual_seed(run["seed"])
         state = State(comfyui.CACHE / "training" / (path.name + ".pt"), run, generator)
@@ -133,7 +144,7 @@ def read(path):
     """Return (weights in float32, the list of training runs) of a model's file; (None, []) where there is none."""
     import safetensors
 
-    if not path.exists():
+    if path is None or not path.exists():
         return None, []
     with safetensors.safe_open(path, "pt") as file:
         weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118

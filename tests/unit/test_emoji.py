@@ -77,7 +77,7 @@ def run_on(tmp_path, monkeypatch):
     def loss_of(layer, generator):
         return lambda: (layer(torch.randn(16, 3, generator=generator)) - 1).square().mean()
 
-    def run(path, snapshots=99, **settings):
+    def run(path, snapshots=99, start=None, **settings):
         seen = []
 
         def save_and_die(*args, **facts):
@@ -88,7 +88,7 @@ def run_on(tmp_path, monkeypatch):
 
         monkeypatch.setattr(training, "save", save_and_die)
         build = functools.partial(torch.nn.Linear, 3, 2)
-        training.run_on(path, build, CONFIG, ["a"], "a layer", loss_of, {**SETTINGS, **settings}, DATA)
+        training.run_on(path, start, build, CONFIG, ["a"], "a layer", loss_of, {**SETTINGS, **settings}, DATA)
 
     return run
 
@@ -142,3 +142,12 @@ def test_other_settings_do_not_go_on_with_what_was_stopped(run_on, tmp_path):
         run_on(path, snapshots=2)
     run_on(path, learning_rate=0.01)
     assert [(run["step"], run["learning_rate"]) for run in told(path)[1]] == [(6, 0.05), (9, 0.01)]
+
+
+def test_a_file_that_is_not_there_begins_with_the_weights_of_another(run_on, tmp_path):
+    start, path = tmp_path / "start.safetensors", tmp_path / "layer.safetensors"
+    run_on(start)
+    before = start.read_bytes()
+    run_on(path, start=start, steps=3, learning_rate=1e-9, weight_decay=0.0)
+    assert all(torch.allclose(told(start)[0][name], found, atol=1e-3) for name, found in told(path)[0].items())
+    assert [run["step"] for run in told(path)[1]] == [9, 3] and start.read_bytes() == before
