@@ -155,13 +155,13 @@ class Frontend:
         """Load the frontend anew and return when it has all extensions and an empty graph.
 
         vue_nodes: Nodes 2.0 in place of the classic canvas. settings: more of the user's settings, by id. Raises RuntimeError
-        where it does not come up within two minutes.
+        where it is not there, or does not come up, within two minutes.
         """
         settings = {**SETTINGS, "Comfy.VueNodes.Enabled": vue_nodes, **(settings or {})}
         requests.post(f"{self.server.url}/settings", json=settings, timeout=60).raise_for_status()
         self.errors.clear()
-        self.page.goto(self.server.url)
         try:
+            self.page.goto(self.server.url, timeout=120_000)
             self.page.wait_for_function(READY, timeout=120_000)
         except PlaywrightTimeout as error:
             raise RuntimeError(f"the frontend at {self.server.url} did not come up: {error}") from error

@@ -24,12 +24,24 @@ def view(tmp_path_factory):
 
 
 @pytest.fixture
-def frontend(view, request):
-    """The Frontend (`server`, `page`, `errors`, `load`, `open` …) with an empty graph, on the classic canvas.
+def vue_nodes():
+    """Whether the page is loaded with Nodes 2.0; a parameter of this name sets it, and spares the work of loading twice."""
+    return False
+
+
+@pytest.fixture
+def settings():
+    """More of the user's settings that the page is loaded with, set likewise."""
+    return {}
+
+
+@pytest.fixture
+def frontend(view, request, vue_nodes, settings):
+    """The Frontend (`server`, `page`, `errors`, `load`, `open` …) with an empty graph, on the classic canvas or Nodes 2.0.
 
     The test ends with a screenshot in output/browser, and fails if anything has failed in the page.
     """
-    view.load()
+    view.load(vue_nodes, settings)
     yield view
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^\w.-]+", "_", request.node.name)

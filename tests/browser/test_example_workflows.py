@@ -45,7 +45,6 @@ def without_titles(prompt):
 
 @pytest.mark.parametrize("vue_nodes", [False, True], ids=["canvas", "nodes2"])
 def test_workflows_open_as_their_api_form_and_nothing_overlaps(frontend, vue_nodes):
-    frontend.load(vue_nodes=vue_nodes)
     for name in NAMES:
         frontend.open(json.loads((FOLDER / f"{name}.json").read_text()), name)
         api = json.loads((FOLDER / "api" / f"{name}.json").read_text())
@@ -92,6 +91,7 @@ def saved_files():
     return workflow
 
 
+@pytest.mark.parametrize("settings", [{"Comfy.Workflow.Persist": True}], ids=["drafts"])
 @pytest.mark.parametrize("name", BUILTIN)
 def test_workflow_runs_in_the_frontend_and_its_strips_show_it(frontend, has_run, name):
     """quick_start as it is, the others with fewer steps; load_and_sample loads what calibrate_and_save has saved, in its own
@@ -99,7 +99,6 @@ def test_workflow_runs_in_the_frontend_and_its_strips_show_it(frontend, has_run,
     """
     if name == "load_and_sample" and "calibrate_and_save" not in has_run:
         frontend.server.run(saved_files())
-    frontend.load(settings={"Comfy.Workflow.Persist": True})
     page = frontend.page
     frontend.open(json.loads((FOLDER / f"{name}.json").read_text()), name)
     if name != "quick_start":

@@ -6,7 +6,6 @@ import pytest
 
 @pytest.mark.parametrize("vue_nodes", [False, True])
 def test_frontend_is_ready_with_the_pack_and_nothing_over_the_graph(frontend, vue_nodes):
-    frontend.load(vue_nodes=vue_nodes)
     page = frontend.page
     assert (
         page.evaluate("() => LiteGraph.vueNodesMode ?? app.ui.settings.getSettingValue('Comfy.VueNodes.Enabled')") is vue_nodes

@@ -131,14 +131,12 @@ class Strip:
 
 
 @pytest.fixture
-def strip(frontend, request):
-    """The Strip of a page, on the classic canvas, or with Nodes 2.0 where a test is of `both`."""
-    if getattr(request, "param", False):
-        frontend.load(vue_nodes=True)
+def strip(frontend):
+    """The Strip of a page, on the classic canvas, or with Nodes 2.0 too where a test is of `both`."""
     return Strip(frontend)
 
 
-both = pytest.mark.parametrize("strip", [False, True], ids=["canvas", "nodes2"], indirect=True)
+both = pytest.mark.parametrize("vue_nodes", [False, True], ids=["canvas", "nodes2"])
 
 
 @pytest.mark.parametrize("sampler", ["IECKSampler", "IECApply", "IECSampler"])
@@ -508,9 +506,8 @@ def test_run_of_other_settings_is_marked(frontend, strip):
         wait()
 
 
-def test_chart_outlives_a_reload_of_the_page(frontend):
-    frontend.load(settings={"Comfy.Workflow.Persist": True})
-    strip = Strip(frontend)
+@pytest.mark.parametrize("settings", [{"Comfy.Workflow.Persist": True}], ids=["drafts"])
+def test_chart_outlives_a_reload_of_the_page(frontend, strip):
     frontend.open_api(workflow(steps=6))
     strip.wait("6 → 8 evaluations")
     strip.show()
