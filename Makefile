@@ -5,7 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo error-growth benchmark experiments pictures test test-fast test-gpu lint setup train clean
+.PHONY: demo error-growth benchmark experiments norms answers pictures test test-fast test-gpu lint setup train clean
 
 demo: setup
 	$(RUN) tools/demo.py
@@ -26,6 +26,14 @@ benchmark: setup
 # The rows of docs/results that are missing; all take less than four hours on two CPU cores. It can be stopped, and goes on.
 experiments: setup
 	$(RUN) tools/experiments.py $(OPTIONS)
+
+# The norms of docs/results/norms.csv that are missing; all take about half an hour on two CPU cores. It can be stopped likewise.
+norms: setup
+	$(RUN) tools/norms.py $(OPTIONS)
+
+# The tables and figures of docs/results.md, from the rows, in seconds.
+answers: setup
+	$(RUN) tools/answers.py
 
 # The example workflows as ComfyUI's frontend saves them, their pictures, and one of every node: about four minutes.
 pictures: setup
@@ -65,7 +73,7 @@ train: setup
 
 $(VENV)/.installed: requirements-dev.txt tools/constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c tools/constraints.txt
+	$(RUN) -m pip install --quiet --no-compile --disable-pip-version-check -r requirements-dev.txt -c tools/constraints.txt
 	touch $@
 
 clean:

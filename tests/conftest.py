@@ -2,8 +2,10 @@
 
 import os
 
+import dummy_models
 import pack
 import pytest
+import server
 import torch
 
 pack.load("iec_core")
@@ -25,6 +27,16 @@ def process_state():
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
+
+
+@pytest.fixture(scope="session")
+def shared_server(tmp_path_factory):
+    """A server with the pack and the model files that the example workflows name, for all tests of a process that take a
+    server as they find it: it costs as much as some tens of tests.
+    """
+    models = dummy_models.write(tmp_path_factory.mktemp("models"))
+    with server.serve(tmp_path_factory.mktemp("output"), models=models) as running:
+        yield running
 
 
 @pytest.fixture(autouse=True)

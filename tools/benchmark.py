@@ -114,17 +114,20 @@ def overhead(nodes, repeat):
         print(f"| {kind} | {evaluations} | {seconds * 1e3:.1f} | {above * 1e3:.1f} | {share:.3%} |")
 
 
-PROMPTS = ("face, heart", "person, vehicle", "fruit, boat", "clock, flag")  # a calibration's
+# A calibration's.
+PROMPTS = ("face, heart", "person, vehicle", "fruit, boat", "clock, flag")
+CALIBRATION_SEED = 500
 
 
-def calibration_inputs(nodes, steps, runs, sampler_name="ddim", scheduler="normal"):
+def calibration_inputs(nodes, steps, runs, sampler_name="ddim", scheduler="normal", cfg=3.0):
     """Return the inputs of a calibrating node's runs: on four pairs of classes, on seeds of their own."""
     label = nodes["IECClassLabel"]
     names = ("positive", "positive_2", "positive_3", "positive_4")
     return {
         **{name: label.execute(labels=text).result[0] for name, text in zip(names, PROMPTS)},
-        "negative": label.execute(labels="none").result[0], "latent_image": {"samples": torch.zeros(2, 3, 32, 32)}, "seed": 500,
-        "runs": runs, "steps": steps, "cfg": 3.0, "sampler_name": sampler_name, "scheduler": scheduler,
+        "negative": label.execute(labels="none").result[0], "latent_image": {"samples": torch.zeros(2, 3, 32, 32)},
+        "seed": CALIBRATION_SEED, "runs": runs, "steps": steps, "cfg": cfg, "sampler_name": sampler_name,
+        "scheduler": scheduler,
     }  # fmt: skip
 
 

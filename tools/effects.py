@@ -39,13 +39,13 @@ class Rounding:
 
     @contextlib.contextmanager
     def evaluation(self):
+        """Within it the weights and all activations are rounded by one more draw."""
         with self._mode:
-            for layer, weight in self._layers:
-                layer.weight.data.copy_(layer.packing.quantize(weight.data))
+            self.round_weights()
             yield
 
-    def nearest(self):
-        """Put the weights back as they were, rounded to the nearest."""
+    def round_weights(self):
+        """Round the weights anew, by the rounding that is in force: outside of an evaluation, as they were."""
         for layer, weight in self._layers:
             layer.weight.data.copy_(layer.packing.quantize(weight.data))
 

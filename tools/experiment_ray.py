@@ -5,10 +5,12 @@ Python (`.venv/bin/ray start ...`). Each CPU has a worker of its own, or each GP
 sample comes back and is kept where the command runs; a worker that dies is started again, and its chunk goes to another.
 """
 
+import contextlib
 import os
 import pathlib
 import signal
 import socket
+import sys
 import urllib.parse
 
 TOOLS = pathlib.Path(__file__).resolve().parent
@@ -26,6 +28,11 @@ class _Worker:
         import experiment_samples
 
         return chunk, experiment_samples.made(chunk)
+
+    def at_once(self):
+        import experiment_samples
+
+        return experiment_samples.at_once()
 
 
 def _workers(ray, most):
@@ -57,24 +64,38 @@ def _join(ray):
         raise ValueError(f"RAY_ADDRESS: no cluster answers at '{address}'; name one that runs.") from error
 
 
-def sampled(chunks, store):
-    """Sample Chunks into a store; yield each when it is there. Raises ValueError where the cluster does not answer or has
-    nothing to compute on, and what `Sampler.chunk` raises.
-    """
+@contextlib.contextmanager
+def _cluster():
+    """Ray, connected to the cluster. Raises ValueError where Ray is not installed, and what `_join` raises."""
     try:
         import ray
-        from ray.util import ActorPool
     except ImportError as error:
         raise ValueError("RAY_ADDRESS: Ray is not installed; install the extra 'ray', or unset the variable.") from error
     terminated = signal.getsignal(signal.SIGTERM)
     _join(ray)
     signal.signal(signal.SIGTERM, terminated)  # Ray has set its own
     try:
-        pool = ActorPool(_workers(ray, len(chunks)))
-        for chunk, content in pool.map_unordered(lambda worker, chunk: worker.made.remote(chunk), list(chunks)):
-            store.save(chunk, content)
-            yield chunk
+        yield ray
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     finally:
         ray.shutdown()
+
+
+def sampled(chunks, store):
+    """Sample Chunks into a store; yield each when it is there. Raises ValueError where the cluster does not answer or has
+    nothing to compute on, and what `Sampler.chunk` raises.
+    """
+    with _cluster() as ray:
+        from ray.util import ActorPool
+
+        pool = ActorPool(_workers(ray, len(chunks)))
+        for chunk, content in pool.map_unordered(lambda worker, chunk: worker.made.remote(chunk), list(chunks)):
+            store.save(chunk, content)
+            yield chunk
+
+
+def at_once():
+    """Return how many images the cluster's workers sample at once: as many as each of them does. Raises as `sampled`."""
+    with _cluster() as ray:
+        return min(ray.get([worker.at_once.remote() for worker in _workers(ray, sys.maxsize)]))

@@ -19,23 +19,30 @@ CHUNK = 8  # images that are sampled at once
 EXACT_STEPS = 100  # of heun
 STOCHASTIC = ("euler_ancestral", "er_sde")  # their images are no solution of an equation that has an exact one
 EVALUATIONS_A_STEP = {"heun": 2}
-CONTROLS = (
-    "none",
-    "shrunk",  # the noise multiplied by what a correction makes of it where noise dominates, without an evaluation
-    "epsilon1.005",  # the noise divided by 1.005, by the host's Epsilon Scaling
-    "averaged",  # two evaluations at the same point, weights and activations rounded stochastically, averaged
-)
+CACHES = ("deepcache", "calibrated")
+CALIBRATION_RUNS, CALIBRATION_IMAGES = 8, 2
+EXACT_SCHEDULER = {"unet": "karras", "transformer": "simple"}
+# An effect of a correction by itself, and how many evaluations of the network it makes of one.
+CONTROLS = {
+    "none": 1,
+    "shrunk": 1,  # the noise multiplied by what a correction makes of it where noise dominates, without an evaluation
+    "epsilon1.005": 1,  # the noise divided by 1.005, by the host's Epsilon Scaling
+    "averaged": 2,  # at the same point, weights and activations rounded stochastically, averaged
+}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A way to sample, in the words of the nodes' inputs. quantization: "none" or such as "W8A8". interval: DeepCache's, 1 for
-    none. scheduler: "quadratic" for the authors' timesteps. control: one of `CONTROLS`, an effect of a correction by itself.
+    """A way to sample, in the words of the nodes' inputs. quantization: "none" or such as "W8A8". interval: the cache's, 1 for
+    none. cache: of `CACHES`; "calibrated" is CacheQuant on the steps that its calibration finds. scheduler: "quadratic" is the
+    authors' timesteps. control: of `CONTROLS`. instead_of: the steps of the run that it is compared with, 0 for as many as its
+    own. ValueError for another cache or control, and for a cache without an interval.
     """
 
     architecture: str = "unet"
     quantization: str = "none"
     interval: int = 1
+    cache: str = "deepcache"
     forecast: str = "hold"
     sampler: str = "euler"
     scheduler: str = "karras"
@@ -46,38 +53,58 @@ class Run:
     lambda_: float = 0.5
     max_iterations: int = 1
     control: str = "none"
+    instead_of: int = 0
+
+    def __post_init__(self):
+        for name, known in (("control", CONTROLS), ("cache", CACHES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: '{getattr(self, name)}' is none; name one of {', '.join(known)}.")
+        if self.interval == 1 and (self.cache, self.forecast) != (Run.cache, Run.forecast):
+            raise ValueError("interval: at 1 there is no cache; leave cache and forecast out.")
 
     @property
     def key(self):
         """The run in short, another for every other run."""
         words = [self.architecture, self.sampler, self.scheduler, str(self.steps), f"cfg{self.cfg:g}"]
         words += [self.quantization] if self.quantization != "none" else []
-        words += [f"cache{self.interval}{self.forecast}"] if self.interval > 1 else []
+        kind = "cache" if self.cache == "deepcache" else self.cache
+        words += [f"{kind}{self.interval}{self.forecast}"] if self.interval > 1 else []
         if self.correction_steps != "none":
             words += [self.correction_steps, self.evaluation_point]
             words += [f"lambda{self.lambda_:g}"] if self.lambda_ != 0.5 else []
             words += [f"K{self.max_iterations}"] if self.max_iterations != 1 else []
         words += [self.control] if self.control != "none" else []
+        words += [f"instead of {self.instead_of}"] if self.instead_of else []
         return " ".join(words)
 
     @property
-    def baseline(self):
+    def sampled(self):
+        """The run by itself: what it is compared with does not change its images."""
+        return replace(self, instead_of=0)
+
+    @property
+    def uncorrected(self):
         """The same without a correction or a control."""
         plain = Run()
         correction = ("correction_steps", "evaluation_point", "lambda_", "max_iterations", "control")
-        return replace(self, **{name: getattr(plain, name) for name in correction})
+        return replace(self.sampled, **{name: getattr(plain, name) for name in correction})
+
+    @property
+    def baseline(self):
+        """What it is compared with: the same without a correction or a control, of the steps that it stands instead of."""
+        return replace(self.uncorrected, steps=self.instead_of or self.steps)
 
     @property
     def same_steps(self):
         """Full precision of as many steps, without a cache or a correction."""
-        return replace(self.baseline, quantization="none", interval=1, forecast="hold")
+        return replace(self.uncorrected, quantization="none", interval=1, cache="deepcache", forecast="hold")
 
     @property
     def exact(self):
         """The run that stands for the exact solution from the same noise; None where the sampler draws noise of its own."""
         if self.sampler in STOCHASTIC:
             return None
-        scheduler = {"unet": "karras", "transformer": "simple"}[self.architecture]
+        scheduler = EXACT_SCHEDULER[self.architecture]
         scheduler = self.scheduler if self.scheduler == "quadratic" else scheduler  # which begins at a sigma of its own
         return replace(self.same_steps, sampler="heun", scheduler=scheduler, steps=EXACT_STEPS)
 
@@ -86,6 +113,19 @@ class Run:
         """The runs that it is measured against, by name; a baseline is not measured against itself."""
         runs = {"baseline": self.baseline, "same_steps": self.same_steps, "exact": self.exact}
         return {name: run for name, run in runs.items() if run is not None and (name, run) != ("baseline", self)}
+
+    @property
+    def model(self):
+        """What tells the run's MODEL from those of other runs; a calibrated cache is of sampler, schedule and guidance too."""
+        parts = (self.architecture, self.quantization, self.interval, self.cache, self.forecast)
+        return parts + ((self.sampler, self.scheduler, self.steps, self.cfg) if self.cache == "calibrated" else ())
+
+    @property
+    def calibration(self):
+        """How many evaluations of the network for an image its MODEL is calibrated with."""
+        if self.cache != "calibrated":
+            return 0
+        return CALIBRATION_RUNS * CALIBRATION_IMAGES * self.steps * (1 if self.cfg == 1 else 2)
 
     @property
     def evaluations(self):
@@ -97,7 +137,7 @@ class Run:
             self.correction_steps, self.lambda_, self.max_iterations, evaluation_point=self.evaluation_point
         )
         corrected = settings.steps.of(self.steps, full)
-        plain = self.steps * EVALUATIONS_A_STEP.get(self.sampler, 1) * (2 if self.control == "averaged" else 1)
+        plain = self.steps * EVALUATIONS_A_STEP.get(self.sampler, 1) * CONTROLS[self.control]
         refreshed = len(corrected.intersection(full)) * settings.added_evaluations
         shallow = (len(corrected) - len(corrected.intersection(full))) * settings.added_evaluations
         share = 1 if self.interval == 1 else 0.1 + 0.9 / self.interval
@@ -128,12 +168,12 @@ class Row:
 
     @property
     def baseline(self):
-        """The row of the run without a correction."""
+        """The row of the run that this one is compared with."""
         return replace(self, run=self.run.baseline)
 
     def chunks_of(self, run):
         """Return the chunks that this row needs of one of its runs."""
-        return [Chunk(run, number, self.chunk) for number in range(self.images // self.chunk)]
+        return [Chunk(run.sampled, number, self.chunk) for number in range(self.images // self.chunk)]
 
     @property
     def chunks(self):
@@ -148,7 +188,7 @@ class Question:
     asked: str
     file: str
     runs: list
-    images: int = 64
+    images: int
 
 
 def grid(base, **values):
@@ -165,34 +205,43 @@ def with_rules(runs, *rules):
     ]
 
 
-ENDS, ALL, ALL_NEXT, ALL_AHEAD = ("ends:1/10", "paper"), ("all", "paper"), ("all", "next"), ("all", "ahead")
-FIRST_FIFTH, FIRST_HALF = ("first:4", "next"), ("first:10", "next")
-FULL, FULL_NEXT = ("full", "paper"), ("full", "next")
+def with_more_steps(runs, *counts):
+    """Return each run with more steps, to be compared with itself."""
+    return [replace(run, steps=steps, instead_of=run.steps) for run in runs for steps in counts]
+
+
+AUTO = ("auto", "ahead")
+ENDS, FIRST_HALF, ALL = [(steps, "paper") for steps in ("ends:1/10", "first:10", "all")]
+ENDS_NEXT, FIRST_FIFTH_NEXT, FIRST_HALF_NEXT, ALL_NEXT = [
+    (steps, "next") for steps in ("ends:1/10", "first:4", "first:10", "all")
+]
+FIRST_HALF_AHEAD, ALL_AHEAD = [(steps, "ahead") for steps in ("first:10", "all")]
+RULES = (
+    AUTO, ENDS, FIRST_HALF, ALL, ENDS_NEXT, FIRST_FIFTH_NEXT, FIRST_HALF_NEXT, ALL_NEXT, FIRST_HALF_AHEAD, ALL_AHEAD,
+)  # fmt: skip
+FULL, FULL_NEXT, FULL_AHEAD = [("full", point) for point in ("paper", "next", "ahead")]
 FORMATS = ["none", "W8A8", "W4A8"]
+UNET, FLOW = Run(), Run(architecture="transformer", scheduler="simple")
 AUTHORS = Run(scheduler="quadratic", sampler="ddim", steps=100, cfg=1.0)
-FLOW = Run(architecture="transformer", scheduler="simple")
+SCHEDULES = ["karras", "simple", "sgm_uniform", "exponential", "beta", "normal", "linear_quadratic", "kl_optimal"]
+
+
+def choices(base):
+    """Return the runs that a user of a model chooses between at full precision: steps, samplers, caches, corrections."""
+    few, cached = [7, 10, 14, 20, 30], {"steps": [20, 30], "interval": [2, 3]}
+    calibrated = {**cached, "cache": ["calibrated"], "forecast": ["linear"]}
+    return [
+        *with_rules(grid(base, steps=few), AUTO),
+        *grid(base, sampler=["dpmpp_2m", "uni_pc"], steps=few),
+        *grid(base, sampler=["heun"], steps=[5, 7, 10, 15]),
+        *with_rules(grid(base, forecast=["auto"], **cached), AUTO),
+        *grid(base, sampler=["dpmpp_2m"], forecast=["auto"], **cached),
+        *with_rules(grid(base, **calibrated), AUTO),
+        *grid(base, sampler=["dpmpp_2m"], **calibrated),
+    ]
+
 
 QUESTIONS = [
-    Question(
-        "Which rule of correction lowers the error, on which schedule, in which precision; and do more steps do as well?",
-        "rules",
-        [
-            *with_rules(
-                grid(Run(), quantization=FORMATS, scheduler=["karras", "simple", "normal"]),
-                ENDS, ALL, ALL_NEXT, ALL_AHEAD, FIRST_FIFTH, FIRST_HALF,
-            ),
-            *grid(Run(), quantization=FORMATS, scheduler=["karras", "simple", "normal"], steps=[24, 30, 40]),
-        ],
-    ),
-    Question(
-        "Do the images come nearer to the real ones, and do twice the steps do as well?",
-        "distances",
-        [
-            *with_rules(grid(Run(), quantization=FORMATS), ALL, ALL_NEXT, ALL_AHEAD),
-            *grid(Run(), quantization=FORMATS, steps=[40]),
-        ],
-        images=256,
-    ),
     Question(
         "In the authors' cells, 100 steps of DDIM on quadratic timesteps: what helps, and does it help full precision too?",
         "authors",
@@ -201,41 +250,101 @@ QUESTIONS = [
             *with_rules(grid(AUTHORS, interval=[10]), FULL),
             *with_rules(grid(AUTHORS, quantization=["none", "W8A8"]), ALL_NEXT),
             *grid(AUTHORS, quantization=["none", "W8A8"], control=["shrunk", "epsilon1.005"]),
-            *grid(AUTHORS, quantization=["W8A8", "W4A8"], control=["averaged"]),
-            *grid(AUTHORS, quantization=["none", "W8A8"], steps=[200]),
+            *grid(AUTHORS, quantization=["W8A8"], control=["averaged"]),
+            *with_more_steps(grid(AUTHORS, quantization=["none", "W8A8"]), 200),
         ],
         images=256,
     ),
     Question(
-        "What does a correction do behind a cache, and do fewer steps without a cache do as well?",
+        "In 20 steps, do the images come nearer to the real ones, and do twice the steps do as well?",
+        "distances",
+        [
+            *with_rules(grid(UNET, quantization=["none", "W8A8"]), ALL, ALL_NEXT, ALL_AHEAD),
+            *with_rules(grid(UNET, quantization=["W4A8"]), ALL, ALL_AHEAD),
+            *with_more_steps(grid(UNET, quantization=["none", "W8A8"]), 40),
+        ],
+        images=256,
+    ),
+    Question(
+        "Which steps should be corrected, and where; and do as many evaluations do as well in more steps?",
+        "rules",
+        [
+            *with_rules(grid(UNET, quantization=FORMATS, scheduler=["karras", "simple"]), *RULES),
+            *with_rules(grid(FLOW, quantization=FORMATS), *RULES),
+            *with_more_steps(grid(UNET, quantization=FORMATS, scheduler=["karras", "simple"]), 30, 40),
+            *with_more_steps(grid(FLOW, quantization=FORMATS), 30, 40),
+        ],
+        images=32,
+    ),
+    Question(
+        "With how many steps does it help?",
+        "steps",
+        [
+            *with_rules(grid(UNET, quantization=["none", "W8A8"], steps=[10, 50]), AUTO, ENDS, ALL, ALL_NEXT),
+            *with_rules(grid(FLOW, quantization=["none", "W8A8"], steps=[10, 50]), AUTO, ENDS, ALL, ALL_NEXT),
+        ],
+        images=32,
+    ),
+    Question(
+        "On which schedules?",
+        "schedules",
+        with_rules(grid(UNET, scheduler=SCHEDULES, steps=[4, 6, 10, 20, 50]), ALL_AHEAD),
+        images=16,
+    ),
+    Question(
+        "With which samplers, of higher order or with a history?",
+        "samplers",
+        [
+            *with_rules(grid(UNET, sampler=["dpmpp_2m", "uni_pc", "heun"]), AUTO, ENDS, ALL, ALL_NEXT),
+            *with_rules(grid(UNET, sampler=["dpmpp_2m"], quantization=["W8A8"]), AUTO, ENDS, ALL, ALL_NEXT),
+            *with_rules(grid(UNET, sampler=["dpmpp_2m"], scheduler=["normal"]), AUTO, ENDS, ALL, ALL_NEXT),
+            *with_rules(grid(FLOW, sampler=["dpmpp_2m", "uni_pc", "heun"]), AUTO, ENDS, ALL, ALL_NEXT),
+        ],
+        images=32,
+    ),
+    Question(
+        "With a sampler that draws noise, whose images are no solution to compare with: do they come nearer to the real ones?",
+        "noise",
+        with_rules(grid(UNET, sampler=["euler_ancestral"]), AUTO, ALL, ALL_NEXT),
+        images=256,
+    ),
+    Question(
+        "Behind a cache; and do fewer steps without a cache do as well?",
         "caches",
         [
-            *with_rules(grid(Run(), interval=[2, 3, 5], forecast=["hold", "linear"]), FULL, FULL_NEXT),
-            *grid(Run(), steps=[7, 10, 14]),
+            *with_rules(
+                grid(UNET, interval=[2, 3, 5], forecast=["hold", "linear", "auto"]),
+                AUTO, FULL, FULL_NEXT, FULL_AHEAD, ALL_AHEAD,
+            ),
+            *with_rules(grid(FLOW, interval=[2, 3, 5], forecast=["hold", "auto"]), AUTO, FULL_NEXT),
+            *with_rules(grid(UNET, cache=["calibrated"], interval=[2, 3, 5], forecast=["hold", "linear"]), AUTO),
+            *with_rules(grid(FLOW, cache=["calibrated"], interval=[2, 3, 5], forecast=["hold", "linear"]), AUTO),
+            *with_rules(grid(UNET, steps=[7, 10, 14, 20]), AUTO),
+            *with_rules(grid(FLOW, steps=[7, 10, 14, 20]), AUTO),
         ],
-    ),
-    Question(
-        "What does it do with samplers that keep a history, and with those that draw noise?",
-        "samplers",
-        with_rules(grid(Run(), sampler=["dpmpp_2m", "euler_ancestral", "er_sde"]), ALL, ALL_NEXT, FIRST_FIFTH),
-    ),
-    Question(
-        "Is it the same on a transformer of flow matching?",
-        "transformer",
-        [
-            *with_rules(grid(FLOW, quantization=FORMATS), ENDS, ALL, ALL_NEXT, ALL_AHEAD, FIRST_FIFTH),
-            *with_rules(grid(FLOW, interval=[3], forecast=["hold", "linear"]), FULL, FULL_NEXT),
-            *grid(FLOW, steps=[10, 24, 30, 40]),
-        ],
+        images=32,
     ),
     Question(
         "Which damping, and how many iterations?",
         "damping",
         [
-            Run(),
-            *grid(Run(correction_steps="all"), evaluation_point=["paper", "next"], lambda_=[0.1, 0.3, 0.5, 0.7, 0.9, 1.0]),
-            *grid(Run(correction_steps="all"), evaluation_point=["paper", "next"], max_iterations=[2, 3]),
+            *with_rules(grid(UNET, quantization=["none", "W8A8"]), ALL, ALL_NEXT),
+            *grid(
+                replace(UNET, correction_steps="all"), quantization=["none", "W8A8"], evaluation_point=["paper", "next"],
+                lambda_=[0.1, 0.3, 0.7, 0.9, 1.0],
+            ),
+            *grid(
+                replace(UNET, correction_steps="all"), quantization=["none", "W8A8"], evaluation_point=["paper", "next"],
+                max_iterations=[2, 3],
+            ),
         ],
+        images=32,
+    ),
+    Question(
+        "What should one take, for the least error in a given time?",
+        "choices",
+        [*choices(UNET), *choices(FLOW)],
+        images=32,
     ),
 ]  # fmt: skip
 

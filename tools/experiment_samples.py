@@ -17,6 +17,7 @@ import tempfile
 import time
 from dataclasses import asdict, replace
 
+import benchmark
 import classifier
 import comfyui
 import effects
@@ -27,7 +28,7 @@ import pack
 import processes
 import safetensors
 import torch
-from experiment_rows import CHUNK
+from experiment_rows import CALIBRATION_RUNS, CHUNK, CONTROLS
 from safetensors.torch import save
 
 MOST_AT_ONCE = 256  # images, on a GPU
@@ -39,24 +40,32 @@ MEASURED_BY = (classifier.WEIGHTS, imagenet.REAL_FEATURES)
 
 
 @functools.cache
-def _sha256(path):
+def sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _digest(thing):
+def digest_of(thing):
+    """Return 12 hexadecimal digits that tell a thing, as JSON has it, from others."""
     return hashlib.sha256(json.dumps(thing).encode()).hexdigest()[:12]
 
 
+def calibration_runs(known, run):
+    """Return the inputs of a calibrating node for a run's cache."""
+    per_prompt = CALIBRATION_RUNS // len(benchmark.PROMPTS)
+    return benchmark.calibration_inputs(known, run.steps, per_prompt, run.sampler, run.scheduler, run.cfg)
+
+
 def digest(run):
-    """Return what tells a run's images from others, 12 hexadecimal digits: its settings, the seeds, the model's weights, and
-    the networks that make their features.
+    """Return what tells a run's images from others, 12 hexadecimal digits: its settings, the seeds, what a cache was calibrated
+    with, the model's weights, and the networks that make their features.
     """
-    return _digest([asdict(run), SEED, _sha256(WEIGHTS[run.architecture]), *map(_sha256, MEASURED_BY)])
+    calibration = [CALIBRATION_RUNS, *benchmark.PROMPTS, benchmark.CALIBRATION_SEED] if run.calibration else []
+    return digest_of([asdict(run), SEED, calibration, sha256(WEIGHTS[run.architecture]), *map(sha256, MEASURED_BY)])
 
 
 def row_digest(row):
     """Return what tells a row from others: its images, how many they are, and all that they are measured against."""
-    return _digest([row.images, row.chunk, *map(digest, (row.run, *row.run.references.values()))])
+    return digest_of([row.images, row.chunk, *map(digest, (row.run.sampled, *row.run.references.values()))])
 
 
 def shape(chunk):
@@ -70,22 +79,33 @@ class Sampler:
     def __init__(self, known):
         self._known, self._models = known, {}
 
-    def _run(self, node, **inputs):
+    def run(self, node, **inputs):
+        """Return what a node gives."""
         return self._known[node].execute(**inputs).result
 
-    def _model(self, run):
+    def model(self, run):
         """Return the MODEL of a run, each made once."""
-        key = run.architecture, run.quantization, run.interval, run.forecast
-        if key not in self._models:
-            (model,) = self._run("IECLoadBuiltinModel", precision="float32", architecture=run.architecture)
-            if run.quantization != "none":
-                weights, activations = run.quantization.removeprefix("W").split("A")
-                bits = {"weight_bits": weights, "activation_bits": activations}
-                (model,) = self._run("IECQuantizeModel", model=model, keep_sensitive_layers=True, **bits)
-            if run.interval > 1:
-                (model,) = self._run("IECDeepCache", model=model, interval=run.interval, branch=0, forecast=run.forecast)
-            self._models[key] = model
-        return self._models[key]
+        if run.model not in self._models:
+            self._models[run.model] = self._cached(self._quantized(run), run)
+        return self._models[run.model]
+
+    def _quantized(self, run):
+        (model,) = self.run("IECLoadBuiltinModel", precision="float32", architecture=run.architecture)
+        if run.quantization == "none":
+            return model
+        weights, activations = run.quantization.removeprefix("W").split("A")
+        bits = {"weight_bits": weights, "activation_bits": activations}
+        return self.run("IECQuantizeModel", model=model, keep_sensitive_layers=True, **bits)[0]
+
+    def _cached(self, model, run):
+        cache = {"interval": run.interval, "branch": 0, "forecast": run.forecast}
+        if run.interval == 1:
+            return model
+        if run.cache == "deepcache":
+            return self.run("IECDeepCache", model=model, **cache)[0]
+        runs = calibration_runs(self._known, run)
+        profile = self.run("IECCalibrateCacheQuant", model=model, **runs, **cache)[0]
+        return self.run("IECCacheQuant", model=model, profile=profile)[0]
 
     def chunk(self, chunk):
         """Return (latents float32 [size, 3, 32, 32], evaluations of the network, seconds) of a Chunk. Raises ValueError where a
@@ -99,29 +119,29 @@ class Sampler:
             seconds = time.perf_counter() - begin
         if not bool(latent["samples"].isfinite().all()):
             raise ValueError(f"{run.key}: a latent of images {first} to {first + chunk.size - 1} is not finite.")
-        return latent["samples"].float().cpu(), report.nfe * (2 if run.control == "averaged" else 1), seconds
+        return latent["samples"].float().cpu(), report.nfe * CONTROLS[run.control], seconds
 
     def _labels(self, first, size):
         """Return the conditioning of `size` images from the first on: the classes go round."""
         classes = list(emoji.CLASSES)
         labels = ", ".join(classes[(first + place) % len(classes)] for place in range(size))
-        return {name: self._run("IECClassLabel", labels=text)[0] for name, text in (("positive", labels), ("negative", "none"))}
+        return {name: self.run("IECClassLabel", labels=text)[0] for name, text in (("positive", labels), ("negative", "none"))}
 
     @contextlib.contextmanager
     def _controlled(self, run, seed):
         """The MODEL of a run with its control."""
-        model = self._model(run)
+        model = self.model(run)
         if run.control == "shrunk":
             yield effects.shrunk(model, run.lambda_)
         elif run.control.startswith("epsilon"):
-            yield self._run("Epsilon Scaling", model=model, scaling_factor=float(run.control.removeprefix("epsilon")))[0]
+            yield self.run("Epsilon Scaling", model=model, scaling_factor=float(run.control.removeprefix("epsilon")))[0]
         elif run.control == "averaged":
-            full = self._model(replace(run, quantization="none"))
+            full = self.model(replace(run, quantization="none"))
             rounding = effects.Rounding(model, full, seed)
             try:
                 yield effects.evaluated(model, 2, rounding)
             finally:
-                rounding.nearest()
+                rounding.round_weights()
         else:
             yield model
 
@@ -133,7 +153,7 @@ class Sampler:
 
     def _by_scheduler(self, model, run, labels, latent, seed):
         """Return (LATENT, RunReport) of KSampler (IEC)."""
-        latent, reports = self._run(
+        latent, reports = self.run(
             "IECKSampler", model=model, **labels, latent_image=latent, denoise=1.0, seed=seed, steps=run.steps, cfg=run.cfg,
             sampler_name=run.sampler, scheduler=run.scheduler, **self._correction(run),
         )  # fmt: skip
@@ -141,25 +161,23 @@ class Sampler:
 
     def _by_timesteps(self, model, run, labels, latent, seed):
         """The same over the authors' timesteps, by the host's SamplerCustom and IEC Sampler."""
-        sampler, reports = self._run(
-            "IECSampler", sampler=self._run("KSamplerSelect", sampler_name=run.sampler)[0], **self._correction(run)
+        sampler, reports = self.run(
+            "IECSampler", sampler=self.run("KSamplerSelect", sampler_name=run.sampler)[0], **self._correction(run)
         )
-        latent, _ = self._run(
+        latent, _ = self.run(
             "SamplerCustom", model=model, add_noise=True, noise_seed=seed, cfg=run.cfg, **labels, sampler=sampler,
             sigmas=quadratic_sigmas(model.get_model_object("model_sampling"), run.steps), latent_image=latent,
         )  # fmt: skip
         return latent, reports[-1]
 
     def at_once(self, architecture):
-        """Return how many images of a model a GPU samples at once, a power of two of 8 to 256: what the host expects that they
-        take must fit into half of the free memory. 8 without a GPU.
+        """Return how many images of a model the GPU samples at once, a power of two of 8 to 256: what the host expects them to
+        take must fit into half of the free memory.
         """
         import comfy.model_management as management
 
         device, size = management.get_torch_device(), MOST_AT_ONCE
-        if device.type != "cuda":
-            return CHUNK
-        (model,) = self._run("IECLoadBuiltinModel", precision="float32", architecture=architecture)
+        (model,) = self.run("IECLoadBuiltinModel", precision="float32", architecture=architecture)
         while size > CHUNK and model.model.memory_required([2 * size, 3, 32, 32]) > management.get_free_memory(device) / 2:
             size //= 2
         return size
@@ -178,9 +196,14 @@ def quadratic_sigmas(sampling, steps):
     return torch.cat([sampling.sigma(timesteps).flip(0).float(), torch.zeros(1)])
 
 
+def pixels(latents):
+    """Return the images in 0..1 of latents [N, 3, 32, 32] of the built-in models, which are images in -1..1."""
+    return (latents.clamp(-1, 1) + 1) / 2
+
+
 def features(latents):
-    """Return {network: features float32 [N, 64]} of latents [N, 3, 32, 32], whose values are pixels in -1..1."""
-    images = (latents.clamp(-1, 1) + 1) / 2
+    """Return {network: features float32 [N, 64]} of latents [N, 3, 32, 32]."""
+    images = pixels(latents)
     on = "cuda" if torch.cuda.is_available() else "cpu"
     return {"emoji": _classifier().features(images).float(), "imagenet": imagenet.real().of(images, on).float()}
 
@@ -221,15 +244,15 @@ class Store:
         pathlib.Path(file.name).replace(self.path(chunk))
 
     def load_run(self, row, run):
-        """Return ({"latents", "emoji", "imagenet"} of all images, evaluations of the network for an image, seconds in all,
-        device) of a run as a row needs it, or None where a chunk is missing.
+        """Return ({"latents", "emoji", "imagenet"} of all images, evaluations of the network for an image, each chunk's
+        seconds, device) of a run as a row needs it, or None where a chunk is missing.
         """
         chunks = [self.load(chunk) for chunk in row.chunks_of(run)]
         if any(chunk is None for chunk in chunks):
             return None
         about = [about for _, about in chunks]
         tensors = {name: torch.cat([tensors[name] for tensors, _ in chunks]) for name in chunks[0][0]}
-        return tensors, about[0]["nfe"], sum(one["seconds"] for one in about), about[0]["device"]
+        return tensors, about[0]["nfe"], [one["seconds"] for one in about], about[0]["device"]
 
 
 def content_of(chunk, latents, nfe, seconds):
@@ -255,7 +278,12 @@ def made(chunk):
         return content_of(chunk, *prepare().chunk(chunk))
 
 
-def _prepare_child():
+def at_once():
+    """Return how many images of either model this machine samples at once: 8 without a GPU."""
+    return min(map(prepare().at_once, WEIGHTS)) if torch.cuda.is_available() else CHUNK
+
+
+def prepare_child():
     """Go on where a terminal interrupts the whole group, so that the chunk at hand is not lost, and end with the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     processes.end_with_parent()
@@ -277,7 +305,7 @@ def sampled(chunks, store, workers):
         yield from experiment_ray.sampled(chunks, store)
         return
     context = multiprocessing.get_context("spawn")
-    executor = concurrent.futures.ProcessPoolExecutor(workers, context, _prepare_child)
+    executor = concurrent.futures.ProcessPoolExecutor(workers, context, prepare_child)
     try:
         futures = {executor.submit(_sample, chunk, store.folder): chunk for chunk in chunks}
         for future in concurrent.futures.as_completed(futures):

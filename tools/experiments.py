@@ -23,6 +23,7 @@ from dataclasses import asdict
 
 import classifier
 import comfyui
+import experiment_ray
 import experiment_rows
 import experiment_samples
 import imagenet
@@ -37,7 +38,7 @@ CACHE = comfyui.CACHE / "experiments"
 SPEED = 60  # evaluations of the built-in network for an image, a second and CPU core; for estimates alone
 RESAMPLES = 200  # of the bootstrap of a distance
 # What a repeated row may have otherwise: where and when it was computed.
-OF_THE_MACHINE = ("seconds", "device", "torch", "comfyui", "pack")
+OF_THE_MACHINE = ("seconds", "seconds_an_image", "device", "torch", "comfyui", "pack")
 
 
 def number(value):
@@ -46,7 +47,9 @@ def number(value):
 
 
 def estimate(name, found):
-    """Return the columns of an Estimate: its value, and the interval's ends."""
+    """Return the columns of an Estimate: its value, and the interval's ends; empty ones for None."""
+    if found is None:
+        return dict.fromkeys((name, f"{name}_low", f"{name}_high"), "")
     return {name: number(found.value), f"{name}_low": number(found.low), f"{name}_high": number(found.high)}
 
 
@@ -70,28 +73,30 @@ def record(row, store):
     """Return a Row as a dict of texts by column, from the chunks in the store."""
     run, found = row.run, {name: store.load_run(row, run) for name, run in row.run.references.items()}
     own, nfe, seconds, device = store.load_run(row, run)
+    took = {"seconds": f"{sum(seconds):.0f}", "seconds_an_image": number(np.median(seconds) / row.chunk)}
     references = {name: tensors for name, (tensors, *_) in found.items()}
     told = {"key": row.key, "digest": experiment_samples.row_digest(row)}
     told |= {name: str(value) for name, value in asdict(run).items()}
     told |= {"images": str(row.images), "chunk": str(row.chunk), "seed": str(experiment_samples.SEED), "nfe": str(nfe)}
-    told |= _errors(own, references) | _distances(own, references.get("baseline"))
+    told |= _errors(run, own, references) | _distances(own, references.get("baseline"))
     each = {f"errors_{name}": told.pop(f"errors_{name}") for name in ("same_steps", "exact")}
-    return told | {"seconds": f"{seconds:.0f}", "device": device, **versions(), **each}
+    return told | {**took, "device": device, **versions(), **each}
 
 
-def _errors(own, references):
-    """Return the columns of the errors to the references, and of their change against the baseline, image by image."""
+def _errors(run, own, references):
+    """Return the columns of the errors to the references, and of their change against the baseline, image by image. A baseline
+    of other steps has no error to a run of as many.
+    """
     told, baseline = {}, references.get("baseline")
     for name in ("same_steps", "exact"):
         error, change = f"error_{name}", f"change_{name}"
-        told |= dict.fromkeys((part + end for part in (error, change) for end in ("", "_low", "_high")), "")
-        told[f"errors_{name}"] = ""
+        told |= estimate(error, None) | estimate(change, None) | {f"errors_{name}": ""}
         if name not in references:
             continue
         reference = references[name]["latents"]
         errors = experiment_samples.errors(own["latents"], reference)
         told |= estimate(error, sample_distance.mean_with_interval(errors)) | {f"errors_{name}": ";".join(map(number, errors))}
-        if baseline is not None:
+        if baseline is not None and not (name == "same_steps" and run.instead_of):
             before = experiment_samples.errors(baseline["latents"], reference)
             told |= estimate(change, sample_distance.mean_with_interval(errors - before))
     return told
@@ -103,22 +108,22 @@ def _distances(own, baseline):
     """
     told = {}
     for network, real in real_features().items():
+        before = None if baseline is None else baseline[network].numpy()
         for kind in sample_distance.MEASURES:
-            name, features = f"{network}_{kind}", own[network].numpy()
-            told |= estimate(name, sample_distance.distance_with_interval(kind, features, real, RESAMPLES))
-            told |= dict.fromkeys((f"change_{name}{end}" for end in ("", "_low", "_high")), "")
-            if baseline is not None:
-                change = sample_distance.change_with_interval(kind, features, baseline[network].numpy(), real, RESAMPLES)
-                told |= estimate(f"change_{name}", change)
+            name = f"{network}_{kind}"
+            distance, change = sample_distance.measured(kind, own[network].numpy(), real, before, RESAMPLES)
+            told |= estimate(name, distance) | estimate(f"change_{name}", change)
     return told
 
 
 class Results:
     """The rows in a folder of CSV files."""
 
-    def __init__(self, folder, files):
-        """files: {name: [Row, ...]}, as `experiment_rows.declared()`. Raises ValueError for a folder that cannot be one."""
-        self._folder, self._files = pathlib.Path(folder), files
+    def __init__(self, folder, files, digest=experiment_samples.row_digest):
+        """files: {name: [row, ...]}, rows with `file` and `key`, such as `experiment_rows.declared()`. digest(row): what tells
+        what is known of it from what was computed in another way. Raises ValueError for a folder that cannot be one.
+        """
+        self._folder, self._files, self._digest = pathlib.Path(folder), files, digest
         if self._folder.exists() and not self._folder.is_dir():
             raise ValueError(f"output: {folder} is no folder; name one, or one that is to be made.")
         self._rows = {}
@@ -129,9 +134,9 @@ class Results:
                     self._rows |= {(name, row["key"]): row for row in csv.DictReader(file)}
 
     def get(self, row):
-        """Return what is known of a Row, None where there is nothing of these settings, references, images and weights."""
+        """Return what is known of a row, None where there is nothing of this digest."""
         found = self._rows.get((row.file, row.key))
-        return found if found and found["digest"] == experiment_samples.row_digest(row) else None
+        return found if found and found["digest"] == self._digest(row) else None
 
     def add(self, row, columns):
         """Take up a row, and write its file in the order in which the rows are declared, in one move."""
@@ -151,7 +156,9 @@ class Results:
 def minutes(rows, store, workers):
     """Return about how many minutes of a CPU the rows still take together."""
     missing = {chunk for row in rows for chunk in row.chunks if not store.path(chunk).exists()}
-    return sum(chunk.run.evaluations * chunk.size for chunk in missing) / SPEED / workers / 60
+    calibrations = {chunk.run.model: chunk.run.calibration for chunk in missing}  # made by each worker
+    total = sum(chunk.run.evaluations * chunk.size for chunk in missing) + sum(calibrations.values()) * workers
+    return total / SPEED / workers / 60
 
 
 def in_order(rows):
@@ -274,12 +281,12 @@ def _main(options):
 
 
 def chunk_size(scale):
-    """Return how many images are sampled at once: what both models take on a GPU at scale "full", else 8, so that what is
+    """Return how many images are sampled at once: what those who sample have room for at scale "full", else 8, so that what is
     published from a CPU can be made again on any.
     """
-    if scale == "small" or not torch.cuda.is_available():
+    if scale == "small":
         return experiment_rows.CHUNK
-    return min(map(experiment_samples.prepare().at_once, experiment_samples.WEIGHTS))
+    return experiment_ray.at_once() if experiment_ray.is_wanted() else experiment_samples.at_once()
 
 
 def _line(row, columns):

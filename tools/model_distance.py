@@ -16,15 +16,13 @@ import imagenet
 import numpy as np
 import sample_distance
 import torch
-from experiment_rows import CHUNK, Row, Run
-
-SCHEDULERS = {"unet": "karras", "transformer": "simple"}
+from experiment_rows import CHUNK, EXACT_SCHEDULER, Row, Run
 
 
 def components(sampler, run, images):
     """Return the components float64 [images, 64] of the images of a run."""
     parts = [sampler.chunk(chunk)[0] for chunk in Row("", run, images).chunks_of(run)]
-    return torch.cat([imagenet.real().of((part.clamp(-1, 1) + 1) / 2) for part in parts]).numpy()
+    return imagenet.real().of(experiment_samples.pixels(torch.cat(parts))).numpy()
 
 
 def floor(images):
@@ -44,7 +42,7 @@ def sampler_of(architecture, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--architecture", choices=SCHEDULERS, default="unet")
+    parser.add_argument("--architecture", choices=EXACT_SCHEDULER, default="unet")
     parser.add_argument("--model", type=pathlib.Path, metavar="FILE", help="weights other than the built-in ones")
     parser.add_argument("--images", type=int, default=256, help=f"a multiple of {CHUNK}")
     parser.add_argument("--cfg", type=float, nargs="+", default=[1.0, 3.0])
@@ -53,11 +51,11 @@ def main():
     sampler, real = sampler_of(options.architecture, path), imagenet.real().components.numpy()
     print(f"{path.name}, {options.images} images, floor {floor(options.images):.1f}", flush=True)
     for cfg in options.cfg:
-        run = Run(architecture=options.architecture, scheduler=SCHEDULERS[options.architecture], cfg=cfg)
+        run = Run(architecture=options.architecture, scheduler=EXACT_SCHEDULER[options.architecture], cfg=cfg)
         with torch.inference_mode():
             found = components(sampler, run, options.images)
         for kind in sample_distance.MEASURES:
-            one = sample_distance.distance_with_interval(kind, found, real)
+            one, _ = sample_distance.measured(kind, found, real)
             print(f"cfg {cfg:g}: {kind} {one.value:.4g} ({one.low:.4g} to {one.high:.4g})", flush=True)
 
 

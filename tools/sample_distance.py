@@ -122,41 +122,42 @@ def _draws(size, resamples, seed):
     return np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), resamples)
 
 
-def _estimate(value, resampled):
+def _estimate(value, resampled, level=LEVEL):
     """Return the Estimate by the quantiles of the resampled values, moved so that their mean is the value.
 
     The Fréchet distance of finite samples is too high by an amount that falls as 1/N, and resampling, which makes copies, adds
     to it once more: unmoved, the quantiles would lie above the value. The interval is one for the distance at this number of
     samples, so that rows compare only with rows of as many.
     """
-    margin = (1 - LEVEL) / 2
+    margin = (1 - level) / 2
     low, high = np.quantile(resampled, [margin, 1 - margin]) - np.mean(resampled)
     return Estimate(float(value), float(value + low), float(value + high))
 
 
-def distance_with_interval(kind, samples, real, resamples=200, seed=0):
-    """Return the Estimate of a distance of MEASURES, with its 95 % interval.
+def measured(kind, samples, real, baseline=None, resamples=200, seed=0):
+    """Return (the Estimate of a distance of MEASURES; that of its change against a baseline's distance, None without one), with
+    their 95 % intervals.
 
-    Raises ValueError for features that are not [N, C] and [M, C].
+    samples, real: features [N, C] and [M, C]. baseline: [N, C] of the same seeds in the same order. The two are resampled in
+    pairs, so that what is common to them drops out. Raises ValueError for features that are no such matrices, or where samples
+    and baseline are not as many.
     """
     samples, real = _checked(samples=samples, real=real)
-    measure = MEASURES[kind](samples, real)
-    resampled = measure.of_draws(_draws(len(samples), resamples, seed))
-    return _estimate(measure(np.ones(len(samples), np.int64)), resampled)
-
-
-def change_with_interval(kind, samples, baseline, real, resamples=200, seed=0):
-    """Return the Estimate of the distance of `samples` less that of `baseline`, features [N, C] of the same seeds in the same
-    order. They are resampled in pairs, so that what is common to them drops out.
-
-    Raises ValueError for features that are no such matrices, or where samples and baseline are not as many.
-    """
-    samples, baseline, real = _checked(samples=samples, baseline=baseline, real=real)
+    draws = _draws(len(samples), resamples, seed)
+    distance, resampled = _of_all_and_draws(kind, samples, real, draws)
+    if baseline is None:
+        return _estimate(distance, resampled), None
+    samples, baseline = _checked(samples=samples, baseline=baseline)
     if len(samples) != len(baseline):
         raise ValueError(f"baseline: it has {len(baseline)} rows and samples has {len(samples)}; pairs need as many.")
-    of_samples, of_baseline = MEASURES[kind](samples, real), MEASURES[kind](baseline, real)
-    every, draws = np.ones(len(samples), np.int64), _draws(len(samples), resamples, seed)
-    return _estimate(of_samples(every) - of_baseline(every), of_samples.of_draws(draws) - of_baseline.of_draws(draws))
+    before, resampled_before = _of_all_and_draws(kind, baseline, real, draws)
+    return _estimate(distance, resampled), _estimate(distance - before, resampled - resampled_before)
+
+
+def _of_all_and_draws(kind, samples, real, draws):
+    """Return the distance of the samples, and the distances [R] of what the draws [R, N] take of them."""
+    measure = MEASURES[kind](samples, real)
+    return measure(np.ones(len(samples), np.int64)), measure.of_draws(draws)
 
 
 def mean_with_interval(values, resamples=1000, seed=0):
@@ -164,3 +165,17 @@ def mean_with_interval(values, resamples=1000, seed=0):
     (column,) = _checked(values=np.asarray(values, np.float64)[:, None])
     resampled = _draws(len(column), resamples, seed) @ column[:, 0] / len(column)
     return _estimate(column.mean(), resampled)
+
+
+def ratio_with_interval(values, baseline, level, resamples=2000, seed=0):
+    """Return the Estimate of the mean of values [N] over the mean of a baseline's [N], resampled in pairs: where each is the
+    same share of its own baseline, the interval has no width.
+
+    Raises ValueError where they are not two or more finite numbers, as many of each.
+    """
+    values, baseline = _checked(values=np.stack([values], 1), baseline=np.stack([baseline], 1))
+    if len(values) != len(baseline):
+        raise ValueError(f"baseline: it has {len(baseline)} rows and values has {len(values)}; pairs need as many.")
+    draws = _draws(len(values), resamples, seed)
+    ratios = (draws @ values / (draws @ baseline))[:, 0]
+    return _estimate(values.mean() / baseline.mean(), ratios, level)

@@ -76,7 +76,7 @@ class Experiment:
             return self.report(evaluated(model, evaluations, rounding), steps, seed, **settings).latents[-1]
         finally:
             if rounding:
-                rounding.nearest()
+                rounding.round_weights()
 
     def eps(self, bits, x, sigma):
         """Return the noise that a model of BITS sees in x, [8, 3, 32, 32] in the sampler's coordinates, at sigma."""

@@ -45,12 +45,11 @@ class Failed(Exception):
 
 
 class Server:
-    """A client of one running server."""
+    """A client of one running server; log: its file; pid: of its process."""
 
-    def __init__(self, port, log):
+    def __init__(self, port, log, pid):
         self.url = f"http://127.0.0.1:{port}"
-        self.log = log
-        self._port = port
+        self.log, self.pid, self._port = log, pid, port
 
     def get(self, path, **params):
         """Return the JSON that GET `path` answers."""
@@ -75,6 +74,10 @@ class Server:
     def interrupt(self):
         """Interrupt the prompt that is running."""
         requests.post(self.url + "/interrupt", timeout=60).raise_for_status()
+
+    def forget(self):
+        """Let it forget what nodes gave in the last prompt, which a like one would not run again."""
+        requests.post(self.url + "/free", json={"free_memory": True}, timeout=60).raise_for_status()
 
     def run(self, workflow, on_event=lambda kind, data: None):
         """Run an API workflow to its end and return its outputs, {node id: ui output}.
@@ -175,7 +178,7 @@ def serve(output=None, arguments=(), models=None):
                     preexec_fn=processes.end_with_parent,
                 )
             _wait_until_up(process, port, log, seconds=180)
-            yield Server(port, log)
+            yield Server(port, log, process.pid)
         finally:
             if process is not None:
                 _stop(process)

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import hashlib
 import json
 import math
 import pathlib
@@ -124,7 +125,7 @@ def run_on(path, start, build, config, classes, title, loss_of, settings, data):
     for earlier in (history[:-1], history) if was_stopped else (history,):
         run = dict(settings, seed=settings["seed"] + len(earlier), torch=torch.__version__, **data)
         generator = torch.Generator().manual_seed(run["seed"])
-        state = State(comfyui.CACHE / "training" / (path.name + ".pt"), run, generator)
+        state = State(state_path(path), run, generator)
         if state.is_there():
             break
     torch.manual_seed(run["seed"])
@@ -138,6 +139,12 @@ def run_on(path, start, build, config, classes, title, loss_of, settings, data):
 
     print(f"run {len(earlier) + 1} of {path.name}, {settings['steps']} steps", flush=True)
     train(network, loss_of(network, generator), settings, snapshot, state)
+
+
+def state_path(path):
+    """Return where the state of an interrupted training of a file is kept: another for every file."""
+    told = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+    return comfyui.CACHE / "training" / f"{path.stem}-{told}.pt"
 
 
 def read(path):

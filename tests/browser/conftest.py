@@ -3,23 +3,19 @@
 import re
 
 import comfyui
-import dummy_models
 import frontend as frontend_tool
 import pytest
-import server
 
 SCREENSHOTS = comfyui.ROOT / "output" / "browser"
 
 
 @pytest.fixture(scope="package")
-def view(tmp_path_factory):
-    """The Frontend, still to be loaded, that the tests of this folder share in a process, on a server with the model files that
-    the example workflows name.
+def view(shared_server):
+    """The Frontend, still to be loaded, that the tests of this folder share in a process.
 
     Not longer than that: while Playwright is on, its event loop runs, and the tests in `host` need their own.
     """
-    models = dummy_models.write(tmp_path_factory.mktemp("models"))
-    with server.serve(tmp_path_factory.mktemp("output"), models=models) as host, frontend_tool.in_browser(host) as view:
+    with frontend_tool.in_browser(shared_server) as view:
         yield view
 
 

@@ -71,9 +71,9 @@ STRIPS = """() => app.graph.nodes
     .map(({ element }) => [element, ...[".corrected", ".iec-residual"].map((one) => element.querySelectorAll(one).length)])
     .map(([element, corrected, charted]) => [corrected, charted, element.innerText])
 """
-FEWER = 12  # auto corrects from 10 on
-SET_STEPS = """(steps) => app.graph.nodes.flatMap((node) => node.widgets ?? [])
-    .filter((widget) => widget.name === "steps").map((widget) => { widget.value = steps; })"""
+LESS = {"steps": 12, "width": 16, "height": 16}  # auto corrects from 10 steps on
+SET = """(values) => app.graph.nodes.flatMap((node) => node.widgets ?? [])
+    .filter((widget) => widget.name in values).map((widget) => { widget.value = values[widget.name]; })"""
 BUILTIN = ["quick_start", "builtin_inpaint", "compare_and_plot", "calibrate_and_save", "load_and_sample"]
 
 
@@ -84,25 +84,26 @@ def has_run():
 
 
 def saved_files():
-    """calibrate_and_save in API form, with fewer steps."""
+    """calibrate_and_save in API form, with fewer steps and smaller images."""
     workflow = json.loads((FOLDER / "api" / "calibrate_and_save.json").read_text())
     for node in workflow.values():
-        node["inputs"].update({"steps": FEWER} if "steps" in node["inputs"] else {})
+        node["inputs"].update({name: value for name, value in LESS.items() if name in node["inputs"]})
     return workflow
 
 
 @pytest.mark.parametrize("settings", [{"Comfy.Workflow.Persist": True}], ids=["drafts"])
 @pytest.mark.parametrize("name", BUILTIN)
 def test_workflow_runs_in_the_frontend_and_its_strips_show_it(frontend, has_run, name):
-    """quick_start as it is, the others with fewer steps; load_and_sample loads what calibrate_and_save has saved, in its own
-    test if that came before.
+    """quick_start as it is, the others with fewer steps and smaller images; load_and_sample loads what calibrate_and_save has
+    saved, in its own test if that came before.
     """
+    frontend.server.forget()
     if name == "load_and_sample" and "calibrate_and_save" not in has_run:
         frontend.server.run(saved_files())
     page = frontend.page
     frontend.open(json.loads((FOLDER / f"{name}.json").read_text()), name)
     if name != "quick_start":
-        page.evaluate(SET_STEPS, FEWER)
+        page.evaluate(SET, LESS)
     page.evaluate(SHOW_ALL)
     assert page.evaluate(RUN) == "execution_success"
     has_run.add(name)

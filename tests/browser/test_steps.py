@@ -23,8 +23,10 @@ def node(kind, **inputs):
 SEEDS = itertools.count(1)  # a prompt that has been run before is not run again
 
 
-def workflow(sampler="IECKSampler", steps=20, **correction):
-    """A run of the built-in model with a cache, corrected by the node of this id."""
+def workflow(sampler="IECKSampler", steps=20, size=16, **correction):
+    """A run of the built-in model with a cache, corrected by the node of this id. size: of its images; the model's own is 32,
+    at which a run takes long enough to be looked at.
+    """
     seed = next(SEEDS)
     sampling, correction = {**SAMPLING, "steps": steps}, {**CORRECTION, **correction}
     nodes = {
@@ -32,7 +34,7 @@ def workflow(sampler="IECKSampler", steps=20, **correction):
         "2": node("IECDeepCache", model=["1", 0], **CACHE),
         "3": node("IECClassLabel", labels="face, heart"),
         "4": node("IECClassLabel", labels="none"),
-        "5": node("EmptyChromaRadianceLatentImage", width=32, height=32, batch_size=2),
+        "5": node("EmptyChromaRadianceLatentImage", width=size, height=size, batch_size=2),
         "7": node("VAELoader", vae_name="pixel_space"),
         "8": node("VAEDecode", samples=["6", 0], vae=["7", 0]),
         "9": node("PreviewImage", images=["8", 0]),
@@ -313,7 +315,7 @@ def test_strip_adds_nothing_to_the_prompt(frontend, strip):
 
 @pytest.mark.parametrize("sampler", ["IECKSampler", "IECApply", "IECSampler"])
 def test_chart_grows_while_the_run_goes_on(frontend, strip, sampler):
-    frontend.open_api(workflow(sampler, steps=12, correction_steps="steps:0,3,6,9"))
+    frontend.open_api(workflow(sampler, steps=12, size=32, correction_steps="steps:0,3,6,9"))
     strip.wait("12 → 16 evaluations")
     strip.show()
     told = strip.run()

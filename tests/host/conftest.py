@@ -66,7 +66,15 @@ def conditioning(host):
 
 
 @pytest.fixture
-def sample(host, conditioning):
+def empty_latent():
+    """Where `sample` and `stock_sample` begin: two images of half the model's own size, at half of the work. A file whose
+    tests are of the images themselves has its own.
+    """
+    return {"samples": torch.zeros(2, 3, 16, 16)}
+
+
+@pytest.fixture
+def sample(host, conditioning, empty_latent):
     """sample(model, **settings): the latents of an IECKSampler run of two images; `report` takes its RunReport."""
 
     def run(model, report=None, **settings):
@@ -78,7 +86,7 @@ def sample(host, conditioning):
             "scheduler": "ddim_uniform",
             "positive": conditioning[0],
             "negative": conditioning[1],
-            "latent_image": {"samples": torch.zeros(2, 3, 32, 32)},
+            "latent_image": empty_latent,
             "denoise": 1.0,
             "correction_steps": "none",
             "lambda_": 0.5,
@@ -104,12 +112,11 @@ def reports(sample, model):
 
 
 @pytest.fixture
-def stock_sample(host, conditioning):
+def stock_sample(host, conditioning, empty_latent):
     """stock_sample(model, **settings): the same run through the host's own KSampler."""
 
     def run(model, seed=7, steps=8, cfg=2.0, sampler_name="euler", scheduler="ddim_uniform", denoise=1.0):
-        latent = {"samples": torch.zeros(2, 3, 32, 32)}
-        run = host.common_ksampler(model, seed, steps, cfg, sampler_name, scheduler, *conditioning, latent, denoise)
+        run = host.common_ksampler(model, seed, steps, cfg, sampler_name, scheduler, *conditioning, empty_latent, denoise)
         return run[0]["samples"]
 
     return run

@@ -166,7 +166,7 @@ def test_items_of_a_batch_are_iterated_as_if_alone(host, sample, model, relative
     """The tolerance is one that the two reach at different iterations."""
     settings = {"steps": 4, "correction_steps": "all", "max_iterations": 3, "tolerance": 0.055, "lambda_mode": mode}
     reports, batch = [], {"samples": torch.zeros(2, 3, 32, 32)}
-    together = sample(model, reports, **settings)
+    together = sample(model, reports, latent_image=batch, **settings)
     for item, label in enumerate(("face", "flag")):
         positive = host.run("IECClassLabel", labels=label)[0]
         latent = host.run("LatentFromBatch", samples=batch, batch_index=item, length=1)[0]

@@ -72,7 +72,7 @@ def test_transformer_predicts_the_flow_of_its_training(transformer):
 def test_transformer_samples_with_guidance_and_labels(host, sample, transformer, relative):
     flags = host.run("IECClassLabel", labels="flag")[0]
     wanted = sample(transformer, positive=flags, sampler_name="euler")
-    assert wanted.shape == (2, 3, 32, 32) and wanted.isfinite().all()
+    assert wanted.shape == (2, 3, 16, 16) and wanted.isfinite().all()
     assert relative(sample(transformer, sampler_name="euler"), wanted) > 0.1
     assert relative(sample(transformer, positive=flags, sampler_name="euler", cfg=4.0), wanted) > 0.05
 
@@ -112,11 +112,11 @@ def test_unknown_label_is_refused_with_the_classes(host, labels):
 def test_stock_nodes_work_on_it(host, sample, stock_sample, model, relative):
     zero_snr = host.run("ModelSamplingDiscrete", model=model, sampling="v_prediction", zsnr=True)[0]
     assert relative(stock_sample(zero_snr), stock_sample(model)) > 1e-3
-    empty = host.run("EmptyChromaRadianceLatentImage", width=32, height=32, batch_size=2)[0]
+    empty = host.run("EmptyChromaRadianceLatentImage", width=16, height=16, batch_size=2)[0]
     assert torch.equal(sample(model, latent_image=empty), stock_sample(model))
     vae = host.run("VAELoader", vae_name="pixel_space")[0]
     image = host.run("VAEDecode", vae=vae, samples={"samples": stock_sample(model)})[0]
-    assert image.shape == (2, 32, 32, 3)
+    assert image.shape == (2, 16, 16, 3)
     assert torch.allclose(image, (stock_sample(model).movedim(1, -1) / 2 + 0.5).clamp(0, 1), atol=1e-6)
 
 

@@ -322,7 +322,7 @@ def test_the_run_is_the_hosts_own_euler(host, model, probe, stock_sample, monkey
     watched.add_wrapper_with_key(
         "predict_noise", "seen", lambda run, x, *rest: (places.append(x.detach().clone()), run(x, *rest))[1]
     )
-    probe(watched, steps=3, every=100, latent_image={"samples": torch.zeros(2, 3, 32, 32)})
+    probe(watched, steps=3, every=100, latent_image={"samples": torch.zeros(2, 3, 16, 16)})
     expected = seen["stock"]
     own = [places[0], *places[-2:]]  # every step's own evaluation; the measurement of the first is between
     for one, other in zip(own, expected):

@@ -5,7 +5,6 @@ import io
 import json
 
 import comfyui
-import dummy_models
 import numpy as np
 import pytest
 import requests
@@ -16,7 +15,7 @@ from ui_workflow import problems
 FOLDER = comfyui.ROOT / "example_workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 LOADERS = {"CheckpointLoaderSimple", "UNETLoader", "DualCLIPLoader", "VAELoader"}
-SAVED = ("iec_example_w8a8", "iec_example_scales", "iec_example_cache")
+SAVED = ("iec_test_w8a8", "iec_test_scales", "iec_test_cache")
 
 
 def ui_workflow(name):
@@ -24,7 +23,8 @@ def ui_workflow(name):
 
 
 def api_workflow(name):
-    return json.loads((FOLDER / "api" / f"{name}.json").read_text())
+    """The workflow in API form; what it saves and loads has another name, which the tests in the browser have not."""
+    return json.loads((FOLDER / "api" / f"{name}.json").read_text().replace("iec_example_", "iec_test_"))
 
 
 def of_type(workflow, kind):
@@ -46,16 +46,14 @@ def with_fewer_steps(workflow, steps=3):
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory):
+def host(shared_server):
     """A server with the files that the workflows load: dummies of models, an image, and what calibrate_and_save saves."""
-    models = dummy_models.write(tmp_path_factory.mktemp("models"))
-    with server.serve(tmp_path_factory.mktemp("output"), models=models) as host:
-        picture = io.BytesIO()
-        Image.new("RGB", (64, 64)).save(picture, "PNG")
-        files = {"image": ("example.png", picture.getvalue())}
-        requests.post(f"{host.url}/upload/image", files=files, timeout=60).raise_for_status()
-        host.run(with_fewer_steps(api_workflow("calibrate_and_save")))
-        yield host
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(picture, "PNG")
+    files = {"image": ("example.png", picture.getvalue())}
+    requests.post(f"{shared_server.url}/upload/image", files=files, timeout=60).raise_for_status()
+    shared_server.run(with_fewer_steps(api_workflow("calibrate_and_save")))
+    return shared_server
 
 
 @pytest.fixture(scope="module")

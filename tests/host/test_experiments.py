@@ -2,13 +2,17 @@
 
 import contextlib
 import itertools
+import json
 import math
 import os
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
+import experiment_ray
 import experiment_rows
 import experiment_samples
+import norms
 import numpy as np
 import pytest
 import torch
@@ -35,26 +39,42 @@ def test_every_declared_run_is_accepted_by_the_nodes(host):
         assert valid is True, run.key
 
 
+def label_of(host, text):
+    return host.run("IECClassLabel", labels=text)[0]
+
+
 @pytest.mark.parametrize(
     "run, nfe",
     [
         (Run(steps=2), 2),
         (Run(steps=2, quantization="W8A8", correction_steps="all"), 4),
         (Run(steps=3, interval=2, correction_steps="full", evaluation_point="next"), 4),  # at sigma 0 there is nothing ahead
+        (Run(steps=3, interval=2, cache="calibrated", forecast="linear"), 3),
         (Run(steps=2, architecture="transformer", scheduler="simple", correction_steps="all", lambda_=0.3), 4),
     ],
 )
 def test_a_chunk_is_what_the_nodes_make(host, sampler, run, nfe):
     """The same nodes wired by hand, the images one class after the other."""
+    label = partial(label_of, host)
     (model,) = host.run("IECLoadBuiltinModel", precision="float32", architecture=run.architecture)
     if run.quantization == "W8A8":
         (model,) = host.run("IECQuantizeModel", model=model, weight_bits="8", activation_bits="8", keep_sensitive_layers=True)
-    if run.interval > 1:
+    if run.cache == "calibrated":
+        pairs = ("face, heart", "person, vehicle", "fruit, boat", "clock, flag")
+        names = ("positive", "positive_2", "positive_3", "positive_4")
+        prompts = dict(zip(names, map(label, pairs)), negative=label("none"))
+        (profile, _) = host.run(
+            "IECCalibrateCacheQuant", model=model, **prompts, latent_image={"samples": torch.zeros(2, 3, 32, 32)}, seed=500,
+            runs=2, steps=run.steps, cfg=3.0, sampler_name="euler", scheduler=run.scheduler, interval=run.interval, branch=0,
+            forecast=run.forecast,
+        )  # fmt: skip
+        (model,) = host.run("IECCacheQuant", model=model, profile=profile)
+    elif run.interval > 1:
         (model,) = host.run("IECDeepCache", model=model, interval=run.interval, branch=0)
     labels = "bug, flower, plant, fruit, vegetable, dish, sweet, drink"  # from the ninth class on
     settings = {
         "model": model, "seed": 1001, "steps": run.steps, "cfg": 3.0, "sampler_name": "euler", "scheduler": run.scheduler,
-        "positive": host.run("IECClassLabel", labels=labels)[0], "negative": host.run("IECClassLabel", labels="none")[0],
+        "positive": label(labels), "negative": label("none"),
         "latent_image": {"samples": torch.zeros(8, 3, 32, 32)}, "denoise": 1.0, "correction_steps": run.correction_steps,
         "lambda_": run.lambda_, "max_iterations": 1, "tolerance": 0.0, "evaluation_point": run.evaluation_point,
     }  # fmt: skip
@@ -125,6 +145,26 @@ def test_averaged_rounding_is_drawn_by_the_seed_and_leaves_the_model_as_it_was(s
     assert torch.equal(before, sampler.chunk(Chunk(plain, 0, 8))[0])
 
 
+def test_norms_are_what_the_probe_tells(host, sampler, monkeypatch):
+    monkeypatch.setattr(experiment_samples, "prepare", lambda: sampler)
+    few = {"seed": 7, "steps": 2, "cfg": 3.0, "every": 1, "iterations": 2, "tolerance": 0.5, "perturbation": 0.01}
+    monkeypatch.setattr(norms, "SETTINGS", few)
+    monkeypatch.setattr(norms, "STEPS", 2)
+    monkeypatch.setattr(norms, "EVERY", 1)
+    case = norms.Case("unet", "W8A8", "flag")
+    (model,) = host.run("IECLoadBuiltinModel", precision="float32", architecture="unet")
+    (model,) = host.run("IECQuantizeModel", model=model, weight_bits="8", activation_bits="8", keep_sensitive_layers=True)
+    labels = {"positive": label_of(host, "flag"), "negative": label_of(host, "none")}
+    latent = {"samples": torch.zeros(1, 3, 32, 32)}
+    told = json.loads(host.run("IECContractionProbe", model=model, scheduler="karras", latent_image=latent, **labels, **few)[2])
+    measured, rows = norms.measured(case)
+    assert measured == case and [row["key"] for row in rows] == ["unet W8A8 flag step 0", "unet W8A8 flag step 1"]
+    for row, step in zip(rows, told["steps"], strict=True):
+        assert float(row["growth"]) == pytest.approx(step["growth"][0], rel=1e-3)
+        assert float(row["true_contraction_0.9"]) == pytest.approx(step["true_contraction"]["0.9"][0], rel=1e-3)
+        assert len([name for name in row if "contraction" in name]) == 18 and row["jvp"] == told["jvp"]
+
+
 def test_an_image_that_is_not_finite_is_told_with_its_row(host):
     class Broken:
         @staticmethod
@@ -147,15 +187,28 @@ def check(chunks, store, sampler):
             assert torch.allclose(tensors[name], found, rtol=1e-4, atol=1e-4)
 
 
-def test_processes_give_the_same_images(sampler, tmp_path):
+def test_a_process_of_its_own_gives_the_same_images(sampler, tmp_path):
     store, runs = experiment_samples.Store(tmp_path), [Run(steps=1), Run(steps=1, correction_steps="all")]
     chunks = [Chunk(run, number, 8) for number, run in enumerate(runs)]
-    assert set(experiment_samples.sampled(chunks, store, workers=2)) == set(chunks)
+    assert set(experiment_samples.sampled(chunks, store, workers=1)) == set(chunks)
     check(chunks, store, sampler)
 
 
-def test_without_a_gpu_chunks_are_small(sampler):
-    assert sampler.at_once("unet") == 8
+def test_without_a_gpu_chunks_are_small(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert experiment_samples.at_once() == 8
+
+
+@pytest.mark.parametrize("free, size", [(2**40, 256), (300, 64), (0, 8)])
+def test_on_a_gpu_they_are_as_many_as_fit_into_half_of_what_is_free(sampler, monkeypatch, free, size):
+    """Where guidance doubles a batch, and an image takes one byte."""
+    import comfy.model_base
+    import comfy.model_management as management
+
+    monkeypatch.setattr(management, "get_torch_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(management, "get_free_memory", lambda device: free)
+    monkeypatch.setattr(comfy.model_base.BaseModel, "memory_required", lambda self, shape, **more: shape[0])
+    assert sampler.at_once("unet") == size
 
 
 @contextlib.contextmanager
@@ -191,6 +244,7 @@ def ray_address():
 
 def test_a_ray_cluster_gives_the_same_images(sampler, tmp_path, address, ray_address):
     ray_address(address)
+    assert torch.cuda.is_available() or experiment_ray.at_once() == 8  # its workers have what this machine has
     store = experiment_samples.Store(tmp_path)
     chunks = [Chunk(Run(steps=1), number, 8) for number in (0, 1)]
     assert set(experiment_samples.sampled(chunks, store, workers=1)) == set(chunks)

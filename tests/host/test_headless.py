@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import comfyui
 import pytest
@@ -15,10 +16,9 @@ import server
 API = comfyui.ROOT / "example_workflows/api"
 
 
-@pytest.fixture(scope="module")
-def host(tmp_path_factory):
-    with server.serve(tmp_path_factory.mktemp("output")) as host:
-        yield host
+@pytest.fixture
+def host(shared_server):
+    return shared_server
 
 
 def run(host, workflow, folder):
@@ -59,6 +59,9 @@ def test_readme_posts_the_workflow_with_curl(host):
     done = subprocess.run(["bash", "-c", command], cwd=comfyui.ROOT, capture_output=True, text=True, timeout=60)
     answer = json.loads(done.stdout)
     assert answer["prompt_id"] and answer["node_errors"] == {}
+    while answer["prompt_id"] not in host.get("/history"):  # nothing of it is left for the server's next tests
+        host.interrupt()
+        time.sleep(0.1)
 
 
 def test_client_says_what_was_refused_once(host, tmp_path):

@@ -48,15 +48,9 @@ PYTHON = re.compile(
 
 
 @pytest.fixture(scope="module")
-def server_of_nodes(tmp_path_factory):
-    with server.serve(tmp_path_factory.mktemp("output"), models=tmp_path_factory.mktemp("models")) as host:
-        yield host
-
-
-@pytest.fixture(scope="module")
-def ours(server_of_nodes):
+def ours(shared_server):
     """{node: {input: (type, options)}} of the pack."""
-    info = server_of_nodes.get("/object_info")
+    info = shared_server.get("/object_info")
     return {
         name: {
             key: (kind if isinstance(kind, str) else "COMBO", about[0] if about else {})
@@ -125,7 +119,7 @@ def post(host, prompt):
     return requests.post(f"{host.url}/prompt", data=json.dumps({"prompt": prompt}), timeout=120)
 
 
-def test_wrong_values_of_every_input_are_refused_at_validation(server_of_nodes, ours):
+def test_wrong_values_of_every_input_are_refused_at_validation(shared_server, ours):
     """A prompt for each node, with a copy of it for each wrong value; the server goes on after all of them."""
     make = made_of(ours)
     around, wrong = sources(make), []
@@ -137,7 +131,7 @@ def test_wrong_values_of_every_input_are_refused_at_validation(server_of_nodes, 
                 one = f"{name} {number}"
                 asked[one] = name, value
                 prompt |= {one: make(node, **{name: value}), **shown(one, one)}
-        answer = post(server_of_nodes, prompt)
+        answer = post(shared_server, prompt)
         errors = answer.json()["node_errors"]
         for one, (name, value) in asked.items():
             said = [f"{error['message']}: {error['details']}" for error in errors.get(one, {"errors": []})["errors"]]
@@ -147,10 +141,10 @@ def test_wrong_values_of_every_input_are_refused_at_validation(server_of_nodes, 
         assert wrong or answer.status_code == 400
     assert not wrong, "\n".join(str(one)[:300] for one in wrong)
     good = {**around, **shown("good", "run")}
-    assert server_of_nodes.run({key: good[key] for key in ("model", "label", "latent", "run", "good shown")})
+    assert shared_server.run({key: good[key] for key in ("model", "label", "latent", "run", "good shown")})
 
 
-def test_right_values_in_other_forms_are_taken_as_what_they_are(server_of_nodes, ours):
+def test_right_values_in_other_forms_are_taken_as_what_they_are(shared_server, ours):
     """A number as text, a whole number with a point, 0 and 1 for a switch; and any text for a label."""
     make = made_of(ours)
     few = {"steps": "1", "cfg": "1", "seed": 7.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1}
@@ -161,11 +155,11 @@ def test_right_values_in_other_forms_are_taken_as_what_they_are(server_of_nodes,
             "report": {"class_type": "IECReport", "inputs": {"report": ["run", 1]}},
         }
         prompt = {key: prompt[key] for key in ("model", "label", "latent", "run", "report")}
-        (told,) = json.loads(server_of_nodes.run(prompt)["report"]["text"][0])
+        (told,) = json.loads(shared_server.run(prompt)["report"]["text"][0])
         assert (told["label"], told["correction"], len(told["steps"])) == (str(label) or "run", "first:1", 1)
 
 
-def test_wrong_numbers_over_links_end_in_a_sentence(server_of_nodes, ours):
+def test_wrong_numbers_over_links_end_in_a_sentence(shared_server, ours):
     """The host checks nothing that comes over a link; the node does, and the next prompt works."""
     make = made_of(ours)
     base = sources(make)
@@ -180,7 +174,7 @@ def test_wrong_numbers_over_links_end_in_a_sentence(server_of_nodes, ours):
             prompt = {**base, "number": number, "one": make(node, **{name: ["number", 0]}), **shown("one", "one")}
             needed = {key: prompt[key] for key in (*base, "number", "one", "one shown")}
             with pytest.raises(server.Failed, match=rf"^\S* ?.*\b{name}: ") as failure:
-                server_of_nodes.run(needed)
+                shared_server.run(needed)
             assert not PYTHON.search(str(failure.value).replace("ValueError", "")), failure.value
             tried += 1
     assert tried > 25

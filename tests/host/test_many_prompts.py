@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 PROMPTS = 80
 STEPS = 4
-SIZES, BATCHES, LORAS = (16, 32), (1, 2), (False, True)
+SIZES, BATCHES, LORAS = (16, 24), (1, 2), (False, True)
 CACHES = {
     "none": None,
     "hold": {"interval": 2, "branch": 0},
@@ -88,7 +88,7 @@ def latent(output, outputs):
 
 @pytest.fixture(scope="module")
 def profile(host):
-    nodes = base(32, 1)
+    nodes = base(24, 1)
     nodes["calibrate"] = node(
         "IECCalibrateCacheQuant", model=["model", 0], positive=["face", 0], negative=["none", 0], latent_image=["empty", 0],
         seed=1, runs=1, interval=2, branch=0, **SAMPLING,
@@ -98,13 +98,13 @@ def profile(host):
 
 
 def test_profile_is_used_by_a_later_prompt(host, output, profile):
-    cached, plain = (latent(output, host.run(prompt(32, 1, False, cache, seed=3))) for cache in ("profile", "none"))
+    cached, plain = (latent(output, host.run(prompt(24, 1, False, cache, seed=3))) for cache in ("profile", "none"))
     assert cached.isfinite().all() and not torch.equal(cached, plain)
-    wrong = prompt(32, 1, False, "profile")
+    wrong = prompt(24, 1, False, "profile")
     wrong["profile"]["inputs"]["profile_name"] = "none.safetensors"
     with pytest.raises(server.Refused, match=r"profile_name: there is no file 'none.safetensors' in models/iec_profiles"):
         host.run(wrong)
-    other = prompt(32, 1, False, "profile", seed=4)
+    other = prompt(24, 1, False, "profile", seed=4)
     other["sampler"]["inputs"]["scheduler"] = "karras"
     with pytest.raises(server.Failed, match="profile: it was calibrated for 4 steps of euler on normal"):
         host.run(other)
@@ -120,7 +120,7 @@ def test_prompts_do_not_touch_one_another_and_memory_stays(host, output, profile
     A feature that outlived its prompt would show: sizes, batches, seeds and a LoRA of a deep block alternate, over the same
     conditioning.
     """
-    (process,) = [child for child in psutil.Process().children() if any(part.endswith("main.py") for part in child.cmdline())]
+    process = psutil.Process(host.pid)
     order, draw, first, sizes = [], random.Random(0), {}, []
     while len(order) < PROMPTS:
         order += draw.sample(CONFIGURATIONS, len(CONFIGURATIONS))

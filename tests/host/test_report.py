@@ -110,9 +110,11 @@ def test_correction_that_is_not_finite_keeps_the_prediction(sample, failing, mod
 
 @pytest.mark.parametrize(("mode", "lambda_"), [("contractive", 0.9), ("anderson", 0.5)])
 def test_modes_leave_less_of_the_residual_than_fixed_damping(sample, model, mode, lambda_):
+    latent = {"samples": torch.zeros(2, 3, 32, 32)}
+
     def last_residuals(**settings):
         reports = []
-        sample(model, reports, steps=6, correction_steps="all", max_iterations=4, **settings)
+        sample(model, reports, steps=6, correction_steps="all", max_iterations=4, latent_image=latent, **settings)
         return torch.tensor([step.residuals[-1] for step in reports[0].steps]).mean().item()
 
     assert last_residuals(lambda_mode=mode, lambda_=lambda_) < 0.7 * last_residuals(lambda_=0.5)

@@ -60,7 +60,7 @@ def _classes(host):
 
 def start(seed=7):
     """x_T as the host makes it where the first timestep is below the last of the 1000: an empty latent, noised to it."""
-    noise = torch.randn(2, 3, 32, 32, generator=torch.manual_seed(seed)).double()
+    noise = torch.randn(2, 3, 16, 16, generator=torch.manual_seed(seed)).double()
     return (1 - alpha_bars()[timesteps(STEPS)[0]]).sqrt() * noise
 
 
@@ -166,7 +166,7 @@ def test_all_three_nodes_give_the_same_latent(host, sample, model, conditioning)
 
     applied = host.run("IECApply", model=model, **settings)[0]
     inputs = {"seed": 7, "steps": STEPS, "cfg": CFG, "sampler_name": "ddim", "scheduler": "ddim_uniform", "denoise": 1.0}
-    latent = {"samples": torch.zeros(2, 3, 32, 32)}
+    latent = {"samples": torch.zeros(2, 3, 16, 16)}
     wiring = {"positive": conditioning[0], "negative": conditioning[1], "latent_image": latent}
     assert torch.equal(host.run("KSampler", model=applied, **inputs, **wiring)[0]["samples"], expected)
 

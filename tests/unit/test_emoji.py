@@ -115,6 +115,15 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_weights(run_on, tmp_pat
     assert list((tmp_path / "cache/training").iterdir()) == []
 
 
+def test_files_of_one_name_in_two_folders_are_trained_apart(run_on, tmp_path):
+    ours, other = tmp_path / "ours/layer.safetensors", tmp_path / "others/layer.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        run_on(ours, snapshots=1)
+    run_on(other)
+    run_on(ours)
+    assert [run["step"] for run in told(ours)[1]] == [9] and same(told(ours)[0], told(other)[0])
+
+
 def test_a_run_goes_on_from_the_file_and_the_history_tells_all(run_on, tmp_path):
     path = tmp_path / "layer.safetensors"
     run_on(path)

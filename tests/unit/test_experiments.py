@@ -4,9 +4,11 @@ import csv
 import hashlib
 from dataclasses import replace
 
+import experiment_ray
 import experiment_rows
 import experiment_samples
 import experiments
+import norms
 import numpy as np
 import pytest
 import sample_distance
@@ -92,7 +94,15 @@ def test_the_full_scale_has_the_same_runs_of_2048_images():
     small, full = experiment_rows.declared(), experiment_rows.declared("full", 256)
     assert [row.run for rows in full.values() for row in rows] == [row.run for rows in small.values() for row in rows]
     assert {(row.images, row.chunk) for rows in full.values() for row in rows} == {(2048, 256)}
-    assert experiments.chunk_size("small") == 8
+
+
+def test_at_full_scale_those_who_sample_say_how_many_at_once(monkeypatch):
+    monkeypatch.setattr(experiment_ray, "at_once", lambda: 128)
+    monkeypatch.setattr(experiment_samples, "at_once", lambda: 64)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert experiments.chunk_size("small") == 8 and experiments.chunk_size("full") == 64
+    monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
+    assert experiments.chunk_size("small") == 8 and experiments.chunk_size("full") == 128
 
 
 def test_the_whole_list_takes_less_than_four_hours(tmp_path):
@@ -117,6 +127,31 @@ def test_the_whole_list_takes_less_than_four_hours(tmp_path):
 )
 def test_costs_are_counted(run, evaluations):
     assert run.evaluations == pytest.approx(evaluations)
+
+
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        ({"control": "shrink"}, "control: 'shrink' is none; name one of none, shrunk, epsilon1.005, averaged."),
+        ({"cache": "teacache", "interval": 2}, "cache: 'teacache' is none; name one of deepcache, calibrated."),
+        ({"cache": "calibrated"}, "interval: at 1 there is no cache; leave cache and forecast out."),
+        ({"forecast": "linear"}, "interval: at 1 there is no cache; leave cache and forecast out."),
+    ],
+)
+def test_runs_that_mean_nothing_are_refused(settings, sentence):
+    with pytest.raises(ValueError) as refused:
+        Run(**settings)
+    assert str(refused.value) == sentence
+
+
+def test_a_calibration_is_counted_once_a_worker(tmp_path):
+    """Its eight runs are of two images each, with guidance."""
+    run = Run(interval=2, cache="calibrated", steps=10)
+    row, store = Row("first", run, 16), experiment_samples.Store(tmp_path)
+    of_images = sum(chunk.run.evaluations * 8 for chunk in row.chunks)
+    for workers in (1, 2):
+        expected = (of_images / workers + 8 * 2 * 10 * 2) / experiments.SPEED / 60
+        assert experiments.minutes([row], store, workers) == pytest.approx(expected)
 
 
 def test_references_are_full_precision_without_cache_and_correction():
@@ -151,6 +186,19 @@ def test_numbers_are_those_of_the_images(fake, tmp_path):
     assert width == pytest.approx(2 * 1.96 * (each - before).std() / 4, rel=0.3)
     assert (row["images"], row["chunk"]) == ("16", "8")
     assert (row["images"], row["nfe"], row["seconds"]) == ("16", "4", "2") and row["torch"] == torch.__version__
+
+
+def test_more_steps_are_compared_with_the_fewer_that_they_stand_instead_of(fake, tmp_path, monkeypatch):
+    more = replace(PLAIN, steps=8, instead_of=4)
+    rows = {"first": [row_of(run) for run in (PLAIN, replace(PLAIN, steps=8), more)]}
+    monkeypatch.setattr(experiment_rows, "declared", lambda *_: rows)
+    assert run_all(tmp_path) == 0
+    assert {chunk.run for chunk in fake.told} == {PLAIN, replace(PLAIN, steps=8), PLAIN.exact}  # the same images for both
+    row, itself = rows_of(tmp_path)[more.key], rows_of(tmp_path)[replace(PLAIN, steps=8).key]
+    change = relative(replace(PLAIN, steps=8), PLAIN.exact) - relative(PLAIN, PLAIN.exact)
+    assert float(row["change_exact"]) == pytest.approx(change.mean(), rel=0.02)
+    assert row["change_same_steps"] == itself["change_exact"] == "" and float(row["error_same_steps"]) == 0
+    assert row["error_exact"] == itself["error_exact"] and row["change_imagenet_frechet"] != ""
 
 
 @pytest.mark.parametrize("network", ["emoji", "imagenet"])
@@ -301,3 +349,14 @@ def test_a_file_in_place_of_the_folder_is_refused(fake, tmp_path, capsys):
     (tmp_path / "rows").write_text("")
     assert run_all(tmp_path / "rows") == 2
     assert "is no folder" in capsys.readouterr().err
+
+
+def test_norms_are_added_row_by_row_and_other_settings_make_them_missing(tmp_path, monkeypatch):
+    case, other = norms.CASES[:2]
+    found = norms.results(tmp_path)
+    for row in case.rows:
+        found.add(row, {"key": row.key, "digest": norms.digest(row), "growth": "1.5"})
+    again = norms.results(tmp_path)
+    assert all(again.get(row)["growth"] == "1.5" for row in case.rows) and again.get(other.rows[0]) is None
+    monkeypatch.setitem(norms.SETTINGS, "seed", 8)
+    assert again.get(case.rows[0]) is None

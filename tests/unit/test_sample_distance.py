@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import scipy.linalg
 from sample_distance import (
-    change_with_interval,
-    distance_with_interval,
     frechet_distance,
     kernel_distance,
     mean_with_interval,
+    measured,
+    ratio_with_interval,
 )
 
 
@@ -72,7 +72,7 @@ def test_interval_covers_as_it_says(kind):
     true = np.mean([measure(generator.normal(size=(200, 3)), real) for _ in range(400)])
     covered = 0
     for trial in range(100):
-        found = distance_with_interval(kind, generator.normal(size=(200, 3)), real, resamples=100, seed=trial)
+        found, _ = measured(kind, generator.normal(size=(200, 3)), real, resamples=100, seed=trial)
         assert found.low < found.value < found.high
         covered += found.low <= true <= found.high
     assert 85 <= covered <= 100
@@ -82,17 +82,18 @@ def test_interval_covers_as_it_says(kind):
 def test_change_of_pairs_is_narrower_than_of_strangers(kind):
     real, x = features(80, seed=4), features(300, seed=5, shift=0.2)
     near = x + 0.05 * np.random.default_rng(6).normal(size=x.shape) + 0.1
-    paired = change_with_interval(kind, near, x, real)
-    strangers = change_with_interval(kind, near[::-1], x, real)
+    alone, (own, paired) = measured(kind, near, real), measured(kind, near, real, x)
+    _, strangers = measured(kind, near[::-1], real, x)
     measure = {"frechet": frechet_distance, "kernel": kernel_distance}[kind]
     assert paired.value == pytest.approx(measure(near, real) - measure(x, real))
     assert paired.high - paired.low < 0.5 * (strangers.high - strangers.low)
     assert paired.low < paired.value < paired.high
+    assert alone == (own, None)
 
 
 def test_no_change_has_no_width():
     real, x = features(80, seed=4), features(300, seed=5)
-    same = change_with_interval("frechet", x, x, real)
+    _, same = measured("frechet", x, real, x)
     assert same.low == same.value == same.high == 0
 
 
@@ -105,7 +106,7 @@ def test_interval_of_a_mean_is_the_normal_one_of_many_values():
 
 def test_the_same_seed_gives_the_same_interval():
     x, y = features(100), features(50, seed=1)
-    assert distance_with_interval("kernel", x, y) == distance_with_interval("kernel", x, y)
+    assert measured("kernel", x, y) == measured("kernel", x, y)
 
 
 @pytest.mark.parametrize(
@@ -125,4 +126,18 @@ def test_bad_features_are_refused(x, told):
 
 def test_pairs_must_be_as_many():
     with pytest.raises(ValueError, match="baseline: it has 9 rows and samples has 10; pairs need as many"):
-        change_with_interval("frechet", features(10), features(9), features(10))
+        measured("frechet", features(10), features(10), features(9))
+
+
+def test_interval_of_a_ratio_is_of_pairs():
+    generator = np.random.default_rng(8)
+    before = generator.exponential(size=4000) + 0.1
+    share = ratio_with_interval(0.6 * before, before, 0.95)
+    assert [share.value, share.low, share.high] == pytest.approx([0.6] * 3)
+    after = before * (0.6 + 0.2 * generator.normal(size=4000))
+    found, ratio = ratio_with_interval(after, before, 0.95), after.mean() / before.mean()
+    half = 1.96 * (after - ratio * before).std() / before.mean() / np.sqrt(4000)  # by the delta method
+    assert found.value == pytest.approx(ratio)
+    assert [found.low, found.high] == pytest.approx([ratio - half, ratio + half], abs=0.1 * half)
+    with pytest.raises(ValueError, match="baseline: it has 9 rows and values has 10; pairs need as many"):
+        ratio_with_interval(np.ones(10), np.ones(9), 0.95)

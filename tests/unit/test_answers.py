@@ -1,0 +1,227 @@
+"""The tables and figures of docs/results.md, against rows that are written down here."""
+
+import csv
+from dataclasses import replace
+
+import answers
+import experiment_rows
+import experiment_samples
+import norms
+import numpy as np
+import pytest
+from experiment_rows import AUTHORS, Run
+
+PLAIN = Run()
+ALL = replace(PLAIN, correction_steps="all")
+IMAGES = np.linspace(0.8, 1.2, 16)  # each one's error, as a share of the mean
+NOISE = 1 + 0.3 * np.random.default_rng(0).normal(size=16)
+LOWER, HIGHER, UNSURE = (-0.02, -0.03, -0.01), (0.02, 0.01, 0.03), (0.01, -0.01, 0.03)
+
+
+def columns_of(run, error, change=None, seconds=1.0, errors=None):
+    """The columns of a row that the answers read. change: (value, low, high) of its distances. errors: of the images."""
+    error = None if run.exact is None else error
+    errors = error * IMAGES if errors is None and error is not None else errors
+    numbers = {
+        "error_exact": None if error is None else (error, error - 0.01, error + 0.01),
+        "error_same_steps": (0.1, 0.05, 0.15),
+        "change_exact": change if error is not None else None,
+        "change_imagenet_frechet": change,
+        "change_imagenet_kernel": change,
+        "imagenet_frechet": (50, 48, 52),
+        "imagenet_kernel": (2.5, 2.25, 2.75),
+    }
+    texts = {"images": "16", "nfe": str(run.steps), "seconds_an_image": str(seconds)}
+    for name, values in numbers.items():
+        texts |= {name + end: str(value) for end, value in zip(("", "_low", "_high"), values or ("", "", ""))}
+    each = {"errors_exact": [] if errors is None else errors, "errors_same_steps": 0.1 * IMAGES}
+    return texts | {name: ";".join(f"{value:.6g}" for value in values) for name, values in each.items()}
+
+
+def found(**rows):
+    """Found of runs, in their order: name=(run, what `columns_of` takes besides)."""
+    return answers.with_baselines({run: columns_of(run, *more) for run, *more in rows.values()})
+
+
+def test_what_lowers_the_error_is_bold_and_what_raises_it_in_italics():
+    errors = {"lower": 0.05 * IMAGES, "higher": 0.15 * IMAGES, "unsure": 0.102 * IMAGES * NOISE}
+    wanted = {"lower": "**0.070**", "higher": "*0.070*", "unsure": "0.070"}
+    for name, each in errors.items():
+        plain, corrected = found(plain=(PLAIN, 0.1), corrected=(ALL, 0.07, LOWER, 1.0, each))
+        assert answers.error(plain) == "0.100" and answers.error(corrected) == wanted[name], name
+    assert answers.error(found(corrected=(ALL, 0.07))[0]) == "0.070"  # there is no run without a correction yet
+
+
+def test_a_ratio_is_that_to_the_run_without_a_correction():
+    _, corrected = found(plain=(PLAIN, 0.2), corrected=(ALL, 0.1))
+    assert corrected.ratio("exact") == pytest.approx((0.5, 0.5, 0.5), rel=1e-4)
+    rows = found(plain=(PLAIN, 0.2), corrected=(ALL, 0.1, None, 1.0, 0.1 * IMAGES * NOISE))
+    value, low, high = rows[1].ratio("exact")
+    assert low < value < high and value == pytest.approx(0.5 * (IMAGES * NOISE).mean() / IMAGES.mean(), rel=1e-4)
+    line = answers.ratios(rows).axes[0].containers[0].lines
+    assert line[0].get_xdata() == pytest.approx([value])
+    assert line[2][0].get_segments()[0][:, 0] == pytest.approx([low, high])
+    assert answers.ratios(rows[:1]) is None
+
+
+def test_more_steps_are_compared_where_that_can_be():
+    more = replace(PLAIN, steps=40, instead_of=20)
+    _, instead = found(plain=(PLAIN, 0.2), more=(more, 0.1))
+    assert answers.error(instead) == "**0.100**" and answers.error(instead, "same_steps") == "0.100"
+
+
+def test_distances_and_their_changes():
+    (lower,) = found(run=(ALL, 0.1, LOWER))
+    assert answers.change(lower, "imagenet_frechet") == "**-0.02 (-0.03 to -0.01)**"
+    assert answers.change(found(run=(ALL, 0.1, HIGHER))[0], "imagenet_frechet") == "*+0.02 (+0.01 to +0.03)*"
+    assert answers.change(found(run=(ALL, 0.1, UNSURE))[0], "imagenet_frechet") == "+0.01 (-0.01 to +0.03)"
+    assert answers.change(found(run=(PLAIN, 0.1))[0], "imagenet_frechet") == "-"
+    assert answers.distance(lower, "imagenet_frechet") == "50 ± 2"
+
+
+def test_a_run_of_noise_of_its_own_has_no_error_to_an_exact_solution():
+    (row,) = found(run=(Run(sampler="er_sde"), 0.1))
+    assert answers.error(row) == "-" and answers.error(row, "same_steps") == "0.100" and row.ratio("exact") is None
+
+
+def test_a_table_has_a_line_for_each_subject_and_a_column_for_each_rule():
+    quantized, corrected = (replace(run, quantization="W8A8") for run in (PLAIN, ALL))
+    instead = replace(PLAIN, steps=40, instead_of=20)
+    rows = found(a=(PLAIN, 0.1), b=(ALL, 0.2), c=(quantized, 0.3), d=(corrected, 0.25), e=(instead, 0.05))
+    assert answers.by_rule(rows).splitlines() == [
+        "| precision | none | all, paper | 40 steps |",
+        "| --- | --- | --- | --- |",
+        "| full precision | 0.100 | *0.200* | **0.050** |",
+        "| W8A8 | 0.300 | **0.250** | - |",
+    ]
+
+
+def test_distances_are_told_for_each_run_of_a_precision_one_after_the_other():
+    quantized, shrunk = replace(AUTHORS, quantization="W8A8"), replace(AUTHORS, control="shrunk")
+    table = answers.by_distance(found(a=(AUTHORS, 0.1), b=(quantized, 0.1), c=(shrunk, 0.1, UNSURE))).splitlines()
+    assert table[0] == (
+        "| precision | corrected | evaluations | Fréchet | its change | kernel | its change | same steps | exact |"
+    )
+    assert [line.split(" | ")[:2] for line in table[2:]] == [
+        ["| full precision", "none"],
+        ["| full precision", "shrunk"],
+        ["| W8A8", "none"],
+    ]
+    assert table[3].endswith("| 50 ± 2 | +0.01 (-0.01 to +0.03) | 2.5 ± 0.25 | +0.01 (-0.01 to +0.03) | 0.100 | 0.100 |")
+
+
+def test_schedules_and_dampings():
+    rows = found(plain=(PLAIN, 0.1), ahead=(replace(ALL, evaluation_point="ahead"), 0.05))
+    assert answers.by_schedule(rows).splitlines()[2] == "| karras | 0.100 → **0.050** |"
+    rows = found(plain=(PLAIN, 0.1), a=(replace(ALL, lambda_=0.9), 0.9), b=(replace(ALL, lambda_=0.1), 0.2))
+    assert answers.by_damping(rows).splitlines()[::2] == [
+        "| precision | evaluated | none | 0.1 | 0.9 |",
+        "| full precision | paper | 0.100 | *0.200* | *0.900* |",
+    ]
+
+
+def test_the_front_has_what_nothing_beats():
+    points = [(0.25, 0.5), (0.12, 0.9), (0.2, 0.9), (0.5, 0.4), (0.53, 0.45), (0.25, 0.6)]
+    runs = {str(place): (replace(PLAIN, steps=place + 1), *points[place][::-1]) for place in range(len(points))}
+    rows = found(**{name: (run, error, None, seconds) for name, (run, error, seconds) in runs.items()})
+    expected = {one for one in points if not any(a <= one[0] and b <= one[1] and (a, b) != one for a, b in points)}
+    assert [answers.place_of(one) for one in answers.front(rows)] == sorted(expected)
+    lines = answers.by_choice(rows).splitlines()[2:]
+    assert lines[0] == "| U-Net | euler | 2 | none | none | 2 | 0.12 | 0.900 |" and len(lines) == 3
+
+
+def test_tables_stand_at_their_places():
+    page = "# A\n<!-- table rules -->\nold\n<!-- end -->\nB\n<!-- table steps -->\n<!-- end -->\n"
+    tables = {"rules": "| 1 |", "steps": "| 2 |"}
+    once = answers.with_tables(page, tables)
+    assert once == "# A\n<!-- table rules -->\n\n| 1 |\n\n<!-- end -->\nB\n<!-- table steps -->\n\n| 2 |\n\n<!-- end -->\n"
+    assert answers.with_tables(once, tables) == once
+
+
+@pytest.mark.parametrize(
+    "page, sentence",
+    [
+        ("<!-- table rule -->\n<!-- end -->", "rule: there is no such table; the page can have rules, steps."),
+        (
+            "<!-- table rules -->\nprose\n<!-- table steps -->\n<!-- end -->",
+            "rules: the table's place has no end; write <!-- end --> below it.",
+        ),
+        (
+            "<!-- table steps -->\n<!-- end -->",
+            "rules: the page has no place for this table; write <!-- table rules --> and its end.",
+        ),
+    ],
+)
+def test_a_page_without_the_right_places_is_refused(page, sentence):
+    with pytest.raises(ValueError) as refused:
+        answers.with_tables(page, {"rules": "| 1 |", "steps": "| 2 |"})
+    assert str(refused.value) == sentence
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A folder with every declared row."""
+    lines = {}
+    for name, rows in experiment_rows.declared().items():
+        changes = [None if row.run.baseline == row.run else LOWER for row in rows]
+        lines[name] = [
+            {"key": row.key, "digest": experiment_samples.row_digest(row)}
+            | columns_of(row.run, 1 / row.run.steps, change, row.run.evaluations)
+            for row, change in zip(rows, changes)
+        ]
+    lines["norms"] = [
+        {"key": row.key, "digest": norms.digest(row), **texts_of(row.step)} for row in norms.declared()["norms"]
+    ]  # fmt: skip
+    for name, rows in lines.items():
+        with (tmp_path / f"{name}.csv").open("w", newline="") as file:
+            table = csv.DictWriter(file, rows[0])
+            table.writeheader()
+            table.writerows(rows)
+    return tmp_path
+
+
+def texts_of(step, more=0.0, converged=True):
+    """The norms of a step, as a row has them."""
+    values = {"growth": 1 + step / 10 + more, "true_growth": 1 + step / 5}
+    for number in range(1, 10):
+        values |= {f"contraction_0.{number}": 1 - number / 20, f"true_contraction_0.{number}": 1 - number / 40}
+    return {name: f"{value:.4g}" for name, value in values.items()} | {"converged": str(converged)}
+
+
+@pytest.mark.parametrize("converged, bound", [(True, ""), (False, "≥ ")])
+def test_norms_are_the_largest_of_the_images(converged, bound):
+    cases = [norms.Case("unet", "W8A8", label) for label in ("face", "flag")]
+    texts = [texts_of(4, 0.1, converged), texts_of(4, 0.3) | {"true_contraction_0.9": ""}]  # one that was not finite
+    rows = [(case.rows[1], columns) for case, columns in zip(cases, texts)]
+    numbers = [f"{bound}{number}" for number in ("1.700", "1.800", "0.750", "0.875", "0.550", "nan")]
+    assert answers.by_norm(rows).splitlines()[2:] == [f"| U-Net | W8A8 | 4 | {' | '.join(numbers)} |"]
+
+
+def test_every_question_has_its_table_and_its_figure(results):
+    page, names = results / "page.md", [*experiment_rows.declared(), "norms"]
+    written = answers.write(results, page)
+    text = page.read_text()
+    assert {path.stem for path in written} == {"page", *names}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written[1:])
+    for name in names:
+        assert f"<!-- table {name} -->\n\n| " in text and f"(results/{name}.png)" in text
+    assert "No row is there yet." not in text and "nan" not in text
+    assert all(len(rows) == len(answers.read(results)[name]) for name, rows in experiment_rows.declared().items())
+
+
+def test_rows_that_are_not_there_are_left_out(tmp_path):
+    page = tmp_path / "page.md"
+    assert answers.write(tmp_path, page) == [page]
+    assert page.read_text().count("No row is there yet.") == len(answers.TABLES)
+
+
+def test_a_file_of_runs_without_a_correction_has_a_table_and_no_figure(results):
+    for name in experiment_rows.declared():
+        with (results / f"{name}.csv").open(newline="") as file:
+            plain = [row for row in csv.DictReader(file) if " all " not in row["key"] and " instead" not in row["key"]]
+        with (results / f"{name}.csv").open("w", newline="") as file:
+            table = csv.DictWriter(file, plain[0])
+            table.writeheader()
+            table.writerow(plain[0])
+    written = answers.write(results, results / "page.md")
+    assert {path.stem for path in written} == {"page", "choices", "norms"}

@@ -1,0 +1,183 @@
+"""How errors grow and corrections contract along a run of the built-in models: docs/results/norms.csv.
+
+    python tools/norms.py [--list] [--again KEY]
+
+A row is a step of one image's run, measured by Contraction Probe (IEC): ||A + B J||, by how much the step multiplies an error;
+||(1 - lambda) I + lambda B J|| for dampings of 0.1 to 0.9, by how much an iteration multiplies the distance of two iterates;
+and beside them, with `true_`, what changes of 1 % show of the network as it is, the roundings of a quantized one and all. Rows
+that are there are skipped. It can be stopped; what a stop loses is less than two minutes' work.
+"""
+
+import argparse
+import concurrent.futures
+import itertools
+import json
+import multiprocessing
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import ClassVar
+
+import experiment_samples
+import experiments
+import torch
+from experiment_rows import EXACT_SCHEDULER, Run
+
+STEPS, EVERY = 20, 4
+SETTINGS = {
+    "seed": 7, "steps": STEPS, "cfg": 3.0, "every": EVERY, "iterations": 40, "tolerance": 0.02, "perturbation": 0.01,
+}  # fmt: skip
+LABELS = ("face", "flag", "fruit")
+FORMATS = ("none", "W8A8", "W4A8")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run that is measured: of an image of this class."""
+
+    architecture: str
+    quantization: str
+    label: str
+
+    @property
+    def key(self):
+        return " ".join((self.architecture, self.quantization, self.label))
+
+    @property
+    def rows(self):
+        """The rows that its run gives."""
+        return [StepRow(self, step) for step in range(0, STEPS, EVERY)]
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """A line of the file: a measured step."""
+
+    case: Case
+    step: int
+    file: ClassVar[str] = "norms"
+
+    @property
+    def key(self):
+        return f"{self.case.key} step {self.step}"
+
+
+CASES = [Case(*parts) for parts in itertools.product(EXACT_SCHEDULER, FORMATS, LABELS)]
+
+
+def declared():
+    """Return {file name without suffix: [StepRow, ...]}."""
+    return {StepRow.file: [row for case in CASES for row in case.rows]}
+
+
+def digest(row):
+    """Return what tells a row from others: settings, and the model's weights."""
+    weights = experiment_samples.sha256(experiment_samples.WEIGHTS[row.case.architecture])
+    return experiment_samples.digest_of([row.key, SETTINGS, EXACT_SCHEDULER[row.case.architecture], weights])
+
+
+def results(folder=experiments.RESULTS):
+    """Return the Results of a folder."""
+    return experiments.Results(folder, declared(), digest)
+
+
+def measured(case):
+    """Return (the case, the columns of each of its rows), in a process that is prepared."""
+    sampler, begin = experiment_samples.prepare(), time.perf_counter()
+    model = sampler.model(Run(architecture=case.architecture, quantization=case.quantization))
+    positive, negative = (sampler.run("IECClassLabel", labels=text)[0] for text in (case.label, "none"))
+    *_, told = sampler.run(
+        "IECContractionProbe", model=model, positive=positive, negative=negative, scheduler=EXACT_SCHEDULER[case.architecture],
+        latent_image={"samples": torch.zeros(1, 3, 32, 32)}, **SETTINGS,
+    )  # fmt: skip
+    told = json.loads(told)
+    seconds = (time.perf_counter() - begin) / len(told["steps"])
+    return case, [columns(row, step, told["jvp"], seconds) for row, step in zip(case.rows, told["steps"], strict=True)]
+
+
+def columns(row, step, jvp, seconds):
+    """Return a row as a dict of texts by column, empty for a norm that is not finite. step: of the probe's JSON. jvp: how
+    products were computed.
+    """
+    case, number = row.case, experiments.number
+    norms = {"growth": step["growth"], "true_growth": step["true_growth"]}
+    for kind in ("contraction", "true_contraction"):
+        norms |= {f"{kind}_{lambda_}": values for lambda_, values in step[kind].items()}
+    texts = {"key": row.key, "digest": digest(row), "architecture": case.architecture, "quantization": case.quantization}
+    texts |= {"label": case.label, "seed": str(SETTINGS["seed"]), "step": str(row.step), "sigma": number(step["sigma"])}
+    texts |= {name: "" if value is None else number(value) for name, (value,) in norms.items()}
+    texts |= {"converged": str(step["converged"]), "products": str(step["products"]), "jvp": jvp}
+    return texts | {"seconds": f"{seconds:.1f}", "device": experiment_samples.device(), **experiments.versions()}
+
+
+def compute(cases, found, workers, on_case=lambda case: None):
+    """Measure cases by as many processes, and add their rows to the Results `found` as soon as they are known. An interrupt
+    ends it when the cases at hand are measured.
+    """
+    context = multiprocessing.get_context("spawn")
+    executor = concurrent.futures.ProcessPoolExecutor(workers, context, experiment_samples.prepare_child)
+    waiting = {executor.submit(measured, case) for case in cases}
+    try:
+        for future in concurrent.futures.as_completed(set(waiting)):
+            waiting.discard(future)
+            _take(future, found, on_case)
+    finally:
+        executor.shutdown(cancel_futures=True)
+        for future in waiting:
+            if not future.cancelled() and future.exception() is None:
+                _take(future, found, on_case)
+
+
+def _take(future, found, on_case):
+    case, rows = future.result()
+    for row, texts in zip(case.rows, rows, strict=True):
+        found.add(row, texts)
+    on_case(case)
+
+
+def compute_again(case, found, workers):
+    """Measure a case that is there anew; return the columns whose digits differ."""
+    with tempfile.TemporaryDirectory() as folder:
+        anew = results(folder)
+        compute([case], anew, workers)
+        pairs = [(found.get(row), anew.get(row)) for row in case.rows]
+    names = [name for name in pairs[0][1] if name not in experiments.OF_THE_MACHINE]
+    return [name for name in names if any(old[name] != new[name] for old, new in pairs)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--list", action="store_true", help="print all rows, and whether they are there")
+    parser.add_argument("--again", metavar="KEY", help="measure a row's run anew, and tell whether its digits are the same")
+    options, found, workers = parser.parse_args(), results(), experiments.default_workers()
+    if options.list:
+        for row in declared()[StepRow.file]:
+            print(f"{row.key:40}  {'there' if found.get(row) else 'missing'}")
+        return 0
+    if options.again:
+        return _again(options.again, found, workers)
+    missing = [case for case in CASES if not all(map(found.get, case.rows))]
+    print(f"norms: {len(missing)} of {len(CASES)} runs are missing." if missing else "norms: nothing is missing.", flush=True)
+    if missing:
+        compute(missing, found, workers, lambda case: print(case.key, flush=True))
+    return 0
+
+
+def _again(key, found, workers):
+    named = [case for case in CASES if key in {row.key for row in case.rows}]
+    if not named or not all(map(found.get, named[0].rows)):
+        print(f"key: '{key}' is no row that is there; --list has them all.", file=sys.stderr)
+        return 2
+    differing = compute_again(named[0], found, workers)
+    print(f"{key}: " + (f"other digits in {', '.join(differing)}" if differing else "the same digits"))
+    return bool(differing)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl+C does
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("Stopped; what was measured is kept.")
