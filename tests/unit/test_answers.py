@@ -3,6 +3,9 @@
 import csv
 from dataclasses import replace
 
+import answer_figures
+import answer_rows
+import answer_tables
 import answers
 import experiment_rows
 import experiment_samples
@@ -34,13 +37,14 @@ def columns_of(run, error, change=None, seconds=1.0, errors=None):
     texts = {"images": "16", "nfe": str(run.steps), "seconds_an_image": str(seconds)}
     for name, values in numbers.items():
         texts |= {name + end: str(value) for end, value in zip(("", "_low", "_high"), values or ("", "", ""))}
-    each = {"errors_exact": [] if errors is None else errors, "errors_same_steps": 0.1 * IMAGES}
+    is_itself = run == run.same_steps
+    each = {"errors_exact": [] if errors is None else errors, "errors_same_steps": (0 if is_itself else 0.1) * IMAGES}
     return texts | {name: ";".join(f"{value:.6g}" for value in values) for name, values in each.items()}
 
 
 def found(**rows):
     """Found of runs, in their order: name=(run, what `columns_of` takes besides)."""
-    return answers.with_baselines({run: columns_of(run, *more) for run, *more in rows.values()})
+    return answer_rows.with_baselines({run: columns_of(run, *more) for run, *more in rows.values()})
 
 
 def test_what_lowers_the_error_is_bold_and_what_raises_it_in_italics():
@@ -48,8 +52,8 @@ def test_what_lowers_the_error_is_bold_and_what_raises_it_in_italics():
     wanted = {"lower": "**0.070**", "higher": "*0.070*", "unsure": "0.070"}
     for name, each in errors.items():
         plain, corrected = found(plain=(PLAIN, 0.1), corrected=(ALL, 0.07, LOWER, 1.0, each))
-        assert answers.error(plain) == "0.100" and answers.error(corrected) == wanted[name], name
-    assert answers.error(found(corrected=(ALL, 0.07))[0]) == "0.070"  # there is no run without a correction yet
+        assert answer_tables.error(plain) == "0.100" and answer_tables.error(corrected) == wanted[name], name
+    assert answer_tables.error(found(corrected=(ALL, 0.07))[0]) == "0.070"  # there is no run without a correction yet
 
 
 def test_a_ratio_is_that_to_the_run_without_a_correction():
@@ -58,37 +62,42 @@ def test_a_ratio_is_that_to_the_run_without_a_correction():
     rows = found(plain=(PLAIN, 0.2), corrected=(ALL, 0.1, None, 1.0, 0.1 * IMAGES * NOISE))
     value, low, high = rows[1].ratio("exact")
     assert low < value < high and value == pytest.approx(0.5 * (IMAGES * NOISE).mean() / IMAGES.mean(), rel=1e-4)
-    line = answers.ratios(rows).axes[0].containers[0].lines
+    line = answer_figures.ratios(rows).axes[0].containers[0].lines
     assert line[0].get_xdata() == pytest.approx([value])
     assert line[2][0].get_segments()[0][:, 0] == pytest.approx([low, high])
-    assert answers.ratios(rows[:1]) is None
+    assert answer_figures.ratios(rows[:1]) is None
+
+
+def test_what_has_no_error_to_itself_has_one_when_it_is_corrected():
+    _, corrected = found(plain=(PLAIN, 0.1), corrected=(ALL, 0.1))
+    assert answer_tables.error(corrected, "same_steps") == "*0.100*"
 
 
 def test_more_steps_are_compared_where_that_can_be():
     more = replace(PLAIN, steps=40, instead_of=20)
     _, instead = found(plain=(PLAIN, 0.2), more=(more, 0.1))
-    assert answers.error(instead) == "**0.100**" and answers.error(instead, "same_steps") == "0.100"
+    assert answer_tables.error(instead) == "**0.100**" and answer_tables.error(instead, "same_steps") == "0.100"
 
 
 def test_distances_and_their_changes():
     (lower,) = found(run=(ALL, 0.1, LOWER))
-    assert answers.change(lower, "imagenet_frechet") == "**-0.02 (-0.03 to -0.01)**"
-    assert answers.change(found(run=(ALL, 0.1, HIGHER))[0], "imagenet_frechet") == "*+0.02 (+0.01 to +0.03)*"
-    assert answers.change(found(run=(ALL, 0.1, UNSURE))[0], "imagenet_frechet") == "+0.01 (-0.01 to +0.03)"
-    assert answers.change(found(run=(PLAIN, 0.1))[0], "imagenet_frechet") == "-"
-    assert answers.distance(lower, "imagenet_frechet") == "50 ± 2"
+    assert answer_tables.change(lower, "imagenet_frechet") == "**-0.02 (-0.03 to -0.01)**"
+    assert answer_tables.change(found(run=(ALL, 0.1, HIGHER))[0], "imagenet_frechet") == "*+0.02 (+0.01 to +0.03)*"
+    assert answer_tables.change(found(run=(ALL, 0.1, UNSURE))[0], "imagenet_frechet") == "+0.01 (-0.01 to +0.03)"
+    assert answer_tables.change(found(run=(PLAIN, 0.1))[0], "imagenet_frechet") == "-"
+    assert answer_tables.distance(lower, "imagenet_frechet") == "50 ± 2"
 
 
 def test_a_run_of_noise_of_its_own_has_no_error_to_an_exact_solution():
     (row,) = found(run=(Run(sampler="er_sde"), 0.1))
-    assert answers.error(row) == "-" and answers.error(row, "same_steps") == "0.100" and row.ratio("exact") is None
+    assert answer_tables.error(row) == "-" and answer_tables.error(row, "same_steps") == "0.100" and row.ratio("exact") is None
 
 
 def test_a_table_has_a_line_for_each_subject_and_a_column_for_each_rule():
     quantized, corrected = (replace(run, quantization="W8A8") for run in (PLAIN, ALL))
     instead = replace(PLAIN, steps=40, instead_of=20)
     rows = found(a=(PLAIN, 0.1), b=(ALL, 0.2), c=(quantized, 0.3), d=(corrected, 0.25), e=(instead, 0.05))
-    assert answers.by_rule(rows).splitlines() == [
+    assert answer_tables.by_rule(rows).splitlines() == [
         "| precision | none | all, paper | 40 steps |",
         "| --- | --- | --- | --- |",
         "| full precision | 0.100 | *0.200* | **0.050** |",
@@ -98,7 +107,7 @@ def test_a_table_has_a_line_for_each_subject_and_a_column_for_each_rule():
 
 def test_distances_are_told_for_each_run_of_a_precision_one_after_the_other():
     quantized, shrunk = replace(AUTHORS, quantization="W8A8"), replace(AUTHORS, control="shrunk")
-    table = answers.by_distance(found(a=(AUTHORS, 0.1), b=(quantized, 0.1), c=(shrunk, 0.1, UNSURE))).splitlines()
+    table = answer_tables.by_distance(found(a=(AUTHORS, 0.1), b=(quantized, 0.1), c=(shrunk, 0.1, UNSURE))).splitlines()
     assert table[0] == (
         "| precision | corrected | evaluations | Fréchet | its change | kernel | its change | same steps | exact |"
     )
@@ -107,14 +116,14 @@ def test_distances_are_told_for_each_run_of_a_precision_one_after_the_other():
         ["| full precision", "shrunk"],
         ["| W8A8", "none"],
     ]
-    assert table[3].endswith("| 50 ± 2 | +0.01 (-0.01 to +0.03) | 2.5 ± 0.25 | +0.01 (-0.01 to +0.03) | 0.100 | 0.100 |")
+    assert table[3].endswith("| 50 ± 2 | +0.01 (-0.01 to +0.03) | 2.5 ± 0.25 | +0.01 (-0.01 to +0.03) | *0.100* | 0.100 |")
 
 
 def test_schedules_and_dampings():
     rows = found(plain=(PLAIN, 0.1), ahead=(replace(ALL, evaluation_point="ahead"), 0.05))
-    assert answers.by_schedule(rows).splitlines()[2] == "| karras | 0.100 → **0.050** |"
+    assert answer_tables.by_schedule(rows).splitlines()[2] == "| karras | 0.100 → **0.050** |"
     rows = found(plain=(PLAIN, 0.1), a=(replace(ALL, lambda_=0.9), 0.9), b=(replace(ALL, lambda_=0.1), 0.2))
-    assert answers.by_damping(rows).splitlines()[::2] == [
+    assert answer_tables.by_damping(rows).splitlines()[::2] == [
         "| precision | evaluated | none | 0.1 | 0.9 |",
         "| full precision | paper | 0.100 | *0.200* | *0.900* |",
     ]
@@ -125,8 +134,8 @@ def test_the_front_has_what_nothing_beats():
     runs = {str(place): (replace(PLAIN, steps=place + 1), *points[place][::-1]) for place in range(len(points))}
     rows = found(**{name: (run, error, None, seconds) for name, (run, error, seconds) in runs.items()})
     expected = {one for one in points if not any(a <= one[0] and b <= one[1] and (a, b) != one for a, b in points)}
-    assert [answers.place_of(one) for one in answers.front(rows)] == sorted(expected)
-    lines = answers.by_choice(rows).splitlines()[2:]
+    assert [answer_rows.place_of(one) for one in answer_rows.front(rows)] == sorted(expected)
+    lines = answer_tables.by_choice(rows).splitlines()[2:]
     assert lines[0] == "| U-Net | euler | 2 | none | none | 2 | 0.12 | 0.900 |" and len(lines) == 3
 
 
@@ -194,7 +203,7 @@ def test_norms_are_the_largest_of_the_images(converged, bound):
     texts = [texts_of(4, 0.1, converged), texts_of(4, 0.3) | {"true_contraction_0.9": ""}]  # one that was not finite
     rows = [(case.rows[1], columns) for case, columns in zip(cases, texts)]
     numbers = [f"{bound}{number}" for number in ("1.700", "1.800", "0.750", "0.875", "0.550", "nan")]
-    assert answers.by_norm(rows).splitlines()[2:] == [f"| U-Net | W8A8 | 4 | {' | '.join(numbers)} |"]
+    assert answer_tables.by_norm(rows).splitlines()[2:] == [f"| U-Net | W8A8 | 4 | {' | '.join(numbers)} |"]
 
 
 def test_every_question_has_its_table_and_its_figure(results):
@@ -206,7 +215,7 @@ def test_every_question_has_its_table_and_its_figure(results):
     for name in names:
         assert f"<!-- table {name} -->\n\n| " in text and f"(results/{name}.png)" in text
     assert "No row is there yet." not in text and "nan" not in text
-    assert all(len(rows) == len(answers.read(results)[name]) for name, rows in experiment_rows.declared().items())
+    assert all(len(rows) == len(answer_rows.read(results)[name]) for name, rows in experiment_rows.declared().items())
 
 
 def test_rows_that_are_not_there_are_left_out(tmp_path):

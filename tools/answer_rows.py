@@ -1,0 +1,143 @@
+"""The rows of docs/results as the tables and figures take them: with what they are compared with, and how runs are called."""
+
+from dataclasses import dataclass
+
+import experiment_rows
+import experiments
+import norms
+import numpy as np
+import sample_distance
+from experiment_rows import CHUNK, Run
+
+LEVEL = 0.99  # of the intervals of ratios: there are hundreds of them
+MODELS = {"unet": "U-Net", "transformer": "transformer"}
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A Run; the columns of its row, a text each, empty where there is nothing to say; the Found of its baseline, if it is not
+    one itself.
+    """
+
+    run: Run
+    columns: dict
+    baseline: "Found | None" = None
+
+    def number(self, name):
+        """Return a column's number; NaN where it is empty."""
+        return float(self.columns[name] or "nan")
+
+    def interval(self, name):
+        """Return (value, low, high) of a column that has an interval."""
+        return tuple(self.number(name + end) for end in ("", "_low", "_high"))
+
+    def errors(self, name):
+        """Return the images' errors, float64 [images]."""
+        return np.array([float(text) for text in self.columns[f"errors_{name}"].split(";")])
+
+    def ratio(self, name):
+        """Return (value, low, high) of the error over that of the run that it is compared with, in pairs of images: infinity
+        where that is none; None where there is no such error.
+        """
+        comparable = name == "exact" or not self.run.instead_of  # a baseline of other steps has another run of as many
+        if self.baseline is None or not comparable or not self.columns[f"errors_{name}"]:
+            return None
+        if not self.baseline.errors(name).any():  # full precision, to itself
+            return np.inf, np.inf, np.inf
+        found = sample_distance.ratio_with_interval(self.errors(name), self.baseline.errors(name), LEVEL)
+        return found.value, found.low, found.high
+
+
+def read(folder=experiments.RESULTS):
+    """Return {file name without suffix: [Found, ...]} of the rows that are there, in the declared order."""
+    files = experiment_rows.declared("small", CHUNK)
+    results = experiments.Results(folder, files)
+    return {
+        name: with_baselines({row.run: found for row in rows if (found := results.get(row))}) for name, rows in files.items()
+    }
+
+
+def with_baselines(columns):
+    """Return [Found, ...] of {Run: its columns}, each with that of the run that it is compared with, if that is there."""
+    plain = {run: Found(run, found) for run, found in columns.items()}
+    return [Found(run, found, plain.get(run.baseline) if run.baseline != run else None) for run, found in columns.items()]
+
+
+def read_norms(folder=experiments.RESULTS):
+    """Return [(norms.StepRow, its columns), ...] of the norms that are there."""
+    results = norms.results(folder)
+    return [(row, found) for row in norms.declared()["norms"] if (found := results.get(row))]
+
+
+def precision(run):
+    return "full precision" if run.quantization == "none" else run.quantization
+
+
+def cache(run):
+    if run.interval == 1:
+        return "none"
+    return f"{'DeepCache' if run.cache == 'deepcache' else 'calibrated'} {run.interval}, {run.forecast}"
+
+
+def rule(run):
+    """Return what is corrected, and where; or the control, or the steps instead."""
+    if run.instead_of:
+        return f"{run.steps} steps"
+    if run.control != "none":
+        return run.control
+    if run.correction_steps in ("none", "auto"):
+        return run.correction_steps
+    return f"{run.correction_steps}, {run.evaluation_point}"
+
+
+def damping(run):
+    return f"K {run.max_iterations}" if run.max_iterations > 1 else f"{run.lambda_:g}"
+
+
+def subject(run):
+    """Return what a run corrects, in words: the parts that tell the rows of a file apart."""
+    return MODELS[run.architecture], run.sampler, run.scheduler, str(run.baseline.steps), precision(run), cache(run)
+
+
+SUBJECT = ("model", "sampler", "schedule", "steps", "precision", "cache")
+
+
+def grouped(rows, of):
+    """Return the rows with those of the same of(run) one after the other, in the order of the first of them."""
+    groups = list(dict.fromkeys(of(found.run) for found in rows))
+    return sorted(rows, key=lambda found: groups.index(of(found.run)))
+
+
+def told_apart(rows):
+    """Return (names, subject): those parts of `subject` alone in which the runs differ."""
+    parts = [subject(found.run) for found in rows]
+    kept = [place for place in range(len(SUBJECT)) if len({part[place] for part in parts}) > 1]
+    return [SUBJECT[place] for place in kept], lambda run: tuple(subject(run)[place] for place in kept)
+
+
+def place_of(found):
+    """Return (time of an image in seconds, error to the exact solution)."""
+    return found.number("seconds_an_image"), found.number("error_exact")
+
+
+def front(rows):
+    """Return the rows that no other is both faster and better than, fastest first."""
+    kept = []
+    for found in sorted(rows, key=place_of):
+        if not kept or found.number("error_exact") < kept[-1].number("error_exact"):
+            kept.append(found)
+    return kept
+
+
+def norms_by_step(rows):
+    """Return {(architecture, quantization, step): {column: the largest of the images' numbers}} of rows of norms; NaN where one
+    is not finite. "converged": whether all are; those that are not are bounds from below.
+    """
+    found = {}
+    for row, columns in rows:
+        numbers = found.setdefault((row.case.architecture, row.case.quantization, row.step), {"converged": True})
+        numbers["converged"] &= columns["converged"] == "True"
+        for name, text in columns.items():
+            if "growth" in name or "contraction" in name:
+                numbers[name] = float(np.max([numbers.get(name, 0.0), float(text or "nan")]))
+    return found

@@ -1,0 +1,127 @@
+"""The tables of docs/results.md, in Markdown."""
+
+import numpy as np
+from answer_rows import MODELS, cache, damping, front, grouped, norms_by_step, precision, rule, told_apart
+from experiment_rows import Run
+
+
+def error(found, name="exact"):
+    """Return an error for a table: bold where the interval of its ratio to that without a correction lies below 1, in italics
+    where it lies above.
+    """
+    if not found.columns[f"error_{name}"]:
+        return "-"
+    text, ratio = f"{found.number(f'error_{name}'):.3f}", found.ratio(name)
+    return marked(text, *ratio, 1) if ratio else text
+
+
+def marked(text, value, low, high, middle):
+    """Return a text in bold where the whole interval lies below the middle, in italics where it lies above."""
+    return f"**{text}**" if high < middle else f"*{text}*" if low > middle else text
+
+
+def distance(found, name):
+    """Return a distance with the half of its interval for a table."""
+    value, low, high = found.interval(name)
+    return f"{value:.3g} ± {(high - low) / 2:.2g}"
+
+
+def change(found, name):
+    """Return the change of a distance for a table, marked as an error is, by its interval of 95 %."""
+    value, low, high = found.interval(f"change_{name}")
+    return "-" if np.isnan(value) else marked(f"{value:+.3g} ({low:+.2g} to {high:+.2g})", value, low, high, 0)
+
+
+def markdown(head, lines):
+    """Return a table in Markdown; head: texts; lines: lists of as many."""
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def pivot(rows, names, subject, column, cell=error):
+    """Return a table with a line for every subject(run), a tuple of texts under `names`, and a column for every column(run)."""
+    columns = list(dict.fromkeys(column(found.run) for found in rows))
+    lines = {}
+    for found in rows:
+        lines.setdefault(subject(found.run), {})[column(found.run)] = cell(found)
+    return markdown([*names, *columns], [[*line, *(cells.get(one, "-") for one in columns)] for line, cells in lines.items()])
+
+
+def by_rule(rows):
+    """The errors to the exact solution, a line for each subject and a column for each rule."""
+    return pivot(rows, *told_apart(rows), rule)
+
+
+def by_distance(rows):
+    """A line for each run: its distances to the real images, how they change, and both errors."""
+    names, of = told_apart(rows)
+    head = [*names, "corrected", "evaluations", "Fréchet", "its change", "kernel", "its change", "same steps", "exact"]
+    lines = [
+        [
+            *of(found.run), rule(found.run), found.columns["nfe"],
+            distance(found, "imagenet_frechet"), change(found, "imagenet_frechet"),
+            distance(found, "imagenet_kernel"), change(found, "imagenet_kernel"),
+            error(found, "same_steps"), error(found),
+        ]
+        for found in grouped(rows, of)
+    ]  # fmt: skip
+    return markdown(head, lines)
+
+
+def by_schedule(rows):
+    """A line for each schedule, a column for each number of steps: without a correction, and with every step corrected."""
+    plain = {(found.run.scheduler, found.run.steps): found for found in rows if found.run.correction_steps == "none"}
+    pairs = [found for found in rows if found.run.correction_steps != "none"]
+
+    def cell(found):
+        return f"{error(plain[found.run.scheduler, found.run.steps])} → {error(found)}"
+
+    known = [found for found in pairs if (found.run.scheduler, found.run.steps) in plain]
+    return pivot(known, ["schedule"], lambda run: (run.scheduler,), lambda run: f"{run.steps} steps", cell)
+
+
+def by_damping(rows):
+    """A line for each precision and point, a column for none and for each damping."""
+    ordered = sorted(rows, key=lambda found: (found.run.max_iterations, found.run.lambda_))
+    plain = {precision(found.run): error(found) for found in rows if found.run.correction_steps == "none"}
+    lines = {}
+    for found in ordered:
+        if found.run.correction_steps != "none":
+            lines.setdefault((precision(found.run), found.run.evaluation_point), {})[damping(found.run)] = error(found)
+    columns = list(dict.fromkeys(name for cells in lines.values() for name in cells))
+    return markdown(
+        ["precision", "evaluated", "none", *columns],
+        [[*line, plain.get(line[0], "-"), *(cells.get(one, "-") for one in columns)] for line, cells in lines.items()],
+    )
+
+
+def by_choice(rows):
+    """The front of each model, fastest first."""
+    lines = [
+        [
+            MODELS[model], found.run.sampler, str(found.run.steps), cache(found.run), rule(found.run), found.columns["nfe"],
+            f"{found.number('seconds_an_image'):.2f}", error(found),
+        ]
+        for model in MODELS
+        for found in front([one for one in rows if one.run.architecture == model])
+    ]  # fmt: skip
+    return markdown(["model", "sampler", "steps", "cache", "corrected", "evaluations", "seconds an image", "error"], lines)
+
+
+def by_norm(rows):
+    """A line for each measured step of a model in a precision; the largest norm of the images, ≥ where it is but a bound."""
+    columns = ("growth", "true_growth", "contraction_0.5", "true_contraction_0.5", "contraction_0.9", "true_contraction_0.9")
+    lines = []
+    for (architecture, quantization, step), numbers in norms_by_step(rows).items():
+        subject = MODELS[architecture], precision(Run(quantization=quantization)), str(step)
+        bound = "" if numbers["converged"] else "≥ "
+        lines.append([*subject, *(f"{bound}{numbers[name]:.3f}" for name in columns)])
+    names = ("growth", "true growth", "contraction at 0.5", "true", "at 0.9", "true")
+    return markdown(["model", "precision", "step", *names], lines)
+
+
+TABLES = {
+    "authors": by_distance, "distances": by_distance, "noise": by_distance,
+    "rules": by_rule, "steps": by_rule, "samplers": by_rule, "caches": by_rule,
+    "schedules": by_schedule, "damping": by_damping, "choices": by_choice, "norms": by_norm,
+}  # fmt: skip
