@@ -13,6 +13,8 @@ import socket
 import sys
 import urllib.parse
 
+from experiment_rows import CHUNK
+
 TOOLS = pathlib.Path(__file__).resolve().parent
 
 
@@ -96,6 +98,10 @@ def sampled(chunks, store):
 
 
 def at_once():
-    """Return how many images the cluster's workers sample at once: as many as each of them does. Raises as `sampled`."""
+    """Return how many images the cluster's workers sample at once: as many as each of them does, 8 where there is no GPU.
+    Raises as `sampled`.
+    """
     with _cluster() as ray:
+        if not ray.cluster_resources().get("GPU"):
+            return CHUNK
         return min(ray.get([worker.at_once.remote() for worker in _workers(ray, sys.maxsize)]))

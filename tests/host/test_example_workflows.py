@@ -18,13 +18,17 @@ LOADERS = {"CheckpointLoaderSimple", "UNETLoader", "DualCLIPLoader", "VAELoader"
 SAVED = ("iec_test_w8a8", "iec_test_scales", "iec_test_cache")
 
 
+def read(path):
+    """The workflow in a file; what it saves and loads has names of these tests' own, on a server that others use too."""
+    return json.loads(path.read_text().replace("iec_example_", "iec_test_"))
+
+
 def ui_workflow(name):
-    return json.loads((FOLDER / f"{name}.json").read_text())
+    return read(FOLDER / f"{name}.json")
 
 
 def api_workflow(name):
-    """The workflow in API form; what it saves and loads has another name, which the tests in the browser have not."""
-    return json.loads((FOLDER / "api" / f"{name}.json").read_text().replace("iec_example_", "iec_test_"))
+    return read(FOLDER / "api" / f"{name}.json")
 
 
 def of_type(workflow, kind):

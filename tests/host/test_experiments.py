@@ -145,24 +145,29 @@ def test_averaged_rounding_is_drawn_by_the_seed_and_leaves_the_model_as_it_was(s
     assert torch.equal(before, sampler.chunk(Chunk(plain, 0, 8))[0])
 
 
-def test_norms_are_what_the_probe_tells(host, sampler, monkeypatch):
-    monkeypatch.setattr(experiment_samples, "prepare", lambda: sampler)
-    few = {"seed": 7, "steps": 2, "cfg": 3.0, "every": 1, "iterations": 2, "tolerance": 0.5, "perturbation": 0.01}
-    monkeypatch.setattr(norms, "SETTINGS", few)
-    monkeypatch.setattr(norms, "STEPS", 2)
-    monkeypatch.setattr(norms, "EVERY", 1)
+def test_norms_are_what_the_probe_tells(sampler, monkeypatch):
+    few = {"seed": 7, "steps": 1, "cfg": 3.0, "every": 1, "iterations": 2, "tolerance": 0.5, "perturbation": 0.01}
+    for name, value in {"SETTINGS": few, "STEPS": 1, "EVERY": 1}.items():
+        monkeypatch.setattr(norms, name, value)
+    told = {}
+
+    def run(node, **inputs):
+        told[node] = inputs, sampler.run(node, **inputs)
+        return told[node][1]
+
+    watched = SimpleNamespace(run=run, model=sampler.model)
+    monkeypatch.setattr(experiment_samples, "prepare", lambda: watched)
     case = norms.Case("unet", "W8A8", "flag")
-    (model,) = host.run("IECLoadBuiltinModel", precision="float32", architecture="unet")
-    (model,) = host.run("IECQuantizeModel", model=model, weight_bits="8", activation_bits="8", keep_sensitive_layers=True)
-    labels = {"positive": label_of(host, "flag"), "negative": label_of(host, "none")}
-    latent = {"samples": torch.zeros(1, 3, 32, 32)}
-    told = json.loads(host.run("IECContractionProbe", model=model, scheduler="karras", latent_image=latent, **labels, **few)[2])
-    measured, rows = norms.measured(case)
-    assert measured == case and [row["key"] for row in rows] == ["unet W8A8 flag step 0", "unet W8A8 flag step 1"]
-    for row, step in zip(rows, told["steps"], strict=True):
-        assert float(row["growth"]) == pytest.approx(step["growth"][0], rel=1e-3)
-        assert float(row["true_contraction_0.9"]) == pytest.approx(step["true_contraction"]["0.9"][0], rel=1e-3)
-        assert len([name for name in row if "contraction" in name]) == 18 and row["jvp"] == told["jvp"]
+    measured, (row,) = norms.measured(case)
+    inputs, (_, _, text) = told["IECContractionProbe"]
+    report = json.loads(text)
+    (step,) = report["steps"]
+    assert measured == case and row["key"] == "unet W8A8 flag step 0" and row["jvp"] == report["jvp"]
+    assert report["quantization"] == "W8A8" and inputs["scheduler"] == "karras" and few.items() <= inputs.items()
+    assert inputs["latent_image"]["samples"].shape == (1, 3, 32, 32)
+    assert float(row["growth"]) == pytest.approx(step["growth"][0], rel=1e-3)
+    assert float(row["true_contraction_0.9"]) == pytest.approx(step["true_contraction"]["0.9"][0], rel=1e-3)
+    assert len([name for name in row if "contraction" in name]) == 18
 
 
 def test_an_image_that_is_not_finite_is_told_with_its_row(host):
@@ -224,7 +229,8 @@ def same_environment():
 def address():
     """A Ray cluster of two workers on this machine."""
     with same_environment():
-        os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1"}
+        # Ray's workers are nice to others, which are this machine's other tests here.
+        os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1", "RAY_worker_niceness": "0"}
         from ray.cluster_utils import Cluster
 
         built = Cluster()
@@ -244,7 +250,7 @@ def ray_address():
 
 def test_a_ray_cluster_gives_the_same_images(sampler, tmp_path, address, ray_address):
     ray_address(address)
-    assert torch.cuda.is_available() or experiment_ray.at_once() == 8  # its workers have what this machine has
+    assert experiment_ray.at_once() == 8  # it has no GPU
     store = experiment_samples.Store(tmp_path)
     chunks = [Chunk(Run(steps=1), number, 8) for number in (0, 1)]
     assert set(experiment_samples.sampled(chunks, store, workers=1)) == set(chunks)

@@ -1,8 +1,10 @@
 """The runner of experiments, with made-up images in place of sampled ones."""
 
+import contextlib
 import csv
 import hashlib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import experiment_ray
 import experiment_rows
@@ -103,6 +105,16 @@ def test_at_full_scale_those_who_sample_say_how_many_at_once(monkeypatch):
     assert experiments.chunk_size("small") == 8 and experiments.chunk_size("full") == 64
     monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
     assert experiments.chunk_size("small") == 8 and experiments.chunk_size("full") == 128
+
+
+def test_the_gpus_of_a_cluster_say_how_many_each(monkeypatch):
+    """By a stand-in for Ray: there is no cluster with a GPU here."""
+    found = iter([128, 64])
+    workers = [SimpleNamespace(at_once=SimpleNamespace(remote=lambda: next(found))) for _ in range(2)]
+    ray = SimpleNamespace(cluster_resources=lambda: {"CPU": 8.0, "GPU": 2.0}, get=list)
+    monkeypatch.setattr(experiment_ray, "_cluster", lambda: contextlib.nullcontext(ray))
+    monkeypatch.setattr(experiment_ray, "_workers", lambda ray, most: workers)
+    assert experiment_ray.at_once() == 64
 
 
 def test_the_whole_list_takes_less_than_four_hours(tmp_path):
