@@ -73,7 +73,7 @@ train: setup
 
 $(VENV)/.installed: requirements-dev.txt tools/constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --no-compile --disable-pip-version-check -r requirements-dev.txt -c tools/constraints.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c tools/constraints.txt
 	touch $@
 
 clean:

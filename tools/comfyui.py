@@ -93,8 +93,7 @@ def install_requirements(folder):
     if stamp.is_file() and stamp.read_text() == wanted:
         return
     print("Installing the requirements of ComfyUI; the first time this takes some minutes ...", file=sys.stderr)
-    # Compiled as it is imported: of all that comes, which takes a minute to compile, a third is.
-    pip("install", "--quiet", "--no-compile", *TORCH, "requests", *map(str, files))
+    pip("install", "--quiet", *TORCH, "requests", *map(str, files))
     stamp.write_text(wanted)
 
 
