@@ -90,10 +90,10 @@ CONFIG_OF_CLASS = {config.model_class.__name__: config for config in ARCHITECTUR
 
 @functools.cache
 def metadata(path=BuiltinConfig.path):
-    """Return a model file's metadata: {"unet_config": dict, "classes": list of names, "training": dict}."""
+    """Return a model file's metadata: {"unet_config": dict, "classes": list of names}."""
     with safetensors.safe_open(path, "pt") as file:
         facts = file.metadata()
-    return {name: json.loads(facts["iec." + name]) for name in ("unet_config", "classes", "training")}
+    return {name: json.loads(facts["iec." + name]) for name in ("unet_config", "classes")}
 
 
 def load_builtin_model(dtype=None, architecture="unet"):

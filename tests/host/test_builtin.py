@@ -26,8 +26,9 @@ def test_file_is_small_half_precision_and_documented(architecture):
         facts = file.metadata()
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
     training = json.loads(facts["iec.training"])
-    assert {"seed", "steps", "data", "images_sha256", "loss"} <= set(training)
-    assert training["step"] == training["steps"]
+    for run in training if isinstance(training, list) else [training]:  # files of one run have it by itself
+        assert {"seed", "steps", "data", "images_sha256", "loss"} <= set(run)
+        assert run["step"] == run["steps"]
     width = json.loads(facts["iec.unet_config"])["context_dim" if architecture == "unet" else "context_in_dim"]
     assert width == len(json.loads(facts["iec.classes"]))
 
