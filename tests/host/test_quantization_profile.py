@@ -493,7 +493,7 @@ def test_cachequant_on_a_calibrated_model(host, quantize, calibrate, run, inputs
     for quantized in (calibrated, wide, quantize(weight_bits="4")):
         cache = host.run("IECCalibrateCacheQuant", model=quantized, full_precision=model, **settings)[0]
         maps.append(cache.features[""])
-        assert 0 < relative(run(host.run("IECCacheQuant", model=quantized, profile=cache)[0]), expected) < 0.5
+        assert 0 < relative(run(host.run("IECCacheQuant", model=quantized, profile=cache)[0]), expected) < 0.8
         assert scales_left(quantized) == []
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert not torch.allclose(maps[one], maps[other], atol=1e-3)
