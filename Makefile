@@ -5,7 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo error-growth benchmark experiments norms answers pictures test test-fast test-gpu lint setup train clean
+.PHONY: demo error-growth benchmark experiments norms times answers pictures test test-fast test-gpu lint setup train clean
 
 demo: setup
 	$(RUN) tools/demo.py
@@ -27,9 +27,14 @@ benchmark: setup
 experiments: setup
 	$(RUN) tools/experiments.py $(OPTIONS)
 
-# The norms of docs/results/norms.csv that are missing; all take about half an hour on two CPU cores. It can be stopped likewise.
+# The norms of docs/results/norms.csv that are missing; all take about six minutes on two CPU cores. It can be stopped likewise.
 norms: setup
 	$(RUN) tools/norms.py $(OPTIONS)
+
+# How long the runs take that a user chooses between, for docs/results/times.csv: about 20 minutes of a machine that has nothing else to
+# do. All are measured together.
+times: setup
+	$(RUN) tools/times.py $(OPTIONS)
 
 # The tables and figures of docs/results.md, from the rows, in seconds.
 answers: setup

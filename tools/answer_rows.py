@@ -7,6 +7,7 @@ import experiments
 import norms
 import numpy as np
 import sample_distance
+import times
 from experiment_rows import CHUNK, Run
 
 LEVEL = 0.99  # of the intervals of ratios: there are hundreds of them
@@ -52,9 +53,16 @@ def read(folder=experiments.RESULTS):
     """Return {file name without suffix: [Found, ...]} of the rows that are there, in the declared order."""
     files = experiment_rows.declared("small", CHUNK)
     results = experiments.Results(folder, files)
-    return {
-        name: with_baselines({row.run: found for row in rows if (found := results.get(row))}) for name, rows in files.items()
-    }
+    columns = {name: {row.run: found for row in rows if (found := results.get(row))} for name, rows in files.items()}
+    columns["choices"] = with_times(columns["choices"], folder)
+    return {name: with_baselines(found) for name, found in columns.items()}
+
+
+def with_times(columns, folder):
+    """Return {Run: its columns, with those of its time} of those runs that have one in a folder's times.csv."""
+    known = times.results(folder)
+    timed = {row.run: found for row in times.declared()[times.TimeRow.file] if (found := known.get(row))}
+    return {run: timed[run] | found for run, found in columns.items() if run in timed}
 
 
 def with_baselines(columns):
@@ -116,8 +124,8 @@ def told_apart(rows):
 
 
 def place_of(found):
-    """Return (time of an image in seconds, error to the exact solution)."""
-    return found.number("seconds_an_image"), found.number("error_exact")
+    """Return (time, of that of the model's 20 plain euler steps; error to the exact solution)."""
+    return found.number("time"), found.number("error_exact")
 
 
 def front(rows):

@@ -16,6 +16,7 @@ import time
 import types
 
 import comfyui
+import experiment_rows
 import torch
 
 # Stable Diffusion 1.5's U-Net, as the host detects it.
@@ -125,9 +126,9 @@ def calibration_inputs(nodes, steps, runs, sampler_name="ddim", scheduler="norma
     names = ("positive", "positive_2", "positive_3", "positive_4")
     return {
         **{name: label.execute(labels=text).result[0] for name, text in zip(names, PROMPTS)},
-        "negative": label.execute(labels="none").result[0], "latent_image": {"samples": torch.zeros(2, 3, 32, 32)},
-        "seed": CALIBRATION_SEED, "runs": runs, "steps": steps, "cfg": cfg, "sampler_name": sampler_name,
-        "scheduler": scheduler,
+        "negative": label.execute(labels="none").result[0],
+        "latent_image": {"samples": torch.zeros(experiment_rows.CALIBRATION_IMAGES, 3, 32, 32)}, "seed": CALIBRATION_SEED,
+        "runs": runs, "steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler,
     }  # fmt: skip
 
 

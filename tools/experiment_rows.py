@@ -17,10 +17,10 @@ SCALES = ("small", "full")
 FULL_IMAGES = 2048
 CHUNK = 8  # images that are sampled at once
 EXACT_STEPS = 100  # of heun
-STOCHASTIC = ("euler_ancestral", "er_sde")  # their images are no solution of an equation that has an exact one
+STOCHASTIC = ("euler_ancestral",)  # its images are no solution of an equation that has an exact one
 EVALUATIONS_A_STEP = {"heun": 2}
 CACHES = ("deepcache", "calibrated")
-CALIBRATION_RUNS, CALIBRATION_IMAGES = 8, 2
+CALIBRATION_RUNS, CALIBRATION_IMAGES = 8, 2  # the images of a run, one for each class of a prompt
 EXACT_SCHEDULER = {"unet": "karras", "transformer": "simple"}
 # An effect of a correction by itself, and how many evaluations of the network it makes of one.
 CONTROLS = {

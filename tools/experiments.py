@@ -230,7 +230,7 @@ def parsed(arguments):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--list", action="store_true", help="print all rows, whether they are there, and what they take")
     parser.add_argument(
-        "--only", default="", metavar="TEXT", help="rows alone whose key has this text in it, and their baselines"
+        "--only", default="", metavar="TEXT", help="rows alone that have this text in their file and key, and their baselines"
     )
     parser.add_argument("--minutes", type=float, metavar="N", help="begin no more than takes about so many minutes")
     parser.add_argument("--again", metavar="KEY", help="compute a row anew, and tell whether its digits are the same")
@@ -264,9 +264,9 @@ def _main(options):
         return _again(named(options.again, rows), results, options.workers)
     if options.images:
         return _images(named(options.images[0], rows)[-1], pathlib.Path(options.images[1]), store, options.workers)
-    chosen = [row for row in rows if options.only in row.key]
+    chosen = [row for row in rows if options.only in f"{row.file} {row.key}"]
     if not chosen:
-        raise ValueError(f"only: no row's key has '{options.only}' in it; --list has them all.")
+        raise ValueError(f"only: no row has '{options.only}' in its file and key; --list has them all.")
     if options.list:
         return _list(chosen, store, results, options.workers)
     wanted = in_order(dict.fromkeys(row for one in chosen for row in (one, one.baseline) if results.get(row) is None))

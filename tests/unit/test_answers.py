@@ -12,6 +12,7 @@ import experiment_samples
 import norms
 import numpy as np
 import pytest
+import times
 from experiment_rows import AUTHORS, Run
 
 PLAIN = Run()
@@ -21,8 +22,10 @@ NOISE = 1 + 0.3 * np.random.default_rng(0).normal(size=16)
 LOWER, HIGHER, UNSURE = (-0.02, -0.03, -0.01), (0.02, 0.01, 0.03), (0.01, -0.01, 0.03)
 
 
-def columns_of(run, error, change=None, seconds=1.0, errors=None):
-    """The columns of a row that the answers read. change: (value, low, high) of its distances. errors: of the images."""
+def columns_of(run, error, change=None, time=1.0, errors=None):
+    """The columns of a row that the answers read. change: (value, low, high) of its distances. time: of a choice. errors: of
+    the images.
+    """
     error = None if run.exact is None else error
     errors = error * IMAGES if errors is None and error is not None else errors
     numbers = {
@@ -34,7 +37,7 @@ def columns_of(run, error, change=None, seconds=1.0, errors=None):
         "imagenet_frechet": (50, 48, 52),
         "imagenet_kernel": (2.5, 2.25, 2.75),
     }
-    texts = {"images": "16", "nfe": str(run.steps), "seconds_an_image": str(seconds)}
+    texts = {"images": "16", "nfe": str(run.steps), "time": str(time)}
     for name, values in numbers.items():
         texts |= {name + end: str(value) for end, value in zip(("", "_low", "_high"), values or ("", "", ""))}
     is_itself = run == run.same_steps
@@ -89,7 +92,7 @@ def test_distances_and_their_changes():
 
 
 def test_a_run_of_noise_of_its_own_has_no_error_to_an_exact_solution():
-    (row,) = found(run=(Run(sampler="er_sde"), 0.1))
+    (row,) = found(run=(Run(sampler="euler_ancestral"), 0.1))
     assert answer_tables.error(row) == "-" and answer_tables.error(row, "same_steps") == "0.100" and row.ratio("exact") is None
 
 
@@ -132,7 +135,7 @@ def test_schedules_and_dampings():
 def test_the_front_has_what_nothing_beats():
     points = [(0.25, 0.5), (0.12, 0.9), (0.2, 0.9), (0.5, 0.4), (0.53, 0.45), (0.25, 0.6)]
     runs = {str(place): (replace(PLAIN, steps=place + 1), *points[place][::-1]) for place in range(len(points))}
-    rows = found(**{name: (run, error, None, seconds) for name, (run, error, seconds) in runs.items()})
+    rows = found(**{name: (run, error, None, time) for name, (run, error, time) in runs.items()})
     expected = {one for one in points if not any(a <= one[0] and b <= one[1] and (a, b) != one for a, b in points)}
     assert [answer_rows.place_of(one) for one in answer_rows.front(rows)] == sorted(expected)
     lines = answer_tables.by_choice(rows).splitlines()[2:]
@@ -174,13 +177,14 @@ def results(tmp_path):
     for name, rows in experiment_rows.declared().items():
         changes = [None if row.run.baseline == row.run else LOWER for row in rows]
         lines[name] = [
-            {"key": row.key, "digest": experiment_samples.row_digest(row)}
-            | columns_of(row.run, 1 / row.run.steps, change, row.run.evaluations)
+            {"key": row.key, "digest": experiment_samples.row_digest(row)} | columns_of(row.run, 1 / row.run.steps, change)
             for row, change in zip(rows, changes)
         ]
     lines["norms"] = [
         {"key": row.key, "digest": norms.digest(row), **texts_of(row.step)} for row in norms.declared()["norms"]
     ]  # fmt: skip
+    seconds = {row: [row.run.evaluations] for row in times.declared()["times"]}
+    lines["times"] = [times.columns(row, seconds) for row in seconds]
     for name, rows in lines.items():
         with (tmp_path / f"{name}.csv").open("w", newline="") as file:
             table = csv.DictWriter(file, rows[0])
@@ -216,6 +220,26 @@ def test_every_question_has_its_table_and_its_figure(results):
         assert f"<!-- table {name} -->\n\n| " in text and f"(results/{name}.png)" in text
     assert "No row is there yet." not in text and "nan" not in text
     assert all(len(rows) == len(answer_rows.read(results)[name]) for name, rows in experiment_rows.declared().items())
+
+
+def test_a_runs_time_is_told_by_that_of_the_plain_run_of_the_same_round():
+    plain, slow = (times.TimeRow(Run(steps=steps)) for steps in (20, 30))
+    known, calls = iter([9, 1, 3, 2, 4, 1, 1.8]), []
+
+    def sample(run):
+        calls.append(run.steps)
+        return next(known)
+
+    cached = times.TimeRow(Run(steps=30, interval=2))
+    assert slow.plain == cached.plain == plain
+    told = times.columns(slow, times.measured([plain, slow], sample))
+    assert calls == [20, *(20, 30) * 3]
+    assert (told["time"], told["time_low"], told["time_high"], told["rounds"]) == ("2", "1.8", "3", "3")
+
+
+def test_a_choice_without_a_time_is_left_out(results):
+    (results / "times.csv").unlink()
+    assert answer_rows.read(results)["choices"] == []
 
 
 def test_rows_that_are_not_there_are_left_out(tmp_path):

@@ -174,7 +174,7 @@ def test_references_are_full_precision_without_cache_and_correction():
     controlled = Run(scheduler="quadratic", sampler="ddim", control="shrunk")
     assert controlled.baseline == controlled.same_steps == replace(controlled, control="none")
     assert controlled.exact == Run(scheduler="quadratic", sampler="heun", steps=experiment_rows.EXACT_STEPS)
-    assert Run(sampler="er_sde").exact is None and list(Run(sampler="er_sde").references) == ["same_steps"]
+    assert Run(sampler="euler_ancestral").exact is None and list(Run(sampler="euler_ancestral").references) == ["same_steps"]
     assert list(run.references) == ["baseline", "same_steps", "exact"]
 
 
@@ -321,6 +321,8 @@ def test_a_part_of_the_list(fake, tmp_path):
     assert run_all(tmp_path, "--only", "all paper") == 0
     assert list(rows_of(tmp_path)) == [CORRECTED.key, PLAIN.key]  # with what it is compared with
     assert run_all(tmp_path / "none", "--minutes", "0") == 0 and not (tmp_path / "none").exists()
+    assert run_all(tmp_path / "file", "--only", "first unet") == 0
+    assert {path.stem for path in (tmp_path / "file").iterdir()} == {"first"}
 
 
 def test_the_list_says_what_is_missing(fake, tmp_path, capsys):
@@ -348,7 +350,7 @@ def test_images_of_a_row_are_drawn(fake, tmp_path):
         (["--again", "faster"], "key: 'faster' is no row; --list has them all."),
         (["--images", "faster", "a.png"], "key: 'faster' is no row; --list has them all."),
         (["--again", PLAIN.key], f"again: the row '{PLAIN.key}' is not there yet; compute it first."),
-        (["--only", "dpm"], "only: no row's key has 'dpm' in it; --list has them all."),
+        (["--only", "dpm"], "only: no row has 'dpm' in its file and key; --list has them all."),
         (["--workers", "0"], "workers: 0 is less than 1; one process at least samples."),
     ],
 )
