@@ -15,6 +15,7 @@ import sys
 import tempfile
 
 import comfyui
+import filelock
 import matplotlib
 import requests
 from playwright.sync_api import TimeoutError as PlaywrightTimeout
@@ -106,18 +107,26 @@ def _install_by_playwright():
 
 
 def chromium():
-    """Return the path of Chromium, after installing it where there is none. Raises RuntimeError where that fails."""
+    """Return the path of Chromium, after installing it where there is none, by one process at a time: package managers do not
+    wait for each other. Raises RuntimeError where that fails.
+    """
     named = os.environ.get("CHROMIUM")
     if named and not shutil.which(named):
         raise RuntimeError(f"CHROMIUM names {named}, which is no program; name Chromium's.")
     if path := named or _on_path():
         return path
-    print("Installing Chromium, for the tests in the browser ...", file=sys.stderr)
-    if path := _install_by_apt() or _install_by_playwright():
-        return path
+    with filelock.FileLock(comfyui.CACHE / "chromium.lock"):
+        if path := _on_path() or _installed():
+            return path
     raise RuntimeError(
         "Chromium: none is on PATH, and neither apt nor Playwright could install one; install it, or name it in CHROMIUM."
     )
+
+
+def _installed():
+    """Install Chromium in the way that works here; return its path, or None."""
+    print("Installing Chromium, for the tests in the browser ...", file=sys.stderr)
+    return _install_by_apt() or _install_by_playwright()
 
 
 def only_dejavu(folder):

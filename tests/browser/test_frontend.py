@@ -1,5 +1,9 @@
 """The tests' own browser: the frontend is ready, in both modes, and what fails in it is seen; what it does with seeds."""
 
+import concurrent.futures
+import threading
+import time
+
 import frontend as tool
 import pytest
 
@@ -51,6 +55,28 @@ def test_apt_installs_a_browser_where_there_is_none(monkeypatch, tmp_path, root)
     update, install = "-qq update", "-qq install -y --no-install-recommends chromium"
     calls = [update, install] if root else ["sudo -n", update, "sudo -n", install]
     assert (tmp_path / "calls").read_text().splitlines() == calls
+
+
+def test_two_processes_do_not_install_it_at_once(monkeypatch):
+    """The stand-in fails where it is called while it runs, as apt-get does; once it is done, the browser is there for both."""
+    monkeypatch.delenv("CHROMIUM", raising=False)
+    running, there, calls = threading.Lock(), [], []
+
+    def install():
+        calls.append("apt-get")
+        if not running.acquire(blocking=False):
+            return None
+        time.sleep(0.2)
+        there.append("/usr/bin/chromium")
+        running.release()
+        return there[0]
+
+    monkeypatch.setattr(tool, "_on_path", lambda: there[0] if there else None)
+    monkeypatch.setattr(tool, "_install_by_apt", install)
+    monkeypatch.setattr(tool, "_install_by_playwright", lambda: None)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda _: tool.chromium(), range(2))) == ["/usr/bin/chromium"] * 2
+    assert calls == ["apt-get"]
 
 
 def test_without_any_browser_one_sentence_says_so(monkeypatch):
