@@ -15,6 +15,11 @@ def error(found, name="exact"):
     return marked(text, *ratio, 1) if ratio else text
 
 
+def both(found):
+    """Return the error to the exact solution, and in brackets that to full precision of as many steps."""
+    return f"{error(found)} ({error(found, 'same_steps')})"
+
+
 def marked(text, value, low, high, middle):
     """Return a text in bold where the whole interval lies below the middle, in italics where it lies above."""
     return f"**{text}**" if high < middle else f"*{text}*" if low > middle else text
@@ -38,7 +43,7 @@ def markdown(head, lines):
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def pivot(rows, names, subject, column, cell=error):
+def pivot(rows, names, subject, column, cell=both):
     """Return a table with a line for every subject(run), a tuple of texts under `names`, and a column for every column(run)."""
     columns = list(dict.fromkeys(column(found.run) for found in rows))
     lines = {}
@@ -48,7 +53,7 @@ def pivot(rows, names, subject, column, cell=error):
 
 
 def by_rule(rows):
-    """The errors to the exact solution, a line for each subject and a column for each rule."""
+    """Both errors, a line for each subject and a column for each rule."""
     return pivot(rows, *told_apart(rows), rule)
 
 
@@ -74,7 +79,7 @@ def by_schedule(rows):
     pairs = [found for found in rows if found.run.correction_steps != "none"]
 
     def cell(found):
-        return f"{error(plain[found.run.scheduler, found.run.steps])} → {error(found)}"
+        return f"{error(plain[found.run.scheduler, found.run.steps])} → {both(found)}"
 
     known = [found for found in pairs if (found.run.scheduler, found.run.steps) in plain]
     return pivot(known, ["schedule"], lambda run: (run.scheduler,), lambda run: f"{run.steps} steps", cell)
@@ -83,11 +88,11 @@ def by_schedule(rows):
 def by_damping(rows):
     """A line for each precision and point, a column for none and for each damping."""
     ordered = sorted(rows, key=lambda found: (found.run.max_iterations, found.run.lambda_))
-    plain = {precision(found.run): error(found) for found in rows if found.run.correction_steps == "none"}
+    plain = {precision(found.run): both(found) for found in rows if found.run.correction_steps == "none"}
     lines = {}
     for found in ordered:
         if found.run.correction_steps != "none":
-            lines.setdefault((precision(found.run), found.run.evaluation_point), {})[damping(found.run)] = error(found)
+            lines.setdefault((precision(found.run), found.run.evaluation_point), {})[damping(found.run)] = both(found)
     columns = list(dict.fromkeys(name for cells in lines.values() for name in cells))
     return markdown(
         ["precision", "evaluated", "none", *columns],
@@ -100,7 +105,7 @@ def by_choice(rows):
     lines = [
         [
             MODELS[model], found.run.sampler, str(found.run.steps), cache(found.run), rule(found.run), found.columns["nfe"],
-            f"{found.number('time'):.2f}", error(found),
+            f"{found.number('time'):.2f}", both(found),
         ]
         for model in MODELS
         for found in front([one for one in rows if one.run.architecture == model])

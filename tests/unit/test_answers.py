@@ -27,10 +27,11 @@ def columns_of(run, error, change=None, time=1.0, errors=None):
     the images.
     """
     error = None if run.exact is None else error
+    is_itself = run.sampled == run.same_steps
     errors = error * IMAGES if errors is None and error is not None else errors
     numbers = {
         "error_exact": None if error is None else (error, error - 0.01, error + 0.01),
-        "error_same_steps": (0.1, 0.05, 0.15),
+        "error_same_steps": (0, 0, 0) if is_itself else (0.1, 0.05, 0.15),
         "change_exact": change if error is not None else None,
         "change_imagenet_frechet": change,
         "change_imagenet_kernel": change,
@@ -40,7 +41,6 @@ def columns_of(run, error, change=None, time=1.0, errors=None):
     texts = {"images": "16", "nfe": str(run.steps), "time": str(time)}
     for name, values in numbers.items():
         texts |= {name + end: str(value) for end, value in zip(("", "_low", "_high"), values or ("", "", ""))}
-    is_itself = run == run.same_steps
     each = {"errors_exact": [] if errors is None else errors, "errors_same_steps": (0 if is_itself else 0.1) * IMAGES}
     return texts | {name: ";".join(f"{value:.6g}" for value in values) for name, values in each.items()}
 
@@ -79,7 +79,7 @@ def test_what_has_no_error_to_itself_has_one_when_it_is_corrected():
 def test_more_steps_are_compared_where_that_can_be():
     more = replace(PLAIN, steps=40, instead_of=20)
     _, instead = found(plain=(PLAIN, 0.2), more=(more, 0.1))
-    assert answer_tables.error(instead) == "**0.100**" and answer_tables.error(instead, "same_steps") == "0.100"
+    assert answer_tables.both(instead) == "**0.100** (0.000)"
 
 
 def test_distances_and_their_changes():
@@ -93,7 +93,7 @@ def test_distances_and_their_changes():
 
 def test_a_run_of_noise_of_its_own_has_no_error_to_an_exact_solution():
     (row,) = found(run=(Run(sampler="euler_ancestral"), 0.1))
-    assert answer_tables.error(row) == "-" and answer_tables.error(row, "same_steps") == "0.100" and row.ratio("exact") is None
+    assert answer_tables.both(row) == "- (0.000)" and row.ratio("exact") is None
 
 
 def test_a_table_has_a_line_for_each_subject_and_a_column_for_each_rule():
@@ -103,8 +103,8 @@ def test_a_table_has_a_line_for_each_subject_and_a_column_for_each_rule():
     assert answer_tables.by_rule(rows).splitlines() == [
         "| precision | none | all, paper | 40 steps |",
         "| --- | --- | --- | --- |",
-        "| full precision | 0.100 | *0.200* | **0.050** |",
-        "| W8A8 | 0.300 | **0.250** | - |",
+        "| full precision | 0.100 (0.000) | *0.200* (*0.100*) | **0.050** (0.000) |",
+        "| W8A8 | 0.300 (0.100) | **0.250** (0.100) | - |",
     ]
 
 
@@ -124,11 +124,11 @@ def test_distances_are_told_for_each_run_of_a_precision_one_after_the_other():
 
 def test_schedules_and_dampings():
     rows = found(plain=(PLAIN, 0.1), ahead=(replace(ALL, evaluation_point="ahead"), 0.05))
-    assert answer_tables.by_schedule(rows).splitlines()[2] == "| karras | 0.100 → **0.050** |"
+    assert answer_tables.by_schedule(rows).splitlines()[2] == "| karras | 0.100 → **0.050** (*0.100*) |"
     rows = found(plain=(PLAIN, 0.1), a=(replace(ALL, lambda_=0.9), 0.9), b=(replace(ALL, lambda_=0.1), 0.2))
     assert answer_tables.by_damping(rows).splitlines()[::2] == [
         "| precision | evaluated | none | 0.1 | 0.9 |",
-        "| full precision | paper | 0.100 | *0.200* | *0.900* |",
+        "| full precision | paper | 0.100 (0.000) | *0.200* (*0.100*) | *0.900* (*0.100*) |",
     ]
 
 
@@ -139,7 +139,7 @@ def test_the_front_has_what_nothing_beats():
     expected = {one for one in points if not any(a <= one[0] and b <= one[1] and (a, b) != one for a, b in points)}
     assert [answer_rows.place_of(one) for one in answer_rows.front(rows)] == sorted(expected)
     lines = answer_tables.by_choice(rows).splitlines()[2:]
-    assert lines[0] == "| U-Net | euler | 2 | none | none | 2 | 0.12 | 0.900 |" and len(lines) == 3
+    assert lines[0] == "| U-Net | euler | 2 | none | none | 2 | 0.12 | 0.900 (0.000) |" and len(lines) == 3
 
 
 def test_tables_stand_at_their_places():
