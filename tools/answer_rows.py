@@ -38,13 +38,13 @@ class Found:
 
     def ratio(self, name):
         """Return (value, low, high) of the error over that of the run that it is compared with, in pairs of images: infinity
-        where that is none; None where there is no such error.
+        where that alone is none, 1 where both are; None where there is no such error.
         """
         comparable = name == "exact" or not self.run.instead_of  # a baseline of other steps has another run of as many
         if self.baseline is None or not comparable or not self.columns[f"errors_{name}"]:
             return None
         if not self.baseline.errors(name).any():  # full precision, to itself
-            return np.inf, np.inf, np.inf
+            return (np.inf if self.errors(name).any() else 1.0,) * 3
         found = sample_distance.ratio_with_interval(self.errors(name), self.baseline.errors(name), LEVEL)
         return found.value, found.low, found.high
 
