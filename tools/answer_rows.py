@@ -104,7 +104,7 @@ def damping(run):
 
 def subject(run):
     """Return what a run corrects, in words: the parts that tell the rows of a file apart."""
-    return MODELS[run.architecture], run.sampler, run.scheduler, str(run.baseline.steps), precision(run), cache(run)
+    return MODELS[run.architecture], run.sampler, run.scheduler, f"{run.baseline.steps} steps", precision(run), cache(run)
 
 
 SUBJECT = ("model", "sampler", "schedule", "steps", "precision", "cache")
