@@ -1,6 +1,6 @@
 """What `correction_steps: auto` corrects, and where: the choices that were measured to lower the error, and no others.
 
-The measurements are in docs/benchmarks.md, "What auto chooses". Errors are those to the exact solution.
+The measurements are in docs/results.md. Errors are those to the exact solution.
 """
 
 import itertools

@@ -1,8 +1,7 @@
 """Benchmarks behind `make benchmark`: what the correction costs and keeps, each against a baseline in the same run.
 
-    python tools/benchmark.py [auto] [schedules] [free] [caches] [calibrated] [bias] [overhead] [correction_pass]
-                              [evaluation_point] [samplers] [forecast] [stochastic] [--repeat N]
-                              [--architecture unet|transformer]
+    python tools/benchmark.py [caches] [calibrated] [bias] [overhead] [correction_pass] [stochastic]
+                              [--repeat N] [--architecture unet|transformer]
 
 Prints the tables of docs/benchmarks.md. Times are medians after a warm-up; errors are means over seeds and images.
 """
@@ -174,7 +173,7 @@ def mean_error(latents, references):
     return torch.cat(errors).mean().item()
 
 
-AUTO, AHEAD = {"correction_steps": "auto"}, {"correction_steps": "all", "evaluation_point": "ahead"}
+AUTO = {"correction_steps": "auto"}
 SEEDS = (11, 12)  # not those by which the choices of `auto` were made
 VARIANTS = {
     "full precision": {}, "W8A8": {"bits": 8}, "W4A8": {"bits": 4},
@@ -182,8 +181,9 @@ VARIANTS = {
 }  # fmt: skip
 FORECASTS = ("hold", "linear", "auto")
 REASONS = ("nothing", "multiplies", "higher order", "its own")  # words of the warnings, one for each
-# By DeepCache's interval, the share of an uncached run's time: measured by `forecast`.
-SHARES = {2: 0.55, 3: 0.43, 5: 0.30}
+INTERVALS = (2, 3, 5)
+# By DeepCache's interval, the share of an uncached run's time, in 20 steps: of docs/results/times.csv; the U-Net's at 5 apart.
+SHARES = {"unet": {2: 0.56, 3: 0.44, 5: 0.30}, "transformer": {2: 0.75, 3: 0.60}}
 
 
 @functools.cache
@@ -206,67 +206,6 @@ def row(*cells):
     print(f"| {' | '.join(f'{cell:.3f}' if isinstance(cell, float) else str(cell) for cell in cells)} |", flush=True)
 
 
-def auto(nodes, architecture):
-    """A sampler as it is added, against the stock sampler of as many evaluations."""
-    builtin = Builtin(nodes, architecture)
-    print(f"\nThe samplers as they are added. {device()[1]}; built-in {architecture}, float32, batch 8, cfg 3, seeds {SEEDS}.")
-    print("The error to 100 steps of heun, and in brackets that to full precision of as many steps.\n")
-    table("schedule", "steps", "variant", "euler, stock", "euler, auto", "share", "dpmpp_2m, stock")
-    models = {name: builtin.variant(**inputs) for name, inputs in VARIANTS.items()}
-    for scheduler in ("simple", "beta") if builtin.is_flow else ("karras", "simple", "normal"):
-        exact = exact_of(builtin, scheduler)
-        for steps in (4, 8, 20, 30):
-            runs = [("euler", {}), ("euler", AUTO), ("dpmpp_2m", {})]
-            own = {
-                name: [builtin.sample(builtin.model, seed, steps, scheduler, name) for seed in SEEDS]
-                for name in dict(runs)
-            }  # fmt: skip
-            for variant, model in models.items():
-                errors, cells = [], []
-                for name, correction in runs:
-                    latents = [builtin.sample(model, seed, steps, scheduler, name, **correction) for seed in SEEDS]
-                    errors.append(mean_error(latents, exact))
-                    cells.append(f"{errors[-1]:.3f} ({mean_error(latents, own[name]):.3f})")
-                row(scheduler, steps, variant, *cells[:2], f"{errors[1] / errors[0]:.2f}", cells[2])
-
-
-def schedules(nodes, architecture):
-    """euler corrected ahead in all its steps, on the host's schedules, at full precision."""
-    import comfy.samplers
-
-    builtin, counts, seeds = Builtin(nodes, architecture), (4, 6, 10, 20, 50), SEEDS[:1]
-    print(
-        f"\neuler, stock → all steps ahead. {device()[1]}; built-in {architecture}, float32, batch 8, cfg 3, seed {seeds[0]}."
-    )
-    print("The error to 100 steps of heun.\n")
-    table("schedule", *(f"{steps} steps" for steps in counts))
-    for scheduler in comfy.samplers.KSampler.SCHEDULERS:
-        if scheduler == "ddim_uniform":  # it begins at another sigma for each number of steps
-            continue
-        exact, cells = exact_of(builtin, scheduler, seeds), []
-        for steps in counts:
-            runs = [[builtin.sample(builtin.model, seeds[0], steps, scheduler, "euler", **one)] for one in ({}, AHEAD)]
-            cells.append(" → ".join(f"{mean_error(latents, exact):.3f}" for latents in runs))
-        row(scheduler, *cells)
-
-
-def free(nodes, architecture):
-    """Which steps to correct ahead behind a cache: all, the full ones, or the steps before those."""
-    builtin, steps = Builtin(nodes, architecture), 20
-    print(f"\nahead behind a DeepCache. {device()[1]}; built-in {architecture}, float32, {steps} euler steps, batch 8, cfg 3,")
-    print(f"seeds {SEEDS}. The error to 100 steps of heun; none of these has more evaluations.\n")
-    table("schedule", "interval", "forecast", "none", "all", "full steps", "steps before full ones (auto)")
-    schedulers = ("simple",) if builtin.is_flow else ("karras", "simple")
-    for scheduler, interval, forecast in itertools.product(schedulers, (2, 3, 5), ("hold", "linear")):
-        exact, model = exact_of(builtin, scheduler), builtin.variant(interval=interval, forecast=forecast)
-        errors = []
-        for text in ("none", "all", "full", "auto"):
-            correction = {"correction_steps": text, "evaluation_point": "ahead"}
-            latents = [builtin.sample(model, seed, steps, scheduler, "euler", **correction) for seed in SEEDS]
-            errors.append(mean_error(latents, exact))
-        row(scheduler, interval, forecast, *errors)
-
-
 def caches(nodes, architecture):
     """What stands for the feature on cached steps, and fewer steps in the same time, for several samplers."""
     builtin, scheduler = Builtin(nodes, architecture), "simple" if architecture == "transformer" else "karras"
@@ -283,7 +222,7 @@ def caches(nodes, architecture):
 
     for steps, (sampler, correction) in itertools.product((10, 20, 30), runs):
         own = sampled(builtin.model, steps, sampler, {})
-        for interval, share in SHARES.items():
+        for interval, share in SHARES[architecture].items():
             models = [(builtin.variant(interval=interval, forecast=forecast), steps) for forecast in FORECASTS]
             models.append((builtin.model, round(steps * share)))
             cells = []
@@ -305,7 +244,7 @@ def calibrated(nodes, architecture):
     for sampler in ("euler", "euler_ancestral"):
         inputs = calibration_inputs(nodes, steps, 2, sampler, scheduler)
         own = [builtin.sample(builtin.model, seed, steps, scheduler, sampler) for seed in SEEDS]
-        for interval in SHARES:
+        for interval in INTERVALS:
             models = [builtin.variant(interval=interval, forecast=forecast) for forecast in ("hold", "auto")]
             for schedule, forecast in kinds:
                 profile = nodes["IECCalibrateCacheQuant"].execute(
@@ -425,92 +364,8 @@ def correction_pass(nodes, repeat):
             print(f"| {interval} | {steps} | {shown} | {seconds / full:.2f} | {error:.3f} |", flush=True)
 
 
-def evaluation_point(nodes, repeat):
-    """Where a correction should be evaluated: the error over steps, bits and intervals.
-
-    The schedule is `normal`, which starts at the same sigma whatever the number of steps.
-    """
-    builtin, seeds, plan = Builtin(nodes), (2, 3), {"scheduler": "normal"}
-    variants = {"full precision": {}, "W8A8": {"bits": 8}, "W4A8": {"bits": 4}}
-    variants |= {f"DeepCache {interval}": {"interval": interval, "forecast": "hold"} for interval in (2, 3, 5)}
-    corrections = [{}]
-    for point in ("paper", "next"):
-        corrections += [{"evaluation_point": point, "correction_steps": steps} for steps in ("ends:1/10", "all")]
-    converged = [builtin.sample(builtin.model, seed, 400, **plan) for seed in seeds]
-    print(
-        f"\nEvaluation points. {device()[1]}; built-in model, float32, ddim on normal, batch 8, cfg 3, seeds {seeds}. First the"
-    )
-    print("error to the uncorrected full-precision run of as many steps, then in brackets the error to 400 steps of it.\n")
-    print("| steps | variant | none | paper, ends:1/10 | paper, all | next, ends:1/10 | next, all |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for steps in (10, 20, 50):
-        references = [builtin.sample(builtin.model, seed, steps, **plan) for seed in seeds]
-        for name, inputs in variants.items():
-            cells = []
-            for correction in corrections:
-                latents = [builtin.sample(builtin.variant(**inputs), seed, steps, **plan, **correction) for seed in seeds]
-                cells.append(f"{mean_error(latents, references):.3f} ({mean_error(latents, converged):.3f})")
-            print(f"| {steps} | {name} | {' | '.join(cells)} |", flush=True)
-
-
-def samplers(nodes, repeat):
-    """What a correction does to a full-precision run, over samplers and schedules."""
-    builtin, seed, corrections = Builtin(nodes), 2, [{}]
-    for point in ("paper", "next"):
-        corrections += [{"evaluation_point": point, "correction_steps": steps} for steps in ("ends:1/10", "all")]
-    converged = [builtin.sample(builtin.model, seed, 400, "karras")]
-    print(
-        f"\nSamplers and schedules. {device()[1]}; built-in model, float32, 20 steps, batch 8, cfg 3, seed {seed}. The error to"
-    )
-    print("400 Euler steps on karras, from the same noise.\n")
-    print("| sampler | schedule | none | paper, ends:1/10 | paper, all | next, ends:1/10 | next, all |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    rows = [("euler", schedule) for schedule in ("normal", "simple", "sgm_uniform", "karras", "beta")]
-    rows += [(name, schedule) for name in ("dpmpp_2m", "lms", "deis", "uni_pc", "heun") for schedule in ("normal", "karras")]
-    for name, schedule in rows:
-        cells = []
-        for correction in [{}] + [
-            {"evaluation_point": point, "correction_steps": steps}
-            for point in ("paper", "next")
-            for steps in ("ends:1/10", "all")
-        ]:
-            latents = [builtin.sample(builtin.model, seed, 20, schedule, name, **correction)]
-            cells.append(f"{mean_error(latents, converged):.3f}")
-        print(f"| {name} | {schedule} | {' | '.join(cells)} |", flush=True)
-
-
-def forecast(nodes, repeat):
-    """What carrying the cached features forward keeps, against holding them and against a correction of the full steps."""
-    builtin, seeds = Builtin(nodes), (2, 3)
-    print(
-        f"\nForecast. {device()[1]}; built-in model, float32, DDIM, batch 8, cfg 3, seeds {seeds}; DeepCache branch 0. Error to"
-    )
-    print("full precision without a cache, and in brackets the time as a share of its.\n")
-    print("| steps | interval | hold | linear | quadratic | hold, next on full steps | linear, next on full steps |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for steps in (20, 50):
-        references = [builtin.sample(builtin.model, seed, steps) for seed in seeds]
-        full = median_seconds(lambda: builtin.sample(builtin.model, 2, steps), repeat)  # noqa: B023
-        for interval in (2, 3, 5):
-            on_full = {"evaluation_point": "next", "correction_steps": f"steps:{','.join(map(str, range(0, steps, interval)))}"}
-            cells = []
-            for kind, correction in (("hold", {}), ("linear", {}), ("quadratic", {}), ("hold", on_full), ("linear", on_full)):
-                model = builtin.variant(interval=interval, forecast=kind)
-                error = mean_error([builtin.sample(model, seed, steps, **correction) for seed in seeds], references)
-                seconds = median_seconds(lambda: builtin.sample(model, 2, steps, **correction), repeat)  # noqa: B023
-                cells.append(f"{error:.3f} ({seconds / full:.2f})")
-            print(f"| {steps} | {interval} | {' | '.join(cells)} |", flush=True)
-
-
-OF_BOTH_MODELS = {"auto": auto, "schedules": schedules, "free": free, "caches": caches, "calibrated": calibrated, "bias": bias}
-BENCHMARKS = {
-    "overhead": overhead,
-    "correction_pass": correction_pass,
-    "evaluation_point": evaluation_point,
-    "samplers": samplers,
-    "forecast": forecast,
-    "stochastic": stochastic,
-}
+OF_BOTH_MODELS = {"caches": caches, "calibrated": calibrated, "bias": bias}
+BENCHMARKS = {"overhead": overhead, "correction_pass": correction_pass, "stochastic": stochastic}
 
 
 def main():
