@@ -172,8 +172,7 @@ def _growths(axes, own):
             label = precision(Run(quantization=quantization)) if line == "-" else None
             axes.plot(steps, values, line, ms=4, label=label, **style(place))
     axes.axhline(1, color="0.6", lw=1, zorder=0)
-    axes.set(xlabel="step", ylabel="||A + B J||, dashed: by changes of 1 %", yscale="log")
-    plain_numbers(axes.yaxis, *axes.get_ylim())
+    axes.set(xlabel="step", ylabel="||A + B J||, dashed: by changes of 1 %")
     axes.legend(fontsize="small", frameon=False)
 
 

@@ -84,7 +84,7 @@ def precision(run):
 def cache(run):
     if run.interval == 1:
         return "none"
-    return f"{'DeepCache' if run.cache == 'deepcache' else 'calibrated'} {run.interval}, {run.forecast}"
+    return f"{'DeepCache' if run.cache == 'deepcache' else 'calibrated'} {run.interval}, forecast {run.forecast}"
 
 
 def rule(run):
