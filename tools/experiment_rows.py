@@ -303,9 +303,12 @@ QUESTIONS = [
         images=32,
     ),
     Question(
-        "With a sampler that draws noise, whose images are no solution to compare with: do they come nearer to the real ones?",
+        "With a sampler that draws noise: do its images come nearer to the real ones, and do twice the steps do as well?",
         "noise",
-        with_rules(grid(UNET, sampler=["euler_ancestral"]), AUTO, ALL, ALL_NEXT),
+        [
+            *with_rules(grid(UNET, sampler=["euler_ancestral"]), AUTO, ALL, ALL_NEXT),
+            *with_more_steps(grid(UNET, sampler=["euler_ancestral"]), 40),
+        ],
         images=256,
     ),
     Question(
