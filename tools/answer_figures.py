@@ -79,11 +79,12 @@ def changes(rows):
     changed = grouped([found for found in rows if found.columns["change_imagenet_frechet"]], of)
     if not changed:
         return None
-    figure, panels = drawing(10, 1 + 0.3 * len(changed), 2)
     names = {
         "change_imagenet_frechet": "change of the Fréchet distance",
         "change_exact": "change of the error to the exact solution",
     }
+    names = {name: words for name, words in names.items() if any(found.columns[name] for found in changed)}
+    figure, panels = drawing(2 + 4 * len(names), 1 + 0.3 * len(changed), len(names))
     for axes, (name, words) in zip(panels, names.items()):
         for height, found in enumerate(changed):
             value, low, high = found.interval(name)
@@ -95,7 +96,8 @@ def changes(rows):
         on_lines(axes, [(*of(found.run), rule(found.run)) for found in changed])
         axes.set_xlabel(words)
         axes.xaxis.set_major_locator(MaxNLocator(6))
-    panels[1].set_yticklabels([])
+    for axes in panels[1:]:
+        axes.set_yticklabels([])
     return figure
 
 

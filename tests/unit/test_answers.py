@@ -99,6 +99,13 @@ def test_a_run_of_noise_of_its_own_has_no_error_to_an_exact_solution():
     assert answer_tables.both(row) == "- (0.000)" and row.ratio("exact") is None
 
 
+def test_a_figure_of_changes_has_a_panel_for_each_kind_that_there_is():
+    noise = replace(PLAIN, sampler="euler_ancestral")
+    for plain, panels in ((PLAIN, 2), (noise, 1)):
+        rows = found(plain=(plain, 0.1), corrected=(replace(plain, correction_steps="all"), 0.1, LOWER))
+        assert len(answer_figures.changes(rows).axes) == panels
+
+
 def test_a_table_has_a_line_for_each_subject_and_a_column_for_each_rule():
     quantized, corrected = (replace(run, quantization="W8A8") for run in (PLAIN, ALL))
     instead = replace(PLAIN, steps=40, instead_of=20)
