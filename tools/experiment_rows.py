@@ -262,6 +262,7 @@ QUESTIONS = [
             *with_rules(grid(UNET, quantization=["none", "W8A8"]), ALL, ALL_NEXT, ALL_AHEAD),
             *with_rules(grid(UNET, quantization=["W4A8"]), ALL, ALL_AHEAD),
             *with_more_steps(grid(UNET, quantization=["none", "W8A8"]), 40),
+            UNET.exact,  # how near the solution itself is, which is sampled anyway
         ],
         images=256,
     ),
