@@ -153,6 +153,12 @@ class Results:
         partial.replace(self._folder / f"{name}.csv")
 
 
+def list_rows(rows, results):
+    """Print the rows of a Results, and whether they are there."""
+    for row in rows:
+        print(f"{row.key:60}  {'there' if results.get(row) else 'missing'}")
+
+
 def minutes(rows, store, workers):
     """Return about how many minutes of a CPU the rows still take together."""
     missing = {chunk for row in rows for chunk in row.chunks if not store.path(chunk).exists()}

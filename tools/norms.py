@@ -153,8 +153,7 @@ def main():
     parser.add_argument("--again", metavar="KEY", help="measure a row's run anew, and tell whether its digits are the same")
     options, found, workers = parser.parse_args(), results(), experiments.default_workers()
     if options.list:
-        for row in declared()[StepRow.file]:
-            print(f"{row.key:40}  {'there' if found.get(row) else 'missing'}")
+        experiments.list_rows(declared()[StepRow.file], found)
         return 0
     if options.again:
         return _again(options.again, found, workers)

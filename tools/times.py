@@ -87,8 +87,7 @@ def main(arguments=None):
     parser.add_argument("--again", action="store_true", help="measure all anew, whether they are there or not")
     options, found, rows = parser.parse_args(arguments), results(), declared()[TimeRow.file]
     if options.list:
-        for row in rows:
-            print(f"{row.key:60}  {'there' if found.get(row) else 'missing'}")
+        experiments.list_rows(rows, found)
         return 0
     if all(map(found.get, rows)) and not options.again:
         print("times: nothing is missing.")

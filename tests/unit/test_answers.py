@@ -72,9 +72,8 @@ def test_a_ratio_is_that_to_the_run_without_a_correction():
 
 
 def test_what_has_no_error_to_itself_has_one_when_it_is_corrected():
-    _, corrected = found(plain=(PLAIN, 0.1), corrected=(ALL, 0.1))
-    assert answer_tables.error(corrected, "same_steps") == "*0.100*"
     plain, corrected = found(plain=(PLAIN, 0.1), corrected=(ALL, 0.1))
+    assert answer_tables.error(corrected, "same_steps") == "*0.100*"
     nothing = replace(corrected, columns=plain.columns)  # corrected nothing
     assert answer_tables.error(nothing, "same_steps") == "0.000"
 
