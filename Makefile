@@ -5,7 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo error-growth benchmark experiments norms times answers pictures test test-fast test-gpu lint setup train clean
+.PHONY: demo error-growth benchmark experiments smooth norms times answers pictures test test-fast test-gpu lint setup train clean
 
 demo: setup
 	$(RUN) tools/demo.py
@@ -27,7 +27,11 @@ benchmark: setup
 experiments: setup
 	$(RUN) tools/experiments.py $(OPTIONS)
 
-# The norms of docs/results/norms.csv that are missing; all take about six minutes on two CPU cores. It can be stopped likewise.
+# The U-Net's weights that smoothness.csv and smoothness_norms.csv are of: half an hour on two CPU cores. It can be stopped likewise. Needs npm.
+smooth: setup
+	$(RUN) tools/train_smooth.py
+
+# The norms of docs/results/norms.csv and smoothness_norms.csv that are missing; all take about twelve minutes on two CPU cores. It can be stopped likewise.
 norms: setup
 	$(RUN) tools/norms.py $(OPTIONS)
 

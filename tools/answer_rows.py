@@ -72,9 +72,9 @@ def with_baselines(columns):
 
 
 def read_norms(folder=experiments.RESULTS):
-    """Return [(norms.StepRow, its columns), ...] of the norms that are there."""
+    """Return {file name without suffix: [(norms.StepRow, its columns), ...]} of the norms that are there."""
     results = norms.results(folder)
-    return [(row, found) for row in norms.declared()["norms"] if (found := results.get(row))]
+    return {name: [(row, found) for row in rows if (found := results.get(row))] for name, rows in norms.declared().items()}
 
 
 def precision(run):
@@ -104,10 +104,11 @@ def damping(run):
 
 def subject(run):
     """Return what a run corrects, in words: the parts that tell the rows of a file apart."""
-    return MODELS[run.architecture], run.sampler, run.scheduler, f"{run.baseline.steps} steps", precision(run), cache(run)
+    model = MODELS[run.architecture], run.weights
+    return *model, run.sampler, run.scheduler, f"{run.baseline.steps} steps", precision(run), cache(run)
 
 
-SUBJECT = ("model", "sampler", "schedule", "steps", "precision", "cache")
+SUBJECT = ("model", "weights", "sampler", "schedule", "steps", "precision", "cache")
 
 
 def grouped(rows, of):
@@ -137,15 +138,15 @@ def front(rows):
     return kept
 
 
-def norms_by_step(rows):
-    """Return {(architecture, quantization, step): {column: the largest of the images' numbers}} of rows of norms; NaN where one
+def norms_by_step(rows, of=lambda case: case.architecture):
+    """Return {(of(case), quantization, step): {column: the largest of the images' numbers}} of rows of norms; NaN where one
     is not finite. "converged": whether all are; those that are not are bounds from below.
     """
     found = {}
     for row, columns in rows:
-        numbers = found.setdefault((row.case.architecture, row.case.quantization, row.step), {"converged": True})
+        numbers = found.setdefault((of(row.case), row.case.quantization, row.step), {"converged": True})
         numbers["converged"] &= columns["converged"] == "True"
         for name, text in columns.items():
-            if "growth" in name or "contraction" in name:
+            if any(kind in name for kind in ("growth", "contraction", "residual")):
                 numbers[name] = float(np.max([numbers.get(name, 0.0), float(text or "nan")]))
     return found

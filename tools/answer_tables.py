@@ -125,8 +125,22 @@ def by_norm(rows):
     return markdown(["model", "precision", "step", *names], lines)
 
 
+def by_weights(rows):
+    """A line for each measured step on each of the U-Net's weights: the largest norm of the images, and residual."""
+    lines = []
+    for (weights, quantization, step), numbers in norms_by_step(rows, lambda case: case.weights).items():
+        norms = [numbers[name] for name in ("growth", "true_growth", "contraction_0.5")]
+        residuals = [numbers[f"residual_{number}"] for number in (1, 2, 3)]
+        bound = "" if numbers["converged"] else "≥ "
+        numbers = [*(f"{bound}{value:.3f}" for value in norms), *(f"{value:.4f}" for value in residuals)]
+        lines.append([weights, precision(Run(quantization=quantization)), str(step), *numbers])
+    head = ["weights", "precision", "step", "growth", "true growth", "contraction at 0.5", "residual 1", "2", "3"]
+    return markdown(head, lines)
+
+
 TABLES = {
     "authors": by_distance, "distances": by_distance, "noise": by_distance,
     "rules": by_rule, "steps": by_rule, "samplers": by_rule, "caches": by_rule,
     "schedules": by_schedule, "damping": by_damping, "choices": by_choice, "norms": by_norm,
+    "smoothness": by_rule, "smoothness_norms": by_weights,
 }  # fmt: skip

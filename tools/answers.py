@@ -19,12 +19,15 @@ from answer_rows import read, read_norms
 from answer_tables import TABLES
 
 PAGE = comfyui.ROOT / "docs/results.md"
-NORMS_ASKED = "By how much does a step multiply an error, and does the correction contract?"
+NORMS_ASKED = {
+    "norms": "By how much does a step multiply an error, and does the correction contract?",
+    "smoothness_norms": "Are the steps of a network with a smaller Jacobian smaller ones?",
+}
 
 
 def frame():
     """Return a page of all questions, with a place for the table of each and its figure."""
-    asked = {question.file: question.asked for question in experiment_rows.QUESTIONS} | {"norms": NORMS_ASKED}
+    asked = {question.file: question.asked for question in experiment_rows.QUESTIONS} | NORMS_ASKED
     parts = [
         f"## {text}\n\n<!-- table {name} -->\n<!-- end -->\n\n![{text}](results/{name}.png)\n" for name, text in asked.items()
     ]
@@ -54,7 +57,7 @@ def with_tables(text, tables):
 def write(results=experiments.RESULTS, page=PAGE):
     """Put the tables into the page, and write the figures beside the rows; return the paths that were written."""
     results, page = pathlib.Path(results), pathlib.Path(page)
-    rows = read(results) | {"norms": read_norms(results)}
+    rows = read(results) | read_norms(results)
     tables = {name: table(rows[name]) if rows[name] else "No row is there yet." for name, table in TABLES.items()}
     page.write_text(with_tables(page.read_text() if page.exists() else frame(), tables))
     figures = {name: draw(rows[name]) for name, draw in FIGURES.items() if rows[name]}

@@ -10,6 +10,7 @@ between distributions by hundreds.
 
 import itertools
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pack
 
@@ -22,6 +23,8 @@ EVALUATIONS_A_STEP = {"heun": 2}
 CACHES = ("deepcache", "calibrated")
 CALIBRATION_RUNS, CALIBRATION_IMAGES = 8, 2  # the images of a run, one for each class of a prompt
 EXACT_SCHEDULER = {"unet": "karras", "transformer": "simple"}
+# What the U-Net's weights are: the built-in ones, or trained on from them with or without a penalty (train_smooth.py).
+WEIGHTS = ("built-in", "longer", "smooth")
 # An effect of a correction by itself, and how many evaluations of the network it makes of one.
 CONTROLS = {
     "none": 1,
@@ -39,6 +42,7 @@ class Run:
     own. ValueError for another cache or control, and for a cache without an interval.
     """
 
+    weights: ClassVar[str] = "built-in"
     architecture: str = "unet"
     quantization: str = "none"
     interval: int = 1
@@ -142,6 +146,26 @@ class Run:
         shallow = (len(corrected) - len(corrected.intersection(full))) * settings.added_evaluations
         share = 1 if self.interval == 1 else 0.1 + 0.9 / self.interval
         return (plain * share + refreshed + 0.1 * shallow) * (1 if self.cfg == 1 else 2)
+
+
+@dataclass(frozen=True)
+class TunedRun(Run):
+    """A Run of the U-Net on one of `WEIGHTS`, which are told in its row. ValueError for others."""
+
+    weights: str = Run.weights
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.weights not in WEIGHTS or self.architecture != "unet":
+            raise ValueError(f"weights: '{self.weights}' is none of the U-Net's; name one of {', '.join(WEIGHTS)}.")
+
+    @property
+    def key(self):
+        return f"{super().key} {self.weights} weights"
+
+    @property
+    def model(self):
+        return *super().model, self.weights
 
 
 @dataclass(frozen=True)
@@ -342,6 +366,12 @@ QUESTIONS = [
                 max_iterations=[2, 3],
             ),
         ],
+        images=32,
+    ),
+    Question(
+        "Does a network with a smaller Jacobian need less correction?",
+        "smoothness",
+        with_rules(grid(TunedRun(), weights=list(WEIGHTS), quantization=FORMATS), ALL, ALL_NEXT, ALL_AHEAD),
         images=32,
     ),
     Question(

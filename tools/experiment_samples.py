@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import pathlib
 import signal
+import sys
 import tempfile
 import time
 from dataclasses import asdict, replace
@@ -28,7 +29,8 @@ import pack
 import processes
 import safetensors
 import torch
-from experiment_rows import CALIBRATION_RUNS, CHUNK, CONTROLS
+import train_smooth
+from experiment_rows import CALIBRATION_RUNS, CHUNK, CONTROLS, Run
 from safetensors.torch import save
 
 MOST_AT_ONCE = 256  # images, on a GPU
@@ -55,12 +57,39 @@ def calibration_runs(known, run):
     return benchmark.calibration_inputs(known, run.steps, per_prompt, run.sampler, run.scheduler, run.cfg)
 
 
+def weights_path(run):
+    """Return the file of a run's weights. Raises ValueError where it has to be made first."""
+    if run.weights == Run.weights:
+        return WEIGHTS[run.architecture]
+    if not train_smooth.is_there(run.weights):
+        raise ValueError(f"weights: {run.key} needs weights that are not there; `make smooth` trains them in half an hour.")
+    return train_smooth.path(run.weights)
+
+
+def weights_digest(run):
+    """Return what tells a run's weights from others: of those that the repository does not have, what they are made of."""
+    is_builtin = run.weights == Run.weights
+    return sha256(WEIGHTS[run.architecture]) if is_builtin else digest_of(train_smooth.recipe(run.weights))
+
+
+@contextlib.contextmanager
+def weights_of(architecture, path):
+    """A context in which a built-in model is loaded with the weights of a file."""
+    (builtin,) = [module for name, module in sys.modules.items() if name.endswith("nodes.host.builtin_model")]
+    config = builtin.ARCHITECTURES[architecture]
+    before, config.path = config.path, path
+    try:
+        yield
+    finally:
+        config.path = before
+
+
 def digest(run):
     """Return what tells a run's images from others, 12 hexadecimal digits: its settings, the seeds, what a cache was calibrated
     with, the model's weights, and the networks that make their features.
     """
     calibration = [CALIBRATION_RUNS, *benchmark.PROMPTS, benchmark.CALIBRATION_SEED] if run.calibration else []
-    return digest_of([asdict(run), SEED, calibration, sha256(WEIGHTS[run.architecture]), *map(sha256, MEASURED_BY)])
+    return digest_of([asdict(run), SEED, calibration, weights_digest(run), *map(sha256, MEASURED_BY)])
 
 
 def row_digest(row):
@@ -90,7 +119,8 @@ class Sampler:
         return self._models[run.model]
 
     def _quantized(self, run):
-        (model,) = self.run("IECLoadBuiltinModel", precision="float32", architecture=run.architecture)
+        with weights_of(run.architecture, weights_path(run)):
+            (model,) = self.run("IECLoadBuiltinModel", precision="float32", architecture=run.architecture)
         if run.quantization == "none":
             return model
         weights, activations = run.quantization.removeprefix("W").split("A")

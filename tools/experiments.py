@@ -35,7 +35,7 @@ from PIL import Image
 
 RESULTS = comfyui.ROOT / "docs/results"
 CACHE = comfyui.CACHE / "experiments"
-SPEED = 60  # evaluations of the built-in network for an image, a second and CPU core; for estimates alone
+SPEED = 100  # evaluations of a built-in network for an image, a second and CPU core, for estimates: they were 50 to 170
 RESAMPLES = 200  # of the bootstrap of a distance
 # What a repeated row may have otherwise: where and when it was computed.
 OF_THE_MACHINE = ("seconds", "seconds_an_image", "device", "torch", "comfyui", "pack")
@@ -281,6 +281,8 @@ def _main(options):
     if not wanted:
         print("Nothing is missing." if options.minutes is None else "Nothing is missing that takes no longer.")
         return 0
+    for row in wanted:
+        experiment_samples.weights_path(row.run)  # refused before anything is sampled
     print(f"{len(wanted)} rows, about {minutes(wanted, store, options.workers):.0f} minutes of a CPU", flush=True)
     compute(wanted, store, results, options.workers, lambda row: print(_line(row, results.get(row)), flush=True))
     return 0

@@ -8,9 +8,7 @@ Fréchet and kernel distance of images of 20 `euler` steps to all images of the 
 
 import argparse
 import pathlib
-import sys
 
-import comfyui
 import experiment_samples
 import imagenet
 import numpy as np
@@ -32,14 +30,6 @@ def floor(images):
     return sample_distance.frechet_distance(real[drawn], real)
 
 
-def sampler_of(architecture, path):
-    """Return a Sampler whose built-in model has the weights of a file."""
-    nodes = comfyui.load_nodes(cpu=not torch.cuda.is_available())
-    (builtin,) = [module for name, module in sys.modules.items() if name.endswith("nodes.host.builtin_model")]
-    builtin.ARCHITECTURES[architecture].path = path
-    return experiment_samples.Sampler(nodes)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--architecture", choices=EXACT_SCHEDULER, default="unet")
@@ -48,7 +38,8 @@ def main():
     parser.add_argument("--cfg", type=float, nargs="+", default=[1.0, 3.0])
     options = parser.parse_args()
     path = (options.model or experiment_samples.WEIGHTS[options.architecture]).resolve()
-    sampler, real = sampler_of(options.architecture, path), imagenet.real().components.numpy()
+    experiment_samples.WEIGHTS[options.architecture] = path
+    sampler, real = experiment_samples.prepare(), imagenet.real().components.numpy()
     print(f"{path.name}, {options.images} images, floor {floor(options.images):.1f}", flush=True)
     for cfg in options.cfg:
         run = Run(architecture=options.architecture, scheduler=EXACT_SCHEDULER[options.architecture], cfg=cfg)

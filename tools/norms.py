@@ -1,11 +1,13 @@
-"""How errors grow and corrections contract along a run of the built-in models: docs/results/norms.csv.
+"""How errors grow and corrections contract along a run of the built-in models: docs/results/norms.csv; and of the U-Net that
+train_smooth.py trains on: smoothness_norms.csv.
 
     python tools/norms.py [--list] [--again KEY]
 
 A row is a step of one image's run, measured by Contraction Probe (IEC): ||A + B J||, by how much the step multiplies an error;
 ||(1 - lambda) I + lambda B J|| for dampings of 0.1 to 0.9, by how much an iteration multiplies the distance of two iterates;
 and beside them, with `true_`, what changes of 1 % show of the network as it is, the roundings of a quantized one and all. Rows
-that are there are skipped. It can be stopped; what a stop loses is less than two minutes' work.
+of smoothness_norms.csv have `residual_1` to 3 too, by how much each iteration of a correction at the step's own timestep would
+move the result. Rows that are there are skipped. It can be stopped; what a stop loses is less than two minutes' work.
 """
 
 import argparse
@@ -23,7 +25,7 @@ from typing import ClassVar
 import experiment_samples
 import experiments
 import torch
-from experiment_rows import EXACT_SCHEDULER, Run
+from experiment_rows import EXACT_SCHEDULER, WEIGHTS, Run, TunedRun
 
 STEPS, EVERY = 20, 4
 SETTINGS = {
@@ -31,6 +33,7 @@ SETTINGS = {
 }  # fmt: skip
 LABELS = ("face", "flag", "fruit")
 FORMATS = ("none", "W8A8", "W4A8")
+ITERATIONS = 3  # whose residuals are measured
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,16 @@ class Case:
     architecture: str
     quantization: str
     label: str
+    file: ClassVar[str] = "norms"
 
     @property
     def key(self):
         return " ".join((self.architecture, self.quantization, self.label))
+
+    @property
+    def run(self):
+        """The Run of its MODEL."""
+        return Run(architecture=self.architecture, quantization=self.quantization)
 
     @property
     def rows(self):
@@ -52,12 +61,31 @@ class Case:
 
 
 @dataclass(frozen=True)
+class TunedCase(Case):
+    """A Case of the U-Net on one of `experiment_rows.WEIGHTS`, of which the residuals of three iterations are measured too."""
+
+    weights: str
+    file: ClassVar[str] = "smoothness_norms"
+
+    @property
+    def key(self):
+        return f"{super().key} {self.weights} weights"
+
+    @property
+    def run(self):
+        return TunedRun(architecture=self.architecture, quantization=self.quantization, weights=self.weights)
+
+
+@dataclass(frozen=True)
 class StepRow:
     """A line of the file: a measured step."""
 
     case: Case
     step: int
-    file: ClassVar[str] = "norms"
+
+    @property
+    def file(self):
+        return self.case.file
 
     @property
     def key(self):
@@ -65,17 +93,20 @@ class StepRow:
 
 
 CASES = [Case(*parts) for parts in itertools.product(EXACT_SCHEDULER, FORMATS, LABELS)]
+CASES += [TunedCase("unet", bits, label, weights) for weights, bits, label in itertools.product(WEIGHTS, FORMATS[:2], LABELS)]
 
 
 def declared():
     """Return {file name without suffix: [StepRow, ...]}."""
-    return {StepRow.file: [row for case in CASES for row in case.rows]}
+    rows = [row for case in CASES for row in case.rows]
+    return {file: [row for row in rows if row.file == file] for file in dict.fromkeys(row.file for row in rows)}
 
 
 def digest(row):
     """Return what tells a row from others: settings, and the model's weights."""
-    weights = experiment_samples.sha256(experiment_samples.WEIGHTS[row.case.architecture])
-    return experiment_samples.digest_of([row.key, SETTINGS, EXACT_SCHEDULER[row.case.architecture], weights])
+    weights = experiment_samples.weights_digest(row.case.run)
+    more = [ITERATIONS] if isinstance(row.case, TunedCase) else []
+    return experiment_samples.digest_of([row.key, SETTINGS, EXACT_SCHEDULER[row.case.architecture], weights, *more])
 
 
 def results(folder=experiments.RESULTS):
@@ -86,15 +117,29 @@ def results(folder=experiments.RESULTS):
 def measured(case):
     """Return (the case, the columns of each of its rows), in a process that is prepared."""
     sampler, begin = experiment_samples.prepare(), time.perf_counter()
-    model = sampler.model(Run(architecture=case.architecture, quantization=case.quantization))
     positive, negative = (sampler.run("IECClassLabel", labels=text)[0] for text in (case.label, "none"))
-    *_, told = sampler.run(
-        "IECContractionProbe", model=model, positive=positive, negative=negative, scheduler=EXACT_SCHEDULER[case.architecture],
-        latent_image={"samples": torch.zeros(1, 3, 32, 32)}, **SETTINGS,
-    )  # fmt: skip
+    inputs = {
+        "model": sampler.model(case.run), "positive": positive, "negative": negative,
+        "scheduler": EXACT_SCHEDULER[case.architecture], "latent_image": {"samples": torch.zeros(1, 3, 32, 32)},
+    }  # fmt: skip
+    *_, told = sampler.run("IECContractionProbe", **inputs, **SETTINGS)
     told = json.loads(told)
+    more = residuals(sampler, inputs) if isinstance(case, TunedCase) else [{}] * STEPS
     seconds = (time.perf_counter() - begin) / len(told["steps"])
-    return case, [columns(row, step, told["jvp"], seconds) for row, step in zip(case.rows, told["steps"], strict=True)]
+    found = zip(case.rows, told["steps"], strict=True)
+    return case, [columns(row, step, told["jvp"], seconds) | more[row.step] for row, step in found]
+
+
+def residuals(sampler, inputs):
+    """Return for each step of a run, corrected in every step at its own timestep, the columns of the relative residuals of its
+    iterations. inputs: a MODEL, conditionings, schedule and latent, as a sampling node takes them.
+    """
+    correction = {"correction_steps": "all", "evaluation_point": "paper", "lambda_": 0.5, "tolerance": 0.0}
+    run = {"denoise": 1.0, "sampler_name": "euler"} | {name: SETTINGS[name] for name in ("seed", "steps", "cfg")}
+    _, (report,) = sampler.run("IECKSampler", **inputs, **run, **correction, max_iterations=ITERATIONS)
+    names = [f"residual_{number}" for number in range(1, ITERATIONS + 1)]
+    texts = [["" if value is None else experiments.number(value) for (value,) in step.residuals] for step in report.steps]
+    return [dict.fromkeys(names, "") | dict(zip(names, values)) for values in texts]
 
 
 def columns(row, step, jvp, seconds):
@@ -106,6 +151,7 @@ def columns(row, step, jvp, seconds):
     for kind in ("contraction", "true_contraction"):
         norms |= {f"{kind}_{lambda_}": values for lambda_, values in step[kind].items()}
     texts = {"key": row.key, "digest": digest(row), "architecture": case.architecture, "quantization": case.quantization}
+    texts |= {"weights": case.weights} if isinstance(case, TunedCase) else {}
     texts |= {"label": case.label, "seed": str(SETTINGS["seed"]), "step": str(row.step), "sigma": number(step["sigma"])}
     texts |= {name: "" if value is None else number(value) for name, (value,) in norms.items()}
     texts |= {"converged": str(step["converged"]), "products": str(step["products"]), "jvp": jvp}
@@ -153,12 +199,18 @@ def main():
     parser.add_argument("--again", metavar="KEY", help="measure a row's run anew, and tell whether its digits are the same")
     options, found, workers = parser.parse_args(), results(), experiments.default_workers()
     if options.list:
-        experiments.list_rows(declared()[StepRow.file], found)
+        experiments.list_rows([row for case in CASES for row in case.rows], found)
         return 0
     if options.again:
         return _again(options.again, found, workers)
     missing = [case for case in CASES if not all(map(found.get, case.rows))]
     print(f"norms: {len(missing)} of {len(CASES)} runs are missing." if missing else "norms: nothing is missing.", flush=True)
+    try:
+        for case in missing:
+            experiment_samples.weights_path(case.run)  # refused before anything is measured
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     if missing:
         compute(missing, found, workers, lambda case: print(case.key, flush=True))
     return 0

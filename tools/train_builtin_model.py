@@ -72,28 +72,39 @@ def build_unet():
     for layer in ends:
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)
-    return unet
+    return unet.to(memory_format=torch.channels_last)
 
 
-def v_loss(unet, batches, generator):
-    """Return a function that draws a batch and returns the mean squared error of v, scalar float32."""
-    import comfy.model_sampling
+class Task:
+    """Random batches of images with noise of random timesteps, on the host's default discrete schedule, and their v."""
 
-    sigmas = comfy.model_sampling.ModelSamplingDiscrete().sigmas
+    def __init__(self, images, labels, generator):
+        """images, labels: as `emoji.fetch_images` returns them. generator: the torch.Generator of all that is drawn."""
+        import comfy.model_sampling
 
-    def loss():
-        x0, label = batches.draw(SETTINGS["batch_size"])
-        timestep = torch.randint(len(sigmas), (len(x0),), generator=generator)
-        noise = torch.randn(x0.shape, generator=generator)
-        sigma = sigmas[timestep].view(-1, 1, 1, 1)
+        self.generator = generator
+        self._batches = emoji.Batches(images, labels, generator, SETTINGS["label_dropout"])
+        self._sigmas = comfy.model_sampling.ModelSamplingDiscrete().sigmas
+
+    def draw(self, size):
+        """Return (alpha * (x0 + sigma * noise) [B, 3, 32, 32], what the network takes beside it, alpha and sigma
+        [B, 1, 1, 1], v like the images); alpha = 1 / sqrt(1 + sigma^2).
+        """
+        x0, label = self._batches.draw(size)
+        timestep = torch.randint(len(self._sigmas), (size,), generator=self.generator)
+        noise = torch.randn(x0.shape, generator=self.generator)
+        sigma = self._sigmas[timestep].view(-1, 1, 1, 1)
         alpha = (1 + sigma**2).rsqrt()
-        noised = alpha * (x0 + sigma * noise)
-        target = alpha * (noise - sigma * x0)
-        with torch.autocast("cpu", torch.bfloat16):
-            v = unet(noised.contiguous(memory_format=torch.channels_last), timestep, context=label[:, None], y=label)
-        return torch.nn.functional.mse_loss(v.float(), target)
+        beside = {"timesteps": timestep, "context": label[:, None], "y": label}
+        return alpha * (x0 + sigma * noise), beside, alpha, sigma, alpha * (noise - sigma * x0)
 
-    return loss
+
+def v_loss(unet, task):
+    """Return the mean squared error of v in a batch of a Task, scalar float32."""
+    noised, beside, *_, target = task.draw(SETTINGS["batch_size"])
+    with torch.autocast("cpu", torch.bfloat16):
+        v = unet(noised.contiguous(memory_format=torch.channels_last), **beside)
+    return torch.nn.functional.mse_loss(v.float(), target)
 
 
 def main():
@@ -105,13 +116,11 @@ def main():
     print(f"{len(images)} images in {len(emoji.CLASSES)} classes", flush=True)
 
     def loss_of(unet, generator):
-        return v_loss(unet, emoji.Batches(images, labels, generator, SETTINGS["label_dropout"]), generator)
-
-    def build():
-        return build_unet().to(memory_format=torch.channels_last)
+        task = Task(images, labels, generator)
+        return lambda: v_loss(unet, task)
 
     title, data = "ComfyUI-IEC built-in emoji model", emoji.facts(images, labels)
-    training.run_on(args.out, start, build, UNET_CONFIG, list(emoji.CLASSES), title, loss_of, SETTINGS, data)
+    training.run_on(args.out, start, build_unet, UNET_CONFIG, list(emoji.CLASSES), title, loss_of, SETTINGS, data)
 
 
 if __name__ == "__main__":

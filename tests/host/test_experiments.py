@@ -15,8 +15,9 @@ import experiment_samples
 import norms
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
-from experiment_rows import Chunk, Run
+from experiment_rows import Chunk, Run, TunedRun
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +159,7 @@ def test_norms_are_what_the_probe_tells(sampler, monkeypatch):
     watched = SimpleNamespace(run=run, model=sampler.model)
     monkeypatch.setattr(experiment_samples, "prepare", lambda: watched)
     case = norms.Case("unet", "W8A8", "flag")
+    assert norms.TunedCase("unet", "W8A8", "flag", "built-in").run.quantization == "W8A8"
     measured, (row,) = norms.measured(case)
     inputs, (_, _, text) = told["IECContractionProbe"]
     report = json.loads(text)
@@ -168,6 +170,50 @@ def test_norms_are_what_the_probe_tells(sampler, monkeypatch):
     assert float(row["growth"]) == pytest.approx(step["growth"][0], rel=1e-3)
     assert float(row["true_contraction_0.9"]) == pytest.approx(step["true_contraction"]["0.9"][0], rel=1e-3)
     assert len([name for name in row if "contraction" in name]) == 18
+
+
+def test_a_tuned_run_has_the_weights_of_its_file(sampler, model, tmp_path, monkeypatch):
+    weights = {name: tensor * 0.5 for name, tensor in safetensors.torch.load_file(experiment_samples.WEIGHTS["unet"]).items()}
+    with safetensors.safe_open(experiment_samples.WEIGHTS["unet"], "pt") as file:
+        safetensors.torch.save_file(weights, tmp_path / "halved.safetensors", file.metadata())
+    monkeypatch.setattr(experiment_samples, "weights_path", lambda run: tmp_path / "halved.safetensors")
+    found = experiment_samples.Sampler(sampler._known).model(TunedRun(weights="smooth")).model.diffusion_model.state_dict()
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], weights[name].float()) for name in found)
+    (builtin,) = sampler.run("IECLoadBuiltinModel", precision="float32")  # and no other model has them
+    before = model.model.diffusion_model.state_dict()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in builtin.model.diffusion_model.state_dict().items())
+
+
+def test_residuals_are_those_of_the_papers_iteration(host, sampler, model):
+    """Three of 20 euler steps, written out: x' = x + (sigma' - sigma) eps(y), y the last x' at its step's own timestep."""
+    label, none = (host.run("IECClassLabel", labels=text)[0] for text in ("flag", "none"))
+    (sigmas,) = host.run("BasicScheduler", model=model, scheduler="karras", steps=20, denoise=1.0)
+
+    def eps(y, sigma):
+        def denoised(conditioning):
+            more = {"c_crossattn": conditioning[0][0], "y": conditioning[0][1]["pooled_output"]}
+            return model.model.apply_model(y, torch.full((1,), sigma), **more)
+
+        away, towards = denoised(none), denoised(label)
+        return (y - away - 3.0 * (towards - away)) / sigma
+
+    x, expected = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(7)) * (1 + sigmas[0] ** 2).sqrt(), []
+    with torch.inference_mode():
+        for sigma, then in itertools.pairwise(sigmas[:4].tolist()):
+            own = math.sqrt((1 + sigma**2) / (1 + then**2))
+            moved = x + (then - sigma) * eps(x, sigma)
+            for _ in range(3):
+                anew = x + (then - sigma) * eps(moved * own, sigma)
+                expected.append((anew - moved).norm().item() / moved.norm().item())
+                moved = moved + 0.5 * (anew - moved)
+            x = moved
+    inputs = {
+        "model": model, "positive": label, "negative": none, "scheduler": "karras",
+        "latent_image": {"samples": torch.zeros(1, 3, 32, 32)},
+    }  # fmt: skip
+    found = [float(text) for columns in norms.residuals(sampler, inputs)[:3] for text in columns.values()]
+    assert found == pytest.approx(expected, rel=2e-3)
 
 
 def test_an_image_that_is_not_finite_is_told_with_its_row(host):

@@ -189,9 +189,8 @@ def results(tmp_path):
             {"key": row.key, "digest": experiment_samples.row_digest(row)} | columns_of(row.run, 1 / row.run.steps, change)
             for row, change in zip(rows, changes)
         ]
-    lines["norms"] = [
-        {"key": row.key, "digest": norms.digest(row), **texts_of(row.step)} for row in norms.declared()["norms"]
-    ]  # fmt: skip
+    for name, rows in norms.declared().items():
+        lines[name] = [{"key": row.key, "digest": norms.digest(row), **texts_of(row.step)} for row in rows]
     seconds = {row: [row.run.evaluations] for row in times.declared()["times"]}
     lines["times"] = [times.columns(row, seconds) for row in seconds]
     for name, rows in lines.items():
@@ -207,7 +206,11 @@ def texts_of(step, more=0.0, converged=True):
     values = {"growth": 1 + step / 10 + more, "true_growth": 1 + step / 5}
     for number in range(1, 10):
         values |= {f"contraction_0.{number}": 1 - number / 20, f"true_contraction_0.{number}": 1 - number / 40}
+    values |= {f"residual_{number}": 0.1**number for number in range(1, 4)}
     return {name: f"{value:.4g}" for name, value in values.items()} | {"converged": str(converged)}
+
+
+LABELS = {"face": 0.1, "flag": 0.0}
 
 
 @pytest.mark.parametrize("converged, bound", [(True, ""), (False, "≥ ")])
@@ -219,8 +222,14 @@ def test_norms_are_the_largest_of_the_images(converged, bound):
     assert answer_tables.by_norm(rows).splitlines()[2:] == [f"| U-Net | W8A8 | 4 | {' | '.join(numbers)} |"]
 
 
+def test_norms_and_residuals_are_told_for_each_of_the_weights():
+    rows = [(norms.TunedCase("unet", "none", label, "smooth").rows[1], texts_of(4, more)) for label, more in LABELS.items()]
+    numbers = " | ".join(("1.500", "1.800", "0.750", "0.1000", "0.0100", "0.0010"))
+    assert answer_tables.by_weights(rows).splitlines()[2:] == [f"| smooth | full precision | 4 | {numbers} |"]
+
+
 def test_every_question_has_its_table_and_its_figure(results):
-    page, names = results / "page.md", [*experiment_rows.declared(), "norms"]
+    page, names = results / "page.md", [*experiment_rows.declared(), *norms.declared()]
     written = answers.write(results, page)
     text = page.read_text()
     assert {path.stem for path in written} == {"page", *names}
@@ -266,4 +275,4 @@ def test_a_file_of_runs_without_a_correction_has_a_table_and_no_figure(results):
             table.writeheader()
             table.writerow(plain[0])
     written = answers.write(results, results / "page.md")
-    assert {path.stem for path in written} == {"page", "choices", "norms"}
+    assert {path.stem for path in written} == {"page", "choices", *norms.declared()}

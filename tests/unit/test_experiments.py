@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import sample_distance
 import torch
-from experiment_rows import Chunk, Row, Run
+import train_smooth
+from experiment_rows import Chunk, Row, Run, TunedRun
 
 PLAIN = Run(steps=4)
 CORRECTED = replace(PLAIN, correction_steps="all")
@@ -357,6 +358,25 @@ def test_images_of_a_row_are_drawn(fake, tmp_path):
 def test_wrong_arguments_end_in_a_sentence(fake, tmp_path, capsys, arguments, sentence):
     assert run_all(tmp_path / "rows", *arguments) == 2
     assert capsys.readouterr().err.strip() == sentence
+
+
+def test_weights_that_are_to_be_made_first_are_told_before_anything_is_sampled(fake, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_smooth.comfyui, "CACHE", tmp_path)
+    tuned = [Row("first", run, 16) for run in (TunedRun(steps=4), TunedRun(steps=4, weights="smooth"))]
+    monkeypatch.setattr(experiment_rows, "declared", lambda *_: {"first": tuned})
+    assert run_all(tmp_path) == 2 and not fake.told
+    told = capsys.readouterr().err
+    assert "weights: unet euler karras 4 cfg3 smooth weights needs weights that are not there; `make smooth`" in told
+    assert run_all(tmp_path, "--only", "built-in weights") == 0 and len(rows_of(tmp_path)) == 1
+
+
+def test_norms_that_want_other_weights_first_are_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_smooth.comfyui, "CACHE", tmp_path)
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
+    monkeypatch.setattr(norms, "results", lambda: experiments.Results(tmp_path, norms.declared(), norms.digest))
+    monkeypatch.setattr("sys.argv", ["norms.py"])
+    assert norms.main() == 2
+    assert "weights: unet euler karras 20 cfg3 longer weights needs weights that are not" in capsys.readouterr().err
 
 
 def test_a_file_in_place_of_the_folder_is_refused(fake, tmp_path, capsys):

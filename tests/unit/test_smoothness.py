@@ -1,0 +1,89 @@
+"""What the weights of a smaller Jacobian are trained for, and which they are."""
+
+import json
+from types import SimpleNamespace
+
+import experiment_rows
+import experiment_samples
+import pytest
+import safetensors.torch
+import torch
+import train_smooth
+import training
+from experiment_rows import Run, TunedRun
+
+
+def test_the_penalty_is_the_norm_of_the_predicted_noises_derivative():
+    """Of a network that is linear, v = W x at each pixel: eps = alpha (v + sigma x), so J = alpha (W + sigma I)."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 3, 4, 4, generator=generator, dtype=torch.float64)
+    sigma = torch.linspace(0.1, 9, 8, dtype=torch.float64).view(-1, 1, 1, 1)
+    alpha = (1 + sigma**2).rsqrt()
+    weight = torch.randn(3, 3, generator=generator, dtype=torch.float64).requires_grad_()
+
+    def network(x, timesteps):
+        assert torch.equal(timesteps, torch.arange(8).repeat(2))
+        return torch.einsum("ij,bjhw->bihw", weight, x)
+
+    task = SimpleNamespace(draw=lambda size: (x, {"timesteps": torch.arange(size)}, alpha, sigma, None), generator=generator)
+    state = generator.get_state()
+    found = train_smooth.penalty(network, task)
+    generator.set_state(state)
+    direction = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    jacobian = alpha[..., 0] * (weight + sigma[..., 0] * torch.eye(3, dtype=torch.float64))  # [8, 3, 3]
+    image = torch.einsum("bij,bjhw->bihw", jacobian, direction)
+    expected = (image.flatten(1).norm(dim=1) / direction.flatten(1).norm(dim=1)).mean()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-9)
+    gradients = [torch.autograd.grad(value, weight)[0] for value in (found, expected)]
+    assert torch.allclose(*gradients, rtol=1e-9)
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_smooth.comfyui, "CACHE", tmp_path)
+    return tmp_path
+
+
+def write(weights, step):
+    history = [{"step": 2800, "steps": 2800}, {"step": step, "steps": train_smooth.STEPS[weights]}]
+    training.save(torch.nn.Linear(1, 1), train_smooth.path(weights), "a layer", training=history)
+
+
+def test_weights_are_there_when_they_are_trained_to_the_end(kept):
+    assert not train_smooth.is_there("smooth")
+    write("smooth", 500)
+    assert not train_smooth.is_there("smooth")
+    write("smooth", train_smooth.STEPS["smooth"])
+    assert train_smooth.is_there("smooth") and not train_smooth.is_there("longer")
+
+
+def test_another_recipe_is_another_file_and_another_row(kept, monkeypatch):
+    runs = [TunedRun(weights=weights) for weights in experiment_rows.WEIGHTS]
+    digests, paths = [list(map(of, runs)) for of in (experiment_samples.digest, lambda run: train_smooth.path("smooth"))]
+    monkeypatch.setitem(train_smooth.PENALTY, "weight", 0.2)
+    assert [experiment_samples.digest(run) == digest for run, digest in zip(runs, digests)] == [True, True, False]
+    assert train_smooth.path("smooth") != paths[0] and len(set(digests)) == 3
+    assert json.loads(json.dumps(train_smooth.recipe("smooth")))["penalty"]["weight"] == 0.2
+
+
+def test_a_tuned_run_is_measured_against_runs_of_its_own_weights():
+    run = TunedRun(weights="smooth", quantization="W8A8", correction_steps="all")
+    assert run.key == "unet euler karras 20 cfg3 W8A8 all paper smooth weights"
+    for other in (run.baseline, run.same_steps, run.exact):
+        assert other.weights == "smooth" and other.key.endswith(" smooth weights")
+    assert run.model != TunedRun(weights="longer", quantization="W8A8").model
+
+
+@pytest.mark.parametrize("settings", [{"weights": "best"}, {"architecture": "transformer"}])
+def test_other_weights_are_refused(settings):
+    with pytest.raises(ValueError, match=r"weights: .* is none of the U-Net.s; name one of built-in, longer, smooth"):
+        TunedRun(**settings)
+
+
+def test_weights_that_are_not_there_are_told_with_what_makes_them(kept):
+    assert experiment_samples.weights_path(Run()) == experiment_samples.WEIGHTS["unet"]
+    sentence = "unet euler karras 20 cfg3 smooth weights needs weights that are not there; `make smooth` trains them"
+    with pytest.raises(ValueError, match=sentence):
+        experiment_samples.weights_path(TunedRun(weights="smooth"))
+    write("smooth", train_smooth.STEPS["smooth"])
+    assert safetensors.torch.load_file(experiment_samples.weights_path(TunedRun(weights="smooth"))).keys() == {"weight", "bias"}

@@ -1,0 +1,94 @@
+"""Does a network with a smaller Jacobian need less correction? Two, fine-tuned from the built-in U-Net, to tell.
+
+    python tools/train_smooth.py
+
+Both are trained on from the built-in weights for as long, about half an hour of one CPU core each: `smooth` with a penalty on
+||J u|| / ||u||, J the derivative of the predicted noise by the noised image, u a random direction; `longer` without. The rows
+of docs/results/smoothness.csv and smoothness_norms.csv compare them. The files are kept in .cache/smoothness, named by what
+they are made of. It can be stopped, and goes on.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import multiprocessing
+import sys
+
+import comfyui
+import emoji
+import processes
+import torch
+import train_builtin_model
+import training
+
+BUILTIN = training.BUILTIN / "emoji32.safetensors"
+# Half the rate of the trainings before. The steps take as long: one of `smooth` 1.67 times as long as one of `longer`.
+SETTINGS = train_builtin_model.SETTINGS | {"seed": 20261129, "learning_rate": 3e-4, "warmup_steps": 100}
+STEPS = {"longer": 2100, "smooth": 1260}
+# Of 0.02, 0.1 and 0.3 in trials of 150 steps, 0.02 changed little and 0.3 doubled the loss.
+PENALTY = {"weight": 0.1, "images": 8, "difference": 0.01}
+
+
+def recipe(weights):
+    """Return what the weights of "longer" or "smooth" are made of, as JSON has it."""
+    start = hashlib.sha256(BUILTIN.read_bytes()).hexdigest()
+    made_of = SETTINGS | {"steps": STEPS[weights], "start": start, "data": emoji.DATA_PACKAGE}
+    return made_of | ({"penalty": PENALTY} if weights == "smooth" else {})
+
+
+def path(weights):
+    """Return where the weights of "longer" or "smooth" are kept: another place for another recipe."""
+    told = hashlib.sha256(json.dumps(recipe(weights)).encode()).hexdigest()[:8]
+    return comfyui.CACHE / "smoothness" / f"{weights}-{told}.safetensors"
+
+
+def is_there(weights):
+    """Tell whether the weights of "longer" or "smooth" are there, trained to the end."""
+    _, history = training.read(path(weights))
+    return bool(history) and history[-1]["step"] == history[-1]["steps"]
+
+
+def penalty(unet, task):
+    """Return the mean over a small batch of ||J u|| / ||u||, scalar float32: J the derivative of the predicted noise by
+    alpha * (x0 + sigma * noise), u a random direction. By finite differences, in float32: bfloat16 is too coarse for them.
+    """
+    noised, beside, alpha, sigma, _ = task.draw(PENALTY["images"])
+    direction = torch.randn(noised.shape, generator=task.generator, dtype=noised.dtype)
+    beside = {name: torch.cat([tensor, tensor]) for name, tensor in beside.items()}
+    both = torch.cat([noised, noised + PENALTY["difference"] * direction]).contiguous(memory_format=torch.channels_last)
+    v, moved_v = unet(both, **beside).chunk(2)
+    change = alpha * (moved_v - v) / PENALTY["difference"] + alpha * sigma * direction  # of eps = alpha (v + sigma x)
+    return (change.flatten(1).norm(dim=1) / direction.flatten(1).norm(dim=1)).mean()
+
+
+def train(weights):
+    """Train "longer" or "smooth", or go on where that was stopped; in a process of its own."""
+    processes.end_with_parent()
+    torch.set_num_threads(1)
+    comfyui.import_comfy(cpu=True, use_pytorch_cross_attention=True)
+    images, labels = emoji.fetch_images(comfyui.CACHE / "emoji")
+    file = path(weights)
+    if not training.state_path(file).exists():
+        file.unlink(missing_ok=True)  # what cannot go on begins anew, for its file has to be what its recipe says
+
+    def loss_of(unet, generator):
+        task = train_builtin_model.Task(images, labels, generator)
+        if weights == "longer":
+            return lambda: train_builtin_model.v_loss(unet, task)
+        return lambda: train_builtin_model.v_loss(unet, task) + PENALTY["weight"] * penalty(unet, task)
+
+    training.run_on(
+        file, BUILTIN, train_builtin_model.build_unet, train_builtin_model.UNET_CONFIG, list(emoji.CLASSES),
+        f"ComfyUI-IEC built-in emoji model, {weights}", loss_of, recipe(weights), emoji.facts(images, labels),
+    )  # fmt: skip
+
+
+def main():
+    emoji.fetch_images(comfyui.CACHE / "emoji")  # by one process
+    missing = [weights for weights in STEPS if not is_there(weights)]
+    with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as executor:
+        list(executor.map(train, missing))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
