@@ -208,8 +208,12 @@ def compute_again(row, results, workers):
     before = results.get(row)
     with tempfile.TemporaryDirectory() as folder:
         compute([row], Store(folder), results, workers, lambda row: None, again=True)
-    after = results.get(row)
-    return [name for name in after if name not in OF_THE_MACHINE and before[name] != after[name]]
+    return differing(before, results.get(row))
+
+
+def differing(before, after):
+    """Return the columns in which a row's digits differ from those that it had before."""
+    return [name for name in after if name not in OF_THE_MACHINE and before.get(name) != after[name]]
 
 
 def picture(latents):

@@ -188,9 +188,8 @@ def compute_again(case, found, workers):
     with tempfile.TemporaryDirectory() as folder:
         anew = results(folder)
         compute([case], anew, workers)
-        pairs = [(found.get(row), anew.get(row)) for row in case.rows]
-    names = [name for name in pairs[0][1] if name not in experiments.OF_THE_MACHINE]
-    return [name for name in names if any(old[name] != new[name] for old, new in pairs)]
+        names = [experiments.differing(found.get(row), anew.get(row)) for row in case.rows]
+    return list(dict.fromkeys(itertools.chain(*names)))
 
 
 def main():

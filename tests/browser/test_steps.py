@@ -539,6 +539,27 @@ def test_run_in_a_subgraph_is_shown_there(frontend):
     assert strip.page.locator(".iec-residual").count() == 2
 
 
+@pytest.mark.parametrize("mode", [2, 4], ids=["muted", "bypassed"])
+def test_a_subgraph_that_does_not_run_is_told(frontend, strip, mode):
+    """Of two nodes that stand for a subgraph, one that runs is enough."""
+    frontend.open_api(workflow(steps=5))
+    strip.wait("5 → 7 evaluations")
+    into_subgraph(frontend, "IECKSampler", "IECDeepCache")
+    change = """([place, mode]) => {
+        const root = app.rootGraph ?? app.graph.rootGraph;
+        const holders = () => root.nodes.filter((one) => one.subgraph);
+        if (holders().length === place) root.add(holders()[0].clone());
+        holders()[place].mode = mode;
+    }"""
+    strip.page.evaluate(change, [0, mode])
+    strip.wait("The subgraph is muted or bypassed: the node does not run.")
+    assert "evaluations" not in strip.text()
+    strip.page.evaluate(change, [1, 0])
+    strip.wait("5 → 7 evaluations")
+    strip.page.evaluate(change, [1, mode])
+    strip.wait("The subgraph is muted or bypassed: the node does not run.")
+
+
 def test_cache_outside_a_subgraph_is_told_when_it_runs(frontend):
     strip = Strip(frontend)
     frontend.open_api(workflow(steps=5))
@@ -560,6 +581,29 @@ def test_run_of_another_workflow_is_not_shown(frontend):
     strip.wait("6 → 8 evaluations")
     frontend.page.wait_for_timeout(700)
     assert "last run" not in strip.text()
+
+
+def test_run_in_one_of_two_tabs_of_a_workflow_is_not_shown_in_the_other(frontend):
+    strip, run = Strip(frontend), frontend.page.evaluate
+    frontend.open_api(workflow(steps=5), "first")
+    strip.wait("5 → 7 evaluations")
+    strip.run()
+    assert "last run" in strip.text()
+    run("app.extensionManager.command.execute('Comfy.DuplicateWorkflow')")
+    frontend.page.wait_for_function("app.extensionManager.workflow.openWorkflows.length > 1")
+    strip.wait("5 → 7 evaluations")
+    frontend.page.wait_for_timeout(1000)
+    assert "last run" not in strip.text()
+    strip.set("IECKSampler", "seed", next(SEEDS))
+    run("app.queuePrompt(0, 1)")
+    strip.wait("last run")
+    ids = set()
+    for there in ("Previous", "Next"):  # to the first one, whose run is another, and to the copy again
+        run("(there) => app.extensionManager.command.execute(`Workspace.${there}OpenedWorkflow`)", there)
+        frontend.page.wait_for_timeout(1000)
+        strip.wait("last run")
+        ids.add(run("(app.rootGraph ?? app.graph).id"))
+    assert len(ids) == 2
 
 
 KNOWN_LATER = "The steps are known when it runs."

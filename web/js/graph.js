@@ -40,6 +40,17 @@ function linkOf(graph, id) {
   return graph.getLink?.(id) ?? graph.links?.get?.(id) ?? graph.links?.[id];
 }
 
+const isIdle = (node) => [MUTED, BYPASSED].includes(node.mode);
+
+/** Whether a graph is a subgraph that does not run: all nodes that stand for it, or what they are in, are muted or bypassed. */
+function isIdleGraph(graph) {
+  const root = graph?.rootGraph;
+  if (!root || root === graph) return false;
+  const nodes = [root, ...(root.subgraphs?.values() ?? [])].flatMap((one) => one.nodes);
+  const holders = nodes.filter((one) => one.subgraph === graph);
+  return holders.length > 0 && holders.every((one) => isIdle(one) || isIdleGraph(one.graph));
+}
+
 /** The value of a widget, or of the primitive node that is wired to it. */
 function valueOf(node, name) {
   if (isLinked(node, name)) {
@@ -162,6 +173,7 @@ const OPEN = { question: undefined, isCacheOpen: false };
 export function planOf(node) {
   if (node.mode === MUTED) return { ...OPEN, why: "The node is muted: it does not run." };
   if (node.mode === BYPASSED) return { ...OPEN, why: "The node is bypassed: it corrects nothing." };
+  if (isIdleGraph(node.graph)) return { ...OPEN, why: "The subgraph is muted or bypassed: the node does not run." };
   const samplers = node.comfyClass === "IECKSampler" ? [node] : (samplersAfter(node) ?? []);
   const plans = new Map(samplers.map((sampler) => planAt(node, sampler)).map((plan) => [JSON.stringify(plan), plan]));
   return plans.size === 1 ? [...plans.values()][0] : OPEN;

@@ -229,10 +229,25 @@ async function ask(question) {
   }
 }
 
+const tabs = new Map(); // workflow id: the frontend's workflow, a tab, that has it
+const ids = new WeakMap(); // a tab whose workflow had another tab's id: the id of its own that it has instead
+
+/** Gives the workflow that is open an id of its own, or its runs would be shown in others: in API form, or a copy in two tabs. */
+function nameApart(graph) {
+  if (graph?.id === NO_ID) graph.id = LiteGraph.uuidv4();
+  const { activeWorkflow: tab, openWorkflows = [] } = app.extensionManager?.workflow ?? {};
+  if (!tab || tab.activeState?.id !== graph?.id) return; // a tab is being opened, or has its own id
+  const other = tabs.get(graph.id);
+  const isTaken = other && other !== tab && openWorkflows.includes(other);
+  if (isTaken && !ids.has(tab)) ids.set(tab, LiteGraph.uuidv4());
+  graph.id = ids.get(tab) ?? graph.id;
+  tabs.set(graph.id, tab);
+}
+
 function lookAtAll() {
   if (document.hidden || strips.size === 0) return;
   const graph = rootGraph();
-  if (graph?.id === NO_ID) graph.id = LiteGraph.uuidv4(); // or its runs would be shown in others without an id
+  nameApart(graph);
   const current = new Map();
   for (const [key, run] of runs) {
     const [workflow, id] = JSON.parse(key);
