@@ -1,7 +1,5 @@
 """The figures of docs/results.md."""
 
-import itertools
-
 import numpy as np
 from answer_rows import MODELS, cache, front, grouped, norms_by_step, place_of, precision, rule, told_apart
 from experiment_rows import Run
@@ -192,19 +190,22 @@ def _contractions(axes, steps):
 def of_weights(rows):
     """The growth, the contraction and the residuals over the steps, for each of the U-Net's weights; dashed: quantized."""
     found = norms_by_step(rows, lambda case: case.weights)
-    figure, panels = drawing(12, 4, 3)
-    kinds = list(dict.fromkeys(place[0] for place in found))
-    drawn = (("growth",), ("contraction_0.5",), ("residual_1", "residual_3"))
-    words = ("||A + B J||", "||0.5 I + 0.5 B J||", "residual of the 1st and (lower) the 3rd iteration")
-    for axes, names, label in zip(panels, drawn, words):
-        for place, quantization, name in itertools.product(range(len(kinds)), ("none", "W8A8"), names):
-            points = [(at[2], numbers[name]) for at, numbers in found.items() if at[:2] == (kinds[place], quantization)]
-            is_first = quantization == "none" and name == names[0]
-            line = "-" if quantization == "none" else "--"
-            axes.plot(*zip(*points), line, ms=4, label=kinds[place] if is_first else None, **style(place))
-        axes.set(xlabel="step", ylabel=label)
+    figure, panels = drawing(13, 4.2, 4)
+    drawn = {
+        "growth": "||A + B J||", "contraction_0.5": "||0.5 I + 0.5 B J||",
+        "residual_1": "residual of the 1st iteration", "residual_3": "residual of the 3rd iteration",
+    }  # fmt: skip
+    kinds = list(dict.fromkeys((weights, quantization) for weights, quantization, _ in found))
+    colours = list(dict.fromkeys(weights for weights, _ in kinds))
+    for axes, (name, words) in zip(panels, drawn.items()):
+        for weights, quantization in kinds:
+            points = [(at[2], numbers[name]) for at, numbers in found.items() if at[:2] == (weights, quantization)]
+            label, line = f"{weights}, {precision(Run(quantization=quantization))}", "-" if quantization == "none" else "--"
+            axes.plot(*zip(*points), line, ms=4, label=label, **style(colours.index(weights)))
+        axes.set(xlabel="step", ylabel=words)
         axes.grid(color="0.9")
-    panels[2].set_yscale("log")
+    for axes in panels[2:]:
+        axes.set_yscale("log")
     legend_below(figure, panels[0])
     return figure
 

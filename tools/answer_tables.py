@@ -126,14 +126,13 @@ def by_norm(rows):
 
 
 def by_weights(rows):
-    """A line for each measured step on each of the U-Net's weights: the largest norm of the images, and residual."""
+    """A line for each measured step on each of the U-Net's weights: the largest norms and residuals of the images."""
     lines = []
     for (weights, quantization, step), numbers in norms_by_step(rows, lambda case: case.weights).items():
-        norms = [numbers[name] for name in ("growth", "true_growth", "contraction_0.5")]
-        residuals = [numbers[f"residual_{number}"] for number in (1, 2, 3)]
         bound = "" if numbers["converged"] else "≥ "
-        numbers = [*(f"{bound}{value:.3f}" for value in norms), *(f"{value:.4f}" for value in residuals)]
-        lines.append([weights, precision(Run(quantization=quantization)), str(step), *numbers])
+        cells = [f"{bound}{numbers[name]:.3f}" for name in ("growth", "true_growth", "contraction_0.5")]
+        cells += [f"{numbers[f'residual_{iteration}']:.4f}" for iteration in (1, 2, 3)]
+        lines.append([weights, precision(Run(quantization=quantization)), str(step), *cells])
     head = ["weights", "precision", "step", "growth", "true growth", "contraction at 0.5", "residual 1", "2", "3"]
     return markdown(head, lines)
 

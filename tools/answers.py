@@ -21,7 +21,7 @@ from answer_tables import TABLES
 PAGE = comfyui.ROOT / "docs/results.md"
 NORMS_ASKED = {
     "norms": "By how much does a step multiply an error, and does the correction contract?",
-    "smoothness_norms": "Are the steps of a network with a smaller Jacobian smaller ones?",
+    "smoothness_norms": "Does a smaller Jacobian let errors grow less, and iterations contract more?",
 }
 
 

@@ -9,7 +9,7 @@ between distributions by hundreds.
 """
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import pack
@@ -91,7 +91,7 @@ class Run:
         """The same without a correction or a control."""
         plain = Run()
         correction = ("correction_steps", "evaluation_point", "lambda_", "max_iterations", "control")
-        return replace(self.sampled, **{name: getattr(plain, name) for name in correction})
+        return replace(self, instead_of=0, **{name: getattr(plain, name) for name in correction})
 
     @property
     def baseline(self):
@@ -150,18 +150,27 @@ class Run:
 
 @dataclass(frozen=True)
 class TunedRun(Run):
-    """A Run of the U-Net on one of `WEIGHTS`, which are told in its row. ValueError for others."""
+    """A Run of the U-Net with weights of `WEIGHTS`, named in its row. ValueError for others, and for another model."""
 
     weights: str = Run.weights
 
     def __post_init__(self):
         super().__post_init__()
-        if self.weights not in WEIGHTS or self.architecture != "unet":
-            raise ValueError(f"weights: '{self.weights}' is none of the U-Net's; name one of {', '.join(WEIGHTS)}.")
+        if self.weights not in WEIGHTS:
+            raise ValueError(f"weights: '{self.weights}' is none; name one of {', '.join(WEIGHTS)}.")
+        if self.architecture != "unet":
+            raise ValueError(f"architecture: '{self.architecture}' has the built-in weights alone; unet has others.")
 
     @property
     def key(self):
         return f"{super().key} {self.weights} weights"
+
+    @property
+    def sampled(self):
+        """With the built-in weights the plain Run, whose images are there already."""
+        if self.weights != Run.weights:
+            return super().sampled
+        return Run(**{one.name: getattr(self, one.name) for one in fields(Run)}).sampled
 
     @property
     def model(self):

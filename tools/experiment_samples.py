@@ -105,8 +105,9 @@ def shape(chunk):
 class Sampler:
     """Samples runs through the nodes of a ComfyUI that is loaded into this process."""
 
-    def __init__(self, known):
-        self._known, self._models = known, {}
+    def __init__(self, known, weights=weights_path):
+        """known: the nodes by id. weights(run): the file of a run's weights."""
+        self._known, self._weights, self._models = known, weights, {}
 
     def run(self, node, **inputs):
         """Return what a node gives."""
@@ -119,7 +120,7 @@ class Sampler:
         return self._models[run.model]
 
     def _quantized(self, run):
-        with weights_of(run.architecture, weights_path(run)):
+        with weights_of(run.architecture, self._weights(run)):
             (model,) = self.run("IECLoadBuiltinModel", precision="float32", architecture=run.architecture)
         if run.quantization == "none":
             return model
@@ -250,7 +251,11 @@ class Store:
         self.folder = pathlib.Path(folder)
 
     def path(self, chunk):
-        return self.folder / f"{digest(chunk.run)}-{chunk.size}x{chunk.number}.safetensors"
+        """Return a chunk's file: another for other weights that came of the same recipe."""
+        told = digest(chunk.run)
+        if chunk.run.weights != Run.weights and train_smooth.is_there(chunk.run.weights):
+            told += "-" + sha256(train_smooth.path(chunk.run.weights))[:8]
+        return self.folder / f"{told}-{chunk.size}x{chunk.number}.safetensors"
 
     def load(self, chunk):
         """Return ({"latents": [size, 3, 32, 32], "emoji": [size, 64], "imagenet": [size, 64]}, {"key", "nfe", "seconds",

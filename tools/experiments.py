@@ -35,7 +35,7 @@ from PIL import Image
 
 RESULTS = comfyui.ROOT / "docs/results"
 CACHE = comfyui.CACHE / "experiments"
-SPEED = 100  # evaluations of a built-in network for an image, a second and CPU core, for estimates: they were 50 to 170
+SPEED = 100  # evaluations of a built-in network for an image, a second and CPU core, for estimates; measured: 50 to 170
 RESAMPLES = 200  # of the bootstrap of a distance
 # What a repeated row may have otherwise: where and when it was computed.
 OF_THE_MACHINE = ("seconds", "seconds_an_image", "device", "torch", "comfyui", "pack")
@@ -285,11 +285,31 @@ def _main(options):
     if not wanted:
         print("Nothing is missing." if options.minutes is None else "Nothing is missing that takes no longer.")
         return 0
-    for row in wanted:
-        experiment_samples.weights_path(row.run)  # refused before anything is sampled
+    wanted, refused = without_weights(wanted)
     print(f"{len(wanted)} rows, about {minutes(wanted, store, options.workers):.0f} minutes of a CPU", flush=True)
     compute(wanted, store, results, options.workers, lambda row: print(_line(row, results.get(row)), flush=True))
-    return 0
+    return said(refused)
+
+
+def said(refused):
+    """Print the sentences of what could not be computed; return the exit status, 2 where there are any."""
+    for sentence in refused:
+        print(sentence, file=sys.stderr)
+    return 2 if refused else 0
+
+
+def without_weights(wanted):
+    """Return (those rows or other things with a `run` whose weights are there, why the others cannot be computed: a sentence
+    for each kind of weights).
+    """
+    kept, refused = [], {}
+    for one in wanted:
+        try:
+            experiment_samples.weights_path(one.run)
+            kept.append(one)
+        except ValueError as error:
+            refused[one.run.weights] = str(error)
+    return kept, list(refused.values())
 
 
 def chunk_size(scale):
@@ -321,9 +341,9 @@ def _again(rows, results, workers):
         raise ValueError(f"again: the row '{rows[0].key}' is not there yet; compute it first.")
     status = 0
     for row in there:
-        differing = compute_again(row, results, workers)
-        status |= bool(differing)
-        print(f"{row.file} {row.key}: " + (f"other digits in {', '.join(differing)}" if differing else "the same digits"))
+        changed = compute_again(row, results, workers)
+        status |= bool(changed)
+        print(f"{row.file} {row.key}: " + (f"other digits in {', '.join(changed)}" if changed else "the same digits"))
     return status
 
 

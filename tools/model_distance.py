@@ -9,6 +9,7 @@ Fréchet and kernel distance of images of 20 `euler` steps to all images of the 
 import argparse
 import pathlib
 
+import comfyui
 import experiment_samples
 import imagenet
 import numpy as np
@@ -38,8 +39,8 @@ def main():
     parser.add_argument("--cfg", type=float, nargs="+", default=[1.0, 3.0])
     options = parser.parse_args()
     path = (options.model or experiment_samples.WEIGHTS[options.architecture]).resolve()
-    experiment_samples.WEIGHTS[options.architecture] = path
-    sampler, real = experiment_samples.prepare(), imagenet.real().components.numpy()
+    nodes, real = comfyui.load_nodes(cpu=not torch.cuda.is_available()), imagenet.real().components.numpy()
+    sampler = experiment_samples.Sampler(nodes, lambda run: path)
     print(f"{path.name}, {options.images} images, floor {floor(options.images):.1f}", flush=True)
     for cfg in options.cfg:
         run = Run(architecture=options.architecture, scheduler=EXACT_SCHEDULER[options.architecture], cfg=cfg)

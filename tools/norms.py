@@ -6,8 +6,9 @@ train_smooth.py trains on: smoothness_norms.csv.
 A row is a step of one image's run, measured by Contraction Probe (IEC): ||A + B J||, by how much the step multiplies an error;
 ||(1 - lambda) I + lambda B J|| for dampings of 0.1 to 0.9, by how much an iteration multiplies the distance of two iterates;
 and beside them, with `true_`, what changes of 1 % show of the network as it is, the roundings of a quantized one and all. Rows
-of smoothness_norms.csv have `residual_1` to 3 too, by how much each iteration of a correction at the step's own timestep would
-move the result. Rows that are there are skipped. It can be stopped; what a stop loses is less than two minutes' work.
+of smoothness_norms.csv have `residual_1` to 3 too, by how much each iteration of a correction of this step alone, at its own
+timestep, would move the result. Rows that are there are skipped. It can be stopped; what a stop loses is less than two
+minutes' work.
 """
 
 import argparse
@@ -33,7 +34,8 @@ SETTINGS = {
 }  # fmt: skip
 LABELS = ("face", "flag", "fruit")
 FORMATS = ("none", "W8A8", "W4A8")
-ITERATIONS = 3  # whose residuals are measured
+# Whose residuals are measured.
+CORRECTION = {"evaluation_point": "paper", "lambda_": 0.5, "max_iterations": 3, "tolerance": 0.0}
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def declared():
 def digest(row):
     """Return what tells a row from others: settings, and the model's weights."""
     weights = experiment_samples.weights_digest(row.case.run)
-    more = [ITERATIONS] if isinstance(row.case, TunedCase) else []
+    more = [CORRECTION] if isinstance(row.case, TunedCase) else []
     return experiment_samples.digest_of([row.key, SETTINGS, EXACT_SCHEDULER[row.case.architecture], weights, *more])
 
 
@@ -124,22 +126,21 @@ def measured(case):
     }  # fmt: skip
     *_, told = sampler.run("IECContractionProbe", **inputs, **SETTINGS)
     told = json.loads(told)
-    more = residuals(sampler, inputs) if isinstance(case, TunedCase) else [{}] * STEPS
+    more = [residuals(sampler, inputs, row.step) if isinstance(case, TunedCase) else {} for row in case.rows]
     seconds = (time.perf_counter() - begin) / len(told["steps"])
-    found = zip(case.rows, told["steps"], strict=True)
-    return case, [columns(row, step, told["jvp"], seconds) | more[row.step] for row, step in found]
+    found = zip(case.rows, told["steps"], more, strict=True)
+    return case, [columns(row, step, told["jvp"], seconds) | residual for row, step, residual in found]
 
 
-def residuals(sampler, inputs):
-    """Return for each step of a run, corrected in every step at its own timestep, the columns of the relative residuals of its
-    iterations. inputs: a MODEL, conditionings, schedule and latent, as a sampling node takes them.
+def residuals(sampler, inputs, step):
+    """Return the columns of the relative residuals of the iterations that correct this step alone, so that the run comes to it
+    as the norms' does. inputs: a MODEL, conditionings, schedule and latent, as a sampling node takes them.
     """
-    correction = {"correction_steps": "all", "evaluation_point": "paper", "lambda_": 0.5, "tolerance": 0.0}
     run = {"denoise": 1.0, "sampler_name": "euler"} | {name: SETTINGS[name] for name in ("seed", "steps", "cfg")}
-    _, (report,) = sampler.run("IECKSampler", **inputs, **run, **correction, max_iterations=ITERATIONS)
-    names = [f"residual_{number}" for number in range(1, ITERATIONS + 1)]
-    texts = [["" if value is None else experiments.number(value) for (value,) in step.residuals] for step in report.steps]
-    return [dict.fromkeys(names, "") | dict(zip(names, values)) for values in texts]
+    _, (report,) = sampler.run("IECKSampler", **inputs, **run, **CORRECTION, correction_steps=f"steps:{step}")
+    texts = ["" if value is None else experiments.number(value) for (value,) in report.steps[step].residuals]
+    names = [f"residual_{number + 1}" for number in range(CORRECTION["max_iterations"])]
+    return dict.fromkeys(names, "") | dict(zip(names, texts))
 
 
 def columns(row, step, jvp, seconds):
@@ -204,25 +205,23 @@ def main():
         return _again(options.again, found, workers)
     missing = [case for case in CASES if not all(map(found.get, case.rows))]
     print(f"norms: {len(missing)} of {len(CASES)} runs are missing." if missing else "norms: nothing is missing.", flush=True)
-    try:
-        for case in missing:
-            experiment_samples.weights_path(case.run)  # refused before anything is measured
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+    missing, refused = experiments.without_weights(missing)
     if missing:
         compute(missing, found, workers, lambda case: print(case.key, flush=True))
-    return 0
+    return experiments.said(refused)
 
 
 def _again(key, found, workers):
     named = [case for case in CASES if key in {row.key for row in case.rows}]
+    _, refused = experiments.without_weights(named)
+    if refused:
+        return experiments.said(refused)
     if not named or not all(map(found.get, named[0].rows)):
         print(f"key: '{key}' is no row that is there; --list has them all.", file=sys.stderr)
         return 2
-    differing = compute_again(named[0], found, workers)
-    print(f"{key}: " + (f"other digits in {', '.join(differing)}" if differing else "the same digits"))
-    return bool(differing)
+    changed = compute_again(named[0], found, workers)
+    print(f"{key}: " + (f"other digits in {', '.join(changed)}" if changed else "the same digits"))
+    return bool(changed)
 
 
 if __name__ == "__main__":

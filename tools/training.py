@@ -52,7 +52,7 @@ def train(network, loss_of_a_batch, settings, on_snapshot, state=None):
         is_last = step + 1 == settings["steps"]
         if (step + 1) % SNAPSHOT == 0 or is_last:
             recent = sum(losses[-SNAPSHOT:]) / len(losses[-SNAPSHOT:])
-            print(f"step {step + 1}  loss {recent:.4f}  {time.time() - began:.0f} s", flush=True)
+            print(f"{state.name if state else ''}  step {step + 1}  loss {recent:.4f}  {time.time() - began:.0f} s", flush=True)
             if state and not is_last:
                 state.save(step + 1, parts)
             on_snapshot(average, step + 1, recent)
@@ -68,6 +68,7 @@ class State:
         torch.Generator that the batches are drawn with.
         """
         self._path, self._run, self._generator = pathlib.Path(path), run, generator
+        self.name = self._path.stem
 
     def _kept(self):
         if not self._path.exists():
@@ -120,9 +121,9 @@ def run_on(path, start, build, config, classes, title, loss_of, settings, data):
     of earlier runs is added. data: facts of the images. The file's metadata tell all runs, the first one first: settings, data,
     steps done, loss.
     """
-    weights, history = read(path if path.exists() else start)
-    was_stopped = bool(history) and history[-1]["step"] < history[-1]["steps"]
-    for earlier in (history[:-1], history) if was_stopped else (history,):
+    weights, runs = read(path if path.exists() else start)
+    was_stopped = bool(runs) and runs[-1]["step"] < runs[-1]["steps"]
+    for earlier in (runs[:-1], runs) if was_stopped else (runs,):
         run = dict(settings, seed=settings["seed"] + len(earlier), torch=torch.__version__, **data)
         generator = torch.Generator().manual_seed(run["seed"])
         state = State(state_path(path), run, generator)
@@ -147,16 +148,24 @@ def state_path(path):
     return comfyui.CACHE / "training" / f"{path.stem}-{told}.pt"
 
 
-def read(path):
-    """Return (weights in float32, the list of training runs) of a model's file; (None, []) where there is none."""
+def history(path):
+    """Return the list of training runs of a model's file, as its metadata tell them; [] where there is none."""
     import safetensors
 
     if path is None or not path.exists():
-        return None, []
+        return []
     with safetensors.safe_open(path, "pt") as file:
-        weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
         told = json.loads(file.metadata()["iec.training"])
-    return weights, told if isinstance(told, list) else [told]  # files of one run have it by itself
+    return told if isinstance(told, list) else [told]  # files of one run have it by itself
+
+
+def read(path):
+    """Return (weights in float32, the list of training runs) of a model's file; (None, []) where there is none."""
+    from safetensors.torch import load_file
+
+    if path is None or not path.exists():
+        return None, []
+    return {name: tensor.float() for name, tensor in load_file(path).items()}, history(path)
 
 
 def save(network, path, title, **facts):

@@ -583,27 +583,63 @@ def test_run_of_another_workflow_is_not_shown(frontend):
     assert "last run" not in strip.text()
 
 
-def test_run_in_one_of_two_tabs_of_a_workflow_is_not_shown_in_the_other(frontend):
-    strip, run = Strip(frontend), frontend.page.evaluate
+def go(frontend, there):
+    """Show the tab "Previous" or "Next" to the one that is open."""
+    frontend.page.evaluate("(there) => app.extensionManager.command.execute(`Workspace.${there}OpenedWorkflow`)", there)
+    frontend.page.wait_for_timeout(1500)
+
+
+def graph_id(frontend):
+    return frontend.page.evaluate("(app.rootGraph ?? app.graph).id")
+
+
+def test_run_in_one_of_two_tabs_of_a_workflow_is_not_shown_in_the_other(frontend, strip):
+    """The first one corrects two steps, its copy five."""
+
+    def wait_for_dots(number):
+        wanted = "(number) => document.querySelectorAll('.iec-residual').length === number"
+        frontend.page.wait_for_function(wanted, arg=number, timeout=60_000)
+        strip.wait("last run")
+
+    frontend.open_api(workflow(steps=5), "first")
+    strip.wait("5 → 7 evaluations")
+    strip.run()
+    own = graph_id(frontend)
+    frontend.page.evaluate("app.extensionManager.command.execute('Comfy.DuplicateWorkflow')")
+    frontend.page.wait_for_function("app.extensionManager.workflow.openWorkflows.length > 1")
+    frontend.page.wait_for_timeout(1500)
+    strip.wait("5 → 7 evaluations")
+    assert "last run" not in strip.text()
+    strip.set("IECKSampler", "correction_steps", "all")
+    strip.wait("5 → 10 evaluations")
+    frontend.page.evaluate("app.queuePrompt(0, 1)")
+    wait_for_dots(5)
+    go(frontend, "Previous")
+    wait_for_dots(2)
+    assert graph_id(frontend) == own
+    go(frontend, "Next")
+    wait_for_dots(5)
+    assert graph_id(frontend) != own
+
+
+def test_run_of_a_workflow_in_api_form_is_shown_when_its_tab_is_opened_again(frontend, strip):
+    frontend.open_api(workflow(steps=5), "first")
+    strip.wait("5 → 7 evaluations")
+    strip.run()
+    frontend.open_api(workflow(steps=6), "second")
+    strip.wait("6 → 8 evaluations")
+    for there, text, is_run in (("Previous", "5 → 7", True), ("Next", "6 → 8", False), ("Previous", "5 → 7", True)):
+        go(frontend, there)
+        strip.wait(f"{text} evaluations")
+        assert ("last run" in strip.text()) == is_run
+
+
+def test_a_frontend_that_tells_no_tabs_shows_runs(frontend, strip):
+    frontend.page.evaluate("() => { app.extensionManager = undefined; }")
     frontend.open_api(workflow(steps=5), "first")
     strip.wait("5 → 7 evaluations")
     strip.run()
     assert "last run" in strip.text()
-    run("app.extensionManager.command.execute('Comfy.DuplicateWorkflow')")
-    frontend.page.wait_for_function("app.extensionManager.workflow.openWorkflows.length > 1")
-    strip.wait("5 → 7 evaluations")
-    frontend.page.wait_for_timeout(1000)
-    assert "last run" not in strip.text()
-    strip.set("IECKSampler", "seed", next(SEEDS))
-    run("app.queuePrompt(0, 1)")
-    strip.wait("last run")
-    ids = set()
-    for there in ("Previous", "Next"):  # to the first one, whose run is another, and to the copy again
-        run("(there) => app.extensionManager.command.execute(`Workspace.${there}OpenedWorkflow`)", there)
-        frontend.page.wait_for_timeout(1000)
-        strip.wait("last run")
-        ids.add(run("(app.rootGraph ?? app.graph).id"))
-    assert len(ids) == 2
 
 
 KNOWN_LATER = "The steps are known when it runs."

@@ -159,7 +159,6 @@ def test_norms_are_what_the_probe_tells(sampler, monkeypatch):
     watched = SimpleNamespace(run=run, model=sampler.model)
     monkeypatch.setattr(experiment_samples, "prepare", lambda: watched)
     case = norms.Case("unet", "W8A8", "flag")
-    assert norms.TunedCase("unet", "W8A8", "flag", "built-in").run.quantization == "W8A8"
     measured, (row,) = norms.measured(case)
     inputs, (_, _, text) = told["IECContractionProbe"]
     report = json.loads(text)
@@ -172,12 +171,12 @@ def test_norms_are_what_the_probe_tells(sampler, monkeypatch):
     assert len([name for name in row if "contraction" in name]) == 18
 
 
-def test_a_tuned_run_has_the_weights_of_its_file(sampler, model, tmp_path, monkeypatch):
+def test_a_tuned_run_has_the_weights_of_its_file(sampler, model, tmp_path):
     weights = {name: tensor * 0.5 for name, tensor in safetensors.torch.load_file(experiment_samples.WEIGHTS["unet"]).items()}
     with safetensors.safe_open(experiment_samples.WEIGHTS["unet"], "pt") as file:
         safetensors.torch.save_file(weights, tmp_path / "halved.safetensors", file.metadata())
-    monkeypatch.setattr(experiment_samples, "weights_path", lambda run: tmp_path / "halved.safetensors")
-    found = experiment_samples.Sampler(sampler._known).model(TunedRun(weights="smooth")).model.diffusion_model.state_dict()
+    halved = experiment_samples.Sampler(sampler._known, lambda run: tmp_path / "halved.safetensors")
+    found = halved.model(TunedRun(weights="smooth")).model.diffusion_model.state_dict()
     assert found.keys() == weights.keys()
     assert all(torch.equal(found[name], weights[name].float()) for name in found)
     (builtin,) = sampler.run("IECLoadBuiltinModel", precision="float32")  # and no other model has them
@@ -186,7 +185,7 @@ def test_a_tuned_run_has_the_weights_of_its_file(sampler, model, tmp_path, monke
 
 
 def test_residuals_are_those_of_the_papers_iteration(host, sampler, model):
-    """Three of 20 euler steps, written out: x' = x + (sigma' - sigma) eps(y), y the last x' at its step's own timestep."""
+    """In the third of 20 euler steps: x' = x + (sigma' - sigma) eps(y), y the last x' at its step's own timestep."""
     label, none = (host.run("IECClassLabel", labels=text)[0] for text in ("flag", "none"))
     (sigmas,) = host.run("BasicScheduler", model=model, scheduler="karras", steps=20, denoise=1.0)
 
@@ -201,19 +200,30 @@ def test_residuals_are_those_of_the_papers_iteration(host, sampler, model):
     x, expected = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(7)) * (1 + sigmas[0] ** 2).sqrt(), []
     with torch.inference_mode():
         for sigma, then in itertools.pairwise(sigmas[:4].tolist()):
-            own = math.sqrt((1 + sigma**2) / (1 + then**2))
-            moved = x + (then - sigma) * eps(x, sigma)
-            for _ in range(3):
-                anew = x + (then - sigma) * eps(moved * own, sigma)
-                expected.append((anew - moved).norm().item() / moved.norm().item())
-                moved = moved + 0.5 * (anew - moved)
-            x = moved
+            before, x = x, x + (then - sigma) * eps(x, sigma)
+        for _ in range(3):
+            anew = before + (then - sigma) * eps(x * math.sqrt((1 + sigma**2) / (1 + then**2)), sigma)
+            expected.append((anew - x).norm().item() / x.norm().item())
+            x = x + 0.5 * (anew - x)
     inputs = {
         "model": model, "positive": label, "negative": none, "scheduler": "karras",
         "latent_image": {"samples": torch.zeros(1, 3, 32, 32)},
     }  # fmt: skip
-    found = [float(text) for columns in norms.residuals(sampler, inputs)[:3] for text in columns.values()]
-    assert found == pytest.approx(expected, rel=2e-3)
+    found = norms.residuals(sampler, inputs, 2)
+    assert list(found) == ["residual_1", "residual_2", "residual_3"]
+    assert [float(text) for text in found.values()] == pytest.approx(expected, rel=2e-3)
+
+
+def test_a_tuned_case_has_its_weights_and_the_residuals_of_each_step(sampler, monkeypatch):
+    few = {"seed": 7, "steps": 20, "cfg": 3.0, "every": 10, "iterations": 2, "tolerance": 0.5, "perturbation": 0.01}
+    for name, value in {"SETTINGS": few, "STEPS": 20, "EVERY": 10}.items():
+        monkeypatch.setattr(norms, name, value)
+    monkeypatch.setattr(experiment_samples, "prepare", lambda: sampler)
+    monkeypatch.setattr(norms, "residuals", lambda sampler, inputs, step: {"residual_1": str(step)})
+    _, rows = norms.measured(norms.TunedCase("unet", "W8A8", "flag", "built-in"))
+    assert [(row["step"], row["residual_1"], row["weights"]) for row in rows] == [
+        ("0", "0", "built-in"), ("10", "10", "built-in"),
+    ]  # fmt: skip
 
 
 def test_an_image_that_is_not_finite_is_told_with_its_row(host):

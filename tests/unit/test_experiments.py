@@ -120,9 +120,9 @@ def test_the_gpus_of_a_cluster_say_how_many_each(monkeypatch):
 
 def test_the_whole_list_takes_less_than_four_hours(tmp_path):
     rows = [row for rows in experiment_rows.declared().values() for row in rows]
-    assert 10 < experiments.minutes(rows, experiment_samples.Store(tmp_path), workers=2) < 240
+    assert 10 < experiments.minutes(rows, experiment_samples.Store(tmp_path), workers=2) < 160
     longest = max(chunk.run.evaluations * chunk.size for row in rows for chunk in row.chunks)
-    assert longest / experiments.SPEED < 120  # seconds that a kill may lose
+    assert longest / experiments.SPEED < 60  # seconds that a kill may lose
 
 
 @pytest.mark.parametrize(
@@ -360,23 +360,27 @@ def test_wrong_arguments_end_in_a_sentence(fake, tmp_path, capsys, arguments, se
     assert capsys.readouterr().err.strip() == sentence
 
 
-def test_weights_that_are_to_be_made_first_are_told_before_anything_is_sampled(fake, tmp_path, monkeypatch, capsys):
+def test_rows_whose_weights_are_to_be_made_first_are_left_out_and_told(fake, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_smooth.comfyui, "CACHE", tmp_path)
     tuned = [Row("first", run, 16) for run in (TunedRun(steps=4), TunedRun(steps=4, weights="smooth"))]
     monkeypatch.setattr(experiment_rows, "declared", lambda *_: {"first": tuned})
-    assert run_all(tmp_path) == 2 and not fake.told
+    assert run_all(tmp_path) == 2 and {chunk.run.weights for chunk in fake.told} == {"built-in"}
     told = capsys.readouterr().err
     assert "weights: unet euler karras 4 cfg3 smooth weights needs weights that are not there; `make smooth`" in told
-    assert run_all(tmp_path, "--only", "built-in weights") == 0 and len(rows_of(tmp_path)) == 1
+    assert list(rows_of(tmp_path)) == [tuned[0].key]
 
 
 def test_norms_that_want_other_weights_first_are_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_smooth.comfyui, "CACHE", tmp_path)
-    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
     monkeypatch.setattr(norms, "results", lambda: experiments.Results(tmp_path, norms.declared(), norms.digest))
-    monkeypatch.setattr("sys.argv", ["norms.py"])
-    assert norms.main() == 2
-    assert "weights: unet euler karras 20 cfg3 longer weights needs weights that are not" in capsys.readouterr().err
+    measured = []
+    monkeypatch.setattr(norms, "compute", lambda cases, *_: measured.extend(cases))
+    (tuned,) = [case for case in norms.CASES if case.key == "unet W8A8 face longer weights"]
+    for arguments in ([], ["--again", tuned.rows[0].key]):
+        monkeypatch.setattr("sys.argv", ["norms.py", *arguments])
+        assert norms.main() == 2
+        assert "longer weights needs weights that are not there" in capsys.readouterr().err
+    assert measured == [case for case in norms.CASES if case.run.weights == "built-in"]
 
 
 def test_a_file_in_place_of_the_folder_is_refused(fake, tmp_path, capsys):

@@ -1,6 +1,5 @@
 """What the weights of a smaller Jacobian are trained for, and which they are."""
 
-import json
 from types import SimpleNamespace
 
 import experiment_rows
@@ -10,11 +9,12 @@ import safetensors.torch
 import torch
 import train_smooth
 import training
-from experiment_rows import Run, TunedRun
+from experiment_rows import Chunk, Run, TunedRun
 
 
 def test_the_penalty_is_the_norm_of_the_predicted_noises_derivative():
     """Of a network that is linear, v = W x at each pixel: eps = alpha (v + sigma x), so J = alpha (W + sigma I)."""
+    assert train_smooth.PENALTY["images"] == 8
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(8, 3, 4, 4, generator=generator, dtype=torch.float64)
     sigma = torch.linspace(0.1, 9, 8, dtype=torch.float64).view(-1, 1, 1, 1)
@@ -44,9 +44,10 @@ def kept(tmp_path, monkeypatch):
     return tmp_path
 
 
-def write(weights, step):
-    history = [{"step": 2800, "steps": 2800}, {"step": step, "steps": train_smooth.STEPS[weights]}]
-    training.save(torch.nn.Linear(1, 1), train_smooth.path(weights), "a layer", training=history)
+def write(weights, step, earlier=3):
+    before = training.history(train_smooth.BUILTIN)
+    runs = [*before[:earlier], {"step": step, "steps": train_smooth.STEPS[weights]}]
+    training.save(torch.nn.Linear(1, 1), train_smooth.path(weights), "a layer", training=runs)
 
 
 def test_weights_are_there_when_they_are_trained_to_the_end(kept):
@@ -55,15 +56,33 @@ def test_weights_are_there_when_they_are_trained_to_the_end(kept):
     assert not train_smooth.is_there("smooth")
     write("smooth", train_smooth.STEPS["smooth"])
     assert train_smooth.is_there("smooth") and not train_smooth.is_there("longer")
+    write("smooth", train_smooth.STEPS["smooth"], earlier=2)  # of another number of runs
+    assert not train_smooth.is_there("smooth")
 
 
 def test_another_recipe_is_another_file_and_another_row(kept, monkeypatch):
     runs = [TunedRun(weights=weights) for weights in experiment_rows.WEIGHTS]
-    digests, paths = [list(map(of, runs)) for of in (experiment_samples.digest, lambda run: train_smooth.path("smooth"))]
+    digests, path = list(map(experiment_samples.digest, runs)), train_smooth.path("smooth")
     monkeypatch.setitem(train_smooth.PENALTY, "weight", 0.2)
     assert [experiment_samples.digest(run) == digest for run, digest in zip(runs, digests)] == [True, True, False]
-    assert train_smooth.path("smooth") != paths[0] and len(set(digests)) == 3
-    assert json.loads(json.dumps(train_smooth.recipe("smooth")))["penalty"]["weight"] == 0.2
+    assert train_smooth.path("smooth") != path and len(set(digests)) == 3
+
+
+def test_other_weights_of_the_same_recipe_are_other_images(kept):
+    store, chunk = experiment_samples.Store(kept), Chunk(TunedRun(weights="smooth"), 0, 8)
+    files = set()
+    for _ in range(2):  # with another layer's random weights
+        write("smooth", train_smooth.STEPS["smooth"])
+        experiment_samples.sha256.cache_clear()
+        files.add(store.path(chunk))
+    assert len(files) == 2
+
+
+def test_runs_of_the_built_in_weights_are_sampled_once():
+    tuned, plain = TunedRun(quantization="W8A8", correction_steps="all"), Run(quantization="W8A8", correction_steps="all")
+    assert tuned.sampled == plain and type(tuned.sampled) is Run
+    assert {run.sampled for run in tuned.references.values()} == set(plain.references.values())
+    assert tuned.baseline == TunedRun(quantization="W8A8")
 
 
 def test_a_tuned_run_is_measured_against_runs_of_its_own_weights():
@@ -74,10 +93,11 @@ def test_a_tuned_run_is_measured_against_runs_of_its_own_weights():
     assert run.model != TunedRun(weights="longer", quantization="W8A8").model
 
 
-@pytest.mark.parametrize("settings", [{"weights": "best"}, {"architecture": "transformer"}])
-def test_other_weights_are_refused(settings):
-    with pytest.raises(ValueError, match=r"weights: .* is none of the U-Net.s; name one of built-in, longer, smooth"):
-        TunedRun(**settings)
+def test_other_weights_are_refused():
+    with pytest.raises(ValueError, match=r"weights: 'best' is none; name one of built-in, longer, smooth"):
+        TunedRun(weights="best")
+    with pytest.raises(ValueError, match=r"architecture: 'transformer' has the built-in weights alone"):
+        TunedRun(architecture="transformer")
 
 
 def test_weights_that_are_not_there_are_told_with_what_makes_them(kept):

@@ -42,13 +42,12 @@ function linkOf(graph, id) {
 
 const isIdle = (node) => [MUTED, BYPASSED].includes(node.mode);
 
-/** Whether a graph is a subgraph that does not run: all nodes that stand for it, or what they are in, are muted or bypassed. */
+/** Whether a graph is a subgraph that does not run: no node stands for it that runs, and is in one that does. */
 function isIdleGraph(graph) {
   const root = graph?.rootGraph;
   if (!root || root === graph) return false;
   const nodes = [root, ...(root.subgraphs?.values() ?? [])].flatMap((one) => one.nodes);
-  const holders = nodes.filter((one) => one.subgraph === graph);
-  return holders.length > 0 && holders.every((one) => isIdle(one) || isIdleGraph(one.graph));
+  return nodes.every((one) => one.subgraph !== graph || isIdle(one) || isIdleGraph(one.graph));
 }
 
 /** The value of a widget, or of the primitive node that is wired to it. */

@@ -230,17 +230,29 @@ async function ask(question) {
 }
 
 const tabs = new Map(); // workflow id: the frontend's workflow, a tab, that has it
-const ids = new WeakMap(); // a tab whose workflow had another tab's id: the id of its own that it has instead
+const ids = new WeakMap(); // a tab: {from, to}, the id that its workflow came with, and the one that it has instead
+let [tabBefore, idBefore] = []; // at the look before
 
-/** Gives the workflow that is open an id of its own, or its runs would be shown in others: in API form, or a copy in two tabs. */
+/**
+ * Gives the workflow that is open an id of its own, or its runs would be shown in others: one in API form has none, and a copy
+ * in another tab the same. The frontend need not keep the id when it shows another tab, so it is given again.
+ */
 function nameApart(graph) {
-  if (graph?.id === NO_ID) graph.id = LiteGraph.uuidv4();
   const { activeWorkflow: tab, openWorkflows = [] } = app.extensionManager?.workflow ?? {};
-  if (!tab || tab.activeState?.id !== graph?.id) return; // a tab is being opened, or has its own id
-  const other = tabs.get(graph.id);
-  const isTaken = other && other !== tab && openWorkflows.includes(other);
-  if (isTaken && !ids.has(tab)) ids.set(tab, LiteGraph.uuidv4());
-  graph.id = ids.get(tab) ?? graph.id;
+  const [isSettled, isOwn] = [tab === tabBefore && graph?.id === idBefore, tab?.activeState?.id === graph?.id];
+  [tabBefore, idBefore] = [tab, graph?.id];
+  if (!graph || !isSettled) return; // while a tab is opened, the graph may be another's
+  if (!tab || !isOwn) {
+    if (graph.id === NO_ID) graph.id = LiteGraph.uuidv4();
+    return;
+  }
+  for (const [id, owner] of tabs) if (!openWorkflows.includes(owner)) tabs.delete(id);
+  const { from, to } = ids.get(tab) ?? {};
+  if (graph.id === from) graph.id = to;
+  else if (graph.id === NO_ID || (tabs.get(graph.id) ?? tab) !== tab) {
+    ids.set(tab, { from: graph.id, to: LiteGraph.uuidv4() });
+    graph.id = ids.get(tab).to;
+  }
   tabs.set(graph.id, tab);
 }
 
