@@ -54,12 +54,16 @@ def with_tables(text, tables):
     return text
 
 
+def tables_of(rows):
+    """Return {name: Markdown} of all tables; rows: {name: what there is}."""
+    return {name: table(rows[name]) if rows[name] else "No row is there yet." for name, table in TABLES.items()}
+
+
 def write(results=experiments.RESULTS, page=PAGE):
     """Put the tables into the page, and write the figures beside the rows; return the paths that were written."""
     results, page = pathlib.Path(results), pathlib.Path(page)
     rows = read(results) | read_norms(results)
-    tables = {name: table(rows[name]) if rows[name] else "No row is there yet." for name, table in TABLES.items()}
-    page.write_text(with_tables(page.read_text() if page.exists() else frame(), tables))
+    page.write_text(with_tables(page.read_text() if page.exists() else frame(), tables_of(rows)))
     figures = {name: draw(rows[name]) for name, draw in FIGURES.items() if rows[name]}
     drawn = {results / f"{name}.png": figure for name, figure in figures.items() if figure}
     for path, figure in drawn.items():

@@ -108,9 +108,10 @@ class Run:
         """The run that stands for the exact solution from the same noise; None where the sampler draws noise of its own."""
         if self.sampler in STOCHASTIC:
             return None
-        scheduler = EXACT_SCHEDULER[self.architecture]
-        scheduler = self.scheduler if self.scheduler == "quadratic" else scheduler  # which begins at a sigma of its own
-        return replace(self.same_steps, sampler="heun", scheduler=scheduler, steps=EXACT_STEPS)
+        scheduler, steps = EXACT_SCHEDULER[self.architecture], EXACT_STEPS
+        if self.scheduler == "quadratic":  # which begins at a sigma of its own, and where 100 steps with `next` are heun itself
+            scheduler, steps = self.scheduler, 2 * EXACT_STEPS
+        return replace(self.same_steps, sampler="heun", scheduler=scheduler, steps=steps)
 
     @property
     def references(self):

@@ -1,6 +1,7 @@
 """The tables and figures of docs/results.md, against rows that are written down here."""
 
 import csv
+import re
 from dataclasses import replace
 
 import answer_figures
@@ -9,6 +10,7 @@ import answer_tables
 import answers
 import experiment_rows
 import experiment_samples
+import experiments
 import norms
 import numpy as np
 import pytest
@@ -226,6 +228,20 @@ def test_norms_and_residuals_are_told_for_each_of_the_weights():
     rows = [(norms.TunedCase("unet", "none", label, "smooth").rows[1], texts_of(4, more)) for label, more in LABELS.items()]
     numbers = " | ".join(("1.500", "1.800", "0.750", "0.1000", "0.0100", "0.0010"))
     assert answer_tables.by_weights(rows).splitlines()[2:] == [f"| smooth | full precision | 4 | {numbers} |"]
+
+
+def test_the_repository_has_every_row_and_the_page_their_tables():
+    """Of the weights and settings that there are: where either has changed, `make experiments` and its like are due."""
+    sources = [(experiment_rows, experiment_samples.row_digest), (norms, norms.digest), (times, times.digest)]
+    for source, digest in sources:
+        files = source.declared()
+        found = experiments.Results(experiments.RESULTS, files, digest)
+        assert [row.key for rows in files.values() for row in rows if found.get(row) is None] == []
+    page = answers.PAGE.read_text()
+    rows = answer_rows.read() | answer_rows.read_norms()
+    assert answers.with_tables(page, answers.tables_of(rows)) == page
+    figures = set(re.findall(r"\]\(results/(\w+)\.png\)", page))
+    assert figures == set(answers.FIGURES) and all((experiments.RESULTS / f"{name}.png").exists() for name in figures)
 
 
 def test_every_question_has_its_table_and_its_figure(results):

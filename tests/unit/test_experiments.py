@@ -174,7 +174,7 @@ def test_references_are_full_precision_without_cache_and_correction():
     assert Run(architecture="transformer", scheduler="simple").exact.scheduler == "simple"
     controlled = Run(scheduler="quadratic", sampler="ddim", control="shrunk")
     assert controlled.baseline == controlled.same_steps == replace(controlled, control="none")
-    assert controlled.exact == Run(scheduler="quadratic", sampler="heun", steps=experiment_rows.EXACT_STEPS)
+    assert controlled.exact == Run(scheduler="quadratic", sampler="heun", steps=2 * experiment_rows.EXACT_STEPS)
     assert Run(sampler="euler_ancestral").exact is None and list(Run(sampler="euler_ancestral").references) == ["same_steps"]
     assert list(run.references) == ["baseline", "same_steps", "exact"]
 
