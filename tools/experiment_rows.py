@@ -277,7 +277,7 @@ def choices(base):
 
 QUESTIONS = [
     Question(
-        "With the authors' settings, 100 steps of DDIM on quadratic timesteps: what helps, and does it help full precision too?",
+        "With the authors' settings, 100 steps of DDIM on quadratic timesteps: what helps, and does it help full precision?",
         "authors",
         [
             *with_rules(grid(AUTHORS, quantization=FORMATS), ALL),
