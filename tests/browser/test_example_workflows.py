@@ -116,7 +116,7 @@ def test_workflow_runs_in_the_frontend_and_its_strips_show_it(frontend, has_run,
     for corrected, charted, text in strips:
         assert corrected == charted and "last run" in text, text
     assert grown == sorted(grown)
-    if sum(charted for _, charted, _ in strips) > 2:
+    if sum(charted for _, charted, _ in strips) > 5:  # fewer may all come between two looks at the strips
         assert len(set(grown)) > 2, grown  # while it ran, not at the end
     page.evaluate("() => document.querySelectorAll('.iec-keep').forEach((box) => box.click())")
     page.wait_for_timeout(2000)  # the frontend saves its draft with a delay
