@@ -32,6 +32,7 @@ import torch
 import train_smooth
 from experiment_rows import CALIBRATION_RUNS, CHUNK, CONTROLS, Run
 from safetensors.torch import save
+from training import sha256
 
 MOST_AT_ONCE = 256  # images, on a GPU
 SEED = 1000  # of the first chunk's noise; the next one's is one more
@@ -39,11 +40,6 @@ ASSETS = comfyui.ROOT / "nodes/assets"
 WEIGHTS = {"unet": ASSETS / "emoji32.safetensors", "transformer": ASSETS / "emoji32_flow.safetensors"}
 STOCK = ("custom_sampler", "eps")  # node files of the host
 MEASURED_BY = (classifier.WEIGHTS, imagenet.REAL_FEATURES)
-
-
-@functools.cache
-def sha256(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def digest_of(thing):

@@ -8,7 +8,6 @@ of docs/results/smoothness.csv and smoothness_norms.csv compare them. The files 
 they are made of. It can be stopped, and goes on from the last snapshot: less than ten minutes are lost.
 """
 
-import functools
 import hashlib
 import json
 import multiprocessing
@@ -30,14 +29,9 @@ STEPS = {"longer": 2100, "smooth": 1260}
 PENALTY = {"weight": 0.1, "images": 8, "difference": 0.01}
 
 
-@functools.cache
-def _sha256(file):
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
 def recipe(weights):
     """Return what the weights of "longer" or "smooth" are made of, as JSON has it."""
-    made_of = SETTINGS | {"steps": STEPS[weights], "start": _sha256(BUILTIN), "data": emoji.DATA_PACKAGE}
+    made_of = SETTINGS | {"steps": STEPS[weights], "start": training.sha256(BUILTIN), "data": emoji.DATA_PACKAGE}
     return made_of | ({"penalty": PENALTY} if weights == "smooth" else {})
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import functools
 import hashlib
 import json
 import math
@@ -14,6 +15,12 @@ import torch
 
 BUILTIN, TRAINING = comfyui.ROOT / "nodes/assets", comfyui.ROOT / "tools/assets/training"
 SNAPSHOT = 500  # steps between two snapshots; of the built-in models, less than ten minutes on one CPU core
+
+
+@functools.cache
+def sha256(path):
+    """Return the hexadecimal digest of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def learning_rate_factor(step, settings):

@@ -238,21 +238,19 @@ let [tabBefore, idBefore] = []; // at the look before
  * in another tab the same. The frontend need not keep the id when it shows another tab, so it is given again.
  */
 function nameApart(graph) {
+  if (graph?.id === NO_ID) graph.id = LiteGraph.uuidv4(); // at once: it may be queued before the next look
   const { activeWorkflow: tab, openWorkflows = [] } = app.extensionManager?.workflow ?? {};
-  const [isSettled, isOwn] = [tab === tabBefore && graph?.id === idBefore, tab?.activeState?.id === graph?.id];
+  const isSettled = tab === tabBefore && graph?.id === idBefore; // while a tab is opened, the graph may be another's
   [tabBefore, idBefore] = [tab, graph?.id];
-  if (!graph || !isSettled) return; // while a tab is opened, the graph may be another's
-  if (!tab || !isOwn) {
-    if (graph.id === NO_ID) graph.id = LiteGraph.uuidv4();
-    return;
-  }
+  const from = tab?.activeState?.id;
+  if (!graph || !from || !isSettled) return;
   for (const [id, owner] of tabs) if (!openWorkflows.includes(owner)) tabs.delete(id);
-  const { from, to } = ids.get(tab) ?? {};
-  if (graph.id === from) graph.id = to;
-  else if (graph.id === NO_ID || (tabs.get(graph.id) ?? tab) !== tab) {
-    ids.set(tab, { from: graph.id, to: LiteGraph.uuidv4() });
-    graph.id = ids.get(tab).to;
+  if (ids.get(tab)?.from !== from) {
+    if (from !== NO_ID && graph.id !== from) return;
+    const isTaken = from !== NO_ID && (tabs.get(from) ?? tab) !== tab;
+    ids.set(tab, { from, to: isTaken ? LiteGraph.uuidv4() : graph.id });
   }
+  graph.id = ids.get(tab).to;
   tabs.set(graph.id, tab);
 }
 
