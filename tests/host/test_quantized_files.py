@@ -705,7 +705,7 @@ def test_no_second_copy_is_in_memory(folder, save, load):
     size = (folder / "q.safetensors").stat().st_size
     assert size > 250e6 and largest < 0.03 * size
     loaded, growth = peak_of(load)
-    assert 0.9 * size < growth < 1.2 * size  # the model itself
+    assert 0.9 * size < growth < 1.5 * size  # the model itself, and what the process keeps of earlier tests
     _, growth = peak_of(lambda: save(loaded, "again"))
     assert growth < 0.1 * size  # beside the model, which is there already
     assert_same_weights(loaded, load("again.safetensors"))
