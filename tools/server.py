@@ -79,6 +79,10 @@ class Server:
         """Let it forget what nodes gave in the last prompt, which a like one would not run again."""
         requests.post(self.url + "/free", json={"free_memory": True}, timeout=60).raise_for_status()
 
+    def clear_history(self):
+        """Let it drop its list of the prompts that have run, which every page that is opened asks for."""
+        requests.post(self.url + "/history", json={"clear": True}, timeout=60).raise_for_status()
+
     def run(self, workflow, on_event=lambda kind, data: None):
         """Run an API workflow to its end and return its outputs, {node id: ui output}.
 

@@ -622,12 +622,29 @@ def test_run_in_one_of_two_tabs_of_a_workflow_is_not_shown_in_the_other(frontend
     assert graph_id(frontend) != own
 
 
-def test_run_of_a_workflow_in_api_form_is_shown_when_its_tab_is_opened_again(frontend, strip):
+def open_six_steps(frontend, form):
+    """Open a workflow of six steps and without an id, in API form or as the frontend saves it ("saved"), beside one of five."""
+    if form == "api":
+        return frontend.open_api(workflow(steps=6), "second")
+    saved = frontend.page.evaluate("(app.rootGraph ?? app.graph).serialize()")
+    sampler = next(node for node in saved["nodes"] if node["type"] == "IECKSampler")
+    sampler["widgets_values"][sampler["widgets_values"].index(5)] = 6
+    return frontend.open({key: value for key, value in saved.items() if key != "id"}, "second")
+
+
+STEPS_OF_FIRST = """() => app.extensionManager.workflow.openWorkflows.find((one) => one.path.includes("first"))
+    .activeState.nodes.find((one) => one.type === "IECKSampler").widgets_values.find((one) => [5, 6].includes(one))"""
+
+
+@pytest.mark.parametrize("form", ["api", "saved"])
+def test_run_of_a_workflow_in_api_form_is_shown_when_its_tab_is_opened_again(frontend, strip, form):
     frontend.open_api(workflow(steps=5), "first")
     strip.wait("5 → 7 evaluations")
     strip.run()
-    frontend.open_api(workflow(steps=6), "second")
+    open_six_steps(frontend, form)
     strip.wait("6 → 8 evaluations")
+    if frontend.page.evaluate(STEPS_OF_FIRST) != 5:
+        pytest.skip("this frontend has written the second workflow into the first one's tab")
     for there, text, is_run in (("Previous", "5 → 7", True), ("Next", "6 → 8", False), ("Previous", "5 → 7", True)):
         go(frontend, there)
         strip.wait(f"{text} evaluations")
