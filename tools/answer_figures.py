@@ -212,7 +212,7 @@ def of_weights(rows):
 
 FIGURES = {
     "authors": changes, "distances": changes, "noise": changes,
-    "rules": ratios, "steps": ratios, "samplers": ratios, "caches": ratios,
+    "rules": ratios, "steps": ratios, "limits": ratios, "samplers": ratios, "caches": ratios,
     "schedules": ratios_by_schedule, "damping": against_damping, "choices": against_time, "norms": along_the_run,
     "smoothness": ratios, "smoothness_norms": of_weights,
 }  # fmt: skip

@@ -139,7 +139,7 @@ def by_weights(rows):
 
 TABLES = {
     "authors": by_distance, "distances": by_distance, "noise": by_distance,
-    "rules": by_rule, "steps": by_rule, "samplers": by_rule, "caches": by_rule,
+    "rules": by_rule, "steps": by_rule, "limits": by_rule, "samplers": by_rule, "caches": by_rule,
     "schedules": by_schedule, "damping": by_damping, "choices": by_choice, "norms": by_norm,
     "smoothness": by_rule, "smoothness_norms": by_weights,
 }  # fmt: skip

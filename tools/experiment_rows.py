@@ -31,6 +31,7 @@ CONTROLS = {
     "shrunk": 1,  # the noise multiplied by what a correction makes of it where noise dominates, without an evaluation
     "epsilon1.005": 1,  # the noise divided by 1.005, by the host's Epsilon Scaling
     "averaged": 2,  # at the same point, weights and activations rounded stochastically, averaged
+    "last step alone": 6,  # each other step in three of heun: the error left is the last step's, never corrected ahead
 }
 
 
@@ -324,6 +325,20 @@ QUESTIONS = [
         "On which schedules?",
         "schedules",
         with_rules(grid(UNET, scheduler=SCHEDULES, steps=[4, 6, 10, 20, 50]), ALL_AHEAD),
+        images=16,
+    ),
+    Question(
+        "What keeps `auto` from leaving less: how much of the error is the last step's, which is never corrected?",
+        "limits",
+        [
+            run
+            for base in (
+                *grid(UNET, scheduler=["karras", "linear_quadratic", "kl_optimal"], steps=[10, 20, 50]),
+                *grid(FLOW, steps=[10, 20, 50]),
+            )
+            for run in (*with_rules([base], AUTO), replace(base, control="last step alone"))
+        ]
+        + [replace(run, sampler="heun", steps=10) for run in (replace(UNET, scheduler="kl_optimal"), FLOW)],
         images=16,
     ),
     Question(

@@ -39,6 +39,7 @@ SEED = 1000  # of the first chunk's noise; the next one's is one more
 ASSETS = comfyui.ROOT / "nodes/assets"
 WEIGHTS = {"unet": ASSETS / "emoji32.safetensors", "transformer": ASSETS / "emoji32_flow.safetensors"}
 STOCK = ("custom_sampler", "eps")  # node files of the host
+SPLIT = 3  # a step, where it has to be exact
 MEASURED_BY = (classifier.WEIGHTS, imagenet.REAL_FEATURES)
 
 
@@ -141,12 +142,17 @@ class Sampler:
         run, first, seed = chunk.run, chunk.number * chunk.size, SEED + chunk.number
         with self._controlled(run, seed) as model:
             begin = time.perf_counter()
-            sample = self._by_timesteps if run.scheduler == "quadratic" else self._by_scheduler
-            latent, report = sample(model, run, self._labels(first, chunk.size), {"samples": torch.zeros(shape(chunk))}, seed)
+            labels, empty = self._labels(first, chunk.size), {"samples": torch.zeros(shape(chunk))}
+            latent, nfe = self._sample_of(run)(model, run, labels, empty, seed)
             seconds = time.perf_counter() - begin
         if not bool(latent["samples"].isfinite().all()):
             raise ValueError(f"{run.key}: a latent of images {first} to {first + chunk.size - 1} is not finite.")
-        return latent["samples"].float().cpu(), report.nfe * CONTROLS[run.control], seconds
+        return latent["samples"].float().cpu(), nfe, seconds
+
+    def _sample_of(self, run):
+        if run.control == "last step alone":
+            return self._but_the_last_exact
+        return self._by_timesteps if run.scheduler == "quadratic" else self._by_scheduler
 
     def _labels(self, first, size):
         """Return the conditioning of `size` images from the first on: the classes go round."""
@@ -179,23 +185,34 @@ class Sampler:
         }  # fmt: skip
 
     def _by_scheduler(self, model, run, labels, latent, seed):
-        """Return (LATENT, RunReport) of KSampler (IEC)."""
+        """Return (LATENT, evaluations of the network) of KSampler (IEC)."""
         latent, reports = self.run(
             "IECKSampler", model=model, **labels, latent_image=latent, denoise=1.0, seed=seed, steps=run.steps, cfg=run.cfg,
             sampler_name=run.sampler, scheduler=run.scheduler, **self._correction(run),
         )  # fmt: skip
-        return latent, reports[0]
+        return latent, reports[0].nfe * CONTROLS[run.control]
 
     def _by_timesteps(self, model, run, labels, latent, seed):
-        """The same over the authors' timesteps, by the host's SamplerCustom and IEC Sampler."""
+        """The same over the authors' timesteps."""
+        sigmas = quadratic_sigmas(model.get_model_object("model_sampling"), run.steps)
+        latent, nfe = self._by_sigmas(model, run, labels, latent, seed, sigmas)
+        return latent, nfe * CONTROLS[run.control]
+
+    def _but_the_last_exact(self, model, run, labels, latent, seed):
+        """The same with every step but the last split."""
+        (sigmas,) = self.run("BasicScheduler", model=model, scheduler=run.scheduler, steps=run.steps, denoise=1.0)
+        return self._by_sigmas(model, replace(run, sampler="heun"), labels, latent, seed, split_but_last(sigmas, SPLIT))
+
+    def _by_sigmas(self, model, run, labels, latent, seed, sigmas):
+        """The same by the host's SamplerCustom and IEC Sampler, over sigmas of one's own."""
         sampler, reports = self.run(
             "IECSampler", sampler=self.run("KSamplerSelect", sampler_name=run.sampler)[0], **self._correction(run)
         )
         latent, _ = self.run(
             "SamplerCustom", model=model, add_noise=True, noise_seed=seed, cfg=run.cfg, **labels, sampler=sampler,
-            sigmas=quadratic_sigmas(model.get_model_object("model_sampling"), run.steps), latent_image=latent,
+            sigmas=sigmas, latent_image=latent,
         )  # fmt: skip
-        return latent, reports[-1]
+        return latent, reports[-1].nfe
 
     def at_once(self, architecture):
         """Return how many images of a model the GPU samples at once, a power of two of 8 to 256: what the host expects them to
@@ -221,6 +238,12 @@ def quadratic_sigmas(sampling, steps):
     """
     timesteps = torch.linspace(0, (0.8 * len(sampling.sigmas)) ** 0.5, steps) ** 2
     return torch.cat([sampling.sigma(timesteps).flip(0).float(), torch.zeros(1)])
+
+
+def split_but_last(sigmas, parts):
+    """Return float32 sigmas in which every step but the last one is split into `parts` of the same width."""
+    here, then = sigmas[:-2, None], sigmas[1:-1, None]
+    return torch.cat([(here + (then - here) * torch.arange(parts) / parts).flatten(), sigmas[-2:]])
 
 
 def pixels(latents):

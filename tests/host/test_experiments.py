@@ -136,6 +136,25 @@ def test_a_correction_over_the_authors_timesteps_counts_its_evaluations(sampler)
     assert nfe == 2 * STEPS and not torch.equal(corrected, sampler.chunk(Chunk(run.baseline, 0, 8))[0])
 
 
+def test_the_last_step_alone_is_eulers_after_a_third_of_each_other_step_by_heun(host, sampler, model, denoised, relative):
+    """Heun's method written out, over the schedule's sigmas."""
+    run = Run(scheduler="karras", steps=STEPS, cfg=1.0, control="last step alone")
+    latents, nfe, _ = sampler.chunk(Chunk(run, 0, 8))
+    sigmas = host.run("BasicScheduler", model=model, scheduler="karras", steps=STEPS, denoise=1.0)[0].double().tolist()
+    full_noise = math.hypot(1, sigmas[0])  # the host's, at the model's largest sigma
+    x = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1000)) * full_noise
+
+    def slope(x, sigma):
+        return (x - denoised(x, sigma)) / sigma
+
+    for begin, end in itertools.pairwise(sigmas[:-1]):
+        for third in range(3):
+            here, then = (begin + (end - begin) * part / 3 for part in (third, third + 1))
+            first = slope(x, here)
+            x = x + (then - here) * (first + slope(x + (then - here) * first, then)) / 2
+    assert relative(latents, denoised(x, sigmas[-2])) < 1e-4 and nfe == (STEPS - 1) * 3 * 2 + 1
+
+
 def test_averaged_rounding_is_drawn_by_the_seed_and_leaves_the_model_as_it_was(sampler, relative):
     plain = Run(quantization="W4A8", steps=2, cfg=1.0)
     averaged = replace(plain, control="averaged")

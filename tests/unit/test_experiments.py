@@ -136,6 +136,7 @@ def test_the_whole_list_takes_less_than_four_hours(tmp_path):
         (Run(interval=5, correction_steps="full"), 2 * (20 * 0.28 + 4)),
         (Run(correction_steps="all", evaluation_point="ahead"), 40),
         (Run(control="averaged"), 80),
+        (Run(control="last step alone"), 2 * (20 * 3 * 2)),  # but for the last step, which is one evaluation
     ],
 )
 def test_costs_are_counted(run, evaluations):
@@ -145,7 +146,10 @@ def test_costs_are_counted(run, evaluations):
 @pytest.mark.parametrize(
     "settings, sentence",
     [
-        ({"control": "shrink"}, "control: 'shrink' is none; name one of none, shrunk, epsilon1.005, averaged."),
+        (
+            {"control": "shrink"},
+            "control: 'shrink' is none; name one of none, shrunk, epsilon1.005, averaged, last step alone.",
+        ),
         ({"cache": "teacache", "interval": 2}, "cache: 'teacache' is none; name one of deepcache, calibrated."),
         ({"cache": "calibrated"}, "interval: at 1 there is no cache; leave cache and forecast out."),
         ({"forecast": "linear"}, "interval: at 1 there is no cache; leave cache and forecast out."),
