@@ -1,19 +1,24 @@
 """What caches keep and save, for docs/caching.md.
 
     python tools/cache_benchmark.py [--steps 20] [--seeds 16] [--repeat 3] [--intervals 2 3 5]
+    python tools/cache_benchmark.py --quantized [--steps 20] [--seeds 1] [--intervals 3]
     python tools/cache_benchmark.py --speed [--repeat 3] [--latent 32] [--networks "SD 1.5" SDXL]
 
-First, caches of the built-in model: error and Fréchet distance against time. At every interval all of DeepCache and CacheQuant
+Caches of the built-in model: error and Fréchet distance against time. At every interval all of DeepCache and CacheQuant
 evaluate the same number of steps in full; beside them the host's EasyCache and LazyCache, with the threshold at which they
 evaluate as many steps as that time would allow. Errors are to the uncached run of the same seed, means over images; times are
 medians of shares of an uncached run's, measured in turn. The Fréchet distance is to the uncached images of the same seeds, over
 16 principal components of the network's own features.
 
-Secondly, with --speed: how much less time DeepCache takes on U-Nets of the shapes of SD 1.5 and SDXL with random weights,
+With --quantized, the errors of the same caches on quantized models, and what the paper's second correction, of the block that
+consumes the feature, does to them.
+
+With --speed: how much less time DeepCache takes on U-Nets of the shapes of SD 1.5 and SDXL with random weights,
 beside how many floating-point operations fewer it needs, as counted while the same run goes on.
 """
 
 import argparse
+import itertools
 
 import benchmark
 import comfyui
@@ -119,6 +124,25 @@ def measure(table, interval):
         table.row(interval, f"{node}, threshold {threshold:.3g}", model)
 
 
+def quantized(nodes, steps, seeds, intervals):
+    """Print the errors of caches on quantized models, to the full-precision runs without a cache."""
+    found = Quality(nodes, steps, seeds)
+    full, runs = found.builtin.model, benchmark.calibration_inputs(nodes, steps, runs=2)
+    kinds = [(forecast, consumer) for forecast in ("hold", "linear") for consumer in (False, True)]
+    names = [f"CacheQuant, dps, {forecast}{', correct_consumer' if consumer else ''}" for forecast, consumer in kinds]
+    benchmark.table("model", "interval", "no cache", "DeepCache, hold", *names)
+    for bits, interval in itertools.product((8, 4), intervals):
+        model = found.builtin.variant(bits=bits)
+        cells = [found.of(model)[0], found.of(found.builtin.variant(bits=bits, interval=interval, forecast="hold"))[0]]
+        for forecast, consumer in kinds:
+            profile = nodes["IECCalibrateCacheQuant"].execute(
+                model=model, full_precision=full, **runs, interval=interval, branch=0, schedule="dps", forecast=forecast,
+                correct_consumer=consumer,
+            ).result[0]  # fmt: skip
+            cells.append(found.of(nodes["IECCacheQuant"].execute(model=model, profile=profile).result[0])[0])
+        benchmark.row(f"W{bits}A8", interval, *cells)
+
+
 def speed(nodes, kinds, repeat, latent, steps=12):
     """Print how the time of a run with DeepCache compares to that without, and to its operations."""
     import nodes as stock
@@ -157,6 +181,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=16, help="eight images each")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--intervals", type=int, nargs="+", default=[2, 3, 5])
+    parser.add_argument("--quantized", action="store_true", help="caches on quantized models instead")
     parser.add_argument("--speed", action="store_true", help="time U-Nets of true shapes instead")
     parser.add_argument("--latent", type=int, default=32, help="side of the latent for --speed")
     parser.add_argument("--networks", nargs="+", default=["SD 1.5", "SDXL"], help="for --speed")
@@ -165,6 +190,8 @@ def main():
     with torch.inference_mode():
         if arguments.speed:
             return speed(nodes, arguments.networks, arguments.repeat, arguments.latent)
+        if arguments.quantized:
+            return quantized(nodes, arguments.steps, arguments.seeds, arguments.intervals)
         table = Table(nodes, arguments.steps, arguments.seeds, arguments.repeat)
         print(f"\nCaches. {benchmark.device()[1]}; built-in model, float32, {arguments.steps} DDIM steps on normal, cfg 3,")
         print(
