@@ -48,6 +48,6 @@ def nothing_is_left_behind(request):
     before = process_state()
     yield
     after = process_state()
+    assert {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)} == set()
     if "shared_server" in request.fixturenames:
         request.getfixturevalue("shared_server").clear_history()
-    assert {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)} == set()

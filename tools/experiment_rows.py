@@ -25,7 +25,7 @@ CALIBRATION_RUNS, CALIBRATION_IMAGES = 8, 2  # the images of a run, one for each
 EXACT_SCHEDULER = {"unet": "karras", "transformer": "simple"}
 # What the U-Net's weights are: the built-in ones, or trained on from them with or without a penalty (train_smooth.py).
 WEIGHTS = ("built-in", "longer", "smooth")
-# An effect of a correction by itself, and how many evaluations of the network it makes of one.
+# An effect by itself, and about how many evaluations of the network it makes of one.
 CONTROLS = {
     "none": 1,
     "shrunk": 1,  # the noise multiplied by what a correction makes of it where noise dominates, without an evaluation
@@ -40,7 +40,8 @@ class Run:
     """A way to sample, in the words of the nodes' inputs. quantization: "none" or such as "W8A8". interval: the cache's, 1 for
     none. cache: of `CACHES`; "calibrated" is CacheQuant on the steps that its calibration finds. scheduler: "quadratic" is the
     authors' timesteps. control: of `CONTROLS`. instead_of: the steps of the run that it is compared with, 0 for as many as its
-    own. ValueError for another cache or control, and for a cache without an interval.
+    own. ValueError for another cache or control, for a cache without an interval, and for the last step alone of another than a
+    plain run of euler.
     """
 
     weights: ClassVar[str] = "built-in"
@@ -66,6 +67,9 @@ class Run:
                 raise ValueError(f"{name}: '{getattr(self, name)}' is none; name one of {', '.join(known)}.")
         if self.interval == 1 and (self.cache, self.forecast) != (Run.cache, Run.forecast):
             raise ValueError("interval: at 1 there is no cache; leave cache and forecast out.")
+        is_plain = self.correction_steps == "none" and self.interval == 1 and self.sampler == "euler"
+        if self.control == "last step alone" and (not is_plain or self.scheduler == "quadratic"):
+            raise ValueError("control: 'last step alone' is of euler on a schedule of the host, without cache and correction.")
 
     @property
     def key(self):

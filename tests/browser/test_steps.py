@@ -643,7 +643,7 @@ def test_run_of_a_workflow_in_api_form_is_shown_when_its_tab_is_opened_again(fro
     strip.run()
     open_six_steps(frontend, form)
     strip.wait("6 → 8 evaluations")
-    if frontend.page.evaluate(STEPS_OF_FIRST) != 5:
+    if form == "api" and frontend.page.evaluate(STEPS_OF_FIRST) == 6:
         pytest.skip("this frontend has written the second workflow into the first one's tab")
     for there, text, is_run in (("Previous", "5 → 7", True), ("Next", "6 → 8", False), ("Previous", "5 → 7", True)):
         go(frontend, there)

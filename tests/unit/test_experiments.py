@@ -152,6 +152,10 @@ def test_costs_are_counted(run, evaluations):
         ),
         ({"cache": "teacache", "interval": 2}, "cache: 'teacache' is none; name one of deepcache, calibrated."),
         ({"cache": "calibrated"}, "interval: at 1 there is no cache; leave cache and forecast out."),
+        (
+            {"control": "last step alone", "sampler": "heun"},
+            "control: 'last step alone' is of euler on a schedule of the host, without cache and correction.",
+        ),
         ({"forecast": "linear"}, "interval: at 1 there is no cache; leave cache and forecast out."),
     ],
 )
