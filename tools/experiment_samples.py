@@ -201,7 +201,8 @@ class Sampler:
     def _but_the_last_exact(self, model, run, labels, latent, seed):
         """The same with every step but the last split."""
         (sigmas,) = self.run("BasicScheduler", model=model, scheduler=run.scheduler, steps=run.steps, denoise=1.0)
-        return self._by_sigmas(model, replace(run, sampler="heun"), labels, latent, seed, split_but_last(sigmas, SPLIT))
+        plain = replace(run.uncorrected, sampler="heun")
+        return self._by_sigmas(model, plain, labels, latent, seed, split_but_last(sigmas, SPLIT))
 
     def _by_sigmas(self, model, run, labels, latent, seed, sigmas):
         """The same by the host's SamplerCustom and IEC Sampler, over sigmas of one's own."""
