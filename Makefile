@@ -18,7 +18,10 @@ error-growth: setup
 # docs/quantization.md, about three hours on two CPU cores.
 benchmark: setup
 	$(RUN) tools/benchmark.py
-	$(RUN) tools/cache_benchmark.py
+	$(RUN) tools/benchmark.py bias caches calibrated --architecture transformer
+	$(RUN) tools/cache_benchmark.py --seeds 8 --intervals 2 3 5 10
+	$(RUN) tools/cache_benchmark.py --steps 50 --seeds 4 --intervals 5 10 --repeat 1
+	$(RUN) tools/cache_benchmark.py --quantized --seeds 1 --intervals 3
 	$(RUN) tools/cache_benchmark.py --speed --latent 16
 	$(RUN) tools/quantization_benchmark.py
 	$(RUN) tools/quantization_benchmark.py --speed

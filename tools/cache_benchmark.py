@@ -1,7 +1,7 @@
 """What caches keep and save, for docs/caching.md.
 
     python tools/cache_benchmark.py [--steps 20] [--seeds 16] [--repeat 3] [--intervals 2 3 5]
-    python tools/cache_benchmark.py --quantized [--steps 20] [--seeds 1] [--intervals 3]
+    python tools/cache_benchmark.py --quantized [--steps 20] [--seeds 16] [--intervals 2 3 5]
     python tools/cache_benchmark.py --speed [--repeat 3] [--latent 32] [--networks "SD 1.5" SDXL]
 
 Caches of the built-in model: error and Fréchet distance against time. At every interval all of DeepCache and CacheQuant

@@ -25,13 +25,14 @@ CALIBRATION_RUNS, CALIBRATION_IMAGES = 8, 2  # the images of a run, one for each
 EXACT_SCHEDULER = {"unet": "karras", "transformer": "simple"}
 # What the U-Net's weights are: the built-in ones, or trained on from them with or without a penalty (train_smooth.py).
 WEIGHTS = ("built-in", "longer", "smooth")
+SPLIT = 3  # a step, in steps of heun, where it has to be exact
 # An effect by itself, and about how many evaluations of the network it makes of one.
 CONTROLS = {
     "none": 1,
     "shrunk": 1,  # the noise multiplied by what a correction makes of it where noise dominates, without an evaluation
     "epsilon1.005": 1,  # the noise divided by 1.005, by the host's Epsilon Scaling
     "averaged": 2,  # at the same point, weights and activations rounded stochastically, averaged
-    "last step alone": 6,  # each other step in three of heun: the error left is the last step's, never corrected ahead
+    "last step alone": 2 * SPLIT,  # each other step is split: the error left is the last step's, never corrected ahead
 }
 
 

@@ -30,7 +30,7 @@ import processes
 import safetensors
 import torch
 import train_smooth
-from experiment_rows import CALIBRATION_RUNS, CHUNK, CONTROLS, Run
+from experiment_rows import CALIBRATION_RUNS, CHUNK, CONTROLS, SPLIT, Run
 from safetensors.torch import save
 from training import sha256
 
@@ -39,7 +39,6 @@ SEED = 1000  # of the first chunk's noise; the next one's is one more
 ASSETS = comfyui.ROOT / "nodes/assets"
 WEIGHTS = {"unet": ASSETS / "emoji32.safetensors", "transformer": ASSETS / "emoji32_flow.safetensors"}
 STOCK = ("custom_sampler", "eps")  # node files of the host
-SPLIT = 3  # a step, where it has to be exact
 MEASURED_BY = (classifier.WEIGHTS, imagenet.REAL_FEATURES)
 
 
