@@ -1,7 +1,7 @@
 """Calibrated scales of activations: one for each layer, or, as in the paper's models, one for each layer and timestep."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -27,19 +27,27 @@ class ActivationScales(Profile):
     names: tuple[str, ...]
     sigmas: torch.Tensor
     table: torch.Tensor
+    _moved: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def at(self, sigma):
         """Return the scales float32 [L] for sigma (a tensor of one number), on its device: between two calibrated sigmas on the
         line, outside them those of the nearest.
         """
-        table, sigmas = self.table.to(sigma.device), self.sigmas.float().to(sigma.device)
+        table, rising = self._rising(sigma.device)
         if len(table) == 1:
             return table[0]
-        rising = sigmas.flip(0)
-        above = torch.searchsorted(rising, sigma.float().reshape(1).clamp(rising[0], rising[-1])).clamp(1, len(rising) - 1)
+        sigma = sigma.float().reshape(1)
+        above = torch.searchsorted(rising, sigma.clamp(rising[0], rising[-1])).clamp(1, len(rising) - 1)
         share = ((sigma - rising[above - 1]) / (rising[above] - rising[above - 1])).clamp(0, 1)
-        table = table.flip(0)
-        return torch.lerp(table[above[0] - 1], table[above[0]], share.to(table))
+        return torch.lerp(table[above - 1], table[above], share)[0]
+
+    def _rising(self, device):
+        """Return (table, sigmas float32 [S]) by rising sigma, on a device. They stay there: to move them in every evaluation
+        would wait for the device.
+        """
+        if device not in self._moved:
+            self._moved[device] = self.table.flip(0).to(device), self.sigmas.float().flip(0).to(device)
+        return self._moved[device]
 
     def _content(self):
         tensors = {"fingerprint": self.fingerprint, "sigmas": self.sigmas, "table": self.table}

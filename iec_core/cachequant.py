@@ -235,9 +235,12 @@ class ConsumerStatistics:
 
 
 def mapped(tensors, weights, channel_dim):
-    """Return a_1 x_1 + .. + a_k x_k + b by channel, computed in float32, in the dtype of the tensors. weights: [C, k + 1]."""
+    """Return a_1 x_1 + .. + a_k x_k + b by channel, computed in float32, in the dtype of the tensors.
+
+    weights: [C, k + 1], on their device.
+    """
     shape = [-1 if dim == channel_dim % tensors[0].ndim else 1 for dim in range(tensors[0].ndim)]
-    *factors, total = (column.reshape(shape) for column in weights.to(tensors[0].device, torch.float32).unbind(1))
+    *factors, total = (column.reshape(shape) for column in weights.float().unbind(1))
     for factor, tensor in zip(factors, tensors):
         total = torch.addcmul(total, factor, tensor.float())
     return total.to(tensors[0].dtype)
@@ -336,6 +339,7 @@ class CorrectedFeatures(FeatureCache):
         super().__init__("hold" if self._terms == 1 else "linear")
         self._profile = profile
         self._first = 0
+        self._moved = {}
 
     def full_steps(self, sigmas):
         """Return the frozenset of the steps of this run that are evaluated in full. Raises ValueError as CacheProfile.place."""
@@ -366,7 +370,8 @@ class CorrectedFeatures(FeatureCache):
         expected = [full for full in self._profile.full_steps if full <= step][-self._terms :]
         if weights is None or [round(at) + self._first for at, _ in kept] != expected:
             return kept[-1][1]  # a run that begins within the schedule holds others at first: it goes without correction
-        return mapped([feature for _, feature in reversed(kept)], weights[step], self._profile.channel_dim)
+        weights = self._on(kept[-1][1].device, slot[1], weights)[step]
+        return mapped([feature for _, feature in reversed(kept)], weights, self._profile.channel_dim)
 
     def _step(self, position):
         return min(int(position + 1e-6) + self._first, len(self._profile.sigmas) - 2)
@@ -376,4 +381,14 @@ class CorrectedFeatures(FeatureCache):
         if self._profile.consumer is None:
             return h
         self._check_channels(h, self._profile.consumer)
-        return mapped([h], self._profile.consumer[self._step(position)], self._profile.channel_dim)
+        weights = self._on(h.device, None, self._profile.consumer)[self._step(position)]
+        return mapped([h], weights, self._profile.channel_dim)
+
+    def _on(self, device, stream, weights):
+        """Return the weights of a stream, None the consumer's, on a device. They move once a run: in every step that would wait
+        for the device.
+        """
+        key = stream, device
+        if key not in self._moved:
+            self._moved[key] = weights.to(device, torch.float32)
+        return self._moved[key]

@@ -8,19 +8,21 @@ scales and the bias applied, in float32.
 No integer stands for NaN or infinity. What has one gets NaN for its scale, and so for what comes out.
 """
 
-import contextlib
+import time
 
 import torch
 
-from . import conv_triton
-from .devices import has_float64, once_a_device
-from .quantization import LIMITS, rotate
+from .devices import once_a_device
+from .kernels import launch, operators
+from .quantization import LIMITS, rotate, scaled_values
 
-with contextlib.suppress(ImportError):  # without it the products are PyTorch's
-    import comfy_kitchen  # noqa: F401 - registers its operators
-HAS_KITCHEN = hasattr(torch.ops.comfy_kitchen, "int8_linear")  # early versions have none
+try:
+    from comfy_kitchen.registry import registry as kitchen
+except ImportError:  # without it the products are Triton's or PyTorch's
+    kitchen = None
 
 LIMIT = LIMITS["int8"]
+EXACT = 1024  # so many products of int8 sum up to less than 2^24, below which float32 has every integer
 KITCHEN_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -35,9 +37,10 @@ def _largest(x, kept):
 
 def dynamic_scale(x, kept):
     """Return float32 [R, 1, ...] for x [R, ...]: the largest magnitude of each item of dimension 0 over 127, with kept; else
-    that of all of x. Zeros get scale 1.
+    that of all of x. Zeros get scale 1, and what is not finite NaN.
     """
     largest = _largest(x, kept)
+    largest = largest + (largest - largest)  # of infinity NaN, else nothing
     return torch.where(largest == 0, torch.ones_like(largest), largest / LIMIT)
 
 
@@ -63,12 +66,39 @@ def has_exact_int_mm(device):
     return (torch._int_mm(a, a.t()) == 127 * 127 * 1024).all()
 
 
+@once_a_device
+def uses_int_mm(device):
+    """Tell whether products are torch._int_mm's on a device: it is exact there and, on a processor, faster than products in
+    float32. Without instructions for dot products of int8 it takes 25 times as long.
+    """
+    if not has_exact_int_mm(device):
+        return False
+    if device.type != "cpu":
+        return True
+    a, b = (torch.ones(128, 1024, dtype=torch.int8) for _ in range(2))
+    return _seconds(lambda: torch._int_mm(a, b.t())) < _seconds(lambda: _float_matmul(a, b))
+
+
+def _seconds(compute):
+    """Return the shortest time that it takes, of a few."""
+    times = []
+    for _ in range(4):
+        begin = time.perf_counter()
+        compute()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def _float_matmul(a, b):
+    """Return what `int_matmul` does, from products in float32, of so many at once that their sums are exact."""
+    parts = zip(a.split(EXACT, dim=1), b.split(EXACT, dim=1))
+    return sum((part_a.float() @ part_b.float().t()).to(torch.int32) for part_a, part_b in parts)
+
+
 def int_matmul(a, b):
     """Return a @ b.T in int32, exactly: a int8 [M, K], b int8 [N, K]."""
-    if not has_exact_int_mm(a.device):
-        wide = torch.float64 if has_float64(a.device) else torch.float32
-        parts = zip(a.split(1024, dim=1), b.split(1024, dim=1))  # 1024 * 127^2 < 2^24: exact in float32 too
-        return sum((part_a.to(wide) @ part_b.to(wide).t()).to(torch.int32) for part_a, part_b in parts)
+    if not uses_int_mm(a.device):
+        return _float_matmul(a, b)
     a = a.contiguous()  # cuBLASLt wants rows one after the other
     rows, columns = a.shape[0], b.shape[0]
     if a.device.type == "cuda":  # cuBLASLt: more than 16 rows, K and N in eights
@@ -110,12 +140,19 @@ def linear_int8(x, values, weight_scale, bias, scale=None, per_tensor=False, rot
     rows = x.flatten(0, -2) if x.ndim > 1 else x[None]
     backend = linear_backend(x.device, scale is None and not per_tensor, *values.shape)
     if backend == KITCHEN and rows.numel() and x.dtype in KITCHEN_DTYPES:
-        # Its kernels take no notice of NaN. One makes all of the output NaN here, for rows of it alone would cost more.
-        weight_scale = weight_scale + 0 * _largest(rows, kept=False).reshape(())
+        # Its kernels take no notice of NaN. One makes all of the output NaN here, for rows of it alone would cost more. A sum
+        # sees NaN and infinity in a single read.
+        weight_scale = torch.add(weight_scale, rows.sum(dtype=torch.float32), alpha=0)
         turned = bool(rotation), rotation or 256
         out = torch.ops.comfy_kitchen.int8_linear(rows, values, weight_scale, bias, KITCHEN_DTYPES[x.dtype], *turned)
+        return out.reshape(*x.shape[:-1], len(values))
+    rows = rotate(rows.float(), rotation) if rotation else rows  # sums of float16 could overflow
+    if backend == TRITON:  # a convolution of as many images of one pixel
+        pixel, kernel = (1, 1), values[:, None, None]
+        out = operators.conv2d_int8(
+            rows[..., None, None], scale, per_tensor, kernel, weight_scale, bias, pixel, (0, 0), pixel, x.dtype
+        )
     else:
-        rows = rotate(rows.float(), rotation) if rotation else rows  # sums of float16 could overflow
         scale = dynamic_scale(rows, kept=not per_tensor) if scale is None else given_scale(rows, scale)
         out = _scaled(int_matmul(quantize_activation(rows, scale), values), scale, weight_scale, bias, x.dtype)
     return out.reshape(*x.shape[:-1], len(values))
@@ -132,33 +169,53 @@ def conv2d_int8(x, values, weight_scale, bias, kernel_size, stride, padding, dil
     """
     if is_pointwise(kernel_size, stride, padding):
         return linear_int8(x.permute(0, 2, 3, 1), values, weight_scale, bias, scale, per_tensor).permute(0, 3, 1, 2)
-    scale = dynamic_scale(x, kept=not per_tensor) if scale is None else given_scale(x, scale)
-    if conv_backend(x.device) == TRITON:
-        kernel = values.view(values.shape[0], *kernel_size, -1)
-        return conv_triton.conv2d_int8(
-            x, scale.reshape(-1), kernel, weight_scale, bias, stride, padding, dilation, x.dtype
+    backend, kernel = conv_backend(x.device), values.view(values.shape[0], *kernel_size, -1)
+    if backend == TRITON:
+        return operators.conv2d_int8(
+            x, scale, per_tensor, kernel, weight_scale, bias, stride, padding, dilation, x.dtype
         )  # fmt: skip
+    if backend == WEIGHT_ONLY:
+        weight = scaled_values(values, weight_scale[:, None], x.dtype).view(kernel.shape).permute(0, 3, 1, 2)
+        bias = None if bias is None else bias.to(x.dtype)
+        return torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation)
+    scale = dynamic_scale(x, kept=not per_tensor) if scale is None else given_scale(x, scale)
     sums = conv2d_sums(quantize_activation(x, scale), values, kernel_size, stride, padding, dilation)
     bias = None if bias is None else bias[:, None, None]
     return _scaled(sums, scale, weight_scale[:, None, None], bias, x.dtype)
 
 
-KITCHEN, TRITON = "comfy-kitchen int8_linear", "Triton implicit GEMM"
+KITCHEN, TRITON, WEIGHT_ONLY = "comfy-kitchen int8_linear", "Triton implicit GEMM", "dequantized weight"
+
+
+@once_a_device
+def has_kitchen(device):
+    """Tell whether comfy-kitchen has kernels for int8 on a device: its operator is there without any too, and slower then than
+    PyTorch's product.
+    """
+    if kitchen is None or device.type != "cuda" or not hasattr(torch.ops.comfy_kitchen, "int8_linear"):
+        return False
+    known = kitchen.list_backends()
+    usable = [one for name, one in known.items() if name != "eager" and one["available"] and not one["disabled"]]
+    return any("int8_linear" in one["capabilities"] for one in usable)
 
 
 def _products(device):
-    return "torch._int_mm" if has_exact_int_mm(device) else "exact products in floating point"
+    return "torch._int_mm" if uses_int_mm(device) else "exact products in float32"
 
 
 def linear_backend(device, per_row, outputs, inputs):
     """Return what computes a Linear layer of 8-bit activations and of these sizes; per_row: with a scale for each row, taken at
     run time. comfy-kitchen does not look at the sizes, and its kernels read 16 inputs at a time, and cuBLASLt 8 outputs.
     """
-    fits = inputs % 16 == 0 and outputs % 8 == 0
-    usable = HAS_KITCHEN and per_row and fits and torch.device(device).type == "cuda"
-    return KITCHEN if usable else _products(device)
+    if per_row and inputs % 16 == 0 and outputs % 8 == 0 and has_kitchen(device):
+        return KITCHEN
+    return TRITON if launch.is_available(device) else _products(device)
 
 
 def conv_backend(device):
-    """Return what computes a Conv2d layer whose window mixes pixels."""
-    return TRITON if conv_triton.is_available(device) else f"gathered windows, {_products(device)}"
+    """Return what computes a Conv2d layer whose window mixes pixels. Windows are gathered on a CPU alone, where that pays: they
+    take as many times the memory of an image as they have pixels.
+    """
+    if launch.is_available(device):
+        return TRITON
+    return f"gathered windows, {_products(device)}" if torch.device(device).type == "cpu" else WEIGHT_ONLY

@@ -107,6 +107,13 @@ def unpack_nibbles(packed, inputs):
     return torch.stack([(signed << 4) >> 4, signed >> 4], dim=-1).flatten(1)[:, :inputs].contiguous()
 
 
+def scaled_values(values, scale, dtype):
+    """Return int8 or float8 values times float32 scales, which broadcast over them, in `dtype`: the float32 product, rounded.
+    There is no float32 copy of it on a GPU; float16 and bfloat16 hold the values themselves exactly.
+    """
+    return values.to(dtype).mul_(scale)
+
+
 class Packing:
     """Where in one tensor of bytes (int8 [nbytes]) the integers and the scales of a weight are.
 
@@ -122,6 +129,7 @@ class Packing:
         self.format = WeightFormat(fmt.kind, group, rotation, fmt.search)
         self.groups = self.inputs // group if group else 1
         self._row_bytes = -(-self.inputs // 2) if fmt.kind == "int4" else self.inputs
+        self._dtype = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}[self.format.kind]
         self._scales_at = -(-self.rows * self._row_bytes // ALIGNMENT) * ALIGNMENT
         self.nbytes = self._scales_at + 4 * self.rows * self.groups
 
@@ -137,9 +145,11 @@ class Packing:
         """Return views into a packed weight: what is stored, int8 or float8 [O, K] or, of int4, uint8 [O, ceil(K / 2)]; and the
         scales, float32 [O, G].
         """
-        dtype = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}[self.format.kind]
-        values = packed[: self.rows * self._row_bytes].view(dtype).view(self.rows, self._row_bytes)
-        return values, packed[self._scales_at :].view(torch.float32).view(self.rows, self.groups)
+        values = packed if self._dtype == torch.int8 else packed.view(self._dtype)
+        values = values.as_strided((self.rows, self._row_bytes), (self._row_bytes, 1))
+        numbers = packed.view(torch.float32)
+        place = numbers.storage_offset() + self._scales_at // 4  # the host may hand over a part of a larger buffer
+        return values, numbers.as_strided((self.rows, self.groups), (self.groups, 1), place)
 
     def values(self, packed):
         """Return (int8 or float8 [O, K], scale float32 [O, G]) of a packed weight, as it is computed with."""
@@ -164,7 +174,7 @@ class Packing:
     def scaled(self, packed, dtype=torch.float32):
         """Return integers times scales, [O, K] in `dtype`; a rotated weight stays rotated."""
         values, scale = self.values(packed)
-        return (values.float().unflatten(1, (self.groups, -1)) * scale[..., None]).flatten(1).to(dtype)
+        return scaled_values(values.unflatten(1, (self.groups, -1)), scale[..., None], dtype).flatten(1)
 
     def _rows(self, weight):
         return weight.flatten(1) if weight.ndim == 2 else weight.permute(0, 2, 3, 1).flatten(1)

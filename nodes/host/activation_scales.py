@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import weakref
 
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -14,6 +15,7 @@ from .steps import Schedule
 from .weights import fingerprint, is_same
 
 KEY = "iec_activation_scales"
+_layers = weakref.WeakKeyDictionary()  # of networks, as `_layers_of` found them
 
 
 def calibrate_activations(model, prompts, negative, latent_image, seed, runs, sampling, timestep_wise, search):
@@ -76,16 +78,29 @@ def calibrated(network, scales, device, transformer_options):
     """Give a quantized network's layers the ActivationScales, which may be None, of the evaluation that the host's
     `transformer_options` belong to, on a device; take them away at the end.
     """
-    layers = [] if scales is None else quantized_layers(network).values()
+    layers = [] if scales is None else _layers_of(network, transformer_options.get("sample_sigmas"))
     try:
         if scales is not None:
-            found = dict(zip(scales.names, scales.at(transformer_options["sigmas"].flatten()[0].to(device))))
-            for layer in layers:
-                layer.input_scale = found.get(layer.name)
+            found = dict(zip(scales.names, scales.at(transformer_options["sigmas"].flatten()[0].to(device)).unbind()))
+            for layer in layers:  # past a module's own __setattr__, which takes ten times as long
+                layer.__dict__["input_scale"] = found.get(layer.name)
         yield
     finally:
         for layer in layers:
-            layer.input_scale = None
+            layer.__dict__.pop("input_scale", None)
+
+
+def _layers_of(network, sigmas):
+    """Return a list of a network's quantized layers. They are looked for once a run, for that takes milliseconds; sigmas: the
+    tensor that the host has made for the run, None where there is none. Between runs the host may put other modules into a
+    network, by object patches.
+    """
+    run, found = _layers.get(network, (lambda: None, ()))
+    if sigmas is None or run() is not sigmas:
+        found = [weakref.ref(layer) for layer in quantized_layers(network).values()]
+        if sigmas is not None:
+            _layers[network] = weakref.ref(sigmas), found
+    return [layer for one in found if (layer := one()) is not None]
 
 
 def _check(model):

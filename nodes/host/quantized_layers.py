@@ -13,7 +13,16 @@ import comfy.ops
 import torch
 
 from ...iec_core import fp8
-from ...iec_core.int8 import LIMIT, conv2d_int8, conv_backend, dynamic_scale, is_pointwise, linear_backend, linear_int8
+from ...iec_core.int8 import (
+    LIMIT,
+    WEIGHT_ONLY,
+    conv2d_int8,
+    conv_backend,
+    dynamic_scale,
+    is_pointwise,
+    linear_backend,
+    linear_int8,
+)
 from ...iec_core.quantization import rotate
 
 # What the host keeps on a model and its layers while they are loaded; a copy that is not loaded goes without.
@@ -84,29 +93,33 @@ class _QuantizedLayer:
                 f"model: its network takes the type of what enters {self.name} from that layer's weight, so that it cannot be "
                 "quantized; name it in exclude of Quantize Model (IEC)."
             )
-        with self._at(x) as (packed, bias):
-            return (self._compute_straight if self.passes_gradients else self._compute)(x, packed, bias)
-
-    @contextlib.contextmanager
-    def _at(self, x):
-        """Yield (packed weight, bias) on x's device; what an offloaded layer's weight is to be patched with is done here, for
-        the host would do it to the bytes.
-        """
-        functions, self.weight_function = self.weight_function, []
+        packed, bias, stream = self._at(x)
         try:
-            packed, bias, stream = comfy.ops.cast_bias_weight(
-                self, dtype=torch.int8, device=x.device, bias_dtype=x.dtype, offloadable=True
-            )
-        finally:
-            self.weight_function = functions
-        patched = packed
-        for function in functions:  # ComfyUI 0.3.75's gives packed weights, later ones in floating point
-            patched = function(self.convert_weight(patched))
-        patched = patched.to(torch.int8) if patched.ndim == 1 else self.packing.quantize(patched)
-        try:
-            yield patched, bias
+            patched = self._patched(packed) if self.weight_function else packed
+            return (self._compute_straight if self.passes_gradients else self._compute)(x, patched, bias)
         finally:
             comfy.ops.uncast_bias_weight(self, packed, bias, stream)
+
+    def _at(self, x):
+        """Return (packed weight, bias, stream) on x's device, as the host's `cast_bias_weight` does. What an offloaded layer's
+        weight is to be patched with stays undone: the host would do it to the bytes.
+        """
+        functions = self.weight_function
+        if functions:
+            self.weight_function = []
+        try:
+            return comfy.ops.cast_bias_weight(
+                self, dtype=torch.int8, device=x.device, bias_dtype=x.dtype, offloadable=True
+            )  # fmt: skip
+        finally:
+            if functions:
+                self.weight_function = functions
+
+    def _patched(self, packed):
+        """Return a packed weight with the patches of an offloaded layer."""
+        for function in self.weight_function:  # ComfyUI 0.3.75's gives packed weights, later ones in floating point
+            packed = function(self.convert_weight(packed))
+        return packed.to(torch.int8) if packed.ndim == 1 else self.packing.quantize(packed)
 
     def rotated(self, x):
         """Return what comes in as it is quantized."""
@@ -116,7 +129,7 @@ class _QuantizedLayer:
         """Return, in words, what computes this layer on a device."""
         kind, quantized = self.packing.format.kind, self.activation.bits == 8
         if not quantized or (kind == "fp8" and not self._multiplies_fp8(device)):
-            return "dequantized weight"
+            return WEIGHT_ONLY
         if kind == "fp8":
             return "torch._scaled_mm"
         return self._integer_backend(device)
@@ -187,7 +200,7 @@ class QuantizedConv2d(_QuantizedLayer, comfy.ops.manual_cast.Conv2d):
         return conv2d_int8(x, values, scale[:, 0], bias, self.kernel_size, *geometry, self.input_scale, per_tensor)
 
     def _compute_straight(self, x, packed, bias):
-        if self.activation.bits == 8 and self.packing.format.kind != "fp8":
+        if self.activation.bits == 8 and self.packing.format.kind != "fp8" and self.backend(x.device) != WEIGHT_ONLY:
             if is_pointwise(self.kernel_size, self.stride, self.padding):  # a scale for each pixel
                 rows = x.permute(0, 2, 3, 1)
                 x = self._straight(rows.reshape(-1, rows.shape[-1])).reshape(rows.shape).permute(0, 3, 1, 2).contiguous()

@@ -1,4 +1,4 @@
-"""What the tests of both kinds of profile share. All tests of this folder are fast."""
+"""What the tests of both kinds of profile share. All tests of this folder are fast, but for those that compile kernels."""
 
 import pathlib
 
@@ -9,7 +9,7 @@ import safetensors.torch
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if pathlib.Path(__file__).parent in item.path.parents:
+        if pathlib.Path(__file__).parent in item.path.parents and item.path.name != "test_compiled_kernels.py":
             item.add_marker(pytest.mark.fast)
 
 

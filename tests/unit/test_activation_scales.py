@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from meta_device import Copies
 
 from iec_core.activation_scales import ActivationScales, ScaleStatistics
 
@@ -45,6 +46,15 @@ def test_scales_at_a_calibrated_sigma_are_its_own_bit_for_bit():
 def test_one_row_is_for_all_sigmas(sigma):
     profile = scales(steps=1)
     assert torch.equal(profile.at(torch.tensor(sigma)), profile.table[0])
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_scales_move_to_a_device_once_and_nothing_waits_for_it(rows):
+    profile, sigma = scales(steps=rows), torch.tensor(1.5, device="meta")
+    with Copies() as copies:
+        assert profile.at(sigma).device == sigma.device and copies.count == 2
+        assert profile.at(sigma).shape == (3,) and copies.count == 2
+    torch.testing.assert_close(profile.at(torch.tensor(1.5)).double(), interpolated(profile, 1.5), rtol=1e-5, atol=0)
 
 
 def test_profile_survives_its_file(tmp_path):

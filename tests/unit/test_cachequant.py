@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from meta_device import Copies
 
 from iec_core.cachequant import (
     CacheProfile,
@@ -304,6 +305,22 @@ def test_maps_for_another_number_of_channels_are_refused():
     spoiled.consumer = torch.ones(6, 4, 2)
     with pytest.raises(ValueError, match=r"^profile: its corrections are for 4 channels, and this model has 3 there;"):
         CorrectedFeatures(spoiled).consumed(feature(0), 0.0)
+
+
+def test_maps_move_to_a_device_once_a_run_and_nothing_waits_for_it():
+    calibrated = profile()
+    calibrated.consumer = torch.ones(6, 3, 2)
+    features = CorrectedFeatures(calibrated)
+    features.full_steps(calibrated.sigmas)
+    with Copies() as copies:
+        features.store(["cond"], feature(0).to("meta"), 0.0)
+        counts = []
+        for position in (1.0, 1.0, 1.5):
+            held = feature(0)
+            taken = features.load(["cond"], len(held), position)
+            assert taken.device.type == features.consumed(taken, position).device.type == "meta"
+            counts.append(copies.count)
+    assert counts[0] > 0 and counts == counts[:1] * 3
 
 
 def test_mapping_keeps_the_dtype():

@@ -4,12 +4,14 @@ import types
 
 import pytest
 import torch
+from meta_device import Copies
 
 from iec_core import int8
 from iec_core.fp8 import activation_scale
 from iec_core.int8 import (
     conv2d_int8,
     conv2d_sums,
+    conv_backend,
     dynamic_scale,
     int_matmul,
     linear_backend,
@@ -45,10 +47,22 @@ def test_int_matmul_at_the_extremes():
     assert torch.equal(int_matmul(a, a).long(), torch.full((20, 20), 127 * 127 * 8192))
 
 
-def test_fallback_of_int_matmul_is_exact(monkeypatch):
-    monkeypatch.setattr(int8, "has_exact_int_mm", lambda device: False)
+@pytest.mark.parametrize("uses_int_mm", [False, True])
+def test_both_ways_of_int_matmul_are_exact(monkeypatch, uses_int_mm):
+    if uses_int_mm and not int8.has_exact_int_mm("cpu"):
+        pytest.skip("this processor's torch._int_mm saturates")
+    monkeypatch.setattr(int8, "uses_int_mm", lambda device: uses_int_mm)
     for a, b in [(random_int8(9, 5000), random_int8(4, 5000)), (torch.full((2, 2048), -127, dtype=torch.int8),) * 2]:
         assert torch.equal(int_matmul(a, b).long(), a.long() @ b.long().t())
+
+
+@pytest.mark.parametrize(("exact", "seconds", "used"), [(True, (1, 2), True), (True, (2, 1), False), (False, (1, 2), False)])
+def test_the_faster_exact_way_is_used(monkeypatch, exact, seconds, used):
+    taken = iter(seconds)
+    monkeypatch.setattr(int8, "has_exact_int_mm", lambda device: exact)
+    monkeypatch.setattr(int8, "_seconds", lambda compute: next(taken))
+    assert int8.uses_int_mm.__wrapped__(torch.device("cpu")) == used
+    assert int8.uses_int_mm.__wrapped__(torch.device("cuda")) == exact  # where a clock would have to wait for the device
 
 
 def rows(kernel):
@@ -315,13 +329,123 @@ def test_kitchen_computes_the_same(monkeypatch, dtype, rotation):
     assert result.dtype == dtype and result.shape == (2, 5, 24)
 
 
-def test_kitchen_is_given_only_what_its_kernels_take(monkeypatch):
+@pytest.fixture
+def gpu(monkeypatch):
+    """gpu(kitchen, triton): what computes a layer is asked for on a GPU that has both, or one of them."""
+
+    def has(kitchen, triton):
+        monkeypatch.setattr(int8, "has_kitchen", lambda device: kitchen and torch.device(device).type == "cuda")
+        monkeypatch.setattr(int8.launch, "is_available", lambda device: triton and torch.device(device).type == "cuda")
+        monkeypatch.setattr(int8, "uses_int_mm", lambda device: True)
+
+    return has
+
+
+@pytest.mark.parametrize(("triton", "else_"), [(True, int8.TRITON), (False, "torch._int_mm")])
+def test_kitchen_is_given_only_what_its_kernels_take(gpu, triton, else_):
     """Its CUDA kernels are called without a look at the sizes."""
-    monkeypatch.setattr(int8, "HAS_KITCHEN", True)
-    monkeypatch.setattr(int8, "has_exact_int_mm", lambda device: True)
+    gpu(kitchen=True, triton=triton)
     taken = {(outputs, inputs): linear_backend("cuda", True, outputs, inputs) for outputs in (8, 17, 24) for inputs in (48, 40)}
     assert {sizes for sizes, name in taken.items() if name == int8.KITCHEN} == {(8, 48), (24, 48)}
-    assert linear_backend("cpu", True, 8, 48) == linear_backend("cuda", False, 8, 48) == "torch._int_mm"
+    assert {name for name in taken.values() if name != int8.KITCHEN} == {else_}
+    assert linear_backend("cpu", True, 8, 48) == "torch._int_mm" and linear_backend("cuda", False, 8, 48) == else_
+    gpu(kitchen=False, triton=triton)
+    assert linear_backend("cuda", True, 8, 48) == else_
+
+
+def test_windows_are_gathered_on_a_cpu_alone(gpu):
+    gpu(kitchen=True, triton=False)
+    assert conv_backend("cuda") == conv_backend("mps") == int8.WEIGHT_ONLY
+    assert conv_backend("cpu") == "gathered windows, torch._int_mm"
+    gpu(kitchen=True, triton=True)
+    assert conv_backend("cuda") == int8.TRITON
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("given", [None, torch.tensor(0.1)])
+def test_where_nothing_multiplies_integers_the_weight_is_dequantized(monkeypatch, given, dtype):
+    """No window is gathered, and activations stay as they are."""
+    monkeypatch.setattr(int8, "conv_backend", lambda device: int8.WEIGHT_ONLY)
+    monkeypatch.setattr(int8, "conv2d_sums", lambda *_: pytest.fail("gathered windows"))
+    x, bias, packing = normal(2, 5, 9, 8).to(dtype), normal(7, seed=2), Packing((7, 5, 3, 3), WeightFormat())
+    packed = packing.quantize(normal(7, 5, 3, 3, seed=1))
+    values, scale = packing.values(packed)
+    found = conv2d_int8(x, values, scale[:, 0], bias, (3, 3), (2, 1), (1, 0), (1, 2), given)
+    weight = packing.dequantize(packed).to(dtype).double()
+    expected = torch.nn.functional.conv2d(x.double(), weight, bias.double(), (2, 1), (1, 0), (1, 2))
+    assert found.dtype == dtype
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_layer_waits_for_no_device(kind, given):
+    """Nor copies anything to it."""
+    packing = Packing((8, 5, 3, 3), WeightFormat(kind))
+    values, scale = packing.values(packing.quantize(normal(8, 5, 3, 3)).to("meta"))
+    given = torch.tensor(0.1, device="meta") if given else None
+    x, rows, bias = normal(2, 5, 6, 6).to("meta"), normal(7, 45).to("meta"), normal(8).to("meta")
+    int8.conv_backend("meta"), int8.linear_backend("meta", given is None, 8, 45)  # are found out at first use
+    with Copies() as copies:
+        for per_tensor in (False, True):
+            assert int8.linear_int8(rows, values, scale[:, 0], bias, given, per_tensor).shape == (7, 8)
+            image = conv2d_int8(x, values, scale[:, 0], bias, (3, 3), (1, 1), (1, 1), (1, 1), given, per_tensor)
+            assert image.shape == (2, 8, 6, 6) and image.device.type == "meta"
+    assert copies.count == 0
+
+
+class TestKitchen:
+    """What is asked of comfy-kitchen's registry, which knows what is installed and what the host has switched off."""
+
+    BACKENDS = {
+        "eager": {"available": True, "disabled": False, "capabilities": ["int8_linear"]},
+        "cuda": {"available": True, "disabled": False, "capabilities": ["int8_linear", "adaln"]},
+        "triton": {"available": False, "disabled": False, "capabilities": []},
+    }
+
+    @pytest.fixture
+    def asked(self, monkeypatch):
+        def ask(**cuda):
+            known = {**self.BACKENDS, "cuda": {**self.BACKENDS["cuda"], **cuda}}
+            monkeypatch.setattr(int8.kitchen, "list_backends", lambda: known)
+            return int8.has_kitchen.__wrapped__(torch.device("cuda"))
+
+        return ask
+
+    def test_a_kernel_serves_and_the_eager_one_does_not(self, asked):
+        assert asked() and not asked(available=False) and not asked(disabled=True) and not asked(capabilities=["adaln"])
+
+    def test_other_devices_and_its_absence(self, monkeypatch):
+        assert not int8.has_kitchen("cpu")
+        monkeypatch.setattr(int8, "kitchen", None)
+        assert not int8.has_kitchen.__wrapped__(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+def test_a_packed_weight_may_be_part_of_a_larger_buffer(kind):
+    """As in the host's buffers for weights that are moved to a GPU when they are needed."""
+    packing = Packing((7, 48), WeightFormat(kind, group_size=16))
+    packed = packing.quantize(normal(7, 48))
+    buffer = torch.full((packed.numel() + 64,), 77, dtype=torch.int8)
+    buffer[32 : 32 + packed.numel()] = packed
+    part = buffer[32 : 32 + packed.numel()]
+    for found, expected in zip(
+        (*packing.stored(part), packing.dequantize(part)), (*packing.stored(packed), packing.dequantize(packed))
+    ):
+        assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+    packing.stored(part)[1].fill_(1.0)
+    assert torch.equal(packing.stored(part)[1], torch.ones(7, packing.groups)) and (buffer[32 + packed.numel() :] == 77).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+def test_a_weight_is_rounded_once(kind, dtype):
+    packing = Packing((6, 64), WeightFormat(kind, group_size=16))
+    packed = packing.quantize(normal(6, 64))
+    values, scale = packing.values(packed)
+    expected = (values.float().unflatten(1, (packing.groups, -1)) * scale[..., None]).flatten(1).to(dtype)
+    assert torch.equal(packing.scaled(packed, dtype), expected)
 
 
 def test_kitchen_is_not_given_nothing_nor_float64(monkeypatch):
