@@ -68,9 +68,9 @@ def ratios(rows, name=rule, subject_of=None):
     return figure
 
 
-def ratios_by_schedule(rows):
-    """`ratios` with a line for each schedule, and a marker for each number of steps."""
-    return ratios(rows, lambda run: f"{run.steps} steps", lambda run: (run.scheduler,))
+def ratios_by_steps(rows):
+    """`ratios` with a line for each subject but for its steps, and a marker for each number of steps."""
+    return ratios(rows, lambda run: f"{run.steps} steps", told_apart(rows, left_out=["steps"])[1])
 
 
 def changes(rows):
@@ -213,6 +213,7 @@ def of_weights(rows):
 FIGURES = {
     "authors": changes, "distances": changes, "noise": changes,
     "rules": ratios, "steps": ratios, "limits": ratios, "samplers": ratios, "caches": ratios,
-    "schedules": ratios_by_schedule, "damping": against_damping, "choices": against_time, "norms": along_the_run,
+    "schedules": ratios_by_steps, "cells": ratios_by_steps,
+    "damping": against_damping, "choices": against_time, "norms": along_the_run,
     "smoothness": ratios, "smoothness_norms": of_weights,
 }  # fmt: skip

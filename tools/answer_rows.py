@@ -117,10 +117,11 @@ def grouped(rows, of):
     return sorted(rows, key=lambda found: groups.index(of(found.run)))
 
 
-def told_apart(rows):
-    """Return (names, subject): those parts of `subject` alone in which the runs differ."""
+def told_apart(rows, left_out=()):
+    """Return (names, subject): those parts of `subject` alone in which the runs differ, but for those of names left out."""
     parts = [subject(found.run) for found in rows]
-    kept = [place for place in range(len(SUBJECT)) if len({part[place] for part in parts}) > 1]
+    differ = [place for place in range(len(SUBJECT)) if len({part[place] for part in parts}) > 1]
+    kept = [place for place in differ if SUBJECT[place] not in left_out]
     return [SUBJECT[place] for place in kept], lambda run: tuple(subject(run)[place] for place in kept)
 
 

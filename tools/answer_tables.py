@@ -73,16 +73,15 @@ def by_distance(rows):
     return markdown(head, lines)
 
 
-def by_schedule(rows):
-    """A line for each schedule, a column for each number of steps: without a correction, and with every step corrected."""
-    plain = {(found.run.scheduler, found.run.steps): found for found in rows if found.run.correction_steps == "none"}
-    pairs = [found for found in rows if found.run.correction_steps != "none"]
+def by_steps(rows):
+    """A line for each subject but for its steps, a column for each number of steps: without a correction → corrected."""
+    names, of = told_apart(rows, left_out=["steps"])
+    pairs = [found for found in rows if found.run.correction_steps != "none" and found.baseline]
 
     def cell(found):
-        return f"{error(plain[found.run.scheduler, found.run.steps])} → {both(found)}"
+        return f"{error(found.baseline)} → {both(found)}"
 
-    known = [found for found in pairs if (found.run.scheduler, found.run.steps) in plain]
-    return pivot(known, ["schedule"], lambda run: (run.scheduler,), lambda run: f"{run.steps} steps", cell)
+    return pivot(pairs, names, of, lambda run: f"{run.steps} steps", cell)
 
 
 def by_damping(rows):
@@ -140,6 +139,6 @@ def by_weights(rows):
 TABLES = {
     "authors": by_distance, "distances": by_distance, "noise": by_distance,
     "rules": by_rule, "steps": by_rule, "limits": by_rule, "samplers": by_rule, "caches": by_rule,
-    "schedules": by_schedule, "damping": by_damping, "choices": by_choice, "norms": by_norm,
+    "schedules": by_steps, "cells": by_steps, "damping": by_damping, "choices": by_choice, "norms": by_norm,
     "smoothness": by_rule, "smoothness_norms": by_weights,
 }  # fmt: skip

@@ -333,6 +333,18 @@ QUESTIONS = [
         images=16,
     ),
     Question(
+        "Does `auto` harm in any cell of model, bits, cache, schedule and steps?",
+        "cells",
+        [
+            run
+            for base, schedules in ((UNET, ["simple", "karras", "normal"]), (FLOW, ["simple", "normal", "beta"]))
+            for kind in (grid(base, quantization=FORMATS), grid(base, interval=[3, 5], forecast=["auto"]))
+            for plain in kind
+            for run in with_rules(grid(plain, scheduler=schedules, steps=[10, 20, 30]), AUTO)
+        ],
+        images=32,
+    ),
+    Question(
         "What keeps `auto` from leaving less: how much of the error is the last step's, which is never corrected?",
         "limits",
         [

@@ -14,8 +14,8 @@ try:
 except ImportError:  # an optional dependency, which not every platform has
     triton = None
 
-# What varies with the resolution and the batch: one compiled kernel serves all of it. Of the numbers of pixels only whether
-# they are multiples of 16 matters, so that memory is read and written in runs.
+# What varies with the resolution and the batch: a kernel that is compiled once serves all of it, in a tile. Of the numbers of
+# pixels only whether they are multiples of 16 matters, so that memory is read and written in runs.
 NOT_SPECIALIZED = {
     activations.largest_kernel: ("blocks",),
     activations.quantize_kernel: ("blocks_c", "scale_step"),

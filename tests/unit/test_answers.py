@@ -134,8 +134,17 @@ def test_distances_are_told_for_each_run_of_a_precision_one_after_the_other():
 
 
 def test_schedules_and_dampings():
-    rows = found(plain=(PLAIN, 0.1), ahead=(replace(ALL, evaluation_point="ahead"), 0.05))
-    assert answer_tables.by_schedule(rows).splitlines()[2] == "| karras | 0.100 → **0.050** (*0.100*) |"
+    ahead, normal = replace(ALL, evaluation_point="ahead"), {"scheduler": "normal"}
+    rows = found(
+        a=(PLAIN, 0.1), b=(ahead, 0.05), c=(replace(PLAIN, **normal), 0.2), d=(replace(ahead, **normal), 0.2),
+        e=(replace(PLAIN, steps=10), 0.4), f=(replace(ahead, steps=10), 0.5),
+    )  # fmt: skip
+    assert answer_tables.by_steps(rows).splitlines() == [
+        "| schedule | 20 steps | 10 steps |",
+        "| --- | --- | --- |",
+        "| karras | 0.100 → **0.050** (*0.100*) | 0.400 → *0.500* (*0.100*) |",
+        "| normal | 0.200 → 0.200 (*0.100*) | - |",
+    ]
     rows = found(plain=(PLAIN, 0.1), a=(replace(ALL, lambda_=0.9), 0.9), b=(replace(ALL, lambda_=0.1), 0.2))
     assert answer_tables.by_damping(rows).splitlines()[::2] == [
         "| precision | evaluated | none | 0.1 | 0.9 |",
