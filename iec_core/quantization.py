@@ -145,11 +145,8 @@ class Packing:
         """Return views into a packed weight: what is stored, int8 or float8 [O, K] or, of int4, uint8 [O, ceil(K / 2)]; and the
         scales, float32 [O, G].
         """
-        values = packed if self._dtype == torch.int8 else packed.view(self._dtype)
-        values = values.as_strided((self.rows, self._row_bytes), (self._row_bytes, 1))
-        numbers = packed.view(torch.float32)
-        place = numbers.storage_offset() + self._scales_at // 4  # the host may hand over a part of a larger buffer
-        return values, numbers.as_strided((self.rows, self.groups), (self.groups, 1), place)
+        values = packed[: self.rows * self._row_bytes].view(self._dtype).view(self.rows, self._row_bytes)
+        return values, packed[self._scales_at :].view(torch.float32).view(self.rows, self.groups)
 
     def values(self, packed):
         """Return (int8 or float8 [O, K], scale float32 [O, G]) of a packed weight, as it is computed with."""
