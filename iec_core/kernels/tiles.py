@@ -1,8 +1,7 @@
 """In which tiles a product of int8 is computed on a GPU, and by how many programs each: a choice by arithmetic, without Triton.
 
 The rates are the data sheets' (products) and estimates (what reaches a multiprocessor from the L2 cache): they order the
-choices
-for a layer, and tell no speed.
+choices for a layer, and tell no speed.
 """
 
 import itertools
