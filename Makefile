@@ -25,6 +25,7 @@ benchmark: setup
 	$(RUN) tools/cache_benchmark.py --speed --latent 16
 	$(RUN) tools/quantization_benchmark.py
 	$(RUN) tools/quantization_benchmark.py --speed
+	$(RUN) tools/layer_overhead.py
 
 # The rows of docs/results that are missing; all take less than four hours on two CPU cores. It can be stopped, and goes on.
 experiments: setup

@@ -6,6 +6,7 @@ from .devices import once_a_device
 from .quantization import LIMITS
 
 LARGEST = LIMITS["fp8"]
+SCALED_MM = "torch._scaled_mm"
 
 
 @once_a_device

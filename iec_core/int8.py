@@ -14,9 +14,10 @@ import torch
 
 from .devices import once_a_device
 from .kernels import launch, operators
-from .quantization import LIMITS, rotate, scaled_values
+from .quantization import LIMITS, rotate
 
 try:
+    import comfy_kitchen
     from comfy_kitchen.registry import registry as kitchen
 except ImportError:  # without it the products are Triton's or PyTorch's
     kitchen = None
@@ -132,30 +133,38 @@ def _scaled(sums, activation_scale, weight_scale, bias, dtype):
     return out.to(dtype).contiguous()
 
 
-def linear_int8(x, values, weight_scale, bias, scale=None, per_tensor=False, rotation=0):
+def linear_int8(x, values, weight_scale, bias, scale=None, per_tensor=False, rotation=0, backend=None):
     """Linear layer with 8-bit activations: x float [..., C], values int8 [O, C], weight_scale float32 [O]; returns [..., O] in
     x's dtype. scale: the activations' where it is given, a tensor of one number. rotation: size of the blocks by which x is to
-    be rotated first, as the weight is, 0 for none.
+    be rotated first, as the weight is, 0 for none. backend: what `linear_backend` returns, or None to ask it.
     """
-    rows = x.flatten(0, -2) if x.ndim > 1 else x[None]
-    backend = linear_backend(x.device, scale is None and not per_tensor, *values.shape)
-    if backend == KITCHEN and rows.numel() and x.dtype in KITCHEN_DTYPES:
-        # Its kernels take no notice of NaN. One makes all of the output NaN here, for rows of it alone would cost more. A sum
-        # sees NaN and infinity in a single read.
-        weight_scale = torch.add(weight_scale, rows.sum(dtype=torch.float32), alpha=0)
-        turned = bool(rotation), rotation or 256
-        out = torch.ops.comfy_kitchen.int8_linear(rows, values, weight_scale, bias, KITCHEN_DTYPES[x.dtype], *turned)
-        return out.reshape(*x.shape[:-1], len(values))
-    rows = rotate(rows.float(), rotation) if rotation else rows  # sums of float16 could overflow
+    backend = backend or linear_backend(x.device, scale is None and not per_tensor, *values.shape)
+    if backend == KITCHEN and x.numel() and x.dtype in KITCHEN_DTYPES:
+        return _linear_kitchen(x, values, weight_scale, bias, rotation)
+    (outputs, inputs), turned = values.shape, x
+    if rotation:
+        turned = rotate(x.float(), rotation)  # sums of float16 could overflow
     if backend == TRITON:  # a convolution of as many images of one pixel
-        pixel, kernel = (1, 1), values[:, None, None]
-        out = operators.conv2d_int8(
-            rows[..., None, None], scale, per_tensor, kernel, weight_scale, bias, pixel, (0, 0), pixel, x.dtype
-        )
+        pixels, kernel = turned.reshape(-1, inputs, 1, 1), values.view(outputs, 1, 1, inputs)
+        geometry = (1, 1), (0, 0), (1, 1)
+        out = operators.conv2d_int8(pixels, scale, per_tensor, kernel, weight_scale, bias, *geometry, x.dtype)
     else:
+        rows = turned.reshape(-1, inputs)
         scale = dynamic_scale(rows, kept=not per_tensor) if scale is None else given_scale(rows, scale)
         out = _scaled(int_matmul(quantize_activation(rows, scale), values), scale, weight_scale, bias, x.dtype)
-    return out.reshape(*x.shape[:-1], len(values))
+    return out.view(*x.shape[:-1], outputs)
+
+
+def _linear_kitchen(x, values, weight_scale, bias, rotation):
+    """Its kernels turn NaN and infinity into numbers. One makes all of the output NaN here, for rows of it alone would cost
+    more. A sum sees either in a single read.
+    """
+    weight_scale = torch.add(weight_scale, x.sum(dtype=torch.float32), alpha=0)
+    turned = bool(rotation), rotation or 256
+    if torch.compiler.is_compiling():  # the operator takes 16 microseconds more
+        code = KITCHEN_DTYPES[x.dtype]
+        return torch.ops.comfy_kitchen.int8_linear(x.contiguous(), values, weight_scale, bias, code, *turned)
+    return comfy_kitchen.int8_linear(x.contiguous(), values, weight_scale, bias, x.dtype, *turned)
 
 
 def is_pointwise(kernel_size, stride, padding):
@@ -163,21 +172,21 @@ def is_pointwise(kernel_size, stride, padding):
     return (*kernel_size, *stride, *padding) == (1, 1, 1, 1, 0, 0)
 
 
-def conv2d_int8(x, values, weight_scale, bias, kernel_size, stride, padding, dilation, scale=None, per_tensor=False):
+def conv2d_int8(
+    x, values, weight_scale, bias, kernel_size, stride, padding, dilation, scale=None, per_tensor=False, backend=None
+):  # fmt: skip
     """Conv2d (groups 1, zero padding) with 8-bit activations: x float [B, C, H, W], values int8 [O, kh * kw * C], weight_scale
-    float32 [O]; returns [B, O, H', W'] in x's dtype. scale: as in `linear_int8`.
+    float32 [O]; returns [B, O, H', W'] in x's dtype. scale: as in `linear_int8`. backend: what `conv_backend` returns, for a
+    pointwise layer `linear_backend`, or None to ask them.
     """
     if is_pointwise(kernel_size, stride, padding):
-        return linear_int8(x.permute(0, 2, 3, 1), values, weight_scale, bias, scale, per_tensor).permute(0, 3, 1, 2)
-    backend, kernel = conv_backend(x.device), values.view(values.shape[0], *kernel_size, -1)
+        rows = x.permute(0, 2, 3, 1)
+        return linear_int8(rows, values, weight_scale, bias, scale, per_tensor, 0, backend).permute(0, 3, 1, 2)
+    backend, kernel = backend or conv_backend(x.device), values.view(values.shape[0], *kernel_size, -1)
     if backend == TRITON:
         return operators.conv2d_int8(
             x, scale, per_tensor, kernel, weight_scale, bias, stride, padding, dilation, x.dtype
         )  # fmt: skip
-    if backend == WEIGHT_ONLY:
-        weight = scaled_values(values, weight_scale[:, None], x.dtype).view(kernel.shape).permute(0, 3, 1, 2)
-        bias = None if bias is None else bias.to(x.dtype)
-        return torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation)
     scale = dynamic_scale(x, kept=not per_tensor) if scale is None else given_scale(x, scale)
     sums = conv2d_sums(quantize_activation(x, scale), values, kernel_size, stride, padding, dilation)
     bias = None if bias is None else bias[:, None, None]
@@ -185,6 +194,7 @@ def conv2d_int8(x, values, weight_scale, bias, kernel_size, stride, padding, dil
 
 
 KITCHEN, TRITON, WEIGHT_ONLY = "comfy-kitchen int8_linear", "Triton implicit GEMM", "dequantized weight"
+INT_MM, FLOAT_PRODUCTS = "torch._int_mm", "exact products in float32"
 
 
 @once_a_device
@@ -200,16 +210,19 @@ def has_kitchen(device):
 
 
 def _products(device):
-    return "torch._int_mm" if uses_int_mm(device) else "exact products in float32"
+    return INT_MM if uses_int_mm(device) else FLOAT_PRODUCTS
 
 
 def linear_backend(device, per_row, outputs, inputs):
-    """Return what computes a Linear layer of 8-bit activations and of these sizes; per_row: with a scale for each row, taken at
-    run time. comfy-kitchen does not look at the sizes, and its kernels read 16 inputs at a time, and cuBLASLt 8 outputs.
+    """Return what computes a Linear layer of 8-bit activations and of these sizes in integers, or that nothing does at a speed
+    that would make up for it; per_row: with a scale for each row, taken at run time. comfy-kitchen does not look at the sizes,
+    and its kernels read 16 inputs at a time, and cuBLASLt 8 outputs.
     """
     if per_row and inputs % 16 == 0 and outputs % 8 == 0 and has_kitchen(device):
         return KITCHEN
-    return TRITON if launch.is_available(device) else _products(device)
+    if launch.is_available(device):
+        return TRITON
+    return _products(device) if torch.device(device).type == "cpu" or uses_int_mm(device) else WEIGHT_ONLY
 
 
 def conv_backend(device):

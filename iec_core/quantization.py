@@ -150,8 +150,12 @@ class Packing:
 
     def values(self, packed):
         """Return (int8 or float8 [O, K], scale float32 [O, G]) of a packed weight, as it is computed with."""
-        stored, scale = self.stored(packed)
-        return unpack_nibbles(stored, self.inputs) if self.format.kind == "int4" else stored, scale
+        return self.unpacked(self.stored(packed))
+
+    def unpacked(self, stored):
+        """Return what `values` does of what `stored` returns."""
+        integers, scale = stored
+        return unpack_nibbles(integers, self.inputs) if self.format.kind == "int4" else integers, scale
 
     def quantize(self, weight):
         """Return a weight in floating point, of `shape`, packed."""
@@ -170,7 +174,10 @@ class Packing:
 
     def scaled(self, packed, dtype=torch.float32):
         """Return integers times scales, [O, K] in `dtype`; a rotated weight stays rotated."""
-        values, scale = self.values(packed)
+        return self.times_scales(*self.values(packed), dtype)
+
+    def times_scales(self, values, scale, dtype):
+        """Return what `scaled` does of what `values` returns."""
         return scaled_values(values.unflatten(1, (self.groups, -1)), scale[..., None], dtype).flatten(1)
 
     def _rows(self, weight):

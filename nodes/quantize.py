@@ -8,7 +8,7 @@ from ..iec_core.quantization import WeightFormat
 from .host.inputs import CheckedNode, known_values
 from .host.quantize import LayerRules, Quantization, parse_patterns, quantize_model
 from .host.quantized_files import FILES, load_quantized_model, save_quantized_model
-from .host.quantized_layers import ActivationFormat
+from .host.quantized_layers import COMPUTE, EIGHT_BIT, FASTEST, ActivationFormat
 from .host.schema import schema
 
 KINDS = {"8": "int8", "4": "int4", "fp8": "fp8"}
@@ -26,6 +26,16 @@ def _wrong_group(group_size, weight_bits, activation_bits):
     """Return the sentence for a group size that does not go with the bits, else None."""
     if group_size not in (None, "none") and (activation_bits == "8" or weight_bits == "fp8"):
         return f"group_size: {group_size} goes with weight_bits 8 or 4 and activation_bits 16 only; write none."
+
+
+def _wrong_compute(compute, activation_bits):
+    """Return the sentence for a way to compute that does not go with the bits, else None."""
+    if compute == EIGHT_BIT and activation_bits == "16":
+        return f"compute: {compute} goes with activation_bits 8 only; write {FASTEST}, or other bits."
+
+
+def _compute_input(tip):
+    return io.Combo.Input("compute", options=list(COMPUTE), default=FASTEST, optional=True, tooltip=tip)
 
 
 class IECQuantizeModel(CheckedNode):
@@ -108,6 +118,10 @@ class IECQuantizeModel(CheckedNode):
                     optional=True,
                     tooltip="Leave layers unquantized that one of these names fits, such as *.proj_in middle_block.*",
                 ),
+                _compute_input(
+                    "With activation_bits 8. 8-bit: products in 8 bits. dequantized: in the model's compute type, activations "
+                    "unquantized. fastest: on a GPU the faster of the two for each layer, timed at its first use; else 8-bit."
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The quantized model.")],
         )
@@ -115,24 +129,26 @@ class IECQuantizeModel(CheckedNode):
     @classmethod
     @known_values
     def validate_inputs(
-        cls, weight_bits=None, activation_bits=None, group_size=None, weight_scale=None, activation_scale=None
+        cls, weight_bits=None, activation_bits=None, group_size=None, weight_scale=None, activation_scale=None, compute=None
     ):  # fmt: skip
         wrong = unknown_choice(list(KINDS), weight_bits=weight_bits)
         wrong = wrong or unknown_choice(ACTIVATION_BITS, activation_bits=activation_bits)
         wrong = wrong or unknown_choice(GROUP_SIZES, group_size=group_size)
         wrong = wrong or unknown_choice(SCALES, weight_scale=weight_scale)
         wrong = wrong or unknown_choice(ACTIVATION_SCALES, activation_scale=activation_scale)
-        return wrong or _wrong_group(group_size, weight_bits, activation_bits) or True
+        wrong = wrong or unknown_choice(COMPUTE, compute=compute)
+        wrong = wrong or _wrong_group(group_size, weight_bits, activation_bits)
+        return wrong or _wrong_compute(compute, activation_bits) or True
 
     @classmethod
     def run(
         cls, model, weight_bits, activation_bits, keep_sensitive_layers, group_size="none", weight_scale="absmax", rotate=False,
-        activation_scale="token", keep_output_projections=False, include="", exclude="",
+        activation_scale="token", keep_output_projections=False, include="", exclude="", compute=FASTEST,
     ):  # fmt: skip
         group = 0 if group_size == "none" else int(group_size)
         rules = LayerRules(keep_sensitive_layers, keep_output_projections, parse_patterns(include), parse_patterns(exclude))
         weight = WeightFormat(KINDS[weight_bits], group, 0, weight_scale == "search" and weight_bits != "fp8")
-        activation = ActivationFormat(int(activation_bits), activation_scale == "tensor")
+        activation = ActivationFormat(int(activation_bits), activation_scale == "tensor", compute)
         return io.NodeOutput(quantize_model(model, Quantization(weight, activation, rules, rotate)))
 
 
@@ -178,23 +194,27 @@ class IECLoadQuantizedModel(CheckedNode):
                     options=FILES.names(),
                     tooltip="A file of models/diffusion_models that Save Quantized Model (IEC) wrote. One that was just saved "
                     "is listed after a refresh of the page (R).",
-                )
+                ),
+                _compute_input(
+                    "What multiplies activations of 8 bits, as in Quantize Model (IEC). A file does not keep it: it is for "
+                    "the GPU to tell."
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The quantized model.")],
         )
 
     @classmethod
     @known_values
-    def validate_inputs(cls, model_name=None):
-        return FILES.missing(model_name=model_name) or True
+    def validate_inputs(cls, model_name=None, compute=None):
+        return FILES.missing(model_name=model_name) or unknown_choice(COMPUTE, compute=compute) or True
 
     @classmethod
-    def fingerprint_inputs(cls, model_name):
+    def fingerprint_inputs(cls, model_name, compute=None):
         return FILES.changed(model_name)
 
     @classmethod
-    def run(cls, model_name):
-        return io.NodeOutput(load_quantized_model(model_name))
+    def run(cls, model_name, compute=FASTEST):
+        return io.NodeOutput(load_quantized_model(model_name, compute))
 
 
 NODES = [IECQuantizeModel, IECSaveQuantizedModel, IECLoadQuantizedModel]

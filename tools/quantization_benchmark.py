@@ -105,7 +105,7 @@ def speed(nodes, kinds, repeat, latent, compiled):
         for name in ("W8A8", "W8A8, rotated", "W4A8", "W8A16", "W4A16, groups of 64", "fp8"):
             variant = quantized(nodes, model, name)
             share = share_of(full, Evaluation(variant, conditioning, latent, compiled), repeat)
-            backends = {layer.backend(variant.load_device) for layer in layers(variant)}
+            backends = {layer.choice(variant.load_device).backend for layer in layers(variant)}
             size = size_of(variant) / size_of(model)
             print(f"| {name} | {1 / share:.2f} | {size:.3f} | {'; '.join(sorted(backends))} |", flush=True)
         others(nodes, kind, model, conditioning, latent, compiled, full, repeat)

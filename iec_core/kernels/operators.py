@@ -55,6 +55,6 @@ def conv2d_int8(x, scale, per_tensor, weight, weight_scale, bias, stride, paddin
     padding and dilation are pairs. x / scale is rounded, half to even, and clamped to +-127. Returns [B, O, H', W'], with its
     channels last in memory where x has them so. An item that is not finite comes out as NaN.
     """
-    return torch.ops.iec.conv2d_int8.default(
-        x, scale, per_tensor, weight, weight_scale, bias, stride, padding, dilation, out_dtype
-    )
+    # A call of the operator takes longer than all that Python has to do for the kernels.
+    compute = torch.ops.iec.conv2d_int8.default if torch.compiler.is_compiling() else _conv2d_int8
+    return compute(x, scale, per_tensor, weight, weight_scale, bias, stride, padding, dilation, out_dtype)

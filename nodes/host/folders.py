@@ -113,6 +113,10 @@ class ModelFolder:
                 os.remove(half)
         return f"models/{self.key}/{place}"
 
+    def beside(self, name):
+        """Return where a file that is none of the listed ones lies beside them."""
+        return os.path.join(self._folder(), name)
+
     def wrong_name(self, name, kind):
         """Return the sentence for a name under which no file of a kind can be written, else None. None comes over a link."""
         try:

@@ -51,13 +51,13 @@ def _of_weight(model, source, name, layer):
     words += [f"rotated by {fmt.rotation}"] if fmt.rotation else []
     return LayerError(
         name, ", ".join(words) + f", activations {layer.activation.bits} bits",
-        layer.backend(model.load_device), layer.packing.nbytes, original.nbytes,
+        str(layer.choice(model.load_device)), layer.packing.nbytes, original.nbytes,
         decibels(full.square().sum().item(), noise),
     )  # fmt: skip
 
 
 def _take_up(error, reference, device, layer, inputs, output):
-    error.backend = layer.backend(device)  # with calibrated activations another one than without
+    error.backend = str(layer.choice(device))  # with calibrated activations another one than without
     expected = reference(inputs[0]).float()
     error.signal += expected.square().sum().item()
     error.noise += (output.float() - expected).square().sum().item()

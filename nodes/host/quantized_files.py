@@ -17,7 +17,7 @@ from ...iec_core.quantization import Packing
 from ...iec_core.quantized_file import LayerFile, QuantizedFile, description, layer_tensors, write
 from .builtin_model import CONFIG_OF_CLASS
 from .folders import ModelFolder
-from .quantized_layers import ActivationFormat, class_for, quantized_layers
+from .quantized_layers import FASTEST, ActivationFormat, class_for, quantized_layers
 from .quantized_network import PREFIX, check_shapes, mark_quantized, network_state, quantization_of, warn_of_lost_changes
 from .weights import fingerprint, original_weight, patched_shape, patched_weight
 
@@ -53,11 +53,11 @@ def save_quantized_model(model, name):
     return FILES.write(name, QUANTIZED_MODEL, lambda path: write(path, _sources(model, layers, activation.bits), about))
 
 
-def load_quantized_model(name):
-    """Return the MODEL in a file that `save_quantized_model` wrote. Raises ValueError, with a sentence, where there is none, or
-    none that can be read.
+def load_quantized_model(name, compute=FASTEST):
+    """Return the MODEL in a file that `save_quantized_model` wrote. compute: of its ActivationFormat. Raises ValueError, with a
+    sentence, where there is none, or none that can be read.
     """
-    base = FILES.read("model_name", name, _read)
+    base = FILES.read("model_name", name, functools.partial(_read, compute))
     device, offload_device = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
     model = comfy.model_patcher.ModelPatcher(base.to(offload_device), load_device=device, offload_device=offload_device)
     return mark_quantized(model)
@@ -204,7 +204,7 @@ def _are_alike(one, other):
 # What is read
 
 
-def _read(path):
+def _read(compute, path):
     """Return the BaseModel in a file. Raises ValueError, with what is wrong with it."""
     with QuantizedFile(path) as file:
         device = comfy.model_management.get_torch_device()
@@ -217,7 +217,7 @@ def _read(path):
         _check_before_memory(make, weights, file)
         base = make()
         _check_network(base, weights, file)
-        _fill(base.diffusion_model, weights, file)
+        _fill(base.diffusion_model, weights, file, compute)
         base.iec_quantization = file.about["name"]
         base.iec_fingerprint = torch.tensor(file.about["fingerprint"], dtype=torch.float32)
     return base
@@ -319,9 +319,10 @@ def _without_memory(operations, most):
     return type("WithoutMemory", (operations,), kinds)
 
 
-def _fill(network, weights, file):
-    """Give a network the file's weights, and put quantized layers where the file has them."""
-    activation, modules = ActivationFormat(**file.about["activation"]), dict(network.named_modules())
+def _fill(network, weights, file, compute):
+    """Give a network the file's weights, and put quantized layers where the file has them, which compute as asked for."""
+    activation = ActivationFormat(**file.about["activation"], compute=compute)
+    modules = dict(network.named_modules())
     for key, tensor in weights.items():
         if key not in MARKS:
             _set(modules, key, tensor)

@@ -7,6 +7,7 @@ with: through them LoRAs, weight hooks and merges reach it.
 
 import contextlib
 import copy
+import functools
 from dataclasses import dataclass
 
 import comfy.ops
@@ -23,7 +24,9 @@ from ...iec_core.int8 import (
     linear_backend,
     linear_int8,
 )
-from ...iec_core.quantization import rotate
+from ...iec_core.kernel_times import KernelTimes
+from ...iec_core.quantization import rotate, unpack_nibbles
+from .profiles import PROFILES
 
 # What the host keeps on a model and its layers while they are loaded; a copy that is not loaded goes without.
 HOST_STATE = (
@@ -39,12 +42,32 @@ def is_host_state(name):
     return name in HOST_STATE or name == "_v" or name.startswith(("_v_", "_pin", "_prefetch"))
 
 
+TIMES = KernelTimes(lambda: PROFILES.beside("kernel_times.json"))
+FASTEST, EIGHT_BIT, DEQUANTIZED = COMPUTE = "fastest", "8-bit", "dequantized"
+FULL = "unquantized layer"  # timed beside what can stand for it
+
+
 @dataclass(frozen=True)
 class ActivationFormat:
-    """bits: 16 (as they are) or 8. per_tensor: one scale for a whole tensor, instead of one for each row or batch item."""
+    """bits: 16 (as they are) or 8. per_tensor: one scale for a whole tensor, instead of one for each row or batch item.
+    compute: what multiplies activations of 8 bits, one of COMPUTE: 8-bit products; products with the dequantized weight, where
+    activations stay as they are; or whichever is the faster, where a GPU can be timed, else the former.
+    """
 
     bits: int = 16
     per_tensor: bool = False
+    compute: str = FASTEST
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What computes a layer, and in words why: "" where there is nothing else."""
+
+    backend: str
+    why: str = ""
+
+    def __str__(self):
+        return f"{self.backend} ({self.why})" if self.why else self.backend
 
 
 class _QuantizedLayer:
@@ -55,6 +78,8 @@ class _QuantizedLayer:
 
     input_scale = None
     passes_gradients = False
+    _chosen = None, None  # what came in last, as `_choice` tells it from other, and the Choice for it
+    _views = None  # of the weight where it lies: its address, and what `_stored` returns
 
     @classmethod
     def of(cls, name, layer, packing, packed, bias, activation):
@@ -93,12 +118,23 @@ class _QuantizedLayer:
                 f"model: its network takes the type of what enters {self.name} from that layer's weight, so that it cannot be "
                 "quantized; name it in exclude of Quantize Model (IEC)."
             )
+        compute = self._compute_straight if self.passes_gradients else self._compute
+        weight, bias = self._parameters["weight"], self._parameters["bias"]  # a module's attributes take longer
+        if self._is_in_place(weight, bias, x):
+            return compute(x, weight, bias)
         packed, bias, stream = self._at(x)
         try:
-            patched = self._patched(packed) if self.weight_function else packed
-            return (self._compute_straight if self.passes_gradients else self._compute)(x, patched, bias)
+            return compute(x, self._patched(packed) if self.weight_function else packed, bias)
         finally:
             comfy.ops.uncast_bias_weight(self, packed, bias, stream)
+
+    def _is_in_place(self, weight, bias, x):
+        """Tell whether there is nothing to do for the host's `cast_bias_weight`, which takes half of a small layer's time:
+        weight and bias are where x is, and nothing is to be laid on them.
+        """
+        if self.weight_function or self.bias_function or weight.device != x.device or weight.dtype != torch.int8:
+            return False
+        return bias is None or (bias.dtype == x.dtype and bias.device == x.device)
 
     def _at(self, x):
         """Return (packed weight, bias, stream) on x's device, as the host's `cast_bias_weight` does. What an offloaded layer's
@@ -121,18 +157,99 @@ class _QuantizedLayer:
             packed = function(self.convert_weight(packed))
         return packed.to(torch.int8) if packed.ndim == 1 else self.packing.quantize(packed)
 
+    def _stored(self, packed):
+        """Return what `Packing.stored` does, and the scales of the output channels, float32 [O]. The views of a weight that
+        stays where it is are made once; those of one that is moved in every evaluation would hold on to its memory.
+        """
+        if packed is not self._parameters["weight"]:
+            return self._viewed(packed)
+        if self._views is None or self._views[0] != packed.data_ptr():
+            self._views = packed.data_ptr(), self._viewed(packed)
+        return self._views[1]
+
+    def _viewed(self, packed):
+        integers, scale = self.packing.stored(packed)
+        return integers, scale, scale[:, 0]
+
+    def _apply(self, *args, **kwargs):
+        self._views = None  # the weight may go to another device, and leaves its memory then
+        return super()._apply(*args, **kwargs)
+
     def rotated(self, x):
         """Return what comes in as it is quantized."""
         return rotate(x, self.packing.format.rotation) if self.packing.format.rotation else x
 
-    def backend(self, device):
-        """Return, in words, what computes this layer on a device."""
-        kind, quantized = self.packing.format.kind, self.activation.bits == 8
-        if not quantized or (kind == "fp8" and not self._multiplies_fp8(device)):
-            return WEIGHT_ONLY
-        if kind == "fp8":
-            return "torch._scaled_mm"
-        return self._integer_backend(device)
+    def choice(self, device):
+        """Return the Choice of what computed this layer on a device when it was last evaluated; before, what is to be tried."""
+        seen, choice = self._chosen
+        return choice if seen and seen[2] == torch.device(device) else self._by_rule(device)
+
+    def _by_rule(self, device):
+        """Return the Choice on a device before anything is timed."""
+        kind = self.packing.format.kind
+        if self.activation.bits == 16 or (kind == "fp8" and not self._multiplies_fp8(device)):
+            return Choice(WEIGHT_ONLY)
+        backend = fp8.SCALED_MM if kind == "fp8" else self._integer_backend(device)
+        if backend != WEIGHT_ONLY and self.activation.compute == DEQUANTIZED:
+            return Choice(WEIGHT_ONLY, f"as asked for, instead of {backend}")
+        return Choice(backend)
+
+    def _backend(self, x, packed, bias):
+        """Return the name of what computes the layer for x."""
+        seen = x.shape, x.dtype, x.device, self.input_scale is None
+        if self._chosen[0] != seen:
+            self._chosen = seen, self._timed(x, packed, bias)
+        return self._chosen[1].backend
+
+    def _timed(self, x, packed, bias):
+        """Return the Choice for x: each way is timed, where no layer of the kind was before."""
+        rule = self._by_rule(x.device)
+        if rule.backend == WEIGHT_ONLY or self.activation.compute == EIGHT_BIT:
+            return rule
+        stored = self._viewed(packed)
+        full = functools.cache(lambda: self.packing.shaped(self._dequantized(stored, x.dtype)))
+        ways = {
+            FULL: lambda: self._product(x, full(), bias),
+            WEIGHT_ONLY: lambda: self._by(WEIGHT_ONLY, x, stored, bias),
+            rule.backend: lambda: self._by(rule.backend, x, stored, bias),
+        }
+        return _fastest(TIMES.of(x.device, self._kind(x), x.numel() // self.packing.shape[1], ways), rule)
+
+    def _backend_of_graph(self, x):
+        """Return what `_backend` does while torch.compile takes a graph, in which nothing can be timed: what was the faster way
+        for the most rows that such a layer was timed for before.
+        """
+        backend = self._by_rule(x.device).backend
+        if backend == WEIGHT_ONLY or self.activation.compute == EIGHT_BIT:
+            return backend
+        return _timed_before(x.device, self._kind(x), backend)
+
+    def _kind(self, x):
+        """Return in words what a layer's times depend on, but for the rows."""
+        fmt, given = self.packing.format, self.input_scale is not None
+        scales = "given" if given else "of the tensor" if self.activation.per_tensor or fmt.kind == "fp8" else "of each row"
+        layout = ", channels last" if x.ndim == 4 and x.stride(1) == 1 else ""
+        turned = f", rotated by {fmt.rotation}" if fmt.rotation else ""
+        return f"{self._geometry()}, {fmt.kind}{turned}, x {str(x.dtype)[6:]}{layout}, scale {scales}"
+
+    def _compute(self, x, packed, bias):
+        if torch.compiler.is_compiling():
+            return self._by(self._backend_of_graph(x), x, self._viewed(packed), bias)
+        return self._by(self._backend(x, packed, bias), x, self._stored(packed), bias)
+
+    def _by(self, backend, x, stored, bias):
+        """Compute the layer for x. stored: what `_stored` returns."""
+        if backend == WEIGHT_ONLY:
+            x = self.rotated(x)
+            return self._product(x, self.packing.shaped(self._dequantized(stored, x.dtype)), bias)
+        integers, scale, channel_scale = stored
+        if backend == fp8.SCALED_MM:
+            return fp8.linear_fp8(self.rotated(x), integers, scale[0], bias, self.input_scale)
+        values = unpack_nibbles(integers, self.packing.inputs) if self.packing.format.kind == "int4" else integers
+        return self._integer_product(backend, x, values, channel_scale, bias)
+
+    def _dequantized(self, stored, dtype):
+        return self.packing.times_scales(*self.packing.unpacked(stored[:2]), dtype)
 
     def _multiplies_fp8(self, device):
         return False
@@ -141,11 +258,7 @@ class _QuantizedLayer:
         """Return rows [..., C] as they are rounded for the product, with the derivative of what is not rounded: 1 within the
         clipping range, 0 outside. The scale counts as a constant.
         """
-        if self.activation.bits == 16:
-            return rows
         if self.packing.format.kind == "fp8":
-            if not self._multiplies_fp8(rows.device):
-                return rows
             scale = fp8.activation_scale(rows.detach(), self.input_scale)
             limit, dtype = fp8.LARGEST, torch.float8_e4m3fn
         else:
@@ -158,6 +271,12 @@ class _QuantizedLayer:
         rounded = inside.detach().round() if dtype is None else inside.detach().to(dtype).float()
         return ((inside + (rounded - inside.detach())) * scale).to(rows.dtype)
 
+    def _compute_straight(self, x, packed, bias):
+        is_rounded = self._backend(x, packed, bias) != WEIGHT_ONLY
+        x = self.rotated(x)
+        weight = self.packing.shaped(self.packing.scaled(packed, x.dtype))
+        return self._product(self._straight_input(x) if is_rounded else x, weight, bias)
+
     def _per_row(self):
         return self.input_scale is None and not self.activation.per_tensor
 
@@ -165,19 +284,15 @@ class _QuantizedLayer:
 class QuantizedLinear(_QuantizedLayer, comfy.ops.manual_cast.Linear):
     """A Linear layer: weight [O, C]."""
 
-    def _compute(self, x, packed, bias):
-        activation, fmt = self.activation, self.packing.format
-        if activation.bits == 16 or (fmt.kind == "fp8" and not self._multiplies_fp8(x.device)):
-            return torch.nn.functional.linear(self.rotated(x), self.packing.scaled(packed, x.dtype), bias)
-        values, scale = self.packing.values(packed)
-        if fmt.kind == "fp8":
-            return fp8.linear_fp8(self.rotated(x), values, scale[0], bias, self.input_scale)
-        return linear_int8(x, values, scale[:, 0], bias, self.input_scale, activation.per_tensor, fmt.rotation)
+    def _product(self, x, weight, bias):
+        return torch.nn.functional.linear(x, weight, bias)
 
-    def _compute_straight(self, x, packed, bias):
-        rows = self.rotated(x)
-        rows = self._straight(rows.reshape(-1, rows.shape[-1])).reshape(rows.shape)
-        return torch.nn.functional.linear(rows, self.packing.scaled(packed, x.dtype), bias)
+    def _integer_product(self, backend, x, values, scale, bias):
+        rotation = self.packing.format.rotation
+        return linear_int8(x, values, scale, bias, self.input_scale, self.activation.per_tensor, rotation, backend)
+
+    def _straight_input(self, x):
+        return self._straight(x.reshape(-1, x.shape[-1])).reshape(x.shape)
 
     def _multiplies_fp8(self, device):
         fits = fp8.fits(self.packing.inputs, self.packing.rows)
@@ -186,33 +301,53 @@ class QuantizedLinear(_QuantizedLayer, comfy.ops.manual_cast.Linear):
     def _integer_backend(self, device):
         return linear_backend(device, self._per_row(), self.packing.rows, self.packing.inputs)
 
+    def _geometry(self):
+        return f"Linear {self.packing.inputs} to {self.packing.rows}"
+
 
 class QuantizedConv2d(_QuantizedLayer, comfy.ops.manual_cast.Conv2d):
     """A Conv2d layer (groups 1, zero padding): weight [O, C, kh, kw]."""
 
-    def _compute(self, x, packed, bias):
-        geometry = self.stride, self.padding, self.dilation
-        if self.activation.bits == 16 or self.packing.format.kind == "fp8":
-            kernel = self.packing.shaped(self.packing.scaled(packed, x.dtype))
-            return torch.nn.functional.conv2d(x, kernel, bias, *geometry)
-        values, scale = self.packing.values(packed)
-        per_tensor = self.activation.per_tensor
-        return conv2d_int8(x, values, scale[:, 0], bias, self.kernel_size, *geometry, self.input_scale, per_tensor)
+    def _product(self, x, weight, bias):
+        return torch.nn.functional.conv2d(x, weight, bias, self.stride, self.padding, self.dilation)
 
-    def _compute_straight(self, x, packed, bias):
-        if self.activation.bits == 8 and self.packing.format.kind != "fp8" and self.backend(x.device) != WEIGHT_ONLY:
-            if is_pointwise(self.kernel_size, self.stride, self.padding):  # a scale for each pixel
-                rows = x.permute(0, 2, 3, 1)
-                x = self._straight(rows.reshape(-1, rows.shape[-1])).reshape(rows.shape).permute(0, 3, 1, 2).contiguous()
-            else:
-                x = self._straight(x)
-        kernel = self.packing.shaped(self.packing.scaled(packed, x.dtype))
-        return torch.nn.functional.conv2d(x, kernel, bias, self.stride, self.padding, self.dilation)
+    def _integer_product(self, backend, x, values, scale, bias):
+        geometry = self.kernel_size, self.stride, self.padding, self.dilation
+        return conv2d_int8(x, values, scale, bias, *geometry, self.input_scale, self.activation.per_tensor, backend)
+
+    def _straight_input(self, x):
+        if not is_pointwise(self.kernel_size, self.stride, self.padding):
+            return self._straight(x)
+        rows = x.permute(0, 2, 3, 1)  # a scale for each pixel
+        return self._straight(rows.reshape(-1, rows.shape[-1])).reshape(rows.shape).permute(0, 3, 1, 2).contiguous()
 
     def _integer_backend(self, device):
         if is_pointwise(self.kernel_size, self.stride, self.padding):
             return linear_backend(device, self._per_row(), self.packing.rows, self.packing.inputs)
         return conv_backend(device)
+
+    def _geometry(self):
+        outputs, inputs, *window = self.packing.shape
+        sizes = (window, self.stride, self.padding, self.dilation)
+        named = zip(("window", "stride", "padding", "dilation"), ("x".join(map(str, pair)) for pair in sizes))
+        return f"Conv2d {inputs} to {outputs}, " + ", ".join(" ".join(one) for one in named)
+
+
+def _fastest(times, rule):
+    """Return the Choice between what the rule says and the dequantized weight, by their times in microseconds, if there are
+    some.
+    """
+    if not times:
+        return rule
+    names = rule.backend, WEIGHT_ONLY
+    taken = ", ".join(f"{name} {times[name]:.3g}" for name in (*names, FULL))
+    return Choice(min(names, key=times.get), f"microseconds: {taken}")
+
+
+@torch.compiler.assume_constant_result
+def _timed_before(device, kind, backend):
+    """Return the faster one of a backend and the dequantized weight."""
+    return _fastest(TIMES.of_largest(device, kind), Choice(backend)).backend
 
 
 def quantized_class(layer):

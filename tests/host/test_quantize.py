@@ -311,10 +311,10 @@ def test_choices_are_validated(host):
 
 
 def test_every_layer_says_what_computes_it(quantized):
-    said = {layer.backend("cpu") for name, layer in layers_of(quantized()).items() if layer.weight.dtype == torch.int8}
+    said = {str(layer.choice("cpu")) for name, layer in layers_of(quantized()).items() if layer.weight.dtype == torch.int8}
     product = next(one for one in ("torch._int_mm", "exact products in float32") if one in said)  # by the processor
     assert said == {product, f"gathered windows, {product}"}
-    fp8 = {layer.backend("cpu") for layer in layers_of(quantized("fp8", 8)).values() if layer.weight.dtype == torch.int8}
+    fp8 = {str(layer.choice("cpu")) for layer in layers_of(quantized("fp8", 8)).values() if layer.weight.dtype == torch.int8}
     assert fp8 == {"dequantized weight"}
 
 

@@ -353,29 +353,19 @@ def test_kitchen_is_given_only_what_its_kernels_take(gpu, triton, else_):
     assert linear_backend("cuda", True, 8, 48) == else_
 
 
+def test_products_in_float32_are_a_cpus_alone(monkeypatch):
+    """Anywhere else the dequantized weight is faster, and is multiplied in half precision."""
+    monkeypatch.setattr(int8, "uses_int_mm", lambda device: False)
+    assert linear_backend("cpu", True, 8, 48) == int8.FLOAT_PRODUCTS and linear_backend("mps", True, 8, 48) == int8.WEIGHT_ONLY
+
+
 def test_windows_are_gathered_on_a_cpu_alone(gpu):
     gpu(kitchen=True, triton=False)
     assert conv_backend("cuda") == conv_backend("mps") == int8.WEIGHT_ONLY
+    assert linear_backend("cuda", False, 8, 48) == int8.INT_MM
     assert conv_backend("cpu") == "gathered windows, torch._int_mm"
     gpu(kitchen=True, triton=True)
     assert conv_backend("cuda") == int8.TRITON
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("given", [None, torch.tensor(0.1)])
-def test_where_nothing_multiplies_integers_the_weight_is_dequantized(monkeypatch, given, dtype):
-    """No window is gathered, and activations stay as they are."""
-    monkeypatch.setattr(int8, "conv_backend", lambda device: int8.WEIGHT_ONLY)
-    monkeypatch.setattr(int8, "conv2d_sums", lambda *_: pytest.fail("gathered windows"))
-    x, bias, packing = normal(2, 5, 9, 8).to(dtype), normal(7, seed=2), Packing((7, 5, 3, 3), WeightFormat())
-    packed = packing.quantize(normal(7, 5, 3, 3, seed=1))
-    values, scale = packing.values(packed)
-    found = conv2d_int8(x, values, scale[:, 0], bias, (3, 3), (2, 1), (1, 0), (1, 2), given)
-    weight = packing.dequantize(packed).to(dtype).double()
-    expected = torch.nn.functional.conv2d(x.double(), weight, bias.double(), (2, 1), (1, 0), (1, 2))
-    assert found.dtype == dtype
-    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
-    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=10 * tolerance)
 
 
 @pytest.mark.parametrize("given", [False, True])
@@ -389,8 +379,10 @@ def test_a_layer_waits_for_no_device(kind, given):
     int8.conv_backend("meta"), int8.linear_backend("meta", given is None, 8, 45)  # are found out at first use
     with Copies() as copies:
         for per_tensor in (False, True):
-            assert int8.linear_int8(rows, values, scale[:, 0], bias, given, per_tensor).shape == (7, 8)
-            image = conv2d_int8(x, values, scale[:, 0], bias, (3, 3), (1, 1), (1, 1), (1, 1), given, per_tensor)
+            more = given, per_tensor
+            assert int8.linear_int8(rows, values, scale[:, 0], bias, *more, backend=int8.FLOAT_PRODUCTS).shape == (7, 8)
+            geometry = (3, 3), (1, 1), (1, 1), (1, 1)
+            image = conv2d_int8(x, values, scale[:, 0], bias, *geometry, *more, backend=int8.FLOAT_PRODUCTS)
             assert image.shape == (2, 8, 6, 6) and image.device.type == "meta"
     assert copies.count == 0
 
@@ -457,19 +449,28 @@ def test_kitchen_is_not_given_nothing_nor_float64(monkeypatch):
     torch.testing.assert_close(found.float(), linear_int8(normal(2, 16), values, scale[:, 0], None), rtol=1e-4, atol=1e-4)
 
 
-def test_nan_is_seen_behind_a_kernel_that_takes_no_notice_of_it(monkeypatch):
-    """As comfy-kitchen's for CUDA, which takes the largest magnitude of what is a number."""
-    kernel = torch.ops.comfy_kitchen.int8_linear
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+def test_nan_is_seen_behind_a_kernel_that_takes_no_notice_of_it(monkeypatch, wrong):
+    """As comfy-kitchen's for CUDA, which turns it and infinity into numbers."""
+    kernel = int8.comfy_kitchen.int8_linear
     blind = types.SimpleNamespace(int8_linear=lambda rows, *more: kernel(rows.nan_to_num(0), *more))
     monkeypatch.setattr(int8, "linear_backend", lambda *_: int8.KITCHEN)
-    monkeypatch.setattr(torch.ops, "comfy_kitchen", blind)
+    monkeypatch.setattr(int8, "comfy_kitchen", blind)
     values, scale = quantize_rows(normal(8, 16), WeightFormat())
     x = normal(4, 16)
-    torch.testing.assert_close(
-        linear_int8(x, values, scale[:, 0], None), kernel(x, values, scale[:, 0], None, 0), rtol=0, atol=0
-    )
-    x[1, 3] = torch.nan
+    expected = kernel(x, values, scale[:, 0], None, torch.float32)
+    torch.testing.assert_close(linear_int8(x, values, scale[:, 0], None), expected, rtol=0, atol=0)
+    x[1, 3] = wrong
     assert linear_int8(x, values, scale[:, 0], None)[1].isnan().all()
+
+
+def test_a_compiled_layer_asks_for_comfy_kitchens_operator(monkeypatch):
+    """In one graph, for the compiler does not look into it."""
+    monkeypatch.setattr(int8, "linear_backend", lambda *_: int8.KITCHEN)
+    values, scale = quantize_rows(normal(8, 16), WeightFormat())
+    compiled = torch.compile(linear_int8, backend="eager", fullgraph=True)
+    x = normal(2, 3, 16)
+    torch.testing.assert_close(compiled(x, values, scale[:, 0], None), linear_int8(x, values, scale[:, 0], None))
 
 
 @pytest.mark.parametrize("given", [None, torch.tensor(0.1)])

@@ -1,0 +1,255 @@
+"""Ways to compute a layer are timed once on each card, and what was found out is kept in a file that harms nobody else's."""
+
+import json
+import math
+import os
+
+import pytest
+import torch
+
+from iec_core import kernel_times
+from iec_core.kernel_times import CudaClock, KernelTimes, rounded
+
+DEVICE, LAYER = torch.device("cpu"), "Linear 64 to 32"
+
+
+class Clock:
+    """Stands in for a GPU's: the times that are written into it, in microseconds."""
+
+    def __init__(self, card="a card", **times):
+        self.name, self.known, self.asked, self.can = card, times or {"fast": 1.5, "slow": 4.0}, [], True
+
+    def can_time(self, device):
+        return self.can
+
+    def card(self, device):
+        return self.name
+
+    def times(self, ways, device):
+        self.asked.append(sorted(ways))
+        return {name: self.known[name] for name in ways}
+
+
+def ways(*names):
+    return {name: lambda: None for name in names or ("fast", "slow")}
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "profiles" / "kernel_times.json"
+
+
+@pytest.fixture
+def kept(file):
+    """kept(clock): a KernelTimes on the test's file."""
+    return lambda clock: KernelTimes(lambda: str(file), clock)
+
+
+def test_a_layer_is_timed_once_for_sizes_that_differ_little(kept):
+    clock = Clock()
+    times = kept(clock)
+    for _ in range(2):
+        for rows in (4096, 4500, 5119):
+            assert times.of(DEVICE, LAYER, rows, ways()) == {"fast": 1.5, "slow": 4.0}
+    assert len(clock.asked) == 1
+    times.of(DEVICE, LAYER, 5120, ways()), times.of(DEVICE, "Linear 64 to 33", 4096, ways())
+    assert len(clock.asked) == 3
+
+
+@pytest.mark.parametrize(("rows", "shared"), [(0, 0), (1, 1), (7, 7), (8, 8), (9, 8), (77, 64), (95, 80), (4095, 3584)])
+def test_sizes_that_share_their_times_differ_by_less_than_a_quarter(rows, shared):
+    assert rounded(rows) == shared and rows <= shared * 1.25
+
+
+def test_the_next_start_knows_them(kept, file):
+    kept(Clock()).of(DEVICE, LAYER, 100, ways())
+    clock = Clock(fast=9.0, slow=9.0)
+    assert kept(clock).of(DEVICE, LAYER, 100, ways()) == {"fast": 1.5, "slow": 4.0} and clock.asked == []
+    assert os.listdir(file.parent) == [file.name]
+
+
+@pytest.mark.parametrize("other", ["another card", "a card, of another driver"])
+def test_what_was_timed_elsewhere_is_timed_anew(kept, other):
+    kept(Clock()).of(DEVICE, LAYER, 100, ways())
+    clock = Clock(other, fast=9.0, slow=8.0)
+    assert kept(clock).of(DEVICE, LAYER, 100, ways()) == {"fast": 9.0, "slow": 8.0} and len(clock.asked) == 1
+    assert kept(Clock()).of(DEVICE, LAYER, 100, ways())["fast"] == 1.5  # and both are there
+
+
+def test_two_processes_write_one_file(kept):
+    one, other = kept(Clock()), kept(Clock())
+    one.of(DEVICE, "one", 1, ways()), other.of(DEVICE, "other", 1, ways()), one.of(DEVICE, "third", 1, ways())
+    clock = Clock()
+    late = kept(clock)
+    assert all(late.of(DEVICE, layer, 1, ways()) for layer in ("one", "other", "third")) and clock.asked == []
+
+
+def test_a_way_that_is_not_known_yet_is_timed(kept):
+    """As after an installation of what was not there."""
+    clock = Clock(fast=1.0, slow=2.0, new=0.5)
+    times = kept(clock)
+    times.of(DEVICE, LAYER, 1, ways())
+    assert times.of(DEVICE, LAYER, 1, ways("fast", "slow", "new"))["new"] == 0.5 and len(clock.asked) == 2
+
+
+def test_times_of_the_largest_size(kept):
+    clock = Clock()
+    times = kept(clock)
+    assert times.of_largest(DEVICE, LAYER) == {}
+    for rows, slow in ((1024, 3.0), (64, 5.0), (96, 6.0)):
+        clock.known["slow"] = slow
+        times.of(DEVICE, LAYER, rows, ways())
+    assert times.of_largest(DEVICE, LAYER)["slow"] == 3.0 and times.of_largest(DEVICE, "another") == {}
+    clock.can = False
+    assert times.of_largest(DEVICE, LAYER) == {}
+
+
+def test_a_device_that_cannot_be_timed_costs_nothing(file):
+    times = KernelTimes(lambda: pytest.fail("read a file"), CudaClock())
+    assert times.of(DEVICE, LAYER, 1, ways()) == times.of_largest(DEVICE, LAYER) == {} and not file.exists()
+
+
+@pytest.mark.parametrize("where", ["way", "clock"])
+def test_a_shortage_of_memory_is_no_answer(kept, file, where):
+    clock, short, called = Clock(), [True], []
+
+    def greedy():
+        called.append(1)
+        if short and where == "way":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def failing(ways, device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    times = kept(clock)
+    if where == "clock":
+        clock.times = failing
+    assert times.of(DEVICE, LAYER, 1, {"fast": greedy, "slow": lambda: None}) == {} and not file.exists()
+    short.clear()
+    clock.__dict__.pop("times", None)
+    assert times.of(DEVICE, LAYER, 1, {"fast": greedy, "slow": lambda: None}) == {"fast": 1.5, "slow": 4.0}
+
+
+def test_a_way_that_fails_is_the_slowest_and_said_once(kept, file, caplog):
+    def broken():
+        raise RuntimeError("out of resource: shared memory\nand more")
+
+    clock = Clock()
+    times = kept(clock)
+    for rows in (1, 1, 2):
+        assert times.of(DEVICE, LAYER, rows, {"fast": broken, "slow": lambda: None}) == {"fast": math.inf, "slow": 4.0}
+    (record,), why = caplog.records, "RuntimeError: out of resource: shared memory."
+    assert record.message == f"[ComfyUI-IEC] fast does not compute a layer of the kind '{LAYER}': {why}"
+    assert clock.asked == [["slow"], ["slow"]]
+    assert "fast" not in file.read_text()
+    assert kept(Clock()).of(DEVICE, LAYER, 1, ways())["fast"] == 1.5  # another start tries again
+
+
+def of_layer(sizes):
+    return json.dumps({"format": kernel_times.FORMAT, "microseconds": {"a card": {LAYER: sizes}}})
+
+
+FOREIGN = {
+    "no JSON": "a user's notes",
+    "other JSON": "[1, 2]",
+    "of another": json.dumps({"format": "another", "microseconds": {}}),
+    "of a later version": json.dumps({"format": "iec kernel times 2", "microseconds": {}}),
+    "without times": json.dumps({"format": kernel_times.FORMAT}),
+    "rows without times": of_layer({"1": 3.0}),
+    "no number of rows": of_layer({"x": {"fast": 1.0}}),
+    "no time": of_layer({"1": {"fast": True}}),
+    "less than no time": of_layer({"1": {"fast": -1.0}}),
+}
+
+
+@pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
+def test_a_file_that_is_not_ours_stays_as_it_is(kept, file, caplog, content):
+    file.parent.mkdir()
+    file.write_text(content)
+    clock = Clock()
+    times = kept(clock)
+    for rows in (1, 2, 1):
+        assert times.of(DEVICE, LAYER, rows, ways()) == {"fast": 1.5, "slow": 4.0}
+    assert len(clock.asked) == 2 and file.read_text() == content and os.listdir(file.parent) == [file.name]
+    (record,) = caplog.records
+    assert record.message.startswith("[ComfyUI-IEC] kernel_times.json, beside the profiles, is not used and stays as it is: ")
+
+
+def test_a_folder_of_that_name_does_no_harm(kept, file):
+    file.mkdir(parents=True)
+    assert kept(Clock()).of(DEVICE, LAYER, 1, ways())["fast"] == 1.5 and os.listdir(file.parent) == [file.name]
+
+
+def test_where_nothing_can_be_written_times_are_kept_in_memory(kept, file):
+    file.parent.write_text("a file where the folder would be")
+    clock = Clock()
+    times = kept(clock)
+    for _ in range(2):
+        assert times.of(DEVICE, LAYER, 1, ways())["slow"] == 4.0
+    assert len(clock.asked) == 1
+
+
+class TestCudaClock:
+    """Its arithmetic, on events that tell a time of the test's."""
+
+    @pytest.fixture
+    def now(self, monkeypatch):
+        """now[0]: the time in seconds."""
+        now = [0.0]
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = now[0]
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, end):
+                return 1e3 * (end.at - self.at)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+        return now
+
+    def test_medians_of_rounds_in_turn(self, now):
+        calls = []
+
+        def way(name, seconds):
+            def call():
+                calls.append(name)
+                now[0] += 10 if calls.count(name) in (1, 7) else seconds  # a first call that compiles, and a hiccup
+
+            return call
+
+        found = CudaClock().times({"short": way("short", 50e-6), "long": way("long", 0.02)}, DEVICE)
+        assert found == pytest.approx({"short": 50, "long": 20_000})
+        assert calls[:4] == ["short", "long"] * 2  # to compile, and to see how long they last
+        in_a_round = [*["short"] * 6, "long"]  # 0.3 ms, or once
+        assert calls[4:] == in_a_round * 5
+
+    @pytest.mark.parametrize(("seconds", "calls"), [(0.0, 20), (1e-6, 20), (1e-4, 3), (3e-4, 1), (1.0, 1)])
+    def test_rounds_are_short(self, seconds, calls):
+        assert kernel_times._calls(seconds) == calls
+
+    def test_a_card_is_known_by_all_that_computes_there(self, monkeypatch):
+        versions = {"triton": "3.6", "comfy-kitchen": "0.2"}
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+        monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
+        monkeypatch.setattr(kernel_times, "_version", versions.__getitem__)
+        card = kernel_times._card.__wrapped__(DEVICE)
+        assert card.startswith(f"a GPU, driver 13000, torch {torch.__version__}, Triton 3.6, comfy-kitchen 0.2, kernels ")
+        assert kernel_times._fingerprint() == card[-8:]
+
+    def test_versions(self):
+        assert torch.__version__.startswith(kernel_times._version("torch").split("+")[0])
+        assert kernel_times._version("a-package-that-is-not-there") == "none"
+
+    def test_only_gpus_are_timed(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert not CudaClock().can_time(torch.device("cpu")) and not CudaClock().can_time(torch.device("mps"))
+        assert not CudaClock().can_time(torch.device("cuda"))
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        assert CudaClock().can_time(torch.device("cuda"))
