@@ -37,8 +37,8 @@ class CudaClock:
         """Return in words what times on a device depend on."""
         return _card(device)
 
-    def times(self, ways, device):
-        """Return {name: microseconds a call} of ways={name: function}: medians of rounds in turn.
+    def times(self, ways, device, rounds=ROUNDS):
+        """Return {name: microseconds a call} of ways={name: function}: medians of so many rounds in turn.
 
         The calls of a round follow each other without a wait, as in a network: where Python is slower than the GPU, its time
         counts.
@@ -47,8 +47,8 @@ class CudaClock:
             for way in ways.values():
                 way()  # allocates
             calls = {name: _calls(self._seconds(way, 1)) for name, way in ways.items()}
-            rounds = [{name: self._seconds(way, calls[name]) for name, way in ways.items()} for _ in range(ROUNDS)]
-        return {name: 1e6 * statistics.median(one[name] for one in rounds) / calls[name] for name in ways}
+            seconds = [{name: self._seconds(way, calls[name]) for name, way in ways.items()} for _ in range(rounds)]
+        return {name: 1e6 * statistics.median(one[name] for one in seconds) / calls[name] for name in ways}
 
     @staticmethod
     def _seconds(way, calls):

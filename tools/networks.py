@@ -18,8 +18,10 @@ FLUX = {
 }  # fmt: skip
 FLUX_SMALL = {**FLUX, "depth": 1, "depth_single_blocks": 2}  # where there is no GPU
 
+TINY = {**benchmark.SD15, "model_channels": 32, "num_heads": 4}  # to see that something runs
+
 # The names of the Linear layers in the blocks.
-LINEAR = {kind: "*.attn1.* *.attn2.* *.ff.net.*" for kind in ("SD 1.5", "SDXL")} | {"Flux": "*"}
+LINEAR = {kind: "*.attn1.* *.attn2.* *.ff.net.*" for kind in ("SD 1.5", "SDXL", "tiny U-Net")} | {"Flux": "*"}
 
 
 def _shape(kind, on_gpu):
@@ -29,6 +31,7 @@ def _shape(kind, on_gpu):
 
     return {
         "SD 1.5": (benchmark.SD15, known.SD15, comfy.model_base.BaseModel, 768, 768),
+        "tiny U-Net": (TINY, known.SD15, comfy.model_base.BaseModel, 768, 768),
         "SDXL": (SDXL, known.SDXL, comfy.model_base.SDXL, 2048, 1280),
         "Flux": (FLUX if on_gpu else FLUX_SMALL, known.Flux, comfy.model_base.Flux, 4096, 768),
     }[kind]
@@ -43,9 +46,9 @@ def _newer(kind):
 
 
 def random_model(kind, float8=False):
-    """Return (MODEL, CONDITIONING) of the shape of "SD 1.5", "SDXL" or "Flux", with random weights; the type is float32 on a
-    CPU, else float16, bfloat16 of Flux. float8: Linear layers in the host's float8 e4m3, computed as such. Without a GPU, Flux
-    has three of its 57 blocks.
+    """Return (MODEL, CONDITIONING) of the shape of "SD 1.5", "SDXL", "Flux" or of a "tiny U-Net", with random weights; the type
+    is float32 on a CPU, else float16, bfloat16 of Flux. float8: Linear layers in the host's float8 e4m3, computed as such.
+    Without a GPU, Flux has three of its 57 blocks.
     """
     import comfy.model_management
     import comfy.model_patcher
