@@ -83,8 +83,11 @@ def unpack(folder):
 def install_requirements(folder):
     """Install the host's requirements and the pack's own, unless this Python had the same ones installed before.
 
-    For the bundled host the versions are the ones that were tested; another host's requirements may need newer ones.
+    For the bundled host the versions are the ones that were tested; another host's requirements may need newer ones. The
+    variable IEC_OFFLINE says that there is no network and that this Python has what is needed: then nothing is installed.
     """
+    if os.environ.get("IEC_OFFLINE"):
+        return
     files = ["-r", folder / "requirements.txt", "-r", ROOT / "requirements.txt"]
     if folder.parent == CACHE:
         files += ["-c", CONSTRAINTS]

@@ -125,6 +125,17 @@ def test_named_host_is_used(tmp_path, monkeypatch):
     assert (tmp_path / "custom_nodes" / comfyui.PACK).resolve() == comfyui.ROOT
 
 
+@pytest.mark.parametrize(("offline", "installs"), [("1", 0), ("", 1)])
+def test_nothing_is_installed_offline(tmp_path, monkeypatch, offline, installs):
+    calls = []
+    (tmp_path / "requirements.txt").write_text("torch")
+    monkeypatch.setenv("IEC_OFFLINE", offline)
+    monkeypatch.setattr(comfyui, "pip", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(comfyui.sys, "prefix", str(tmp_path))  # where the stamp is
+    comfyui.install_requirements(tmp_path)
+    assert len(calls) == installs
+
+
 def test_named_folder_without_a_host_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("COMFYUI_DIR", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"COMFYUI_DIR names .* which holds no ComfyUI"):
