@@ -5,7 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo error-growth benchmark experiments smooth norms times answers pictures test test-fast test-gpu gpu-kit lint setup train clean
+.PHONY: demo error-growth benchmark experiments smooth norms times answers pictures test test-fast test-gpu gpu gpu-kit lint setup train clean
 
 demo: setup
 	$(RUN) tools/demo.py
@@ -66,6 +66,11 @@ test-fast: setup lint
 
 test-gpu: setup
 	$(RUN) -m pytest tests/gpu
+
+# What a GPU says: the tests of tests/gpu, then the tables of docs/gpu/<card>.md and .csv, in about eight minutes of an H100; the tables
+# also where a test fails.
+gpu: setup
+	$(RUN) -m pytest tests/gpu; failed=$$?; $(RUN) tools/gpu_tables.py $(OPTIONS) && exit $$failed
 
 # The folder output/gpu-kit, with which a machine that has a GPU but no network does the work of `make gpu`: copy it there and run its
 # run.py with a Python 3.12 that has torch 2.11. About two minutes.
