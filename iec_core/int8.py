@@ -197,16 +197,19 @@ KITCHEN, TRITON, WEIGHT_ONLY = "comfy-kitchen int8_linear", "Triton implicit GEM
 INT_MM, FLOAT_PRODUCTS = "torch._int_mm", "exact products in float32"
 
 
+def kitchen_backends():
+    """Return the names of comfy-kitchen's backends that have kernels for int8 and may be used, [] where there is none."""
+    known = {} if kitchen is None else kitchen.list_backends()
+    usable = [name for name, one in known.items() if name != "eager" and one["available"] and not one["disabled"]]
+    return [name for name in usable if "int8_linear" in known[name]["capabilities"]]
+
+
 @once_a_device
 def has_kitchen(device):
     """Tell whether comfy-kitchen has kernels for int8 on a device: its operator is there without any too, and slower then than
     PyTorch's product.
     """
-    if kitchen is None or device.type != "cuda" or not hasattr(torch.ops.comfy_kitchen, "int8_linear"):
-        return False
-    known = kitchen.list_backends()
-    usable = [one for name, one in known.items() if name != "eager" and one["available"] and not one["disabled"]]
-    return any("int8_linear" in one["capabilities"] for one in usable)
+    return device.type == "cuda" and hasattr(torch.ops.comfy_kitchen, "int8_linear") and bool(kitchen_backends())
 
 
 def _products(device):

@@ -1,7 +1,7 @@
 """How long the ways to compute a quantized layer take on a GPU: timed at first use, and kept in a small file.
 
 Which way is the fastest is a matter of the card, the layer and the size of what comes in; no rule knows it. The file has the
-times of every card, by its driver and by the versions of all that computes there: with another one, they are taken anew.
+times of every card, by its driver and by all that computes there: with another one, they are taken anew.
 """
 
 import contextlib
@@ -15,23 +15,30 @@ import os
 import pathlib
 import statistics
 import threading
+import time
 import uuid
 
 import torch
 
+from . import int8
 from .devices import is_out_of_memory
 
 FORMAT = "iec kernel times 1"
 ROUNDS, ROUND_SECONDS, MOST_CALLS = 5, 3e-4, 20  # of a way, in turn with the others; how long one lasts; its most calls
-SIGNIFICANT_BITS = 3  # of a number of rows: sizes that differ by less share their times
+SIGNIFICANT_BITS = 3  # of a number of rows: those that share their times differ by less than a quarter
+PAUSE = 60  # seconds without timing after memory was too short for it
 
 
 class CudaClock:
-    """Times on a CUDA device (or ROCm's), by its events."""
+    """Times on CUDA devices (or ROCm's), by their events."""
 
-    def can_time(self, device):
-        """Tell whether a torch.device can be timed now: not while a graph of its work is taken, which a wait would end."""
-        return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+    def covers(self, device):
+        """Tell whether a torch.device is one that can be timed."""
+        return device.type == "cuda"
+
+    def is_free(self):
+        """Tell whether it can be timed now: not while a graph of a device's work is taken, which a wait would end."""
+        return not torch.cuda.is_current_stream_capturing()
 
     def card(self, device):
         """Return in words what times on a device depend on."""
@@ -71,63 +78,87 @@ class KernelTimes:
     def __init__(self, path, clock=None):
         self._path, self._clock = path, clock or CudaClock()
         self._cards = None  # {card: {layer: {rows: {way: microseconds}}}}, read at first use
-        self._failed, self._lock = {}, threading.Lock()
+        self._failed = {}  # {(card, layer, rows): {way: math.inf}}, of this process alone
+        self._pause_until, self._lock = 0.0, threading.Lock()
+
+    def covers(self, device):
+        """Tell whether a torch.device is one that is timed."""
+        return self._clock.covers(device)
+
+    def known(self, device, layer, rows, names):
+        """Return {name: microseconds} of the ways of these names to compute a layer for so many rows, {} where not all of them
+        were timed. layer: what kind it is, in words. A way that ended in an error takes math.inf.
+        """
+        return self._known(device, layer, str(rounded(rows)), names) if self._clock.covers(device) else {}
+
+    def known_of_most(self, device, layer, names):
+        """Return what `known` does, for the most rows that all of the names were timed for."""
+        if not self._clock.covers(device):
+            return {}
+        sizes = sorted(self._layers(device).get(layer, {}), key=int, reverse=True)
+        return next((times for size in sizes if (times := self._known(device, layer, size, names))), {})
 
     def of(self, device, layer, rows, ways):
-        """Return {name: microseconds} of ways={name: function without arguments} to compute a layer for so many rows. Each is
-        timed once. layer: what kind it is, in words. {}: where the device cannot be timed now, or has too little memory.
+        """Return what `known` does of ways={name: function without arguments}, which are timed where they were not. {}: where
+        that cannot be done now, memory is short, or the first way ends in an error.
 
-        A way that ends in an error is logged as a warning, and takes math.inf for as long as the process lives.
+        The first way is one that can only fail where what comes in is wrong: then nothing is found out about the others, which
+        else are logged as failing, and not tried again for such a size by this process.
         """
-        if not self._clock.can_time(device):
+        if times := self.known(device, layer, rows, ways):
+            return times
+        if not self._clock.covers(device) or not self._clock.is_free() or time.monotonic() < self._pause_until:
             return {}
-        sizes, size = self._of_card(device).setdefault(layer, {}), str(rounded(rows))
-        failed = self._failed.setdefault((device, layer), {})
-        if set(ways) - set(sizes.get(size, ())) - set(failed):
-            try:
-                sizes[size] = self._measured(device, layer, ways, failed)
-            except Exception as error:
-                if is_out_of_memory(error):
-                    return {}
+        card, size = self._clock.card(device), str(rounded(rows))
+        try:
+            times = self._measured(device, layer, ways, self._failed.setdefault((card, layer, size), {}))
+        except Exception as error:
+            if not is_out_of_memory(error):
                 raise
-            self._save()
-        return sizes[size] | failed
-
-    def of_largest(self, device, layer):
-        """Return what `of` has returned for the most rows of all that a layer was timed for; {} where it never was."""
-        sizes = self._of_card(device).get(layer, {}) if self._clock.can_time(device) else {}
-        return sizes[max(sizes, key=int)] if sizes else {}
+            self._pause_until = time.monotonic() + PAUSE
+            return {}
+        if times:
+            self._keep(card, layer, size, times)
+        return self.known(device, layer, rows, ways)
 
     @torch.no_grad()
     def _measured(self, device, layer, ways, failed):
-        """Time the ways that work; take up the others in `failed`."""
+        """Time the ways that work; take up the others in `failed`. {} where the first does not work."""
+        first = next(iter(ways))
         for name, way in ways.items():
             try:
                 name in failed or way()  # compiles what it needs
             except Exception as error:  # of any kind: compilers and drivers have their own
                 if is_out_of_memory(error):
                     raise
+                if name == first:
+                    return {}
                 failed[name] = math.inf
                 why = f"{type(error).__name__}: {str(error).strip() or 'without a word'}".splitlines()[0]
                 logging.warning(f"[ComfyUI-IEC] {name} does not compute a layer of the kind '{layer}': {why}.")
         return self._clock.times({name: way for name, way in ways.items() if name not in failed}, device)
 
-    def _of_card(self, device):
-        if self._cards is None:
-            self._cards = _read(self._path())
-        return self._cards.setdefault(self._clock.card(device), {})
+    def _known(self, device, layer, size, names):
+        failed = self._failed.get((self._clock.card(device), layer, size), {})
+        times = failed | self._layers(device).get(layer, {}).get(size, {})
+        return {name: times[name] for name in names} if all(name in times for name in names) else {}
 
-    def _save(self):
-        """Write the file, with what other processes have written meanwhile; one that is not ours stays as it is. Where that
-        cannot be, the next start times again.
+    def _layers(self, device):
+        with self._lock:
+            if self._cards is None:
+                self._cards = _read(self._path())
+            return self._cards.setdefault(self._clock.card(device), {})
+
+    def _keep(self, card, layer, size, times):
+        """Keep new times, and write them into the file beside those that are in it by now; a file that is not ours stays as it
+        is. Where nothing can be written, the next start times again.
         """
-        path = self._path()
+        path = os.path.realpath(self._path())  # what a link leads to
         half = f"{path}.{uuid.uuid4().hex}.part"
         with self._lock, contextlib.suppress(OSError, ValueError):
+            _put(self._cards, card, layer, size, times)
             cards = _parsed(path) if os.path.lexists(path) else {}
-            for name, layers in self._cards.items():
-                for layer, sizes in layers.items():
-                    cards.setdefault(name, {}).setdefault(layer, {}).update(sizes)
+            _put(cards, card, layer, size, times)
             os.makedirs(os.path.dirname(path), exist_ok=True)
             try:
                 text = json.dumps({"format": FORMAT, "microseconds": cards}, indent=1)
@@ -138,6 +169,10 @@ class KernelTimes:
                     os.remove(half)
 
 
+def _put(cards, card, layer, size, times):
+    cards.setdefault(card, {}).setdefault(layer, {}).setdefault(size, {}).update(times)
+
+
 def rounded(rows):
     """Return a number of rows, rounded down to those that share its times."""
     spare = max(rows.bit_length() - SIGNIFICANT_BITS, 0)
@@ -146,9 +181,19 @@ def rounded(rows):
 
 @functools.cache
 def _card(device):
+    """The name of a CUDA device, and what computes there: versions, and settings that users change by the host's options."""
     driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: "unknown")()
-    versions = [f"torch {torch.__version__}", f"Triton {_version('triton')}", f"comfy-kitchen {_version('comfy-kitchen')}"]
-    return ", ".join([torch.cuda.get_device_name(device), f"driver {driver}", *versions, f"kernels {_fingerprint()}"])
+    matmul = torch.backends.cuda.matmul
+    settings = {
+        "fp16 accumulation": getattr(matmul, "allow_fp16_accumulation", False), "TF32": matmul.allow_tf32,
+        "cuDNN benchmark": torch.backends.cudnn.benchmark,
+    }  # fmt: skip
+    return ", ".join([
+        torch.cuda.get_device_name(device), f"driver {driver}", f"torch {torch.__version__}",
+        f"cuDNN {torch.backends.cudnn.version()}", f"Triton {_version('triton')}",
+        f"comfy-kitchen {_version('comfy-kitchen')} ({' '.join(int8.kitchen_backends()) or 'without kernels'})",
+        f"kernels {_fingerprint()}", *(name for name, is_on in settings.items() if is_on),
+    ])  # fmt: skip
 
 
 def _version(package):
@@ -195,7 +240,7 @@ def _is_of_layer(layers):
 
 
 def _is_of_size(times):
-    return _is_nested(times, lambda time: type(time) in (int, float) and 0 < time < math.inf)
+    return _is_nested(times, lambda one: type(one) in (int, float) and 0 < one < math.inf)
 
 
 def _is_nested(value, holds):

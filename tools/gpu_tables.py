@@ -115,6 +115,14 @@ class Bench:
         times = self.milliseconds({"way": way, "baseline": baseline}, rounds)
         return {"milliseconds": times["way"], "ratio": times["baseline"] / times["way"]}
 
+    def loaded(self, *models):
+        """Load MODELs side by side. Raises NotThere where they do not fit: one that is offloaded is no measure."""
+        import comfy.model_management
+
+        comfy.model_management.load_models_gpu(list(models), force_full_load=True)
+        if any(model.loaded_size() < 0.99 * model.model_size() for model in models):
+            raise quantization.NotThere("the GPU has too little memory for both networks")
+
     def peak_mib(self, way):
         """Return the MiB that a function takes at most, besides what is there already; None without a GPU."""
         if self.device.type != "cuda":
@@ -189,6 +197,7 @@ def _network(bench, kind, side):
 def _evaluated(bench, make, full, conditioning, side):
     variant = make()
     evaluation = quantization.Evaluation(variant, conditioning, side, False)
+    bench.loaded(full.model, variant)
     found = bench.compare(evaluation, full) | {"peak_mib": bench.peak_mib(evaluation)}
     layers = quantization.layers(variant)
     if not layers:  # tensors of types of their own do not tell their bytes alike
@@ -289,7 +298,7 @@ def together(bench):
         for name, more, settings in (("W8A8", None, auto), ("W8A8", interval, {}), ("W8A8", interval, auto)):
             variant = bench.cached(quantized, more) if more else quantized
             named = ", ".join([name, *([f"DeepCache {more}"] if more else []), *(["IEC auto"] if settings else [])])
-            yield Task(kind, named, functools.partial(_sampled, bench, variant, full, conditioning, side, **settings))
+            yield Task(kind, named, functools.partial(_sampled, bench, variant, model, full, conditioning, side, **settings))
 
 
 def correction(bench):
@@ -298,11 +307,12 @@ def correction(bench):
         model, conditioning = random_model(kind)
         full = bench.run(model, conditioning, side)
         for steps in ("none", "auto"):
-            take = functools.partial(_sampled, bench, model, full, conditioning, side, correction_steps=steps)
+            take = functools.partial(_sampled, bench, model, model, full, conditioning, side, correction_steps=steps)
             yield Task(kind, steps, take)
 
 
-def _sampled(bench, model, full, conditioning, side, **correction):
+def _sampled(bench, model, plain, full, conditioning, side, **correction):
+    bench.loaded(plain, model)
     run = bench.run(model, conditioning, side, **correction)
     return bench.compare(run, full, ROUNDS) | {"peak_mib": bench.peak_mib(run)}
 
@@ -322,6 +332,7 @@ def _compiled(bench, make, full, conditioning, side):
     variant = make()
     quantization.Evaluation(variant, conditioning, side, False)()  # what is to serve is timed uncompiled
     evaluation = quantization.Evaluation(variant, conditioning, side, True)
+    bench.loaded(full.model, evaluation.model)
     return bench.compare(evaluation, full) | {"peak_mib": bench.peak_mib(evaluation)}
 
 

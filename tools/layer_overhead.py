@@ -27,8 +27,10 @@ def modules():
     return layers, sys.modules[layers.linear_int8.__module__]
 
 
-def pair(kind, **activation):
-    """Return (layer of the host, the same quantized to W8A8) in float16. kind: "Linear" or "Conv2d"."""
+def pair(kind, weight="int8", **activation):
+    """Return (layer of the host, the same quantized, with 8-bit activations) in float16. kind: "Linear" or "Conv2d". weight:
+    the kind of a WeightFormat. activation: inputs of an ActivationFormat.
+    """
     import comfy.ops
 
     layers, _ = modules()
@@ -39,7 +41,7 @@ def pair(kind, **activation):
     for parameter in plain.parameters():  # the layers come without values
         torch.nn.init.normal_(parameter)
     core = sys.modules[layers.KernelTimes.__module__.replace("kernel_times", "quantization")]
-    packing = core.Packing(plain.weight.shape, core.WeightFormat())
+    packing = core.Packing(plain.weight.shape, core.WeightFormat(weight))
     packed, format_ = packing.quantize(plain.weight), layers.ActivationFormat(8, **activation)
     return plain, layers.class_for(plain).of("layer", plain, packing, packed, plain.bias, format_)
 

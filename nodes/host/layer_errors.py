@@ -57,7 +57,7 @@ def _of_weight(model, source, name, layer):
 
 
 def _take_up(error, reference, device, layer, inputs, output):
-    error.backend = str(layer.choice(device))  # with calibrated activations another one than without
+    error.backend = str(layer.choice(device, inputs[0]))  # with calibrated activations another one than without
     expected = reference(inputs[0]).float()
     error.signal += expected.square().sum().item()
     error.noise += (output.float() - expected).square().sum().item()

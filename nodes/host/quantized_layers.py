@@ -9,6 +9,7 @@ import contextlib
 import copy
 import functools
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import comfy.ops
 import torch
@@ -45,6 +46,7 @@ def is_host_state(name):
 TIMES = KernelTimes(lambda: PROFILES.beside("kernel_times.json"))
 FASTEST, EIGHT_BIT, DEQUANTIZED = COMPUTE = "fastest", "8-bit", "dequantized"
 FULL = "unquantized layer"  # timed beside what can stand for it
+REMEMBERED = 16  # kinds of input of a layer: areas and chunks of other sizes come in turn
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,8 @@ class _QuantizedLayer:
 
     input_scale = None
     passes_gradients = False
-    _chosen = None, None  # what came in last, as `_choice` tells it from other, and the Choice for it
-    _views = None  # of the weight where it lies: its address, and what `_stored` returns
+    _chosen = MappingProxyType({})  # {what has come in, as `_seen` tells it: the Choice for it}
+    _views = None  # of the weight where it lies: itself, its address, and what `_stored` returns
 
     @classmethod
     def of(cls, name, layer, packing, packed, bias, activation):
@@ -163,9 +165,9 @@ class _QuantizedLayer:
         """
         if packed is not self._parameters["weight"]:
             return self._viewed(packed)
-        if self._views is None or self._views[0] != packed.data_ptr():
-            self._views = packed.data_ptr(), self._viewed(packed)
-        return self._views[1]
+        if self._views is None or self._views[0] is not packed or self._views[1] != packed.data_ptr():
+            self._views = packed, packed.data_ptr(), self._viewed(packed)
+        return self._views[2]
 
     def _viewed(self, packed):
         integers, scale = self.packing.stored(packed)
@@ -175,14 +177,21 @@ class _QuantizedLayer:
         self._views = None  # the weight may go to another device, and leaves its memory then
         return super()._apply(*args, **kwargs)
 
+    def __getstate__(self):  # of copies, which have a weight of their own
+        return {name: value for name, value in self.__dict__.items() if name not in ("_views", "_chosen")}
+
     def rotated(self, x):
         """Return what comes in as it is quantized."""
         return rotate(x, self.packing.format.rotation) if self.packing.format.rotation else x
 
-    def choice(self, device):
-        """Return the Choice of what computed this layer on a device when it was last evaluated; before, what is to be tried."""
-        seen, choice = self._chosen
-        return choice if seen and seen[2] == torch.device(device) else self._by_rule(device)
+    def choice(self, device, x=None):
+        """Return the Choice of what has computed this layer on a device for x, or for what came in last; where nothing has come
+        in, what is to be tried.
+        """
+        if x is not None:
+            return self._chosen.get(self._seen(x)) or self._by_rule(device)
+        found = [choice for seen, choice in self._chosen.items() if seen[2] == torch.device(device)]
+        return found[-1] if found else self._by_rule(device)
 
     def _by_rule(self, device):
         """Return the Choice on a device before anything is timed."""
@@ -194,26 +203,39 @@ class _QuantizedLayer:
             return Choice(WEIGHT_ONLY, f"as asked for, instead of {backend}")
         return Choice(backend)
 
+    def _seen(self, x):
+        return x.shape, x.dtype, x.device, self.input_scale is None, x.ndim == 4 and x.stride(1) == 1
+
     def _backend(self, x, packed, bias):
         """Return the name of what computes the layer for x."""
-        seen = x.shape, x.dtype, x.device, self.input_scale is None
-        if self._chosen[0] != seen:
-            self._chosen = seen, self._timed(x, packed, bias)
-        return self._chosen[1].backend
+        seen = self._seen(x)
+        choice = self._chosen.get(seen)
+        if choice is None:
+            choice, is_final = self._found_out(x, packed, bias)
+            if is_final:
+                before = self._chosen if len(self._chosen) < REMEMBERED else {}
+                self._chosen = {**before, seen: choice}
+        return choice.backend
 
-    def _timed(self, x, packed, bias):
-        """Return the Choice for x: each way is timed, where no layer of the kind was before."""
-        rule = self._by_rule(x.device)
-        if rule.backend == WEIGHT_ONLY or self.activation.compute == EIGHT_BIT:
-            return rule
+    def _found_out(self, x, packed, bias):
+        """Return (Choice for x, whether it holds for the next time too). Each way is timed, where no layer of the kind was."""
+        rule, rows = self._by_rule(x.device), x.numel() // self.packing.shape[1]
+        if rule.backend == WEIGHT_ONLY or self.activation.compute == EIGHT_BIT or not TIMES.covers(x.device):
+            return rule, True
+        kind = self._kind(x)
+        times = TIMES.known(x.device, kind, rows, (FULL, WEIGHT_ONLY, rule.backend))
+        times = times or TIMES.of(x.device, kind, rows, self._ways(rule.backend, x, packed, bias))
+        return _fastest(times, rule), bool(times)
+
+    def _ways(self, backend, x, packed, bias):
+        """Return {name: function} of the ways to compute the layer: unquantized, by its dequantized weight, by a backend."""
         stored = self._viewed(packed)
         full = functools.cache(lambda: self.packing.shaped(self._dequantized(stored, x.dtype)))
-        ways = {
+        return {
             FULL: lambda: self._product(x, full(), bias),
             WEIGHT_ONLY: lambda: self._by(WEIGHT_ONLY, x, stored, bias),
-            rule.backend: lambda: self._by(rule.backend, x, stored, bias),
+            backend: lambda: self._by(backend, x, stored, bias),
         }
-        return _fastest(TIMES.of(x.device, self._kind(x), x.numel() // self.packing.shape[1], ways), rule)
 
     def _backend_of_graph(self, x):
         """Return what `_backend` does while torch.compile takes a graph, in which nothing can be timed: what was the faster way
@@ -347,7 +369,7 @@ def _fastest(times, rule):
 @torch.compiler.assume_constant_result
 def _timed_before(device, kind, backend):
     """Return the faster one of a backend and the dequantized weight."""
-    return _fastest(TIMES.of_largest(device, kind), Choice(backend)).backend
+    return _fastest(TIMES.known_of_most(device, kind, (FULL, WEIGHT_ONLY, backend)), Choice(backend)).backend
 
 
 def quantized_class(layer):

@@ -1,5 +1,6 @@
 """What computes a quantized layer: the faster way where it can be timed, what the user asks for, and little around it."""
 
+import copy
 import sys
 import types
 import weakref
@@ -26,14 +27,14 @@ def clock(layers, monkeypatch, tmp_path):
     """Stands in for a GPU's: 8-bit products take clock.eight microseconds, the dequantized weight 4.0, the unquantized layer
     3.0; clock.asked: what was timed.
     """
-    clock = types.SimpleNamespace(eight=2.0, asked=[], can_time=lambda device: True, card=lambda device: "a card")
+    clock = types.SimpleNamespace(eight=2.0, asked=[], free=True, covers=lambda device: True, card=lambda device: "a card")
 
     def times(ways, device):
         clock.asked.append(list(ways))
         others = {layers.WEIGHT_ONLY: 4.0, layers.FULL: 3.0}
         return {name: others.get(name, clock.eight) for name in ways}
 
-    clock.times = times
+    clock.times, clock.is_free = times, lambda: clock.free
     monkeypatch.setattr(layers, "TIMES", type(layers.TIMES)(lambda: str(tmp_path / "profiles/kernel_times.json"), clock))
     return clock
 
@@ -121,8 +122,44 @@ def test_layers_of_a_kind_are_timed_once(clock, make):
     calibrated = make()
     calibrated.input_scale = torch.tensor(0.05)
     calibrated(inputs(LINEAR))
-    make(CONV)(inputs(CONV).to(memory_format=torch.channels_last))
+    others[0](inputs(CONV).to(memory_format=torch.channels_last))
     assert len(clock.asked) == 8
+
+
+def test_sizes_that_come_in_turn_are_remembered(layers, clock, make, monkeypatch):
+    layer, sizes = make(), (3, 6, 12)
+    outputs = [layer(inputs(LINEAR, rows=rows)) for rows in sizes]
+    monkeypatch.setattr(layers, "TIMES", None)
+    for rows, output in zip(sizes, outputs):
+        assert torch.equal(layer(inputs(LINEAR, rows=rows)), output)
+
+
+def test_no_more_sizes_are_remembered_than_come_in_turn(layers, make):
+    layer = make()
+    for rows in range(1, 40):
+        layer(inputs(LINEAR, rows=rows))
+    assert len(layer._chosen) <= layers.REMEMBERED
+
+
+def test_what_could_not_be_found_out_is_found_out_later(layers, clock, make):
+    """As while a graph is taken, or memory is short."""
+    clock.free, clock.eight = False, 5.0
+    layer, x = make(), inputs(LINEAR)
+    in_8_bits = make(compute="8-bit")(x)
+    assert torch.equal(layer(x), in_8_bits) and clock.asked == []
+    clock.free = True
+    assert not torch.equal(layer(x), in_8_bits) and len(clock.asked) == 1
+    clock.free = False
+    assert not torch.equal(make()(x), in_8_bits)  # another layer of the kind knows it too
+
+
+def test_a_wrong_input_harms_no_right_one(clock, make):
+    layer = make()
+    with pytest.raises(RuntimeError, match=r"shape|size"):
+        layer(normal(6, 40))
+    for rows in (6, 20):
+        assert layer(inputs(LINEAR, rows=rows)).shape == (rows, 7)
+    assert len(clock.asked) == 2
 
 
 def test_activations_of_16_bits_leave_no_choice(clock, make):
@@ -151,6 +188,9 @@ def test_a_way_that_fails_is_passed_by(layers, clock, make, monkeypatch):
     monkeypatch.setattr(layers, "linear_int8", broken)
     torch.testing.assert_close(layer(x).double(), dequantized(layer, x), rtol=1e-4, atol=1e-4)
     assert "inf" in str(layer.choice("cpu"))
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))
 
 
 def test_derivatives_are_of_what_serves(layers, clock, make):
@@ -241,6 +281,16 @@ def test_no_view_holds_a_weight_that_goes_to_another_device(make):
     memory = weakref.ref(layer.weight.untyped_storage())
     network.to("meta")
     assert memory() is None
+
+
+def test_a_copy_has_views_of_its_own(layers, make):
+    layer = make()
+    x = inputs(LINEAR)
+    expected = layer(x)
+    copied = copy.deepcopy(layer)
+    assert copied._views is None and torch.equal(copied(x), expected)
+    copied.packing.stored(copied.weight)[1].mul_(2)
+    assert not torch.equal(copied(x), expected) and torch.equal(layer(x), expected)
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -17,10 +17,13 @@ class Clock:
     """Stands in for a GPU's: the times that are written into it, in microseconds."""
 
     def __init__(self, card="a card", **times):
-        self.name, self.known, self.asked, self.can = card, times or {"fast": 1.5, "slow": 4.0}, [], True
+        self.name, self.known, self.asked, self.free = card, times or {"fast": 1.5, "slow": 4.0}, [], True
 
-    def can_time(self, device):
-        return self.can
+    def covers(self, device):
+        return device.type == "cpu"
+
+    def is_free(self):
+        return self.free
 
     def card(self, device):
         return self.name
@@ -31,7 +34,7 @@ class Clock:
 
 
 def ways(*names):
-    return {name: lambda: None for name in names or ("fast", "slow")}
+    return {name: lambda: None for name in names or ("slow", "fast")}
 
 
 @pytest.fixture
@@ -92,57 +95,120 @@ def test_a_way_that_is_not_known_yet_is_timed(kept):
     assert times.of(DEVICE, LAYER, 1, ways("fast", "slow", "new"))["new"] == 0.5 and len(clock.asked) == 2
 
 
-def test_times_of_the_largest_size(kept):
+def test_ways_are_timed_together(kept):
+    """One that was timed another day, when something else was going on, is no measure for a new one."""
+    clock = Clock(fast=1.0, slow=2.0, new=0.5)
+    times = kept(clock)
+    times.of(DEVICE, LAYER, 1, ways())
+    clock.known["slow"] = 3.0
+    assert times.of(DEVICE, LAYER, 1, ways("slow", "new")) == {"slow": 3.0, "new": 0.5}
+    assert times.known(DEVICE, LAYER, 1, ("fast", "slow", "new")) == {"fast": 1.0, "slow": 3.0, "new": 0.5}
+
+
+def test_times_of_the_most_rows_that_have_them_all(kept):
     clock = Clock()
     times = kept(clock)
-    assert times.of_largest(DEVICE, LAYER) == {}
+    assert times.known_of_most(DEVICE, LAYER, ("fast", "slow")) == {}
     for rows, slow in ((1024, 3.0), (64, 5.0), (96, 6.0)):
         clock.known["slow"] = slow
         times.of(DEVICE, LAYER, rows, ways())
-    assert times.of_largest(DEVICE, LAYER)["slow"] == 3.0 and times.of_largest(DEVICE, "another") == {}
-    clock.can = False
-    assert times.of_largest(DEVICE, LAYER) == {}
+    times.of(DEVICE, LAYER, 4096, ways("slow"))
+    assert times.known_of_most(DEVICE, LAYER, ("fast", "slow")) == {"fast": 1.5, "slow": 3.0}
+    assert times.known_of_most(DEVICE, LAYER, ("slow",)) == {"slow": 6.0}
+    assert times.known_of_most(DEVICE, LAYER, ("other",)) == times.known_of_most(DEVICE, "another", ("slow",)) == {}
 
 
 def test_a_device_that_cannot_be_timed_costs_nothing(file):
     times = KernelTimes(lambda: pytest.fail("read a file"), CudaClock())
-    assert times.of(DEVICE, LAYER, 1, ways()) == times.of_largest(DEVICE, LAYER) == {} and not file.exists()
+    assert times.of(DEVICE, LAYER, 1, ways()) == times.known(DEVICE, LAYER, 1, ("fast",)) == {} and not times.covers(DEVICE)
+    assert times.known_of_most(DEVICE, LAYER, ("fast",)) == {} and not file.exists()
+
+
+def test_while_a_graph_is_taken_known_times_serve_and_nothing_is_timed(kept):
+    clock = Clock()
+    times = kept(clock)
+    times.of(DEVICE, LAYER, 1, ways())
+    clock.free = False
+    assert times.of(DEVICE, LAYER, 1, ways()) == {"fast": 1.5, "slow": 4.0} and times.of(DEVICE, LAYER, 2, ways()) == {}
+    clock.free = True
+    assert times.of(DEVICE, LAYER, 2, ways()) == {"fast": 1.5, "slow": 4.0} and len(clock.asked) == 2
 
 
 @pytest.mark.parametrize("where", ["way", "clock"])
-def test_a_shortage_of_memory_is_no_answer(kept, file, where):
-    clock, short, called = Clock(), [True], []
+def test_a_shortage_of_memory_is_no_answer(kept, file, monkeypatch, where):
+    """And nothing is tried for a while."""
+    clock, called, now = Clock(), [], [0.0]
+    monkeypatch.setattr(kernel_times.time, "monotonic", lambda: now[0])
+    now[0] = 1000.0
 
-    def greedy():
+    def greedy(*_):
         called.append(1)
-        if short and where == "way":
+        if now[0] < 1030:
             raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"fast": 1.5, "slow": 4.0}
 
-    def failing(ways, device):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    times = kept(clock)
+    given = ways() if where == "clock" else {"slow": lambda: None, "fast": greedy}
     if where == "clock":
-        clock.times = failing
-    assert times.of(DEVICE, LAYER, 1, {"fast": greedy, "slow": lambda: None}) == {} and not file.exists()
-    short.clear()
-    clock.__dict__.pop("times", None)
-    assert times.of(DEVICE, LAYER, 1, {"fast": greedy, "slow": lambda: None}) == {"fast": 1.5, "slow": 4.0}
+        clock.times = greedy
+    times = kept(clock)
+    for at in (1000.0, 1001.0, 1059.0):
+        now[0] = at
+        assert times.of(DEVICE, LAYER, 1, given) == {} and len(called) == 1 and not file.exists()
+    now[0] = 1061.0
+    assert times.of(DEVICE, LAYER, 1, given) == {"fast": 1.5, "slow": 4.0}
+
+
+def broken():
+    raise RuntimeError("out of resource: shared memory\nand more")
 
 
 def test_a_way_that_fails_is_the_slowest_and_said_once(kept, file, caplog):
-    def broken():
-        raise RuntimeError("out of resource: shared memory\nand more")
+    clock = Clock()
+    times, given = kept(clock), {"slow": lambda: None, "fast": broken}
+    for rows in (1, 1, 2):
+        assert times.of(DEVICE, LAYER, rows, given) == {"fast": math.inf, "slow": 4.0}
+    why = "RuntimeError: out of resource: shared memory."
+    assert [record.message for record in caplog.records] == [
+        f"[ComfyUI-IEC] fast does not compute a layer of the kind '{LAYER}': {why}"
+    ] * 2  # a size each
+    assert clock.asked == [["slow"], ["slow"]] and "fast" not in file.read_text()
+    assert times.known_of_most(DEVICE, LAYER, ("fast", "slow")) == {"fast": math.inf, "slow": 4.0}
+    again = kept(Clock())  # another start tries again
+    assert again.known_of_most(DEVICE, LAYER, ("fast", "slow")) == {} and again.of(DEVICE, LAYER, 1, ways())["fast"] == 1.5
 
+
+def test_where_what_comes_in_is_wrong_nothing_is_found_out(kept, file, caplog):
+    """As where the conditioning of another model comes in: the user sees that error, and mends it."""
     clock = Clock()
     times = kept(clock)
-    for rows in (1, 1, 2):
-        assert times.of(DEVICE, LAYER, rows, {"fast": broken, "slow": lambda: None}) == {"fast": math.inf, "slow": 4.0}
-    (record,), why = caplog.records, "RuntimeError: out of resource: shared memory."
-    assert record.message == f"[ComfyUI-IEC] fast does not compute a layer of the kind '{LAYER}': {why}"
-    assert clock.asked == [["slow"], ["slow"]]
-    assert "fast" not in file.read_text()
-    assert kept(Clock()).of(DEVICE, LAYER, 1, ways())["fast"] == 1.5  # another start tries again
+    assert times.of(DEVICE, LAYER, 96, {"slow": broken, "fast": broken}) == {} and not file.exists() and caplog.records == []
+    for rows in (96, 20):
+        assert times.of(DEVICE, LAYER, rows, ways("slow", "fast")) == {"fast": 1.5, "slow": 4.0}
+
+
+def test_what_was_deleted_is_timed_anew_by_the_next_start(kept, file):
+    times = kept(Clock())
+    times.of(DEVICE, "one", 1, ways())
+    file.unlink()
+    times.of(DEVICE, "other", 1, ways())
+    clock = Clock()
+    kept(clock).of(DEVICE, "one", 1, ways())
+    assert len(clock.asked) == 1
+
+
+def test_newer_times_of_another_process_stay(kept):
+    one, other = kept(Clock()), kept(Clock(fast=9.0, slow=9.0))
+    assert other.known(DEVICE, "both", 1, ("fast",)) == {}  # it has read the file, where nothing is
+    one.of(DEVICE, "both", 1, ways()), other.of(DEVICE, "both", 1, ways()), one.of(DEVICE, "another", 1, ways())
+    assert kept(Clock()).known(DEVICE, "both", 1, ("fast",)) == {"fast": 9.0}
+
+
+def test_a_link_stays_a_link(kept, file, tmp_path):
+    file.parent.mkdir()
+    shared = tmp_path / "shared.json"
+    file.symlink_to(shared)
+    kept(Clock()).of(DEVICE, LAYER, 1, ways())
+    assert file.is_symlink() and kept(Clock()).known(DEVICE, LAYER, 1, ("fast",)) and shared.is_file()
 
 
 def of_layer(sizes):
@@ -238,18 +304,27 @@ class TestCudaClock:
         versions = {"triton": "3.6", "comfy-kitchen": "0.2"}
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
         monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
         monkeypatch.setattr(kernel_times, "_version", versions.__getitem__)
+        monkeypatch.setattr(kernel_times.int8, "kitchen_backends", lambda: ["cuda", "triton"])
         card = kernel_times._card.__wrapped__(DEVICE)
-        assert card.startswith(f"a GPU, driver 13000, torch {torch.__version__}, Triton 3.6, comfy-kitchen 0.2, kernels ")
-        assert kernel_times._fingerprint() == card[-8:]
+        versions = f"torch {torch.__version__}, cuDNN 91002, Triton 3.6, comfy-kitchen 0.2 (cuda triton)"
+        assert card == f"a GPU, driver 13000, {versions}, kernels {kernel_times._fingerprint()}"
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+        assert kernel_times._card.__wrapped__(DEVICE) == f"{card}, cuDNN benchmark"
 
     def test_versions(self):
         assert torch.__version__.startswith(kernel_times._version("torch").split("+")[0])
         assert kernel_times._version("a-package-that-is-not-there") == "none"
 
     def test_only_gpus_are_timed(self, monkeypatch):
+        assert [CudaClock().covers(torch.device(name)) for name in ("cpu", "mps", "cuda", "cuda:1")] == [
+            False,
+            False,
+            True,
+            True,
+        ]
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        assert not CudaClock().can_time(torch.device("cpu")) and not CudaClock().can_time(torch.device("mps"))
-        assert not CudaClock().can_time(torch.device("cuda"))
+        assert not CudaClock().is_free()
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        assert CudaClock().can_time(torch.device("cuda"))
+        assert CudaClock().is_free()
