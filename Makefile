@@ -67,13 +67,12 @@ test-fast: setup lint
 test-gpu: setup
 	$(RUN) -m pytest tests/gpu
 
-# What a GPU says: the tests of tests/gpu, then the tables of docs/gpu/<card>.md and .csv, in about eight minutes of an H100; the tables
-# also where a test fails.
+# What a GPU says: the tests of tests/gpu, then, also where one fails, the tables of docs/gpu/<card>.md and .csv, in at most eight minutes.
 gpu: setup
 	$(RUN) -m pytest tests/gpu; failed=$$?; $(RUN) tools/gpu_tables.py $(OPTIONS) && exit $$failed
 
 # The folder output/gpu-kit, with which a machine that has a GPU but no network does the work of `make gpu`: copy it there and run its
-# run.py with a Python 3.12 that has torch 2.11. About two minutes.
+# run.py with a Python 3.12 that has torch 2.11. About a minute.
 gpu-kit: setup
 	$(RUN) tools/gpu_kit.py
 
