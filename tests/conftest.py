@@ -12,7 +12,9 @@ pack.load("iec_core")
 
 
 # What pytest and torch set by themselves.
-OWN_VARIABLES = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+OWN_VARIABLES = (
+    "PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"
+)  # fmt: skip
 
 
 def process_state():
