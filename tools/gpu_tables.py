@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, fields
 
 import benchmark
 import comfyui
+import layer_overhead
 import quantization_benchmark as quantization
 import torch
 from networks import random_model
@@ -94,8 +95,7 @@ class Bench:
 
     def __init__(self, nodes, size):
         self.nodes, self.size, self.device = nodes, size, benchmark.device()[0]
-        layers = next(module for name, module in sys.modules.items() if name.endswith(".nodes.host.quantized_layers"))
-        self.layers, self.core = layers, sys.modules[layers.linear_int8.__module__]
+        layers, self.core = layer_overhead.modules()
         times = sys.modules[layers.KernelTimes.__module__]
         self.clock = times.CudaClock() if self.device.type == "cuda" else CpuClock()
 

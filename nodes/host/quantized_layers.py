@@ -26,7 +26,7 @@ from ...iec_core.int8 import (
     linear_int8,
 )
 from ...iec_core.kernel_times import KernelTimes
-from ...iec_core.quantization import rotate, unpack_nibbles
+from ...iec_core.quantization import rotate
 from .profiles import PROFILES
 
 # What the host keeps on a model and its layers while they are loaded; a copy that is not loaded goes without.
@@ -222,9 +222,7 @@ class _QuantizedLayer:
         rule, rows = self._by_rule(x.device), x.numel() // self.packing.shape[1]
         if rule.backend == WEIGHT_ONLY or self.activation.compute == EIGHT_BIT or not TIMES.covers(x.device):
             return rule, True
-        kind = self._kind(x)
-        times = TIMES.known(x.device, kind, rows, (FULL, WEIGHT_ONLY, rule.backend))
-        times = times or TIMES.of(x.device, kind, rows, self._ways(rule.backend, x, packed, bias))
+        times = TIMES.of(x.device, self._kind(x), rows, self._ways(rule.backend, x, packed, bias))
         return _fastest(times, rule), bool(times)
 
     def _ways(self, backend, x, packed, bias):
@@ -264,11 +262,10 @@ class _QuantizedLayer:
         if backend == WEIGHT_ONLY:
             x = self.rotated(x)
             return self._product(x, self.packing.shaped(self._dequantized(stored, x.dtype)), bias)
-        integers, scale, channel_scale = stored
+        values, scale = self.packing.unpacked(stored[:2])
         if backend == fp8.SCALED_MM:
-            return fp8.linear_fp8(self.rotated(x), integers, scale[0], bias, self.input_scale)
-        values = unpack_nibbles(integers, self.packing.inputs) if self.packing.format.kind == "int4" else integers
-        return self._integer_product(backend, x, values, channel_scale, bias)
+            return fp8.linear_fp8(self.rotated(x), values, scale[0], bias, self.input_scale)
+        return self._integer_product(backend, x, values, stored[2], bias)
 
     def _dequantized(self, stored, dtype):
         return self.packing.times_scales(*self.packing.unpacked(stored[:2]), dtype)
