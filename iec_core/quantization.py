@@ -1,12 +1,14 @@
 """How a weight is quantized, and how it lies in memory.
 
-Weights are symmetric, with a scale for each output channel, or for each group of consecutive inputs of one. A layer's integers
-and scales are packed into one tensor of bytes, so that whoever moves, backs up or counts a weight does so with one tensor.
-Convolutions lie with their channels last, as the matrix [out, height * width * in] that they are computed with.
+Weights are symmetric, with a scale for each output channel, or for each group of consecutive inputs of one. Beside them there
+may be a low-rank branch, two thin factors in 16 bits whose product is added to the weight (SVDQuant, arXiv 2411.05007). A
+layer's integers, scales and factors are packed into one tensor of bytes, so that whoever moves, backs up or counts a weight
+does so with one tensor. Convolutions lie with their channels last, as the matrix [out, height * width * in] that they are
+computed with.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,7 +18,8 @@ LIMITS = {"int8": 127, "int4": 7, "fp8": 448}
 # Shares of the largest magnitude that a search tries as clipping range.
 CLIPPING = torch.linspace(1, 0.4, 31).tolist()
 
-ALIGNMENT = 16  # bytes: where the scales begin
+ALIGNMENT = 16  # bytes: where the scales and the factors begin
+FACTOR_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -24,13 +27,18 @@ class WeightFormat:
     """kind: one of LIMITS; fp8 is float8 e4m3 with one scale for the whole weight. group_size: how many consecutive inputs
     share a scale, 0 all of an output channel; where it does not divide the inputs, it is 0. rotation: size of the Hadamard
     blocks by which a Linear layer's inputs are rotated before they are quantized, 0 none. search: whether scales are those of
-    least error over clipping ranges, instead of those of the largest magnitude.
+    least error over clipping ranges, instead of those of the largest magnitude. calibrated: whether scales, integers and
+    factors are those that `gptq` has found, and no function of the weight alone. rank: of the low-rank branch, 0 none;
+    at most that of the weight. factors: its type, one of FACTOR_DTYPES.
     """
 
     kind: str = "int8"
     group_size: int = 0
     rotation: int = 0
     search: bool = False
+    calibrated: bool = False
+    rank: int = 0
+    factors: str = "float16"
 
 
 def hadamard(size):
@@ -66,6 +74,14 @@ def _scaled_integers(rows, scale, limit):
     return (rows / scale).round_().clamp_(-limit, limit)
 
 
+def rounded(rows, scale, kind):
+    """Return rows over scales that broadcast over them, rounded to what the kind has, as float32."""
+    limit = LIMITS[kind]
+    if kind == "fp8":
+        return (rows / scale).clamp_(-limit, limit).to(torch.float8_e4m3fn).float()
+    return _scaled_integers(rows, scale, limit)
+
+
 def _scales(rows, limit, search):
     """Return float32 [..., 1] for rows [..., C]: the largest magnitude over the limit, or the scale of least squared error."""
     largest = rows.abs().amax(-1, keepdim=True)
@@ -88,11 +104,26 @@ def quantize_rows(rows, fmt):
     rows, limit = rows.float(), LIMITS[fmt.kind]
     if fmt.kind == "fp8":
         scale = _scales(rows.reshape(1, -1), limit, False)
-        values = (rows / scale).clamp_(-limit, limit).to(torch.float8_e4m3fn)
-        return values, scale.expand(rows.shape[0], 1).contiguous()
-    groups = rows.unflatten(1, (-1, fmt.group_size)) if fmt.group_size else rows[:, None]
+        return rounded(rows, scale, "fp8").to(torch.float8_e4m3fn), scale.expand(rows.shape[0], 1).contiguous()
+    groups = in_groups(rows, fmt.group_size)
     scale = _scales(groups, limit, fmt.search)
-    return _scaled_integers(groups, scale, limit).to(torch.int8).flatten(1), scale[..., 0]
+    return rounded(groups, scale, fmt.kind).to(torch.int8).flatten(1), scale[..., 0]
+
+
+def in_groups(rows, group_size):
+    """Return rows [O, K] as [O, G, K / G], of the inputs that share a scale."""
+    return rows.unflatten(1, (-1, group_size)) if group_size else rows[:, None]
+
+
+def widened(scale, rows, fmt):
+    """Return scales float32 [O, G] for rows [O, K]: those that there are, or, where a number is more than half a step beyond
+    the largest that they have, such as it fits.
+    """
+    limit = LIMITS[fmt.kind]
+    largest = in_groups(rows, fmt.group_size).abs().amax(-1)
+    if fmt.kind == "fp8":
+        largest = largest.amax().expand_as(largest)
+    return torch.where(largest > (limit + 0.5) * scale, largest / limit, scale)
 
 
 def pack_nibbles(values):
@@ -114,8 +145,12 @@ def scaled_values(values, scale, dtype):
     return values.to(dtype).mul_(scale)
 
 
+def _aligned(nbytes):
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
 class Packing:
-    """Where in one tensor of bytes (int8 [nbytes]) the integers and the scales of a weight are.
+    """Where in one tensor of bytes (int8 [nbytes]) the integers, the scales and the factors of a weight are.
 
     shape: the weight's, [O, C] of a Linear or [O, C, kh, kw] of a Conv2d layer. format: a WeightFormat; what the shape does not
     allow (groups, rotation) it does without.
@@ -126,19 +161,23 @@ class Packing:
         self.rows, self.inputs = self.shape[0], math.prod(self.shape[1:])
         group = fmt.group_size if fmt.kind != "fp8" and fmt.group_size and self.inputs % fmt.group_size == 0 else 0
         rotation = fmt.rotation if len(self.shape) == 2 and fmt.rotation and self.inputs % fmt.rotation == 0 else 0
-        self.format = WeightFormat(fmt.kind, group, rotation, fmt.search)
+        rank = min(fmt.rank, self.rows, self.inputs)
+        self.format = replace(fmt, group_size=group, rotation=rotation, rank=rank)
         self.groups = self.inputs // group if group else 1
         self._row_bytes = -(-self.inputs // 2) if fmt.kind == "int4" else self.inputs
         self._dtype = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}[self.format.kind]
-        self._scales_at = -(-self.rows * self._row_bytes // ALIGNMENT) * ALIGNMENT
-        self.nbytes = self._scales_at + 4 * self.rows * self.groups
+        self._scales_at = _aligned(self.rows * self._row_bytes)
+        self._scales_end = self._scales_at + 4 * self.rows * self.groups
+        self._factors_at = _aligned(self._scales_end)
+        self.nbytes = self._factors_at + 2 * rank * (self.rows + self.inputs) if rank else self._scales_end
 
-    def pack(self, values, scale):
-        """Return int8 [nbytes] of values as `stored` gives them, and scale float32 [O, G]."""
+    def pack(self, values, scale, factors=None):
+        """Return int8 [nbytes] of values as `stored` gives them, scale float32 [O, G], and factors as `factors` gives them,
+        zeros where they are not given.
+        """
         packed = torch.zeros(self.nbytes, dtype=torch.int8, device=values.device)
-        stored, scales = self.stored(packed)
-        stored.copy_(values)
-        scales.copy_(scale)
+        for place, tensor in zip((*self.stored(packed), *(self.factors(packed) or ())), (values, scale, *(factors or ()))):
+            place.copy_(tensor)
         return packed
 
     def stored(self, packed):
@@ -146,7 +185,17 @@ class Packing:
         scales, float32 [O, G].
         """
         values = packed[: self.rows * self._row_bytes].view(self._dtype).view(self.rows, self._row_bytes)
-        return values, packed[self._scales_at :].view(torch.float32).view(self.rows, self.groups)
+        return values, packed[self._scales_at : self._scales_end].view(torch.float32).view(self.rows, self.groups)
+
+    def factors(self, packed):
+        """Return views into a packed weight: the low-rank branch's factors [O, r] and [r, K], whose product is to be added to
+        the weight, not rotated. None where there is no such branch.
+        """
+        rank = self.format.rank
+        if not rank:
+            return None
+        factors = packed[self._factors_at :].view(FACTOR_DTYPES[self.format.factors])
+        return factors[: self.rows * rank].view(self.rows, rank), factors[self.rows * rank :].view(rank, self.inputs)
 
     def values(self, packed):
         """Return (int8 or float8 [O, K], scale float32 [O, G]) of a packed weight, as it is computed with."""
@@ -157,35 +206,59 @@ class Packing:
         integers, scale = stored
         return unpack_nibbles(integers, self.inputs) if self.format.kind == "int4" else integers, scale
 
-    def quantize(self, weight):
-        """Return a weight in floating point, of `shape`, packed."""
-        rows = self._rows(weight.detach().float())
-        if self.format.rotation:
-            rows = rotate(rows, self.format.rotation)
-        values, scale = quantize_rows(rows, self.format)
-        return self.pack(pack_nibbles(values) if self.format.kind == "int4" else values, scale)
+    def quantize(self, weight, like=None):
+        """Return a weight in floating point, of `shape`, packed. like: a packed weight that it is a change of, which in a
+        calibrated format has the scales and the factors; what is no change of it gives the same integers back.
+        """
+        rows = self.matrix(weight.detach().float())
+        if not self.format.calibrated:
+            return self.packed_rows(*quantize_rows(self.rotated(rows), self.format))
+        like = like.to(rows.device)
+        scale, factors = self.stored(like)[1], self.factors(like)
+        rows = self.rotated(rows if factors is None else rows - self._branch(factors))
+        scale = widened(scale, rows, self.format)
+        values = rounded(in_groups(rows, self.format.group_size), scale[..., None], self.format.kind).flatten(1)
+        return self.packed_rows(values, scale, factors)
+
+    def packed_rows(self, values, scale, factors=None):
+        """Return int8 [nbytes] of values within the kind's, [O, K] in any type, rotated where the format is, scale float32 [O,
+        G] and factors.
+        """
+        if self.format.kind == "int4":
+            values = pack_nibbles(values.to(torch.int8))
+        return self.pack(values.to(self._dtype), scale, factors)
 
     def dequantize(self, packed, dtype=torch.float32):
         """Return a packed weight in `dtype`, of `shape`."""
-        rows = self.scaled(packed)
-        if self.format.rotation:
-            rows = rotate(rows, self.format.rotation)
+        rows, factors = self.rotated(self.scaled(packed)), self.factors(packed)
+        if factors is not None:
+            rows = rows + self._branch(factors)
         return self.shaped(rows).to(dtype)
 
+    def rotated(self, rows):
+        """Return rows [O, K] rotated where the format is; those that are rotated, as they were."""
+        return rotate(rows, self.format.rotation) if self.format.rotation else rows
+
+    @staticmethod
+    def _branch(factors):
+        out, into = factors
+        return out.float() @ into.float()
+
     def scaled(self, packed, dtype=torch.float32):
-        """Return integers times scales, [O, K] in `dtype`; a rotated weight stays rotated."""
+        """Return integers times scales, [O, K] in `dtype`, without the low-rank branch; a rotated weight stays rotated."""
         return self.times_scales(*self.values(packed), dtype)
 
     def times_scales(self, values, scale, dtype):
         """Return what `scaled` does of what `values` returns."""
         return scaled_values(values.unflatten(1, (self.groups, -1)), scale[..., None], dtype).flatten(1)
 
-    def _rows(self, weight):
+    def matrix(self, weight):
+        """Return a weight of `shape`, or of other layers of as many inputs, as rows [O, K]."""
         return weight.flatten(1) if weight.ndim == 2 else weight.permute(0, 2, 3, 1).flatten(1)
 
     def shaped(self, rows):
-        """Return rows [O, K] as a weight of `shape`: a view."""
+        """Return rows [O, K] as a weight of `shape`, other rows as one of as many outputs: a view."""
         if len(self.shape) == 2:
             return rows
-        out, channels, height, width = self.shape
-        return rows.view(out, height, width, channels).permute(0, 3, 1, 2)
+        _, channels, height, width = self.shape
+        return rows.view(-1, height, width, channels).permute(0, 3, 1, 2)

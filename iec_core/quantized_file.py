@@ -1,11 +1,12 @@
 """Quantized models as .safetensors files.
 
 A quantized layer is three tensors, named as ComfyUI names them: `<layer>.weight`, its integers or float8 numbers [O, K], of
-int4 two to a byte; `<layer>.weight_scale`; `<layer>.comfy_quant`, its description (JSON in bytes). The descriptions are in the
-header's metadata too, where older hosts look for them. Linear layers of 8-bit weights, in float8 such without rotation, are as
-ComfyUI (0.33 or later) has them, so that it opens a file of such layers by itself. All others are of formats that no host
-knows, and convolutions of shapes that its layers do not have, so that it fails instead of taking them for something else. What
-only we need to know is in the metadata as `iec.quantized`.
+int4 two to a byte; `<layer>.weight_scale`; `<layer>.comfy_quant`, its description (JSON in bytes). One with a low-rank branch
+has two more, its factors `<layer>.weight_out` [O, r] and `<layer>.weight_in` [r, K]. The descriptions are in the header's
+metadata too, where older hosts look for them. Linear layers of 8-bit weights without a branch, in float8 such without
+rotation, are as ComfyUI (0.33 or later) has them, so that it opens a file of such layers by itself. All others are of formats
+that no host knows, and convolutions of shapes that its layers do not have, so that it fails instead of taking them for
+something else. What only we need to know is in the metadata as `iec.quantized`.
 
 A file is read by its own header, which is checked before anything is allocated; then tensors are read one at a time, each into
 memory of its own, so that no file stays mapped and what is allocated is never more than what the file holds.
@@ -20,10 +21,10 @@ from dataclasses import asdict, dataclass, fields
 import torch
 
 from .file_kinds import QUANTIZED_KEY
-from .quantization import LIMITS, Packing, WeightFormat, rotation_size
+from .quantization import FACTOR_DTYPES, LIMITS, Packing, WeightFormat, rotation_size
 from .safetensors_header import LARGEST_HEADER, parsed, read_header, reason, short
 
-VERSION = 1
+VERSIONS = 1, 2  # the second has calibrated layers, and is written only where there are some
 HOST_KEY = "_quantization_metadata"  # ComfyUI's
 CONFIG_KEY = "config"  # ComfyUI's too: {"transformer": what the weights do not tell of the network}
 HOST_FORMATS = {"int8": "int8_tensorwise", "fp8": "float8_e4m3fn"}
@@ -32,6 +33,7 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SINCE_VERSION_2 = {"calibrated", "rank", "factors"}  # of a WeightFormat
 STORED = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
 NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
@@ -49,8 +51,9 @@ class LayerFile:
     @property
     def is_hosts(self):
         """Whether it is written as the host has it. In float8 the host does not rotate."""
-        is_rotated_fp8 = self.format.kind == "fp8" and self.format.rotation
-        return self.format.kind in HOST_FORMATS and len(self.shape) == 2 and not self.format.group_size and not is_rotated_fp8
+        fmt = self.format
+        is_rotated_fp8 = fmt.kind == "fp8" and fmt.rotation
+        return fmt.kind in HOST_FORMATS and len(self.shape) == 2 and not (fmt.group_size or fmt.rank or is_rotated_fp8)
 
 
 def host_description(layer, activation_bits):
@@ -70,12 +73,18 @@ def _description_bytes(layer, activation_bits):
 
 def layer_tensors(name, layer, packed, activation_bits):
     """Return {key: tensor} of a layer: packed int8 [nbytes], as its Packing has it."""
-    values, scale = Packing(layer.shape, layer.format).stored(packed)
+    packing = Packing(layer.shape, layer.format)
+    values, scale = packing.stored(packed)
     return {
         f"{name}.weight": values,
         f"{name}.weight_scale": scale[0, 0] if layer.format.kind == "fp8" else scale,
         f"{name}.comfy_quant": torch.tensor(list(_description_bytes(layer, activation_bits)), dtype=torch.uint8),
+        **dict(zip(_factor_names(name), packing.factors(packed) or ())),
     }
+
+
+def _factor_names(name):
+    return f"{name}.weight_out", f"{name}.weight_in"
 
 
 def write(path, sources, metadata):
@@ -170,7 +179,8 @@ class QuantizedFile:
         layer = self.layers[name]
         packing, scale = Packing(layer.shape, layer.format), self.tensor(f"{name}.weight_scale")
         scale = scale.expand(packing.rows, 1) if scale.ndim == 0 else scale
-        return packing.pack(self.tensor(f"{name}.weight"), scale)
+        factors = tuple(map(self.tensor, _factor_names(name))) if layer.format.rank else None
+        return packing.pack(self.tensor(f"{name}.weight"), scale, factors)
 
     def _check(self, about):
         try:
@@ -256,8 +266,9 @@ def _description(metadata):
         raise ValueError("it was not written by Save Quantized Model (IEC); load it with the host's own node")
     about = parsed(metadata[QUANTIZED_KEY], "description")
     version = about.get("version") if isinstance(about, dict) else None
-    if type(version) is not int or version != VERSION:
-        raise ValueError(f"it is of version {short(version)}, and only version {VERSION} can be read; save the model anew")
+    if type(version) is not int or version not in VERSIONS:
+        known = " and ".join(map(str, VERSIONS))
+        raise ValueError(f"it is of version {short(version)}, and only versions {known} can be read; save the model anew")
     return about
 
 
@@ -287,18 +298,27 @@ def _expected(name, layer, activation_bits):
         f"{name}.weight": (STORED[kind], (packing.rows, row)),
         f"{name}.weight_scale": (torch.float32, () if kind == "fp8" else (packing.rows, packing.groups)),
         f"{name}.comfy_quant": (torch.uint8, (len(_description_bytes(layer, activation_bits)),)),
+        **dict(zip(_factor_names(name), _expected_factors(packing))),
     }
+
+
+def _expected_factors(packing):
+    rank, dtype = packing.format.rank, FACTOR_DTYPES[packing.format.factors]
+    return ((dtype, (packing.rows, rank)), (dtype, (rank, packing.inputs))) if rank else ()
 
 
 def _layer(entry):
     """Return the LayerFile of an entry in a file's description. Raises ValueError or TypeError for what is none."""
-    if set(entry) != {"shape", "format"} or set(entry["format"]) != {field.name for field in fields(WeightFormat)}:
+    names = {field.name for field in fields(WeightFormat)}
+    if set(entry) != {"shape", "format"} or set(entry["format"]) not in (names, names - SINCE_VERSION_2):
         raise ValueError(f"its description has a layer of other words than shape and format ({short(entry)})")
     shape, fmt = entry["shape"], WeightFormat(**entry["format"])
     whole = _are_sizes(shape, 4) and len(shape) in (2, 4) and 0 not in shape
-    numbers = _are_sizes([fmt.group_size, fmt.rotation], 2) and type(fmt.search) is bool
+    numbers = _are_sizes([fmt.group_size, fmt.rotation, fmt.rank], 3)
+    switches = type(fmt.search) is type(fmt.calibrated) is bool and (fmt.calibrated or not fmt.rank)
     rotation = fmt.rotation if numbers else 0
-    if not whole or not numbers or fmt.kind not in LIMITS or (rotation and rotation_size(rotation) != rotation):
+    known = fmt.kind in LIMITS and fmt.factors in FACTOR_DTYPES
+    if not (whole and numbers and switches and known) or (rotation and rotation_size(rotation) != rotation):
         raise ValueError(f"its description has a layer that cannot be ({short(entry)})")
     if Packing(shape, fmt).format != fmt:
         raise ValueError(f"its description has a layer whose format does not go with its shape ({short(entry)})")
@@ -321,14 +341,22 @@ def _check_about(about):
         raise ValueError("its fingerprint is damaged")
 
 
+def _entry(layer, is_calibrated):
+    fmt = asdict(layer.format)
+    if not is_calibrated:
+        fmt = {name: value for name, value in fmt.items() if name not in SINCE_VERSION_2}
+    return {"shape": list(layer.shape), "format": fmt}
+
+
 def description(layers, name, activation, dtype, network, fingerprint, settings):
     """Return the metadata of a file. layers: {name: LayerFile}. activation: dict. fingerprint: float32 [n]. settings: dict, of
     the network. Raises ValueError where they cannot be kept.
     """
+    is_calibrated = any(layer.format.calibrated for layer in layers.values())
     about = {
-        "version": VERSION, "name": name, "activation": activation, "dtype": dtype, "network": network,
+        "version": VERSIONS[is_calibrated], "name": name, "activation": activation, "dtype": dtype, "network": network,
         "fingerprint": fingerprint.tolist(),
-        "layers": {key: {"shape": list(layer.shape), "format": asdict(layer.format)} for key, layer in layers.items()},
+        "layers": {key: _entry(layer, is_calibrated) for key, layer in layers.items()},
     }  # fmt: skip
     hosts = {key: host_description(layer, activation["bits"]) for key, layer in layers.items()}
     try:

@@ -17,6 +17,7 @@ if COPIES is None:  # a second copy brings nothing: routes, operators and the pa
     from . import (
         builtin,
         cachequant,
+        calibrate_weights,
         compare,
         contraction,
         correct,
@@ -31,7 +32,7 @@ if COPIES is None:  # a second copy brings nothing: routes, operators and the pa
     from .host.inputs import refuse_unfit_values
     from .host.step_plan import serve_step_plans
 
-    QUANTIZATION = quantize, quantization_profile, quantization_report
+    QUANTIZATION = quantize, calibrate_weights, quantization_profile, quantization_report
     MODULES = correct, *QUANTIZATION, deepcache, cachequant, builtin, compare, pictures, report, contraction
     NODES = [node for module in MODULES for node in module.NODES]
 else:

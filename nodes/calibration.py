@@ -7,6 +7,8 @@ from ..iec_core.choices import unknown_choice
 from .host.profiles import PROFILES
 
 PROMPTS = ("positive", "positive_2", "positive_3", "positive_4")
+SAMPLING = ("steps", "cfg", "sampler_name", "scheduler")
+RUN_INPUTS = (*PROMPTS, *SAMPLING)  # that are taken together, by `taken_prompts` and `sampling_of`
 
 
 def run_inputs(of_schedule):
@@ -43,7 +45,7 @@ def taken_prompts(inputs):
 
 def sampling_of(inputs):
     """Return what the host's samplers take, of a node's inputs."""
-    return {name: inputs[name] for name in ("steps", "cfg", "sampler_name", "scheduler")}
+    return {name: inputs[name] for name in SAMPLING}
 
 
 def profile_name_input():

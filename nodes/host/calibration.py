@@ -8,12 +8,15 @@ from ...iec_core.advice import TRY_PRECISION
 
 
 class Bar:
-    """The node's progress bar, over the steps of all runs; a callback for the host's samplers."""
+    """The node's progress bar, over the steps of all runs and what else there is to do; a callback for the host's samplers."""
 
     def __init__(self, total):
         self._bar = comfy.utils.ProgressBar(total)
 
     def __call__(self, step, denoised, x, total_steps):
+        self.advance()
+
+    def advance(self):
         self._bar.update(1)
 
 

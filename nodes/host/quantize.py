@@ -9,7 +9,7 @@ import copy
 import hashlib
 import logging
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import comfy.model_patcher
@@ -118,6 +118,8 @@ class Quantization:
         details = [
             f"groups of {self.weight.group_size}" if self.weight.group_size else "",
             "scales by search" if self.weight.search else "",
+            "GPTQ" if self.weight.calibrated else "",
+            f"rank {self.weight.rank}" if self.weight.rank else "",
             "rotated" if self.rotate else "",
             "one scale a tensor" if self.activation.per_tensor else "",
             "output projections kept" if self.rules.keep_outputs else "",
@@ -130,7 +132,7 @@ class Quantization:
     def packing(self, shape):
         """Return the Packing of a weight of this shape."""
         rotation = rotation_size(shape[1]) if self.rotate and len(shape) == 2 else 0
-        return Packing(shape, WeightFormat(self.weight.kind, self.weight.group_size, rotation, self.weight.search))
+        return Packing(shape, replace(self.weight, rotation=rotation))
 
 
 def quantizable_layers(network):
@@ -143,6 +145,18 @@ def quantize_model(model, quantization):
 
     Raises ValueError where the MODEL has no layer to quantize, is quantized already or compiled, or a pattern fits no layer.
     """
+    layers = layers_to_quantize(model, quantization)
+    bar, replaced = comfy.utils.ProgressBar(len(layers)), {}
+    for name, layer in layers.items():
+        packing = quantization.packing(weight_shape(model, name, layer))
+        packed = packing.quantize(weight_to_quantize(model, name, layer))
+        replaced[layer] = quantized_layer(model, name, layer, packing, packed, quantization)
+        bar.update(1)
+    return with_quantized_layers(model, quantization, replaced)
+
+
+def layers_to_quantize(model, quantization):
+    """Return {name: layer} of a MODEL's layers that are to be quantized. Raises ValueError as `quantize_model`."""
     if quantization_of(model):
         raise ValueError("model: this MODEL is quantized already; use one IECQuantizeModel node only.")
     if quantization.weight.kind == "fp8" and not has_float8(model.load_device):
@@ -168,19 +182,31 @@ def quantize_model(model, quantization):
         raise ValueError(
             "include, exclude, keep_sensitive_layers: together they leave no layer to quantize; let some be quantized."
         )
-    bar, replaced = comfy.utils.ProgressBar(len(chosen)), {}
-    for name in chosen:
-        layer, packing = layers[name], quantization.packing(_shape(model, name, layers[name]))
-        packed = _quantized_weight(model, f"{PREFIX}{name}.weight", packing)
-        bias = None if layer.bias is None else _own(model, f"{PREFIX}{name}.bias", layer.bias)
-        replaced[layer] = quantized_class(layer).of(name, layer, packing, packed, bias, quantization.activation)
-        bar.update(1)
+    return {name: layers[name] for name in chosen}
+
+
+def weight_to_quantize(model, name, layer):
+    """Return the weight of a layer in floating point, with the patches that lie on it, on the MODEL's load device."""
+    key = f"{PREFIX}{name}.weight"
+    return patched_weight(model, key, original_weight(model, key, layer.weight).to(model.load_device))
+
+
+def quantized_layer(model, name, layer, packing, packed, quantization):
+    """Return a quantized layer in place of one of the MODEL's. packed: its weight, as `packing` has it."""
+    bias = None if layer.bias is None else _own(model, f"{PREFIX}{name}.bias", layer.bias)
+    packed = packed.to(model.offload_device)
+    return quantized_class(layer).of(name, layer, packing, packed, bias, quantization.activation)
+
+
+def with_quantized_layers(model, quantization, replaced):
+    """Return a MODEL like this one with other layers, {layer: the quantized one}, and without the patches on their weights."""
+    model.unpatch_model(unpatch_weights=False)  # what a run has put there since
     base = _copy_of_model(model, replaced)
     base.iec_quantization, base.iec_fingerprint = quantization.name, fingerprint(model)
-    return _patcher(model, base, [f"{PREFIX}{name}.weight" for name in chosen])
+    return _patcher(model, base, [f"{PREFIX}{layer.name}.weight" for layer in replaced.values()])
 
 
-def _shape(model, name, layer):
+def weight_shape(model, name, layer):
     """Return the shape of a layer's weight, a tuple; as the host has patched it, it may be another."""
     return tuple(original_weight(model, f"{PREFIX}{name}.weight", layer.weight).shape)
 
@@ -191,7 +217,7 @@ def _without_enlarged(model, layers, names):
     """
 
     def is_enlarged(name):
-        shape = _shape(model, name, layers[name])
+        shape = weight_shape(model, name, layers[name])
         return patched_shape(model.patches.get(f"{PREFIX}{name}.weight"), shape) != shape
 
     enlarged = [name for name in names if is_enlarged(name)]
@@ -214,13 +240,6 @@ def source_of(quantized, full_precision):
     source = full_precision.clone()
     source.set_additional_models(KEY, [quantized])
     return source
-
-
-def _quantized_weight(model, key, packing):
-    """Return the packed weight of a layer, with the patches that lie on it, on the MODEL's offload device."""
-    device = model.load_device
-    weight = original_weight(model, key, comfy.utils.get_attr(model.model, key)).to(device)
-    return packing.quantize(patched_weight(model, key, weight)).to(model.offload_device)
 
 
 def _own(model, key, tensor):

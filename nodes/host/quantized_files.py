@@ -89,7 +89,7 @@ def _sources(model, layers, activation_bits):
         layer, key = comfy.utils.get_attr(network, name), f"{PREFIX}{name}.weight"
         packed = original_weight(model, key, layer.weight)
         if key in model.patches:
-            packed = layer.packing.quantize(patched_weight(model, key, layer.convert_weight(packed)))
+            packed = layer.packing.quantize(patched_weight(model, key, layer.convert_weight(packed)), like=packed)
         return layer_tensors(name, layers[name], packed, activation_bits)
 
     def plain(name, tensor):
@@ -331,8 +331,8 @@ def _fill(network, weights, file, compute):
         if kind is None:
             raise ValueError(f"its network has no layer {name} of shape {layer.shape}")
         packing, packed = Packing(layer.shape, layer.format), file.packed(name)
-        if not packing.stored(packed)[1].isfinite().all():
-            raise ValueError(f"{name} has a scale that is not finite")
+        if not all(part.isfinite().all() for part in (packing.stored(packed)[1], *(packing.factors(packed) or ()))):
+            raise ValueError(f"{name} has a scale or a factor that is not finite")
         quantized = kind.of(name, modules[name], packing, packed, modules[name].bias, activation)
         comfy.utils.set_attr(network, name, quantized)
 

@@ -10,6 +10,7 @@ import copy
 import functools
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 import comfy.ops
 import torch
@@ -61,6 +62,15 @@ class ActivationFormat:
     compute: str = FASTEST
 
 
+class _Views(NamedTuple):
+    """Of a packed weight: what `Packing.stored` returns, the scales of the output channels, float32 [O], and the factors."""
+
+    integers: torch.Tensor
+    scale: torch.Tensor
+    of_rows: torch.Tensor
+    factors: tuple[torch.Tensor, torch.Tensor] | None
+
+
 @dataclass(frozen=True)
 class Choice:
     """What computes a layer, and in words why: "" where there is nothing else."""
@@ -81,7 +91,7 @@ class _QuantizedLayer:
     input_scale = None
     passes_gradients = False
     _chosen = MappingProxyType({})  # {what has come in, as `_seen` tells it: the Choice for it}
-    _views = None  # of the weight where it lies: itself, its address, and what `_stored` returns
+    _views = None  # of the weight where it lies: itself, its address, and its _Views
 
     @classmethod
     def of(cls, name, layer, packing, packed, bias, activation):
@@ -105,7 +115,7 @@ class _QuantizedLayer:
         """Take up a weight in floating point. It is rounded to the nearest, whatever the seed, so that what is offloaded and
         patched anew in every step is the same as what is patched once.
         """
-        packed = self.packing.quantize(weight)
+        packed = self.packing.quantize(weight, like=self.weight)
         if return_weight:
             return packed
         if inplace_update:
@@ -155,13 +165,14 @@ class _QuantizedLayer:
 
     def _patched(self, packed):
         """Return a packed weight with the patches of an offloaded layer."""
+        patched = packed
         for function in self.weight_function:  # ComfyUI 0.3.75's gives packed weights, later ones in floating point
-            packed = function(self.convert_weight(packed))
-        return packed.to(torch.int8) if packed.ndim == 1 else self.packing.quantize(packed)
+            patched = function(self.convert_weight(patched))
+        return patched.to(torch.int8) if patched.ndim == 1 else self.packing.quantize(patched, like=packed)
 
     def _stored(self, packed):
-        """Return what `Packing.stored` does, and the scales of the output channels, float32 [O]. The views of a weight that
-        stays where it is are made once; those of one that is moved in every evaluation would hold on to its memory.
+        """Return the _Views of a packed weight. Those of a weight that stays where it is are made once; those of one that is
+        moved in every evaluation would hold on to its memory.
         """
         if packed is not self._parameters["weight"]:
             return self._viewed(packed)
@@ -171,7 +182,7 @@ class _QuantizedLayer:
 
     def _viewed(self, packed):
         integers, scale = self.packing.stored(packed)
-        return integers, scale, scale[:, 0]
+        return _Views(integers, scale, scale[:, 0], self.packing.factors(packed))
 
     def _apply(self, *args, **kwargs):
         self._views = None  # the weight may go to another device, and leaves its memory then
@@ -228,7 +239,7 @@ class _QuantizedLayer:
     def _ways(self, backend, x, packed, bias):
         """Return {name: function} of the ways to compute the layer: unquantized, by its dequantized weight, by a backend."""
         stored = self._viewed(packed)
-        full = functools.cache(lambda: self.packing.shaped(self._dequantized(stored, x.dtype)))
+        full = functools.cache(lambda: self._dequantized(stored, x.dtype))
         return {
             FULL: lambda: self._product(x, full(), bias),
             WEIGHT_ONLY: lambda: self._by(WEIGHT_ONLY, x, stored, bias),
@@ -250,6 +261,7 @@ class _QuantizedLayer:
         scales = "given" if given else "of the tensor" if self.activation.per_tensor or fmt.kind == "fp8" else "of each row"
         layout = ", channels last" if x.ndim == 4 and x.stride(1) == 1 else ""
         turned = f", rotated by {fmt.rotation}" if fmt.rotation else ""
+        turned += f", rank {fmt.rank}" if fmt.rank else ""
         return f"{self._geometry()}, {fmt.kind}{turned}, x {str(x.dtype)[6:]}{layout}, scale {scales}"
 
     def _compute(self, x, packed, bias):
@@ -258,17 +270,27 @@ class _QuantizedLayer:
         return self._by(self._backend(x, packed, bias), x, self._stored(packed), bias)
 
     def _by(self, backend, x, stored, bias):
-        """Compute the layer for x. stored: what `_stored` returns."""
+        """Compute the layer for x. stored: the weight's _Views."""
+        return self._with_branch(self._without_branch(backend, x, stored, bias), x, stored.factors)
+
+    def _without_branch(self, backend, x, stored, bias):
         if backend == WEIGHT_ONLY:
-            x = self.rotated(x)
-            return self._product(x, self.packing.shaped(self._dequantized(stored, x.dtype)), bias)
-        values, scale = self.packing.unpacked(stored[:2])
+            return self._product(self.rotated(x), self._dequantized(stored, x.dtype), bias)
+        values, scale = self.packing.unpacked((stored.integers, stored.scale))
         if backend == fp8.SCALED_MM:
             return fp8.linear_fp8(self.rotated(x), values, scale[0], bias, self.input_scale)
-        return self._integer_product(backend, x, values, stored[2], bias)
+        return self._integer_product(backend, x, values, stored.of_rows, bias)
 
     def _dequantized(self, stored, dtype):
-        return self.packing.times_scales(*self.packing.unpacked(stored[:2]), dtype)
+        rows = self.packing.times_scales(*self.packing.unpacked((stored.integers, stored.scale)), dtype)
+        return self.packing.shaped(rows)
+
+    def _with_branch(self, out, x, factors):
+        """Return what comes out with what the low-rank branch, where there is one, makes of x, neither rounded nor rotated."""
+        if factors is None:
+            return out
+        out_of, into = (factor.to(x.dtype) for factor in factors)
+        return out + self._expanded(self._product(x, self.packing.shaped(into), None), out_of)
 
     def _multiplies_fp8(self, device):
         return False
@@ -292,9 +314,10 @@ class _QuantizedLayer:
 
     def _compute_straight(self, x, packed, bias):
         is_rounded = self._backend(x, packed, bias) != WEIGHT_ONLY
-        x = self.rotated(x)
+        turned = self.rotated(x)
         weight = self.packing.shaped(self.packing.scaled(packed, x.dtype))
-        return self._product(self._straight_input(x) if is_rounded else x, weight, bias)
+        out = self._product(self._straight_input(turned) if is_rounded else turned, weight, bias)
+        return self._with_branch(out, x, self.packing.factors(packed))
 
     def _per_row(self):
         return self.input_scale is None and not self.activation.per_tensor
@@ -305,6 +328,9 @@ class QuantizedLinear(_QuantizedLayer, comfy.ops.manual_cast.Linear):
 
     def _product(self, x, weight, bias):
         return torch.nn.functional.linear(x, weight, bias)
+
+    def _expanded(self, x, weight):
+        return torch.nn.functional.linear(x, weight)
 
     def _integer_product(self, backend, x, values, scale, bias):
         rotation = self.packing.format.rotation
@@ -329,6 +355,9 @@ class QuantizedConv2d(_QuantizedLayer, comfy.ops.manual_cast.Conv2d):
 
     def _product(self, x, weight, bias):
         return torch.nn.functional.conv2d(x, weight, bias, self.stride, self.padding, self.dilation)
+
+    def _expanded(self, x, weight):
+        return torch.nn.functional.conv2d(x, weight[:, :, None, None])
 
     def _integer_product(self, backend, x, values, scale, bias):
         geometry = self.kernel_size, self.stride, self.padding, self.dilation

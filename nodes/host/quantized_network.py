@@ -132,9 +132,10 @@ def kept_share(model):
     asked = kept = 0.0
     for name in names[:: -(-len(names) // MEASURED) or 1]:
         key, layer = f"{PREFIX}{name}.weight", layers[name]
-        before = layer.convert_weight(original_weight(model, key, layer.weight).to(model.load_device))
+        packed = original_weight(model, key, layer.weight).to(model.load_device)
+        before = layer.convert_weight(packed)
         wanted = with_patches(patches[key], key, before)
-        left = layer.packing.dequantize(layer.packing.quantize(wanted))
+        left = layer.packing.dequantize(layer.packing.quantize(wanted, like=packed))
         wanted, left = wanted - before, left - before
         asked, kept = asked + wanted.square().sum().item(), kept + (wanted * left).sum().item()
     return kept / asked if asked else 1.0

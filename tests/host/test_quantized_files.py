@@ -443,7 +443,7 @@ DAMAGED = {
         lambda path: safetensors.torch.save_file({"weight": torch.zeros(2)}, path), "it was not written by Save Quantized Model"
     ),
     "another version": (
-        lambda path: changed(path, lambda about, tensors: about.update(version=9)), "it is of version 9, and only version 1"
+        lambda path: changed(path, lambda about, tensors: about.update(version=9)), "it is of version 9, and only versions 1"
     ),
     "no bias": (
         lambda path: changed(path, without("joint_blocks.0.x_block.mlp.fc1.bias")), "joint_blocks.0.x_block.mlp.fc1.bias is"

@@ -378,7 +378,7 @@ CHANGES = {
         lambda header, metadata, *_: metadata.update(more=1), "^its header is damaged .the metadata are no table of texts"
     ),
     "another version": (
-        about_change(lambda about: about.update(version=2)), "^it is of version 2, and only version 1 can be read"
+        about_change(lambda about: about.update(version=3)), "^it is of version 3, and only versions 1 and 2 can be read"
     ),
     "a version that is true": (about_change(lambda about: about.update(version=True)), "^it is of version True"),
     "a version that is text": (about_change(lambda about: about.update(version="1")), "^it is of version '1'"),

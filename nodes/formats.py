@@ -1,0 +1,125 @@
+"""What the nodes that make a quantized model share: the inputs that say what it is to be."""
+
+from comfy_api.latest import io
+
+from ..iec_core.choices import unknown_choice
+from ..iec_core.quantization import WeightFormat
+from .host.quantize import LayerRules, Quantization, parse_patterns
+from .host.quantized_layers import COMPUTE, EIGHT_BIT, FASTEST, ActivationFormat
+
+KINDS = {"8": "int8", "4": "int4", "fp8": "fp8"}
+ACTIVATION_BITS = ["8", "16"]
+GROUP_SIZES = ["none", "32", "64", "128"]
+ACTIVATION_SCALES = ["token", "tensor"]
+# The inputs of all of `format_inputs` that say which layers, and how they compute.
+OF_LAYERS = ("rotate", "activation_scale", "keep_output_projections", "include", "exclude", "compute")
+
+
+def _wrong_group(group_size, weight_bits, activation_bits):
+    """Return the sentence for a group size that does not go with the bits, else None."""
+    if group_size not in (None, "none") and (activation_bits == "8" or weight_bits == "fp8"):
+        return f"group_size: {group_size} goes with weight_bits 8 or 4 and activation_bits 16 only; write none."
+
+
+def _wrong_compute(compute, activation_bits):
+    """Return the sentence for a way to compute that does not go with the bits, else None."""
+    if compute == EIGHT_BIT and activation_bits == "16":
+        return f"compute: {compute} goes with activation_bits 8 only; write {FASTEST}, or other bits."
+
+
+def wrong_format(weight_bits, activation_bits, group_size, activation_scale, compute):
+    """Return the sentence for the first wrong one of these choices, each None where it is not known; else None."""
+    wrong = unknown_choice(list(KINDS), weight_bits=weight_bits)
+    wrong = wrong or unknown_choice(ACTIVATION_BITS, activation_bits=activation_bits)
+    wrong = wrong or unknown_choice(GROUP_SIZES, group_size=group_size)
+    wrong = wrong or unknown_choice(ACTIVATION_SCALES, activation_scale=activation_scale)
+    wrong = wrong or unknown_choice(COMPUTE, compute=compute)
+    wrong = wrong or _wrong_group(group_size, weight_bits, activation_bits)
+    return wrong or _wrong_compute(compute, activation_bits)
+
+
+def quantization(
+    weight_bits, activation_bits, keep_sensitive_layers, group_size="none", rotate=False, activation_scale="token",
+    keep_output_projections=False, include="", exclude="", compute=FASTEST, **more,
+):  # fmt: skip
+    """Return the Quantization of these inputs; more: of its WeightFormat."""
+    group = 0 if group_size == "none" else int(group_size)
+    activation = ActivationFormat(int(activation_bits), activation_scale == "tensor", compute)
+    rules = LayerRules(keep_sensitive_layers, keep_output_projections, parse_patterns(include), parse_patterns(exclude))
+    return Quantization(WeightFormat(KINDS[weight_bits], group, **more), activation, rules, rotate)
+
+
+def compute_input(tip):
+    """Return the input of what multiplies activations of 8 bits."""
+    return io.Combo.Input("compute", options=list(COMPUTE), default=FASTEST, optional=True, tooltip=tip)
+
+
+def format_inputs(weight_bits="8"):
+    """Return {name: io.Input} of what a quantized model is to be, for the nodes that make one. weight_bits: its default."""
+    inputs = [
+        io.Combo.Input(
+            "weight_bits",
+            options=list(KINDS),
+            default=weight_bits,
+            tooltip="8, 4: symmetric integers, one scale per output channel. fp8: float8 e4m3, one scale per weight.",
+        ),
+        io.Combo.Input(
+            "activation_bits",
+            options=ACTIVATION_BITS,
+            default="8",
+            tooltip="8: quantized at run time, and products summed exactly. 16: left in the model's compute type; this "
+            "saves memory, not time.",
+        ),
+        io.Boolean.Input(
+            "keep_sensitive_layers",
+            default=True,
+            tooltip="Leave the first and the last layer and the embeddings of timestep and label unquantized.",
+        ),
+        io.Combo.Input(
+            "group_size",
+            options=GROUP_SIZES,
+            default="none",
+            optional=True,
+            tooltip="With activation_bits 16: how many weights share a scale. Fewer are more exact, and take more "
+            "memory. none: a whole output channel.",
+        ),
+        io.Boolean.Input(
+            "rotate",
+            default=False,
+            optional=True,
+            tooltip="Rotate the inputs of Linear layers by a Hadamard matrix (ConvRot), which spreads outliers. It "
+            "costs a small product more per layer.",
+        ),
+        io.Combo.Input(
+            "activation_scale",
+            options=ACTIVATION_SCALES,
+            default="token",
+            optional=True,
+            tooltip="With activation_bits 8. token: a scale for each token or pixel, of larger convolutions for each "
+            "image. tensor: one for all of it.",
+        ),
+        io.Boolean.Input(
+            "keep_output_projections",
+            default=False,
+            optional=True,
+            tooltip="Leave the last layers of attention and of feed-forward networks unquantized too.",
+        ),
+        io.String.Input(
+            "include",
+            default="",
+            optional=True,
+            tooltip="Quantize only layers that one of these names fits, such as input_blocks.*; * is any part of a "
+            "name. Nothing: all layers.",
+        ),
+        io.String.Input(
+            "exclude",
+            default="",
+            optional=True,
+            tooltip="Leave layers unquantized that one of these names fits, such as *.proj_in middle_block.*",
+        ),
+        compute_input(
+            "With activation_bits 8. 8-bit: products in 8 bits. dequantized: in the model's compute type, activations "
+            "unquantized. fastest: on a GPU the faster of the two for each layer, timed at its first use; else 8-bit."
+        ),
+    ]
+    return {one.id: one for one in inputs}

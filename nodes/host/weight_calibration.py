@@ -1,0 +1,144 @@
+"""Quantized weights that are fitted to what comes into their layers in sampling runs."""
+
+import functools
+import logging
+from dataclasses import replace
+
+import comfy.model_management
+import torch
+
+from ...iec_core.advice import TRY_PRECISION
+from ...iec_core.devices import has_float64
+from ...iec_core.gptq import Moments, calibrated_weight, sampled_rows, sampled_windows
+from ...iec_core.quantization import Packing
+from .calibration import Bar, sample_all, watched
+from .quantize import layers_to_quantize, quantized_layer, weight_shape, weight_to_quantize, with_quantized_layers
+
+POSITIONS = 256  # of an evaluation, from which a layer's inputs are taken
+WORKSPACE = 6  # times as much memory as its moments is taken while a weight is rounded
+
+
+def calibrate_weights(model, quantization, prompts, negative, latent_image, seed, runs, sampling, memory):
+    """Return a MODEL like this one with quantized weights that are rounded by GPTQ on `runs` sampling runs of each prompt
+    (CONDITIONING) with the MODEL as it is.
+
+    quantization: a Quantization whose weights are calibrated. sampling: steps, cfg, sampler_name and scheduler, as the host's
+    KSampler has them. memory: bytes that what is seen of the layers may take; where it is not enough for all of them, runs are
+    repeated, each time for as many as it is enough for.
+
+    Raises ValueError as `quantize_model`, and where no layer was seen to run, or a run had NaN or infinity.
+    """
+    layers = layers_to_quantize(model, quantization)
+    packings = {name: quantization.packing(weight_shape(model, name, layer)) for name, layer in layers.items()}
+    passes = in_passes({name: packing.inputs for name, packing in packings.items()}, memory)
+    bar = Bar(len(passes) * runs * len(prompts) * sampling["steps"] + len(layers))
+    sample = functools.partial(sample_all, prompts, negative, latent_image, seed, runs, sampling, bar)
+    replaced = {}
+    for names in passes:
+        inputs = _Inputs(layers, {name: packings[name] for name in names}, memory, _device(model), seed)
+        sample(inputs.watching(model))
+        for name in names:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            replaced[layers[name]] = _fitted(model, name, layers[name], packings[name], inputs.taken(name), quantization)
+            bar.advance()
+    _check_seen(replaced.values())
+    return with_quantized_layers(model, quantization, replaced)
+
+
+def factors_of(model):
+    """Return the type of a low-rank branch beside the weights of a MODEL, as WeightFormat has it: bfloat16 beside weights of
+    that type or computed in it, else float16, which is exact enough for what rounding has left of float32 too.
+    """
+    base = model.model
+    return "bfloat16" if torch.bfloat16 in (base.get_dtype(), base.manual_cast_dtype) else "float16"
+
+
+def in_passes(inputs, memory):
+    """Return lists of names, each of layers whose inputs can be seen at once in this much memory, in bytes, and rounded one by
+    one. inputs: {name: how many inputs the layer has}, in the network's order.
+    """
+    passes, taken, largest = [], 0, 0
+    for name, count in inputs.items():
+        more = 4 * count * _block(count, memory)  # float32, of all its blocks
+        taken, largest = taken + more, max(largest, more)
+        if not passes or taken + WORKSPACE * largest > memory:
+            passes.append([])
+            taken = largest = more
+        passes[-1].append(name)
+    return passes
+
+
+def _block(inputs, memory):
+    """Return how many of a layer's inputs can be seen together where it has all of the memory, in bytes."""
+    return max(1, min(inputs, memory // (4 * (1 + WORKSPACE) * inputs)))
+
+
+def _device(model):
+    """Return where there is linear algebra."""
+    return model.load_device if has_float64(model.load_device) else torch.device("cpu")
+
+
+class _Inputs:
+    """Sees what comes into layers while a MODEL is sampled. packings: {name: Packing} of the layers that are seen; its memory
+    is taken now, so that the host loads no more of the MODEL than there is room for.
+    """
+
+    def __init__(self, layers, packings, memory, device, seed):
+        self._layers, self._packings = {name: layers[name] for name in packings}, packings
+        # One for each layer, so that its draws are the same in whatever pass it is.
+        self._draws = {name: torch.Generator().manual_seed(seed) for name in packings}
+        comfy.model_management.free_memory(memory, device)
+        counts = {name: packing.inputs for name, packing in packings.items()}
+        self._moments = {name: Moments(count, _block(count, memory), device) for name, count in counts.items()}
+
+    def watching(self, model):
+        """Return a clone of the MODEL in whose runs what comes into the layers is taken up."""
+
+        def watch(transformer_options):
+            return [
+                layer.register_forward_pre_hook(functools.partial(self._take_up, name)) for name, layer in self._layers.items()
+            ]
+
+        return watched(model, watch)
+
+    def taken(self, name):
+        """Return the Moments of a layer, which are gone then. Raises ValueError where they are not finite."""
+        moments = self._moments.pop(name)
+        if not moments.is_finite():
+            raise ValueError(
+                f"model: NaN or infinity came into its layer {name} in a calibration run, from which nothing can be found out. "
+                f"{TRY_PRECISION}"
+            )
+        return moments
+
+    def _take_up(self, name, layer, inputs):
+        x, draws = inputs[0].detach(), self._draws[name]
+        if isinstance(layer, torch.nn.Conv2d):
+            geometry = layer.kernel_size, layer.stride, layer.padding, layer.dilation
+            rows = sampled_windows(x, *geometry, POSITIONS, draws)
+        else:
+            rows = sampled_rows(x, POSITIONS, draws)
+        self._moments[name].take_up(self._packings[name].rotated(rows.float()))
+
+
+def _fitted(model, name, layer, packing, moments, quantization):
+    """Return the quantized layer in place of one; of one that was not run, rounded to the nearest."""
+    weight = weight_to_quantize(model, name, layer)
+    if not moments.count:
+        plain = replace(packing.format, calibrated=False, rank=0)
+        packing = Packing(packing.shape, plain)
+        return quantized_layer(model, name, layer, packing, packing.quantize(weight), quantization)
+    packed = calibrated_weight(weight.to(moments.device), packing, moments)
+    return quantized_layer(model, name, layer, packing, packed, quantization)
+
+
+def _check_seen(layers):
+    """Tell of layers that were not run; raises ValueError where none was."""
+    missed = [layer.name for layer in layers if not layer.packing.format.calibrated]
+    if len(missed) == len(layers):
+        raise ValueError(
+            "model: nothing was seen to enter its layers; another node runs copies of them, as one that compiles does: put "
+            "that behind this one."
+        )
+    if missed:
+        logging.info(f"[ComfyUI-IEC] {', '.join(missed)} did not run, and is rounded to the nearest.")

@@ -1,0 +1,440 @@
+"""IECCalibrateWeights on the host's networks: what it sees, what its layers compute, and what it keeps of the images."""
+
+import copy
+import functools
+import importlib
+import logging
+import math
+
+import pytest
+import safetensors.torch
+import torch
+from tuned import tuned
+
+SAMPLING = {"steps": 4, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal"}
+FEW = "middle_block.* output_blocks.0.*"  # Linear, 1 x 1 and 3 x 3 layers
+
+
+@pytest.fixture
+def calibrate(host, model, conditioning):
+    """calibrate(source, **settings): the quantized MODEL, by default of a few layers, with 16-bit activations."""
+    label = functools.partial(host.run, "IECClassLabel")
+
+    def run(source=None, **settings):
+        inputs = {
+            "weight_bits": "4", "activation_bits": "16", "keep_sensitive_layers": True, "rank": "auto", "include": FEW,
+            "positive": label(labels="heart, person")[0], "negative": conditioning[1], "runs": 1, "seed": 5,
+            "latent_image": {"samples": torch.zeros(2, 3, 16, 16)}, **SAMPLING, **settings,
+        }  # fmt: skip
+        return host.run("IECCalibrateWeights", model=source or model, **inputs)[0]
+
+    return run
+
+
+@pytest.fixture
+def draw(host, conditioning):
+    """draw(model): latents of the host's own sampler, from another seed and other classes than were calibrated on."""
+
+    def run(model, seed=31, side=16, **more):
+        latent, settings = {"samples": torch.zeros(2, 3, side, side)}, {**SAMPLING, **more}
+        arguments = [settings[name] for name in ("steps", "cfg", "sampler_name", "scheduler")]
+        return host.common_ksampler(model, seed, *arguments, *conditioning, latent)[0]["samples"]
+
+    return run
+
+
+@pytest.fixture
+def part(host):
+    """part(name): a module of the pack's nodes/host."""
+    package = host.nodes["IECCalibrateWeights"].__module__.rsplit(".", 1)[0]
+    return lambda name: importlib.import_module(f"{package}.host.{name}")
+
+
+def relative(x, y):
+    return ((x - y).norm() / y.norm()).item()
+
+
+def layers_of(model):
+    """Return {name: layer} of a MODEL's quantized layers."""
+    return {name: layer for name, layer in model.model.diffusion_model.named_modules() if hasattr(layer, "packing")}
+
+
+def taken(model, source, x_of):
+    """Return {name: (output of a quantized layer, the same of the source's in float64 with the dequantized weight)}."""
+    full, found = dict(source.model.diffusion_model.named_modules()), {}
+    for name, layer in layers_of(model).items():
+        reference = copy.deepcopy(full[name]).double()
+        reference.weight.data = layer.packing.dequantize(layer.weight).double()
+        if layer.bias is not None:
+            reference.bias.data = layer.bias.double()
+        x = x_of(full[name])
+        found[name] = layer(x), reference(x.double())
+    return found
+
+
+def random_input(layer):
+    generator = torch.Generator().manual_seed(3)
+    shape = (2, layer.in_channels, 9, 8) if hasattr(layer, "in_channels") else (2, 5, layer.in_features)
+    return torch.randn(shape, generator=generator)
+
+
+@pytest.mark.fast
+def test_images_are_nearer_to_full_precision_than_with_the_nearest_integers(host, model, calibrate, draw):
+    whole = {"include": "", "runs": 2, "steps": 6}
+    expected = draw(model)
+    inputs = {"weight_bits": "4", "activation_bits": "16", "keep_sensitive_layers": True}
+    nearest = relative(draw(host.run("IECQuantizeModel", model=model, **inputs)[0]), expected)
+    gptq, branch = (relative(draw(calibrate(rank=rank, **whole)), expected) for rank in ("0", "auto"))
+    assert gptq < 0.8 * nearest and branch < 0.7 * gptq
+
+
+def test_names_and_sizes_say_what_was_made(host, model, calibrate):
+    import comfy.model_management
+
+    made = {rank: calibrate(rank=rank) for rank in ("0", "8", "auto")}
+    names = {rank: one.model.iec_quantization for rank, one in made.items()}
+    assert names == {
+        "0": f"W4A16, GPTQ, only {FEW}", "8": f"W4A16, GPTQ, rank 8, only {FEW}", "auto": f"W4A16, GPTQ, rank 16, only {FEW}",
+    }  # fmt: skip
+    assert calibrate(weight_bits="8").model.iec_quantization == f"W8A16, GPTQ, only {FEW}"
+    sizes = {rank: comfy.model_management.module_size(one.model) for rank, one in made.items()}
+    shapes = [layer.packing.shape for layer in layers_of(made["8"]).values()]
+    factors = sum(2 * 8 * (shape[0] + math.prod(shape[1:])) for shape in shapes)
+    assert factors <= sizes["8"] - sizes["0"] < factors + 16 * len(shapes)
+    ranks = [layer.packing.format.rank for layer in layers_of(made["auto"]).values()]
+    assert set(ranks) == {16} and sizes["auto"] > sizes["8"]
+
+
+@pytest.mark.parametrize("activation_bits", ["16", "8"])
+@pytest.mark.parametrize("rotate", [False, True])
+def test_layers_compute_with_integers_and_branch(model, calibrate, rotate, activation_bits):
+    made = calibrate(rotate=rotate, activation_bits=activation_bits, rank="8")
+    limit = 1e-5 if activation_bits == "16" else 0.02
+    found = taken(made, model, random_input)
+    kinds = {(type(layer).__name__, tuple(layer.packing.shape[2:])) for layer in layers_of(made).values()}
+    assert kinds == {("QuantizedLinear", ()), ("QuantizedConv2d", (1, 1)), ("QuantizedConv2d", (3, 3))}
+    for name, (out, expected) in found.items():
+        assert relative(out.double(), expected) < limit, name
+    for name, layer in layers_of(made).items():  # 8 bits round what is multiplied with the integers, not what the branch gets
+        without = copy.copy(layer.packing)
+        without.factors = lambda packed: None
+        x, (out, _) = random_input(dict(model.model.diffusion_model.named_modules())[name]), found[name]
+        branch = out - type(layer).of(name, layer, without, layer.weight, layer.bias, layer.activation)(x)
+        out_of, into = layer.packing.factors(layer.weight)
+        into = layer.packing.shaped(into.float())
+        if x.ndim == 3:
+            expected = (x @ into.t()) @ out_of.float().t()
+        else:
+            thin = torch.nn.functional.conv2d(x, into, None, layer.stride, layer.padding)
+            expected = torch.nn.functional.conv2d(thin, out_of.float()[:, :, None, None])
+        torch.testing.assert_close(branch, expected, rtol=1e-3, atol=1e-4 * out.abs().amax().item())
+
+
+def test_sees_all_that_comes_into_the_layers(monkeypatch, part, model, calibrate):
+    """Its moments are those of all inputs of the runs, as hooks of the test see them."""
+    module = part("weight_calibration")
+    monkeypatch.setattr(module, "POSITIONS", 10**6)
+    seen, names = {}, {"middle_block.1.proj_in", "middle_block.2.in_layers.2"}
+    fit = module.calibrated_weight
+
+    def note(weight, packing, moments):
+        seen[tuple(packing.shape)] = moments
+        return fit(weight, packing, moments)
+
+    monkeypatch.setattr(module, "calibrated_weight", note)
+    inputs = {name: [] for name in names}
+    modules = dict(model.model.diffusion_model.named_modules())
+    hooks = [
+        modules[name].register_forward_pre_hook(lambda _, args, name=name: inputs[name].append(args[0].double()))
+        for name in names
+    ]
+    try:
+        calibrate(include=" ".join(names), runs=2)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(seen) == 2
+    for name in names:
+        x = inputs[name]
+        layer, count = modules[name], 2 * 4 * (2 * 2)  # runs, steps, images with and without the prompt
+        assert sum(len(part) for part in x) == count
+        if hasattr(layer, "in_channels"):
+            unfold = functools.partial(torch.nn.functional.unfold, kernel_size=layer.kernel_size, padding=layer.padding)
+            channels = layer.in_channels
+            rows = torch.cat([unfold(part).permute(0, 2, 1).flatten(0, 1) for part in x])
+            rows = rows.unflatten(1, (channels, -1)).permute(0, 2, 1).flatten(1)  # channels last
+        else:
+            rows = torch.cat([part.flatten(0, -2) for part in x])
+        moments = seen[tuple(layer.weight.shape)]
+        assert moments.count == len(rows)
+        assert relative(moments.products[0].double(), rows.t() @ rows) < 1e-5
+
+
+def test_passes_of_fewer_layers_give_the_same(model, calibrate):
+    one = calibrate()
+    largest = max(layer.packing.inputs for layer in layers_of(one).values())
+    other = calibrate(memory_gb=1.01 * 7 * 4 * largest**2 / 2**30)
+    for name, layer in layers_of(one).items():
+        assert torch.equal(layer.weight, layers_of(other)[name].weight), name
+
+
+def test_passes_keep_to_the_memory_and_take_each_layer_once(part):
+    module = part("weight_calibration")
+    inputs = {f"layer.{number}": size for number, size in enumerate([320, 11520, 1280, 23040, 5120, 5120, 17280, 64])}
+    for gigabytes in (0.1, 1, 4, 100):
+        memory = int(gigabytes * 2**30)
+        passes = module.in_passes(inputs, memory)
+        assert [name for names in passes for name in names] == list(inputs)
+        for names in passes:
+            blocks = {name: module._block(inputs[name], memory) for name in names}
+            sizes = [4 * inputs[name] * block for name, block in blocks.items()]
+            assert sum(sizes) + module.WORKSPACE * max(sizes) <= memory
+        assert len(passes) > 1 or gigabytes == 100
+    assert module._block(11520, 4 * 2**30) == 11520  # SDXL's usual convolution, whole; the largest three, in blocks
+    assert module._block(23040, 4 * 2**30) < 23040
+
+
+def test_a_network_of_sdxls_shape_is_less_than_a_third_of_float16(part):
+    import comfy.ops
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+    from networks import SDXL
+
+    quantize = part("quantize")
+    network = UNetModel(**SDXL, dtype=torch.float16, device="meta", operations=comfy.ops.disable_weight_init)
+    weight = quantize.WeightFormat("int4", calibrated=True, rank=16)
+    made = quantize.Quantization(weight, quantize.ActivationFormat(8))
+    layers = quantize.quantizable_layers(network)
+    chosen = made.rules.select(list(layers))
+    full = sum(parameter.numel() * 2 for parameter in network.parameters())
+    saved = sum(layers[name].weight.numel() * 2 - made.packing(layers[name].weight.shape).nbytes for name in chosen)
+    assert 0.26 < (full - saved) / full < 0.28
+
+
+def test_source_stays_as_it_is(model, calibrate, draw):
+    before = {key: value.clone() for key, value in model.model.state_dict().items()}
+    images = draw(model)
+    made = calibrate(include="")
+    assert relative(draw(made), images) > 0
+    assert all(torch.equal(value, before[key]) for key, value in model.model.state_dict().items())
+    assert torch.equal(draw(model), images)
+    hooks = [layer for layer in model.model.diffusion_model.modules() if layer._forward_pre_hooks or layer._forward_hooks]
+    assert not hooks and not model.wrappers.get("apply_model", {}).get("iec_watched")
+
+
+def test_loras_in_front_are_part_of_the_weight_and_of_the_runs(host, model, calibrate, draw):
+    key, generator = "diffusion_model.middle_block.1.proj_in.weight", torch.Generator().manual_seed(2)
+    weight = model.model.state_dict()[key]
+    patched = model.clone()
+    change = torch.randn(weight.shape, generator=generator) * weight.std()
+    patched.add_patches({key: ("diff", (change,))}, 1.0)
+    made, plain = calibrate(patched), calibrate()
+    assert key not in made.patches
+    layer = layers_of(made)["middle_block.1.proj_in"]
+    assert relative(layer.packing.dequantize(layer.weight), weight + change) < 0.2
+    behind = "output_blocks.0.0.in_layers.2"  # is fed with what the LoRA has changed
+    assert not torch.equal(layers_of(made)[behind].weight, layers_of(plain)[behind].weight)
+    assert relative(draw(made), draw(patched)) < relative(draw(plain), draw(patched))
+
+
+def test_a_lora_behind_keeps_scales_and_branch(calibrate, draw):
+    """On what is loaded, offloaded, and taken off again; one that changes nothing leaves the layer as it was, to the bit."""
+    name = "middle_block.1.proj_in"
+    made, key = calibrate(include=f"{name} middle_block.0.in_layers.2"), f"diffusion_model.{name}.weight"
+    layer, plain = layers_of(made)[name], draw(made)
+    before, packed = layer.packing.dequantize(layer.weight), layer.weight.clone()
+    x = torch.randn(2, 16, layer.packing.inputs, generator=torch.Generator().manual_seed(3))
+    change = torch.randn(before.shape, generator=torch.Generator().manual_seed(2)) * before.std()
+    for added in (torch.zeros_like(before), change):
+        wanted = layer.packing.quantize(before + added, like=packed)
+        assert torch.equal(wanted, packed) == (not added.any())
+        assert all(torch.equal(one, other) for one, other in zip(layer.packing.factors(wanted), layer.packing.factors(packed)))
+        assert relative(layer.packing.dequantize(wanted), before + added) < 0.15
+        patched, out = made.clone(), []
+        patched.add_patches({key: ("diff", (added,))}, 1.0)
+        for how in ({"lowvram_model_memory": 1}, {"full_load": True}):
+            patched.load(torch.device("cpu"), **how)
+            out.append(layer(x))
+            assert torch.equal(layer.weight, wanted) or "full_load" not in how
+            patched.detach()
+        assert torch.equal(*out) and torch.equal(layer.weight, packed)
+        assert torch.equal(draw(patched), plain) == (not added.any())
+        patched.detach()
+    assert torch.equal(draw(made), plain)
+
+
+def test_it_comes_back_from_a_file_to_the_bit(host, model, calibrate, draw, tmp_path, monkeypatch):
+    import folder_paths
+
+    folder = tmp_path / "diffusion_models"
+    folder.mkdir()
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", ([str(folder)], {".safetensors"}))
+    for number, settings in enumerate(({"activation_bits": "8"}, {"rotate": True, "group_size": "32"}, {"weight_bits": "8"})):
+        made = calibrate(**settings)
+        host.run("IECSaveQuantizedModel", model=made, name=f"made{number}")
+        back = host.run("IECLoadQuantizedModel", model_name=f"made{number}.safetensors")[0]
+        assert back.model.iec_quantization == made.model.iec_quantization
+        one, other = (each.model.state_dict() for each in (made, back))
+        network = {key for key in one if key.startswith("diffusion_model.")}
+        assert network and all(torch.equal(one[key], other[key]) and one[key].dtype == other[key].dtype for key in network)
+        assert torch.equal(draw(back), draw(made))
+        tensors = safetensors.torch.load_file(folder / f"made{number}.safetensors")
+        factors = [key for key in tensors if key.endswith((".weight_out", ".weight_in"))]
+        assert len(factors) == (0 if number == 2 else 2 * len(layers_of(made)))
+
+
+def test_the_report_says_how_a_layer_was_made(host, model, calibrate, conditioning):
+    made = calibrate()
+    inputs = {"positive": conditioning[0], "negative": conditioning[1], "latent_image": {"samples": torch.zeros(2, 3, 16, 16)}}
+    table = host.run(
+        "IECQuantizationReport", model=made, full_precision=model, **inputs, seed=1, runs=1, **SAMPLING
+    )[0]  # fmt: skip
+    assert table.count("int4, GPTQ, rank 16, activations 16 bits") == len(layers_of(made))
+
+
+def test_further_nodes_take_the_model(host, model, calibrate, conditioning, draw):
+    """Scales of activations are calibrated on it, a cache lies on it, corrections run with it."""
+    made = calibrate(activation_bits="8", include="")
+    inputs = {"positive": conditioning[0], "negative": conditioning[1], "latent_image": {"samples": torch.zeros(2, 3, 16, 16)}}
+    scaled, profile = host.run("IECCalibrateQuantization", model=made, **inputs, seed=1, runs=1, **SAMPLING)
+    assert profile.facts["quantization"] == "W4A8, GPTQ, rank 16"
+    images = []
+    for one in (scaled, model):
+        cached = host.run("IECDeepCache", model=one, interval=2, branch=0)[0]
+        settings = {"correction_steps": "all", "lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0}
+        images.append(draw(host.run("IECApply", model=cached, **settings)[0]))
+    assert 0 < relative(*images) < 0.2
+
+
+def test_a_compiled_layer_with_a_branch_is_one_graph(calibrate):
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    made = calibrate(include="middle_block.0.*", activation_bits="8")
+    layer = layers_of(made)["middle_block.0.in_layers.2"]
+    x = torch.randn(1, layer.packing.shape[1], 6, 6, generator=torch.Generator().manual_seed(1))
+    compiled = torch.compile(layer.forward_comfy_cast_weights, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_derivatives_pass_a_branch(part, model, calibrate):
+    """They are those of the dequantized weight, which is the whole weight."""
+    straight_through = part("quantized_layers").straight_through
+    made = calibrate(include="middle_block.1.proj_in middle_block.0.in_layers.2", rotate=True)
+    with straight_through(made.model.diffusion_model):
+        for name, (out, expected) in taken(made, model, random_input).items():
+            assert relative(out.double(), expected) < 1e-5, name
+
+
+def test_what_does_not_run_is_rounded_to_the_nearest_and_said(model, calibrate, caplog):
+    idle = model.model.diffusion_model.middle_block[0]
+    unused = torch.nn.ModuleDict({"unused": type(idle.emb_layers[1])(8, 4, dtype=torch.float32, device="cpu")})
+    unused["unused"].weight.data = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+    unused["unused"].bias.data.zero_()
+    idle.add_module("extra", unused)
+    try:
+        with caplog.at_level(logging.INFO):
+            made = calibrate(include="middle_block.0.*")
+    finally:
+        del idle.extra
+    assert "middle_block.0.extra.unused did not run, and is rounded to the nearest" in caplog.text
+    layer = layers_of(made)["middle_block.0.extra.unused"]
+    assert not layer.packing.format.calibrated and layer.packing.format.rank == 0
+    scale = unused["unused"].weight.abs().amax(1, keepdim=True) / 7
+    torch.testing.assert_close(layer.packing.dequantize(layer.weight), (unused["unused"].weight / scale).round() * scale)
+
+
+def test_nothing_can_be_found_out_from_nan(model, calibrate):
+    sick = tuned(model)
+    sick.model.diffusion_model.middle_block[0].in_layers[2].bias.data[3] = math.nan
+    with pytest.raises(ValueError, match=r"^model: .*NaN or infinity"):
+        calibrate(sick)
+
+
+def test_what_is_quantized_already_is_refused(model, calibrate):
+    with pytest.raises(ValueError, match="this MODEL is quantized already"):
+        calibrate(calibrate())
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"rank": "12"}, "^rank: '12' is none of auto, 0, 8, 16, 32, 64"),
+        ({"group_size": "64", "activation_bits": "8"}, "^group_size: 64 goes with"),
+        ({"compute": "8-bit"}, "^compute: 8-bit goes with activation_bits 8"),
+        ({"memory_gb": 0.0}, "^memory_gb: 0.0 is outside"),
+        ({"include": "nowhere.*"}, r"^include: 'nowhere\.\*' fits none"),
+        ({"sampler_name": "best"}, "^sampler_name"),
+    ],
+)
+def test_wrong_inputs_end_in_a_sentence(calibrate, settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        calibrate(**settings)
+
+
+@pytest.mark.parametrize("when", ["sampling", "rounding"])
+def test_an_interrupt_leaves_the_model_as_it_was(model, calibrate, draw, monkeypatch, when):
+    import comfy.model_management as management
+
+    before, calls = draw(model), []
+    real = management.throw_exception_if_processing_interrupted
+
+    def interrupted():
+        import traceback
+
+        inside = any("weight_calibration" in frame.filename for frame in traceback.extract_stack()[-3:-1])
+        calls.append(inside)
+        if (when == "rounding" and inside) or (when == "sampling" and len(calls) > 3):
+            raise management.InterruptProcessingException()
+        real()
+
+    monkeypatch.setattr(management, "throw_exception_if_processing_interrupted", interrupted)
+    with pytest.raises(management.InterruptProcessingException):
+        calibrate()
+    monkeypatch.undo()
+    assert any(calls) == (when == "rounding")
+    assert torch.equal(draw(model), before)
+    assert not any(layer._forward_pre_hooks for layer in model.model.diffusion_model.modules())
+
+
+def test_the_bar_counts_the_steps_of_all_passes_and_the_layers(host, model, calibrate, monkeypatch):
+    import comfy.utils
+
+    bars = []
+
+    class Bar:
+        def __init__(self, total, *_, **__):
+            self.total, self.done = total, 0
+            bars.append(self)
+
+        def update(self, value):
+            self.done += value
+
+        def update_absolute(self, *_, **__):
+            pass
+
+    monkeypatch.setattr(comfy.utils, "ProgressBar", Bar)
+    made = calibrate(runs=2, memory_gb=0.1)
+    (bar,) = [bar for bar in bars if bar.done]
+    assert bar.done == bar.total and (bar.total - len(layers_of(made))) % (2 * 4) == 0
+
+
+@pytest.mark.parametrize(("precision", "factors"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)])
+def test_factors_are_of_the_models_type(host, calibrate, precision, factors):
+    source = host.run("IECLoadBuiltinModel", precision=precision)[0]
+    made = calibrate(source, include="middle_block.1.proj_in")
+    layer = layers_of(made)["middle_block.1.proj_in"]
+    assert {part.dtype for part in layer.packing.factors(layer.weight)} == {factors}
+
+
+def test_a_transformer_is_calibrated_too(host, calibrate):
+    source = host.run("IECLoadBuiltinModel", precision="float32", architecture="transformer")[0]
+    made = calibrate(source, include="", scheduler="simple")
+    positive, negative = (host.run("IECClassLabel", labels=labels)[0] for labels in ("face, flag", "none"))
+
+    def draw(model):
+        latent = {"samples": torch.zeros(2, 3, 16, 16)}
+        return host.common_ksampler(model, 31, 4, 2.0, "euler", "simple", positive, negative, latent)[0]["samples"]
+
+    inputs = {"weight_bits": "4", "activation_bits": "16", "keep_sensitive_layers": True}
+    nearest = host.run("IECQuantizeModel", model=source, **inputs)[0]
+    assert relative(draw(made), draw(source)) < 0.7 * relative(draw(nearest), draw(source))

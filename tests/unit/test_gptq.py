@@ -1,0 +1,289 @@
+"""GPTQ and the low-rank branch, against the published recurrence, brute force, and singular values in float64."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from iec_core import gptq as core
+from iec_core.gptq import (
+    DAMPING,
+    Metric,
+    Moments,
+    calibrated_weight,
+    fitted,
+    gptq,
+    low_rank,
+    sampled_rows,
+    sampled_windows,
+)
+from iec_core.quantization import LIMITS, Packing, WeightFormat, quantize_rows, rotate
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(count, size, seed=1):
+    """Return x [count, size], float32, of channels that go together and are of unlike sizes, with a mean."""
+    mixed = normal(count, size, seed=seed) @ (torch.eye(size) + 0.5 * normal(size, size, seed=seed + 1) / math.sqrt(size))
+    return (mixed + 0.3) * torch.linspace(0.2, 2, size)
+
+
+def moments_of(x, most=10**6):
+    moments = Moments(x.shape[1], most, "cpu")
+    for part in x.split(100):
+        moments.take_up(part)
+    return moments
+
+
+def damped(x):
+    """Return the second moments of x [N, K] and their damping, float64 [K, K]."""
+    x = x.double()
+    second = x.t() @ x / len(x)
+    return second + DAMPING * second.diagonal().mean() * torch.eye(len(second), dtype=torch.float64)
+
+
+def cost(rows, matrix):
+    """Return the squared errors [O] that rows [O, K] make in a metric."""
+    rows = rows.double()
+    return (rows @ matrix * rows).sum(1)
+
+
+def published(rows, scale, limit, matrix):
+    """GPTQ as in its Algorithm 1 (arXiv 2210.17323), one column at a time, by the Cholesky factor of the inverse; float64."""
+    order = matrix.diagonal().argsort(descending=True, stable=True)
+    weight, inverse = rows.double()[:, order].clone(), torch.linalg.inv(matrix[order][:, order])
+    upper = torch.linalg.cholesky(inverse).t()
+    values = torch.empty_like(weight)
+    for column in range(weight.shape[1]):
+        values[:, column] = (weight[:, column] / scale[:, 0].double()).round().clamp(-limit, limit)
+        error = (weight[:, column] - values[:, column] * scale[:, 0]) / upper[column, column]
+        weight[:, column:] -= error[:, None] * upper[column, column:]
+    return values[:, order.argsort()]
+
+
+@pytest.mark.parametrize("columns", [128, 7])  # of a block
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_is_the_published_recurrence(monkeypatch, kind, columns):
+    monkeypatch.setattr(core, "COLUMNS", columns)
+    x, rows = inputs(500, 30), normal(40, 30)
+    limit = LIMITS[kind]
+    scale = rows.abs().amax(1, keepdim=True) * 0.9 / limit
+    values, _ = gptq(rows, scale, kind, Metric(moments_of(x)))
+    expected = published(rows, scale, limit, damped(x))
+    assert (values == expected).float().mean() == 1
+    nearest = (rows / scale).round().clamp(-limit, limit)
+    assert (values != nearest).float().mean() > 0.1
+
+
+def test_errors_are_those_of_the_output():
+    x, rows = inputs(500, 30), normal(12, 30)
+    scale = rows.abs().amax(1, keepdim=True) / 7
+    metric = Metric(moments_of(x))
+    values, errors = gptq(rows, scale, "int4", metric)
+    left = rows - values * scale
+    torch.testing.assert_close(errors.double(), cost(left, damped(x)), rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(metric.of(left).square().sum(1), errors, rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(metric.undone(metric.of(left)), left, rtol=1e-3, atol=1e-5)
+    output = x.double() @ left.double().t()
+    assert (output.square().mean(0) < errors).all()  # but for the damping
+    assert (output.square().mean(0) > 0.8 * errors).all()
+
+
+def test_is_near_the_optimum_that_brute_force_finds():
+    x, rows = inputs(300, 4), normal(24, 4, seed=5)
+    matrix, scale = damped(x), rows.abs().amax(1, keepdim=True) / 7
+    values, _ = gptq(rows, scale, "int4", Metric(moments_of(x)))
+    grid = torch.tensor(list(itertools.product(range(-7, 8), repeat=4)), dtype=torch.float64)
+    least = torch.stack([cost(row - grid * step, matrix).amin() for row, step in zip(rows.double(), scale.double())])
+    found = cost(rows.double() - values.double() * scale.double(), matrix)
+    nearest = cost(rows - (rows / scale).round() * scale, matrix)
+    assert (found >= least * (1 - 1e-6)).all()
+    assert found.sum() < 1.3 * least.sum() < 1.5 * nearest.sum()
+    assert (found < least * 1.001).float().mean() > 0.5
+
+
+def test_without_correlations_it_is_the_nearest():
+    rows, x = normal(9, 16), torch.eye(16).repeat(4, 1) * torch.linspace(1, 3, 16)
+    scale = rows.abs().amax(1, keepdim=True) / 7
+    values, _ = gptq(rows, scale, "int4", Metric(moments_of(x)))
+    assert torch.equal(values, (rows / scale).round())
+
+
+@pytest.mark.parametrize("group_size", [0, 8])
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+def test_each_row_has_the_clipping_range_of_least_error(monkeypatch, kind, group_size):
+    group_size = group_size if kind != "fp8" else 0
+    monkeypatch.setattr(core, "LEAST_ELEMENTS", 2000)  # rows in several parts
+    x, rows = inputs(500, 24), normal(37, 24)
+    metric = Metric(moments_of(x))
+    values, scale = fitted(rows, WeightFormat(kind, group_size), metric)
+    groups = rows.unflatten(1, (-1, group_size)) if group_size else rows[:, None]
+    widest = (rows if kind == "fp8" else groups).abs()
+    widest = (widest.amax().expand(37, 1) if kind == "fp8" else widest.amax(-1)) / LIMITS[kind]
+    tried = [(gptq(rows, widest * share, kind, metric), widest * share) for share in core.SHARES[kind]]
+    errors = torch.stack([errors for (_, errors), _ in tried])
+    for row, best in enumerate(errors.argmin(0).tolist()):
+        (expected, _), of_scale = tried[best]
+        assert torch.equal(values[row], expected[row]) and torch.equal(scale[row], of_scale[row])
+    assert kind != "int4" or len(set(errors.argmin(0).tolist())) > 1
+    assert values.abs().amax() <= LIMITS[kind]
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (40, 20)])
+def test_low_rank_leaves_what_the_other_singular_values_are(shape):
+    x, rows = inputs(500, shape[1]), normal(*shape)
+    out, into = low_rank(rows, Metric(moments_of(x)), 5)
+    assert out.shape == (shape[0], 5) and into.shape == (5, shape[1])
+    matrix = damped(x)
+    singular = torch.linalg.svdvals(rows.double() @ torch.linalg.cholesky(matrix))
+    torch.testing.assert_close(cost(rows - out @ into, matrix).sum(), singular[5:].square().sum(), rtol=1e-3, atol=0)
+    plain_out, sizes, plain_into = torch.linalg.svd(rows.double(), full_matrices=False)
+    plain = plain_out[:, :5] * sizes[:5] @ plain_into[:5]
+    assert singular[5:].square().sum() < 0.9 * cost(rows - plain, matrix).sum()
+    torch.testing.assert_close(out.norm(dim=0), into.norm(dim=1))
+
+
+def output_error(weight, packing, packed, x):
+    """Return the mean squared error of a packed weight's output over x [N, K], relative."""
+    rows, full = packing.matrix(packing.dequantize(packed)).double(), packing.matrix(weight).double()
+    return ((x.double() @ (rows - full).t()).square().mean() / (x.double() @ full.t()).square().mean()).item()
+
+
+@pytest.mark.parametrize("rotation", [0, 16])
+@pytest.mark.parametrize("shape", [(48, 64), (24, 16, 2, 2)])
+def test_a_calibrated_weight_keeps_the_output(shape, rotation):
+    x, weight = inputs(2000, 64), normal(*shape) / 8
+    errors = {}
+    for rank in (0, 4, 16):
+        packing = Packing(shape, WeightFormat("int4", rotation=rotation, calibrated=True, rank=rank))
+        moments = moments_of(packing.rotated(x))
+        packed = calibrated_weight(weight, packing, moments)
+        assert packed.dtype == torch.int8 and packed.shape == (packing.nbytes,)
+        errors[rank] = output_error(weight, packing, packed, x)
+    nearest = Packing(shape, WeightFormat("int4", rotation=rotation))
+    assert errors[0] < 0.75 * output_error(weight, nearest, nearest.quantize(weight), x)
+    assert errors[16] < 0.6 * errors[4] < 0.6 * 0.9 * errors[0]
+
+
+def test_more_inputs_than_were_seen_and_inputs_of_zeros_are_taken():
+    weight, packing = normal(8, 64), Packing((8, 64), WeightFormat("int4", calibrated=True, rank=2))
+    for x in (inputs(3, 64), torch.zeros(5, 64), inputs(400, 64) * (torch.arange(64) < 20)):
+        back = packing.dequantize(calibrated_weight(weight, packing, moments_of(x)))
+        assert back.isfinite().all()
+        assert (back - weight).norm() < 0.5 * weight.norm()
+
+
+def test_damping_grows_until_there_is_a_factor():
+    sick = torch.diag(torch.tensor([1.0, 1.0, -0.3]))
+    factor = core._upper_factor(sick.clone())
+    assert torch.equal(factor, factor.triu())
+    added = (factor @ factor.t() - sick).diagonal()
+    assert added[0] > 0.3 and torch.allclose(added, added[0].expand(3))
+
+
+def test_large_layers_are_seen_in_blocks_between_which_nothing_is_known():
+    x, rows = inputs(300, 50), normal(10, 50)
+    moments = moments_of(x, most=20)
+    assert [len(product) for product in moments.products] == [16, 17, 17]
+    second, start = x.double().t() @ x.double(), 0
+    apart = torch.zeros(50, 50, dtype=torch.float64)
+    for product in moments.products:
+        part = slice(start, start := start + len(product))
+        torch.testing.assert_close(product.double(), second[part, part], rtol=1e-5, atol=1e-4)
+        block = second[part, part] / 300
+        apart[part, part] = block + DAMPING * block.diagonal().mean() * torch.eye(len(block), dtype=torch.float64)
+    metric = Metric(moments)
+    torch.testing.assert_close(metric.of(rows).square().sum(1).double(), cost(rows, apart), rtol=1e-4, atol=0)
+    torch.testing.assert_close(metric.undone(metric.of(rows)), rows, rtol=1e-3, atol=1e-4)
+    scale = rows.abs().amax(1, keepdim=True) / 7
+    values, errors = gptq(rows, scale, "int4", metric)
+    torch.testing.assert_close(cost(rows - values * scale, apart), errors.double(), rtol=1e-3, atol=1e-9)
+
+
+def test_moments_tell_what_is_not_finite():
+    x = inputs(10, 8)
+    assert moments_of(x).is_finite()
+    for bad in (math.nan, math.inf):
+        x[3, 2] = bad
+        assert not moments_of(x).is_finite()
+
+
+def test_drawn_rows_are_among_all_and_all_are_taken_where_there_are_few():
+    x = normal(3, 20, 5)
+    assert torch.equal(sampled_rows(x, 60, torch.Generator()), x.reshape(60, 5))
+    drawn = sampled_rows(x, 40, torch.Generator().manual_seed(2))
+    assert drawn.shape == (40, 5) and all((x.reshape(60, 5) == row).all(1).any() for row in drawn)
+    assert torch.equal(drawn, sampled_rows(x, 40, torch.Generator().manual_seed(2)))
+    assert not torch.equal(drawn, sampled_rows(x, 40, torch.Generator().manual_seed(3)))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "dilation"),
+    [((3, 3), (1, 1), (1, 1), (1, 1)), ((3, 2), (2, 1), (0, 1), (1, 2)), ((1, 1), (1, 1), (0, 0), (1, 1))],
+)
+def test_windows_are_what_a_convolution_multiplies(kernel, stride, padding, dilation):
+    x = normal(2, 4, 9, 8)
+    weight = normal(5, 4, *kernel)
+    windows = sampled_windows(x, kernel, stride, padding, dilation, 10**6, torch.Generator())
+    expected = torch.nn.functional.conv2d(x.double(), weight.double(), None, stride, padding, dilation)
+    packing = Packing(weight.shape, WeightFormat())
+    torch.testing.assert_close(
+        windows.double() @ packing.matrix(weight).double().t(), expected.permute(0, 2, 3, 1).reshape(-1, 5)
+    )
+    drawn = sampled_windows(x, kernel, stride, padding, dilation, 30, torch.Generator().manual_seed(1))
+    assert drawn.shape == (30, windows.shape[1]) and all((windows == row).all(1).any() for row in drawn)
+
+
+FORMATS = [
+    WeightFormat("int4", calibrated=True), WeightFormat("int8", calibrated=True), WeightFormat("fp8", calibrated=True),
+    WeightFormat("int4", calibrated=True, rank=4), WeightFormat("int4", 16, calibrated=True, rank=4),
+    WeightFormat("int4", rotation=16, calibrated=True, rank=4, factors="bfloat16"),
+    WeightFormat("int8", calibrated=True, rank=8),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(24, 64), (10, 16, 2, 2)])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_calibrated_weight_that_is_patched_with_nothing_stays_to_the_bit(shape, fmt):
+    weight, packing = normal(*shape), Packing(shape, fmt)
+    found = calibrated_weight(weight, packing, moments_of(packing.rotated(inputs(300, 64))))
+    again = packing.quantize(packing.dequantize(found), like=found)
+    assert torch.equal(again, found)
+    values, scale = packing.values(found)
+    matrix = (values.float().unflatten(1, (packing.groups, -1)) * scale[..., None]).flatten(1)
+    matrix = rotate(matrix, packing.format.rotation) if packing.format.rotation else matrix
+    if packing.format.rank:
+        out, into = packing.factors(found)
+        assert out.dtype == into.dtype == getattr(torch, fmt.factors)
+        assert out.shape == (shape[0], packing.format.rank) and into.shape == (packing.format.rank, 64)
+        matrix = matrix + out.float() @ into.float()
+    torch.testing.assert_close(packing.matrix(packing.dequantize(found)), matrix)
+    bits = 4 if fmt.kind == "int4" else 8
+    of_factors = 2 * packing.format.rank * (shape[0] + 64)
+    least = shape[0] * 64 * bits / 8 + 4 * shape[0] * packing.groups + of_factors
+    assert least <= packing.nbytes < least + 32
+
+
+def test_a_rank_is_at_most_the_weights():
+    fmt = WeightFormat("int4", calibrated=True, rank=100)
+    assert [Packing(shape, fmt).format.rank for shape in ((24, 64), (200, 48), (3, 320, 3, 3))] == [24, 48, 3]
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_large_patch_behind_is_taken_up_and_none_of_it_is_clipped(fmt):
+    weight, packing = normal(24, 64), Packing((24, 64), fmt)
+    found = calibrated_weight(weight, packing, moments_of(packing.rotated(inputs(300, 64))))
+    patched = packing.dequantize(found) + 3 * normal(24, 64, seed=4)
+    back = packing.dequantize(packing.quantize(patched, like=found))
+    assert (back - patched).norm() < {"int4": 0.13, "int8": 0.01, "fp8": 0.04}[fmt.kind] * patched.norm()
+
+
+def test_a_format_that_is_not_calibrated_is_a_function_of_the_weight_alone():
+    weight, packing = normal(8, 32), Packing((8, 32), WeightFormat("int4"))
+    packed = packing.quantize(weight, like=packing.quantize(normal(8, 32, seed=3)))
+    values, scale = packing.values(packed)
+    expected, expected_scale = quantize_rows(weight, WeightFormat("int4"))
+    assert torch.equal(values, expected) and torch.equal(scale, expected_scale)
