@@ -119,12 +119,12 @@ PROMPTS = ("face, heart", "person, vehicle", "fruit, boat", "clock, flag")
 CALIBRATION_SEED = 500
 
 
-def calibration_inputs(nodes, steps, runs, sampler_name="ddim", scheduler="normal", cfg=3.0):
+def calibration_inputs(nodes, steps, runs, sampler_name="ddim", scheduler="normal", cfg=3.0, prompts=PROMPTS):
     """Return the inputs of a calibrating node's runs: on four pairs of classes, on seeds of their own."""
     label = nodes["IECClassLabel"]
     names = ("positive", "positive_2", "positive_3", "positive_4")
     return {
-        **{name: label.execute(labels=text).result[0] for name, text in zip(names, PROMPTS)},
+        **{name: label.execute(labels=text).result[0] for name, text in zip(names, prompts)},
         "negative": label.execute(labels="none").result[0],
         "latent_image": {"samples": torch.zeros(experiment_rows.CALIBRATION_IMAGES, 3, 32, 32)}, "seed": CALIBRATION_SEED,
         "runs": runs, "steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler,

@@ -26,11 +26,16 @@ def samplers(workflow):
     return [node["inputs"] for node in workflow.values() if node["class_type"] == "IECKSampler"]
 
 
-def with_settings(workflow, **settings):
-    """Return a copy of the workflow in which every sampler has these inputs; None leaves an input as it is."""
+def with_settings(workflow, steps=None, **settings):
+    """Return a copy of the workflow in which every sampler has these inputs, and a calibration's runs have no more steps; None
+    leaves an input as it is.
+    """
     workflow = copy.deepcopy(workflow)
     for inputs in samplers(workflow):
-        inputs.update({name: value for name, value in settings.items() if value is not None})
+        inputs.update({name: value for name, value in {"steps": steps, **settings}.items() if value is not None})
+    for node in workflow.values():
+        if steps is not None and node["class_type"] == "IECCalibrateWeights":
+            node["inputs"]["steps"] = min(steps, node["inputs"]["steps"])
     return workflow
 
 

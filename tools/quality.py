@@ -33,13 +33,14 @@ class Features:
 
 
 class Quality:
-    """Measures variants against runs of the model itself, eight images of each seed. floor: the Fréchet distance of as many
-    images of other seeds.
+    """Measures variants of a built-in model against runs of itself, eight images of each seed: `ddim` on `normal`, a flow's of
+    `euler` on `simple`. floor: the Fréchet distance of as many images of other seeds. Features are the U-Net's for both.
     """
 
-    def __init__(self, nodes, steps, seeds):
-        self.builtin, self.steps, self.seeds = benchmark.Builtin(nodes), steps, range(2, 2 + seeds)
-        self._features = Features(self.builtin.model)
+    def __init__(self, nodes, steps, seeds, architecture="unet"):
+        self.builtin, self.steps, self.seeds = benchmark.Builtin(nodes, architecture), steps, range(2, 2 + seeds)
+        self.sampling = ("simple", "euler") if self.builtin.is_flow else ("normal", "ddim")
+        self._features = Features(benchmark.Builtin(nodes).model if self.builtin.is_flow else self.builtin.model)
         self._references = [self.sample(self.builtin.model, seed) for seed in self.seeds]
         features = self._features.of(torch.cat(self._references))
         self._basis = torch.linalg.svd(features - features.mean(0), full_matrices=False).Vh[:COMPONENTS].T
@@ -47,7 +48,7 @@ class Quality:
         self.floor = self._distance([self.sample(self.builtin.model, seed + 1000) for seed in self.seeds])
 
     def sample(self, model, seed, steps=None, **correction):
-        return self.builtin.sample(model, seed, steps or self.steps, "normal", **correction)
+        return self.builtin.sample(model, seed, steps or self.steps, *self.sampling, **correction)
 
     def of(self, model, **settings):
         """Return (error, PSNR in dB, Fréchet distance); settings: steps where they are others, and inputs of IECKSampler."""

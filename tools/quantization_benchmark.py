@@ -1,12 +1,14 @@
 """What quantization keeps, saves and costs, for docs/quantization.md.
 
     python tools/quantization_benchmark.py [--steps 20] [--seeds 4]
+    python tools/quantization_benchmark.py --weights [--seeds 4] [--architecture transformer]
     python tools/quantization_benchmark.py --speed [--repeat 5] [--latent 128] [--networks "SD 1.5" SDXL Flux] [--compile]
 
 First, formats on the built-in model: error, PSNR and Fréchet distance to full precision, with activations of dynamic, static
 and timestep-wise scales, and with corrections.
 
-Secondly, with --speed: one evaluation of networks of true shapes with random weights, ours against the model's own type, and
+With --weights, likewise, ways to round the weights, calibrated on other classes and seeds than are drawn, and what calibrating
+takes. With --speed: one evaluation of networks of true shapes with random weights, ours against the model's own type, and
 against the host's own formats and torchao's int8 where they are there, as medians of shares measured in turn; and the memory of
 the weights as the host counts it. On a GPU also what part of the device's peak the layers reach that most of the work is in.
 """
@@ -14,6 +16,7 @@ the weights as the host counts it. On a GPU also what part of the device's peak 
 import argparse
 import functools
 import os
+import time
 
 import benchmark
 import comfyui
@@ -82,6 +85,45 @@ def keep(nodes, steps, seeds):
         for label, model in variants.items():
             for correction, inputs in CORRECTIONS.items():
                 row(label + correction, model, **inputs)
+
+
+# Of other classes than `benchmark.Builtin` draws.
+OTHER_PROMPTS = ("hand, mammal", "bird, flower", "dish, drink", "building, tool")
+NEAREST, SEARCH = {"weight_scale": "absmax"}, {"weight_scale": "search"}
+# (weight_bits, activation_bits, inputs of Quantize Model, or the rank for Calibrate Weights)
+ROUNDINGS = {
+    "W8A8": ("8", "8", NEAREST),
+    "W8A8, GPTQ": ("8", "8", "0"),
+    "W4A8": ("4", "8", NEAREST),
+    "W4A8, scales by search": ("4", "8", SEARCH),
+    "W4A8, GPTQ": ("4", "8", "0"),
+    "W4A8, GPTQ, rank 8": ("4", "8", "8"),
+    "W4A8, GPTQ, rank 16": ("4", "8", "16"),
+    "W4A8, GPTQ, rank 32": ("4", "8", "32"),
+    "W4A16, GPTQ, rank 16": ("4", "16", "16"),
+}
+
+
+def weights(nodes, seeds, architecture, counts=(20, 50), runs=2):
+    """Print what ways to round the weights keep of a built-in model's images in so many steps."""
+    qualities = [Quality(nodes, steps, seeds, architecture) for steps in counts]
+    full, (scheduler, sampler) = qualities[0].builtin.model, qualities[0].sampling
+    of_runs = benchmark.calibration_inputs(nodes, counts[0], runs, sampler, scheduler, prompts=OTHER_PROMPTS)
+    print(f"\nWeights. {benchmark.device()[1]}; built-in {architecture}, {sampler} on {scheduler}, cfg 3, {seeds} seeds of 8")
+    print(f"images; calibrated on other classes and seeds: 4 prompts, {runs} runs each of 2 images, {counts[0]} steps.")
+    print(f"Fréchet distance of as many images of other seeds: {', '.join(f'{quality.floor:.3f}' for quality in qualities)}\n")
+    benchmark.table(
+        "weights and activations", "memory, share of float16", "made in, s",
+        *(f"error, PSNR in dB, Fréchet distance, {steps} steps" for steps in counts),
+    )  # fmt: skip
+    for name, (weight_bits, activation_bits, how) in ROUNDINGS.items():
+        bits = {"weight_bits": weight_bits, "activation_bits": activation_bits, "keep_sensitive_layers": True}
+        node, inputs = ("IECCalibrateWeights", {**of_runs, "rank": how}) if isinstance(how, str) else ("IECQuantizeModel", how)
+        begin = time.perf_counter()
+        model = nodes[node].execute(model=full, **bits, **inputs).result[0]
+        seconds, share = time.perf_counter() - begin, size_of(model) / (size_of(full) / 2)
+        kept = ["{:.4f}, {:.1f}, {:.3f}".format(*quality.of(model)) for quality in qualities]
+        benchmark.row(name, share, f"{seconds:.0f}", *kept)
 
 
 def size_of(model):
@@ -253,6 +295,8 @@ def main():
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=4, help="eight images each")
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--weights", action="store_true", help="ways to round the weights instead")
+    parser.add_argument("--architecture", choices=["unet", "transformer"], default="unet", help="for --weights")
     parser.add_argument("--speed", action="store_true", help="time networks of true shapes instead")
     parser.add_argument("--latent", type=int, default=16, help="side of the latent for --speed; 128 is 1024 pixels")
     parser.add_argument("--networks", nargs="+", default=["SD 1.5", "SDXL", "Flux"])
@@ -262,6 +306,8 @@ def main():
     with torch.inference_mode():
         if arguments.speed:
             speed(nodes, arguments.networks, arguments.repeat, arguments.latent, arguments.compile)
+        elif arguments.weights:
+            weights(nodes, arguments.seeds, arguments.architecture)
         else:
             keep(nodes, arguments.steps, arguments.seeds)
 

@@ -24,7 +24,7 @@ NODES = {
     "IECJoinReports", "IECCompare", "IECReport", "IECCalibrateCacheQuant", "IECSaveCacheProfile", "IECLoadCacheProfile",
     "IECCacheQuant", "IECSaveQuantizedModel", "IECLoadQuantizedModel", "IECCalibrateQuantization", "IECSaveQuantizationProfile",
     "IECLoadQuantizationProfile", "IECApplyQuantizationProfile", "IECQuantizationReport", "IECErrorPlot", "IECImageGrid",
-    "IECParetoPlot", "IECContractionProbe",
+    "IECParetoPlot", "IECContractionProbe", "IECCalibrateWeights",
 }  # fmt: skip
 
 
@@ -403,7 +403,7 @@ def test_demo_makes_what_it_promises(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line.split(",") for line in (tmp_path / "table.csv").read_text().splitlines()]
-    variants = ["full precision", "W8A8", "W4A8", "DeepCache 5", "W8A8 + DeepCache 5"]
+    variants = ["full precision", "W8A8", "calibrated W4A8", "DeepCache 5", "W8A8 + DeepCache 5"]
     corrections = [["none", "2"], ["auto", "2"], ["ends:1/10", "4"], ["all next", "3"]]
     expected = [["heun", "none", "3"], *([variant, *correction] for variant in variants for correction in corrections)]
     expected.remove(["full precision", "all next", "3"])  # which is heun

@@ -10,7 +10,9 @@ import { StepView, costOf, fullCorrectionsOf, fullOf, textOf } from "./view.js";
 
 const NODES = ["IECKSampler", "IECApply", "IECSampler"];
 // Nodes whose seed is of a measurement: another one with each queued prompt would measure anew, and replace what was saved.
-const MEASURING = ["IECCalibrateCacheQuant", "IECCalibrateQuantization", "IECContractionProbe", "IECQuantizationReport"];
+const MEASURING = [
+  "IECCalibrateCacheQuant", "IECCalibrateQuantization", "IECCalibrateWeights", "IECContractionProbe", "IECQuantizationReport",
+];
 const KEPT = "iec_run"; // the node's property that holds a run which is saved with the workflow
 const LOOK_AGAIN = 300; // milliseconds between two looks at the graph; it has no event that covers every change
 const ASK_AGAIN = 5000; // milliseconds after the server has not answered
