@@ -33,8 +33,8 @@ TYPES = (
     "EPS", "V_PREDICTION", "V_PREDICTION_EDM", "STABLE_CASCADE", "EDM", "FLOW", "V_PREDICTION_CONTINUOUS", "FLUX",
     "FLOW_COSMOS", "V_PREDICTION_DDPM",
 )  # fmt: skip
-# The host's samplers tell flows from all others: each runs with a type of either kind, and with EDM, where less of the latent is
-# the prediction. Each other type runs with every third sampler, so each sampler with every third of these.
+# The host's samplers tell flows from all others: each runs with a type of either kind, and with EDM, which makes the latent's
+# share of the prediction another. Each other type runs with every third sampler, so each sampler with every third of these.
 OF_ALL_SAMPLERS = ("EPS", "EDM", "FLOW")
 PAIRS = [
     (model_type, name)
