@@ -16,6 +16,7 @@ def view(shared_server):
     Not longer than that: while Playwright is on, its event loop runs, and the tests in `host` need their own.
     """
     with frontend_tool.in_browser(shared_server) as view:
+        view.left = None  # what the page is loaded with that a test has left for the next one, if it has
         yield view
 
 
@@ -32,14 +33,38 @@ def settings():
 
 
 @pytest.fixture
-def frontend(view, request, vue_nodes, settings):
+def shares_page():
+    """Whether the page is taken as another test that shares it has left it, with an empty workflow opened: loading takes longer
+    than many a test. A module whose tests leave nothing but open workflows sets it.
+    """
+    return False
+
+
+@pytest.fixture
+def own_page(view):
+    """For a test in such a module that needs a page as it is loaded, or leaves more in it."""
+    view.left = None
+    yield
+    view.left = None
+
+
+@pytest.fixture
+def frontend(view, request, vue_nodes, settings, shares_page):
     """The Frontend (`server`, `page`, `errors`, `load`, `open` …) with an empty graph, on the classic canvas or Nodes 2.0.
 
     The test ends with a screenshot in output/browser, and fails if anything has failed in the page.
     """
-    view.load(vue_nodes, settings)
+    if shares_page and view.left == (vue_nodes, settings):
+        view.errors.clear()
+        view.page.evaluate("() => app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
+        view.page.wait_for_function("() => app.graph.nodes.length + document.querySelectorAll('.iec').length === 0")
+    else:
+        view.load(vue_nodes, settings)
+    view.left, failed = None, request.session.testsfailed
     yield view
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^\w.-]+", "_", request.node.name)
     view.page.screenshot(path=SCREENSHOTS / f"{name}.png")
     assert view.errors == []
+    if request.session.testsfailed == failed:  # or it may have left anything
+        view.left = (vue_nodes, settings)

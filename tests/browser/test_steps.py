@@ -114,13 +114,13 @@ class Strip:
         self.page.evaluate(
             """async () => {
                 const api = window.comfyAPI.api.api;
-                window.told = {steps: [], runs: [], seen: []};
+                const told = window.told = {steps: [], runs: [], seen: []};
                 const look = () => {
                     const dots = document.querySelectorAll(".iec-residual").length;
-                    window.told.seen.push([document.querySelector(".iec")?.innerText ?? "", dots]);
+                    told.seen.push([document.querySelector(".iec")?.innerText ?? "", dots]);
                 };
-                api.addEventListener("iec.step", (event) => window.told.steps.push(event.detail));
-                api.addEventListener("iec.run", (event) => window.told.runs.push(event.detail));
+                api.addEventListener("iec.step", (event) => told.steps.push(event.detail));  // of a later run too
+                api.addEventListener("iec.run", (event) => told.runs.push(event.detail));
                 window.looking = setInterval(look, 50);
                 await app.queuePrompt(0, 1);
             }"""
@@ -138,7 +138,14 @@ def strip(frontend):
     return Strip(frontend)
 
 
-both = pytest.mark.parametrize("vue_nodes", [False, True], ids=["canvas", "nodes2"])
+@pytest.fixture
+def shares_page():
+    return True
+
+
+# Of the module, so that pytest puts the tests of each of the two after each other, and the page is loaded twice.
+both = pytest.mark.parametrize("vue_nodes", [False, True], ids=["canvas", "nodes2"], scope="module")
+own_page = pytest.mark.usefixtures("own_page")
 
 
 @pytest.mark.parametrize("sampler", ["IECKSampler", "IECApply", "IECSampler"])
@@ -447,6 +454,7 @@ def test_guard_that_fired_is_said_on_the_node(frontend, strip):
     assert strip.page.locator(".iec-fell-back").count() == sum(one["fell_back"] for one in run["iterated"])
 
 
+@own_page
 @pytest.mark.parametrize("is_kept", [True, False])
 def test_last_run_is_saved_with_the_workflow_when_asked(frontend, strip, is_kept):
     frontend.open_api(workflow(steps=6))
@@ -466,6 +474,7 @@ def test_last_run_is_saved_with_the_workflow_when_asked(frontend, strip, is_kept
     strip.show()
 
 
+@own_page
 @both
 def test_run_of_other_settings_is_marked(frontend, strip):
     """In the text and on the chart, until the settings are the run's again; a kept one too."""
@@ -508,6 +517,7 @@ def test_run_of_other_settings_is_marked(frontend, strip):
         wait()
 
 
+@own_page
 @pytest.mark.parametrize("settings", [{"Comfy.Workflow.Persist": True}], ids=["drafts"])
 def test_chart_outlives_a_reload_of_the_page(frontend, strip):
     frontend.open_api(workflow(steps=6))
@@ -593,6 +603,7 @@ def graph_id(frontend):
     return frontend.page.evaluate("(app.rootGraph ?? app.graph).id")
 
 
+@own_page
 def test_run_in_one_of_two_tabs_of_a_workflow_is_not_shown_in_the_other(frontend, strip):
     """The first one corrects two steps, its copy five."""
 
@@ -636,6 +647,7 @@ STEPS_OF_FIRST = """() => app.extensionManager.workflow.openWorkflows.find((one)
     .activeState.nodes.find((one) => one.type === "IECKSampler").widgets_values.find((one) => [5, 6].includes(one))"""
 
 
+@own_page
 @pytest.mark.parametrize("form", ["api", "saved"])
 def test_run_of_a_workflow_in_api_form_is_shown_when_its_tab_is_opened_again(frontend, strip, form):
     frontend.open_api(workflow(steps=5), "first")
@@ -651,6 +663,7 @@ def test_run_of_a_workflow_in_api_form_is_shown_when_its_tab_is_opened_again(fro
         assert ("last run" in strip.text()) == is_run
 
 
+@own_page
 def test_a_frontend_that_tells_no_tabs_shows_runs(frontend, strip):
     frontend.page.evaluate("() => { app.extensionManager = undefined; }")
     frontend.open_api(workflow(steps=5), "first")
@@ -811,6 +824,7 @@ CASES = {
 }  # fmt: skip
 
 
+@own_page
 def test_strip_says_what_the_graph_tells_and_no_more(frontend, strip):
     """Nodes that hand on what they like, and nodes that do nothing, between and behind those of a run."""
     strip.page.evaluate(DEFINE)

@@ -7,7 +7,7 @@ from toy import ToyGuider
 
 
 def latent_image():
-    image = torch.linspace(-1, 1, 32).expand(2, 3, 32, 32).clone()
+    image = torch.linspace(-1, 1, 16).expand(2, 3, 16, 16).clone()
     return image
 
 
@@ -16,15 +16,15 @@ def masked(request, host, model):
     """(MODEL, LATENT, where the mask is 0) of an in-painting graph; DifferentialDiffusion makes a threshold of a soft mask,
     which falls from step to step.
     """
-    mask = torch.zeros(1, 32, 32)
-    mask[:, 8:24, 8:24] = 1
+    mask = torch.zeros(1, 16, 16)
+    mask[:, 4:12, 4:12] = 1
     if request.param != "hard":
-        mask = torch.nn.functional.avg_pool2d(mask, 7, stride=1, padding=3)
+        mask = torch.nn.functional.avg_pool2d(mask, 5, stride=1, padding=2)
         assert mask.unique().numel() > 10
     if "thresholded" in request.param:
         model = host.run("DifferentialDiffusion", model=model)[0]
     latent = host.run("SetLatentNoiseMask", samples={"samples": latent_image()}, mask=mask)[0]
-    return model, latent, (mask == 0).expand(2, 3, 32, 32)
+    return model, latent, (mask == 0).expand(2, 3, 16, 16)
 
 
 INPAINTED = [

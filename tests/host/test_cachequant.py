@@ -207,9 +207,9 @@ def test_calibration_leaves_the_model_as_it_is(calibrate, sample, model, quantiz
 
 
 def test_progress_counts_the_steps_of_all_runs(calibrate, model, quantized, conditioning, progress_of):
-    settings = {"runs": 2, "positive_3": conditioning[0], "correct_consumer": True}
+    settings = {"runs": 2, "positive_3": conditioning[0], "correct_consumer": True, "steps": 3}
     told = progress_of(lambda: calibrate(quantized, full_precision=model, **settings))
-    assert told == [3 * 2 * 2 * STEPS, *[1] * (3 * 2 * 2 * STEPS)]
+    assert told == [3 * 2 * 2 * 3, *[1] * (3 * 2 * 2 * 3)]
 
 
 @pytest.mark.parametrize("correction_pass", ["refresh", "keep", "reuse"])

@@ -776,8 +776,11 @@ def test_compiled(host, models, draw, cached, relative, graphs):
 
 @pytest.mark.parametrize("weight_bits", ["8", "4"])
 def test_compiled_with_quantized_layers(host, models, draw, relative, graphs, weight_bits):
-    bits = {"weight_bits": weight_bits, "activation_bits": "8", "keep_sensitive_layers": False}
+    # One block's layers, of which some are Linear and some convolutions: each takes a second to compile.
+    bits = {"weight_bits": weight_bits, "activation_bits": "8", "keep_sensitive_layers": False, "include": "output_blocks.1.*"}
     quantized = host.run("IECQuantizeModel", model=models("short"), **bits)[0]
+    layers = [layer for layer in quantized.model.diffusion_model.modules() if hasattr(layer, "packing")]
+    assert {tuple(layer.packing.shape[2:]) for layer in layers} == {(), (1, 1), (3, 3)}
     compiled = host.run("TorchCompileModel", model=quantized, backend="eager")[0]
     assert relative(draw(compiled, "short"), draw(quantized, "short")) < 1e-5 and graphs() == 1
 
