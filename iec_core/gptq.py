@@ -15,7 +15,9 @@ import torch
 
 from .quantization import LIMITS, in_groups, rounded
 
-DAMPING = 0.01  # of the mean of H's diagonal, added to it
+# Shares of the mean of H's diagonal that are added to it: always, and times the inputs over how many samples there are of
+# them, for few samples go together as others do not.
+DAMPING, DAMPING_OF_FEW = 0.01, 0.3
 # Shares of the largest magnitude that are tried as clipping range. To clip pays where there are few steps.
 SHARES = {"int4": torch.linspace(1, 0.5, 11).tolist(), "int8": [1.0], "fp8": [1.0]}
 COLUMNS = 128  # that are rounded one by one, before the others take up what these leave in one product
@@ -55,7 +57,8 @@ class Metric:
         for part, product in zip(moments.parts, moments.products):
             second = product / moments.count
             order = second.diagonal().argsort(descending=True, stable=True)
-            self.parts.append((order + part.start, _upper_factor(second[order][:, order])))
+            damping = DAMPING + DAMPING_OF_FEW * len(order) / moments.count
+            self.parts.append((order + part.start, _upper_factor(second[order][:, order], damping)))
 
     def of(self, rows):
         """Return rows [O, K] times R, whose sum of squares is their mean squared output; columns in the order of the parts."""
@@ -71,10 +74,11 @@ class Metric:
         return out
 
 
-def _upper_factor(matrix):
-    """Return R, upper triangular, of a symmetric positive semidefinite matrix and its damping: matrix = R R^T."""
+def _upper_factor(matrix, damping):
+    """Return R, upper triangular, of a symmetric positive semidefinite matrix, R R^T = matrix, with that share of the mean of
+    its diagonal added to this.
+    """
     mean = matrix.diagonal().mean().clamp(min=1e-30)  # of inputs that are all zeros
-    damping = DAMPING
     while True:
         matrix.diagonal().add_(damping * mean)
         factor, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))

@@ -9,6 +9,7 @@ import torch
 from iec_core import gptq as core
 from iec_core.gptq import (
     DAMPING,
+    DAMPING_OF_FEW,
     Metric,
     Moments,
     calibrated_weight,
@@ -40,9 +41,9 @@ def moments_of(x, most=10**6):
 
 def damped(x):
     """Return the second moments of x [N, K] and their damping, float64 [K, K]."""
-    x = x.double()
-    second = x.t() @ x / len(x)
-    return second + DAMPING * second.diagonal().mean() * torch.eye(len(second), dtype=torch.float64)
+    second = x.double().t() @ x.double() / len(x)
+    damping = DAMPING + DAMPING_OF_FEW * len(second) / len(x)
+    return second + damping * second.diagonal().mean() * torch.eye(len(second), dtype=torch.float64)
 
 
 def cost(rows, matrix):
@@ -178,7 +179,7 @@ def test_more_inputs_than_were_seen_and_inputs_of_zeros_are_taken():
 
 def test_damping_grows_until_there_is_a_factor():
     sick = torch.diag(torch.tensor([1.0, 1.0, -0.3]))
-    factor = core._upper_factor(sick.clone())
+    factor = core._upper_factor(sick.clone(), 0.01)
     assert torch.equal(factor, factor.triu())
     added = (factor @ factor.t() - sick).diagonal()
     assert added[0] > 0.3 and torch.allclose(added, added[0].expand(3))
@@ -194,7 +195,8 @@ def test_large_layers_are_seen_in_blocks_between_which_nothing_is_known():
         part = slice(start, start := start + len(product))
         torch.testing.assert_close(product.double(), second[part, part], rtol=1e-5, atol=1e-4)
         block = second[part, part] / 300
-        apart[part, part] = block + DAMPING * block.diagonal().mean() * torch.eye(len(block), dtype=torch.float64)
+        damping = DAMPING + DAMPING_OF_FEW * len(block) / 300
+        apart[part, part] = block + damping * block.diagonal().mean() * torch.eye(len(block), dtype=torch.float64)
     metric = Metric(moments)
     torch.testing.assert_close(metric.of(rows).square().sum(1).double(), cost(rows, apart), rtol=1e-4, atol=0)
     torch.testing.assert_close(metric.undone(metric.of(rows)), rows, rtol=1e-3, atol=1e-4)
