@@ -13,7 +13,7 @@ ahead, so that smaller numbers are to be rounded, and that of W - Q takes its pl
 
 import torch
 
-from .quantization import LIMITS, in_groups, rounded
+from .quantization import fitting_scales, in_groups, rounded
 
 # Shares of the mean of H's diagonal that are added to it: always, and times the inputs over how many samples there are of
 # them, for few samples go together as others do not.
@@ -21,7 +21,7 @@ DAMPING, DAMPING_OF_FEW = 0.01, 0.3
 # Shares of the largest magnitude that are tried as clipping range. To clip pays where there are few steps.
 SHARES = {"int4": torch.linspace(1, 0.5, 11).tolist(), "int8": [1.0], "fp8": [1.0]}
 COLUMNS = 128  # that are rounded one by one, before the others take up what these leave in one product
-LEAST_ELEMENTS = 2**24  # of the rows that are rounded at once; of those of more inputs, half as many as the metric has
+LEAST_ELEMENTS = 2**24  # of the rows that are rounded at once; beside a larger metric, half as many as that has
 
 
 class Moments:
@@ -42,9 +42,19 @@ class Moments:
             product.addmm_(rows[:, part].t(), rows[:, part])
         self.count += len(rows)
 
+    def to(self, device):
+        """Bring the sums to a device."""
+        self.products, self.device = [product.to(device) for product in self.products], device
+        return self
+
+    @property
+    def nbytes(self):
+        """Of the sums."""
+        return sum(product.nbytes for product in self.products)
+
     def is_finite(self):
-        """Tell whether all that was taken up was finite."""
-        return all(bool(product.isfinite().all()) for product in self.products)
+        """Tell whether all that was taken up was finite, and its sums are."""
+        return all(bool(product.isfinite().all() and product.diagonal().sum().isfinite()) for product in self.products)
 
 
 class Metric:
@@ -111,22 +121,19 @@ def gptq(rows, scale, kind, metric):
 
 def fitted(rows, fmt, metric):
     """Return (values float32 [O, K], scale float32 [O, G]) of GPTQ, each row at the clipping range of least error."""
-    limit, shares = LIMITS[fmt.kind], SHARES[fmt.kind]
-    largest = in_groups(rows, fmt.group_size).abs().amax(-1)
-    if fmt.kind == "fp8":
-        largest = largest.amax().expand(len(rows), 1)
-    widest = torch.where(largest > 0, largest / limit, torch.ones_like(largest))
-    at_once = max(1, max(rows.shape[1] ** 2 // 2, LEAST_ELEMENTS) // (rows.shape[1] * len(shares)))
+    widest, shares = fitting_scales(rows, fmt), SHARES[fmt.kind]
+    elements = sum(factor.numel() for _, factor in metric.parts)
+    at_once = max(1, max(elements // 2, LEAST_ELEMENTS) // (rows.shape[1] * len(shares)))
     found = [_best_of(*parts, shares, fmt.kind, metric) for parts in zip(rows.split(at_once), widest.split(at_once))]
     return tuple(torch.cat(parts) for parts in zip(*found))
 
 
 def _best_of(rows, widest, shares, kind, metric):
     """Return what `fitted` does, of rows that are rounded at once with all scales that are tried."""
-    scales = torch.cat([widest * share for share in shares])
-    values, errors = gptq(rows.repeat(len(shares), 1), scales, kind, metric)
+    tried = torch.cat([widest * share for share in shares])
+    values, errors = gptq(rows.repeat(len(shares), 1), tried, kind, metric)
     best = errors.view(len(shares), -1).argmin(0) * len(rows) + torch.arange(len(rows), device=rows.device)
-    return values[best], scales[best]
+    return values[best], tried[best]
 
 
 def low_rank(rows, metric, rank):

@@ -15,6 +15,9 @@ import torch
 # The largest number of each kind.
 LIMITS = {"int8": 127, "int4": 7, "fp8": 448}
 
+# From how many times that of the largest number on a number is not rounded to it, but clipped.
+CLIPS_FROM = {"int8": 127.5 / 127, "int4": 7.5 / 7, "fp8": 464 / 448}
+
 # Shares of the largest magnitude that a search tries as clipping range.
 CLIPPING = torch.linspace(1, 0.4, 31).tolist()
 
@@ -82,7 +85,7 @@ def rounded(rows, scale, kind):
     return _scaled_integers(rows, scale, limit)
 
 
-def _scales(rows, limit, search):
+def scales(rows, limit, search=False):
     """Return float32 [..., 1] for rows [..., C]: the largest magnitude over the limit, or the scale of least squared error."""
     largest = rows.abs().amax(-1, keepdim=True)
     widest = torch.where(largest > 0, largest / limit, torch.ones_like(largest))
@@ -103,10 +106,10 @@ def quantize_rows(rows, fmt):
     """
     rows, limit = rows.float(), LIMITS[fmt.kind]
     if fmt.kind == "fp8":
-        scale = _scales(rows.reshape(1, -1), limit, False)
+        scale = scales(rows.reshape(1, -1), limit)
         return rounded(rows, scale, "fp8").to(torch.float8_e4m3fn), scale.expand(rows.shape[0], 1).contiguous()
     groups = in_groups(rows, fmt.group_size)
-    scale = _scales(groups, limit, fmt.search)
+    scale = scales(groups, limit, fmt.search)
     return rounded(groups, scale, fmt.kind).to(torch.int8).flatten(1), scale[..., 0]
 
 
@@ -115,15 +118,24 @@ def in_groups(rows, group_size):
     return rows.unflatten(1, (-1, group_size)) if group_size else rows[:, None]
 
 
-def widened(scale, rows, fmt):
-    """Return scales float32 [O, G] for rows [O, K]: those that there are, or, where a number is more than half a step beyond
-    the largest that they have, such as it fits.
-    """
-    limit = LIMITS[fmt.kind]
-    largest = in_groups(rows, fmt.group_size).abs().amax(-1)
+def fitting_scales(rows, fmt):
+    """Return the scales float32 [O, G] that the largest numbers of rows [O, K] fit."""
     if fmt.kind == "fp8":
-        largest = largest.amax().expand_as(largest)
-    return torch.where(largest > (limit + 0.5) * scale, largest / limit, scale)
+        return scales(rows.reshape(1, -1), LIMITS[fmt.kind]).expand(len(rows), 1)
+    return scales(in_groups(rows, fmt.group_size), LIMITS[fmt.kind])[..., 0]
+
+
+def rounded_like(rows, scale, fmt):
+    """Return (values float32 [O, K], scale float32 [O, G]) of rows [O, K] rounded to the nearest: over the scales that there
+    are, or, where these would clip so much that the error is less with it, over one that the largest number fits.
+    """
+    groups, kept, fitting = in_groups(rows, fmt.group_size), scale[..., None], fitting_scales(rows, fmt)[..., None]
+    values, others = (rounded(groups, one, fmt.kind) for one in (kept, fitting))
+    error, other = ((part * one - groups).square().sum(-1, keepdim=True) for part, one in ((values, kept), (others, fitting)))
+    if fmt.kind == "fp8":  # which has one scale for the whole weight
+        error, other = (part.sum().expand_as(kept) for part in (error, other))
+    clipped = (other < error) & (fitting > CLIPS_FROM[fmt.kind] * kept)
+    return torch.where(clipped, others, values).flatten(1), torch.where(clipped, fitting, kept)[..., 0]
 
 
 def pack_nibbles(values):
@@ -172,9 +184,7 @@ class Packing:
         self.nbytes = self._factors_at + 2 * rank * (self.rows + self.inputs) if rank else self._scales_end
 
     def pack(self, values, scale, factors=None):
-        """Return int8 [nbytes] of values as `stored` gives them, scale float32 [O, G], and factors as `factors` gives them,
-        zeros where they are not given.
-        """
+        """Return int8 [nbytes] of values as `stored` gives them, scale float32 [O, G], and factors as `factors` gives them."""
         packed = torch.zeros(self.nbytes, dtype=torch.int8, device=values.device)
         for place, tensor in zip((*self.stored(packed), *(self.factors(packed) or ())), (values, scale, *(factors or ()))):
             place.copy_(tensor)
@@ -216,9 +226,7 @@ class Packing:
         like = like.to(rows.device)
         scale, factors = self.stored(like)[1], self.factors(like)
         rows = self.rotated(rows if factors is None else rows - self._branch(factors))
-        scale = widened(scale, rows, self.format)
-        values = rounded(in_groups(rows, self.format.group_size), scale[..., None], self.format.kind).flatten(1)
-        return self.packed_rows(values, scale, factors)
+        return self.packed_rows(*rounded_like(rows, scale, self.format), factors)
 
     def packed_rows(self, values, scale, factors=None):
         """Return int8 [nbytes] of values within the kind's, [O, K] in any type, rotated where the format is, scale float32 [O,

@@ -186,7 +186,7 @@ class QuantizedFile:
         try:
             _check_about(about)
             self.about = {name: about[name] for name in ("name", "activation", "dtype", "network", "fingerprint")}
-            self.layers = {name: _layer(entry) for name, entry in about["layers"].items()}
+            self.layers = {name: _layer(entry, about["version"]) for name, entry in about["layers"].items()}
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"its description is damaged ({type(error).__name__}: {short(error)})") from error
         if not self.layers:
@@ -307,10 +307,10 @@ def _expected_factors(packing):
     return ((dtype, (packing.rows, rank)), (dtype, (rank, packing.inputs))) if rank else ()
 
 
-def _layer(entry):
+def _layer(entry, version):
     """Return the LayerFile of an entry in a file's description. Raises ValueError or TypeError for what is none."""
-    names = {field.name for field in fields(WeightFormat)}
-    if set(entry) != {"shape", "format"} or set(entry["format"]) not in (names, names - SINCE_VERSION_2):
+    names = {field.name for field in fields(WeightFormat)} - (SINCE_VERSION_2 if version == 1 else set())
+    if set(entry) != {"shape", "format"} or set(entry["format"]) != names:
         raise ValueError(f"its description has a layer of other words than shape and format ({short(entry)})")
     shape, fmt = entry["shape"], WeightFormat(**entry["format"])
     whole = _are_sizes(shape, 4) and len(shape) in (2, 4) and 0 not in shape

@@ -26,7 +26,7 @@ class IECCalibrateQuantization(CheckedNode):
             "and timestep, as in the paper, or one for each layer.",
             search_aliases=["activation scales", "static quantization", "ptq", "int8 calibration", "timestep-wise"],
             inputs=[
-                io.Model.Input("model", tooltip="A model from Quantize Model with activation_bits 8."),
+                io.Model.Input("model", tooltip="A model from Quantize Model or Calibrate Weights with activation_bits 8."),
                 *run_inputs(""),
                 io.Combo.Input(
                     "scales",

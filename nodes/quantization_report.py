@@ -26,7 +26,7 @@ class IECQuantizationReport(CheckedNode):
             search_aliases=["sqnr", "quantization error", "layer sensitivity", "sensitive layers", "mixed precision"],
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip="A model from Quantize Model (IEC), calibrated or not."),
+                io.Model.Input("model", tooltip="A model from Quantize Model or Calibrate Weights (IEC)."),
                 io.Model.Input("full_precision", tooltip="The model that it was made from."),
                 *run_inputs(""),
                 io.Combo.Input(

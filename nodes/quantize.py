@@ -70,7 +70,7 @@ class IECSaveQuantizedModel(CheckedNode):
             is_output_node=True,
             search_aliases=["save int8", "save fp8", "export quantized", "write checkpoint"],
             inputs=[
-                io.Model.Input("model", tooltip="A model from Quantize Model (IEC)."),
+                io.Model.Input("model", tooltip="A model from Quantize Model or Calibrate Weights (IEC)."),
                 io.String.Input("name", default="quantized", tooltip="Name of the file; one of the same name is replaced."),
             ],
             outputs=[],

@@ -24,7 +24,8 @@ def watched(model, watch):
     """Return a clone of a MODEL whose layers have hooks while its network is evaluated: those that watch(transformer_options)
     registers then, and returns in a list.
 
-    The clone is without the host's torch.compile: what is compiled calls no hooks that layers get later.
+    The clone is without the host's torch.compile, for what is compiled calls no hooks that layers get later, and without copies
+    of its network on other GPUs, whose layers have none.
     """
 
     def apply_model(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
@@ -37,6 +38,7 @@ def watched(model, watch):
 
     model = model.clone()
     model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, "torch.compile")
+    model.remove_additional_models("multigpu")
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "iec_watched", apply_model)
     return model
 

@@ -158,7 +158,7 @@ def quantize_model(model, quantization):
 def layers_to_quantize(model, quantization):
     """Return {name: layer} of a MODEL's layers that are to be quantized. Raises ValueError as `quantize_model`."""
     if quantization_of(model):
-        raise ValueError("model: this MODEL is quantized already; use one IECQuantizeModel node only.")
+        raise ValueError("model: this MODEL is quantized already; connect the one from before the node that quantized it.")
     if quantization.weight.kind == "fp8" and not has_float8(model.load_device):
         raise ValueError(
             f"weight_bits: fp8 cannot be on this device ({model.load_device}), which has no float8; choose 8 or 4."

@@ -331,8 +331,11 @@ def _fill(network, weights, file, compute):
         if kind is None:
             raise ValueError(f"its network has no layer {name} of shape {layer.shape}")
         packing, packed = Packing(layer.shape, layer.format), file.packed(name)
-        if not all(part.isfinite().all() for part in (packing.stored(packed)[1], *(packing.factors(packed) or ()))):
+        scale, factors = packing.stored(packed)[1], packing.factors(packed) or ()
+        if not all(part.isfinite().all() for part in (scale, *factors)):
             raise ValueError(f"{name} has a scale or a factor that is not finite")
+        if layer.format.calibrated and not (scale > 0).all():
+            raise ValueError(f"{name} has a scale that is not above 0")
         quantized = kind.of(name, modules[name], packing, packed, modules[name].bias, activation)
         comfy.utils.set_attr(network, name, quantized)
 

@@ -128,7 +128,7 @@ class _QuantizedLayer:
         if not x.is_floating_point():
             raise ValueError(
                 f"model: its network takes the type of what enters {self.name} from that layer's weight, so that it cannot be "
-                "quantized; name it in exclude of Quantize Model (IEC)."
+                "quantized; name it in exclude of the node that quantizes."
             )
         compute = self._compute_straight if self.passes_gradients else self._compute
         weight, bias = self._parameters["weight"], self._parameters["bias"]  # a module's attributes take longer

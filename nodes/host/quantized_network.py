@@ -85,8 +85,8 @@ def check_shapes(model):
         if shape != tuple(layer.packing.shape):
             raise ValueError(
                 f"model: a LoRA enlarges the weight of {name} from {tuple(layer.packing.shape)} to {shape}, which a "
-                "quantized layer cannot take up; put the LoRA in front of Quantize Model (IEC), or name that layer in its "
-                "exclude."
+                "quantized layer cannot take up; put the LoRA in front of the node that quantizes, or name that layer in "
+                "its exclude."
             )
 
 
@@ -101,9 +101,9 @@ def warn_of_lost_changes(model):
     share = kept_share(model)
     if share < LEAST_SHARE:
         warnings[key] = warning = (
-            f"Of what LoRAs or other patches behind Quantize Model (IEC) change, its weights ({quantization_of(model)}) keep a "
+            f"Of what LoRAs or other patches on this quantized MODEL change, its weights ({quantization_of(model)}) keep a "
             f"share of {max(share, 0):.2f}, for changes smaller than their steps are rounded away; put the LoRA in front of "
-            "Quantize Model (IEC)."
+            "the node that quantizes."
         )
         logging.warning(f"[ComfyUI-IEC] {warning}")
 

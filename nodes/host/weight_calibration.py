@@ -1,5 +1,6 @@
 """Quantized weights that are fitted to what comes into their layers in sampling runs."""
 
+import contextlib
 import functools
 import logging
 from dataclasses import replace
@@ -15,7 +16,7 @@ from .calibration import Bar, sample_all, watched
 from .quantize import layers_to_quantize, quantized_layer, weight_shape, weight_to_quantize, with_quantized_layers
 
 POSITIONS = 256  # of an evaluation, from which a layer's inputs are taken
-WORKSPACE = 6  # times as much memory as its moments is taken while a weight is rounded
+WORKSPACE = 6  # times as much memory as a layer's moments, and as its weight in float32, is taken while that is rounded
 
 
 def calibrate_weights(model, quantization, prompts, negative, latent_image, seed, runs, sampling, memory):
@@ -23,8 +24,8 @@ def calibrate_weights(model, quantization, prompts, negative, latent_image, seed
     (CONDITIONING) with the MODEL as it is.
 
     quantization: a Quantization whose weights are calibrated. sampling: steps, cfg, sampler_name and scheduler, as the host's
-    KSampler has them. memory: bytes that what is seen of the layers may take; where it is not enough for all of them, runs are
-    repeated, each time for as many as it is enough for.
+    KSampler has them. memory: about how many bytes of the device this may take; where they are not enough for what is seen of
+    all layers, the runs are repeated, each time for as many as they are enough for.
 
     Raises ValueError as `quantize_model`, and where no layer was seen to run, or a run had NaN or infinity.
     """
@@ -33,13 +34,18 @@ def calibrate_weights(model, quantization, prompts, negative, latent_image, seed
     passes = in_passes({name: packing.inputs for name, packing in packings.items()}, memory)
     bar = Bar(len(passes) * runs * len(prompts) * sampling["steps"] + len(layers))
     sample = functools.partial(sample_all, prompts, negative, latent_image, seed, runs, sampling, bar)
+    if len(passes) > 1:
+        logging.info(f"[ComfyUI-IEC] The calibration's runs are done {len(passes)} times, each for a part of the layers.")
     replaced = {}
     for names in passes:
-        inputs = _Inputs(layers, {name: packings[name] for name in names}, memory, _device(model), seed)
+        with _enough_memory():
+            inputs = _Inputs(layers, {name: packings[name] for name in names}, memory, _device(model), seed)
         sample(inputs.watching(model))
+        inputs.leave_the_device()
         for name in names:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            replaced[layers[name]] = _fitted(model, name, layers[name], packings[name], inputs.taken(name), quantization)
+            with _enough_memory():
+                replaced[layers[name]] = _fitted(model, name, layers[name], packings[name], inputs.taken(name), quantization)
             bar.advance()
     _check_seen(replaced.values())
     return with_quantized_layers(model, quantization, replaced)
@@ -54,28 +60,46 @@ def factors_of(model):
 
 
 def in_passes(inputs, memory):
-    """Return lists of names, each of layers whose inputs can be seen at once in this much memory, in bytes, and rounded one by
-    one. inputs: {name: how many inputs the layer has}, in the network's order.
+    """Return lists of names, each of layers whose inputs can be seen at once in this much memory, in bytes. inputs: {name: how
+    many inputs the layer has}, in the network's order.
     """
-    passes, taken, largest = [], 0, 0
+    passes, taken = [[]], 0
     for name, count in inputs.items():
         more = 4 * count * _block(count, memory)  # float32, of all its blocks
-        taken, largest = taken + more, max(largest, more)
-        if not passes or taken + WORKSPACE * largest > memory:
+        if passes[-1] and taken + more > memory:
             passes.append([])
-            taken = largest = more
+            taken = 0
         passes[-1].append(name)
+        taken += more
     return passes
 
 
 def _block(inputs, memory):
-    """Return how many of a layer's inputs can be seen together where it has all of the memory, in bytes."""
-    return max(1, min(inputs, memory // (4 * (1 + WORKSPACE) * inputs)))
+    """Return how many of a layer's inputs can be seen together, where it is to be rounded in this much memory, in bytes."""
+    return max(1, min(inputs, memory // (4 * WORKSPACE * inputs)))
 
 
 def _device(model):
-    """Return where there is linear algebra."""
+    """Return where the sums are and weights are rounded: not on a device such as Apple's, which lacks some of the linear
+    algebra as it lacks float64.
+    """
     return model.load_device if has_float64(model.load_device) else torch.device("cpu")
+
+
+@contextlib.contextmanager
+def _enough_memory():
+    """Tell what to do where memory is short for what the calibration takes itself."""
+    try:
+        yield
+    except comfy.model_management.OOM_EXCEPTION as error:
+        raise ValueError(
+            "memory_gb: the device has less memory left than the calibration takes; allow less, or close what else uses it."
+        ) from error
+
+
+def _make_room(nbytes, device):
+    """Let the host unload models where a device has less than that free."""
+    comfy.model_management.free_memory(nbytes, device)
 
 
 class _Inputs:
@@ -87,9 +111,9 @@ class _Inputs:
         self._layers, self._packings = {name: layers[name] for name in packings}, packings
         # One for each layer, so that its draws are the same in whatever pass it is.
         self._draws = {name: torch.Generator().manual_seed(seed) for name in packings}
-        comfy.model_management.free_memory(memory, device)
-        counts = {name: packing.inputs for name, packing in packings.items()}
-        self._moments = {name: Moments(count, _block(count, memory), device) for name, count in counts.items()}
+        blocks = {name: _block(packing.inputs, memory) for name, packing in packings.items()}
+        _make_room(sum(4 * packings[name].inputs * block for name, block in blocks.items()), device)
+        self._moments = {name: Moments(packings[name].inputs, block, device) for name, block in blocks.items()}
 
     def watching(self, model):
         """Return a clone of the MODEL in whose runs what comes into the layers is taken up."""
@@ -100,6 +124,11 @@ class _Inputs:
             ]
 
         return watched(model, watch)
+
+    def leave_the_device(self):
+        """Bring what was seen to the CPU, which makes room on a GPU for what rounds the weights."""
+        for moments in self._moments.values():
+            moments.to(torch.device("cpu"))
 
     def taken(self, name):
         """Return the Moments of a layer, which are gone then. Raises ValueError where they are not finite."""
@@ -128,7 +157,9 @@ def _fitted(model, name, layer, packing, moments, quantization):
         plain = replace(packing.format, calibrated=False, rank=0)
         packing = Packing(packing.shape, plain)
         return quantized_layer(model, name, layer, packing, packing.quantize(weight), quantization)
-    packed = calibrated_weight(weight.to(moments.device), packing, moments)
+    device = _device(model)
+    _make_room(WORKSPACE * (moments.nbytes + 4 * weight.numel()), device)
+    packed = calibrated_weight(weight.to(device), packing, moments.to(device))
     return quantized_layer(model, name, layer, packing, packed, quantization)
 
 
@@ -137,8 +168,9 @@ def _check_seen(layers):
     missed = [layer.name for layer in layers if not layer.packing.format.calibrated]
     if len(missed) == len(layers):
         raise ValueError(
-            "model: nothing was seen to enter its layers; another node runs copies of them, as one that compiles does: put "
-            "that behind this one."
+            "model: nothing was seen to enter its layers; another node runs copies of them, as one that compiles does, or "
+            "include names only some that do not run: put that node behind this one, or include others."
         )
     if missed:
-        logging.info(f"[ComfyUI-IEC] {', '.join(missed)} did not run, and is rounded to the nearest.")
+        some = ", ".join(missed[:8]) + (", …" if len(missed) > 8 else "")
+        logging.info(f"[ComfyUI-IEC] Layers that did not run are rounded to the nearest: {len(missed)} ({some}).")

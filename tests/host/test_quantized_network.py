@@ -74,7 +74,7 @@ def test_a_lora_that_is_rounded_away_is_warned_of_once(quantize, model, sample, 
     sample(patched, **SMALL)
     (said,) = warnings(caplog)
     share = kept(model, size, limit)
-    assert share < 0.9 and f"({name}) keep a share of {share:.2f}" in said and "in front of Quantize Model (IEC)" in said
+    assert share < 0.9 and f"({name}) keep a share of {share:.2f}" in said and "in front of the node that quantizes" in said
 
 
 def test_a_lora_that_arrives_is_no_warning(quantize, model, sample, caplog):

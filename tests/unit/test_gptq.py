@@ -19,7 +19,7 @@ from iec_core.gptq import (
     sampled_rows,
     sampled_windows,
 )
-from iec_core.quantization import LIMITS, Packing, WeightFormat, quantize_rows, rotate
+from iec_core.quantization import LIMITS, Packing, WeightFormat, quantize_rows, rotate, rounded, rounded_like
 
 
 def normal(*shape, seed=0):
@@ -208,8 +208,8 @@ def test_large_layers_are_seen_in_blocks_between_which_nothing_is_known():
 def test_moments_tell_what_is_not_finite():
     x = inputs(10, 8)
     assert moments_of(x).is_finite()
-    for bad in (math.nan, math.inf):
-        x[3, 2] = bad
+    for bad in (math.nan, math.inf, 1e19):  # whose squares add up to more than float32 has
+        x[3:7, 2] = bad
         assert not moments_of(x).is_finite()
 
 
@@ -281,6 +281,25 @@ def test_a_large_patch_behind_is_taken_up_and_none_of_it_is_clipped(fmt):
     patched = packing.dequantize(found) + 3 * normal(24, 64, seed=4)
     back = packing.dequantize(packing.quantize(patched, like=found))
     assert (back - patched).norm() < {"int4": 0.13, "int8": 0.01, "fp8": 0.04}[fmt.kind] * patched.norm()
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
+def test_what_is_rounded_again_keeps_its_scale_unless_it_would_clip_too_much(kind):
+    rows, limit = normal(6, 32), LIMITS[kind]
+    scale = rows.abs().amax(1, keepdim=True) * 0.9 / limit
+    scale = scale.amax().expand_as(scale) if kind == "fp8" else scale
+    rows[0, 3] = 1.3 * limit * scale[0, 0]  # one number of a row, for which a step more for the others does not pay
+    rows[1] *= 5
+    values, found = rounded_like(rows, scale, WeightFormat(kind, calibrated=True))
+
+    def error(one):
+        return (rounded(rows, one, kind) * one - rows).square().sum(1, keepdim=True)
+
+    widest = rows.abs().amax(1, keepdim=True) / limit
+    widest = widest.amax().expand_as(scale) if kind == "fp8" else widest
+    better = error(widest) < error(scale) if kind != "fp8" else (error(widest).sum() < error(scale).sum()).expand_as(scale)
+    assert torch.equal(found, torch.where(better, widest, scale)) and better[1] and (kind != "int4" or not better.all())
+    assert torch.equal(values, rounded(rows, found, kind))
 
 
 def test_a_format_that_is_not_calibrated_is_a_function_of_the_weight_alone():

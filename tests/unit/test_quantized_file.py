@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iec_core import quantized_file, safetensors_header
-from iec_core.quantization import Packing, WeightFormat
+from iec_core.quantization import Packing, WeightFormat, quantize_rows
 from iec_core.quantized_file import LayerFile, QuantizedFile, description, layer_tensors, write
 
 LAYERS = {
@@ -35,6 +35,13 @@ LAYERS = {
     "c.fp8_rotated": ((4, 256), WeightFormat("fp8", rotation=256)),
     "c.fp8_conv": ((3, 2, 2, 2), WeightFormat("fp8")),
 }
+CALIBRATED = {  # of version 2
+    "d.int4": ((5, 7), WeightFormat("int4", calibrated=True)),
+    "d.int4_branch": ((6, 20), WeightFormat("int4", calibrated=True, rank=3)),
+    "d.int8_conv_branch": ((4, 3, 3, 3), WeightFormat("int8", calibrated=True, rank=2, factors="bfloat16")),
+    "d.int8": ((6, 20), WeightFormat("int8", calibrated=True)),
+}
+ALL = LAYERS | CALIBRATED
 HOSTS = {"a.int8", "a.int8_search", "a.int8_rotated", "c.fp8"}
 ABOUT = {
     "name": "W8A8, rotated", "activation": {"bits": 8, "per_tensor": False}, "dtype": "bfloat16", "network": "Net",
@@ -47,11 +54,17 @@ def normal(*shape, seed=0):
 
 
 def weight_of(name):
-    return normal(*LAYERS[name][0], seed=len(name))
+    return normal(*ALL[name][0], seed=len(name))
 
 
 def packed_of(name):
-    return Packing(*LAYERS[name]).quantize(weight_of(name))
+    packing = Packing(*ALL[name])
+    if not packing.format.calibrated:
+        return packing.quantize(weight_of(name))
+    rank, factors = packing.format.rank, None
+    if rank:
+        factors = normal(packing.rows, rank), normal(rank, packing.inputs)
+    return packing.packed_rows(*quantize_rows(packing.matrix(weight_of(name)), packing.format), factors)
 
 
 PLAIN = {
@@ -64,7 +77,7 @@ PLAIN = {
 def save(path, names=tuple(LAYERS), plain=None, **about):
     """Write a file of layers of LAYERS and PLAIN tensors."""
     plain, about = PLAIN if plain is None else plain, {**ABOUT, "fingerprint": normal(40, seed=9), **about}
-    layers = {name: LayerFile(*LAYERS[name]) for name in names}
+    layers = {name: LayerFile(*ALL[name]) for name in names}
     tensors = dict(plain)
     for name, layer in layers.items():
         tensors |= layer_tensors(name, layer, packed_of(name), about["activation"]["bits"])
@@ -187,6 +200,74 @@ def test_everything_survives(path):
         for key, tensor in PLAIN.items():
             found = file.tensor(key)
             assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape) and torch.equal(as_bytes(found), as_bytes(tensor))
+
+
+def test_calibrated_layers_come_back_from_a_file_of_version_2(path):
+    save(path, names=tuple(ALL))
+    with safetensors.safe_open(path, "pt") as file:
+        about, hosts = (json.loads(file.metadata()[key]) for key in ("iec.quantized", "_quantization_metadata"))
+        out, into = file.get_tensor("d.int4_branch.weight_out"), file.get_tensor("d.int4_branch.weight_in")
+        assert file.get_tensor("d.int8_conv_branch.weight_out").dtype == torch.bfloat16
+    assert about["version"] == 2
+    assert torch.equal(out, normal(6, 3).half()) and torch.equal(into, normal(3, 20).half())
+    kinds = {name: hosts["layers"][name]["format"] for name in CALIBRATED}
+    assert kinds == {
+        "d.int4": "iec_int4", "d.int4_branch": "iec_int4", "d.int8_conv_branch": "iec_int8", "d.int8": "int8_tensorwise",
+    }  # fmt: skip
+    with QuantizedFile(path) as file:
+        for name in ALL:
+            assert file.layers[name] == LayerFile(*ALL[name]) and torch.equal(file.packed(name), packed_of(name)), name
+
+
+def test_a_file_without_calibrated_layers_is_one_that_older_packs_read(path):
+    with safetensors.safe_open(save(path), "pt") as file:
+        about = json.loads(file.metadata()["iec.quantized"])
+    assert about["version"] == 1
+    assert all(set(layer["format"]) == {"kind", "group_size", "rotation", "search"} for layer in about["layers"].values())
+
+
+BRANCH = "d.int4_branch"
+CALIBRATED_CHANGES = {
+    "no factor": (lambda header, *_: rename(header, f"{BRANCH}.weight_in", "x"), f"^'{BRANCH}.weight_in' is missing"),
+    "a factor of another shape": (
+        lambda header, *_: header[f"{BRANCH}.weight_in"].update(shape=[20, 3]), f"^{BRANCH}.weight_in has shape"
+    ),
+    "a factor of another type": (
+        lambda header, *_: header[f"{BRANCH}.weight_out"].update(dtype="BF16"), f"^{BRANCH}.weight_out is BF16, and"
+    ),
+    "a huge rank": (lambda *given: layer_change(BRANCH, {"rank": 2**61})(*given), "^its description has a layer whose format"),
+    "another rank": (lambda *given: layer_change(BRANCH, {"rank": 4})(*given), f"^{BRANCH}.weight_out has shape"),
+    "a negative rank": (lambda *given: layer_change(BRANCH, {"rank": -3})(*given), "^its description has a layer that cannot"),
+    "a rank with a fraction": (lambda *given: layer_change(BRANCH, {"rank": 3.0})(*given), "^its description has a layer that"),
+    "a rank without calibration": (
+        lambda *given: layer_change(BRANCH, {"calibrated": False})(*given), "^its description has a layer that cannot"
+    ),
+    "a switch that is a number": (
+        lambda *given: layer_change(BRANCH, {"calibrated": 1})(*given), "^its description has a layer that cannot"
+    ),
+    "an unknown type of factors": (
+        lambda *given: layer_change(BRANCH, {"factors": "float64"})(*given), "^its description has a layer that cannot"
+    ),
+    "a type of factors that is a list": (
+        lambda *given: layer_change(BRANCH, {"factors": []})(*given), "^its description is damaged .TypeError"
+    ),
+    "the first version": (
+        lambda header, metadata, about, data: about.update(version=1), "^its description has a layer of other words"
+    ),
+    "a layer as of the first version": (
+        lambda header, metadata, about, data: about["layers"]["d.int4"]["format"].pop("rank"),
+        "^its description has a layer of other words",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CALIBRATED_CHANGES)
+def test_a_changed_file_of_calibrated_layers_is_refused_with_a_sentence(path, kind):
+    header, metadata, about, data = taken_apart(save(path, names=tuple(ALL)).read_bytes())
+    change, message = CALIBRATED_CHANGES[kind]
+    change(header, metadata, about, data)
+    path.write_bytes(put_together(header, metadata, about, data))
+    assert re.search(message, refusal(path)), refusal(path)
 
 
 def test_a_file_of_a_file_is_the_same(path, tmp_path):
