@@ -17,7 +17,7 @@ from .quantization import fitting_scales, in_groups, rounded
 
 # Shares of the mean of H's diagonal that are added to it: always, and times the inputs over how many samples there are of
 # them, for few samples go together as others do not.
-DAMPING, DAMPING_OF_FEW = 0.01, 0.3
+DAMPING, DAMPING_OF_FEW = 0.01, 1.0
 # Shares of the largest magnitude that are tried as clipping range. To clip pays where there are few steps.
 SHARES = {"int4": torch.linspace(1, 0.5, 11).tolist(), "int8": [1.0], "fp8": [1.0]}
 COLUMNS = 128  # that are rounded one by one, before the others take up what these leave in one product

@@ -1,7 +1,7 @@
 """What quantization keeps, saves and costs, for docs/quantization.md.
 
     python tools/quantization_benchmark.py [--steps 20] [--seeds 4]
-    python tools/quantization_benchmark.py --weights [--seeds 4] [--architecture transformer]
+    python tools/quantization_benchmark.py --weights [--steps 20 50] [--seeds 4] [--architecture transformer]
     python tools/quantization_benchmark.py --speed [--repeat 5] [--latent 128] [--networks "SD 1.5" SDXL Flux] [--compile]
 
 First, formats on the built-in model: error, PSNR and Fréchet distance to full precision, with activations of dynamic, static
@@ -104,19 +104,20 @@ ROUNDINGS = {
 }
 
 
-def weights(nodes, seeds, architecture, counts=(20, 50), runs=2):
+def weights(nodes, counts, seeds, architecture, names, runs=2):
     """Print what ways to round the weights keep of a built-in model's images in so many steps."""
     qualities = [Quality(nodes, steps, seeds, architecture) for steps in counts]
     full, (scheduler, sampler) = qualities[0].builtin.model, qualities[0].sampling
-    of_runs = benchmark.calibration_inputs(nodes, counts[0], runs, sampler, scheduler, prompts=OTHER_PROMPTS)
+    of_runs = benchmark.calibration_inputs(nodes, 20, runs, sampler, scheduler, prompts=OTHER_PROMPTS)
     print(f"\nWeights. {benchmark.device()[1]}; built-in {architecture}, {sampler} on {scheduler}, cfg 3, {seeds} seeds of 8")
-    print(f"images; calibrated on other classes and seeds: 4 prompts, {runs} runs each of 2 images, {counts[0]} steps.")
+    print(f"images; calibrated on other classes and seeds: 4 prompts, {runs} runs each of 2 images, 20 steps.")
     print(f"Fréchet distance of as many images of other seeds: {', '.join(f'{quality.floor:.3f}' for quality in qualities)}\n")
     benchmark.table(
         "weights and activations", "memory, share of float16", "made in, s",
         *(f"error, PSNR in dB, Fréchet distance, {steps} steps" for steps in counts),
     )  # fmt: skip
-    for name, (weight_bits, activation_bits, how) in ROUNDINGS.items():
+    for name in names:
+        weight_bits, activation_bits, how = ROUNDINGS[name]
         bits = {"weight_bits": weight_bits, "activation_bits": activation_bits, "keep_sensitive_layers": True}
         node, inputs = ("IECCalibrateWeights", {**of_runs, "rank": how}) if isinstance(how, str) else ("IECQuantizeModel", how)
         begin = time.perf_counter()
@@ -292,10 +293,11 @@ def host_int8(nodes, kind, model):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, nargs="+", default=[20], help="with --weights as many as are to be told")
     parser.add_argument("--seeds", type=int, default=4, help="eight images each")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--weights", action="store_true", help="ways to round the weights instead")
+    parser.add_argument("--formats", nargs="+", choices=ROUNDINGS, default=list(ROUNDINGS), help="rows of --weights")
     parser.add_argument("--architecture", choices=["unet", "transformer"], default="unet", help="for --weights")
     parser.add_argument("--speed", action="store_true", help="time networks of true shapes instead")
     parser.add_argument("--latent", type=int, default=16, help="side of the latent for --speed; 128 is 1024 pixels")
@@ -307,9 +309,9 @@ def main():
         if arguments.speed:
             speed(nodes, arguments.networks, arguments.repeat, arguments.latent, arguments.compile)
         elif arguments.weights:
-            weights(nodes, arguments.seeds, arguments.architecture)
+            weights(nodes, arguments.steps, arguments.seeds, arguments.architecture, arguments.formats)
         else:
-            keep(nodes, arguments.steps, arguments.seeds)
+            keep(nodes, arguments.steps[0], arguments.seeds)
 
 
 if __name__ == "__main__":
