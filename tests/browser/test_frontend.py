@@ -92,6 +92,16 @@ def test_without_any_browser_one_sentence_says_so(monkeypatch):
 ADD = "(kinds) => kinds.forEach((kind) => app.graph.add(LiteGraph.createNode(kind)))"
 
 
+SAVED_WITH_A_CHOICE = """() => {
+  for (const node of app.graph.nodes) {
+    const seed = node.widgets.find((one) => one.name === "seed");
+    seed.value = 41;
+    for (const control of seed.linkedWidgets) control.value = "increment";
+  }
+  return app.graph.serialize();
+}"""
+
+
 def queue_twice(frontend):
     """Queue the open workflow twice; return the seeds of each prompt as the server would get it, by kind of node."""
     prompts = []
@@ -124,8 +134,5 @@ def test_queueing_again_changes_the_seed_of_the_sampler_alone(frontend):
     first, second = queue_twice(frontend)
     assert set(first) == set(second) == set(kinds)
     assert {kind for kind in kinds if first[kind] != second[kind]} == {"IECKSampler"}
-    saved = frontend.page.evaluate("() => app.graph.serialize()")
-    for node in saved["nodes"]:
-        node["widgets_values"][:2] = 41, "increment"
-    frontend.open(saved)
+    frontend.open(frontend.page.evaluate(SAVED_WITH_A_CHOICE))
     assert queue_twice(frontend) == [dict.fromkeys(kinds, 41), dict.fromkeys(kinds, 42)]
