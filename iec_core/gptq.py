@@ -13,7 +13,7 @@ ahead, so that smaller numbers are to be rounded, and that of W - Q takes its pl
 
 import torch
 
-from .quantization import fitting_scales, in_groups, rounded
+from .quantization import fitting_scales, rounded
 
 # Shares of the mean of H's diagonal that are added to it: always, and times the inputs over how many samples there are of
 # them, for few samples go together as others do not.
@@ -163,8 +163,7 @@ def calibrated_weight(weight, packing, moments):
         return packing.packed_rows(*fitted(rows, fmt, metric))
     out, into = low_rank(rows, metric, fmt.rank)
     values, scale = fitted(rows - out @ into, fmt, metric)
-    left = rows - (in_groups(values, fmt.group_size) * scale[..., None]).flatten(1)
-    out, into = low_rank(left, metric, fmt.rank)
+    out, into = low_rank(rows - packing.times_scales(values, scale, torch.float32), metric, fmt.rank)
     return packing.packed_rows(values, scale, (out, packing.rotated(into)))  # the branch takes inputs as they come
 
 

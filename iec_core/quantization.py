@@ -151,10 +151,10 @@ def unpack_nibbles(packed, inputs):
 
 
 def scaled_values(values, scale, dtype):
-    """Return int8 or float8 values times float32 scales, which broadcast over them, in `dtype`: the float32 product, rounded.
-    There is no float32 copy of it on a GPU; float16 and bfloat16 hold the values themselves exactly.
+    """Return int8 or float8 values, or such in floating point, times float32 scales, which broadcast over them, in `dtype`: the
+    float32 product, rounded. There is no float32 copy of it on a GPU; float16 and bfloat16 hold the values themselves exactly.
     """
-    return values.to(dtype).mul_(scale)
+    return values.to(dtype, copy=True).mul_(scale)
 
 
 def _aligned(nbytes):

@@ -44,8 +44,8 @@ class IECCalibrateWeights(CheckedNode):
                     max=1024.0,
                     step=0.1,
                     optional=True,
-                    tooltip="How much memory, in 2^30 bytes, the calibration may take beside the model. With less, runs are "
-                    "repeated for one part of the layers after the other.",
+                    tooltip="About how much of the device's memory, in 2^30 bytes, the calibration may take beside the model. "
+                    "With less, runs are repeated for one part of the layers after the other.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The quantized model.")],

@@ -302,6 +302,13 @@ def test_what_is_rounded_again_keeps_its_scale_unless_it_would_clip_too_much(kin
     assert torch.equal(values, rounded(rows, found, kind))
 
 
+def test_values_in_floating_point_are_scaled_and_stay_what_they_are():
+    packing, values, scale = Packing((8, 32), WeightFormat("int4", group_size=16)), normal(8, 32).round(), normal(8, 2).abs()
+    before = values.clone()
+    scaled = packing.times_scales(values, scale, torch.float32)
+    assert torch.equal(scaled, (before.unflatten(1, (2, 16)) * scale[..., None]).flatten(1)) and torch.equal(values, before)
+
+
 def test_a_format_that_is_not_calibrated_is_a_function_of_the_weight_alone():
     weight, packing = normal(8, 32), Packing((8, 32), WeightFormat("int4"))
     packed = packing.quantize(weight, like=packing.quantize(normal(8, 32, seed=3)))
