@@ -13,6 +13,7 @@ ahead, so that smaller numbers are to be rounded, and that of W - Q takes its pl
 
 import torch
 
+from .low_rank import balanced
 from .quantization import fitting_scales, rounded
 
 # Shares of the mean of H's diagonal that are added to it: always, and times the inputs over how many samples there are of
@@ -145,8 +146,7 @@ def low_rank(rows, metric, rank):
     else:
         basis = _leading(seen.t() @ seen, rank)
         out, into = seen @ basis, metric.undone(basis.t())
-    balance = (into.norm(dim=1) / out.norm(dim=0).clamp(min=1e-30)).clamp(min=1e-30).sqrt()  # for 16 bits to hold both
-    return out * balance, into / balance[:, None]
+    return balanced(out, into)
 
 
 def _leading(gram, rank):

@@ -5,12 +5,16 @@ may be a low-rank branch, two thin factors in 16 bits whose product is added to 
 layer's integers, scales and factors are packed into one tensor of bytes, so that whoever moves, backs up or counts a weight
 does so with one tensor. Convolutions lie with their channels last, as the matrix [out, height * width * in] that they are
 computed with.
+
+What changes a weight afterwards goes into the branch, which becomes as large as that takes: few bits would round it away.
 """
 
 import math
 from dataclasses import dataclass, replace
 
 import torch
+
+from .low_rank import balanced, factored
 
 # The largest number of each kind.
 LIMITS = {"int8": 127, "int4": 7, "fp8": 448}
@@ -23,6 +27,11 @@ CLIPPING = torch.linspace(1, 0.4, 31).tolist()
 
 ALIGNMENT = 16  # bytes: where the scales and the factors begin
 FACTOR_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+MOST_RANK = 256  # that a change of a weight adds to its branch; of a large weight a quarter of its rows or inputs
+NEGLIGIBLE = 1e-3  # share of a change's norm that its factors may leave out
+NOISE = 2**-22  # of a weight's norm: what a float32 sum of it and a change leaves of the latter
+ENOUGH = 0.95  # share of a change of a higher rank that integers have to keep, for all of it to go into them
 
 
 @dataclass(frozen=True)
@@ -157,6 +166,14 @@ def scaled_values(values, scale, dtype):
     return values.to(dtype, copy=True).mul_(scale)
 
 
+def joined(*branches):
+    """Return factors (out [O, r], into [r, K]) of several branches as those of one. Some may be None; where all are, None."""
+    found = [factors for factors in branches if factors is not None]
+    if len(found) < 2:
+        return found[0] if found else None
+    return torch.cat([out for out, _ in found], dim=1), torch.cat([into for _, into in found])
+
+
 def _aligned(nbytes):
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
@@ -181,14 +198,25 @@ class Packing:
         self._scales_at = _aligned(self.rows * self._row_bytes)
         self._scales_end = self._scales_at + 4 * self.rows * self.groups
         self._factors_at = _aligned(self._scales_end)
-        self.nbytes = self._factors_at + 2 * rank * (self.rows + self.inputs) if rank else self._scales_end
+        self.nbytes = self._nbytes_with(rank)
 
     def pack(self, values, scale, factors=None):
-        """Return int8 [nbytes] of values as `stored` gives them, scale float32 [O, G], and factors as `factors` gives them."""
-        packed = torch.zeros(self.nbytes, dtype=torch.int8, device=values.device)
+        """Return int8 [nbytes] of values as `stored` gives them, scale float32 [O, G], and factors as `factors` gives them, of
+        any rank.
+        """
+        rank = factors[0].shape[1] if factors else 0
+        packed = torch.zeros(self._nbytes_with(rank), dtype=torch.int8, device=values.device)
         for place, tensor in zip((*self.stored(packed), *(self.factors(packed) or ())), (values, scale, *(factors or ()))):
             place.copy_(tensor)
         return packed
+
+    @property
+    def most_rank(self):
+        """The highest rank that a change adds to the branch."""
+        return max(MOST_RANK, min(self.rows, self.inputs) // 4)
+
+    def _nbytes_with(self, rank):
+        return self._factors_at + 2 * rank * (self.rows + self.inputs) if rank else self._scales_end
 
     def stored(self, packed):
         """Return views into a packed weight: what is stored, int8 or float8 [O, K] or, of int4, uint8 [O, ceil(K / 2)]; and the
@@ -201,11 +229,15 @@ class Packing:
         """Return views into a packed weight: the low-rank branch's factors [O, r] and [r, K], whose product is to be added to
         the weight, not rotated. None where there is no such branch.
         """
-        rank = self.format.rank
+        rank = self.rank(packed)
         if not rank:
             return None
         factors = packed[self._factors_at :].view(FACTOR_DTYPES[self.format.factors])
         return factors[: self.rows * rank].view(self.rows, rank), factors[self.rows * rank :].view(rank, self.inputs)
+
+    def rank(self, packed):
+        """Return the rank of a packed weight's branch, as its length tells it: more than the format's with changes in it."""
+        return max(packed.numel() - self._factors_at, 0) // (2 * (self.rows + self.inputs))
 
     def values(self, packed):
         """Return (int8 or float8 [O, K], scale float32 [O, G]) of a packed weight, as it is computed with."""
@@ -216,17 +248,47 @@ class Packing:
         integers, scale = stored
         return unpack_nibbles(integers, self.inputs) if self.format.kind == "int4" else integers, scale
 
-    def quantize(self, weight, like=None):
-        """Return a weight in floating point, of `shape`, packed. like: a packed weight that it is a change of, which in a
-        calibrated format has the scales and the factors; what is no change of it gives the same integers back.
+    def quantize(self, weight):
+        """Return a weight in floating point, of `shape`, packed; its format is not calibrated."""
+        return self.packed_rows(*quantize_rows(self.rotated(self.matrix(weight.detach().float())), self.format))
+
+    def changed(self, weight, packed):
+        """Return a packed weight changed into another weight in floating point, of `shape`.
+
+        A change of a rank up to `most_rank` is added to the branch, and integers and scales stay as they are. One of a higher
+        rank goes into the integers, where these keep it (ENOUGH): then it is as if it had been there before the weight was
+        quantized. Else the branch takes as much as it may, and the integers what they can of the rest.
         """
-        rows = self.matrix(weight.detach().float())
-        if not self.format.calibrated:
-            return self.packed_rows(*quantize_rows(self.rotated(rows), self.format))
-        like = like.to(rows.device)
-        scale, factors = self.stored(like)[1], self.factors(like)
-        rows = self.rotated(rows if factors is None else rows - self._branch(factors))
-        return self.packed_rows(*rounded_like(rows, scale, self.format), factors)
+        wanted, packed = self.matrix(weight.detach().float()), packed.to(weight.device)
+        change = wanted - self.matrix(self.dequantize(packed))
+        negligible = max(NEGLIGIBLE * change.norm().item(), NOISE * wanted.norm().item())
+        out, into, rest = factored(change, self.most_rank, negligible)
+        if not rest.norm() > negligible:
+            return self.with_branch(packed, (out, into))
+        rounded_anew = self._rounded_anew(wanted, packed)
+        kept = change - (wanted - self.matrix(self.dequantize(rounded_anew)))
+        if (change * kept).sum() >= ENOUGH * change.square().sum():
+            return rounded_anew
+        return self._rounded_anew(wanted, packed, (out, into))
+
+    def with_branch(self, packed, factors):
+        """Return a packed weight with factors [O, r] and [r, K] added to its branch."""
+        return self.pack(*self.stored(packed), joined(self.factors(packed), factors))
+
+    def thin(self, out, into):
+        """Return factors [O, r] and [r, K] as a branch has them."""
+        dtype = FACTOR_DTYPES[self.format.factors]
+        return tuple(factor.to(dtype) for factor in balanced(out, into))
+
+    def _rounded_anew(self, rows, packed, added=None):
+        """Return a packed weight whose branch, with the factors `added`, stays, and whose integers make rows [O, K] of it. Its
+        scales stay too, but where the format has others for other weights and nothing was added.
+        """
+        factors, scale = joined(self.factors(packed), added), self.stored(packed)[1]
+        rows = self.rotated(rows - self._branch(factors) if factors else rows)
+        keeps_scales = self.format.calibrated or added
+        found = rounded_like(rows, scale, self.format) if keeps_scales else quantize_rows(rows, self.format)
+        return self.packed_rows(*found, factors)
 
     def packed_rows(self, values, scale, factors=None):
         """Return int8 [nbytes] of values within the kind's, [O, K] in any type, rotated where the format is, scale float32 [O,

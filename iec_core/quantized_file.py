@@ -24,7 +24,7 @@ from .file_kinds import QUANTIZED_KEY
 from .quantization import FACTOR_DTYPES, LIMITS, Packing, WeightFormat, rotation_size
 from .safetensors_header import LARGEST_HEADER, parsed, read_header, reason, short
 
-VERSIONS = 1, 2  # the second has calibrated layers, and is written only where there are some
+VERSIONS = 1, 2, 3  # a file is of the first that can describe its layers: 2 such that are calibrated, 3 others with a branch
 HOST_KEY = "_quantization_metadata"  # ComfyUI's
 CONFIG_KEY = "config"  # ComfyUI's too: {"transformer": what the weights do not tell of the network}
 HOST_FORMATS = {"int8": "int8_tensorwise", "fp8": "float8_e4m3fn"}
@@ -267,7 +267,7 @@ def _description(metadata):
     about = parsed(metadata[QUANTIZED_KEY], "description")
     version = about.get("version") if isinstance(about, dict) else None
     if type(version) is not int or version not in VERSIONS:
-        known = " and ".join(map(str, VERSIONS))
+        known = f"{VERSIONS[0]} to {VERSIONS[-1]}"
         raise ValueError(f"it is of version {short(version)}, and only versions {known} can be read; save the model anew")
     return about
 
@@ -315,7 +315,7 @@ def _layer(entry, version):
     shape, fmt = entry["shape"], WeightFormat(**entry["format"])
     whole = _are_sizes(shape, 4) and len(shape) in (2, 4) and 0 not in shape
     numbers = _are_sizes([fmt.group_size, fmt.rotation, fmt.rank], 3)
-    switches = type(fmt.search) is type(fmt.calibrated) is bool and (fmt.calibrated or not fmt.rank)
+    switches = type(fmt.search) is type(fmt.calibrated) is bool and (fmt.calibrated or not fmt.rank or version > 2)
     rotation = fmt.rotation if numbers else 0
     known = fmt.kind in LIMITS and fmt.factors in FACTOR_DTYPES
     if not (whole and numbers and switches and known) or (rotation and rotation_size(rotation) != rotation):
@@ -341,9 +341,17 @@ def _check_about(about):
         raise ValueError("its fingerprint is damaged")
 
 
-def _entry(layer, is_calibrated):
+def _version(layers):
+    """Return the version of a file of such layers, a list of LayerFile."""
+    formats = [layer.format for layer in layers]
+    if any(fmt.rank and not fmt.calibrated for fmt in formats):
+        return 3
+    return 2 if any(fmt.calibrated for fmt in formats) else 1
+
+
+def _entry(layer, version):
     fmt = asdict(layer.format)
-    if not is_calibrated:
+    if version == 1:
         fmt = {name: value for name, value in fmt.items() if name not in SINCE_VERSION_2}
     return {"shape": list(layer.shape), "format": fmt}
 
@@ -352,11 +360,11 @@ def description(layers, name, activation, dtype, network, fingerprint, settings)
     """Return the metadata of a file. layers: {name: LayerFile}. activation: dict. fingerprint: float32 [n]. settings: dict, of
     the network. Raises ValueError where they cannot be kept.
     """
-    is_calibrated = any(layer.format.calibrated for layer in layers.values())
+    version = _version(layers.values())
     about = {
-        "version": VERSIONS[is_calibrated], "name": name, "activation": activation, "dtype": dtype, "network": network,
+        "version": version, "name": name, "activation": activation, "dtype": dtype, "network": network,
         "fingerprint": fingerprint.tolist(),
-        "layers": {key: _entry(layer, is_calibrated) for key, layer in layers.items()},
+        "layers": {key: _entry(layer, version) for key, layer in layers.items()},
     }  # fmt: skip
     hosts = {key: host_description(layer, activation["bits"]) for key, layer in layers.items()}
     try:

@@ -43,18 +43,17 @@ def _of_weight(model, source, name, layer):
     original = original_weight(source, key, source.model.get_parameter(key))
     full = patched_weight(source, key, original.float())
     packed = original_weight(model, key, layer.weight)
-    ours = layer.convert_weight(packed)
     if key in model.patches:
-        ours = layer.convert_weight(layer.packing.quantize(patched_weight(model, key, ours), like=packed))
-    noise = (ours.to(full.device) - full).square().sum().item()
+        packed = layer.packing.changed(patched_weight(model, key, layer.convert_weight(packed)), packed)
+    noise = (layer.convert_weight(packed).to(full.device) - full).square().sum().item()
     words = [fmt.kind]
     words += [f"groups of {fmt.group_size}"] if fmt.group_size else []
     words += [f"rotated by {fmt.rotation}"] if fmt.rotation else []
     words += ["GPTQ"] if fmt.calibrated else []
-    words += [f"rank {fmt.rank}"] if fmt.rank else []
+    words += [f"rank {layer.packing.rank(packed)}"] if layer.packing.rank(packed) else []
     return LayerError(
         name, ", ".join(words) + f", activations {layer.activation.bits} bits",
-        str(layer.choice(model.load_device)), layer.packing.nbytes, original.nbytes,
+        str(layer.choice(model.load_device)), packed.nbytes, original.nbytes,
         decibels(full.square().sum().item(), noise),
     )  # fmt: skip
 

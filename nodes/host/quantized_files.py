@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+from dataclasses import replace
 
 import comfy.model_detection
 import comfy.model_management
@@ -44,7 +45,7 @@ def save_quantized_model(model, name):
     _check_patches(model)
     warn_of_lost_changes(model)
     quantized = quantized_layers(base.diffusion_model)
-    layers = {key: LayerFile(tuple(layer.packing.shape), layer.packing.format) for key, layer in quantized.items()}
+    layers = {key: _layer_file(model, key, layer) for key, layer in quantized.items()}
     activation = next(iter(quantized.values())).activation
     about = description(
         layers, quantization_of(model), {"bits": activation.bits, "per_tensor": activation.per_tensor}, _dtype_name(base),
@@ -64,6 +65,25 @@ def load_quantized_model(name, compute=FASTEST):
 
 
 # What is written
+
+
+def _packed(model, name, layer):
+    """Return the packed weight of a quantized MODEL's layer with the patches that lie on it, int8 [nbytes]."""
+    key = f"{PREFIX}{name}.weight"
+    packed = original_weight(model, key, layer.weight)
+    if key in model.patches:
+        patched = functools.partial(patched_weight, model, key, layer.convert_weight(packed))
+        packed = layer.with_change(packed, layer.changed_by(model.patches[key], patched, packed))
+    return packed
+
+
+def _layer_file(model, name, layer):
+    """Return the LayerFile of a quantized MODEL's layer. What patches make of its weight is not kept, but found again when it
+    is written, for all of it may not fit into memory.
+    """
+    is_patched = f"{PREFIX}{name}.weight" in model.patches
+    rank = layer.packing.rank(_packed(model, name, layer) if is_patched else layer.weight)
+    return LayerFile(tuple(layer.packing.shape), replace(layer.packing.format, rank=rank))
 
 
 def _check_patches(model):
@@ -86,10 +106,7 @@ def _sources(model, layers, activation_bits):
 
     @functools.lru_cache(maxsize=1)
     def tensors(name):
-        layer, key = comfy.utils.get_attr(network, name), f"{PREFIX}{name}.weight"
-        packed = original_weight(model, key, layer.weight)
-        if key in model.patches:
-            packed = layer.packing.quantize(patched_weight(model, key, layer.convert_weight(packed)), like=packed)
+        packed = _packed(model, name, comfy.utils.get_attr(network, name))
         return layer_tensors(name, layers[name], packed, activation_bits)
 
     def plain(name, tensor):

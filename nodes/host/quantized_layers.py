@@ -2,12 +2,14 @@
 
 The parameter `weight` is the packed one: a plain tensor of bytes, which the host moves, offloads, pins, backs up and counts as
 it does any other. `convert_weight` and `set_weight` are the host's own contract for weights that are not what they are computed
-with: through them LoRAs, weight hooks and merges reach it.
+with: through them LoRAs and merges reach it when it is loaded. Those of an offloaded layer, and those of hooks, are laid on it
+while it computes; what they come to is found out once.
 """
 
 import contextlib
 import copy
 import functools
+import operator
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
@@ -27,8 +29,9 @@ from ...iec_core.int8 import (
     linear_int8,
 )
 from ...iec_core.kernel_times import KernelTimes
-from ...iec_core.quantization import rotate
+from ...iec_core.quantization import joined, rotate
 from .profiles import PROFILES
+from .weights import lora_factors, with_patches
 
 # What the host keeps on a model and its layers while they are loaded; a copy that is not loaded goes without.
 HOST_STATE = (
@@ -71,6 +74,18 @@ class _Views(NamedTuple):
     factors: tuple[torch.Tensor, torch.Tensor] | None
 
 
+class Change(NamedTuple):
+    """What patches make of a packed weight: another one in its place (None: itself), and factors beside its branch, or None."""
+
+    packed: torch.Tensor | None = None
+    factors: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def to(self, device):
+        """Return the same on a device."""
+        packed = None if self.packed is None else self.packed.to(device)
+        return Change(packed, self.factors and tuple(factor.to(device) for factor in self.factors))
+
+
 @dataclass(frozen=True)
 class Choice:
     """What computes a layer, and in words why: "" where there is nothing else."""
@@ -85,11 +100,15 @@ class Choice:
 class _QuantizedLayer:
     """What both kinds of layer share. packing: a Packing. activation: an ActivationFormat. input_scale: of calibrated
     activations, float32 of one number, set before an evaluation; None: taken from what comes in. passes_gradients: see
-    `straight_through`.
+    `straight_through`. hooked: the Change that the hooks of what is evaluated make, if any. patches: those that `set_weight`
+    is called with the result of, where these are known.
     """
 
     input_scale = None
     passes_gradients = False
+    hooked = None
+    patches = None
+    _laid_on = None  # on an offloaded layer: its functions, on what they lie, and the Change that they make
     _chosen = MappingProxyType({})  # {what has come in, as `_seen` tells it: the Choice for it}
     _views = None  # of the weight where it lies: itself, its address, and its _Views
 
@@ -112,16 +131,29 @@ class _QuantizedLayer:
         return weight if weight.ndim > 1 else self.packing.dequantize(weight.to(torch.int8))
 
     def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
-        """Take up a weight in floating point. It is rounded to the nearest, whatever the seed, so that what is offloaded and
-        patched anew in every step is the same as what is patched once.
+        """Take up a weight in floating point, as a change of what is there. It is a parameter of its own, also where it is to
+        be in place: with a larger branch it has no place in the other.
         """
-        packed = self.packing.quantize(weight, like=self.weight)
+        packed = self.weight.to(weight.device)
+        packed = self.with_change(packed, self.changed_by(self.patches, lambda: weight, packed))
         if return_weight:
             return packed
-        if inplace_update:
-            self.weight.data.copy_(packed)
-        else:
-            self.weight = torch.nn.Parameter(packed, requires_grad=False)
+        self.weight = torch.nn.Parameter(packed, requires_grad=False)
+
+    def changed_by(self, patches, patched, packed):
+        """Return the Change that a MODEL's patches make to a packed weight. patched: returns the weight in floating point with
+        them, which is not asked for where all are LoRAs whose factors can be taken as they are.
+        """
+        factors = patches and lora_factors(patches, self.packing.shape)
+        if not factors or factors[0].shape[1] > self.packing.most_rank:
+            return Change(packed=self.packing.changed(patched(), packed))
+        out, into = (factor.to(packed.device) for factor in factors)
+        return Change(factors=self.packing.thin(out, self.packing.matrix(into)))
+
+    def with_change(self, packed, change):
+        """Return a packed weight with a Change made to it."""
+        packed = packed if change.packed is None else change.packed
+        return packed if change.factors is None else self.packing.with_branch(packed, change.factors)
 
     def forward_comfy_cast_weights(self, x):
         """Evaluate the layer on x. Raises ValueError where the network has cast x to the type of the packed weight."""
@@ -136,7 +168,7 @@ class _QuantizedLayer:
             return compute(x, weight, bias)
         packed, bias, stream = self._at(x)
         try:
-            return compute(x, self._patched(packed) if self.weight_function else packed, bias)
+            return self._compute_changed(compute, x, packed, bias)
         finally:
             comfy.ops.uncast_bias_weight(self, packed, bias, stream)
 
@@ -144,7 +176,9 @@ class _QuantizedLayer:
         """Tell whether there is nothing to do for the host's `cast_bias_weight`, which takes half of a small layer's time:
         weight and bias are where x is, and nothing is to be laid on them.
         """
-        if self.weight_function or self.bias_function or weight.device != x.device or weight.dtype != torch.int8:
+        if self.weight_function or self.bias_function or self.hooked is not None:
+            return False
+        if weight.device != x.device or weight.dtype != torch.int8:
             return False
         return bias is None or (bias.dtype == x.dtype and bias.device == x.device)
 
@@ -163,12 +197,34 @@ class _QuantizedLayer:
             if functions:
                 self.weight_function = functions
 
-    def _patched(self, packed):
-        """Return a packed weight with the patches of an offloaded layer."""
-        patched = packed
-        for function in self.weight_function:  # ComfyUI 0.3.75's gives packed weights, later ones in floating point
-            patched = function(self.convert_weight(patched))
-        return patched.to(torch.int8) if patched.ndim == 1 else self.packing.quantize(patched, like=packed)
+    def _compute_changed(self, compute, x, packed, bias):
+        """Compute the layer for x with what hooks, and the patches of an offloaded layer, make of its packed weight."""
+        hooked = Change() if self.hooked is None else self.hooked.to(x.device)
+        packed = packed if hooked.packed is None else hooked.packed
+        if not all(hasattr(function, "patches") for function in self.weight_function):  # of another pack
+            return self._product(x, self._patched(packed, hooked).to(x.dtype), bias)
+        laid = self._laid(packed).to(x.device) if self.weight_function else Change()
+        packed = packed if laid.packed is None else laid.packed
+        return compute(x, packed, bias, joined(laid.factors, hooked.factors))
+
+    def _laid(self, packed):
+        """Return the Change that an offloaded layer's patches make to a packed weight. It is found out once for those that the
+        host has laid on it, and kept where its weight is.
+        """
+        on = self.hooked, *self.weight_function
+        if self._laid_on is None or len(self._laid_on[0]) != len(on) or any(map(operator.is_not, self._laid_on[0], on)):
+            key = self.weight_function[0].key
+            patches = [patch for function in self.weight_function for patch in function.patches[key]]
+            change = self.changed_by(patches, lambda: with_patches(patches, key, self.convert_weight(packed)), packed)
+            self._laid_on = on, change.to(self._parameters["weight"].device)
+        return self._laid_on[1]
+
+    def _patched(self, packed, hooked):
+        """Return the weight, in floating point, that the functions on it make of a packed weight with the hooks' Change."""
+        weight = self.convert_weight(self.with_change(packed, hooked))
+        for function in self.weight_function:  # the host's own, of ComfyUI 0.3.75, gives packed weights
+            weight = self.convert_weight(function(weight))
+        return weight
 
     def _stored(self, packed):
         """Return the _Views of a packed weight. Those of a weight that stays where it is are made once; those of one that is
@@ -185,11 +241,12 @@ class _QuantizedLayer:
         return _Views(integers, scale, scale[:, 0], self.packing.factors(packed))
 
     def _apply(self, *args, **kwargs):
-        self._views = None  # the weight may go to another device, and leaves its memory then
+        self._views = self._laid_on = None  # the weight may go to another device, and leaves its memory then
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self):  # of copies, which have a weight of their own
-        return {name: value for name, value in self.__dict__.items() if name not in ("_views", "_chosen")}
+        apart = "_views", "_chosen", "_laid_on", "hooked", "patches"
+        return {name: value for name, value in self.__dict__.items() if name not in apart}
 
     def rotated(self, x):
         """Return what comes in as it is quantized."""
@@ -264,14 +321,15 @@ class _QuantizedLayer:
         turned += f", rank {fmt.rank}" if fmt.rank else ""
         return f"{self._geometry()}, {fmt.kind}{turned}, x {str(x.dtype)[6:]}{layout}, scale {scales}"
 
-    def _compute(self, x, packed, bias):
+    def _compute(self, x, packed, bias, added=None):
+        """Compute the layer for x. added: factors beside those of the weight's own branch, or None."""
         if torch.compiler.is_compiling():
-            return self._by(self._backend_of_graph(x), x, self._viewed(packed), bias)
-        return self._by(self._backend(x, packed, bias), x, self._stored(packed), bias)
+            return self._by(self._backend_of_graph(x), x, self._viewed(packed), bias, added)
+        return self._by(self._backend(x, packed, bias), x, self._stored(packed), bias, added)
 
-    def _by(self, backend, x, stored, bias):
+    def _by(self, backend, x, stored, bias, added=None):
         """Compute the layer for x. stored: the weight's _Views."""
-        return self._with_branch(self._without_branch(backend, x, stored, bias), x, stored.factors)
+        return self._with_branch(self._without_branch(backend, x, stored, bias), x, joined(stored.factors, added))
 
     def _without_branch(self, backend, x, stored, bias):
         if backend == WEIGHT_ONLY:
@@ -312,12 +370,12 @@ class _QuantizedLayer:
         rounded = inside.detach().round() if dtype is None else inside.detach().to(dtype).float()
         return ((inside + (rounded - inside.detach())) * scale).to(rows.dtype)
 
-    def _compute_straight(self, x, packed, bias):
+    def _compute_straight(self, x, packed, bias, added=None):
         is_rounded = self._backend(x, packed, bias) != WEIGHT_ONLY
         turned = self.rotated(x)
         weight = self.packing.shaped(self.packing.scaled(packed, x.dtype))
         out = self._product(self._straight_input(turned) if is_rounded else turned, weight, bias)
-        return self._with_branch(out, x, self.packing.factors(packed))
+        return self._with_branch(out, x, joined(self.packing.factors(packed), added))
 
     def _per_row(self):
         return self.input_scale is None and not self.activation.per_tensor
@@ -401,7 +459,7 @@ def _timed_before(device, kind, backend):
 def quantized_class(layer):
     """Return the class of quantized layer for one of the host's, None where there is none."""
     weight = getattr(layer, "weight", None)
-    if not isinstance(layer, comfy.ops.CastWeightBiasOp) or weight is None or isinstance(layer, _QuantizedLayer):
+    if not isinstance(layer, comfy.ops.CastWeightBiasOp) or weight is None or is_quantized(layer):
         return None
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16) or type(weight.data) is not torch.Tensor:
         return None  # quantized already, by the host
@@ -416,9 +474,14 @@ def class_for(layer):
     return QuantizedConv2d if plain and not isinstance(layer.padding, str) else None
 
 
+def is_quantized(layer):
+    """Tell whether something is a quantized layer."""
+    return isinstance(layer, _QuantizedLayer)
+
+
 def quantized_layers(network):
     """Return {name: layer} of the quantized layers of a network."""
-    return {name: layer for name, layer in network.named_modules() if isinstance(layer, _QuantizedLayer)}
+    return {name: layer for name, layer in network.named_modules() if is_quantized(layer)}
 
 
 @contextlib.contextmanager

@@ -5,10 +5,12 @@ import functools
 import logging
 
 import comfy.hooks
+import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from .quantized_layers import quantized_layers
+from ...iec_core.quantization import MOST_RANK
+from .quantized_layers import is_quantized, quantized_layers
 from .weights import original_weight, patched_shape, with_patches
 
 KEY = "iec_quantize"
@@ -23,10 +25,58 @@ def quantization_of(model):
     return getattr(model.model, "iec_quantization", None)
 
 
+class _PatchesBeside:
+    """A ModelPatcher, but patches on quantized layers go to their branches: LoRAs by their own factors; and what hooks bring
+    stands beside the weights, which stay as they are.
+    """
+
+    def patch_weight_to_device(self, key, *args, **kwargs):
+        """Lay the MODEL's patches on a weight, as the host does."""
+        layer = self._quantized_layer(key)
+        if layer is None:
+            return super().patch_weight_to_device(key, *args, **kwargs)
+        layer.patches = self.patches.get(key)
+        try:
+            return super().patch_weight_to_device(key, *args, **kwargs)
+        finally:
+            layer.patches = None
+
+    def patch_hook_weight_to_device(self, hooks, combined_patches, key, original_weights, memory_counter):
+        """Lay hooks' patches on a weight, as the host does."""
+        layer, patches = self._quantized_layer(key), combined_patches.get(key)
+        if layer is None or not patches:
+            return super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
+        weight = layer.weight
+        layer.hooked = layer.changed_by(
+            patches, lambda: with_patches(patches, key, layer.convert_weight(weight), original_weights), weight
+        )  # fmt: skip
+        self.model.__dict__.setdefault("iec_hooked", []).append(layer)
+
+    def unpatch_hooks(self, whitelist_keys_set=None):
+        """Take hooks' patches off, as the host does."""
+        super().unpatch_hooks(whitelist_keys_set)
+        for layer in self.model.__dict__.pop("iec_hooked", ()):
+            layer.hooked = None
+
+    def _quantized_layer(self, key):
+        """Return the quantized layer whose weight a key is, None where it is another's."""
+        name, _, part = key.rpartition(".")
+        layer = comfy.utils.get_attr(self.model, name) if part == "weight" else None
+        return layer if is_quantized(layer) else None
+
+
+@functools.cache
+def _with_patches_beside(kind):
+    return type(kind.__name__, (_PatchesBeside, kind), {})
+
+
 def mark_quantized(model):
     """Return a MODEL whose network is quantized, with what its patcher, its runs and other nodes need to know of that."""
-    # In the host's faster mode hooks' weights are kept in floating point and copied over the packed ones.
+    if not isinstance(model, _PatchesBeside):
+        model.__class__ = _with_patches_beside(type(model))
+    # In the host's faster mode it would take hooks off of what it has kept no weights for.
     model.set_hook_mode(comfy.hooks.EnumHookMode.MinVram)
+    model.weight_inplace_update = False  # a weight that is changed is a longer one
     model.model_options["transformer_options"][KEY] = quantization_of(model)
     model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _around_loading)
     base = model.model
@@ -60,7 +110,7 @@ def _hand_out(dtype, module, state, prefix, _):
 
 
 def _around_loading(executor, model, *args, **kwargs):
-    """Refuse patches that quantized layers cannot take, while nothing is patched yet, and warn of those that would be lost."""
+    """Refuse patches that quantized layers cannot take, while nothing is patched yet, and warn of those that are lost."""
     check_shapes(model)
     loaded = executor(model, *args, **kwargs)
     with contextlib.suppress(torch.OutOfMemoryError):  # of a sampling run that has room by now, not of a line in the log
@@ -102,8 +152,8 @@ def warn_of_lost_changes(model):
     if share < LEAST_SHARE:
         warnings[key] = warning = (
             f"Of what LoRAs or other patches on this quantized MODEL change, its weights ({quantization_of(model)}) keep a "
-            f"share of {max(share, 0):.2f}, for changes smaller than their steps are rounded away; put the LoRA in front of "
-            "the node that quantizes."
+            f"share of {max(share, 0):.2f}, for of changes of a rank above {MOST_RANK} what is smaller than their steps is "
+            "rounded away; put the LoRA in front of the node that quantizes."
         )
         logging.warning(f"[ComfyUI-IEC] {warning}")
 
@@ -124,8 +174,8 @@ def _patches_key(model):
 
 
 def kept_share(model):
-    """Return what share of the change that the patches on a quantized MODEL make to its weights is left when these are rounded:
-    the projection of the one on the other, over some layers. 1 where there are no patches.
+    """Return what share of the change that the patches on a quantized MODEL make to its weights these take up: the projection
+    of the one on the other, over some layers. 1 where there are no patches.
     """
     layers, patches = quantized_layers(model.model.diffusion_model), _patches(model)
     names = [name for name in layers if f"{PREFIX}{name}.weight" in patches]
@@ -134,8 +184,8 @@ def kept_share(model):
         key, layer = f"{PREFIX}{name}.weight", layers[name]
         packed = original_weight(model, key, layer.weight).to(model.load_device)
         before = layer.convert_weight(packed)
-        wanted = with_patches(patches[key], key, before)
-        left = layer.packing.dequantize(layer.packing.quantize(wanted, like=packed))
-        wanted, left = wanted - before, left - before
+        patched = with_patches(patches[key], key, before)
+        change = layer.changed_by(patches[key], lambda weight=patched: weight, packed)
+        wanted, left = patched - before, layer.convert_weight(layer.with_change(packed, change)) - before
         asked, kept = asked + wanted.square().sum().item(), kept + (wanted * left).sum().item()
     return kept / asked if asked else 1.0

@@ -4,6 +4,7 @@ import pathlib
 
 import pytest
 import torch
+from host.test_quantized_files import pack_module
 
 SMALL = {"steps": 2, "latent_image": {"samples": torch.zeros(2, 3, 16, 16)}}
 CHANGED = [f"middle_block.1.{name}.weight" for name in ("proj_in", "proj_out", "transformer_blocks.0.ff.net.2")]
@@ -22,7 +23,13 @@ def quantize(host, model):
     return run
 
 
-# LoRAs
+# Changes that no branch can take
+
+
+@pytest.fixture
+def no_branch(monkeypatch):
+    """As if changes of these sizes were of too high a rank for the branch."""
+    monkeypatch.setattr(pack_module(".iec_core.quantization").Packing, "most_rank", 0)
 
 
 def changes(model, size):
@@ -39,21 +46,18 @@ def with_lora(source, model, size=0.01):
     return clone
 
 
-def on_grid(weight, limit):
-    """A weight rounded by the definition of the format, in float64; one scale for each output channel."""
-    rows = weight.double().flatten(1)
-    scale = rows.abs().amax(1, keepdim=True) / limit
-    return (rows / scale).round() * scale
-
-
 def kept(model, size, limit):
-    """What is left of the changes, projected on them, when a rounded weight takes them up and is rounded again."""
+    """What is left of the changes, projected on them, when a rounded weight takes them up and is rounded again over the same
+    scales, one for each output channel; by the definition of the format, in float64.
+    """
     asked = left = 0
     for name, change in changes(model, size).items():
-        before = on_grid(model.model.get_parameter(f"diffusion_model.{name}"), limit)
-        change = change.double().flatten(1)
+        rows = model.model.get_parameter(f"diffusion_model.{name}").double().flatten(1)
+        scale, change = rows.abs().amax(1, keepdim=True) / limit, change.double().flatten(1)
+        before = (rows / scale).round() * scale
+        after = ((before + change) / scale).round().clamp(-limit, limit) * scale
         asked += change.square().sum()
-        left += (change * (on_grid(before + change, limit) - before)).sum()
+        left += (change * (after - before)).sum()
     return (left / asked).item()
 
 
@@ -68,7 +72,7 @@ def warnings(caplog):
         ({"weight_bits": "8"}, "W8A16", 127, 0.001),
     ],
 )  # fmt: skip
-def test_a_lora_that_is_rounded_away_is_warned_of_once(quantize, model, sample, caplog, settings, name, limit, size):
+def test_a_lora_that_is_rounded_away_is_warned_of_once(no_branch, quantize, model, sample, caplog, settings, name, limit, size):
     patched = with_lora(quantize(**settings), model, size)
     sample(patched, **SMALL)
     sample(patched, **SMALL)
@@ -81,11 +85,12 @@ def test_a_lora_that_arrives_is_no_warning(quantize, model, sample, caplog):
     assert kept(model, 0.01, 127) > 0.9
     sample(with_lora(quantize(), model), **SMALL)
     sample(quantize(with_lora(model, model), weight_bits="4"), **SMALL)  # in front
+    sample(with_lora(quantize(weight_bits="4"), model), **SMALL)  # goes to the branch
     sample(quantize(weight_bits="4"), **SMALL)
     assert warnings(caplog) == []
 
 
-def test_another_lora_is_warned_of_anew(quantize, model, sample, caplog):
+def test_another_lora_is_warned_of_anew(no_branch, quantize, model, sample, caplog):
     quantized = quantize(weight_bits="fp8")
     for size in (0.01, 0.02):
         sample(with_lora(quantized, model, size), **SMALL)
@@ -94,7 +99,7 @@ def test_another_lora_is_warned_of_anew(quantize, model, sample, caplog):
 
 
 @pytest.mark.parametrize("settings", [{}, {"correction_steps": "auto"}, {"sampler_name": "dpm_adaptive"}])
-def test_the_report_of_each_run_with_it_says_so_too(quantize, model, sample, caplog, settings):
+def test_the_report_of_each_run_with_it_says_so_too(no_branch, quantize, model, sample, caplog, settings):
     """And that of a run without it does not, though both have the same network. By dpm_adaptive no step is known."""
     quantized, found = quantize(weight_bits="4"), []
     patched = with_lora(quantized, model)
@@ -106,7 +111,7 @@ def test_the_report_of_each_run_with_it_says_so_too(quantize, model, sample, cap
     assert found[0].as_dict()["warnings"] == found[0].warnings
 
 
-def test_so_does_that_of_apply_iec_and_of_the_wrapped_sampler(host, quantize, model, conditioning):
+def test_so_does_that_of_apply_iec_and_of_the_wrapped_sampler(no_branch, host, quantize, model, conditioning):
     patched = with_lora(quantize(weight_bits="4"), model)
     settings = {"correction_steps": "none", "lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0}
     sampler = host.run("KSamplerSelect", sampler_name="euler")[0]
@@ -123,7 +128,7 @@ def test_so_does_that_of_apply_iec_and_of_the_wrapped_sampler(host, quantize, mo
         assert "(W4A16) keep a share of 0." in said
 
 
-def test_a_run_without_the_lora_of_another_runs_conditioning_does_not_say_it(host, quantize, model, conditioning):
+def test_a_run_without_the_lora_of_another_runs_conditioning_does_not_say_it(no_branch, host, quantize, model, conditioning):
     """Its patches are on the MODEL only as long as that run goes on."""
     import comfy.hooks
 
@@ -139,7 +144,7 @@ def test_a_run_without_the_lora_of_another_runs_conditioning_does_not_say_it(hos
     assert ["keep a share of 0." in " ".join(run.warnings) for run in found] == [False, True, False, True]
 
 
-def test_saving_warns_too(host, quantize, model, caplog, tmp_path, monkeypatch):
+def test_saving_warns_too(no_branch, host, quantize, model, caplog, tmp_path, monkeypatch):
     import folder_paths
 
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", ([str(tmp_path)], {".safetensors"}))

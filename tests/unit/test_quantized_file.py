@@ -42,6 +42,11 @@ CALIBRATED = {  # of version 2
     "d.int8": ((6, 20), WeightFormat("int8", calibrated=True)),
 }
 ALL = LAYERS | CALIBRATED
+CHANGED = {  # of version 3
+    "e.int4_branch": ((6, 20), WeightFormat("int4", 4, rank=3)),
+    "e.fp8_branch": ((6, 20), WeightFormat("fp8", rank=2)),
+}
+EVERY = ALL | CHANGED
 HOSTS = {"a.int8", "a.int8_search", "a.int8_rotated", "c.fp8"}
 ABOUT = {
     "name": "W8A8, rotated", "activation": {"bits": 8, "per_tensor": False}, "dtype": "bfloat16", "network": "Net",
@@ -54,17 +59,15 @@ def normal(*shape, seed=0):
 
 
 def weight_of(name):
-    return normal(*ALL[name][0], seed=len(name))
+    return normal(*EVERY[name][0], seed=len(name))
 
 
 def packed_of(name):
-    packing = Packing(*ALL[name])
-    if not packing.format.calibrated:
-        return packing.quantize(weight_of(name))
+    packing = Packing(*EVERY[name])
     rank, factors = packing.format.rank, None
     if rank:
         factors = normal(packing.rows, rank), normal(rank, packing.inputs)
-    return packing.packed_rows(*quantize_rows(packing.matrix(weight_of(name)), packing.format), factors)
+    return packing.packed_rows(*quantize_rows(packing.rotated(packing.matrix(weight_of(name))), packing.format), factors)
 
 
 PLAIN = {
@@ -77,7 +80,7 @@ PLAIN = {
 def save(path, names=tuple(LAYERS), plain=None, **about):
     """Write a file of layers of LAYERS and PLAIN tensors."""
     plain, about = PLAIN if plain is None else plain, {**ABOUT, "fingerprint": normal(40, seed=9), **about}
-    layers = {name: LayerFile(*ALL[name]) for name in names}
+    layers = {name: LayerFile(*EVERY[name]) for name in names}
     tensors = dict(plain)
     for name, layer in layers.items():
         tensors |= layer_tensors(name, layer, packed_of(name), about["activation"]["bits"])
@@ -217,6 +220,17 @@ def test_calibrated_layers_come_back_from_a_file_of_version_2(path):
     with QuantizedFile(path) as file:
         for name in ALL:
             assert file.layers[name] == LayerFile(*ALL[name]) and torch.equal(file.packed(name), packed_of(name)), name
+
+
+def test_layers_that_were_changed_afterwards_come_back_from_a_file_of_version_3(path):
+    save(path, names=tuple(EVERY))
+    with safetensors.safe_open(path, "pt") as file:
+        about, hosts = (json.loads(file.metadata()[key]) for key in ("iec.quantized", "_quantization_metadata"))
+    assert about["version"] == 3
+    assert [hosts["layers"][name]["format"] for name in CHANGED] == ["iec_int4", "iec_fp8"]  # which no host takes for its own
+    with QuantizedFile(path) as file:
+        for name in EVERY:
+            assert file.layers[name] == LayerFile(*EVERY[name]) and torch.equal(file.packed(name), packed_of(name)), name
 
 
 def test_a_file_without_calibrated_layers_is_one_that_older_packs_read(path):
@@ -459,7 +473,7 @@ CHANGES = {
         lambda header, metadata, *_: metadata.update(more=1), "^its header is damaged .the metadata are no table of texts"
     ),
     "another version": (
-        about_change(lambda about: about.update(version=3)), "^it is of version 3, and only versions 1 and 2 can be read"
+        about_change(lambda about: about.update(version=4)), "^it is of version 4, and only versions 1 to 3 can be read"
     ),
     "a version that is true": (about_change(lambda about: about.update(version=True)), "^it is of version True"),
     "a version that is text": (about_change(lambda about: about.update(version="1")), "^it is of version '1'"),

@@ -1,0 +1,381 @@
+"""LoRAs and other patches behind a quantized MODEL: they stand beside its weights, none of them is rounded."""
+
+import copy
+import json
+
+import pytest
+import torch
+from host.test_quantized_files import pack_module
+
+LINEAR, WINDOWS = "middle_block.1.transformer_blocks.0.attn1.to_q", "middle_block.0.in_layers.2"
+LAYERS = LINEAR, WINDOWS, "middle_block.1.proj_in", "middle_block.1.transformer_blocks.0.ff.net.2"
+FORMATS = {
+    "W4A16": {"weight_bits": "4", "activation_bits": "16"},
+    "W4A8, rotated": {"weight_bits": "4", "activation_bits": "8", "rotate": True},
+    "W4A16, groups": {"weight_bits": "4", "activation_bits": "16", "group_size": "32"},
+    "fp8": {"weight_bits": "fp8", "activation_bits": "8"},
+    "W8A8": {"weight_bits": "8", "activation_bits": "8"},
+}
+CPU = torch.device("cpu")
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def quantize(host, model):
+    def run(name="W4A16", source=None):
+        settings = {"keep_sensitive_layers": True, **FORMATS[name]}
+        return host.run("IECQuantizeModel", model=source or model, **settings)[0]
+
+    return run
+
+
+@pytest.fixture
+def lora(model):
+    """lora(size): a LoRA of rank 4 on four layers, each change of so many parts of its weight's norm."""
+
+    def make(size=0.01, seed=0):
+        found = {}
+        for number, name in enumerate(LAYERS):
+            weight = model.model.get_parameter(f"diffusion_model.{name}.weight")
+            out, into = noise(len(weight), 4, seed=seed + number), noise(4, *weight.shape[1:], seed=seed + number + 10)
+            out = out * (size * weight.norm() / (out @ into.flatten(1)).norm())
+            key = f"diffusion_model.{name}"
+            out = out[..., None, None] if weight.ndim == 4 else out
+            found |= {f"{key}.lora_up.weight": 2 * out, f"{key}.lora_down.weight": into, f"{key}.alpha": torch.tensor(2.0)}
+        return found
+
+    return make
+
+
+def change_of(lora, name):
+    """What a LoRA adds to a weight, by its definition, in float64."""
+    out, into, alpha = (lora[f"diffusion_model.{name}.{part}"] for part in ("lora_up.weight", "lora_down.weight", "alpha"))
+    product = out.double().flatten(1) @ into.double().flatten(1)
+    return product.view(len(out), *into.shape[1:]) * alpha.item() / len(into)
+
+
+def with_lora(source, lora, strength=1.0):
+    import comfy.sd
+
+    return comfy.sd.load_lora_for_models(source, None, lora, strength, 0.0)[0]
+
+
+def layer_of(model, name):
+    return model.model.get_submodule(f"diffusion_model.{name}")
+
+
+def put_in(layer):
+    """Inputs of a layer."""
+    shape = layer.packing.shape
+    return noise(*((2, 16, shape[1]) if len(shape) == 2 else (2, shape[1], 6, 6)), seed=3)
+
+
+def outputs(model):
+    return {name: layer_of(model, name)(put_in(layer_of(model, name))) for name in LAYERS}
+
+
+def loaded(model):
+    model.load(CPU, full_load=True)
+    try:
+        return outputs(model)
+    finally:
+        model.detach()
+
+
+def offloaded(model):
+    model.load(CPU, lowvram_model_memory=1)
+    try:
+        assert all(len(layer_of(model, name).weight_function) in (0, 1) for name in LAYERS)
+        first = outputs(model)
+        again = outputs(model)
+        assert all(torch.equal(first[name], again[name]) for name in LAYERS)
+        return first
+    finally:
+        model.detach()
+
+
+def added(layer, change):
+    """What a change of a layer's weight adds to what comes out, in float64."""
+    x = put_in(layer).double()
+    if change.ndim == 2:
+        return x @ change.t()
+    return torch.nn.functional.conv2d(x, change, None, layer.stride, layer.padding)
+
+
+def check_kept(before, after, model, lora, strength=1.0):
+    """Check that all of a LoRA came out, and nothing else."""
+    for name in LAYERS:
+        wanted = strength * added(layer_of(model, name), change_of(lora, name))
+        left = after[name].double() - before[name].double()
+        share = (wanted * left).sum() / wanted.square().sum()
+        assert 0.998 < share < 1.002, (name, share)
+        assert (left - wanted).norm() < 3e-3 * wanted.norm() + 1e-6 * before[name].norm(), name
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("size", [0.002, 0.05])
+@pytest.mark.parametrize("name", FORMATS)
+def test_all_of_a_lora_behind_arrives(quantize, lora, name, size):
+    """Where the model is loaded, and the same to the bit where it is offloaded."""
+    base, patches = quantize(name), lora(size)
+    patched, packed = with_lora(base, patches, 0.7), {name: layer_of(base, name).weight.clone() for name in LAYERS}
+    before, after = loaded(base), loaded(patched)
+    check_kept(before, after, base, patches, 0.7)
+    again = offloaded(patched)
+    assert all(torch.equal(after[name], again[name]) for name in LAYERS)
+    assert all(torch.equal(layer_of(base, name).weight, packed[name]) for name in LAYERS)
+    assert all(torch.equal(*pair) for pair in zip(loaded(base).values(), before.values()))
+
+
+def test_integers_and_scales_of_a_patched_weight_stay_as_they_are(quantize, lora):
+    base = quantize()
+    before = {name: layer_of(base, name).packing.stored(layer_of(base, name).weight.clone()) for name in LAYERS}
+    patched = with_lora(with_lora(base, lora()), lora(seed=40))
+    patched.load(CPU, full_load=True)
+    try:
+        for name in LAYERS:
+            layer = layer_of(patched, name)
+            assert all(torch.equal(*pair) for pair in zip(layer.packing.stored(layer.weight), before[name]))
+            assert layer.packing.rank(layer.weight) == 8 and layer.packing.factors(layer.weight)[0].dtype == torch.float16
+    finally:
+        patched.detach()
+
+
+def test_what_an_offloaded_layer_is_patched_with_is_found_out_once(quantize, lora, monkeypatch):
+    module, calls = pack_module(".nodes.host.quantized_layers"), []
+    factors = module.lora_factors
+    monkeypatch.setattr(module, "lora_factors", lambda *given: calls.append(1) or factors(*given))
+    base = quantize()
+    for strength in (1.0, 0.5):  # other patches, other factors
+        patched, calls[:] = with_lora(base, lora(), strength), []
+        check_kept(loaded(base), offloaded(patched), base, lora(), strength)
+        assert len(calls) == len(LAYERS)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    import folder_paths
+
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", ([str(tmp_path)], {".safetensors"}))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["W4A16", "fp8"])
+def test_a_file_has_all_of_a_lora_behind(host, sample, quantize, lora, folder, name):
+    """To the bit; what is loaded again takes another one."""
+    patched = with_lora(quantize(name), lora())
+    expected = sample(patched)
+    host.run("IECSaveQuantizedModel", model=patched, name="q")
+    (path,) = folder.iterdir()
+    size = int.from_bytes(path.read_bytes()[:8], "little")
+    about = json.loads(json.loads(path.read_bytes()[8 : 8 + size])["__metadata__"]["iec.quantized"])
+    assert about["version"] == 3
+    assert {key for key, layer in about["layers"].items() if layer["format"]["rank"] == 4} == set(LAYERS)
+    again = host.run("IECLoadQuantizedModel", model_name=path.name)[0]
+    assert torch.equal(sample(again), expected)
+    before = loaded(again)
+    check_kept(before, loaded(with_lora(again, lora(seed=60))), again, lora(seed=60))
+
+
+def hooked(lora, *conditionings, strength=1.0):
+    """Conditionings with the same LoRA of hooks, which are evaluated at once."""
+    import comfy.hooks
+
+    hooks = comfy.hooks.create_hook_lora(lora, strength, 0.0)
+    return [comfy.hooks.set_hooks_for_conditioning(conditioning, hooks) for conditioning in conditionings]
+
+
+@pytest.mark.parametrize("name", ["W4A8, rotated", "fp8"])
+def test_a_lora_of_hooks_is_as_one_behind(sample, quantize, lora, conditioning, name):
+    base, patches = quantize(name), lora(0.05)
+    plain, packed = sample(base), {name: layer_of(base, name).weight.clone() for name in LAYERS}
+    both = dict(zip(("positive", "negative"), hooked(patches, *conditioning)))
+    expected = sample(with_lora(base, patches))
+    assert torch.equal(sample(base, **both), expected) and not torch.equal(expected, plain)
+    assert all(layer_of(base, name).hooked is None for name in LAYERS)
+    assert all(torch.equal(layer_of(base, name).weight, packed[name]) for name in LAYERS)
+    assert torch.equal(sample(base), plain)
+
+
+def test_hooks_of_one_conditioning_alone_beside_a_lora_behind(sample, model, quantize, lora, conditioning, relative):
+    """As the host has it of the same MODEL in full precision, with the weights that the quantized ones stand for."""
+    base = quantize()
+    layers = {name: layer for name, layer in base.model.diffusion_model.named_modules() if hasattr(layer, "packing")}
+    values = {
+        f"diffusion_model.{name}.weight": ("set", (layer.convert_weight(layer.weight),)) for name, layer in layers.items()
+    }
+    reference = model.clone()
+    assert len(reference.add_patches(values)) == len(values)
+    given = {"positive": hooked(lora(0.1), conditioning[0], strength=0.6)[0]}
+    of_both = [sample(with_lora(source, lora(0.05, seed=40)), **given) for source in (base, reference)]
+    without = sample(with_lora(reference, lora(0.05, seed=40)))
+    assert relative(of_both[0], of_both[1]) < 0.01 * relative(without, of_both[1])
+
+
+def test_hooks_on_an_offloaded_layer(quantize, lora):
+    """On one that has patches, and on one that has none."""
+    base, one, other = quantize(), lora(), lora(seed=40)
+    layer, key = layer_of(base, LINEAR), f"diffusion_model.{LINEAR}.weight"
+    by_hooks = with_lora(base, other).patches
+    before = loaded(base)
+    for source in (base, with_lora(base, one)):
+        source.load(CPU, lowvram_model_memory=1)
+        source.patch_hook_weight_to_device(None, by_hooks, key, None, None)
+        found = layer(put_in(layer)).double()
+        source.unpatch_hooks()
+        wanted = change_of(other, LINEAR) + (change_of(one, LINEAR) if source is not base else 0)
+        assert ((found - before[LINEAR]) - added(layer, wanted)).norm() < 3e-3 * added(layer, wanted).norm()
+        again = layer(put_in(layer)).double() - before[LINEAR]
+        expected = added(layer, change_of(one, LINEAR)) if source is not base else torch.zeros(())
+        assert (again - expected).norm() <= 3e-3 * expected.norm()
+        source.detach()
+
+
+def test_a_run_of_hooks_that_fails_leaves_nothing_on_the_layers(sample, quantize, lora, conditioning, monkeypatch):
+    base = quantize()
+    plain = sample(base)
+    layer = layer_of(base, "middle_block.1.transformer_blocks.0.ff.net.2")
+
+    def fail(*_):
+        assert layer.hooked is not None
+        raise RuntimeError("interrupted")
+
+    handle = layer.register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(RuntimeError, match="interrupted"):
+            sample(base, positive=hooked(lora(), conditioning[0])[0])
+    finally:
+        handle.remove()
+    assert all(layer_of(base, name).hooked is None for name in LAYERS) and torch.equal(sample(base), plain)
+
+
+def patched_outputs(base, patches):
+    """What layers put out with patches, {name: [a patch as the host has it]}, loaded; the same offloaded."""
+    patched = base.clone()
+    for name, found in patches.items():
+        patched.patches[f"diffusion_model.{name}.weight"] = found
+    expected = loaded(patched)
+    again = offloaded(patched)
+    assert all(torch.equal(expected[name], again[name]) for name in LAYERS)
+    return expected
+
+
+def patch(out, into, strength=1.0, alpha=None, magnitudes=None, of_weight=1.0, part=None, function=None):
+    """A patch of a LoRA as the host has it."""
+    import comfy.weight_adapter
+
+    return (
+        strength,
+        comfy.weight_adapter.LoRAAdapter(set(), (out, into, alpha, None, magnitudes, None)),
+        of_weight,
+        part,
+        function,
+    )
+
+
+OUT, INTO = noise(128, 3) / 9, noise(3, 128, seed=1) / 9
+KINDS = {
+    "a LoRA": lambda: patch(OUT, INTO, 0.6, 1.5),
+    "of no alpha": lambda: patch(OUT, INTO, 0.6),
+    "of some rows": lambda: patch(OUT[:32], INTO, -2.0, 2.0, part=(0, 64, 32)),
+    "of some inputs": lambda: patch(OUT, INTO[:, :32], -2.0, 2.0, part=(1, 64, 32)),
+    "of magnitudes": lambda: patch(OUT, INTO, 1.0, 3.0, noise(128, 1, seed=2).abs() + 1),
+    "with a smaller weight": lambda: patch(OUT, INTO, of_weight=0.9),
+    "with a function": lambda: patch(OUT, INTO, function=lambda change: change / 2),
+    "a difference": lambda: (0.5, ("diff", (noise(128, 128) / 90,)), 1.0, None, None),
+    "another weight": lambda: (1.0, ("set", (noise(128, 128) / 9,)), 1.0, None, None),
+}
+OF_FACTORS = {"a LoRA", "of no alpha", "of some rows"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_patch_is_as_the_host_calculates_it(quantize, kind):
+    """Alone and beside a LoRA."""
+    import comfy.lora
+
+    base = quantize()
+    layer = layer_of(base, LINEAR)
+    assert layer.packing.shape == (128, 128)
+    weight, before = layer.convert_weight(layer.weight).double(), loaded(base)[LINEAR].double()
+    for patches in ([KINDS[kind]()], [KINDS["a LoRA"](), KINDS[kind]()]):
+        wanted = comfy.lora.calculate_weight(patches, weight.clone(), "key", intermediate_dtype=torch.float64) - weight
+        found = patched_outputs(base, {LINEAR: patches})[LINEAR].double() - before
+        expected = put_in(layer).double() @ wanted.t()
+        assert (found - expected).norm() < 3e-3 * expected.norm()
+        factors = pack_module(".nodes.host.weights").lora_factors(patches, (128, 128))
+        assert (factors is None) == (kind not in OF_FACTORS)
+        if factors:
+            torch.testing.assert_close((factors[0] @ factors[1]).double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_lora_that_does_not_fit_the_weight_is_left_to_the_host(quantize, caplog):
+    """Which logs it, and goes on without it."""
+    base = quantize()
+    found, before = patched_outputs(base, {LINEAR: [patch(OUT[:64], INTO)]}), loaded(base)
+    assert torch.equal(found[LINEAR], before[LINEAR]) and "ERROR lora" in caplog.text
+
+
+def test_a_higher_rank_than_the_branch_takes_is_as_near_as_it_can_be(quantize, monkeypatch):
+    monkeypatch.setattr(pack_module(".iec_core.quantization").Packing, "most_rank", 6)
+    base = quantize()
+    layer, before = layer_of(base, LINEAR), loaded(base)[LINEAR].double()
+    large, small = (OUT / 50, INTO), (noise(128, 5, seed=5) / 45000, noise(5, 128, seed=6) / 9)
+    patches = [patch(*large), patch(*small)]
+    change = (large[0] @ large[1] + small[0] @ small[1]).double()
+    found = patched_outputs(base, {LINEAR: patches})[LINEAR].double() - before
+    expected = put_in(layer).double() @ change.t()
+    assert (found - expected).norm() < 0.02 * expected.norm()  # but for two directions of eight, of a hundredth
+
+
+def test_what_another_pack_lays_on_weights_is_computed_with_unrounded(quantize, lora):
+    """ComfyUI's weight wrappers, beside a LoRA, of hooks too."""
+    base, key = quantize(), f"diffusion_model.{LINEAR}.weight"
+    patched = with_lora(base, lora())
+    layer = layer_of(base, LINEAR)
+    weight = layer.convert_weight(layer.weight).double() + change_of(lora(), LINEAR)
+    patched.add_weight_wrapper(key, lambda weight: weight * 1.001 + 1e-4)
+    for how, other in (({"full_load": True}, None), ({"lowvram_model_memory": 1}, lora(seed=40))):
+        patched.load(CPU, **how)
+        if other:
+            patched.patch_hook_weight_to_device(None, with_lora(base, other).patches, key, None, None)
+        found = layer(put_in(layer))
+        patched.unpatch_hooks()
+        patched.detach()
+        wanted = (weight + (change_of(other, LINEAR) if other else 0)) * 1.001 + 1e-4
+        expected = put_in(layer).double() @ wanted.t() + (0 if layer.bias is None else layer.bias.double())
+        assert (found.double() - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_a_copy_of_a_patched_layer_has_none_of_what_lies_on_it(quantize, lora):
+    base = quantize()
+    patched, layer = with_lora(base, lora()), layer_of(base, LINEAR)
+    patched.load(CPU, lowvram_model_memory=1)
+    patched.patch_hook_weight_to_device(None, patched.patches, f"diffusion_model.{LINEAR}.weight", None, None)
+    layer(put_in(layer))
+    twin = copy.deepcopy(layer)
+    assert layer.hooked is not None and layer._laid_on is not None
+    assert twin.hooked is None and twin._laid_on is None
+    patched.unpatch_hooks()
+    patched.detach()
+    assert layer._laid_on is None  # what has been offloaded lets go of it
+
+
+def test_a_source_that_patches_in_place(model, quantize, lora, sample):
+    source = model.clone()
+    source.weight_inplace_update = True
+    base = quantize(source=source)
+    plain = sample(base)
+    assert torch.equal(sample(with_lora(base, lora())), sample(with_lora(quantize(), lora())))
+    assert torch.equal(sample(base), plain)
+
+
+def test_clones_keep_the_class_and_are_of_the_hosts(quantize):
+    import comfy.model_patcher
+
+    base = quantize()
+    kind = type(base)
+    assert kind is type(base.clone()) is type(quantize("fp8")) and kind.__name__ == "ModelPatcher"
+    assert isinstance(base, comfy.model_patcher.ModelPatcher) and base.is_clone(base.clone())
