@@ -27,7 +27,8 @@ class IECQuantizeModel(CheckedNode):
             display_name="Quantize Model (IEC)",
             category="advanced/model/IEC",
             description="Makes a model with quantized Linear and Conv2d layers, which takes less memory and computes in "
-            "integers. LoRAs go in front of it: of what is changed afterwards, small changes are rounded away.",
+            "integers. LoRAs in front of it cost nothing; behind it they stand beside the weights, at the price of their own "
+            "products.",
             search_aliases=ALIASES,
             inputs=[
                 io.Model.Input("model", tooltip="The model to quantize; it stays as it is."),

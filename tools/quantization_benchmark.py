@@ -117,14 +117,19 @@ def weights(nodes, counts, seeds, architecture, names, runs=2):
         *(f"error, PSNR in dB, Fréchet distance, {steps} steps" for steps in counts),
     )  # fmt: skip
     for name in names:
-        weight_bits, activation_bits, how = ROUNDINGS[name]
-        bits = {"weight_bits": weight_bits, "activation_bits": activation_bits, "keep_sensitive_layers": True}
-        node, inputs = ("IECCalibrateWeights", {**of_runs, "rank": how}) if isinstance(how, str) else ("IECQuantizeModel", how)
         begin = time.perf_counter()
-        model = nodes[node].execute(model=full, **bits, **inputs).result[0]
+        model = rounded(nodes, full, name, of_runs)
         seconds, share = time.perf_counter() - begin, size_of(model) / (size_of(full) / 2)
         kept = ["{:.4f}, {:.1f}, {:.3f}".format(*quality.of(model)) for quality in qualities]
         benchmark.row(name, share, f"{seconds:.0f}", *kept)
+
+
+def rounded(nodes, full, name, of_runs):
+    """Return the MODEL with weights rounded in one of the ROUNDINGS. of_runs: inputs of a calibrating node."""
+    weight_bits, activation_bits, how = ROUNDINGS[name]
+    bits = {"weight_bits": weight_bits, "activation_bits": activation_bits, "keep_sensitive_layers": True}
+    node, inputs = ("IECCalibrateWeights", {**of_runs, "rank": how}) if isinstance(how, str) else ("IECQuantizeModel", how)
+    return nodes[node].execute(model=full, **bits, **inputs).result[0]
 
 
 def size_of(model):

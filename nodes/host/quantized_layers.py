@@ -294,8 +294,11 @@ class _QuantizedLayer:
         return _fastest(times, rule), bool(times)
 
     def _ways(self, backend, x, packed, bias):
-        """Return {name: function} of the ways to compute the layer: unquantized, by its dequantized weight, by a backend."""
-        stored = self._viewed(packed)
+        """Return {name: function} of the ways to compute the layer: unquantized, by its dequantized weight, by a backend. What
+        patches have added to its branch is left out: it takes as long in any way.
+        """
+        stored, rank = self._viewed(packed), self.packing.format.rank
+        stored = stored._replace(factors=(stored.factors[0][:, :rank], stored.factors[1][:rank]) if rank else None)
         full = functools.cache(lambda: self._dequantized(stored, x.dtype))
         return {
             FULL: lambda: self._product(x, full(), bias),
