@@ -36,13 +36,20 @@ def test_euler_is_corrected_ahead_at_no_cost(sample, model, name, point):
     assert reports[0].as_dict()["choice"] == reports[0].choice
 
 
+def of_one_formula(model):
+    """A clone of the MODEL whose denoised prediction is that of a formula, for what does not depend on the network."""
+    model = model.clone()
+    model.set_model_unet_function_wrapper(lambda apply_model, given: (given["input"] + 0.2).sin() / 2)
+    return model
+
+
 @pytest.mark.filterwarnings("ignore:Should have t")
 def test_every_other_sampler_is_the_stock_sampler(host, sample, model, conditioning):
     """Those too that are refused with any other text: dpm_adaptive, and those with cfg_pp."""
     import comfy.samplers
 
     names = [name for name in comfy.samplers.KSampler.SAMPLERS if name not in (*CORRECTED, "ar_video")]
-    latent = {"samples": torch.zeros(1, 3, 16, 16)}
+    latent, model = {"samples": torch.zeros(1, 3, 8, 8)}, of_one_formula(model)
     for name in names:
         reports = []
         auto = sample(model, reports, sampler_name=name, steps=3, scheduler="karras", cfg=1.0, latent_image=latent, **AUTO)
@@ -142,13 +149,13 @@ def test_no_default_hurts(host, as_added, model, variant, scheduler):
     """Images of another seed than the ones by which the choices were made; behind a cache, where it is less by which they
     are better, of the model's own size.
     """
-    size = 32 if variant == "DeepCache 3" else 16
+    size = 32 if variant == "DeepCache 3" else 8
     if variant == "W8A8":
         bits = {"weight_bits": "8", "activation_bits": "8", "keep_sensitive_layers": True}
         model = host.run("IECQuantizeModel", model=model, **bits)[0]
     if variant == "DeepCache 3":
         model = host.run("IECDeepCache", model=model, interval=3, branch=0)[0]
-    for steps, most in ((10, 0.9), (20, 0.85)):
+    for steps, most in ((10, 0.9), (20, 0.85)) if size == 32 else ((10, 0.6), (20, 0.5)):
         stock, auto = as_added(model, scheduler, steps, size)
         assert auto <= most * stock, steps
 

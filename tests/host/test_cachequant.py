@@ -12,10 +12,16 @@ SAMPLING = {"seed": 11, "steps": STEPS, "cfg": 2.0, "sampler_name": "euler", "sc
 
 
 @pytest.fixture
+def empty_latent():
+    """A quarter of the model's own size, which is enough for what is tested here."""
+    return {"samples": torch.zeros(2, 3, 8, 8)}
+
+
+@pytest.fixture
 def calibrate(host, model, conditioning):
     def run(source=None, **settings):
         inputs = {
-            "positive": conditioning[0], "negative": conditioning[1], "latent_image": {"samples": torch.zeros(2, 3, 16, 16)},
+            "positive": conditioning[0], "negative": conditioning[1], "latent_image": {"samples": torch.zeros(2, 3, 8, 8)},
             **SAMPLING, "runs": 1, "interval": INTERVAL, "branch": 0, "forecast": "hold", **settings,
         }  # fmt: skip
         return host.run("IECCalibrateCacheQuant", model=source or model, **inputs)[0]
@@ -45,7 +51,7 @@ def features(host, conditioning):
 
         model = model.clone()
         model.set_model_output_block_patch(see)
-        latent = {"samples": torch.zeros(2, 3, 16, 16)}
+        latent = {"samples": torch.zeros(2, 3, 8, 8)}
         for number in range(runs):
             host.common_ksampler(model, 11 + number, STEPS, 2.0, "euler", "normal", *conditioning, latent)
         return [[seen[number * STEPS + step] for step in range(STEPS)] for number in range(runs)]
@@ -111,8 +117,9 @@ def test_corrections_are_fitted_to_another_schedule(host, calibrate, features, m
 @pytest.mark.parametrize("forecast", ["hold", "linear"])
 def test_calibrated_is_nearer_to_full_precision(host, calibrate, sample, model, relative, forecast):
     """At the same number of full steps, on noise that the calibration has not seen."""
-    settings = {"steps": STEPS, "scheduler": "normal", "latent_image": {"samples": torch.zeros(2, 3, 16, 16)}, "seed": 5}
-    profile = calibrate(runs=2, forecast=forecast)
+    latent = {"samples": torch.zeros(2, 3, 16, 16)}
+    settings = {"steps": STEPS, "scheduler": "normal", "latent_image": latent, "seed": 5}
+    profile = calibrate(runs=2, forecast=forecast, latent_image=latent)
     exact = sample(model, **settings)
     calibrated = sample(host.run("IECCacheQuant", model=model, profile=profile)[0], **settings)
     uniform = sample(host.run("IECDeepCache", model=model, interval=INTERVAL, branch=0, forecast="hold")[0], **settings)
@@ -190,7 +197,7 @@ def test_a_quantized_model_is_calibrated_with_what_it_was_made_from(host, calibr
 def test_consumer_of_a_quantized_model_is_mapped_too(host, calibrate, sample, model, quantized):
     profile = calibrate(quantized, full_precision=model, correct_consumer=True)
     assert profile.consumer.shape[0] == STEPS and profile.consumer.shape[2] == 2
-    settings = {"steps": STEPS, "scheduler": "normal", "latent_image": {"samples": torch.zeros(2, 3, 16, 16)}}
+    settings = {"steps": STEPS, "scheduler": "normal", "latent_image": {"samples": torch.zeros(2, 3, 8, 8)}}
     ours = sample(host.run("IECCacheQuant", model=quantized, profile=profile)[0], **settings)
     profile.consumer[:, :, 0], profile.consumer[:, :, 1] = 1.0, 0.0
     untouched = sample(host.run("IECCacheQuant", model=quantized, profile=profile)[0], **settings)
@@ -215,7 +222,7 @@ def test_progress_counts_the_steps_of_all_runs(calibrate, model, quantized, cond
 @pytest.mark.parametrize("correction_pass", ["refresh", "keep", "reuse"])
 def test_corrections_run_on_a_calibrated_cache(host, calibrate, sample, model, correction_pass):
     model = host.run("IECCacheQuant", model=model, profile=calibrate(), correction_pass=correction_pass)[0]
-    settings = {"steps": STEPS, "scheduler": "normal", "latent_image": {"samples": torch.zeros(2, 3, 16, 16)}}
+    settings = {"steps": STEPS, "scheduler": "normal", "latent_image": {"samples": torch.zeros(2, 3, 8, 8)}}
     corrected, plain = (sample(model, correction_steps=steps, **settings) for steps in ("all", "none"))
     assert corrected.isfinite().all() and not torch.equal(corrected, plain)
 
@@ -239,7 +246,7 @@ def test_a_lora_does_not_make_it_another_model(host, calibrate, sample, model):
     name = "diffusion_model.input_blocks.0.0.weight"
     weight = model.model.diffusion_model.input_blocks[0][0].weight
     patched.add_patches({name: ("diff", (torch.full_like(weight, 0.5),))})
-    settings = {"steps": STEPS, "scheduler": "normal", "latent_image": {"samples": torch.zeros(2, 3, 16, 16)}}
+    settings = {"steps": STEPS, "scheduler": "normal", "latent_image": {"samples": torch.zeros(2, 3, 8, 8)}}
     cached = host.run("IECCacheQuant", model=patched, profile=profile)[0]
     one = sample(cached, **settings)
     again = host.run("IECCacheQuant", model=patched, profile=profile)[0]  # now that the host has patched the weight in place
@@ -270,7 +277,7 @@ def test_maps_are_used_whatever_else_is_evaluated(host, calibrate, model, sample
 
     cached = host.run("IECCacheQuant", model=model, profile=profile)[0]
     cached.set_model_output_block_patch(see)
-    latent = {"samples": torch.zeros(2, 3, 16, 16)}
+    latent = {"samples": torch.zeros(2, 3, 8, 8)}
     settings = {"steps": STEPS, "scheduler": "normal", "latent_image": latent, "correction_steps": "first:2"}
     sample(cached, sampler_name=sampler, evaluation_point=point, **settings)
     assert len(set(checked)) >= 3
@@ -317,7 +324,7 @@ def test_another_quantization_is_refused(host, calibrate, sample, model, quantiz
 def test_the_full_steps_are_told(host, profile_folder, sample, model, conditioning):
     """As text that other nodes take; with a correction of these steps a sampler evaluates just as many times more."""
     inputs = {
-        "positive": conditioning[0], "negative": conditioning[1], "latent_image": {"samples": torch.zeros(2, 3, 16, 16)},
+        "positive": conditioning[0], "negative": conditioning[1], "latent_image": {"samples": torch.zeros(2, 3, 8, 8)},
         **SAMPLING, "runs": 1, "interval": INTERVAL, "branch": 0,
     }  # fmt: skip
     profile, text = host.run("IECCalibrateCacheQuant", model=model, **inputs)

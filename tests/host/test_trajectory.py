@@ -25,6 +25,12 @@ def timesteps(n):
     return list(range(1, 1000, 1000 // n))[:n][::-1] if n else []
 
 
+@pytest.fixture
+def empty_latent():
+    """A quarter of the model's own size, which is enough for what is tested here."""
+    return {"samples": torch.zeros(2, 3, 8, 8)}
+
+
 @pytest.fixture(scope="module")
 def guided_eps(model, host):
     """guided_eps(x_vp, t): the classifier-free guided noise prediction of the network, from and in float64."""
@@ -60,7 +66,7 @@ def _classes(host):
 
 def start(seed=7):
     """x_T as the host makes it where the first timestep is below the last of the 1000: an empty latent, noised to it."""
-    noise = torch.randn(2, 3, 16, 16, generator=torch.manual_seed(seed)).double()
+    noise = torch.randn(2, 3, 8, 8, generator=torch.manual_seed(seed)).double()
     return (1 - alpha_bars()[timesteps(STEPS)[0]]).sqrt() * noise
 
 
@@ -90,8 +96,9 @@ def paper_trajectory(eps, corrected, lambda_, iterations, evaluation_point="pape
 CORRECTED = {"all": set(range(STEPS)), "ends:1/10": {0, STEPS - 1}}
 
 
-# Some steps are corrected as all are, so each damping and each number of iterations is met once among them.
-SETTINGS = [("all", lambda_, iterations) for lambda_ in (0.3, 0.5, 0.7) for iterations in (1, 2, 3)]
+# The formula has damping and iterations apart, and some steps are corrected as all are: each damping and each number of
+# iterations is met with either, and most pairs of them.
+SETTINGS = [("all", 0.3, 1), ("all", 0.5, 2), ("all", 0.7, 3)]
 SETTINGS += [("ends:1/10", 0.3, 3), ("ends:1/10", 0.5, 1), ("ends:1/10", 0.7, 2)]
 
 
@@ -171,7 +178,7 @@ def test_all_three_nodes_give_the_same_latent(host, sample, model, conditioning)
 
     applied = host.run("IECApply", model=model, **settings)[0]
     inputs = {"seed": 7, "steps": STEPS, "cfg": CFG, "sampler_name": "ddim", "scheduler": "ddim_uniform", "denoise": 1.0}
-    latent = {"samples": torch.zeros(2, 3, 16, 16)}
+    latent = {"samples": torch.zeros(2, 3, 8, 8)}
     wiring = {"positive": conditioning[0], "negative": conditioning[1], "latent_image": latent}
     assert torch.equal(host.run("KSampler", model=applied, **inputs, **wiring)[0]["samples"], expected)
 
@@ -206,8 +213,8 @@ VARIANTS += [(variant, *counted) for variant in ("W8A8", "W4A8", "DeepCache") fo
 @pytest.mark.parametrize(("variant", "steps", "iterations"), VARIANTS)
 def test_evaluations_at_the_network_are_as_promised(host, sample, count_evaluations, model, variant, steps, iterations):
     if "W" in variant:
-        bits = {"weight_bits": variant[1], "activation_bits": "8", "keep_sensitive_layers": True}
-        model = host.run("IECQuantizeModel", model=model, **bits)[0]
+        some = {"weight_bits": variant[1], "activation_bits": "8", "keep_sensitive_layers": True, "include": "output_blocks.*"}
+        model = host.run("IECQuantizeModel", model=model, **some)[0]
     if "DeepCache" in variant:
         model = host.run("IECDeepCache", model=model, interval=3, branch=0)[0]
     model, calls = count_evaluations(model)

@@ -12,7 +12,8 @@ import torch
 from tuned import tuned
 
 SAMPLING = {"steps": 4, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal"}
-FEW = "middle_block.* output_blocks.0.*"  # Linear, 1 x 1 and 3 x 3 layers
+# A 3 x 3 layer, which takes most of the time, two Linear ones, of which one has few inputs, and behind them a 1 x 1 one.
+FEW = "mid*.0.in_* mid*.proj_in mid*.attn2.to_k out*.0.0.skip_*"
 
 
 @pytest.fixture
@@ -29,6 +30,25 @@ def calibrate(host, model, conditioning):
         return host.run("IECCalibrateWeights", model=source or model, **inputs)[0]
 
     return run
+
+
+@pytest.fixture(scope="module")
+def kept():
+    """What `calibrated` has made, by its settings."""
+    return {}
+
+
+@pytest.fixture
+def calibrated(calibrate, kept):
+    """calibrate(**settings) for tests that leave it as it is: made once."""
+
+    def made(**settings):
+        key = frozenset(settings.items())
+        if key not in kept:
+            kept[key] = calibrate(**settings)
+        return kept[key]
+
+    return made
 
 
 @pytest.fixture
@@ -80,23 +100,23 @@ def random_input(layer):
 
 @pytest.mark.fast
 def test_images_are_nearer_to_full_precision_than_with_the_nearest_integers(host, model, calibrate, draw):
-    whole = {"include": "", "runs": 2, "steps": 6}
+    outer = {"include": "input_blocks.1.* input_blocks.3.* output_blocks.5.* output_blocks.6.* output_blocks.7.*"}
     expected = draw(model)
-    inputs = {"weight_bits": "4", "activation_bits": "16", "keep_sensitive_layers": True}
+    inputs = {"weight_bits": "4", "activation_bits": "16", "keep_sensitive_layers": True, **outer}
     nearest = relative(draw(host.run("IECQuantizeModel", model=model, **inputs)[0]), expected)
-    gptq, branch = (relative(draw(calibrate(rank=rank, **whole)), expected) for rank in ("0", "auto"))
-    assert gptq < 0.8 * nearest and branch < 0.7 * gptq
+    gptq, branch = (relative(draw(calibrate(rank=rank, **outer)), expected) for rank in ("0", "auto"))
+    assert gptq < 0.5 * nearest and branch < 0.4 * gptq
 
 
-def test_names_and_sizes_say_what_was_made(host, model, calibrate):
+def test_names_and_sizes_say_what_was_made(host, model, calibrated):
     import comfy.model_management
 
-    made = {rank: calibrate(rank=rank) for rank in ("0", "8", "auto")}
+    made = {rank: calibrated(rank=rank) for rank in ("0", "8", "auto")}
     names = {rank: one.model.iec_quantization for rank, one in made.items()}
     assert names == {
         "0": f"W4A16, GPTQ, only {FEW}", "8": f"W4A16, GPTQ, rank 8, only {FEW}", "auto": f"W4A16, GPTQ, rank 16, only {FEW}",
     }  # fmt: skip
-    assert calibrate(weight_bits="8").model.iec_quantization == f"W8A16, GPTQ, only {FEW}"
+    assert calibrated(weight_bits="8").model.iec_quantization == f"W8A16, GPTQ, only {FEW}"
     sizes = {rank: comfy.model_management.module_size(one.model) for rank, one in made.items()}
     shapes = [layer.packing.shape for layer in layers_of(made["8"]).values()]
     factors = sum(2 * 8 * (shape[0] + math.prod(shape[1:])) for shape in shapes)
@@ -223,7 +243,7 @@ def test_a_network_of_sdxls_shape_is_less_than_a_third_of_float16(part):
 def test_source_stays_as_it_is(model, calibrate, draw):
     before = {key: value.clone() for key, value in model.model.state_dict().items()}
     images = draw(model)
-    made = calibrate(include="")
+    made = calibrate()
     assert relative(draw(made), images) > 0
     assert all(torch.equal(value, before[key]) for key, value in model.model.state_dict().items())
     assert torch.equal(draw(model), images)
@@ -232,17 +252,17 @@ def test_source_stays_as_it_is(model, calibrate, draw):
     assert not model.object_patches and not model.additional_models and "iec_quantize" not in model.model_options
 
 
-def test_loras_in_front_are_part_of_the_weight_and_of_the_runs(host, model, calibrate, draw):
+def test_loras_in_front_are_part_of_the_weight_and_of_the_runs(host, model, calibrate, calibrated, draw):
     key, generator = "diffusion_model.middle_block.1.proj_in.weight", torch.Generator().manual_seed(2)
     weight = model.model.state_dict()[key]
     patched = model.clone()
     change = torch.randn(weight.shape, generator=generator) * weight.std()
     patched.add_patches({key: ("diff", (change,))}, 1.0)
-    made, plain = calibrate(patched), calibrate()
+    made, plain = calibrate(patched), calibrated(rank="auto")
     assert key not in made.patches
     layer = layers_of(made)["middle_block.1.proj_in"]
     assert relative(layer.packing.dequantize(layer.weight), weight + change) < 0.2
-    behind = "output_blocks.0.0.in_layers.2"  # is fed with what the LoRA has changed
+    behind = "output_blocks.0.0.skip_connection"  # is fed with what the LoRA has changed
     assert not torch.equal(layers_of(made)[behind].weight, layers_of(plain)[behind].weight)
     assert relative(draw(made), draw(patched)) < relative(draw(plain), draw(patched))
 
@@ -275,14 +295,14 @@ def test_a_lora_behind_stands_beside_the_branch(calibrate, draw):
     assert torch.equal(draw(made), plain)
 
 
-def test_it_comes_back_from_a_file_to_the_bit(host, model, calibrate, draw, tmp_path, monkeypatch):
+def test_it_comes_back_from_a_file_to_the_bit(host, model, calibrated, draw, tmp_path, monkeypatch):
     import folder_paths
 
     folder = tmp_path / "diffusion_models"
     folder.mkdir()
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", ([str(folder)], {".safetensors"}))
     for number, settings in enumerate(({"activation_bits": "8"}, {"rotate": True, "group_size": "32"}, {"weight_bits": "8"})):
-        made = calibrate(**settings)
+        made = calibrated(**settings)
         host.run("IECSaveQuantizedModel", model=made, name=f"made{number}")
         back = host.run("IECLoadQuantizedModel", model_name=f"made{number}.safetensors")[0]
         assert back.model.iec_quantization == made.model.iec_quantization
@@ -295,8 +315,8 @@ def test_it_comes_back_from_a_file_to_the_bit(host, model, calibrate, draw, tmp_
         assert len(factors) == (0 if number == 2 else 2 * len(layers_of(made)))
 
 
-def test_the_report_says_how_a_layer_was_made(host, model, calibrate, conditioning):
-    made = calibrate()
+def test_the_report_says_how_a_layer_was_made(host, model, calibrated, conditioning):
+    made = calibrated(rank="auto")
     inputs = {"positive": conditioning[0], "negative": conditioning[1], "latent_image": {"samples": torch.zeros(2, 3, 16, 16)}}
     table = host.run(
         "IECQuantizationReport", model=made, full_precision=model, **inputs, seed=1, runs=1, **SAMPLING
@@ -304,18 +324,18 @@ def test_the_report_says_how_a_layer_was_made(host, model, calibrate, conditioni
     assert table.count("int4, GPTQ, rank 16, activations 16 bits") == len(layers_of(made))
 
 
-def test_further_nodes_take_the_model(host, model, calibrate, conditioning, draw):
+def test_further_nodes_take_the_model(host, model, calibrated, conditioning, draw):
     """Scales of activations are calibrated on it, a cache lies on it, corrections run with it."""
-    made = calibrate(activation_bits="8", include="")
+    made = calibrated(activation_bits="8")
     inputs = {"positive": conditioning[0], "negative": conditioning[1], "latent_image": {"samples": torch.zeros(2, 3, 16, 16)}}
     scaled, profile = host.run("IECCalibrateQuantization", model=made, **inputs, seed=1, runs=1, **SAMPLING)
-    assert profile.facts["quantization"] == "W4A8, GPTQ, rank 16"
+    assert profile.facts["quantization"] == f"W4A8, GPTQ, rank 16, only {FEW}"
     images = []
     for one in (scaled, model):
         cached = host.run("IECDeepCache", model=one, interval=2, branch=0)[0]
         settings = {"correction_steps": "all", "lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0}
         images.append(draw(host.run("IECApply", model=cached, **settings)[0]))
-    assert 0 < relative(*images) < 0.2
+    assert 0 < relative(*images) < 0.1
 
 
 def test_a_compiled_layer_with_a_branch_is_one_graph(calibrate):
@@ -371,9 +391,9 @@ def test_nothing_can_be_found_out_from_nan(model, calibrate):
         calibrate(sick)
 
 
-def test_what_is_quantized_already_is_refused(model, calibrate):
+def test_what_is_quantized_already_is_refused(model, calibrate, calibrated):
     with pytest.raises(ValueError, match="this MODEL is quantized already"):
-        calibrate(calibrate())
+        calibrate(calibrated(rank="auto"))
 
 
 @pytest.mark.parametrize(
@@ -451,13 +471,13 @@ def test_factors_are_of_the_models_type(host, calibrate, precision, factors):
 
 def test_a_transformer_is_calibrated_too(host, calibrate):
     source = host.run("IECLoadBuiltinModel", precision="float32", architecture="transformer")[0]
-    made = calibrate(source, include="", scheduler="simple", steps=6, runs=3)
+    made = calibrate(source, include="*.0.*", scheduler="simple", steps=6, runs=3)
     positive, negative = (host.run("IECClassLabel", labels=labels)[0] for labels in ("face, flag", "none"))
 
     def draw(model):
         latent = {"samples": torch.zeros(2, 3, 16, 16)}
         return host.common_ksampler(model, 31, 4, 2.0, "euler", "simple", positive, negative, latent)[0]["samples"]
 
-    inputs = {"weight_bits": "4", "activation_bits": "16", "keep_sensitive_layers": True}
+    inputs = {"weight_bits": "4", "activation_bits": "16", "keep_sensitive_layers": True, "include": "*.0.*"}
     nearest = host.run("IECQuantizeModel", model=source, **inputs)[0]
     assert relative(draw(made), draw(source)) < 0.8 * relative(draw(nearest), draw(source))
