@@ -28,7 +28,8 @@ CLIPPING = torch.linspace(1, 0.4, 31).tolist()
 ALIGNMENT = 16  # bytes: where the scales and the factors begin
 FACTOR_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
-MOST_RANK = 256  # that a change of a weight adds to its branch; of a large weight a quarter of its rows or inputs
+LEAST_LIMIT, LEAST_LIMIT_FOUND = 256, 16  # ranks that a change may add to the branch of any weight: see `most_rank`
+QUICK_RANK = 48  # up to which factors of a change are looked for before it is tried in the integers
 NEGLIGIBLE = 1e-3  # share of a change's norm that its factors may leave out
 NOISE = 2**-22  # of a weight's norm: what a float32 sum of it and a change leaves of the latter
 ENOUGH = 0.95  # share of a change of a higher rank that integers have to keep, for all of it to go into them
@@ -212,8 +213,15 @@ class Packing:
 
     @property
     def most_rank(self):
-        """The highest rank that a change adds to the branch."""
-        return max(MOST_RANK, min(self.rows, self.inputs) // 4)
+        """The highest rank of given factors, such as a LoRA's, that are added to the branch: they take what the weight takes in
+        16 bits.
+        """
+        return max(LEAST_LIMIT, self.rows * self.inputs // (self.rows + self.inputs))
+
+    @property
+    def most_rank_found(self):
+        """The highest rank of factors that are found for a change, which leave something out: they take a quarter of that."""
+        return max(LEAST_LIMIT_FOUND, self.rows * self.inputs // (4 * (self.rows + self.inputs)))
 
     def _nbytes_with(self, rank):
         return self._factors_at + 2 * rank * (self.rows + self.inputs) if rank else self._scales_end
@@ -255,34 +263,41 @@ class Packing:
     def changed(self, weight, packed):
         """Return a packed weight changed into another weight in floating point, of `shape`.
 
-        A change of a rank up to `most_rank` is added to the branch, and integers and scales stay as they are. One of a higher
-        rank goes into the integers, where these keep it (ENOUGH): then it is as if it had been there before the weight was
-        quantized. Else the branch takes as much as it may, and the integers what they can of the rest.
+        A change of a low rank is added to the branch, and integers and scales stay as they are. One of a higher rank goes into
+        the integers, where these keep it (ENOUGH): then it is as if it had been there before the weight was quantized. Else
+        the branch takes as much as `most_rank_found` allows, and the integers what they can of the rest.
         """
         wanted, packed = self.matrix(weight.detach().float()), packed.to(weight.device)
         change = wanted - self.matrix(self.dequantize(packed))
         negligible = max(NEGLIGIBLE * change.norm().item(), NOISE * wanted.norm().item())
-        out, into, rest = factored(change, self.most_rank, negligible)
-        if not rest.norm() > negligible:
-            return self.with_branch(packed, (out, into))
-        rounded_anew = self._rounded_anew(wanted, packed)
-        kept = change - (wanted - self.matrix(self.dequantize(rounded_anew)))
-        if (change * kept).sum() >= ENOUGH * change.square().sum():
-            return rounded_anew
-        return self._rounded_anew(wanted, packed, (out, into))
+        quick = min(QUICK_RANK, self.most_rank_found)
+        *factors, rest = factored(change, quick, negligible)
+        if rest.norm() > negligible:
+            alone = self.rounded_anew(wanted, packed)
+            kept = change - (wanted - self.matrix(self.dequantize(alone)))
+            if (change * kept).sum() >= ENOUGH * change.square().sum():
+                return alone
+            if quick < self.most_rank_found:
+                *factors, rest = factored(change, self.most_rank_found, negligible)
+        if rest.norm() > negligible:
+            return self.rounded_anew(wanted, packed, factors)
+        return self.with_branch(packed, factors)
 
     def with_branch(self, packed, factors):
         """Return a packed weight with factors [O, r] and [r, K] added to its branch."""
-        return self.pack(*self.stored(packed), joined(self.factors(packed), factors))
+        out, into = joined(self.factors(packed), factors)
+        if out.shape[1] > min(self.rows, self.inputs):  # no matrix of this shape needs as many
+            out, into, _ = factored(out.float() @ into.float(), min(self.rows, self.inputs), 0.0)
+        return self.pack(*self.stored(packed), (out, into))
 
     def thin(self, out, into):
         """Return factors [O, r] and [r, K] as a branch has them."""
         dtype = FACTOR_DTYPES[self.format.factors]
         return tuple(factor.to(dtype) for factor in balanced(out, into))
 
-    def _rounded_anew(self, rows, packed, added=None):
-        """Return a packed weight whose branch, with the factors `added`, stays, and whose integers make rows [O, K] of it. Its
-        scales stay too, but where the format has others for other weights and nothing was added.
+    def rounded_anew(self, rows, packed, added=None):
+        """Return a packed weight whose branch, with the factors `added`, stays, and whose integers make rows of it, float32
+        [O, K]. Its scales stay too, but where the format has others for other weights and nothing was added.
         """
         factors, scale = joined(self.factors(packed), added), self.stored(packed)[1]
         rows = self.rotated(rows - self._branch(factors) if factors else rows)

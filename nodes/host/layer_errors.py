@@ -8,7 +8,7 @@ from ...iec_core.layer_errors import LayerError, decibels
 from .calibration import Bar, sample_all, watched
 from .quantize import source_of
 from .quantized_layers import quantized_layers
-from .quantized_network import KEY, PREFIX, quantization_of
+from .quantized_network import KEY, PREFIX, patched_packed, quantization_of
 from .weights import original_weight, patched_weight
 
 
@@ -42,9 +42,7 @@ def _of_weight(model, source, name, layer):
     key, fmt = f"{PREFIX}{name}.weight", layer.packing.format
     original = original_weight(source, key, source.model.get_parameter(key))
     full = patched_weight(source, key, original.float())
-    packed = original_weight(model, key, layer.weight)
-    if key in model.patches:
-        packed = layer.packing.changed(patched_weight(model, key, layer.convert_weight(packed)), packed)
+    packed = patched_packed(model, name, layer)
     noise = (layer.convert_weight(packed).to(full.device) - full).square().sum().item()
     words = [fmt.kind]
     words += [f"groups of {fmt.group_size}"] if fmt.group_size else []

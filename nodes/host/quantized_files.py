@@ -19,7 +19,15 @@ from ...iec_core.quantized_file import LayerFile, QuantizedFile, description, la
 from .builtin_model import CONFIG_OF_CLASS
 from .folders import ModelFolder
 from .quantized_layers import FASTEST, ActivationFormat, class_for, quantized_layers
-from .quantized_network import PREFIX, check_shapes, mark_quantized, network_state, quantization_of, warn_of_lost_changes
+from .quantized_network import (
+    PREFIX,
+    check_shapes,
+    mark_quantized,
+    network_state,
+    patched_packed,
+    quantization_of,
+    warn_of_lost_changes,
+)
 from .weights import fingerprint, original_weight, patched_shape, patched_weight
 
 FILES = ModelFolder("diffusion_models")
@@ -67,22 +75,11 @@ def load_quantized_model(name, compute=FASTEST):
 # What is written
 
 
-def _packed(model, name, layer):
-    """Return the packed weight of a quantized MODEL's layer with the patches that lie on it, int8 [nbytes]."""
-    key = f"{PREFIX}{name}.weight"
-    packed = original_weight(model, key, layer.weight)
-    if key in model.patches:
-        patched = functools.partial(patched_weight, model, key, layer.convert_weight(packed))
-        packed = layer.with_change(packed, layer.changed_by(model.patches[key], patched, packed))
-    return packed
-
-
 def _layer_file(model, name, layer):
     """Return the LayerFile of a quantized MODEL's layer. What patches make of its weight is not kept, but found again when it
     is written, for all of it may not fit into memory.
     """
-    is_patched = f"{PREFIX}{name}.weight" in model.patches
-    rank = layer.packing.rank(_packed(model, name, layer) if is_patched else layer.weight)
+    rank = layer.packing.rank(patched_packed(model, name, layer))
     return LayerFile(tuple(layer.packing.shape), replace(layer.packing.format, rank=rank))
 
 
@@ -106,7 +103,7 @@ def _sources(model, layers, activation_bits):
 
     @functools.lru_cache(maxsize=1)
     def tensors(name):
-        packed = _packed(model, name, comfy.utils.get_attr(network, name))
+        packed = patched_packed(model, name, comfy.utils.get_attr(network, name))
         return layer_tensors(name, layers[name], packed, activation_bits)
 
     def plain(name, tensor):

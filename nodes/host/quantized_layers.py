@@ -131,10 +131,13 @@ class _QuantizedLayer:
         return weight if weight.ndim > 1 else self.packing.dequantize(weight.to(torch.int8))
 
     def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
-        """Take up a weight in floating point, as a change of what is there. It is a parameter of its own, also where it is to
-        be in place: with a larger branch it has no place in the other.
+        """Take up a weight in floating point, as a change of what is there. Where it is to be in place, it has no room for a
+        larger branch, and is rounded.
         """
         packed = self.weight.to(weight.device)
+        if inplace_update and not return_weight:
+            self.weight.data.copy_(self.packing.rounded_anew(self.packing.matrix(weight.float()), packed))
+            return None
         packed = self.with_change(packed, self.changed_by(self.patches, lambda: weight, packed))
         if return_weight:
             return packed
@@ -144,11 +147,11 @@ class _QuantizedLayer:
         """Return the Change that a MODEL's patches make to a packed weight. patched: returns the weight in floating point with
         them, which is not asked for where all are LoRAs whose factors can be taken as they are.
         """
-        factors = patches and lora_factors(patches, self.packing.shape)
+        factors = patches and lora_factors(patches, self.packing.shape, packed.device)
         if not factors or factors[0].shape[1] > self.packing.most_rank:
             return Change(packed=self.packing.changed(patched(), packed))
-        out, into = (factor.to(packed.device) for factor in factors)
-        return Change(factors=self.packing.thin(out, self.packing.matrix(into)))
+        out, into = factors
+        return Change(factors=self.packing.thin(out, self.packing.matrix(into))) if len(into) else Change()
 
     def with_change(self, packed, change):
         """Return a packed weight with a Change made to it."""
@@ -211,7 +214,7 @@ class _QuantizedLayer:
         """Return the Change that an offloaded layer's patches make to a packed weight. It is found out once for those that the
         host has laid on it, and kept where its weight is.
         """
-        on = self.hooked, *self.weight_function
+        on = self.hooked and self.hooked.packed, *self.weight_function
         if self._laid_on is None or len(self._laid_on[0]) != len(on) or any(map(operator.is_not, self._laid_on[0], on)):
             key = self.weight_function[0].key
             patches = [patch for function in self.weight_function for patch in function.patches[key]]
@@ -222,8 +225,9 @@ class _QuantizedLayer:
     def _patched(self, packed, hooked):
         """Return the weight, in floating point, that the functions on it make of a packed weight with the hooks' Change."""
         weight = self.convert_weight(self.with_change(packed, hooked))
-        for function in self.weight_function:  # the host's own, of ComfyUI 0.3.75, gives packed weights
-            weight = self.convert_weight(function(weight))
+        for function in self.weight_function:  # the host's own would round what it returns
+            patches = getattr(function, "patches", None)
+            weight = function(weight) if patches is None else with_patches(patches[function.key], function.key, weight)
         return weight
 
     def _stored(self, packed):

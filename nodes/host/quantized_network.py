@@ -9,7 +9,6 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ...iec_core.quantization import MOST_RANK
 from .quantized_layers import is_quantized, quantized_layers
 from .weights import original_weight, patched_shape, with_patches
 
@@ -18,6 +17,8 @@ PREFIX = "diffusion_model."
 
 MEASURED = 8  # layers, of which a change's share is found out
 LEAST_SHARE = 0.9  # of a change, below which there is a warning
+REMEMBERED = 64  # warnings, of as many sets of patches
+HOOKS_KEPT = 4  # sets of hooks' patches of a layer, of which is kept what they come to
 
 
 def quantization_of(model):
@@ -30,27 +31,51 @@ class _PatchesBeside:
     stands beside the weights, which stay as they are.
     """
 
+    def load(self, *args, **kwargs):
+        """Load the MODEL, as the host does, and have it count what its weights have become larger by."""
+        self._grown = 0
+        super().load(*args, **kwargs)
+        self.model.model_loaded_weight_memory += self._grown
+
     def patch_weight_to_device(self, key, *args, **kwargs):
         """Lay the MODEL's patches on a weight, as the host does."""
-        layer = self._quantized_layer(key)
+        layer = quantized_layer_of(self, key)
         if layer is None:
             return super().patch_weight_to_device(key, *args, **kwargs)
-        layer.patches = self.patches.get(key)
+        before, layer.patches = layer.weight.nbytes, self.patches.get(key)
         try:
             return super().patch_weight_to_device(key, *args, **kwargs)
         finally:
             layer.patches = None
+            self._grown = getattr(self, "_grown", 0) + layer.weight.nbytes - before
 
     def patch_hook_weight_to_device(self, hooks, combined_patches, key, original_weights, memory_counter):
         """Lay hooks' patches on a weight, as the host does."""
-        layer, patches = self._quantized_layer(key), combined_patches.get(key)
+        layer, patches = quantized_layer_of(self, key), combined_patches.get(key)
         if layer is None or not patches:
             return super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
-        weight = layer.weight
-        layer.hooked = layer.changed_by(
-            patches, lambda: with_patches(patches, key, layer.convert_weight(weight), original_weights), weight
-        )  # fmt: skip
+        layer.hooked = self._change_by_hooks(layer, key, patches)
         self.model.__dict__.setdefault("iec_hooked", []).append(layer)
+
+    def _change_by_hooks(self, layer, key, patches):
+        """Return the Change that hooks' patches make to a layer. It is kept for as long as the run: two groups of hooks may
+        take turns in every step.
+        """
+        known = self.model.__dict__.setdefault("iec_hook_changes", {}).setdefault(key, {})
+        which = id(layer.weight), *((strength, id(value), *map(str, rest)) for strength, value, *rest in patches)
+        if which not in known:
+            weight = layer.weight
+            original = functools.partial(original_weight, self, key, weight)
+
+            def patched():
+                unpatched = layer.convert_weight(original().to(weight.device))
+                return with_patches(patches, key, layer.convert_weight(weight), unpatched)
+
+            if len(known) == HOOKS_KEPT:
+                known.clear()
+            change = layer.changed_by(patches, patched, weight)
+            known[which] = change if change.packed is None else change.to(self.offload_device)
+        return known[which].to(layer.weight.device)
 
     def unpatch_hooks(self, whitelist_keys_set=None):
         """Take hooks' patches off, as the host does."""
@@ -58,11 +83,34 @@ class _PatchesBeside:
         for layer in self.model.__dict__.pop("iec_hooked", ()):
             layer.hooked = None
 
-    def _quantized_layer(self, key):
-        """Return the quantized layer whose weight a key is, None where it is another's."""
-        name, _, part = key.rpartition(".")
-        layer = comfy.utils.get_attr(self.model, name) if part == "weight" else None
-        return layer if is_quantized(layer) else None
+    def clear_cached_hook_weights(self):
+        """Forget what hooks have come to, as the host does at the end of a run."""
+        super().clear_cached_hook_weights()
+        self.model.__dict__.pop("iec_hook_changes", None)
+
+
+def quantized_layer_of(model, key):
+    """Return the quantized layer whose weight a key of a MODEL is, None where it is another's."""
+    name, _, part = key.rpartition(".")
+    layer = comfy.utils.get_attr(model.model, name) if part == "weight" else None
+    return layer if is_quantized(layer) else None
+
+
+def patched_packed(model, name, layer):
+    """Return the packed weight of a MODEL's quantized layer with the patches that lie on it, int8 [nbytes], on its load device;
+    as it was made where there are none.
+    """
+    key = f"{PREFIX}{name}.weight"
+    packed, patches = original_weight(model, key, layer.weight), model.patches.get(key)
+    if not patches:
+        return packed
+    packed = packed.to(model.load_device)
+    patched = functools.partial(_patched, layer, patches, key, packed)
+    return layer.with_change(packed, layer.changed_by(patches, patched, packed))
+
+
+def _patched(layer, patches, key, packed):
+    return with_patches(patches, key, layer.convert_weight(packed))
 
 
 @functools.cache
@@ -147,13 +195,15 @@ def warn_of_lost_changes(model):
     warnings, key = model.model.__dict__.setdefault("iec_lost_changes", {}), _patches_key(model)
     if key in warnings:
         return
+    if len(warnings) >= REMEMBERED:
+        warnings.clear()
     warnings[key] = ""  # also where there is no memory to measure it: then no run tries again
     share = kept_share(model)
     if share < LEAST_SHARE:
         warnings[key] = warning = (
             f"Of what LoRAs or other patches on this quantized MODEL change, its weights ({quantization_of(model)}) keep a "
-            f"share of {max(share, 0):.2f}, for of changes of a rank above {MOST_RANK} what is smaller than their steps is "
-            "rounded away; put the LoRA in front of the node that quantizes."
+            f"share of {max(share, 0):.2f}, for they are of too high a rank to stand beside the weights, and smaller than "
+            "their steps; put the LoRA in front of the node that quantizes."
         )
         logging.warning(f"[ComfyUI-IEC] {warning}")
 
@@ -175,17 +225,27 @@ def _patches_key(model):
 
 def kept_share(model):
     """Return what share of the change that the patches on a quantized MODEL make to its weights these take up: the projection
-    of the one on the other, over some layers. 1 where there are no patches.
+    of the one on the other, over some layers. 1 where there are no patches. Those of each hook count by themselves.
     """
-    layers, patches = quantized_layers(model.model.diffusion_model), _patches(model)
-    names = [name for name in layers if f"{PREFIX}{name}.weight" in patches]
     asked = kept = 0.0
-    for name in names[:: -(-len(names) // MEASURED) or 1]:
-        key, layer = f"{PREFIX}{name}.weight", layers[name]
-        packed = original_weight(model, key, layer.weight).to(model.load_device)
-        before = layer.convert_weight(packed)
-        patched = with_patches(patches[key], key, before)
-        change = layer.changed_by(patches[key], lambda weight=patched: weight, packed)
-        wanted, left = patched - before, layer.convert_weight(layer.with_change(packed, change)) - before
-        asked, kept = asked + wanted.square().sum().item(), kept + (wanted * left).sum().item()
+    for patches in (model.patches, *model.hook_patches.values()):
+        for name, layer in _some_patched(model, patches):
+            wanted, left = _change_and_what_is_kept(model, name, layer, patches[f"{PREFIX}{name}.weight"])
+            asked, kept = asked + wanted.square().sum().item(), kept + (wanted * left).sum().item()
     return kept / asked if asked else 1.0
+
+
+def _some_patched(model, patches):
+    """Return (name, layer) of up to MEASURED of the quantized layers that have patches."""
+    found = [one for one in quantized_layers(model.model.diffusion_model).items() if f"{PREFIX}{one[0]}.weight" in patches]
+    return found[:: -(-len(found) // MEASURED) or 1]
+
+
+def _change_and_what_is_kept(model, name, layer, patches):
+    """Return what patches change in a layer's weight, and what of it the packed one takes up, float32 as the weight."""
+    key = f"{PREFIX}{name}.weight"
+    packed = original_weight(model, key, layer.weight).to(model.load_device)
+    before = layer.convert_weight(packed)
+    patched = with_patches(patches, key, before)
+    after = layer.convert_weight(layer.with_change(packed, layer.changed_by(patches, lambda: patched, packed)))
+    return patched - before, after - before

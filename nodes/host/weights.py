@@ -21,36 +21,39 @@ def patched_weight(model, key, weight):
     return with_patches(model.patches.get(key), key, weight)
 
 
-def with_patches(patches, key, weight, original_weights=None):
+def with_patches(patches, key, weight, original=None):
     """Return a weight in floating point with a MODEL's patches for this key on it; the weight itself where there are none.
-    original_weights: what the host's `calculate_weight` takes by that name.
+    original: the weight without any patch, where that is another.
     """
     if not patches:
         return weight
-    return comfy.lora.calculate_weight(patches, weight.float().clone(), key, original_weights=original_weights)
+    originals = {key: [(weight if original is None else original, None)]}  # as the host keeps them
+    return comfy.lora.calculate_weight(patches, weight.float().clone(), key, original_weights=originals)
 
 
-def lora_factors(patches, shape):
-    """Return (out [O, r], into [r, ...]) float32, whose product is what a MODEL's patches add to a weight of this shape,
-    [O, ...]; None where they are not all LoRAs that add such a product.
+def lora_factors(patches, shape, device):
+    """Return (out [O, r], into [r, ...]), float32 on a device, whose product is what a MODEL's patches add to a weight of this
+    shape, [O, ...]; None where they are not all LoRAs that add such a product.
     """
-    found = [_factors_of_one(patch, shape) for patch in patches]
+    found = [_factors_of_one(patch, shape, device) for patch in patches]
     if not all(found):
         return None
     return torch.cat([out for out, _ in found], dim=1), torch.cat([into for _, into in found])
 
 
-def _factors_of_one(patch, shape):
+def _factors_of_one(patch, shape, device):
     """Return what `lora_factors` does of one patch, as the host's own adapter calculates with it."""
     strength, adapter, weight_strength, offset, function = patch
     if not isinstance(adapter, comfy.weight_adapter.LoRAAdapter) or weight_strength != 1 or function is not None:
         return None
     out, into, alpha, middle, magnitudes, larger = adapter.weights
     dimension, start, rows = (0, 0, shape[0]) if offset is None else offset  # of queries alone, in a layer that makes more
-    out, into = out.flatten(1).float(), into.flatten(1).float()
+    out, into = (factor.detach().to(device).flatten(1).float() for factor in (out, into))
     fits = (len(out), out.shape[1], into.shape[1]) == (rows, len(into), math.prod(shape[1:])) and dimension == 0
-    if not fits or not all(part is None for part in (middle, magnitudes, larger)):
+    if not fits or not len(into) or not all(part is None for part in (middle, magnitudes, larger)):
         return None
+    if strength == 0:
+        return out.new_zeros(shape[0], 0), into.new_zeros(0, *shape[1:])
     scale = strength if alpha is None else strength * alpha / len(into)
     padded = torch.nn.functional.pad(out * scale, (0, 0, start, shape[0] - start - rows))
     return padded, into.view(-1, *shape[1:])

@@ -164,8 +164,8 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["W4A16", "fp8"])
-def test_a_file_has_all_of_a_lora_behind(host, sample, quantize, lora, folder, name):
-    """To the bit; what is loaded again takes another one."""
+def test_a_file_has_all_of_a_lora_behind(host, sample, quantize, lora, folder, caplog, name):
+    """To the bit; what is loaded again takes another one. Nothing is warned of."""
     patched = with_lora(quantize(name), lora())
     expected = sample(patched)
     host.run("IECSaveQuantizedModel", model=patched, name="q")
@@ -178,6 +178,7 @@ def test_a_file_has_all_of_a_lora_behind(host, sample, quantize, lora, folder, n
     assert torch.equal(sample(again), expected)
     before = loaded(again)
     check_kept(before, loaded(with_lora(again, lora(seed=60))), again, lora(seed=60))
+    assert "keep a share" not in caplog.text
 
 
 def hooked(lora, *conditionings, strength=1.0):
@@ -280,6 +281,7 @@ OUT, INTO = noise(128, 3) / 9, noise(3, 128, seed=1) / 9
 KINDS = {
     "a LoRA": lambda: patch(OUT, INTO, 0.6, 1.5),
     "of no alpha": lambda: patch(OUT, INTO, 0.6),
+    "of strength 0": lambda: patch(OUT, INTO, 0.0, 1.5),
     "of some rows": lambda: patch(OUT[:32], INTO, -2.0, 2.0, part=(0, 64, 32)),
     "of some inputs": lambda: patch(OUT, INTO[:, :32], -2.0, 2.0, part=(1, 64, 32)),
     "of magnitudes": lambda: patch(OUT, INTO, 1.0, 3.0, noise(128, 1, seed=2).abs() + 1),
@@ -288,14 +290,17 @@ KINDS = {
     "a difference": lambda: (0.5, ("diff", (noise(128, 128) / 90,)), 1.0, None, None),
     "another weight": lambda: (1.0, ("set", (noise(128, 128) / 9,)), 1.0, None, None),
 }
-OF_FACTORS = {"a LoRA", "of no alpha", "of some rows"}
+OF_FACTORS = {"a LoRA", "of no alpha", "of some rows", "of strength 0"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_patch_is_as_the_host_calculates_it(quantize, kind):
-    """Alone and beside a LoRA."""
+def test_every_kind_of_patch_is_as_the_host_calculates_it(quantize, monkeypatch, kind):
+    """Alone and beside a LoRA, with a branch that takes any rank and all that is left by the first directions."""
     import comfy.lora
 
+    module = pack_module(".iec_core.quantization")
+    monkeypatch.setattr(module.Packing, "most_rank_found", 128)
+    monkeypatch.setattr(module, "ENOUGH", 2)
     base = quantize()
     layer = layer_of(base, LINEAR)
     assert layer.packing.shape == (128, 128)
@@ -304,11 +309,129 @@ def test_every_kind_of_patch_is_as_the_host_calculates_it(quantize, kind):
         wanted = comfy.lora.calculate_weight(patches, weight.clone(), "key", intermediate_dtype=torch.float64) - weight
         found = patched_outputs(base, {LINEAR: patches})[LINEAR].double() - before
         expected = put_in(layer).double() @ wanted.t()
-        assert (found - expected).norm() < 3e-3 * expected.norm()
-        factors = pack_module(".nodes.host.weights").lora_factors(patches, (128, 128))
+        assert (found - expected).norm() <= 3e-3 * expected.norm()
+        factors = pack_module(".nodes.host.weights").lora_factors(patches, (128, 128), CPU)
         assert (factors is None) == (kind not in OF_FACTORS)
         if factors:
             torch.testing.assert_close((factors[0] @ factors[1]).double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["a difference", "of magnitudes"])
+def test_hooks_that_take_turns_are_found_out_once(quantize, monkeypatch, kind):
+    """As two conditionings have it in every step; what they are is forgotten at the end of the run."""
+    packing, calls = pack_module(".iec_core.quantization").Packing, []
+    changed = packing.changed
+    monkeypatch.setattr(packing, "changed", lambda *given: calls.append(1) or changed(*given))
+    base, key = quantize(), f"diffusion_model.{LINEAR}.weight"
+    layer, found = layer_of(base, LINEAR), []
+    base.load(CPU, full_load=True)
+    groups = [{key: [KINDS[kind]()]}, {key: [KINDS["another weight"]()]}]
+    for _ in range(3):
+        for patches in groups:
+            base.patch_hook_weight_to_device(None, patches, key, None, None)
+            found.append(layer(put_in(layer)))
+            base.unpatch_hooks()
+    assert len(calls) == 2
+    assert torch.equal(found[0], found[4]) and torch.equal(found[1], found[5]) and not torch.equal(found[0], found[1])
+    assert base.model.iec_hook_changes
+    base.clear_cached_hook_weights()
+    assert not hasattr(base.model, "iec_hook_changes")
+    base.detach()
+
+
+def test_a_lora_of_hooks_beside_another_behind_that_is_offloaded_is_found_out_once(quantize, monkeypatch, lora):
+    """Though that of the hooks comes and goes."""
+    packing, calls = pack_module(".iec_core.quantization").Packing, []
+    changed = packing.changed
+    monkeypatch.setattr(packing, "changed", lambda *given: calls.append(1) or changed(*given))
+    base, key = quantize(), f"diffusion_model.{LINEAR}.weight"
+    patched, layer = base.clone(), layer_of(base, LINEAR)
+    patched.patches[key] = [KINDS["of magnitudes"]()]
+    patched.load(CPU, lowvram_model_memory=1)
+    for _ in range(3):
+        patched.patch_hook_weight_to_device(None, with_lora(base, lora()).patches, key, None, None)
+        layer(put_in(layer))
+        patched.unpatch_hooks()
+        layer(put_in(layer))
+    patched.detach()
+    assert len(calls) == 1
+
+
+def test_a_model_as_a_lora_of_hooks(sample, model, quantize, conditioning, relative):
+    """ComfyUI's "Create Hook Model as LoRA", whose weights are taken as differences to the MODEL's own."""
+    import comfy.hooks
+
+    names = [f"diffusion_model.{name}.weight" for name in LAYERS]
+    other = {name: model.model.get_parameter(name) * 1.5 for name in names}
+    hooks = comfy.hooks.create_hook_model_as_lora(other, None, 1.0, 0.0)
+    given = {"positive": comfy.hooks.set_hooks_for_conditioning(conditioning[0], hooks)}
+    base = quantize("W8A8")
+    expected, effect = sample(model, **given), relative(sample(model, **given), sample(model))
+    assert relative(sample(base, **given), expected) < effect < relative(sample(base), expected)
+
+
+def test_a_model_is_saved_while_the_lora_of_another_clone_is_loaded(host, sample, quantize, lora, folder):
+    """With which it shares its weights; and so is the other one, whose LoRA is on fewer layers."""
+    base = quantize()
+    some = {key: value for key, value in lora().items() if LINEAR in key}
+    expected = [sample(one) for one in (base, with_lora(base, some))]
+    sample(with_lora(base, lora()))
+    for number, one in enumerate((base, with_lora(base, some))):
+        host.run("IECSaveQuantizedModel", model=one, name=f"q{number}")
+        again = host.run("IECLoadQuantizedModel", model_name=f"q{number}.safetensors")[0]
+        assert torch.equal(sample(again), expected[number])
+
+
+def test_more_ranks_than_a_weight_has_are_saved_too(host, sample, quantize, folder, relative):
+    import comfy.sd
+
+    key, base = f"diffusion_model.{LINEAR}", quantize()
+    lora = {f"{key}.lora_up.weight": noise(128, 150) / 90, f"{key}.lora_down.weight": noise(150, 128, seed=1) / 9}
+    patched = comfy.sd.load_lora_for_models(base, None, lora, 1.0, 0.0)[0]
+    expected = sample(patched)
+    host.run("IECSaveQuantizedModel", model=patched, name="q")
+    again = host.run("IECLoadQuantizedModel", model_name="q.safetensors")[0]
+    assert layer_of(again, LINEAR).packing.format.rank == 128
+    assert relative(sample(again), expected) < 0.01 * relative(sample(base), expected)
+
+
+def test_the_host_counts_what_weights_become_larger_by(quantize, lora):
+    import comfy.model_management
+
+    base = quantize()
+    patched = with_lora(base, lora())
+    patched.load(CPU, full_load=True)
+    size = comfy.model_management.module_size(patched.model)
+    assert patched.loaded_size() == size > base.model_size()
+    patched.partially_unload(CPU, size)
+    assert patched.loaded_size() >= 0
+    patched.detach()
+    base.load(CPU, full_load=True)
+    assert base.loaded_size() == comfy.model_management.module_size(base.model) == base.model_size()
+    base.detach()
+
+
+def test_hooks_by_a_patcher_of_another_pack_are_rounded_in_place(quantize, lora):
+    """Over the same network, as the host's own class does it."""
+    import comfy.model_patcher
+
+    base, key = quantize("W8A8"), f"diffusion_model.{LINEAR}.weight"
+    other = comfy.model_patcher.ModelPatcher(base.model, CPU, CPU)
+    other.set_hook_mode(base.hook_mode)
+    layer, before, packed = layer_of(base, LINEAR), loaded(base)[LINEAR], layer_of(base, LINEAR).weight.clone()
+    other.patch_hook_weight_to_device(None, with_lora(base, lora(0.05)).patches, key, other.get_key_patches(), None)
+    left = layer(put_in(layer)).double() - before
+    wanted = added(layer, change_of(lora(0.05), LINEAR))
+    assert 0.9 < (wanted * left).sum() / wanted.square().sum() < 1.1
+    other.unpatch_hooks()
+    assert torch.equal(layer.weight, packed)
+
+
+def test_a_lora_that_is_being_trained_takes_no_derivatives_here(quantize, lora):
+    base = quantize()
+    patched = with_lora(base, {key: value.requires_grad_(value.numel() > 1) for key, value in lora().items()})
+    found = offloaded(patched)
+    assert not any(out.requires_grad for out in found.values())
 
 
 def test_a_lora_that_does_not_fit_the_weight_is_left_to_the_host(quantize, caplog):
@@ -319,7 +442,9 @@ def test_a_lora_that_does_not_fit_the_weight_is_left_to_the_host(quantize, caplo
 
 
 def test_a_higher_rank_than_the_branch_takes_is_as_near_as_it_can_be(quantize, monkeypatch):
-    monkeypatch.setattr(pack_module(".iec_core.quantization").Packing, "most_rank", 6)
+    packing = pack_module(".iec_core.quantization").Packing
+    monkeypatch.setattr(packing, "most_rank", 6)
+    monkeypatch.setattr(packing, "most_rank_found", 6)
     base = quantize()
     layer, before = layer_of(base, LINEAR), loaded(base)[LINEAR].double()
     large, small = (OUT / 50, INTO), (noise(128, 5, seed=5) / 45000, noise(5, 128, seed=6) / 9)

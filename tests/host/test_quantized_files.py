@@ -597,15 +597,17 @@ def test_a_network_that_the_host_does_not_know_is_refused(quantize, save, folder
 
 
 def fail_at(monkeypatch, number, fail):
-    """Let the reading of the so-many-th weight for a file fail."""
-    module, calls = pack_module(".nodes.host.quantized_files"), []
-    original = module.original_weight
+    """Let the reading of the so-many-th weight for a file fail; before, each is read once to describe it."""
+    module, described, calls = pack_module(".nodes.host.quantized_files"), set(), []
+    original = module.patched_packed
 
-    def read(*args):
-        calls.append(args)
-        return fail() if len(calls) == number else original(*args)
+    def read(model, name, layer):
+        if name in described:
+            calls.append(name)
+        described.add(name)
+        return fail() if len(calls) == number else original(model, name, layer)
 
-    monkeypatch.setattr(module, "original_weight", read)
+    monkeypatch.setattr(module, "patched_packed", read)
     return calls
 
 
