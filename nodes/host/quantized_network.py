@@ -31,11 +31,14 @@ class _PatchesBeside:
     stands beside the weights, which stay as they are.
     """
 
+    _grown = 0  # bytes that weights have become larger by since the last `load` began
+
     def load(self, *args, **kwargs):
         """Load the MODEL, as the host does, and have it count what its weights have become larger by."""
         self._grown = 0
-        super().load(*args, **kwargs)
+        loaded = super().load(*args, **kwargs)
         self.model.model_loaded_weight_memory += self._grown
+        return loaded
 
     def patch_weight_to_device(self, key, *args, **kwargs):
         """Lay the MODEL's patches on a weight, as the host does."""
@@ -47,7 +50,7 @@ class _PatchesBeside:
             return super().patch_weight_to_device(key, *args, **kwargs)
         finally:
             layer.patches = None
-            self._grown = getattr(self, "_grown", 0) + layer.weight.nbytes - before
+            self._grown += layer.weight.nbytes - before
 
     def patch_hook_weight_to_device(self, hooks, combined_patches, key, original_weights, memory_counter):
         """Lay hooks' patches on a weight, as the host does."""
@@ -62,13 +65,13 @@ class _PatchesBeside:
         take turns in every step.
         """
         known = self.model.__dict__.setdefault("iec_hook_changes", {}).setdefault(key, {})
-        which = id(layer.weight), *((strength, id(value), *map(str, rest)) for strength, value, *rest in patches)
+        is_patched = key in self.backup  # a run lays no other patches on weights
+        which = is_patched, *((strength, id(value), *map(str, rest)) for strength, value, *rest in patches)
         if which not in known:
             weight = layer.weight
-            original = functools.partial(original_weight, self, key, weight)
 
             def patched():
-                unpatched = layer.convert_weight(original().to(weight.device))
+                unpatched = layer.convert_weight(original_weight(self, key, weight).to(weight.device))
                 return with_patches(patches, key, layer.convert_weight(weight), unpatched)
 
             if len(known) == HOOKS_KEPT:
@@ -105,12 +108,8 @@ def patched_packed(model, name, layer):
     if not patches:
         return packed
     packed = packed.to(model.load_device)
-    patched = functools.partial(_patched, layer, patches, key, packed)
-    return layer.with_change(packed, layer.changed_by(patches, patched, packed))
-
-
-def _patched(layer, patches, key, packed):
-    return with_patches(patches, key, layer.convert_weight(packed))
+    change = layer.changed_by(patches, lambda: with_patches(patches, key, layer.convert_weight(packed)), packed)
+    return layer.with_change(packed, change)
 
 
 @functools.cache
