@@ -274,7 +274,7 @@ def test_a_lora_behind_stands_beside_the_branch(calibrate, draw):
     layer, plain = layers_of(made)[name], draw(made)
     before, packed = layer.packing.dequantize(layer.weight), layer.weight.clone()
     x = torch.randn(2, 16, layer.packing.inputs, generator=torch.Generator().manual_seed(3))
-    change = torch.randn(before.shape, generator=torch.Generator().manual_seed(2)) * before.std()
+    change = torch.randn(len(before), 3, generator=torch.Generator().manual_seed(2)) * before.std() @ x[0, :3]
     for added in (torch.zeros_like(before), change / 100, change):
         wanted = layer.packing.changed(before + added, packed)
         assert torch.equal(wanted, packed) == (not added.any())
