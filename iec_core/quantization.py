@@ -28,7 +28,7 @@ CLIPPING = torch.linspace(1, 0.4, 31).tolist()
 ALIGNMENT = 16  # bytes: where the scales and the factors begin
 FACTOR_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
-LEAST_LIMIT, LEAST_LIMIT_FOUND = 256, 16  # ranks that a change may add to the branch of any weight: see `most_rank`
+LEAST_LIMIT, LEAST_LIMIT_FOUND = 256, 16  # ranks that a change may add to the branch of any weight
 QUICK_RANK = 48  # up to which factors of a change are looked for before it is tried in the integers
 NEGLIGIBLE = 1e-3  # share of a change's norm that its factors may leave out
 NOISE = 2**-22  # of a weight's norm: what a float32 sum of it and a change leaves of the latter
@@ -213,14 +213,16 @@ class Packing:
 
     @property
     def most_rank(self):
-        """The highest rank of given factors, such as a LoRA's, that are added to the branch: they take what the weight takes in
-        16 bits.
+        """The highest rank of given factors, such as a LoRA's, that are added to the branch: LEAST_LIMIT, or that at which they
+        take what the weight takes in 16 bits.
         """
         return max(LEAST_LIMIT, self.rows * self.inputs // (self.rows + self.inputs))
 
     @property
     def most_rank_found(self):
-        """The highest rank of factors that are found for a change, which leave something out: they take a quarter of that."""
+        """The highest rank of factors that are found for a change, and may leave something out: LEAST_LIMIT_FOUND, or that at
+        which they take a quarter of what the weight takes in 16 bits.
+        """
         return max(LEAST_LIMIT_FOUND, self.rows * self.inputs // (4 * (self.rows + self.inputs)))
 
     def _nbytes_with(self, rank):
@@ -285,10 +287,14 @@ class Packing:
 
     def with_branch(self, packed, factors):
         """Return a packed weight with factors [O, r] and [r, K] added to its branch."""
-        out, into = joined(self.factors(packed), factors)
-        if out.shape[1] > min(self.rows, self.inputs):  # no matrix of this shape needs as many
-            out, into, _ = factored(out.float() @ into.float(), min(self.rows, self.inputs), 0.0)
-        return self.pack(*self.stored(packed), (out, into))
+        return self.pack(*self.stored(packed), self._with_factors(packed, factors))
+
+    def _with_factors(self, packed, added):
+        """Return the factors of a packed weight's branch with others beside them; None where there are none."""
+        factors, most = joined(self.factors(packed), added), min(self.rows, self.inputs)
+        if factors is None or factors[0].shape[1] <= most:
+            return factors
+        return factored(self._branch(factors), most, 0.0)[:2]  # no matrix of this shape needs as many directions
 
     def thin(self, out, into):
         """Return factors [O, r] and [r, K] as a branch has them."""
@@ -299,7 +305,7 @@ class Packing:
         """Return a packed weight whose branch, with the factors `added`, stays, and whose integers make rows of it, float32
         [O, K]. Its scales stay too, but where the format has others for other weights and nothing was added.
         """
-        factors, scale = joined(self.factors(packed), added), self.stored(packed)[1]
+        factors, scale = self._with_factors(packed, added), self.stored(packed)[1]
         rows = self.rotated(rows - self._branch(factors) if factors else rows)
         keeps_scales = self.format.calibrated or added
         found = rounded_like(rows, scale, self.format) if keeps_scales else quantize_rows(rows, self.format)

@@ -5,6 +5,7 @@ import functools
 import logging
 
 import comfy.hooks
+import comfy.model_management
 import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -33,12 +34,33 @@ class _PatchesBeside:
 
     _grown = 0  # bytes that weights have become larger by since the last `load` began
 
-    def load(self, *args, **kwargs):
+    def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False, **kwargs):
         """Load the MODEL, as the host does, and have it count what its weights have become larger by."""
         self._grown = 0
-        loaded = super().load(*args, **kwargs)
-        self.model.model_loaded_weight_memory += self._grown
-        return loaded
+        super().load(device_to, lowvram_model_memory, force_patch_weights, full_load, **kwargs)
+        # Where it loads all, the host counts the MODEL as it was made.
+        of_all = sum(map(self._growth, self.backup))
+        self.model.model_loaded_weight_memory += of_all if full_load else self._grown + self._left_in_place()
+
+    def _growth(self, key):
+        layer = quantized_layer_of(self, key)
+        return 0 if layer is None else layer.weight.nbytes - self.backup[key].weight.nbytes
+
+    def _left_in_place(self):
+        """Return the bytes of modules that the host takes for offloaded, though what is loaded and patched stays where it is:
+        larger than before, they do not fit into what they were loaded into. Of patches that they have, it would lay them on
+        once more.
+        """
+        left = set()
+        for key in self.backup:
+            name, _, part = key.rpartition(".")
+            module = comfy.utils.get_attr(self.model, name)
+            functions = getattr(module, f"{part}_function", ())
+            again = [function for function in functions if getattr(function, "key", None) == key]
+            if again:
+                setattr(module, f"{part}_function", [function for function in functions if function not in again])
+                left.add(module)
+        return sum(map(comfy.model_management.module_size, left))
 
     def patch_weight_to_device(self, key, *args, **kwargs):
         """Lay the MODEL's patches on a weight, as the host does."""
@@ -77,8 +99,9 @@ class _PatchesBeside:
             if len(known) == HOOKS_KEPT:
                 known.clear()
             change = layer.changed_by(patches, patched, weight)
+            # Whole weights do not stay on a GPU beside those that the host has counted.
             known[which] = change if change.packed is None else change.to(self.offload_device)
-        return known[which].to(layer.weight.device)
+        return known[which]
 
     def unpatch_hooks(self, whitelist_keys_set=None):
         """Take hooks' patches off, as the host does."""

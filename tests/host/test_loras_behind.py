@@ -88,7 +88,8 @@ def loaded(model):
 def offloaded(model):
     model.load(CPU, lowvram_model_memory=1)
     try:
-        assert all(len(layer_of(model, name).weight_function) in (0, 1) for name in LAYERS)
+        patched = [f"diffusion_model.{name}.weight" in model.patches for name in LAYERS]
+        assert [len(layer_of(model, name).weight_function) for name in LAYERS] == patched
         first = outputs(model)
         again = outputs(model)
         assert all(torch.equal(first[name], again[name]) for name in LAYERS)
@@ -362,12 +363,12 @@ def test_a_model_as_a_lora_of_hooks(sample, model, quantize, conditioning, relat
     import comfy.hooks
 
     names = [f"diffusion_model.{name}.weight" for name in LAYERS]
-    other = {name: model.model.get_parameter(name) * 1.5 for name in names}
+    other = {name: model.model.get_parameter(name) * 3 for name in names}
     hooks = comfy.hooks.create_hook_model_as_lora(other, None, 1.0, 0.0)
     given = {"positive": comfy.hooks.set_hooks_for_conditioning(conditioning[0], hooks)}
     base = quantize("W8A8")
     expected, effect = sample(model, **given), relative(sample(model, **given), sample(model))
-    assert relative(sample(base, **given), expected) < effect < relative(sample(base), expected)
+    assert relative(sample(base, **given), expected) < 0.5 * effect < relative(sample(base), expected)
 
 
 def test_a_model_is_saved_while_the_lora_of_another_clone_is_loaded(host, sample, quantize, lora, folder):
@@ -403,12 +404,49 @@ def test_the_host_counts_what_weights_become_larger_by(quantize, lora):
     patched.load(CPU, full_load=True)
     size = comfy.model_management.module_size(patched.model)
     assert patched.loaded_size() == size > base.model_size()
-    patched.partially_unload(CPU, size)
-    assert patched.loaded_size() >= 0
+    left = []
+    for source in (base, patched):
+        source.load(CPU, full_load=True)
+        source.partially_unload(CPU, size)
+        left.append(source.loaded_size())
+        source.detach()
+    assert left[0] == left[1]
+    patched.load(CPU, lowvram_model_memory=int(0.8 * base.model_size()))  # in part, then whole
+    patched.load(CPU, full_load=True)
+    assert patched.loaded_size() == size
     patched.detach()
     base.load(CPU, full_load=True)
     assert base.loaded_size() == comfy.model_management.module_size(base.model) == base.model_size()
     base.detach()
+
+
+@pytest.mark.parametrize("share", [0.6, 0.7, 0.8, 0.9])
+def test_what_is_loaded_in_part_is_patched_once_however_often_it_is_loaded(model, quantize, share):
+    """Loaded layers have become larger, and may not fit a second time into the same memory."""
+    import comfy.model_management
+
+    base = quantize()
+    names = [name for name, layer in base.model.diffusion_model.named_modules() if hasattr(layer, "packing")]
+    patched = base.clone()
+    for name in names:
+        shape = layer_of(base, name).packing.shape
+        patched.patches[f"diffusion_model.{name}.weight"] = [patch(noise(shape[0], 16), noise(16, *shape[1:], seed=1) / 99)]
+    memory = int(share * base.model_size())  # of which the host keeps some for layers on their way
+    patched.load(CPU, lowvram_model_memory=memory)
+    expected, whole = outputs(patched), loaded_layers(patched, names)
+    assert 0 < len(whole) < len(names)
+    patched.load(CPU, lowvram_model_memory=memory)
+    assert all(torch.equal(expected[name], out) for name, out in outputs(patched).items())
+    assert whole == loaded_layers(patched, names)
+    left = sum(comfy.model_management.module_size(layer_of(patched, name)) for name in whole)
+    assert patched.loaded_size() >= left
+    patched.detach()
+    assert all(torch.equal(*pair) for pair in zip(loaded(base).values(), loaded(base).values()))
+
+
+def loaded_layers(model, names):
+    """Those that are patched in place."""
+    return {name for name in names if f"diffusion_model.{name}.weight" in model.backup}
 
 
 def test_hooks_by_a_patcher_of_another_pack_are_rounded_in_place(quantize, lora):

@@ -198,3 +198,6 @@ def test_a_branch_has_no_higher_rank_than_a_matrix_of_its_shape():
         before, packed = before + out @ into, packing.with_branch(packed, packing.thin(out, into))
     assert packing.rank(packed) == 24
     assert (packing.dequantize(packed) - before).norm() < 2e-3 * before.norm()
+    high = 0.1 * normal(24, 64, seed=9)  # which integers lose, and the branch has no room for
+    changed = packing.changed(before + high, packed)
+    assert packing.rank(changed) <= 24 and (packing.dequantize(changed) - before - high).norm() < high.norm()
