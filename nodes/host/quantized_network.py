@@ -35,30 +35,32 @@ class _PatchesBeside:
     _grown = 0  # bytes that weights have become larger by since the last `load` began
 
     def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False, **kwargs):
-        """Load the MODEL, as the host does, and have it count what its weights have become larger by."""
+        """Load the MODEL, as the host does. It decides by what modules take; that some have become larger by their patches when
+        they were loaded is no reason to take them for offloaded now, and it is counted afterwards.
+        """
         self._grown = 0
+        lowvram_model_memory += self._all_growth()
         super().load(device_to, lowvram_model_memory, force_patch_weights, full_load, **kwargs)
         # Where it loads all, the host counts the MODEL as it was made.
-        of_all = sum(map(self._growth, self.backup))
-        self.model.model_loaded_weight_memory += of_all if full_load else self._grown + self._left_in_place()
+        self.model.model_loaded_weight_memory += self._all_growth() if full_load else self._grown + self._left_in_place()
 
-    def _growth(self, key):
-        layer = quantized_layer_of(self, key)
-        return 0 if layer is None else layer.weight.nbytes - self.backup[key].weight.nbytes
+    def _all_growth(self):
+        """Return the bytes that patched weights are larger by than those that they were."""
+        layers = ((quantized_layer_of(self, key), kept.weight) for key, kept in self.backup.items())
+        return sum(layer.weight.nbytes - weight.nbytes for layer, weight in layers if layer is not None)
 
     def _left_in_place(self):
-        """Return the bytes of modules that the host takes for offloaded, though what is loaded and patched stays where it is:
-        larger than before, they do not fit into what they were loaded into. Of patches that they have, it would lay them on
-        once more.
+        """Return the bytes of modules that the host takes for offloaded all the same, though what is patched stays where it is.
+        It would lay the patches on these once more.
         """
         left = set()
         for key in self.backup:
             name, _, part = key.rpartition(".")
-            module = comfy.utils.get_attr(self.model, name)
-            functions = getattr(module, f"{part}_function", ())
-            again = [function for function in functions if getattr(function, "key", None) == key]
+            module, functions = comfy.utils.get_attr(self.model, name), f"{part}_function"
+            again = [one for one in getattr(module, functions, ()) if getattr(one, "key", None) == key]
             if again:
-                setattr(module, f"{part}_function", [function for function in functions if function not in again])
+                setattr(module, functions, [one for one in getattr(module, functions) if one not in again])
+            if hasattr(module, "prev_comfy_cast_weights") and not self.force_cast_weights:
                 left.add(module)
         return sum(map(comfy.model_management.module_size, left))
 

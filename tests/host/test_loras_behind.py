@@ -423,8 +423,6 @@ def test_the_host_counts_what_weights_become_larger_by(quantize, lora):
 @pytest.mark.parametrize("share", [0.6, 0.7, 0.8, 0.9])
 def test_what_is_loaded_in_part_is_patched_once_however_often_it_is_loaded(model, quantize, share):
     """Loaded layers have become larger, and may not fit a second time into the same memory."""
-    import comfy.model_management
-
     base = quantize()
     names = [name for name, layer in base.model.diffusion_model.named_modules() if hasattr(layer, "packing")]
     patched = base.clone()
@@ -433,15 +431,16 @@ def test_what_is_loaded_in_part_is_patched_once_however_often_it_is_loaded(model
         patched.patches[f"diffusion_model.{name}.weight"] = [patch(noise(shape[0], 16), noise(16, *shape[1:], seed=1) / 99)]
     memory = int(share * base.model_size())  # of which the host keeps some for layers on their way
     patched.load(CPU, lowvram_model_memory=memory)
-    expected, whole = outputs(patched), loaded_layers(patched, names)
-    assert 0 < len(whole) < len(names)
-    patched.load(CPU, lowvram_model_memory=memory)
-    assert all(torch.equal(expected[name], out) for name, out in outputs(patched).items())
-    assert whole == loaded_layers(patched, names)
-    left = sum(comfy.model_management.module_size(layer_of(patched, name)) for name in whole)
-    assert patched.loaded_size() >= left
+    expected, before = outputs(patched), loaded_layers(patched, names)
+    assert 0 < len(before) < len(names)
+    for _ in range(3):
+        patched.load(CPU, lowvram_model_memory=memory)
+        assert all(torch.equal(expected[name], out) for name, out in outputs(patched).items())
+        now = loaded_layers(patched, names)
+        sizes = [sum(layer_of(patched, name).weight.nbytes for name in some) for some in (before, now)]
+        assert before <= now and sizes[1] < 1.05 * sizes[0]  # not many more, in place of those that have become larger
+        assert patched.loaded_size() >= sizes[1]
     patched.detach()
-    assert all(torch.equal(*pair) for pair in zip(loaded(base).values(), loaded(base).values()))
 
 
 def loaded_layers(model, names):
