@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..iec_core.cachequant import CacheProfile
 from ..iec_core.caching import SCHEDULE_FORMS, parse_cache_schedule
 from ..iec_core.choices import unknown_choice
-from .calibration import profile_name_input, run_inputs, sampling_of, taken_prompts, wrong_run_choice
+from .calibration import profile_name_input, run_inputs, taken_runs, wrong_run_choice
 from .host.cachequant import apply_profile, calibrate
 from .host.caching import CORRECTION_PASSES
 from .host.inputs import CheckedNode, known_values
@@ -109,18 +109,12 @@ class IECCalibrateCacheQuant(CheckedNode):
 
     @classmethod
     def run(
-        cls, model, negative, latent_image, seed, runs, interval, branch, schedule="dps", forecast="linear",
-        correct_consumer=False, full_precision=None, **more,
+        cls, model, interval, branch, schedule="dps", forecast="linear", correct_consumer=False, full_precision=None, **more
     ):  # fmt: skip
         profile = calibrate(
             model,
             full_precision,
-            taken_prompts(more),
-            negative,
-            latent_image,
-            seed,
-            runs,
-            sampling_of(more),
+            taken_runs(more),
             interval,
             branch,
             parse_calibrated_schedule(schedule),

@@ -3,20 +3,22 @@
 from comfy_api.latest import io
 
 from ..iec_core.choices import unknown_choice
-from .calibration import RUN_INPUTS, run_inputs, sampling_of, taken_prompts, wrong_run_choice
-from .formats import OF_LAYERS, format_inputs, quantization, wrong_format
+from ..iec_core.mixed_precision import Budget
+from .calibration import run_inputs, taken_runs, wrong_run_choice
+from .formats import MIXED, OF_LAYERS, format_inputs, quantization, wrong_format
 from .host.inputs import CheckedNode, known_values
 from .host.schema import schema
 from .host.weight_calibration import calibrate_weights, factors_of
 
 RANKS = ["auto", "0", "8", "16", "32", "64"]
-AUTO_RANK = {"4": 16}  # by weight_bits; 0 with all others, which lose little
+AUTO_RANK = {"4": 16}  # by weight_bits; 0 with all others, which lose little, or have better use for the bits
+BUDGETS = ["bits", "error"]
 
 
 class IECCalibrateWeights(CheckedNode):
     @classmethod
     def define_schema(cls):
-        inputs = format_inputs(weight_bits="4")
+        inputs = format_inputs(weight_bits="4", mixed=True)
         return schema(
             node_id="IECCalibrateWeights",
             display_name="Calibrate Weights (IEC)",
@@ -47,30 +49,66 @@ class IECCalibrateWeights(CheckedNode):
                     tooltip="About how much of the device's memory, in 2^30 bytes, the calibration may take beside the model. "
                     "With less, runs are repeated for one part of the layers after the other.",
                 ),
+                io.Combo.Input(
+                    "budget",
+                    options=BUDGETS,
+                    default="bits",
+                    optional=True,
+                    tooltip="With weight_bits mixed. bits: the least error within average_bits. error: the smallest model "
+                    "within most_error.",
+                ),
+                io.Float.Input(
+                    "average_bits",
+                    default=5.0,
+                    min=1.0,
+                    max=32.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip="With budget bits: bits a weight on average, with scales and branches, of the layers that the "
+                    "rules let be quantized.",
+                ),
+                io.Float.Input(
+                    "most_error",
+                    default=0.01,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    round=0.0001,
+                    optional=True,
+                    tooltip="With budget error: by how much a prediction may change, over the prediction. Errors of images are "
+                    "several times as large.",
+                ),
             ],
-            outputs=[io.Model.Output(tooltip="The quantized model.")],
+            outputs=[
+                io.Model.Output(tooltip="The quantized model."),
+                io.String.Output(
+                    display_name="layers",
+                    tooltip="With weight_bits mixed a table in Markdown: what each layer costs and was given, what costs most "
+                    "at equal bytes first.",
+                ),
+            ],
         )
 
     @classmethod
     @known_values
     def validate_inputs(
         cls, weight_bits=None, activation_bits=None, group_size=None, activation_scale=None, compute=None, rank=None,
-        sampler_name=None, scheduler=None, memory_gb=None,
+        sampler_name=None, scheduler=None, memory_gb=None, budget=None,
     ):  # fmt: skip
-        wrong = wrong_format(weight_bits, activation_bits, group_size, activation_scale, compute)
-        return wrong or unknown_choice(RANKS, rank=rank) or wrong_run_choice(sampler_name, scheduler) or True
+        wrong = wrong_format(weight_bits, activation_bits, group_size, activation_scale, compute, mixed=True)
+        wrong = wrong or unknown_choice(RANKS, rank=rank) or unknown_choice(BUDGETS, budget=budget)
+        return wrong or wrong_run_choice(sampler_name, scheduler) or True
 
     @classmethod
-    def run(cls, model, weight_bits, rank, negative, latent_image, seed, runs, memory_gb=4.0, **more):
-        rank = AUTO_RANK.get(weight_bits, 0) if rank == "auto" else int(rank)
-        of_runs = {name: more.pop(name) for name in RUN_INPUTS if name in more}
-        asked = quantization(weight_bits, calibrated=True, rank=rank, factors=factors_of(model), **more)
-        return io.NodeOutput(
-            calibrate_weights(
-                model, asked, taken_prompts(of_runs), negative, latent_image, seed, runs, sampling_of(of_runs),
-                int(memory_gb * 2**30),
-            )
-        )  # fmt: skip
+    def run(
+        cls, model, weight_bits, rank, memory_gb=4.0, budget="bits", average_bits=5.0, most_error=0.01, **more
+    ):  # fmt: skip
+        rank, runs = AUTO_RANK.get(weight_bits, 0) if rank == "auto" else int(rank), taken_runs(more)
+        smallest = "4" if weight_bits == MIXED else weight_bits
+        asked = quantization(smallest, calibrated=True, rank=rank, factors=factors_of(model), **more)
+        spent = Budget(bits=average_bits) if budget == "bits" else Budget(error=most_error)
+        of_budget = spent if weight_bits == MIXED else None
+        return io.NodeOutput(*calibrate_weights(model, asked, runs, int(memory_gb * 2**30), of_budget))
 
 
 NODES = [IECCalibrateWeights]

@@ -4,11 +4,11 @@ import comfy.samplers
 from comfy_api.latest import io
 
 from ..iec_core.choices import unknown_choice
+from .host.calibration import Runs
 from .host.profiles import PROFILES
 
 PROMPTS = ("positive", "positive_2", "positive_3", "positive_4")
 SAMPLING = ("steps", "cfg", "sampler_name", "scheduler")
-RUN_INPUTS = (*PROMPTS, *SAMPLING)  # that are taken together, by `taken_prompts` and `sampling_of`
 
 
 def run_inputs(of_schedule):
@@ -38,14 +38,11 @@ def wrong_run_choice(sampler_name, scheduler):
     return wrong or unknown_choice(comfy.samplers.KSampler.SCHEDULERS, scheduler=scheduler)
 
 
-def taken_prompts(inputs):
-    """Return the prompts among a node's inputs, in their order."""
-    return [inputs[name] for name in PROMPTS if inputs.get(name) is not None]
-
-
-def sampling_of(inputs):
-    """Return what the host's samplers take, of a node's inputs."""
-    return {name: inputs[name] for name in SAMPLING}
+def taken_runs(inputs):
+    """Return the Runs that a node's inputs say, and take these out of them."""
+    prompts = [prompt for name in PROMPTS if (prompt := inputs.pop(name, None)) is not None]
+    others = [inputs.pop(name) for name in ("negative", "latent_image", "seed", "runs")]
+    return Runs(prompts, *others, {name: inputs.pop(name) for name in SAMPLING})
 
 
 def profile_name_input():

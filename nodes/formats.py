@@ -7,6 +7,7 @@ from ..iec_core.quantization import WeightFormat
 from .host.quantize import LayerRules, Quantization, parse_patterns
 from .host.quantized_layers import COMPUTE, EIGHT_BIT, FASTEST, ActivationFormat
 
+MIXED = "mixed"  # weight_bits of a node that finds them for each layer
 KINDS = {"8": "int8", "4": "int4", "fp8": "fp8"}
 ACTIVATION_BITS = ["8", "16"]
 GROUP_SIZES = ["none", "32", "64", "128"]
@@ -27,9 +28,11 @@ def _wrong_compute(compute, activation_bits):
         return f"compute: {compute} goes with activation_bits 8 only; write {FASTEST}, or other bits."
 
 
-def wrong_format(weight_bits, activation_bits, group_size, activation_scale, compute):
-    """Return the sentence for the first wrong one of these choices, each None where it is not known; else None."""
-    wrong = unknown_choice(list(KINDS), weight_bits=weight_bits)
+def wrong_format(weight_bits, activation_bits, group_size, activation_scale, compute, mixed=False):
+    """Return the sentence for the first wrong one of these choices, each None where it is not known; else None. mixed: whether
+    weight_bits may be mixed.
+    """
+    wrong = unknown_choice([*KINDS, MIXED] if mixed else list(KINDS), weight_bits=weight_bits)
     wrong = wrong or unknown_choice(ACTIVATION_BITS, activation_bits=activation_bits)
     wrong = wrong or unknown_choice(GROUP_SIZES, group_size=group_size)
     wrong = wrong or unknown_choice(ACTIVATION_SCALES, activation_scale=activation_scale)
@@ -54,14 +57,17 @@ def compute_input(tip):
     return io.Combo.Input("compute", options=list(COMPUTE), default=FASTEST, optional=True, tooltip=tip)
 
 
-def format_inputs(weight_bits="8"):
-    """Return {name: io.Input} of what a quantized model is to be, for the nodes that make one. weight_bits: its default."""
+def format_inputs(weight_bits="8", mixed=False):
+    """Return {name: io.Input} of what a quantized model is to be, for the nodes that make one. weight_bits: its default. mixed:
+    whether it may be mixed.
+    """
+    tip = "8, 4: symmetric integers, one scale per output channel. fp8: float8 e4m3, one scale per weight."
     inputs = [
         io.Combo.Input(
             "weight_bits",
-            options=list(KINDS),
+            options=[*KINDS, MIXED] if mixed else list(KINDS),
             default=weight_bits,
-            tooltip="8, 4: symmetric integers, one scale per output channel. fp8: float8 e4m3, one scale per weight.",
+            tooltip=tip + mixed * " mixed: for each layer 4 or 8 bits, or none, by what it costs, within the budget.",
         ),
         io.Combo.Input(
             "activation_bits",

@@ -10,6 +10,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from matplotlib.transforms import IdentityTransform
 
+from ..iec_core.layer_errors import ranked
 from . import fonts
 
 # Okabe and Ito's palette: told apart with every common colour blindness, the first five best.
@@ -312,26 +313,27 @@ def pareto(runs, front, reference, cost):
 
 
 def layer_errors(errors, left):
-    """Draw the layers' output SQNR, the worst first; uint8 [H, W, 3].
+    """Draw what each layer alone costs the prediction, what costs most at equal bytes first; uint8 [H, W, 3].
 
-    errors: LayerErrors. left: names of those that are suggested to stay in full precision. More than 60 layers: the worst 60.
+    errors: LayerErrors. left: names of those that are suggested to stay in full precision. More than 60 layers: the first 60.
     """
-    shown = sorted(errors, key=lambda error: -error.relative_noise)[:60]
+    shown = ranked(errors)[:60]
     figure = _figure(1.3 + 0.17 * len(shown))
     axes = figure.subplots()
-    places, ratios = range(len(shown)), np.array([error.sqnr for error in shown])
-    finite = np.isfinite(ratios)
-    widths = np.where(finite, ratios, np.where(np.isnan(ratios), 0, max(ratios[finite], default=1)))
+    places, costs = range(len(shown)), np.sqrt([error.predicted for error in shown])
+    least = min(costs[costs > 0], default=1e-6) / 3  # where a bar on a log scale begins
     is_left = [error.name in left for error in shown]
     colours = [COLOURS[2] if one else COLOURS[1] for one in is_left]
-    bars = axes.barh(places, widths, color=colours, hatch=["//" if one else "" for one in is_left], edgecolor="white")
-    texts = [f"{ratio:.1f}" if np.isfinite(ratio) else "not run" if np.isnan(ratio) else "no error" for ratio in ratios]
+    hatches, widths = ["//" if one else "" for one in is_left], np.maximum(costs, least) - least
+    bars = axes.barh(places, widths, left=least, color=colours, hatch=hatches, edgecolor="white")
+    texts = [f"{cost:.2g}" if cost > 0 else "no change" if error.signal > 0 else "not run" for cost, error in zip(costs, shown)]
     axes.bar_label(bars, texts, padding=3, fontsize=7)
     axes.set_yticks(places, [f"{error.name} ({error.format.split(',')[0]})" for error in shown], fontsize=7)
     axes.set_ylim(len(shown) - 0.4, -0.6)
-    axes.margins(x=0.12)
-    axes.set_xlabel("output SQNR, dB: higher is better")
-    title = f"{len(shown)} of {len(errors)} quantized layers, the worst first"
+    axes.set_xscale("log")
+    axes.set_xlim(least, max([*costs, 10 * least]) * 2)
+    axes.set_xlabel("error of the prediction with this layer alone quantized: lower is better")
+    title = f"{len(shown)} of {len(errors)} quantized layers, what costs most at equal bytes first"
     if left:
         title += f"\norange, hatched: suggested to leave out ({len(left)} in all, {sum(is_left)} of these here)"
     figure.suptitle(title, fontsize=10)

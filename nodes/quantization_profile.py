@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..iec_core.activation_scales import ActivationScales
 from ..iec_core.choices import unknown_choice
-from .calibration import profile_name_input, run_inputs, sampling_of, taken_prompts, wrong_run_choice
+from .calibration import profile_name_input, run_inputs, taken_runs, wrong_run_choice
 from .host.activation_scales import apply_scales, calibrate_activations
 from .host.inputs import CheckedNode, known_values
 from .host.profiles import PROFILES
@@ -58,13 +58,9 @@ class IECCalibrateQuantization(CheckedNode):
         return wrong or unknown_choice(SCALE_BY, activation_scale=activation_scale) or True
 
     @classmethod
-    def run(
-        cls, model, negative, latent_image, seed, runs, scales="timestep-wise", activation_scale="search", **more
-    ):  # fmt: skip
-        profile = calibrate_activations(
-            model, taken_prompts(more), negative, latent_image, seed, runs, sampling_of(more), scales == "timestep-wise",
-            activation_scale == "search",
-        )  # fmt: skip
+    def run(cls, model, scales="timestep-wise", activation_scale="search", **more):
+        runs, searched = taken_runs(more), activation_scale == "search"
+        profile = calibrate_activations(model, runs, scales == "timestep-wise", searched)
         return io.NodeOutput(apply_scales(model, profile), profile)
 
 

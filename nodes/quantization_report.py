@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..iec_core import layer_errors as core
 from ..iec_core.choices import unknown_choice
 from . import plots
-from .calibration import run_inputs, sampling_of, taken_prompts, wrong_run_choice
+from .calibration import run_inputs, taken_runs, wrong_run_choice
 from .host.inputs import CheckedNode, known_values
 from .host.layer_errors import layer_errors
 from .host.schema import schema
@@ -21,8 +21,8 @@ class IECQuantizationReport(CheckedNode):
             node_id="IECQuantizationReport",
             display_name="Quantization Report (IEC)",
             category="advanced/model/IEC",
-            description="Compares every quantized layer's output with full precision on your prompts: a table and a plot, the "
-            "worst first, and which layers to leave unquantized under a budget of size or error.",
+            description="Compares every quantized layer with full precision on your prompts: a table and a plot, what costs "
+            "the prediction most at equal bytes first, and which layers to leave unquantized under a budget of size or error.",
             search_aliases=["sqnr", "quantization error", "layer sensitivity", "sensitive layers", "mixed precision"],
             is_output_node=True,
             inputs=[
@@ -57,8 +57,12 @@ class IECQuantizationReport(CheckedNode):
                 ),
             ],
             outputs=[
-                io.String.Output(display_name="table", tooltip="A table in Markdown: a line a layer, the worst first."),
-                io.Image.Output(display_name="plot", tooltip="The layers' signal to noise ratios; of many layers the worst."),
+                io.String.Output(
+                    display_name="table", tooltip="A table in Markdown: a line a layer, what costs most at equal bytes first."
+                ),
+                io.Image.Output(
+                    display_name="plot", tooltip="What each layer costs the prediction; of many layers those that cost most."
+                ),
                 io.String.Output(display_name="exclude", tooltip="The layers to leave out, for Quantize Model's exclude."),
             ],
         )
@@ -69,12 +73,8 @@ class IECQuantizationReport(CheckedNode):
         return wrong_run_choice(sampler_name, scheduler) or unknown_choice(BUDGETS, budget=budget) or True
 
     @classmethod
-    def run(
-        cls, model, full_precision, negative, latent_image, seed, runs, budget="none", size_mb=0.0, least_sqnr=30.0, **more
-    ):  # fmt: skip
-        errors = layer_errors(
-            model, full_precision, taken_prompts(more), negative, latent_image, seed, runs, sampling_of(more)
-        )  # fmt: skip
+    def run(cls, model, full_precision, budget="none", size_mb=0.0, least_sqnr=30.0, **more):
+        errors = layer_errors(model, full_precision, taken_runs(more))
         left = {
             "none": lambda: [],
             "size": lambda: core.left_for_size(errors, size_mb * 2**20),

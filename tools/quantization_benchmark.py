@@ -90,7 +90,7 @@ def keep(nodes, steps, seeds):
 # Of other classes than `benchmark.Builtin` draws.
 OTHER_PROMPTS = ("hand, mammal", "bird, flower", "dish, drink", "building, tool")
 NEAREST, SEARCH = {"weight_scale": "absmax"}, {"weight_scale": "search"}
-# (weight_bits, activation_bits, inputs of Quantize Model, or the rank for Calibrate Weights)
+# (weight_bits, activation_bits, inputs of Quantize Model, or the rank, or average_bits of mixed, for Calibrate Weights)
 ROUNDINGS = {
     "W8A8": ("8", "8", NEAREST),
     "W8A8, GPTQ": ("8", "8", "0"),
@@ -101,6 +101,9 @@ ROUNDINGS = {
     "W4A8, GPTQ, rank 16": ("4", "8", "16"),
     "W4A8, GPTQ, rank 32": ("4", "8", "32"),
     "W4A16, GPTQ, rank 16": ("4", "16", "16"),
+    "mixed, 4.5 bits": ("mixed", "8", 4.5),
+    "mixed, 5 bits": ("mixed", "8", 5.0),
+    "mixed, 6 bits": ("mixed", "8", 6.0),
 }
 
 
@@ -128,8 +131,10 @@ def rounded(nodes, full, name, of_runs):
     """Return the MODEL with weights rounded in one of the ROUNDINGS. of_runs: inputs of a calibrating node."""
     weight_bits, activation_bits, how = ROUNDINGS[name]
     bits = {"weight_bits": weight_bits, "activation_bits": activation_bits, "keep_sensitive_layers": True}
-    node, inputs = ("IECCalibrateWeights", {**of_runs, "rank": how}) if isinstance(how, str) else ("IECQuantizeModel", how)
-    return nodes[node].execute(model=full, **bits, **inputs).result[0]
+    if isinstance(how, dict):
+        return nodes["IECQuantizeModel"].execute(model=full, **bits, **how).result[0]
+    chosen = {"rank": how} if isinstance(how, str) else {"rank": "auto", "average_bits": how}
+    return nodes["IECCalibrateWeights"].execute(model=full, **bits, **of_runs, **chosen).result[0]
 
 
 def size_of(model):

@@ -8,7 +8,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...iec_core.activation_scales import ActivationScales, ScaleStatistics
-from .calibration import Bar, sample_all, watched
+from .calibration import Bar, watched
 from .quantized_layers import quantized_layers
 from .quantized_network import quantization_of
 from .steps import Schedule
@@ -18,18 +18,17 @@ KEY = "iec_activation_scales"
 _layers = weakref.WeakKeyDictionary()  # of networks, as `_layers_of` found them
 
 
-def calibrate_activations(model, prompts, negative, latent_image, seed, runs, sampling, timestep_wise, search):
-    """Return the ActivationScales of a quantized MODEL, from `runs` sampling runs of each prompt (CONDITIONING).
+def calibrate_activations(model, runs, timestep_wise, search):
+    """Return the ActivationScales of a quantized MODEL, from Runs with it.
 
-    sampling: steps, cfg, sampler_name and scheduler, as the host's KSampler has them. timestep_wise: whether every step gets
-    scales of its own. search: whether scales are those of least squared error, for which all runs are done twice.
+    timestep_wise: whether every step gets scales of its own. search: whether scales are those of least squared error, for
+    which all runs are done twice.
 
     Raises ValueError where the MODEL has no quantized activations, or is calibrated already.
     """
     _check(model)
     layers = quantized_layers(model.model.diffusion_model)
-    bar = Bar((1 + search) * runs * len(prompts) * sampling["steps"])
-    sample = functools.partial(sample_all, prompts, negative, latent_image, seed, runs, sampling, bar)
+    sample = functools.partial(runs.sample, Bar((1 + search) * runs.steps))
     found = _Observed(layers, timestep_wise)
     sample(found.observing(model, "largest"))
     if search:
@@ -37,7 +36,7 @@ def calibrate_activations(model, prompts, negative, latent_image, seed, runs, sa
     names, sigmas, table = found.scales(search)
     facts = {
         "quantization": quantization_of(model), "scales": "timestep-wise" if timestep_wise else "static",
-        "scale": "search" if search else "absmax", "prompts": len(prompts), "runs": runs, **sampling,
+        "scale": "search" if search else "absmax", "prompts": len(runs.prompts), "runs": runs.count, **runs.sampling,
     }  # fmt: skip
     facts = {name: str(value) for name, value in facts.items()}
     return ActivationScales(facts, fingerprint(model), names, sigmas, table)

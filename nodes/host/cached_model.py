@@ -55,6 +55,14 @@ def with_cache(model, settings, make_run, node):
     return model
 
 
+def without_cache(model):
+    """Return a clone of a MODEL without the pack's cache."""
+    model = model.clone()
+    for wrappers in model.wrappers.values():
+        wrappers.pop(KEY, None)
+    return model
+
+
 def _check_other_cache(model_options, node):
     """Raise ValueError where the host's own cache is on the MODEL too."""
     if other := other_cache(model_options):

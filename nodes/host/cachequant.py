@@ -17,31 +17,25 @@ from . import quantize
 from .activation_scales import calibrated, scales_of
 from .cached_model import cache_kind, with_cache
 from .caching import CacheSettings
-from .calibration import Bar, sample_all
+from .calibration import Bar
 from .weights import fingerprint, is_same
 
 
-def calibrate(
-    model, full_precision, prompts, negative, latent_image, seed, runs, sampling, interval, branch, schedule, forecast,
-    correct_consumer,
-):  # fmt: skip
-    """Return the CacheProfile of a MODEL, from `runs` sampling runs of each prompt (CONDITIONING) in full precision.
+def calibrate(model, full_precision, runs, interval, branch, schedule, forecast, correct_consumer):
+    """Return the CacheProfile of a MODEL, from Runs in full precision.
 
-    full_precision: the MODEL that a quantized one is made from; not looked at where `model` is not quantized.
-
-    sampling: steps, cfg, sampler_name and scheduler, as the host's KSampler has them. schedule: a CacheSchedule, None for the
-    one that is found by dynamic programming. forecast: "hold", one feature is mapped, or "linear", the last two.
-    correct_consumer: whether the output of the block that consumes the feature gets a map too, if the model is quantized.
-    Raises ValueError where the MODEL cannot be cached, or what it is quantized from is not given.
+    full_precision: the MODEL that a quantized one is made from; not looked at where `model` is not quantized. schedule: a
+    CacheSchedule, None for the one that is found by dynamic programming. forecast: "hold", one feature is mapped, or "linear",
+    the last two. correct_consumer: whether the output of the block that consumes the feature gets a map too, if the model is
+    quantized. Raises ValueError where the MODEL cannot be cached, or what it is quantized from is not given.
     """
     kind, settings = cache_kind(model), CacheSettings(interval, branch)
     bits = quantize.quantization_of(model) or "none"
     source = model if bits == "none" else quantize.source_of(model, full_precision)
     correct_consumer = correct_consumer and bits != "none" and kind.has_consumer
     passes = 1 + (schedule is None) + correct_consumer
-    bar = Bar(passes * runs * len(prompts) * sampling["steps"])
     cached = functools.partial(with_cache, source, settings, node="IECCalibrateCacheQuant")
-    sample = functools.partial(sample_all, prompts, negative, latent_image, seed, runs, sampling, bar)
+    sample = functools.partial(runs.sample, Bar(passes * runs.steps))
 
     if schedule is None:
         distances = StepDistances(interval)
@@ -55,7 +49,8 @@ def calibrate(
 
     facts = {
         "network": type(model.get_model_object("diffusion_model")).__name__, "branch": branch, "interval": interval,
-        "forecast": forecast, "quantization": bits, "prompts": len(prompts), "runs": runs, **sampling,
+        "forecast": forecast, "quantization": bits, "prompts": len(runs.prompts), "runs": runs.count,
+        **runs.sampling,
     }  # fmt: skip
     profile = CacheProfile(
         {name: str(value) for name, value in facts.items()}, fingerprint(model), fits.sigmas, tuple(sorted(fits.firsts)),

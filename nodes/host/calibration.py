@@ -1,5 +1,7 @@
 """Sampling runs for a calibration, on the user's prompts."""
 
+from dataclasses import dataclass, replace
+
 import comfy.sample
 import comfy.utils
 from comfy.patcher_extension import WrappersMP
@@ -43,25 +45,47 @@ def watched(model, watch):
     return model
 
 
-def sample_all(prompts, negative, latent_image, seed, runs, sampling, callback, model):
-    """Run the model on every prompt (CONDITIONING), `runs` times with noise of its own.
-
-    sampling: steps, cfg, sampler_name and scheduler, as the host's KSampler has them. Raises ValueError where a run ends in
-    numbers from which nothing can be found out.
+@dataclass(frozen=True)
+class Runs:
+    """The sampling runs of a calibration: `count` of each prompt (CONDITIONING), with noise of their own. sampling: steps, cfg,
+    sampler_name and scheduler, as the host's KSampler has them.
     """
-    ratios = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # newer hosts' empty latents have these
-    ratios = {name: latent_image[name] for name in ratios if name in latent_image}
-    latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"], **ratios)
-    for prompt in prompts:
-        for of_run in ((seed + run) % 2**64 for run in range(runs)):
-            noise = comfy.sample.prepare_noise(latent, of_run)
-            samples = comfy.sample.sample(
-                model, noise, positive=prompt, negative=negative, latent_image=latent, seed=of_run, callback=callback,
-                disable_pbar=True, **sampling,
-            )  # fmt: skip
-            parts = samples.unbind() if getattr(samples, "is_nested", False) else [samples]
-            if not all(part.isfinite().all() for part in parts):
-                raise ValueError(
-                    "model: it returned NaN or infinity in a calibration run, from which nothing can be found out. "
-                    f"{TRY_PRECISION}"
-                )
+
+    prompts: list
+    negative: list
+    latent_image: dict
+    seed: int
+    count: int
+    sampling: dict
+
+    @property
+    def steps(self):
+        """Of all runs together."""
+        return self.count * len(self.prompts) * self.sampling["steps"]
+
+    @property
+    def first(self):
+        """The first of them alone."""
+        return replace(self, prompts=self.prompts[:1], count=1)
+
+    def sample(self, callback, model):
+        """Run the model. Raises ValueError where a run ends in numbers from which nothing can be found out."""
+        ratios = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # newer hosts' empty latents have these
+        ratios = {name: self.latent_image[name] for name in ratios if name in self.latent_image}
+        latent = comfy.sample.fix_empty_latent_channels(model, self.latent_image["samples"], **ratios)
+        for prompt in self.prompts:
+            for seed in ((self.seed + run) % 2**64 for run in range(self.count)):
+                noise = comfy.sample.prepare_noise(latent, seed)
+                samples = comfy.sample.sample(
+                    model, noise, positive=prompt, negative=self.negative, latent_image=latent, seed=seed, callback=callback,
+                    disable_pbar=True, **self.sampling,
+                )  # fmt: skip
+                _check_finite(samples)
+
+
+def _check_finite(samples):
+    parts = samples.unbind() if getattr(samples, "is_nested", False) else [samples]
+    if not all(part.isfinite().all() for part in parts):
+        raise ValueError(
+            f"model: it returned NaN or infinity in a calibration run, from which nothing can be found out. {TRY_PRECISION}"
+        )

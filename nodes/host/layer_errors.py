@@ -5,18 +5,21 @@ import math
 
 from ...iec_core.advice import TRY_PRECISION
 from ...iec_core.layer_errors import LayerError, decibels
-from .calibration import Bar, sample_all, watched
+from .activation_scales import calibrated, scales_of
+from .calibration import Bar, watched
+from .prediction_errors import evaluations_of, prediction_errors
 from .quantize import source_of
 from .quantized_layers import quantized_layers
 from .quantized_network import KEY, PREFIX, patched_packed, quantization_of
 from .weights import original_weight, patched_weight
 
 
-def layer_errors(model, full_precision, prompts, negative, latent_image, seed, runs, sampling):
-    """Return a LayerError for every quantized layer of a MODEL, over `runs` sampling runs of each prompt with it.
+def layer_errors(model, full_precision, runs):
+    """Return a LayerError for every quantized layer of a MODEL, over Runs with it.
 
-    A layer's output is compared with that of the full-precision layer for the same input. Raises ValueError where the MODEL is
-    not quantized, `full_precision` is not what it was made from, or an output is not finite.
+    A layer's output is compared with that of the full-precision layer for the same input; and, in a further run of the first
+    prompt, the predictions of the full-precision MODEL with those in which this layer alone is quantized. Raises ValueError
+    where the MODEL is not quantized, `full_precision` is not what it was made from, or an output is not finite.
     """
     if quantization_of(model) is None:
         raise ValueError("model: this MODEL is not quantized; put Quantize Model (IEC) in front.")
@@ -31,10 +34,23 @@ def layer_errors(model, full_precision, prompts, negative, latent_image, seed, r
             for name, layer in layers.items()
         ]
 
-    model = watched(model, watch)
-    model.set_additional_models(KEY, [full_precision])
-    sample_all(prompts, negative, latent_image, seed, runs, sampling, Bar(runs * len(prompts) * sampling["steps"]), model)
+    watching, first = watched(model, watch), runs.first
+    watching.set_additional_models(KEY, [full_precision])
+    bar = Bar(runs.steps + first.steps + evaluations_of(len(layers), first.steps))
+    runs.sample(bar, watching)
+    for name, (error,) in _alone(model, source, layers, first, bar).items():
+        errors[name].predicted = error.squared
     return list(errors.values())
+
+
+def _alone(model, source, layers, run, bar):
+    """Return {name: [the PredictionError of a quantized layer in the full-precision MODEL]}."""
+    network, scales = model.model.diffusion_model, scales_of(model)
+
+    def within(x, timestep, options):
+        return calibrated(network, scales, x.device, {**options, "sigmas": timestep})
+
+    return prediction_errors(source, {name: [layer] for name, layer in layers.items()}, run, bar, within)
 
 
 def _of_weight(model, source, name, layer):

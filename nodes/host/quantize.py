@@ -101,21 +101,25 @@ def _short(patterns):
 
 @dataclass(frozen=True)
 class Quantization:
-    """What is asked of a MODEL. rotate: whether Linear layers' inputs are rotated where their number allows it."""
+    """What is asked of a MODEL. rotate: whether Linear layers' inputs are rotated where their number allows it. mixed: the bits
+    a weight has on average, where some layers have others than `weight` says; None where all are alike.
+    """
 
     weight: WeightFormat
     activation: ActivationFormat
     rules: LayerRules = LayerRules()
     rotate: bool = False
+    mixed: float | None = None
 
     @property
     def name(self):
         """The field's short name, such as W8A8, with a word for what is not usual."""
-        bits = {"int8": "8", "int4": "4", "fp8": "8"}[self.weight.kind]
+        bits = f"{self.mixed:.2f}" if self.mixed else {"int8": "8", "int4": "4", "fp8": "8"}[self.weight.kind]
         return f"{'FP8 ' if self.weight.kind == 'fp8' else ''}W{bits}A{self.activation.bits}{self._details()}"
 
     def _details(self):
         details = [
+            "mixed" if self.mixed else "",
             f"groups of {self.weight.group_size}" if self.weight.group_size else "",
             "scales by search" if self.weight.search else "",
             "GPTQ" if self.weight.calibrated else "",

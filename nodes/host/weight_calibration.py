@@ -11,44 +11,81 @@ import torch
 from ...iec_core.advice import TRY_PRECISION
 from ...iec_core.devices import has_float64
 from ...iec_core.gptq import Moments, calibrated_weight, sampled_rows, sampled_windows
+from ...iec_core.mixed_precision import LayerChoices
 from ...iec_core.quantization import Packing
-from .calibration import Bar, sample_all, watched
+from .calibration import Bar, watched
+from .prediction_errors import evaluations_of, prediction_errors
 from .quantize import layers_to_quantize, quantized_layer, weight_shape, weight_to_quantize, with_quantized_layers
+from .quantized_network import PREFIX
+from .weights import original_weight
 
 POSITIONS = 256  # of an evaluation, from which a layer's inputs are taken
+KIND_BITS = {"int4": 4, "int8": 8, "fp8": 8}
 WORKSPACE = 6  # times as much memory as a layer's moments, and as its weight in float32, is taken while that is rounded
 
 
-def calibrate_weights(model, quantization, prompts, negative, latent_image, seed, runs, sampling, memory):
-    """Return a MODEL like this one with quantized weights that are rounded by GPTQ on `runs` sampling runs of each prompt
-    (CONDITIONING) with the MODEL as it is.
+def calibrate_weights(model, quantization, runs, memory, budget=None):
+    """Return (a MODEL like this one with quantized weights that are rounded by GPTQ on sampling runs with the MODEL as it is,
+    what they take in words).
 
-    quantization: a Quantization whose weights are calibrated. sampling: steps, cfg, sampler_name and scheduler, as the host's
-    KSampler has them. memory: about how many bytes of the device this may take; where they are not enough for what is seen of
-    all layers, the runs are repeated, each time for as many as they are enough for.
+    quantization: a Quantization whose weights are calibrated. runs: the Runs. memory: about how many bytes of the device this
+    may take; where they are not enough for what is seen of all layers, the runs are repeated, each time for as many as they are
+    enough for. budget: a Budget, within which each layer has those bits, 8, or stays as it is, such that the MODEL predicts as
+    much alike as it can; None: all have those bits.
 
-    Raises ValueError as `quantize_model`, and where no layer was seen to run, or a run had NaN or infinity.
+    Raises ValueError as `quantize_model`, and where no layer was seen to run, a run had NaN or infinity, or the budget leaves
+    nothing to quantize or cannot be met.
     """
+    asked = [quantization] if budget is None else [quantization, _with_8_bits(quantization)]
     layers = layers_to_quantize(model, quantization)
-    packings = {name: quantization.packing(weight_shape(model, name, layer)) for name, layer in layers.items()}
-    passes = in_passes({name: packing.inputs for name, packing in packings.items()}, memory)
-    bar = Bar(len(passes) * runs * len(prompts) * sampling["steps"] + len(layers))
-    sample = functools.partial(sample_all, prompts, negative, latent_image, seed, runs, sampling, bar)
+    inputs = {name: quantization.packing(weight_shape(model, name, layer)).inputs for name, layer in layers.items()}
+    passes = in_passes(inputs, memory)
+    choices, first = len(layers) * len(asked), runs.first
+    measured = 0 if budget is None else first.steps + evaluations_of(choices, first.steps)
+    bar = Bar(len(passes) * runs.steps + choices + measured)
+    fitted = _fitted_layers(model, layers, asked, passes, runs, memory, bar)
+    _check_seen([first for first, *_ in fitted.values()])
+    if budget is None:
+        replaced = {layers[name]: first for name, (first,) in fitted.items()}
+        return with_quantized_layers(model, quantization, replaced), f"{len(layers)} layers: {quantization.name}"
+    errors = prediction_errors(model, fitted, first, bar)
+    found = budget.spent([_choices(model, name, layers[name], fitted[name], errors[name]) for name in layers])
+    replaced = {layers[name]: fitted[name][choice] for name, choice in found.chosen.items() if choice < len(asked)}
+    logging.info(f"[ComfyUI-IEC] {found.verdict()}")
+    return with_quantized_layers(model, replace(quantization, mixed=found.bits), replaced), found.table()
+
+
+def _with_8_bits(quantization):
+    return replace(quantization, weight=replace(quantization.weight, kind="int8", rank=0))
+
+
+def _choices(model, name, layer, fitted, errors):
+    """Return the LayerChoices of a layer: what it was fitted to, and as it is."""
+    weight = original_weight(model, f"{PREFIX}{name}.weight", layer.weight)
+    words = *(f"{KIND_BITS[one.packing.format.kind]} bits" for one in fitted), f"{8 * weight.element_size()} bits"
+    nbytes, squares = (one.weight.nbytes for one in fitted), (error.squared for error in errors)
+    return LayerChoices(name, weight.numel(), words, (*nbytes, weight.nbytes), (*squares, 0.0))
+
+
+def _fitted_layers(model, layers, asked, passes, runs, memory, bar):
+    """Return {name: [the quantized layer of each Quantization that is asked for]}. passes: lists of the names."""
     if len(passes) > 1:
         logging.info(f"[ComfyUI-IEC] The calibration's runs are done {len(passes)} times, each for a part of the layers.")
-    replaced = {}
+    packings = {name: [one.packing(weight_shape(model, name, layer)) for one in asked] for name, layer in layers.items()}
+    fitted = {}
     for names in passes:
         with _enough_memory():
-            inputs = _Inputs(layers, {name: packings[name] for name in names}, memory, _device(model), seed)
-        sample(inputs.watching(model))
+            inputs = _Inputs(layers, {name: packings[name][0] for name in names}, memory, _device(model), runs.seed)
+        runs.sample(bar, inputs.watching(model))
         inputs.leave_the_device()
         for name in names:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            with _enough_memory():
-                replaced[layers[name]] = _fitted(model, name, layers[name], packings[name], inputs.taken(name), quantization)
-            bar.advance()
-    _check_seen(replaced.values())
-    return with_quantized_layers(model, quantization, replaced)
+            moments, fitted[name] = inputs.taken(name), []
+            for packing, quantization in zip(packings[name], asked):
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                with _enough_memory():
+                    fitted[name].append(_fitted(model, name, layers[name], packing, moments, quantization))
+                bar.advance()
+    return fitted
 
 
 def factors_of(model):

@@ -216,10 +216,9 @@ def test_the_largest_seed_has_a_next_one(host, model, monkeypatch):
 
     seeds = []
     monkeypatch.setattr(comfy.sample, "sample", lambda *args, seed, **more: seeds.append(seed) or args[1])
-    calibrate = host.nodes["IECCalibrateCacheQuant"].run.__func__.__globals__["calibrate"]
-    sample_all = calibrate.__globals__["sample_all"]
+    taken_runs = host.nodes["IECCalibrateCacheQuant"].run.__func__.__globals__["taken_runs"]
     latent, sampling = {"samples": torch.zeros(1, 3, 8, 8)}, {"steps": 1, "cfg": 1.0}
-    sample_all([[]], [], latent, 2**64 - 1, 3, sampling, None, model)
+    taken_runs.__globals__["Runs"]([[]], [], latent, 2**64 - 1, 3, sampling).sample(None, model)
     assert seeds == [2**64 - 1, 0, 1]
 
 
