@@ -16,6 +16,9 @@ import torch
 
 from .low_rank import balanced, factored
 
+# Bits of each kind.
+BITS = {"int8": 8, "int4": 4, "fp8": 8}
+
 # The largest number of each kind.
 LIMITS = {"int8": 127, "int4": 7, "fp8": 448}
 

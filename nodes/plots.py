@@ -331,8 +331,9 @@ def layer_errors(errors, left):
     axes.set_yticks(places, [f"{error.name} ({error.format.split(',')[0]})" for error in shown], fontsize=7)
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xscale("log")
-    axes.set_xlim(least, max([*costs, 10 * least]) * 2)
-    axes.set_xlabel("error of the prediction with this layer alone quantized: lower is better")
+    most = max([*costs, 10 * least])
+    axes.set_xlim(least, most * (most / least) ** 0.15)  # with room for the numbers
+    axes.set_xlabel("prediction error by this layer alone")
     title = f"{len(shown)} of {len(errors)} quantized layers, what costs most at equal bytes first"
     if left:
         title += f"\norange, hatched: suggested to leave out ({len(left)} in all, {sum(is_left)} of these here)"

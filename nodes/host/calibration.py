@@ -22,12 +22,19 @@ class Bar:
         self._bar.update(1)
 
 
-def watched(model, watch):
-    """Return a clone of a MODEL whose layers have hooks while its network is evaluated: those that watch(transformer_options)
-    registers then, and returns in a list.
+def open_to_hooks(model):
+    """Return a clone of a MODEL without the host's torch.compile, for what is compiled calls no hooks that layers get later,
+    and without copies of its network on other GPUs, whose layers have none.
+    """
+    model = model.clone()
+    model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, "torch.compile")
+    model.remove_additional_models("multigpu")
+    return model
 
-    The clone is without the host's torch.compile, for what is compiled calls no hooks that layers get later, and without copies
-    of its network on other GPUs, whose layers have none.
+
+def watched(model, watch):
+    """Return a clone of a MODEL, as of `open_to_hooks`, whose layers have hooks while its network is evaluated: those that
+    watch(transformer_options) registers then, and returns in a list.
     """
 
     def apply_model(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
@@ -38,9 +45,7 @@ def watched(model, watch):
             for hook in hooks:
                 hook.remove()
 
-    model = model.clone()
-    model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, "torch.compile")
-    model.remove_additional_models("multigpu")
+    model = open_to_hooks(model)
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "iec_watched", apply_model)
     return model
 

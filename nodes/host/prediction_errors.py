@@ -9,6 +9,7 @@ from comfy.patcher_extension import WrappersMP
 from ...iec_core.advice import TRY_PRECISION
 from ...iec_core.mixed_precision import PredictionError
 from .cached_model import without_cache
+from .calibration import open_to_hooks
 from .network_calls import past_other_cache
 from .steps import Schedule
 
@@ -31,9 +32,7 @@ def prediction_errors(model, choices, run, bar, within=_nothing):
     A prediction is what the sampler gets: the denoised latent, with guidance. Raises ValueError where one is not finite.
     """
     measured = _Measured(model, choices, run.steps, bar, within)
-    model = without_cache(model)
-    model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, "torch.compile")
-    model.remove_additional_models("multigpu")
+    model = without_cache(open_to_hooks(model))
     model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, measured)
     run.sample(bar, model)
     return measured.errors

@@ -18,7 +18,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...iec_core.devices import has_float8
-from ...iec_core.quantization import Packing, WeightFormat, rotation_size
+from ...iec_core.quantization import BITS, Packing, WeightFormat, rotation_size
 from .quantized_layers import ActivationFormat, is_host_state, quantized_class
 from .quantized_network import KEY, PREFIX, mark_quantized, quantization_of
 from .weights import fingerprint, is_same, original_weight, patched_shape, patched_weight
@@ -114,7 +114,7 @@ class Quantization:
     @property
     def name(self):
         """The field's short name, such as W8A8, with a word for what is not usual."""
-        bits = f"{self.mixed:.2f}" if self.mixed else {"int8": "8", "int4": "4", "fp8": "8"}[self.weight.kind]
+        bits = f"{self.mixed:.2f}" if self.mixed else BITS[self.weight.kind]
         return f"{'FP8 ' if self.weight.kind == 'fp8' else ''}W{bits}A{self.activation.bits}{self._details()}"
 
     def _details(self):

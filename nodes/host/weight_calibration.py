@@ -12,7 +12,7 @@ from ...iec_core.advice import TRY_PRECISION
 from ...iec_core.devices import has_float64
 from ...iec_core.gptq import Moments, calibrated_weight, sampled_rows, sampled_windows
 from ...iec_core.mixed_precision import LayerChoices
-from ...iec_core.quantization import Packing
+from ...iec_core.quantization import BITS, Packing
 from .calibration import Bar, watched
 from .prediction_errors import evaluations_of, prediction_errors
 from .quantize import layers_to_quantize, quantized_layer, weight_shape, weight_to_quantize, with_quantized_layers
@@ -20,7 +20,6 @@ from .quantized_network import PREFIX
 from .weights import original_weight
 
 POSITIONS = 256  # of an evaluation, from which a layer's inputs are taken
-KIND_BITS = {"int4": 4, "int8": 8, "fp8": 8}
 WORKSPACE = 6  # times as much memory as a layer's moments, and as its weight in float32, is taken while that is rounded
 
 
@@ -62,7 +61,7 @@ def _with_8_bits(quantization):
 def _choices(model, name, layer, fitted, errors):
     """Return the LayerChoices of a layer: what it was fitted to, and as it is."""
     weight = original_weight(model, f"{PREFIX}{name}.weight", layer.weight)
-    words = *(f"{KIND_BITS[one.packing.format.kind]} bits" for one in fitted), f"{8 * weight.element_size()} bits"
+    words = *(f"{BITS[one.packing.format.kind]} bits" for one in fitted), f"{8 * weight.element_size()} bits"
     nbytes, squares = (one.weight.nbytes for one in fitted), (error.squared for error in errors)
     return LayerChoices(name, weight.numel(), words, (*nbytes, weight.nbytes), (*squares, 0.0))
 
