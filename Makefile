@@ -52,8 +52,8 @@ answers: setup
 pictures: setup
 	$(RUN) tools/draw_workflows.py
 
-# In three processes of one thread each, for two used 72 % of two cores; a file of tests in one of them, those in the browser, which
-# take longest, first.
+# In three processes of one thread each, for two used 72 % of two cores; a file of tests in one of them, and in one, first, all that
+# share a server, those in the browser among them, which take longest: tests/conftest.py groups them.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # The tests in tests/browser need Chromium, and install it where they may. OPTIONS are pytest's, such as --random-order.

@@ -31,6 +31,22 @@ def process_state():
     }
 
 
+# The files whose tests share a server, for which a run in several processes has one, and so one server and one browser.
+SHARING = ("browser/", "host/test_example_workflows.py", "host/test_headless.py", "host/test_inputs.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Of `--dist loadfile`: SHARING is like one file."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return "shared server" if nodeid.startswith(SHARING) else super()._split_scope(nodeid)
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
 @pytest.fixture(scope="session")
 def shared_server(tmp_path_factory):
     """A server with the pack and the model files that the example workflows name, for all tests of a process that take a
@@ -52,4 +68,5 @@ def nothing_is_left_behind(request):
     after = process_state()
     assert {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)} == set()
     if "shared_server" in request.fixturenames:
+        assert request.node.nodeid.startswith(SHARING)
         request.getfixturevalue("shared_server").clear_history()

@@ -26,13 +26,17 @@ def samplers(workflow):
     return [node["inputs"] for node in workflow.values() if node["class_type"] == "IECKSampler"]
 
 
-def with_settings(workflow, steps=None, **settings):
-    """Return a copy of the workflow in which every sampler has these inputs, and a calibration's runs have no more steps; None
-    leaves an input as it is.
-    """
+def with_settings(workflow, **settings):
+    """Return a copy of the workflow in which every sampler has these inputs; None leaves an input as it is."""
     workflow = copy.deepcopy(workflow)
     for inputs in samplers(workflow):
-        inputs.update({name: value for name, value in {"steps": steps, **settings}.items() if value is not None})
+        inputs.update({name: value for name, value in settings.items() if value is not None})
+    return workflow
+
+
+def with_shorter_calibrations(workflow, steps):
+    """Return a copy of the workflow in which a calibration's runs have no more steps than these, unless they are None."""
+    workflow = copy.deepcopy(workflow)
     for node in workflow.values():
         if steps is not None and node["class_type"] == "IECCalibrateWeights":
             node["inputs"]["steps"] = min(steps, node["inputs"]["steps"])
@@ -91,7 +95,8 @@ def run(host, workflow, output):
     """Run the workflow, write its three results into `output`, and print the table."""
     system = host.get("/system_stats")
     print(f"ComfyUI {system['system']['comfyui_version']} on {system['devices'][0]['name']}", flush=True)
-    # Warm-up, so that no run's seconds hold the first use of anything.
+    # Warm-up, so that no run's seconds hold the first use of anything. What it calibrates the host keeps for the runs.
+    print("Calibrating and warming up ...", flush=True)
     host.run(with_settings(workflow, steps=2, correction_steps="all"))
     progress = Progress(promised_evaluations(workflow))
     try:
@@ -119,6 +124,7 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # SIGINT is ignored in a job of the background
         signal.signal(number, lambda number, _: sys.exit(128 + number))  # unwinds, and so takes the server down
     workflow = with_settings(json.loads(arguments.workflow.read_text()), seed=arguments.seed, steps=arguments.steps)
+    workflow = with_shorter_calibrations(workflow, arguments.steps)
     try:
         with server.serve() as host:
             run(host, workflow, arguments.output)

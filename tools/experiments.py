@@ -53,6 +53,7 @@ def estimate(name, found):
     return {name: number(found.value), f"{name}_low": number(found.low), f"{name}_high": number(found.high)}
 
 
+@functools.cache
 def versions():
     """Return the versions that a row was made with."""
     project = tomllib.loads((comfyui.ROOT / "pyproject.toml").read_text())["project"]

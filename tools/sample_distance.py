@@ -8,6 +8,7 @@ all rows are compared with the same ones. A resampled row holds copies. The kern
 itself, and so it must leave out pairs of copies: as `_Kernel` does.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,8 +118,9 @@ def kernel_distance(samples, real):
     return float(_Kernel(samples, real)(np.ones(len(samples), np.int64)))
 
 
+@functools.cache  # made anew for every row of the docs, they are half of the time
 def _draws(size, resamples, seed):
-    """Return how often each of `size` items is drawn, integers [resamples, size]."""
+    """Return how often each of `size` items is drawn, integers [resamples, size], not to be written to."""
     return np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), resamples)
 
 

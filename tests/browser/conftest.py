@@ -35,15 +35,21 @@ def settings():
 @pytest.fixture
 def shares_page():
     """Whether the page is taken as another test that shares it has left it, with an empty workflow opened: loading takes longer
-    than many a test. A module whose tests leave nothing but open workflows sets it.
+    than many a test. A module whose tests leave nothing but open workflows sets it to "workflows", one whose tests leave more
+    that they do not mind among themselves to a name of its own.
     """
     return False
 
 
 @pytest.fixture
-def own_page(view):
-    """For a test in such a module that needs a page as it is loaded, or leaves more in it."""
+def fresh_page(view):
+    """For a test in such a module that needs a page as it is loaded."""
     view.left = None
+
+
+@pytest.fixture
+def spoils_page(view):
+    """For a test in such a module that leaves more in it."""
     yield
     view.left = None
 
@@ -54,7 +60,7 @@ def frontend(view, request, vue_nodes, settings, shares_page):
 
     The test ends with a screenshot in output/browser, and fails if anything has failed in the page.
     """
-    if shares_page and view.left == (vue_nodes, settings):
+    if shares_page and view.left == (vue_nodes, settings, shares_page):
         view.errors.clear()
         view.page.evaluate("() => app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
         view.page.wait_for_function("() => app.graph.nodes.length + document.querySelectorAll('.iec').length === 0")
@@ -67,4 +73,4 @@ def frontend(view, request, vue_nodes, settings, shares_page):
     view.page.screenshot(path=SCREENSHOTS / f"{name}.png")
     assert view.errors == []
     if request.session.testsfailed == failed:  # or it may have left anything
-        view.left = (vue_nodes, settings)
+        view.left = (vue_nodes, settings, shares_page)

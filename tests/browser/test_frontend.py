@@ -8,7 +8,13 @@ import frontend as tool
 import pytest
 
 
-@pytest.mark.parametrize("vue_nodes", [False, True])
+@pytest.fixture
+def shares_page():
+    return "workflows"
+
+
+@pytest.mark.usefixtures("fresh_page")
+@pytest.mark.parametrize("vue_nodes", [True, False])
 def test_frontend_is_ready_with_the_pack_and_nothing_over_the_graph(frontend, vue_nodes):
     page = frontend.page
     assert (
@@ -24,9 +30,9 @@ def test_frontend_is_ready_with_the_pack_and_nothing_over_the_graph(frontend, vu
 
 def test_what_fails_in_the_page_is_seen(frontend):
     frontend.page.evaluate("() => { console.error('told'); setTimeout(() => { throw new Error('thrown') }) }")
-    for _ in range(50):  # a busy machine takes its time to tell
+    for _ in range(100):  # a busy machine takes its time to tell
         if len(frontend.errors) < 2:
-            frontend.page.wait_for_timeout(200)
+            frontend.page.wait_for_timeout(100)
     assert [text.splitlines()[0] for text in frontend.errors] == ["told", "uncaught: Error: thrown"]
     frontend.errors.clear()
 
@@ -122,6 +128,7 @@ def queue_twice(frontend):
     ]
 
 
+@pytest.mark.usefixtures("spoils_page")
 def test_queueing_again_changes_the_seed_of_the_sampler_alone(frontend):
     """Of nodes as they are added: another seed would be another calibration. What a workflow was saved with stays: it has a
     place among the values of the widgets, and is the user's own choice.

@@ -1,6 +1,7 @@
 """The help pages in the panel that ComfyUI's frontend shows them in, at its default width."""
 
 import comfyui
+import pytest
 
 PAGES = sorted(path.stem for path in (comfyui.ROOT / "web/docs").glob("*.md"))
 # What reaches over the panel's inner edge, or, scrolled in itself, has a part that is out of sight.
@@ -11,6 +12,11 @@ CUT_OFF = """(panel) => {
     const cut = parts.filter((part) => wide(part) || (part !== panel && part.getBoundingClientRect().right > right))
     return cut.map((part) => `${part.tagName} ${part.textContent.trim().slice(0, 60)}`)
 }"""
+
+
+@pytest.fixture
+def shares_page():
+    return "help"  # whose panel stays open
 
 
 def help_of(frontend, node):

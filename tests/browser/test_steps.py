@@ -20,6 +20,8 @@ def node(kind, **inputs):
     return {"class_type": kind, "inputs": inputs}
 
 
+AFTER_A_LOOK = 700  # milliseconds in which the page has looked at the graph twice
+
 SEEDS = itertools.count(1)  # a prompt that has been run before is not run again
 
 
@@ -81,14 +83,14 @@ class Strip:
     def show(self):
         """Bring the node with the strip, and the strip, into view."""
         self.page.evaluate(
-            """() => {
+            """async () => {
                 const node = app.graph.nodes.find((one) => one.widgets?.some((widget) => widget.name === "iec_steps"));
                 app.canvas.ds.scale = 1;
                 app.canvas.ds.offset = [500 - node.pos[0], 150 - node.pos[1]];
                 app.canvas.setDirty(true, true);
+                for (let frame = 0; frame < 5; frame++) await new Promise(requestAnimationFrame);
             }"""
         )
-        self.page.wait_for_timeout(400)
 
     def set(self, kind, widget, value):
         """Set a widget of the node of this id, as typing into it does."""
@@ -114,20 +116,21 @@ class Strip:
         self.page.evaluate(
             """async () => {
                 const api = window.comfyAPI.api.api;
-                const told = window.told = {steps: [], runs: [], seen: []};
+                const told = window.told = {steps: [], runs: [], seen: [], isDone: false};
                 const look = () => {
                     const dots = document.querySelectorAll(".iec-residual").length;
                     told.seen.push([document.querySelector(".iec")?.innerText ?? "", dots]);
                 };
                 api.addEventListener("iec.step", (event) => told.steps.push(event.detail));  // of a later run too
                 api.addEventListener("iec.run", (event) => told.runs.push(event.detail));
+                api.addEventListener("execution_success", () => { told.isDone = true; });
                 window.looking = setInterval(look, 50);
                 await app.queuePrompt(0, 1);
             }"""
         )
-        self.page.wait_for_function("() => window.told.runs.length === 1", timeout=120_000)
+        self.page.wait_for_function("() => window.told.runs.length === 1 && window.told.isDone", timeout=120_000)
         self.wait("last run")
-        self.page.wait_for_timeout(700)
+        self.page.wait_for_timeout(AFTER_A_LOOK)
         self.page.evaluate("() => clearInterval(window.looking)")
         return self.page.evaluate("() => window.told")
 
@@ -140,12 +143,11 @@ def strip(frontend):
 
 @pytest.fixture
 def shares_page():
-    return True
+    return "workflows"
 
 
 # Of the module, so that pytest puts the tests of each of the two after each other, and the page is loaded twice.
 both = pytest.mark.parametrize("vue_nodes", [False, True], ids=["canvas", "nodes2"], scope="module")
-own_page = pytest.mark.usefixtures("own_page")
 
 
 @pytest.mark.parametrize("sampler", ["IECKSampler", "IECApply", "IECSampler"])
@@ -295,10 +297,11 @@ def test_strip_is_not_cut_off(frontend, strip):
     frontend.open_api(workflow(steps=5))
     strip.wait("5 → 7 evaluations")
     strip.show()
+    strip.page.wait_for_timeout(AFTER_A_LOOK)
     assert missing() <= 0
     strip.set("IECKSampler", "correction_steps", "some")
     strip.wait("is not a known form")
-    strip.page.wait_for_timeout(500)
+    strip.page.wait_for_timeout(AFTER_A_LOOK)
     assert missing() <= 0
 
 
@@ -431,13 +434,9 @@ def test_strip_of_another_workflow_is_forgotten(frontend, strip):
         }"""
     )
     frontend.open_api({"1": node("IECLoadBuiltinModel", precision="auto")}, "another")
-    frontend.page.wait_for_timeout(1000)
-    assert (
-        frontend.page.evaluate(
-            "async () => { window.looks = 0; await new Promise((r) => setTimeout(r, 1000)); return window.looks; }"
-        )
-        == 0
-    )
+    frontend.page.wait_for_timeout(AFTER_A_LOOK)
+    looks = "async (wait) => { window.looks = 0; await new Promise((done) => setTimeout(done, wait)); return window.looks; }"
+    assert frontend.page.evaluate(looks, AFTER_A_LOOK) == 0
 
 
 @both
@@ -454,7 +453,6 @@ def test_guard_that_fired_is_said_on_the_node(frontend, strip):
     assert strip.page.locator(".iec-fell-back").count() == sum(one["fell_back"] for one in run["iterated"])
 
 
-@own_page
 @pytest.mark.parametrize("is_kept", [True, False])
 def test_last_run_is_saved_with_the_workflow_when_asked(frontend, strip, is_kept):
     frontend.open_api(workflow(steps=6))
@@ -463,18 +461,16 @@ def test_last_run_is_saved_with_the_workflow_when_asked(frontend, strip, is_kept
     strip.run()
     if is_kept:
         strip.page.locator(".iec-keep").check()
-    strip.page.wait_for_timeout(500)
     saved = frontend.page.evaluate("() => app.graph.serialize()")
     frontend.load()
     frontend.open(saved)
     strip.wait("6 → 8 evaluations")
-    strip.page.wait_for_timeout(700)
+    strip.page.wait_for_timeout(AFTER_A_LOOK)
     assert strip.page.locator(".iec-residual").count() == (2 if is_kept else 0)
     assert ("last run" in strip.text()) == is_kept
     strip.show()
 
 
-@own_page
 @both
 def test_run_of_other_settings_is_marked(frontend, strip):
     """In the text and on the chart, until the settings are the run's again; a kept one too."""
@@ -517,7 +513,11 @@ def test_run_of_other_settings_is_marked(frontend, strip):
         wait()
 
 
-@own_page
+KEPT_IN_DRAFT = """(nfe) => [localStorage, sessionStorage].flatMap((place) => Object.values(place))
+    .some((draft) => draft.replaceAll("\\\\", "").includes(`"nfe":${nfe},`) && draft.includes("iec_run"))"""
+
+
+@pytest.mark.usefixtures("fresh_page", "spoils_page")
 @pytest.mark.parametrize("settings", [{"Comfy.Workflow.Persist": True}], ids=["drafts"])
 def test_chart_outlives_a_reload_of_the_page(frontend, strip):
     frontend.open_api(workflow(steps=6))
@@ -525,14 +525,14 @@ def test_chart_outlives_a_reload_of_the_page(frontend, strip):
     strip.show()
     strip.run()
     strip.page.locator(".iec-keep").check()
-    strip.page.wait_for_timeout(2000)  # the frontend saves its draft with a delay
+    strip.page.wait_for_function(KEPT_IN_DRAFT, arg=8)  # the frontend saves it with a delay
     frontend.page.reload()
     strip.wait("last run")
     strip.wait("6 → 8 evaluations")
     assert strip.page.locator(".iec-residual").count() == 2
     strip.set("IECKSampler", "correction_steps", "first:3")  # a later run is kept too
     strip.run()
-    strip.page.wait_for_timeout(2000)
+    strip.page.wait_for_function(KEPT_IN_DRAFT, arg=9)
     frontend.page.reload()
     strip.wait("NFE 9")
     assert strip.page.locator(".iec-residual").count() == 3
@@ -589,21 +589,28 @@ def test_run_of_another_workflow_is_not_shown(frontend):
     strip.run()
     frontend.open_api(workflow(steps=6), "second")
     strip.wait("6 → 8 evaluations")
-    frontend.page.wait_for_timeout(700)
+    frontend.page.wait_for_timeout(AFTER_A_LOOK)
     assert "last run" not in strip.text()
+
+
+def leave(frontend, command):
+    """Execute the frontend's command, and wait until its workflow is open in place of the one that is."""
+    before = frontend.page.evaluate("() => app.extensionManager.workflow.activeWorkflow.path")
+    frontend.page.evaluate("(command) => app.extensionManager.command.execute(command)", command)
+    other = "(before) => app.extensionManager.workflow.activeWorkflow?.path !== before"
+    frontend.page.wait_for_function(other, arg=before)
+    frontend.page.wait_for_timeout(AFTER_A_LOOK)
 
 
 def go(frontend, there):
     """Show the tab "Previous" or "Next" to the one that is open."""
-    frontend.page.evaluate("(there) => app.extensionManager.command.execute(`Workspace.${there}OpenedWorkflow`)", there)
-    frontend.page.wait_for_timeout(1500)
+    leave(frontend, f"Workspace.{there}OpenedWorkflow")
 
 
 def graph_id(frontend):
     return frontend.page.evaluate("(app.rootGraph ?? app.graph).id")
 
 
-@own_page
 def test_run_in_one_of_two_tabs_of_a_workflow_is_not_shown_in_the_other(frontend, strip):
     """The first one corrects two steps, its copy five."""
 
@@ -612,13 +619,11 @@ def test_run_in_one_of_two_tabs_of_a_workflow_is_not_shown_in_the_other(frontend
         frontend.page.wait_for_function(wanted, arg=number, timeout=60_000)
         strip.wait("last run")
 
-    frontend.open_api(workflow(steps=5), "first")
+    frontend.open_api(workflow(steps=5), "one of two")
     strip.wait("5 → 7 evaluations")
     strip.run()
     own = graph_id(frontend)
-    frontend.page.evaluate("app.extensionManager.command.execute('Comfy.DuplicateWorkflow')")
-    frontend.page.wait_for_function("app.extensionManager.workflow.openWorkflows.length > 1")
-    frontend.page.wait_for_timeout(1500)
+    leave(frontend, "Comfy.DuplicateWorkflow")
     strip.wait("5 → 7 evaluations")
     assert "last run" not in strip.text()
     strip.set("IECKSampler", "correction_steps", "all")
@@ -636,26 +641,25 @@ def test_run_in_one_of_two_tabs_of_a_workflow_is_not_shown_in_the_other(frontend
 def open_six_steps(frontend, form):
     """Open a workflow of six steps and without an id, in API form or as the frontend saves it ("saved"), beside one of five."""
     if form == "api":
-        return frontend.open_api(workflow(steps=6), "second")
+        return frontend.open_api(workflow(steps=6), f"second {form}")
     saved = frontend.page.evaluate("(app.rootGraph ?? app.graph).serialize()")
     sampler = next(node for node in saved["nodes"] if node["type"] == "IECKSampler")
     sampler["widgets_values"][sampler["widgets_values"].index(5)] = 6
-    return frontend.open({key: value for key, value in saved.items() if key != "id"}, "second")
+    return frontend.open({key: value for key, value in saved.items() if key != "id"}, f"second {form}")
 
 
-STEPS_OF_FIRST = """() => app.extensionManager.workflow.openWorkflows.find((one) => one.path.includes("first"))
+STEPS_OF_FIRST = """(first) => app.extensionManager.workflow.openWorkflows.find((one) => one.path.includes(first))
     .activeState.nodes.find((one) => one.type === "IECKSampler").widgets_values.find((one) => [5, 6].includes(one))"""
 
 
-@own_page
 @pytest.mark.parametrize("form", ["api", "saved"])
 def test_run_of_a_workflow_in_api_form_is_shown_when_its_tab_is_opened_again(frontend, strip, form):
-    frontend.open_api(workflow(steps=5), "first")
+    frontend.open_api(workflow(steps=5), f"first {form}")
     strip.wait("5 → 7 evaluations")
     strip.run()
     open_six_steps(frontend, form)
     strip.wait("6 → 8 evaluations")
-    if form == "api" and frontend.page.evaluate(STEPS_OF_FIRST) == 6:
+    if form == "api" and frontend.page.evaluate(STEPS_OF_FIRST, f"first {form}") == 6:
         pytest.skip("this frontend has written the second workflow into the first one's tab")
     for there, text, is_run in (("Previous", "5 → 7", True), ("Next", "6 → 8", False), ("Previous", "5 → 7", True)):
         go(frontend, there)
@@ -663,10 +667,10 @@ def test_run_of_a_workflow_in_api_form_is_shown_when_its_tab_is_opened_again(fro
         assert ("last run" in strip.text()) == is_run
 
 
-@own_page
+@pytest.mark.usefixtures("spoils_page")
 def test_a_frontend_that_tells_no_tabs_shows_runs(frontend, strip):
     frontend.page.evaluate("() => { app.extensionManager = undefined; }")
-    frontend.open_api(workflow(steps=5), "first")
+    frontend.open_api(workflow(steps=5), "no tab")
     strip.wait("5 → 7 evaluations")
     strip.run()
     assert "last run" in strip.text()
@@ -824,7 +828,7 @@ CASES = {
 }  # fmt: skip
 
 
-@own_page
+@pytest.mark.usefixtures("spoils_page")
 def test_strip_says_what_the_graph_tells_and_no_more(frontend, strip):
     """Nodes that hand on what they like, and nodes that do nothing, between and behind those of a run."""
     strip.page.evaluate(DEFINE)

@@ -1,6 +1,7 @@
 """The real ComfyUI in this process: its modules, with the pack loaded by its own loader."""
 
 import pathlib
+import sys
 import types
 
 import comfyui
@@ -54,9 +55,53 @@ def no_patch_stays_on_the_model(request):
 
 
 @pytest.fixture(scope="session")
-def model(host):
-    """The built-in model as MODEL, in float32."""
+def builtin_model(host):
+    """The built-in U-Net as MODEL, in float32."""
     return host.run("IECLoadBuiltinModel", precision="float32")[0]
+
+
+@pytest.fixture(scope="session")
+def model(builtin_model):
+    """What the fixtures below sample, where a file names no other."""
+    return builtin_model
+
+
+@pytest.fixture(scope="session")
+def build_small(host):
+    """build_small(dtype): the built-in U-Net with half of its levels and random weights, the same ones each time, as MODEL."""
+    import comfy.model_patcher
+    from random_weights import randomize
+
+    package = host.nodes["IECLoadBuiltinModel"].__module__.removesuffix("builtin")
+    builtin, cpu = sys.modules[f"{package}host.builtin_model"], torch.device("cpu")
+
+    class SmallModel(builtin.BuiltinModel):
+        pass
+
+    class Small(builtin.BuiltinConfig):
+        model_class = SmallModel
+
+        def __init__(self):
+            super().__init__()
+            half = {"num_res_blocks": [1, 1], "channel_mult": [1, 2], "transformer_depth": [0, 1]}
+            self.unet_config = {**self.unet_config, **half, "transformer_depth_output": [0, 0, 1, 1]}
+
+    builtin.CONFIG_OF_CLASS["SmallModel"] = Small  # by which files of it are read
+
+    def build(dtype):
+        model = builtin._empty_model(Small(), dtype)
+        randomize(model.diffusion_model, seed=0)
+        return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def small_model(build_small):
+    """That in float32, for tests that go through the layers one by one, or are of what holds for any network: a file of these
+    lets it stand for `model`.
+    """
+    return build_small(torch.float32)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,11 @@ AHEAD = {"lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0, "evaluation_poin
 KNOWN_ENDS = ("euler", "ddim", "euler_ancestral", "ddpm", "lcm")
 
 
+@pytest.fixture(scope="module")
+def model(small_model):
+    return small_model
+
+
 def bent(x):
     return torch.sin(1.3 * x) / 2 + 0.2 * x
 

@@ -6,6 +6,11 @@ from reference import iec_euler
 from toy import ToyGuider
 
 
+@pytest.fixture(scope="module")
+def model(small_model):
+    return small_model
+
+
 def latent_image():
     image = torch.linspace(-1, 1, 16).expand(2, 3, 16, 16).clone()
     return image
@@ -161,11 +166,11 @@ def test_run_of_no_steps_is_the_stock_run(host, model, conditioning, correction_
     assert (reports[0].nfe, reports[0].steps) == (0, [])
 
 
-@pytest.mark.parametrize("mode", ["fixed", "anderson"])
-def test_items_of_a_batch_are_iterated_as_if_alone(host, sample, model, relative, mode):
+@pytest.mark.parametrize(("mode", "tolerance"), [("fixed", 0.035), ("anderson", 0.029)])
+def test_items_of_a_batch_are_iterated_as_if_alone(host, sample, model, relative, mode, tolerance):
     """The tolerance is one that the two reach at different iterations."""
-    settings = {"steps": 4, "correction_steps": "all", "max_iterations": 3, "tolerance": 0.055, "lambda_mode": mode}
-    reports, batch = [], {"samples": torch.zeros(2, 3, 32, 32)}
+    settings = {"steps": 4, "correction_steps": "all", "max_iterations": 3, "tolerance": tolerance, "lambda_mode": mode}
+    reports, batch = [], {"samples": torch.zeros(2, 3, 16, 16)}
     together = sample(model, reports, latent_image=batch, **settings)
     for item, label in enumerate(("face", "flag")):
         positive = host.run("IECClassLabel", labels=label)[0]
@@ -175,7 +180,7 @@ def test_items_of_a_batch_are_iterated_as_if_alone(host, sample, model, relative
     iterations = [[[row[item] > 0 for row in step.lambdas].count(True) for step in reports[0].steps] for item in (0, 1)]
     alone = [[len(step.lambdas) for step in report.steps] for report in reports[1:]]
     assert iterations == alone
-    assert (alone[0][0], alone[1][0]) == (2, 3)
+    assert (alone[0][0], alone[1][0]) == (3, 2)
 
 
 def test_weight_hooks_reach_quantized_layers(host, sample, model, conditioning, relative):
@@ -209,7 +214,7 @@ def test_perturbed_attention_guidance_keeps_its_two_passes_apart(host, sample, m
         return h, hsp
 
     guided = host.run("PerturbedAttentionGuidance", model=model, scale=3.0)[0]
-    cached = host.run("IECDeepCache", model=guided, interval=2, branch=7)[0]
+    cached = host.run("IECDeepCache", model=guided, interval=2, branch=3)[0]
     cached.set_model_output_block_patch(note)
     sample(cached, steps=2, cfg=1.0)
     (plain, plain_cached), (perturbed, perturbed_cached) = features[False], features[True]

@@ -9,6 +9,11 @@ import torch
 PAPER = {"evaluation_point": "paper", "correction_steps": "all", "scheduler": "karras"}
 
 
+@pytest.fixture(scope="module")
+def model(small_model):
+    return small_model
+
+
 @pytest.fixture
 def empty_latent():
     """A quarter of the model's own size, which is enough for what is tested here."""

@@ -11,6 +11,11 @@ from toy import PixelVAE
 pytestmark = pytest.mark.fast
 
 
+@pytest.fixture(scope="module")
+def model(small_model):
+    return small_model
+
+
 def compare(host, reports):
     if len(reports) > 1:
         names = ["reports", "more", *(f"more_{number}" for number in range(2, len(reports)))]

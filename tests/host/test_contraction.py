@@ -13,6 +13,11 @@ MIXING = torch.tensor([[0.4, 0.9, 0.0], [0.0, 0.3, -0.7], [0.2, 0.0, 0.5]], dtyp
 SHARES = 1.0, -0.6  # of it, by image
 
 
+@pytest.fixture(scope="module")
+def model(small_model):
+    return small_model
+
+
 @pytest.fixture
 def probe(host, conditioning):
     """probe(model, **settings): (what the JSON says, lambdas, plot) of a run on two images of 8 x 8."""
@@ -80,7 +85,7 @@ def test_norms_of_a_linear_model_are_exact(host, model, probe, kind):
 
 
 def full_jacobians(model, conditioning, sigmas, step, seed, size):
-    """(A + B J at u, J at u', B) of a step over the built-in model, one image, each number by central differences over the
+    """(A + B J at u, J at u', B) of a step over a MODEL, one image, each number by central differences over the
     sampler's own steps: [n, n] in float64.
     """
     import comfy.sample
@@ -119,7 +124,7 @@ def full_jacobians(model, conditioning, sigmas, step, seed, size):
     return found["step"], found["eps"], found["b"]
 
 
-def test_norms_of_the_builtin_model_are_those_of_its_full_jacobian(host, model, probe):
+def test_norms_of_a_network_are_those_of_its_full_jacobian(host, model, probe):
     import comfy.samplers
 
     labels = host.run("IECClassLabel", labels="face")[0], host.run("IECClassLabel", labels="none")[0]

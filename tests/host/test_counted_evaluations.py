@@ -10,6 +10,11 @@ IEC = {"correction_steps": "all", "lambda_": 0.5, "max_iterations": 1, "toleranc
 STEPS = 8
 
 
+@pytest.fixture(scope="module")
+def model(small_model):
+    return small_model
+
+
 @pytest.fixture
 def seen(model):
     """seen(model): a clone of it, and a list that gets (step, iteration) of each evaluation that reaches the network itself."""

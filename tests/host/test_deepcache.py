@@ -17,10 +17,17 @@ def cached(host, model):
     )[0]
 
 
-@pytest.mark.parametrize("branch", [0, 3, 7])
-@pytest.mark.parametrize("steps", ["none", "all"])
-def test_interval_one_is_bit_identical_to_no_cache(sample, model, cached, branch, steps):
-    assert torch.equal(sample(cached(1, branch), correction_steps=steps), sample(model, correction_steps=steps))
+@pytest.mark.parametrize("corrected", ["none", "all"])
+def test_interval_one_is_bit_identical_to_no_cache(sample, model, cached, corrected):
+    plain = sample(model, steps=4, correction_steps=corrected)
+    for branch in (0, 3, 7):
+        assert torch.equal(sample(cached(1, branch), steps=4, correction_steps=corrected), plain)
+
+
+@pytest.fixture(scope="module")
+def plain_runs():
+    """{cfg: the latents of the uncached run}, as far as tests have made them."""
+    return {}
 
 
 def shallow_and_deep(unet, x, timesteps, y, branch, deep):
@@ -71,7 +78,7 @@ def shallow_and_deep(unet, x, timesteps, y, branch, deep):
     ],
 )
 def test_equals_deepcache_restated(
-    host, sample, model, cached, conditioning, relative, interval, branch, cfg, settings, full
+    host, sample, model, cached, plain_runs, conditioning, relative, interval, branch, cfg, settings, full
 ):  # fmt: skip
     result = sample(cached(interval, branch, **settings), steps=STEPS, cfg=cfg)
     degree = {"hold": 0, "linear": 1, "quadratic": 2}.get(settings.get("forecast"))  # the default tries the line
@@ -92,7 +99,9 @@ def test_equals_deepcache_restated(
         guided = denoised[2:] + cfg * (denoised[:2] - denoised[2:])
         x = x + (sigma_next - sigma) * (x - guided) / sigma
     assert relative(result, x) < 1e-4
-    assert relative(result, sample(model, steps=STEPS, cfg=cfg)) > 1e-3
+    if cfg not in plain_runs:
+        plain_runs[cfg] = sample(model, steps=STEPS, cfg=cfg)
+    assert relative(result, plain_runs[cfg]) > 1e-3
 
 
 @pytest.mark.fast
@@ -234,7 +243,7 @@ def test_model_that_is_no_unet_is_refused(host, model):
 
 @pytest.mark.fast
 def test_an_error_in_the_run_leaves_nothing_behind(host, sample, model, cached):
-    expected = sample(model)
+    expected = sample(model, steps=2)
     quantized = host.run("IECQuantizeModel", model=cached(3), weight_bits="4", activation_bits="8", keep_sensitive_layers=True)[
         0
     ]
@@ -247,4 +256,4 @@ def test_an_error_in_the_run_leaves_nothing_behind(host, sample, model, cached):
     quantized.set_model_output_block_patch(fail)
     with pytest.raises(RuntimeError, match="stop here"):
         sample(quantized, correction_steps="all")
-    assert torch.equal(sample(model), expected)
+    assert torch.equal(sample(model, steps=2), expected)

@@ -13,6 +13,11 @@ from reference import iec_euler
 SETTINGS = {"lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0}
 
 
+@pytest.fixture(scope="module")
+def model(small_model):
+    return small_model
+
+
 def cfg(host, model, positive, negative, cfg=2.0):
     return host.run("CFGGuider", model=model, positive=positive, negative=negative, cfg=cfg)[0]
 

@@ -38,8 +38,9 @@ def changed(tmp_path, **inputs):
 
 
 def test_client_shows_steps_and_saves_the_images(host, tmp_path):
-    seed = {"seed": 20}  # not the example's own, whose prompt the server may have run already, and would not run again
-    done = run(host, changed(tmp_path, sampler=seed), tmp_path / "images")
+    # Not the example's own seed, whose prompt the server may have run already, and would not run again.
+    fewer = changed(tmp_path, sampler={"seed": 20, "steps": 10})
+    done = run(host, fewer, tmp_path / "images")
     assert done.returncode == 0, done.stderr
     written = sorted((tmp_path / "images").iterdir())
     assert done.stdout.split() == [str(path) for path in written]
@@ -47,7 +48,7 @@ def test_client_shows_steps_and_saves_the_images(host, tmp_path):
     shown = [line.strip() for line in done.stderr.replace("\r", "\n").splitlines()]
     told = [line for line in shown if line.startswith("corrected, IEC ")]
     # Every second step is in full, and what was evaluated ahead for it is there before it begins.
-    steps = [f"step {step} of 50, {step + (step % 2 == 0 and 0 < step < 50)} evaluations" for step in range(51)]
+    steps = [f"step {step} of 10, {step + (step % 2 == 0 and 0 < step < 10)} evaluations" for step in range(11)]
     assert [line.partition(": ")[2] for line in told] == steps
 
 

@@ -19,6 +19,11 @@ FORMATS = {
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(scope="module")
+def model(small_model):
+    return small_model
+
+
 def noise(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -278,18 +283,18 @@ def patch(out, into, strength=1.0, alpha=None, magnitudes=None, of_weight=1.0, p
     )
 
 
-OUT, INTO = noise(128, 3) / 9, noise(3, 128, seed=1) / 9
+OUT, INTO = noise(64, 3) / 9, noise(3, 64, seed=1) / 9
 KINDS = {
     "a LoRA": lambda: patch(OUT, INTO, 0.6, 1.5),
     "of no alpha": lambda: patch(OUT, INTO, 0.6),
     "of strength 0": lambda: patch(OUT, INTO, 0.0, 1.5),
-    "of some rows": lambda: patch(OUT[:32], INTO, -2.0, 2.0, part=(0, 64, 32)),
-    "of some inputs": lambda: patch(OUT, INTO[:, :32], -2.0, 2.0, part=(1, 64, 32)),
-    "of magnitudes": lambda: patch(OUT, INTO, 1.0, 3.0, noise(128, 1, seed=2).abs() + 1),
+    "of some rows": lambda: patch(OUT[:32], INTO, -2.0, 2.0, part=(0, 32, 32)),
+    "of some inputs": lambda: patch(OUT, INTO[:, :32], -2.0, 2.0, part=(1, 32, 32)),
+    "of magnitudes": lambda: patch(OUT, INTO, 1.0, 3.0, noise(64, 1, seed=2).abs() + 1),
     "with a smaller weight": lambda: patch(OUT, INTO, of_weight=0.9),
     "with a function": lambda: patch(OUT, INTO, function=lambda change: change / 2),
-    "a difference": lambda: (0.5, ("diff", (noise(128, 128) / 90,)), 1.0, None, None),
-    "another weight": lambda: (1.0, ("set", (noise(128, 128) / 9,)), 1.0, None, None),
+    "a difference": lambda: (0.5, ("diff", (noise(64, 64) / 90,)), 1.0, None, None),
+    "another weight": lambda: (1.0, ("set", (noise(64, 64) / 9,)), 1.0, None, None),
 }
 OF_FACTORS = {"a LoRA", "of no alpha", "of some rows", "of strength 0"}
 
@@ -300,18 +305,18 @@ def test_every_kind_of_patch_is_as_the_host_calculates_it(quantize, monkeypatch,
     import comfy.lora
 
     module = pack_module(".iec_core.quantization")
-    monkeypatch.setattr(module.Packing, "most_rank_found", 128)
+    monkeypatch.setattr(module.Packing, "most_rank_found", 64)
     monkeypatch.setattr(module, "ENOUGH", 2)
     base = quantize()
     layer = layer_of(base, LINEAR)
-    assert layer.packing.shape == (128, 128)
+    assert layer.packing.shape == (64, 64)
     weight, before = layer.convert_weight(layer.weight).double(), loaded(base)[LINEAR].double()
     for patches in ([KINDS[kind]()], [KINDS["a LoRA"](), KINDS[kind]()]):
         wanted = comfy.lora.calculate_weight(patches, weight.clone(), "key", intermediate_dtype=torch.float64) - weight
         found = patched_outputs(base, {LINEAR: patches})[LINEAR].double() - before
         expected = put_in(layer).double() @ wanted.t()
         assert (found - expected).norm() <= 3e-3 * expected.norm()
-        factors = pack_module(".nodes.host.weights").lora_factors(patches, (128, 128), CPU)
+        factors = pack_module(".nodes.host.weights").lora_factors(patches, (64, 64), CPU)
         assert (factors is None) == (kind not in OF_FACTORS)
         if factors:
             torch.testing.assert_close((factors[0] @ factors[1]).double(), wanted, rtol=1e-5, atol=1e-6)
@@ -387,12 +392,12 @@ def test_more_ranks_than_a_weight_has_are_saved_too(host, sample, quantize, fold
     import comfy.sd
 
     key, base = f"diffusion_model.{LINEAR}", quantize()
-    lora = {f"{key}.lora_up.weight": noise(128, 150) / 90, f"{key}.lora_down.weight": noise(150, 128, seed=1) / 9}
+    lora = {f"{key}.lora_up.weight": noise(64, 80) / 90, f"{key}.lora_down.weight": noise(80, 64, seed=1) / 9}
     patched = comfy.sd.load_lora_for_models(base, None, lora, 1.0, 0.0)[0]
     expected = sample(patched)
     host.run("IECSaveQuantizedModel", model=patched, name="q")
     again = host.run("IECLoadQuantizedModel", model_name="q.safetensors")[0]
-    assert layer_of(again, LINEAR).packing.format.rank == 128
+    assert layer_of(again, LINEAR).packing.format.rank == 64
     assert relative(sample(again), expected) < 0.01 * relative(sample(base), expected)
 
 
@@ -421,9 +426,9 @@ def test_the_host_counts_what_weights_become_larger_by(quantize, lora):
 
 
 @pytest.mark.parametrize("share", [0.6, 0.7, 0.8, 0.9])
-def test_what_is_loaded_in_part_is_patched_once_however_often_it_is_loaded(model, quantize, share):
+def test_what_is_loaded_in_part_is_patched_once_however_often_it_is_loaded(builtin_model, quantize, share):
     """Loaded layers have become larger, and may not fit a second time into the same memory."""
-    base = quantize()
+    base = quantize(source=builtin_model)
     names = [name for name, layer in base.model.diffusion_model.named_modules() if hasattr(layer, "packing")]
     patched = base.clone()
     for name in names:
@@ -474,7 +479,7 @@ def test_a_lora_that_is_being_trained_takes_no_derivatives_here(quantize, lora):
 def test_a_lora_that_does_not_fit_the_weight_is_left_to_the_host(quantize, caplog):
     """Which logs it, and goes on without it."""
     base = quantize()
-    found, before = patched_outputs(base, {LINEAR: [patch(OUT[:64], INTO)]}), loaded(base)
+    found, before = patched_outputs(base, {LINEAR: [patch(OUT[:32], INTO)]}), loaded(base)
     assert torch.equal(found[LINEAR], before[LINEAR]) and "ERROR lora" in caplog.text
 
 
@@ -484,7 +489,7 @@ def test_a_higher_rank_than_the_branch_takes_is_as_near_as_it_can_be(quantize, m
     monkeypatch.setattr(packing, "most_rank_found", 6)
     base = quantize()
     layer, before = layer_of(base, LINEAR), loaded(base)[LINEAR].double()
-    large, small = (OUT / 50, INTO), (noise(128, 5, seed=5) / 45000, noise(5, 128, seed=6) / 9)
+    large, small = (OUT / 50, INTO), (noise(64, 5, seed=5) / 45000, noise(5, 64, seed=6) / 9)
     patches = [patch(*large), patch(*small)]
     change = (large[0] @ large[1] + small[0] @ small[1]).double()
     found = patched_outputs(base, {LINEAR: patches})[LINEAR].double() - before

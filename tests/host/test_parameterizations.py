@@ -13,6 +13,11 @@ from toy import ToyGuider, run
 LAMBDA, ITERATIONS, STEPS = 0.4, 2, 12
 
 
+@pytest.fixture(scope="module")
+def model(small_model):
+    return small_model
+
+
 def network(x):
     return 0.5 * torch.tanh(x) + 0.3 * x + 0.1
 

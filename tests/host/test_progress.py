@@ -6,6 +6,11 @@ import pytest
 import torch
 
 
+@pytest.fixture(scope="module")
+def model(small_model):
+    return small_model
+
+
 @pytest.fixture
 def bar(monkeypatch):
     """A list that gets (value, total, preview) of every update of the host's bar, which stops an interrupted run as main's."""

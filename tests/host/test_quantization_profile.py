@@ -14,7 +14,12 @@ from tuned import tuned
 STEPS = 4
 SAMPLING = {"steps": STEPS, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal"}
 LINEAR, PIXELS, WINDOW = "Linear", "1x1", "3x3"
-SOME = "input_blocks.5.* input_blocks.6.* middle_block.* output_blocks.0.*"  # of each of these several, of stride 1 and 2
+SOME = "input_blocks.2.* input_blocks.3.* middle_block.* output_blocks.0.*"  # of each of these several, of stride 1 and 2
+
+
+@pytest.fixture(scope="module")
+def model(small_model):
+    return small_model
 
 
 @pytest.fixture
@@ -149,7 +154,7 @@ def test_scales_are_the_largest_that_the_runs_have(host, quantize, calibrate, ru
     facts |= {name: str(value) for name, value in SAMPLING.items()}
     for scales in ("timestep-wise", "static"):
         profile = calibrate(quantized, runs=2, positive_3=other, activation_scale="absmax", scales=scales)[1]
-        assert set(profile.names) == set(layers_of(quantized)) and len(profile.names) > 60
+        assert set(profile.names) == set(layers_of(quantized)) and len(profile.names) > 30
         sigmas = sigmas_of(host, model)[:-1]
         assert len(seen) == STEPS and sorted(seen, reverse=True) == sigmas.tolist()
         expected = torch.tensor([[seen[sigma.item()][name] / 127 for name in profile.names] for sigma in sigmas])
@@ -277,7 +282,7 @@ def test_an_error_within_a_run_leaves_nothing_behind(quantize, calibrate, run):
     calibrated, left = calibrate(quantized)[0], [2]
 
     def stop(h, hsp, options):
-        left[0] -= options["block"] == ("output", 7)
+        left[0] -= options["block"] == ("output", 3)
         if not left[0]:
             assert scales_left(calibrated)
             raise Stop
@@ -295,7 +300,7 @@ def test_an_interrupted_calibration_leaves_nothing_behind(quantize, calibrate, r
     before, stopping = run(quantized), quantized.clone()
 
     def stop(h, hsp, options):
-        left[0] -= options["block"] == ("output", 7)
+        left[0] -= options["block"] == ("output", 3)
         if not left[0]:
             assert hooks_left(quantized)
             raise Stop
@@ -323,7 +328,7 @@ def test_steps_at_which_a_layer_was_not_run_have_the_scale_of_the_step_before(ho
         quantized = host.run("IECDeepCache", model=quantized, interval=2, branch=0)[0]
     profile = calibrate(quantized, activation_scale="absmax")[1]
     middle, last = (
-        profile.table[:, [name.startswith(block) for name in profile.names]] for block in ("middle_block.", "output_blocks.7.")
+        profile.table[:, [name.startswith(block) for name in profile.names]] for block in ("middle_block.", "output_blocks.3.")
     )
     for step in (1, 3):
         assert torch.equal(middle[step], middle[step - 1]) == cached
@@ -361,8 +366,8 @@ def test_profile_is_saved_loaded_and_applied(host, profile_folder, quantize, cal
     assert torch.equal(run(apply(quantize(), loaded)), expected)  # made anew, as after a restart
 
 
-def test_the_same_model_in_another_precision_has_the_profile(host, quantize, calibrate, apply, run):
-    other = quantize(host.run("IECLoadBuiltinModel", precision="bfloat16")[0])
+def test_the_same_model_in_another_precision_has_the_profile(build_small, quantize, calibrate, apply, run):
+    other = quantize(build_small(torch.bfloat16))
     assert run(apply(other, calibrate(quantize())[1])).isfinite().all()
 
 
@@ -532,7 +537,7 @@ def test_cachequant_of_a_calibrated_model_maps_what_its_network_computes(host, q
     calibrated, features = calibrate(quantize(weight_bits="4"))[0], []
 
     def see(h, hsp, options):
-        if options["block"] == ("output", 7):
+        if options["block"] == ("output", 3):
             features.append(h.double())
         return h, hsp
 
@@ -611,7 +616,7 @@ def test_report_has_every_layers_errors_what_costs_most_at_equal_bytes_first(hos
         quantized, full, lambda model: [run(model, seed, positive=prompt) for prompt in (None, other) for seed in (11, 12)]
     )
     rows, plot, exclude = report(quantized, runs=2, positive_2=other)
-    assert set(rows) == set(expected) and len(rows) > 60 and exclude == []
+    assert set(rows) == set(expected) and len(rows) > 30 and exclude == []
     ratios = [float(row[3]) for row in rows.values()]
     assert 5 < min(ratios) < max(ratios) < 80
     changes = {name: float(row[2]) for name, row in rows.items()}
@@ -667,12 +672,13 @@ def test_a_size_budget_is_kept_and_used(quantize, report, model, share):
     full = {name: weight.nbytes for name, (weight, _) in full_weights(model, packed).items()}
     low, high = (sum(sizes.values()) / 2**20 for sizes in (packed, full))
     size = low + share * (high - low) + 1e-6
-    exclude = report(quantized, budget="size", size_mb=size)[2]
+    rows, _, exclude = report(quantized, budget="size", size_mb=size)
     mixed = quantize(weight_bits="4", exclude=" ".join(exclude))
     sizes = {name: full[name] if name in exclude else layers_of(mixed)[name].weight.nbytes for name in packed}
     assert sum(sizes.values()) / 2**20 <= size
     unused = size - sum(sizes.values()) / 2**20
-    assert all((full[name] - packed[name]) / 2**20 > unused for name in set(packed) - set(exclude))
+    of_use = {name for name, row in rows.items() if float(row[2]) > 0}  # queries of a context of one token change nothing
+    assert all((full[name] - packed[name]) / 2**20 > unused for name in of_use - set(exclude))
     assert (len(exclude) == 0) == (share == 0.0)
 
 

@@ -11,6 +11,11 @@ import torch
 PROJ_IN = "diffusion_model.middle_block.1.proj_in.weight"
 
 
+@pytest.fixture(scope="module")
+def model(small_model):
+    return small_model
+
+
 @pytest.fixture
 def quantized(host, model):
     def make(weight_bits=8, activation_bits=8, source=None, keep_sensitive_layers=True, **more):
@@ -248,7 +253,7 @@ def test_merging_quantized_models(sample, model, quantized, relative, with_lora)
 def test_rotation_is_of_use_where_there_are_outliers(sample, model, quantized, relative):
     """In the layer that has them, the others at full precision."""
     spiked = model.clone()
-    layer = "input_blocks.7.1.transformer_blocks.0.ff.net.2"
+    layer = "input_blocks.3.1.transformer_blocks.0.ff.net.2"
     key = f"diffusion_model.{layer}.weight"
     weight = model.model.state_dict()[key]
     outliers = torch.zeros_like(weight)

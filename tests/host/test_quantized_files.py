@@ -37,6 +37,11 @@ FORMATS = {
 }
 
 
+@pytest.fixture(scope="module")
+def model(small_model):
+    return small_model
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     import folder_paths

@@ -6,8 +6,13 @@ import pytest
 import torch
 from host.test_quantized_files import pack_module
 
-SMALL = {"steps": 2, "latent_image": {"samples": torch.zeros(2, 3, 16, 16)}}
+SMALL = {"steps": 2, "latent_image": {"samples": torch.zeros(2, 3, 8, 8)}}
 CHANGED = [f"middle_block.1.{name}.weight" for name in ("proj_in", "proj_out", "transformer_blocks.0.ff.net.2")]
+
+
+@pytest.fixture(scope="module")
+def model(small_model):
+    return small_model
 
 
 def noise(*shape, seed=0):

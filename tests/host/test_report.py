@@ -9,6 +9,11 @@ from toy import ToyGuider, run
 SETTINGS = {"correction_steps": "steps:0,2", "lambda_": 0.4, "max_iterations": 3, "tolerance": 0.0}
 
 
+@pytest.fixture(scope="module")
+def model(small_model):
+    return small_model
+
+
 @pytest.mark.fast
 def test_report_says_what_the_iteration_did(host):
     """On a line: every number of the report against the network's own inputs and the closed form."""
@@ -110,7 +115,7 @@ def test_correction_that_is_not_finite_keeps_the_prediction(sample, failing, mod
 
 @pytest.mark.parametrize(("mode", "lambda_"), [("contractive", 0.9), ("anderson", 0.5)])
 def test_modes_leave_less_of_the_residual_than_fixed_damping(sample, model, mode, lambda_):
-    latent = {"samples": torch.zeros(2, 3, 32, 32)}
+    latent = {"samples": torch.zeros(2, 3, 8, 8)}
 
     def last_residuals(**settings):
         reports = []

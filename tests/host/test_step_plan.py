@@ -13,6 +13,17 @@ SAMPLERS = ("euler", "heun", "heunpp2", "dpm_2", "dpmpp_2s_ancestral", "dpmpp_2m
 
 
 @pytest.fixture(scope="module")
+def model(small_model):
+    return small_model
+
+
+@pytest.fixture
+def empty_latent():
+    """Small, for all but the steps is the same."""
+    return {"samples": torch.zeros(2, 3, 8, 8)}
+
+
+@pytest.fixture(scope="module")
 def plans(host):
     """The module that plans."""
     import sys
@@ -66,7 +77,7 @@ def test_cached_steps_of_a_profile_are_those_in_the_file(plans, host, model, con
     run = {"steps": 6, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal", "seed": 1, "runs": 1}
     profile = host.run(
         "IECCalibrateCacheQuant", model=model, positive=conditioning[0], negative=conditioning[1],
-        latent_image={"samples": torch.zeros(2, 3, 32, 32)}, interval=3, branch=0, schedule="steps:0,2,5", **run,
+        latent_image={"samples": torch.zeros(2, 3, 8, 8)}, interval=3, branch=0, schedule="steps:0,2,5", **run,
     )[0]  # fmt: skip
     host.run("IECSaveCacheProfile", profile=profile, name="mine")
 
@@ -216,7 +227,7 @@ def test_plan_is_what_ksampler_advanced_does(plans, host, model, conditioning, c
     host.run(
         "KSamplerAdvanced", model=patched, add_noise="enable", noise_seed=1, steps=8, cfg=1.0, sampler_name="heun",
         scheduler="normal", positive=conditioning[0], negative=conditioning[1], start_at_step=part[0], end_at_step=part[1],
-        latent_image={"samples": torch.zeros(2, 3, 32, 32)}, return_with_leftover_noise=leftover,
+        latent_image={"samples": torch.zeros(2, 3, 8, 8)}, return_with_leftover_noise=leftover,
     )  # fmt: skip
     told = {"start_step": part[0], "last_step": part[1], "force_full_denoise": leftover == "disable"}
     plan = plans.step_plan(correction, sampling("heun", steps=8, **told))

@@ -14,6 +14,11 @@ CFG = 2.0
 LABELS = ("face", "flag")
 
 
+@pytest.fixture(scope="module")
+def model(small_model):
+    return small_model
+
+
 def alpha_bars():
     """Cumulative products of 1 - beta of Stable Diffusion's schedule: sqrt(beta) linear from 0.00085 to 0.012."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2

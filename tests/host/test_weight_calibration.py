@@ -16,6 +16,11 @@ SAMPLING = {"steps": 4, "cfg": 2.0, "sampler_name": "euler", "scheduler": "norma
 FEW = "mid*.0.in_* mid*.proj_in mid*.attn2.to_k out*.0.0.skip_*"
 
 
+@pytest.fixture(scope="module")
+def model(small_model):
+    return small_model
+
+
 @pytest.fixture
 def calibrate(host, model, conditioning):
     """calibrate(source, **settings): the quantized MODEL, by default of a few layers, with 16-bit activations."""
@@ -99,12 +104,12 @@ def random_input(layer):
 
 
 @pytest.mark.fast
-def test_images_are_nearer_to_full_precision_than_with_the_nearest_integers(host, model, calibrate, draw):
+def test_images_are_nearer_to_full_precision_than_with_the_nearest_integers(host, builtin_model, calibrate, draw):
     outer = {"include": "input_blocks.1.* input_blocks.3.* output_blocks.5.* output_blocks.6.* output_blocks.7.*"}
-    expected = draw(model)
+    expected = draw(builtin_model)
     inputs = {"weight_bits": "4", "activation_bits": "16", "keep_sensitive_layers": True, **outer}
-    nearest = relative(draw(host.run("IECQuantizeModel", model=model, **inputs)[0]), expected)
-    gptq, branch = (relative(draw(calibrate(rank=rank, **outer)), expected) for rank in ("0", "auto"))
+    nearest = relative(draw(host.run("IECQuantizeModel", model=builtin_model, **inputs)[0]), expected)
+    gptq, branch = (relative(draw(calibrate(builtin_model, rank=rank, **outer)), expected) for rank in ("0", "auto"))
     assert gptq < 0.5 * nearest and branch < 0.4 * gptq
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shutil
 from dataclasses import replace
 
 import answer_figures
@@ -191,9 +192,14 @@ def test_a_page_without_the_right_places_is_refused(page, sentence):
 
 
 @pytest.fixture
-def results(tmp_path):
-    """A folder with every declared row."""
-    lines = {}
+def results(written_results, tmp_path):
+    """A folder with every declared row, of the test's own."""
+    return shutil.copytree(written_results, tmp_path / "results")
+
+
+@pytest.fixture(scope="module")
+def written_results(tmp_path_factory):
+    folder, lines = tmp_path_factory.mktemp("results"), {}
     for name, rows in experiment_rows.declared().items():
         changes = [None if row.run.baseline == row.run else LOWER for row in rows]
         lines[name] = [
@@ -205,11 +211,11 @@ def results(tmp_path):
     seconds = {row: [row.run.evaluations] for row in times.declared()["times"]}
     lines["times"] = [times.columns(row, seconds) for row in seconds]
     for name, rows in lines.items():
-        with (tmp_path / f"{name}.csv").open("w", newline="") as file:
+        with (folder / f"{name}.csv").open("w", newline="") as file:
             table = csv.DictWriter(file, rows[0])
             table.writeheader()
             table.writerows(rows)
-    return tmp_path
+    return folder
 
 
 def texts_of(step, more=0.0, converged=True):
@@ -262,7 +268,8 @@ def test_every_question_has_its_table_and_its_figure(results):
     for name in names:
         assert f"<!-- table {name} -->\n\n| " in text and f"(results/{name}.png)" in text
     assert "No row is there yet." not in text and "nan" not in text
-    assert all(len(rows) == len(answer_rows.read(results)[name]) for name, rows in experiment_rows.declared().items())
+    found = answer_rows.read(results)
+    assert all(len(rows) == len(found[name]) for name, rows in experiment_rows.declared().items())
 
 
 def test_a_runs_time_is_told_by_that_of_the_plain_run_of_the_same_round():

@@ -15,6 +15,13 @@ LAYERS = {  # channels, size of the window, and how many of the tiles are tried
 }
 
 
+@pytest.fixture
+def unread(monkeypatch):
+    """For a test that looks at no instruction: to write one kernel's out takes half a second."""
+    output = sass._output
+    monkeypatch.setattr(sass, "_output", lambda tool, *arguments: "" if tool == "nvdisasm" else output(tool, *arguments))
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(("channels", "window", "tried"), LAYERS.values(), ids=LAYERS)
 def test_a_product_keeps_the_tensor_cores_busy(capability, channels, window, tried, tmp_path):
@@ -37,7 +44,7 @@ def test_a_shared_walk_keeps_them_busy_too(capability, tmp_path):
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("channels", [4, 100])
-def test_channels_that_fill_no_block_spill_nothing(capability, channels, tmp_path):
+def test_channels_that_fill_no_block_spill_nothing(capability, channels, tmp_path, unread):
     for tile in tiles.tiles(capability, channels):
         found = convolution(capability, channels, 3, tile, tmp_path, CHANNELS_LAST=channels == 100)
         assert found.stack == 0 and found.shared <= tiles.architecture(capability).shared, tile
@@ -77,7 +84,7 @@ def test_the_largest_magnitude_is_read_in_runs(capability, tmp_path):
 ONE = {"rows": 1, "pixels": 1, "out_channels": 1}  # an integer that is 1 is a constant of the kernel
 
 
-def test_what_is_one_is_compiled_too(tmp_path):
+def test_what_is_one_is_compiled_too(tmp_path, unread):
     """As for a single row of a Linear layer, whose walk is shared."""
     tile = tiles.tiles(90, 1280)[-1]
     assert convolution(90, 1280, 1, tile, tmp_path, sums=True, **ONE).stack == 0

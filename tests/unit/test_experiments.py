@@ -70,6 +70,8 @@ def fake(monkeypatch, tmp_path):
     monkeypatch.setattr(experiment_samples, "features", features_of)
     monkeypatch.setattr(experiments, "sampled", fake)
     monkeypatch.setattr(experiments, "RESAMPLES", 20)
+    few = {network: real[:100] for network, real in experiments.real_features().items()}
+    monkeypatch.setattr(experiments, "real_features", lambda: few)
     monkeypatch.setattr(experiments, "CACHE", tmp_path / "cache")
     return fake
 
