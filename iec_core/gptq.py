@@ -100,24 +100,26 @@ def _upper_factor(matrix, damping):
 
 def gptq(rows, scale, kind, metric):
     """Return (values float32 [O, K], squared errors float32 [O] in the metric) of rows [O, K] over scales float32 [O, G]."""
-    values, errors = torch.empty_like(rows), rows.new_zeros(len(rows))
+    # What lies one after another here is a column, for they are taken one by one.
+    columns_of, scales_of = rows.t().contiguous(), scale.t().contiguous()
+    values, errors = torch.empty_like(columns_of), rows.new_zeros(len(rows))
     group = rows.shape[1] // scale.shape[1]
     for columns, factor in metric.parts:
         diagonal = factor.diagonal()
-        fed = factor / diagonal  # [j, k]: what share of column j's error column k takes up
-        target, places = rows[:, columns], columns.tolist()
+        fed = (factor / diagonal).t().contiguous()  # [k, j]: what share of column j's error column k takes up
+        target, places = columns_of[columns], columns.tolist()
         for start in range(0, len(places), COLUMNS):
             stop = min(start + COLUMNS, len(places))
-            left = rows.new_zeros(len(rows), stop - start)  # W - Q of these columns
+            left = rows.new_zeros(stop - start, len(rows))  # W - Q of these columns
             for k in range(start, stop):
-                of_scale, place = scale[:, places[k] // group], places[k]
-                wanted = torch.addmv(target[:, k], left[:, : k - start], fed[start:k, k])
-                values[:, place] = rounded(wanted, of_scale, kind)
-                error = values[:, place] * of_scale
-                torch.sub(rows[:, place], error, out=left[:, k - start])
+                of_scale, place = scales_of[places[k] // group], places[k]
+                wanted = torch.addmv(target[k], left[: k - start].t(), fed[k, start:k])
+                values[place] = rounded(wanted, of_scale, kind)
+                error = values[place] * of_scale
+                torch.sub(columns_of[place], error, out=left[k - start])
                 errors += ((wanted - error) * diagonal[k]).square_()
-            target[:, stop:] += left @ fed[start:stop, stop:]
-    return values, errors
+            target[stop:].addmm_(fed[stop:, start:stop], left)
+    return values.t().contiguous(), errors
 
 
 def fitted(rows, fmt, metric):
