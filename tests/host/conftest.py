@@ -1,5 +1,6 @@
 """The real ComfyUI in this process: its modules, with the pack loaded by its own loader."""
 
+import copy
 import pathlib
 import sys
 import types
@@ -147,13 +148,19 @@ def sample(host, conditioning, empty_latent):
     return run
 
 
+@pytest.fixture(scope="module")
+def made_reports():
+    """What `reports` returns copies of, once a test has made them."""
+    return []
+
+
 @pytest.fixture
-def reports(sample, model):
+def reports(made_reports, sample, model):
     """The RunReports of two runs with latents, without a correction and with one on every step."""
-    found = []
-    sample(model, found, label="full", keep_latents=True, steps=4)
-    sample(model, found, label="other", keep_latents=True, steps=4, correction_steps="all")
-    return found
+    if not made_reports:
+        sample(model, made_reports, label="full", keep_latents=True, steps=4)
+        sample(model, made_reports, label="other", keep_latents=True, steps=4, correction_steps="all")
+    return copy.deepcopy(made_reports)
 
 
 @pytest.fixture

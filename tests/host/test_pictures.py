@@ -1,6 +1,5 @@
 """The pictures of runs against a reference: what is in their cells, on their axes and on the nodes."""
 
-import copy
 import math
 import random
 import sys
@@ -17,21 +16,6 @@ def module(host):
     """module(name): a module of the pack's nodes."""
     package = host.nodes["IECImageGrid"].__module__.rpartition(".")[0]
     return lambda name: sys.modules[f"{package}.{name}"]
-
-
-@pytest.fixture(scope="module")
-def made_reports():
-    """What `reports` returns copies of, once a test has made them."""
-    return []
-
-
-@pytest.fixture
-def reports(made_reports, sample, model):
-    """The RunReports of two runs with latents, without a correction and with one on every step."""
-    if not made_reports:
-        sample(model, made_reports, label="full", keep_latents=True, steps=4)
-        sample(model, made_reports, label="other", keep_latents=True, steps=4, correction_steps="all")
-    return copy.deepcopy(made_reports)
 
 
 def images(runs, batch, height, width):
