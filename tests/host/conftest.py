@@ -10,6 +10,7 @@ import pytest
 import torch
 
 FOLDER = pathlib.Path(__file__).parent
+SHARED_MODELS = "builtin_model", "small_model"  # fixtures of MODELs that last as long as the process
 # stock nodes that are not in the host's nodes.py
 EXTRAS = (
     "custom_sampler", "model_advanced", "chroma_radiance", "pag", "perpneg", "differential_diffusion", "advanced_samplers",
@@ -49,10 +50,11 @@ def no_patch_stays_on_the_model(request):
     """Take off what a test has patched: the host writes it into the weights and the model that all clones share, and puts these
     back only when another clone is loaded.
     """
-    model = request.getfixturevalue("model") if "model" in request.fixturenames else None
+    models = [request.getfixturevalue(name) for name in SHARED_MODELS if name in request.fixturenames]
     yield
-    if model is not None and (model.backup or model.object_patches_backup):
-        model.unpatch_model()
+    for model in models:
+        if model.backup or model.object_patches_backup:
+            model.unpatch_model()
 
 
 @pytest.fixture(scope="session")
