@@ -49,7 +49,8 @@ class ActivationScales(Profile):
             self._moved[device] = self.table.flip(0).to(device), self.sigmas.float().flip(0).to(device)
         return self._moved[device]
 
-    def _content(self):
+    def content(self):
+        """Return what `Profile` wants to know."""
         tensors = {"fingerprint": self.fingerprint, "sigmas": self.sigmas, "table": self.table}
         return tensors, {"facts": json.dumps(self.facts), "names": json.dumps(self.names)}
 
@@ -64,6 +65,7 @@ class ActivationScales(Profile):
             and len(self.sigmas) > 0 < len(self.names)
             and all(isinstance(name, str) for name in self.names)
             and self.fingerprint.ndim == self.sigmas.ndim == 1
+            and (self.fingerprint.dtype, self.sigmas.dtype) == (torch.float32, torch.float64)
             and self.table.dtype == torch.float32
             and tuple(self.table.shape) == (len(self.sigmas), len(self.names))
             and bool((self.sigmas[1:].float() < self.sigmas[:-1].float()).all())

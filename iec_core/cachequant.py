@@ -271,7 +271,8 @@ class CacheProfile(Profile):
         """The steps that are evaluated in full, as `schedule` and `correction_steps` take them."""
         return "steps:" + ",".join(map(str, self.full_steps))
 
-    def _content(self):
+    def content(self):
+        """Return what `Profile` wants to know."""
         tensors = {"fingerprint": self.fingerprint, "sigmas": self.sigmas, "full_steps": torch.tensor(self.full_steps)}
         tensors.update({f"feature.{stream}": weights for stream, weights in self.features.items()})
         tensors.update({} if self.consumer is None else {"consumer": self.consumer})
@@ -296,6 +297,7 @@ class CacheProfile(Profile):
             and int(self.facts["interval"]) >= 1
             and int(self.facts["branch"]) >= 0
             and self.channel_dim in (1, -1)
+            and (self.fingerprint.dtype, self.sigmas.dtype) == (torch.float32, torch.float64)
             and self.fingerprint.ndim == self.sigmas.ndim == 1
             and all(isinstance(step, int) and 0 <= step < steps for step in self.full_steps)
             and list(self.full_steps) == sorted({0, *self.full_steps})

@@ -12,14 +12,14 @@ from .safetensors_header import reason
 class Profile:
     """What can be saved and loaded.
 
-    A subclass has KIND, such as "cache profile"; VERSION, of its files; _content(), ({name: tensor}, {str: str}) to be written;
+    A subclass has KIND, such as "cache profile"; VERSION, of its files; content(), ({name: tensor}, {str: str}) to be written;
     the class method _of(tensors, about), which makes a profile of these; and _is_whole(), which tells whether everything is
     there and of the shapes that belong together. On wrong content these two may raise errors, as of a key that is not there.
     """
 
     def save(self, path):
         """Write a .safetensors file. Raises OSError where it cannot be written."""
-        tensors, about = self._content()
+        tensors, about = self.content()
         about = {"format": format_of(self.KIND), "version": self.VERSION, **about}
         data = safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()}, about)
         with open(path, "wb") as file:  # the library's own writer raises no OSError
@@ -35,11 +35,15 @@ class Profile:
         about = cls._readable(read_metadata, path)
         if about.get("format") != format_of(cls.KIND) or about.get("version") != cls.VERSION:
             raise ValueError(f"it is no {cls.KIND}, or one of another version; calibrate anew")
-        tensors = cls._readable(_tensors, path)
+        return cls.of(cls._readable(_tensors, path), about)
+
+    @classmethod
+    def of(cls, tensors, about):
+        """Return the profile of what `content` gave. Raises ValueError, with a sentence, where it is none."""
         try:
             profile = cls._of(tensors, about)
             is_whole = profile._is_whole()
-        except (KeyError, ValueError, TypeError, IndexError, AttributeError, RecursionError):
+        except (KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError):
             is_whole = False
         if not is_whole:
             raise ValueError(f"its content is not that of a {cls.KIND}; calibrate anew")

@@ -3,10 +3,12 @@
 A quantized layer is three tensors, named as ComfyUI names them: `<layer>.weight`, its integers or float8 numbers [O, K], of
 int4 two to a byte; `<layer>.weight_scale`; `<layer>.comfy_quant`, its description (JSON in bytes). One with a low-rank branch
 has two more, its factors `<layer>.weight_out` [O, r] and `<layer>.weight_in` [r, K]. The descriptions are in the header's
-metadata too, where older hosts look for them. Linear layers of 8-bit weights without a branch, in float8 such without
-rotation, are as ComfyUI (0.33 or later) has them, so that it opens a file of such layers by itself. All others are of formats
-that no host knows, and convolutions of shapes that its layers do not have, so that it fails instead of taking them for
-something else. What only we need to know is in the metadata as `iec.quantized`.
+metadata too, where older hosts look for them. Linear layers without a branch are as ComfyUI (0.33 or later) has them, so that
+it opens a file of such layers by itself, where it has their like: int8, rotated or not, float8 that is not rotated, and int4
+that is, in blocks of 64 or 256. All others are of formats that no host knows, and convolutions of shapes that its layers do not
+have, so that it fails instead of taking them for something else. What only we need to know is in the metadata as
+`iec.quantized`; calibrated scales of activations are two tensors more, `iec.activation_scales.table` [S, L] and
+`iec.activation_scales.sigmas` [S].
 
 A file is read by its own header, which is checked before anything is allocated; then tensors are read one at a time, each into
 memory of its own, so that no file stays mapped and what is allocated is never more than what the file holds.
@@ -16,18 +18,24 @@ import json
 import math
 import os
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 
 import torch
 
+from .activation_scales import ActivationScales
 from .file_kinds import QUANTIZED_KEY
 from .quantization import FACTOR_DTYPES, LIMITS, Packing, WeightFormat, rotation_size
 from .safetensors_header import LARGEST_HEADER, parsed, read_header, reason, short
 
-VERSIONS = 1, 2, 3  # a file is of the first that can describe its layers: 2 such that are calibrated, 3 others with a branch
+# A file is of the first version that can describe it: 2 layers that are calibrated, 3 others with a branch, 4 scales of
+# activations, and layers of int4 as the host has them.
+VERSIONS = 1, 2, 3, 4
 HOST_KEY = "_quantization_metadata"  # ComfyUI's
 CONFIG_KEY = "config"  # ComfyUI's too: {"transformer": what the weights do not tell of the network}
-HOST_FORMATS = {"int8": "int8_tensorwise", "fp8": "float8_e4m3fn"}
+HOST_FORMATS = {"int8": "int8_tensorwise", "fp8": "float8_e4m3fn", "int4": "convrot_w4a4"}
+HOST_INT4_ROTATIONS = 64, 256  # of which it can also do a patched weight anew
+SCALES_KEY = "activation_scales"  # of the description: what is told of them
+SCALES = "iec.activation_scales"
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -43,17 +51,26 @@ LARGEST_FINGERPRINT = 4096  # numbers
 
 @dataclass(frozen=True)
 class LayerFile:
-    """How a layer is described in a file. shape: of its weight. format: a WeightFormat."""
+    """How a layer is described in a file. shape: of its weight. format: a WeightFormat. version: of the file."""
 
     shape: tuple[int, ...]
     format: WeightFormat
+    version: int = field(default=VERSIONS[-1], compare=False)
 
     @property
     def is_hosts(self):
-        """Whether it is written as the host has it. In float8 the host does not rotate."""
+        """Whether it is written as the host has it."""
         fmt = self.format
-        is_rotated_fp8 = fmt.kind == "fp8" and fmt.rotation
-        return fmt.kind in HOST_FORMATS and len(self.shape) == 2 and not (fmt.group_size or fmt.rank or is_rotated_fp8)
+        if len(self.shape) != 2 or fmt.group_size or fmt.rank:
+            return False
+        if fmt.kind == "int4":
+            return fmt.rotation in HOST_INT4_ROTATIONS and self.version >= 4
+        return fmt.kind == "int8" or not fmt.rotation  # float8 is not rotated there
+
+    @property
+    def is_hosts_int4(self):
+        """Whether it is int4 as the host has it, in bytes with a sign and with one dimension of scales."""
+        return self.is_hosts and self.format.kind == "int4"
 
 
 def host_description(layer, activation_bits):
@@ -61,6 +78,8 @@ def host_description(layer, activation_bits):
     about = {"format": HOST_FORMATS[layer.format.kind] if layer.is_hosts else f"iec_{layer.format.kind}"}
     if activation_bits == 16:
         about["full_precision_matrix_mult"] = True
+    if layer.is_hosts_int4:  # whose activations it would round to 4 bits too
+        return about | {"convrot_groupsize": layer.format.rotation, "linear_dtype": "int8"}
     if layer.format.rotation:
         about |= {"convrot": True, "convrot_groupsize": layer.format.rotation}
     return about
@@ -76,11 +95,22 @@ def layer_tensors(name, layer, packed, activation_bits):
     packing = Packing(layer.shape, layer.format)
     values, scale = packing.stored(packed)
     return {
-        f"{name}.weight": values,
-        f"{name}.weight_scale": scale[0, 0] if layer.format.kind == "fp8" else scale,
+        f"{name}.weight": values.view(_stored_dtype(layer)),
+        f"{name}.weight_scale": scale[0, 0] if layer.format.kind == "fp8" else scale.reshape(_scale_shape(layer)),
         f"{name}.comfy_quant": torch.tensor(list(_description_bytes(layer, activation_bits)), dtype=torch.uint8),
         **dict(zip(_factor_names(name), packing.factors(packed) or ())),
     }
+
+
+def _stored_dtype(layer):
+    return torch.int8 if layer.is_hosts_int4 else STORED[layer.format.kind]
+
+
+def _scale_shape(layer):
+    packing = Packing(layer.shape, layer.format)
+    if layer.format.kind == "fp8":
+        return ()
+    return (packing.rows,) if layer.is_hosts_int4 else (packing.rows, packing.groups)
 
 
 def _factor_names(name):
@@ -134,7 +164,7 @@ class QuantizedFile:
     about: its metadata, {"name": short name of the quantization, "activation": {"bits": 8 or 16, "per_tensor": bool},
     "dtype": of the network, "network": its class, "fingerprint": list of float}. settings: of the network, what its weights do
     not tell, {name: number, text, or list of such}. layers: {name: LayerFile}. plain: names of the tensors that are not
-    quantized.
+    quantized, and no scales.
 
     Raises ValueError, with a sentence, for a file that is damaged or that another program has written.
     """
@@ -178,15 +208,33 @@ class QuantizedFile:
         """Return the packed weight of a layer, int8 [nbytes]."""
         layer = self.layers[name]
         packing, scale = Packing(layer.shape, layer.format), self.tensor(f"{name}.weight_scale")
-        scale = scale.expand(packing.rows, 1) if scale.ndim == 0 else scale
+        scale = scale.reshape(-1, packing.groups).expand(packing.rows, packing.groups)
         factors = tuple(map(self.tensor, _factor_names(name))) if layer.format.rank else None
-        return packing.pack(self.tensor(f"{name}.weight"), scale, factors)
+        return packing.pack(self.tensor(f"{name}.weight").view(STORED[layer.format.kind]), scale, factors)
+
+    def scales(self):
+        """Return the ActivationScales in the file, None where there are none. Raises ValueError where they are damaged, or not
+        of what is in the file.
+        """
+        if self._about_scales is None:
+            return None
+        tensors = {name: self.tensor(key) for name, key in _scale_keys().items() if key in self._tensors}
+        tensors["fingerprint"] = torch.tensor(self.about["fingerprint"], dtype=torch.float32)
+        try:
+            scales = ActivationScales.of(tensors, self._about_scales)
+        except ValueError as error:
+            raise ValueError("its scales of activations are damaged") from error
+        of_file = scales.facts["quantization"] == self.about["name"] and self.about["activation"]["bits"] == 8
+        if not of_file or not set(scales.names) <= set(self.layers):
+            raise ValueError("its scales of activations are not those of its layers")
+        return scales
 
     def _check(self, about):
         try:
             _check_about(about)
             self.about = {name: about[name] for name in ("name", "activation", "dtype", "network", "fingerprint")}
             self.layers = {name: _layer(entry, about["version"]) for name, entry in about["layers"].items()}
+            self._about_scales = about.get(SCALES_KEY) if about["version"] >= 4 else None
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"its description is damaged ({type(error).__name__}: {short(error)})") from error
         if not self.layers:
@@ -196,7 +244,8 @@ class QuantizedFile:
             wanted |= _expected(name, layer, self.about["activation"]["bits"])
         for key, (dtype, shape) in wanted.items():
             self._check_tensor(key, dtype, shape)
-        self.plain = [key for key in self._tensors if key not in wanted]
+        apart = set() if self._about_scales is None else set(_scale_keys().values())
+        self.plain = [key for key in self._tensors if key not in wanted and key not in apart]
 
     def _check_tensor(self, key, dtype, shape):
         if key not in self._tensors:
@@ -295,8 +344,8 @@ def _expected(name, layer, activation_bits):
     packing, kind = Packing(layer.shape, layer.format), layer.format.kind
     row = -(-packing.inputs // 2) if kind == "int4" else packing.inputs
     return {
-        f"{name}.weight": (STORED[kind], (packing.rows, row)),
-        f"{name}.weight_scale": (torch.float32, () if kind == "fp8" else (packing.rows, packing.groups)),
+        f"{name}.weight": (_stored_dtype(layer), (packing.rows, row)),
+        f"{name}.weight_scale": (torch.float32, _scale_shape(layer)),
         f"{name}.comfy_quant": (torch.uint8, (len(_description_bytes(layer, activation_bits)),)),
         **dict(zip(_factor_names(name), _expected_factors(packing))),
     }
@@ -309,7 +358,7 @@ def _expected_factors(packing):
 
 def _layer(entry, version):
     """Return the LayerFile of an entry in a file's description. Raises ValueError or TypeError for what is none."""
-    names = {field.name for field in fields(WeightFormat)} - (SINCE_VERSION_2 if version == 1 else set())
+    names = {one.name for one in fields(WeightFormat)} - (SINCE_VERSION_2 if version == 1 else set())
     if set(entry) != {"shape", "format"} or set(entry["format"]) != names:
         raise ValueError(f"its description has a layer of other words than shape and format ({short(entry)})")
     shape, fmt = entry["shape"], WeightFormat(**entry["format"])
@@ -322,7 +371,7 @@ def _layer(entry, version):
         raise ValueError(f"its description has a layer that cannot be ({short(entry)})")
     if Packing(shape, fmt).format != fmt:
         raise ValueError(f"its description has a layer whose format does not go with its shape ({short(entry)})")
-    return LayerFile(tuple(shape), fmt)
+    return LayerFile(tuple(shape), fmt, version)
 
 
 def _check_about(about):
@@ -341,9 +390,11 @@ def _check_about(about):
         raise ValueError("its fingerprint is damaged")
 
 
-def _version(layers):
-    """Return the version of a file of such layers, a list of LayerFile."""
+def _version(layers, scales):
+    """Return the version of a file of such layers, a list of LayerFile, and of ActivationScales, which may be None."""
     formats = [layer.format for layer in layers]
+    if scales is not None or any(layer.is_hosts_int4 for layer in layers):
+        return 4
     if any(fmt.rank and not fmt.calibrated for fmt in formats):
         return 3
     return 2 if any(fmt.calibrated for fmt in formats) else 1
@@ -356,15 +407,26 @@ def _entry(layer, version):
     return {"shape": list(layer.shape), "format": fmt}
 
 
-def description(layers, name, activation, dtype, network, fingerprint, settings):
+def _scale_keys():
+    return {name: f"{SCALES}.{name}" for name in ("sigmas", "table")}
+
+
+def scale_tensors(scales):
+    """Return {key: tensor} of ActivationScales; of None, none."""
+    tensors = {} if scales is None else scales.content()[0]
+    return {key: tensors[name] for name, key in _scale_keys().items() if name in tensors}
+
+
+def description(layers, name, activation, dtype, network, fingerprint, settings, scales=None):
     """Return the metadata of a file. layers: {name: LayerFile}. activation: dict. fingerprint: float32 [n]. settings: dict, of
-    the network. Raises ValueError where they cannot be kept.
+    the network. scales: ActivationScales of its layers. Raises ValueError where they cannot be kept.
     """
-    version = _version(layers.values())
+    version = _version(layers.values(), scales)
     about = {
         "version": version, "name": name, "activation": activation, "dtype": dtype, "network": network,
         "fingerprint": fingerprint.tolist(),
         "layers": {key: _entry(layer, version) for key, layer in layers.items()},
+        **({} if scales is None else {SCALES_KEY: scales.content()[1]}),
     }  # fmt: skip
     hosts = {key: host_description(layer, activation["bits"]) for key, layer in layers.items()}
     try:

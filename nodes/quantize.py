@@ -67,7 +67,7 @@ class IECSaveQuantizedModel(CheckedNode):
             node_id="IECSaveQuantizedModel",
             display_name="Save Quantized Model (IEC)",
             category="advanced/model/IEC",
-            description="Writes a quantized model to models/diffusion_models, with the LoRAs that are on it.",
+            description="Writes a quantized model to models/diffusion_models, with the LoRAs and scales of activations on it.",
             is_output_node=True,
             search_aliases=["save int8", "save fp8", "export quantized", "write checkpoint"],
             inputs=[
@@ -84,7 +84,7 @@ class IECSaveQuantizedModel(CheckedNode):
 
     @classmethod
     def run(cls, model, name):
-        return io.NodeOutput(ui={"text": [save_quantized_model(model, name)]})
+        return io.NodeOutput(ui={"text": save_quantized_model(model, name)})
 
 
 class IECLoadQuantizedModel(CheckedNode):

@@ -269,12 +269,13 @@ For another model, exchange loader, prompts, latent and VAE, and set the sampler
 CALIBRATE_AND_SAVE = Page(
     note="""## Calibrate and save
 
-What a quantized and cached model needs is found out once, and kept in three files; *load_and_sample* reads them again. It runs
+What a quantized and cached model needs is found out once, and kept in two files; *load_and_sample* reads them again. It runs
 with the model that comes with the pack. Press **Run**; it takes one to two minutes on a CPU.
 
 1. **Calibrate Quantization** finds the scales of the activations, one for each layer and step.
 2. **Calibrate CacheQuant** finds which steps to evaluate in full, and how to correct what the others reuse.
-3. The files are written to models/diffusion_models and models/iec_profiles. Files of the same names are replaced.
+3. The model is written to models/diffusion_models, with its scales; the cache's profile to models/iec_profiles. Files of the
+   same names are replaced.
 
 Calibrate on prompts, size, steps, scheduler and cfg such as you sample with; more runs and prompts are better.
 """,
@@ -289,7 +290,7 @@ Calibrate on prompts, size, steps, scheduler and cfg such as you sample with; mo
         ),
         (Group("3. Activations", ORANGE, (("Find the scales of activations",),)),),
         (Group("4. Cache", ORANGE, (("Find the cache's schedule and maps",),)),),
-        (Group("5. Files", PURPLE, (("Save the quantized model", "Save the scales", "Save the cache profile"),)),),
+        (Group("5. Files", PURPLE, (("Save the quantized model", "Save the cache profile"),)),),
     ),
     runs=True,
 )
@@ -297,11 +298,11 @@ Calibrate on prompts, size, steps, scheduler and cfg such as you sample with; mo
 LOAD_AND_SAMPLE = Page(
     note="""## Load and sample
 
-Samples with the three files that *calibrate_and_save* has written. Run that first, and then press **R** once, so that the
+Samples with the two files that *calibrate_and_save* has written. Run that first, and then press **R** once, so that the
 loaders know the files. Nothing is quantized or calibrated anew.
 
-- The order is: quantized model, its scales, the cache.
-- The profiles are for the saved model, and the cache's for 20 steps on karras. Other seeds and prompts are fine.
+- The model's file has the scales of its activations too.
+- The cache's profile is for the saved model, and for 20 steps on karras. Other seeds and prompts are fine.
 - Which steps are evaluated in full was found by the calibration. correction_steps auto corrects the steps before these by
   their evaluations, at no cost; write none for the cache alone.
 """,
@@ -311,8 +312,8 @@ loaders know the files. Nothing is quantized or calibrated anew.
                 "1. Files, put together",
                 BLUE,
                 (
-                    ("Quantized model", "Scales of activations", "Cache profile"),
-                    ("Calibrated activations", "Calibrated cache", "Pixels, no VAE"),
+                    ("Quantized model", "Cache profile"),
+                    ("Calibrated cache", "Pixels, no VAE"),
                 ),
             ),
             Group("2. What to draw", GREEN, (("Four images of 32 x 32 pixels",), ("What to draw", "No label, for guidance"))),

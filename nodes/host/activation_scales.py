@@ -19,14 +19,15 @@ _layers = weakref.WeakKeyDictionary()  # of networks, as `_layers_of` found them
 
 
 def calibrate_activations(model, runs, timestep_wise, search):
-    """Return the ActivationScales of a quantized MODEL, from Runs with it.
+    """Return the ActivationScales of a quantized MODEL, from Runs with it; those that are on it do not count.
 
     timestep_wise: whether every step gets scales of its own. search: whether scales are those of least squared error, for
     which all runs are done twice.
 
-    Raises ValueError where the MODEL has no quantized activations, or is calibrated already.
+    Raises ValueError where the MODEL has no quantized activations.
     """
     _check(model)
+    model = _without_scales(model)
     layers = quantized_layers(model.model.diffusion_model)
     sample = functools.partial(runs.sample, Bar((1 + search) * runs.steps))
     found = _Observed(layers, timestep_wise)
@@ -43,9 +44,9 @@ def calibrate_activations(model, runs, timestep_wise, search):
 
 
 def apply_scales(model, scales):
-    """Return a clone of a quantized MODEL whose activations have calibrated scales.
+    """Return a clone of a quantized MODEL whose activations have calibrated scales, in place of those that are on it.
 
-    Raises ValueError where they are of another model or another quantization, or the MODEL is calibrated already.
+    Raises ValueError where they are of another model or another quantization.
     """
     _check(model)
     if not is_same(fingerprint(model), scales.fingerprint):
@@ -62,8 +63,14 @@ def apply_scales(model, scales):
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
     apply_model.scales = scales  # no attachment: the host loads a clone anew that has others than the one before
-    model = model.clone()
+    model = _without_scales(model)
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, apply_model)
+    return model
+
+
+def _without_scales(model):
+    model = model.clone()
+    model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
     return model
 
 
@@ -106,8 +113,6 @@ def _check(model):
     layers = quantized_layers(model.model.diffusion_model).values()
     if not any(layer.activation.bits == 8 for layer in layers):
         raise ValueError("model: its activations are not quantized; put Quantize Model (IEC) with activation_bits 8 in front.")
-    if scales_of(model) is not None:
-        raise ValueError("model: this MODEL has calibrated activations already; connect the one without them.")
 
 
 class _Observed:

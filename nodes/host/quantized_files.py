@@ -15,7 +15,8 @@ import torch
 from ...iec_core.devices import has_float8
 from ...iec_core.file_kinds import QUANTIZED_MODEL
 from ...iec_core.quantization import Packing
-from ...iec_core.quantized_file import LayerFile, QuantizedFile, description, layer_tensors, write
+from ...iec_core.quantized_file import LayerFile, QuantizedFile, description, layer_tensors, scale_tensors, write
+from .activation_scales import apply_scales, scales_of
 from .builtin_model import CONFIG_OF_CLASS
 from .folders import ModelFolder
 from .quantized_layers import FASTEST, ActivationFormat, class_for, quantized_layers
@@ -39,7 +40,8 @@ MARKS = (
 
 
 def save_quantized_model(model, name):
-    """Write a quantized MODEL, with the LoRAs that lie on it, and return what the file is called.
+    """Write a quantized MODEL, with the LoRAs and the scales of activations that lie on it. Return [what the file is called, a
+    sentence on what opens it].
 
     Raises ValueError, with a sentence, where the MODEL is not quantized, the host would not make the same of its file, or the
     file cannot be written.
@@ -54,22 +56,24 @@ def save_quantized_model(model, name):
     warn_of_lost_changes(model)
     quantized = quantized_layers(base.diffusion_model)
     layers = {key: _layer_file(model, key, layer) for key, layer in quantized.items()}
-    activation = next(iter(quantized.values())).activation
+    activation, scales = next(iter(quantized.values())).activation, scales_of(model)
     about = description(
         layers, quantization_of(model), {"bits": activation.bits, "per_tensor": activation.per_tensor}, _dtype_name(base),
-        type(base).__name__, fingerprint(model), _settings_to_keep(base, layers),
+        type(base).__name__, fingerprint(model), _settings_to_keep(base, layers), scales,
     )  # fmt: skip
-    return FILES.write(name, QUANTIZED_MODEL, lambda path: write(path, _sources(model, layers, activation.bits), about))
+    sources = _sources(model, layers, activation.bits, scale_tensors(scales))
+    return [FILES.write(name, QUANTIZED_MODEL, lambda path: write(path, sources, about)), _what_opens(layers)]
 
 
 def load_quantized_model(name, compute=FASTEST):
     """Return the MODEL in a file that `save_quantized_model` wrote. compute: of its ActivationFormat. Raises ValueError, with a
     sentence, where there is none, or none that can be read.
     """
-    base = FILES.read("model_name", name, functools.partial(_read, compute))
+    base, scales = FILES.read("model_name", name, functools.partial(_read, compute))
     device, offload_device = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
     model = comfy.model_patcher.ModelPatcher(base.to(offload_device), load_device=device, offload_device=offload_device)
-    return mark_quantized(model)
+    model = mark_quantized(model)
+    return model if scales is None else apply_scales(model, scales)
 
 
 # What is written
@@ -81,6 +85,14 @@ def _layer_file(model, name, layer):
     """
     rank = layer.packing.rank(patched_packed(model, name, layer))
     return LayerFile(tuple(layer.packing.shape), replace(layer.packing.format, rank=rank))
+
+
+def _what_opens(layers):
+    others = [name for name, layer in layers.items() if not layer.is_hosts]
+    if not others:
+        return "ComfyUI's own Load Diffusion Model opens it too, from 0.33 on."
+    named = others[0] if len(others) == 1 else f"{others[0]} and {len(others) - 1} more"
+    return f"Only Load Quantized Model (IEC) opens it: ComfyUI has no such format for its layer {named}."
 
 
 def _check_patches(model):
@@ -97,8 +109,8 @@ def _check_patches(model):
             )
 
 
-def _sources(model, layers, activation_bits):
-    """Return what `write` wants to know of every tensor."""
+def _sources(model, layers, activation_bits, more):
+    """Return what `write` wants to know of every tensor. more: {key: tensor} beside those of the network."""
     network = model.model.diffusion_model
 
     @functools.lru_cache(maxsize=1)
@@ -118,7 +130,7 @@ def _sources(model, layers, activation_bits):
             sources[key] = tensor.dtype, tensor.shape, lambda name=name, key=key: tensors(name)[key]
     for name, tensor in _plain_tensors(model.model, layers).items():
         sources[name] = tensor.dtype, tensor.shape, functools.partial(plain, name, tensor)
-    for name, tensor in _marks(model.model).items():
+    for name, tensor in {**_marks(model.model), **more}.items():
         sources[name] = tensor.dtype, tensor.shape, lambda tensor=tensor: tensor
     return sources
 
@@ -219,12 +231,12 @@ def _are_alike(one, other):
 
 
 def _read(compute, path):
-    """Return the BaseModel in a file. Raises ValueError, with what is wrong with it."""
+    """Return the BaseModel in a file, and its ActivationScales or None. Raises ValueError, with what is wrong with it."""
     with QuantizedFile(path) as file:
         device = comfy.model_management.get_torch_device()
         if any(layer.format.kind == "fp8" for layer in file.layers.values()) and not has_float8(device):
             raise ValueError(f"its weights are float8, which this device ({device}) has not; save one with weight_bits 8 or 4")
-        weights = {key: file.tensor(key) for key in file.plain}
+        weights, scales = {key: file.tensor(key) for key in file.plain}, file.scales()
         make = functools.partial(
             _made, file.about["network"], getattr(torch, file.about["dtype"]), weights, file.layers, file.settings
         )
@@ -234,7 +246,7 @@ def _read(compute, path):
         _fill(base.diffusion_model, weights, file, compute)
         base.iec_quantization = file.about["name"]
         base.iec_fingerprint = torch.tensor(file.about["fingerprint"], dtype=torch.float32)
-    return base
+    return base, scales
 
 
 def _check_before_memory(make, weights, file):

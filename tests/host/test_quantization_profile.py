@@ -389,16 +389,24 @@ def test_a_profile_of_another_model_or_quantization_is_refused(quantize, calibra
             apply(quantize(**settings), profile)
 
 
-def test_models_without_quantized_activations_are_refused(quantize, calibrate, apply, model):
+def test_scales_that_are_on_a_model_are_replaced(quantize, calibrate, apply, run):
+    """As by those of a file; a calibration does not see them."""
     quantized = quantize()
-    calibrated, profile = calibrate(quantized, activation_scale="absmax")
+    static, others = calibrate(quantized, scales="static")
+    expected, profile = calibrate(quantized)
+    again, found = calibrate(static)
+    assert found.names == profile.names and torch.equal(found.table, profile.table) and len(others.table) == 1
+    assert torch.equal(run(again), run(expected)) and torch.equal(run(apply(static, profile)), run(expected))
+    assert not torch.equal(run(static), run(expected))
+    assert torch.equal(run(apply(expected, others)), run(static))
+
+
+def test_models_without_quantized_activations_are_refused(quantize, calibrate, apply, model):
+    profile = calibrate(quantize(), activation_scale="absmax")[1]
     for source in (model, quantize(activation_bits="16")):
         for use in (calibrate, lambda source: apply(source, profile)):
             with pytest.raises(ValueError, match=r"^model: its activations are not quantized; put Quantize Model \(IEC\)"):
                 use(source)
-    for use in (calibrate, lambda source: apply(source, profile)):
-        with pytest.raises(ValueError, match=r"^model: this MODEL has calibrated activations already; connect the one without"):
-            use(calibrated.clone())
 
 
 def test_a_calibration_that_gives_no_numbers_is_refused(quantize, calibrate):

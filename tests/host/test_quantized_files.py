@@ -6,6 +6,7 @@ import ctypes
 import functools
 import gc
 import json
+import math
 import os
 import pathlib
 import random
@@ -184,6 +185,53 @@ def test_a_cache_profile_goes_with_the_loaded_model(host, model, sample, quantiz
         sample(host.run("IECCacheQuant", model=load("w8.safetensors"), profile=profile)[0], **settings)
 
 
+@pytest.fixture
+def calibrate(host, conditioning):
+    """calibrate(model, **settings): the MODEL with calibrated activations, and their profile."""
+    runs = {"steps": 3, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal", "runs": 1, "seed": 5}
+    runs |= {"positive": conditioning[0], "negative": conditioning[1], "latent_image": {"samples": torch.zeros(1, 3, 8, 8)}}
+    runs["activation_scale"] = "absmax"
+    return lambda model, **settings: host.run("IECCalibrateQuantization", model=model, **{**runs, **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "scales"),
+    [
+        ({}, "timestep-wise"),
+        ({"activation_scale": "tensor"}, "static"),
+        ({"weight_bits": "4", "rotate": True}, "timestep-wise"),
+    ],
+    ids=str,
+)
+def test_calibrated_activations_are_in_the_file(model, sample, quantize, calibrate, save, load, settings, scales):
+    quantized = quantize(model, **settings)
+    calibrated = calibrate(quantized, scales=scales)[0]
+    expected, first = sample(calibrated, **SMALL), save(calibrated)
+    loaded = load()
+    assert torch.equal(sample(loaded, **SMALL), expected)
+    assert not torch.equal(sample(quantized, **SMALL), expected)
+    assert save(loaded, "again").read_bytes() == first.read_bytes()
+    save(quantized)  # in its place, without them
+    assert torch.equal(sample(load(), **SMALL), sample(quantized, **SMALL))
+
+
+def test_scales_of_a_file_are_replaced_by_others(host, model, sample, quantize, calibrate, save, load):
+    quantized = quantize(model)
+    static, others = calibrate(quantized, scales="static")
+    save(calibrate(quantized)[0])
+    profile = host.run("IECApplyQuantizationProfile", model=load(), profile=others)[0]
+    assert torch.equal(sample(profile, **SMALL), sample(static, **SMALL))
+    again = calibrate(load(), scales="static")[0]
+    assert torch.equal(sample(again, **SMALL), sample(static, **SMALL))
+
+
+def test_damaged_scales_of_a_file_are_refused(model, quantize, calibrate, save, load):
+    path, table = save(calibrate(quantize(model))[0]), "iec.activation_scales.table"
+    changed(path, lambda about, tensors: {**tensors, table: -tensors[table]})
+    with pytest.raises(ValueError, match=r"^model_name: 'q.safetensors' is of no use: its scales of activations are damaged"):
+        load()
+
+
 def test_a_loaded_model_is_quantized_already(model, quantize, save, load):
     save(quantize(model))
     with pytest.raises(ValueError, match=r"^model: this MODEL is quantized already"):
@@ -193,7 +241,7 @@ def test_a_loaded_model_is_quantized_already(model, quantize, save, load):
 def test_the_node_tells_the_name_and_lists_the_file(host, folder, model, quantize):
     node = host.nodes["IECSaveQuantizedModel"]
     told = node.execute(model=quantize(model), name="sub/one")
-    assert told.ui == {"text": ["models/diffusion_models/sub/one.safetensors"]}
+    assert told.ui["text"][0] == "models/diffusion_models/sub/one.safetensors"
     listed = host.nodes["IECLoadQuantizedModel"].define_schema().inputs[0].options
     assert [pathlib.PurePath(name).as_posix() for name in listed] == ["sub/one.safetensors"]
     assert host.nodes["IECLoadQuantizedModel"].fingerprint_inputs(listed[0]) > 0
@@ -374,6 +422,71 @@ def test_stock_loader_opens_linear_8_bit_files(network, sampled, quantize, save,
         assert relative(theirs(x), layer(x)) < 1e-6, name
     ours, full = sampled("SD3", quantized), sampled("SD3", network("SD3"))
     assert relative(sampled("SD3", opened), ours) < 2 * relative(sampled("SD3", like), full) < 0.06
+
+
+def in_four_bits(x, layer):
+    """What the host's portable kernel makes of x and a rotated int4 layer, in float64: x is rotated, and rounded to 4 bits."""
+    rotation, rows = layer.packing.format.rotation, layer.convert_weight(layer.weight).double()
+    digits = torch.arange(rotation)[:, None], torch.arange(rotation)
+    minuses = sum(digits[0] // 4**place % 4 + digits[1] // 4**place % 4 == 3 for place in range(round(math.log(rotation, 4))))
+    matrix = (1 - 2 * (minuses % 2)).double() / rotation**0.5
+    turned = (x.double().unflatten(-1, (-1, rotation)) @ matrix).flatten(-2)
+    scale = turned.abs().amax(-1, keepdim=True) / 7
+    rounded = ((turned / scale).round() * scale).unflatten(-1, (-1, rotation)) @ matrix
+    return rounded.flatten(-2) @ rows.T + layer.bias.double()
+
+
+@pytest.mark.parametrize("bits", ["8", "16"])
+def test_stock_loader_opens_linear_rotated_4_bit_files(network, sampled, quantize, save, relative, bits):
+    """Its kernels for CUDA take activations of 8 bits as the file says, its portable one rounds them to 4; in any case."""
+    if not has_quantized_loader():
+        pytest.skip("the stock loader of ComfyUI before 0.33 does not read these files")
+    quantized = quantize(
+        network("SD3"), weight_bits="4", rotate=True, activation_bits=bits, exclude="context_embedder"
+    )  # which has too few inputs to rotate
+    opened = stock(save(quantized))
+    layers = pack_module(".nodes.host.quantized_layers").quantized_layers(quantized.model.diffusion_model)
+    assert len(layers) > 5
+    for number, (name, layer) in enumerate(layers.items()):
+        theirs = opened.model.diffusion_model.get_submodule(name)
+        assert (theirs.quant_format, theirs.weight.data._params.linear_dtype) == ("convrot_w4a4", "int8")
+        assert relative(theirs.weight.dequantize(), layer.convert_weight(layer.weight)) < 1e-6
+        x = noise(5, layer.in_features, seed=number)
+        assert relative(theirs(x), in_four_bits(x, layer)) < 1e-5, name
+    ours, full = sampled("SD3", quantized), sampled("SD3", network("SD3"))
+    assert relative(sampled("SD3", opened), full) < 2 * relative(ours, full) < 0.3
+
+
+def test_stock_loader_opens_files_with_scales_of_activations(network, sampled, quantize, save, host):
+    """It does not know them, and takes scales while it samples."""
+    if not has_quantized_loader():
+        pytest.skip("the stock loader of ComfyUI before 0.33 does not read these files")
+    quantized = quantize(network("SD3"))
+    scales = pack_module(".iec_core.activation_scales").ActivationScales
+    names = tuple(pack_module(".nodes.host.quantized_layers").quantized_layers(quantized.model.diffusion_model))
+    own = pack_module(".nodes.host.weights").fingerprint(quantized)
+    profile = scales({"quantization": "W8A8"}, own, names, torch.ones(1).double(), torch.full((1, len(names)), 0.1))
+    scaled = host.run("IECApplyQuantizationProfile", model=quantized, profile=profile)[0]
+    expected = sampled("SD3", stock(save(quantized)))
+    assert torch.equal(sampled("SD3", stock(save(scaled))), expected)
+
+
+def test_the_node_tells_what_opens_the_file(host, folder, network, quantize):
+    """As the tests above and below find it."""
+    opens = "ComfyUI's own Load Diffusion Model opens it too, from 0.33 on."
+    alone = "Only Load Quantized Model (IEC) opens it: ComfyUI has no such format for its layer {}."
+    for settings, sentence in [
+        *((settings, opens) for settings in OPENED),
+        ({"weight_bits": "4", "rotate": True, "exclude": "context_embedder"}, opens),
+        ({"weight_bits": "4", "rotate": True}, alone.format("context_embedder")),
+        (
+            {"weight_bits": "4", "include": "joint_blocks.1.x_block.mlp.*"},
+            alone.format("joint_blocks.1.x_block.mlp.fc1 and 1 more"),
+        ),
+    ]:
+        quantized = quantize(network("SD3"), **settings)
+        told = host.nodes["IECSaveQuantizedModel"].execute(model=quantized, name="q").ui["text"]
+        assert told == ["models/diffusion_models/q.safetensors", sentence]
 
 
 def test_older_stock_loaders_fail_on_int8(network, quantize, save):

@@ -94,6 +94,8 @@ SPOILED = {
     "a sigma that is none": lambda tensors, about: tensors["sigmas"][0].fill_(float("inf")),
     "no step": lambda tensors, about: put(tensors, sigmas=torch.zeros(0).double(), table=torch.zeros(0, 3)),
     "no layer": lambda tensors, about: (about.update(names="[]"), put(tensors, table=torch.zeros(5, 0))),
+    "sigmas in float8": lambda tensors, about: put(tensors, sigmas=tensors["sigmas"].to(torch.float8_e4m3fn)),
+    "a fingerprint in float8": lambda tensors, about: put(tensors, fingerprint=torch.zeros(4).to(torch.float8_e5m2)),
     "a fingerprint in two dimensions": lambda tensors, about: put(tensors, fingerprint=torch.zeros(2, 4)),
 }
 

@@ -57,6 +57,15 @@ def whole(kind):
     return CacheProfile(dict.fromkeys(FACTS, "1"), some, sigmas, (0, 1), 1, {})
 
 
+@pytest.mark.parametrize("name", ["fingerprint", "sigmas"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_type_that_torch_cannot_compute_in_is_refused(tmp_path, kind, name):
+    profile = whole(kind)
+    setattr(profile, name, getattr(profile, name).to(torch.float8_e5m2))
+    profile.save(tmp_path / "net.safetensors")
+    assert refusal(tmp_path / "net.safetensors", kind) == f"its content is not that of a {kind}; calibrate anew"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_that_is_not_there_is_refused_without_its_path(tmp_path, kind):
     why = "it cannot be read (No such file or directory); calibrate anew"

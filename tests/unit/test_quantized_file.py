@@ -18,8 +18,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iec_core import quantized_file, safetensors_header
+from iec_core.activation_scales import ActivationScales
 from iec_core.quantization import Packing, WeightFormat, quantize_rows
-from iec_core.quantized_file import LayerFile, QuantizedFile, description, layer_tensors, write
+from iec_core.quantized_file import LayerFile, QuantizedFile, description, layer_tensors, scale_tensors, write
 
 LAYERS = {
     "a.int8": ((6, 20), WeightFormat("int8")),
@@ -46,7 +47,11 @@ CHANGED = {  # of version 3
     "e.int4_branch": ((6, 20), WeightFormat("int4", 4, rank=3)),
     "e.fp8_branch": ((6, 20), WeightFormat("fp8", rank=2)),
 }
-EVERY = ALL | CHANGED
+HOSTS_INT4 = {  # of version 4
+    "f.int4": ((6, 128), WeightFormat("int4", rotation=64)),
+    "f.int4_calibrated": ((5, 256), WeightFormat("int4", rotation=256, calibrated=True)),
+}
+EVERY = ALL | CHANGED | HOSTS_INT4
 HOSTS = {"a.int8", "a.int8_search", "a.int8_rotated", "c.fp8"}
 ABOUT = {
     "name": "W8A8, rotated", "activation": {"bits": 8, "per_tensor": False}, "dtype": "bfloat16", "network": "Net",
@@ -77,13 +82,20 @@ PLAIN = {
 }  # fmt: skip
 
 
+def activation_scales(names=("a.int8", "c.fp8"), fingerprint=None):
+    sigmas = torch.tensor([14.6146, 2.5, 0.0292], dtype=torch.float64)
+    facts = {"quantization": ABOUT["name"], "scales": "timestep-wise", "steps": "3"}
+    return ActivationScales(facts, fingerprint, names, sigmas, normal(3, len(names), seed=3).exp())
+
+
 def save(path, names=tuple(LAYERS), plain=None, **about):
-    """Write a file of layers of LAYERS and PLAIN tensors."""
+    """Write a file of layers of EVERY and PLAIN tensors."""
     plain, about = PLAIN if plain is None else plain, {**ABOUT, "fingerprint": normal(40, seed=9), **about}
     layers = {name: LayerFile(*EVERY[name]) for name in names}
     tensors = dict(plain)
     for name, layer in layers.items():
         tensors |= layer_tensors(name, layer, packed_of(name), about["activation"]["bits"])
+    tensors |= scale_tensors(about.get("scales"))
     sources = {key: (tensor.dtype, tensor.shape, lambda tensor=tensor: tensor) for key, tensor in tensors.items()}
     write(path, sources, description(layers, **about))
     return path
@@ -223,14 +235,100 @@ def test_calibrated_layers_come_back_from_a_file_of_version_2(path):
 
 
 def test_layers_that_were_changed_afterwards_come_back_from_a_file_of_version_3(path):
-    save(path, names=tuple(EVERY))
+    save(path, names=(*ALL, *CHANGED))
     with safetensors.safe_open(path, "pt") as file:
         about, hosts = (json.loads(file.metadata()[key]) for key in ("iec.quantized", "_quantization_metadata"))
     assert about["version"] == 3
     assert [hosts["layers"][name]["format"] for name in CHANGED] == ["iec_int4", "iec_fp8"]  # which no host takes for its own
     with QuantizedFile(path) as file:
+        for name in (*ALL, *CHANGED):
+            assert file.layers[name] == LayerFile(*EVERY[name]) and torch.equal(file.packed(name), packed_of(name)), name
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_rotated_int4_layers_are_written_as_the_host_has_them(path, bits):
+    """Version 4: signed bytes, the lower half first, one dimension of scales; activations in 8 bits, not in its 4."""
+    save(path, names=tuple(EVERY), activation={"bits": bits, "per_tensor": False})
+    with safetensors.safe_open(path, "pt") as file:
+        about, hosts = (json.loads(file.metadata()[key]) for key in ("iec.quantized", "_quantization_metadata"))
+        for name, (shape, fmt) in HOSTS_INT4.items():
+            stored, scale = file.get_tensor(f"{name}.weight"), file.get_tensor(f"{name}.weight_scale")
+            described = json.loads(bytes(file.get_tensor(f"{name}.comfy_quant").tolist()))
+            wanted = {"format": "convrot_w4a4", "convrot_groupsize": fmt.rotation, "linear_dtype": "int8"}
+            assert described == hosts["layers"][name] == wanted | ({"full_precision_matrix_mult": True} if bits == 16 else {})
+            assert (stored.dtype, stored.shape) == (torch.int8, (shape[0], shape[1] // 2))
+            assert (scale.dtype, scale.shape) == (torch.float32, (shape[0],))
+            unsigned = stored.int() & 255
+            pairs = torch.stack([unsigned & 15, unsigned >> 4], 2).flatten(1)
+            rows = torch.where(pairs > 7, pairs - 16, pairs).double() * scale.double()[:, None]
+            assert (rows - rows_of(weight_of(name), fmt.rotation)).abs().max() <= scale.max() * 0.5001
+    assert about["version"] == 4 and hosts["layers"]["a.int4_groups_rotated"]["format"] == "iec_int4"
+    with QuantizedFile(path) as file:
         for name in EVERY:
             assert file.layers[name] == LayerFile(*EVERY[name]) and torch.equal(file.packed(name), packed_of(name)), name
+
+
+def test_rotated_int4_layers_of_older_files_are_read(path):
+    """Version 3 had them in a format of its own."""
+    layers = {name: LayerFile(*layer, version=3) for name, layer in HOSTS_INT4.items()}
+    tensors = {}
+    for name, layer in layers.items():
+        tensors |= layer_tensors(name, layer, packed_of(name), 8)
+        assert tensors[f"{name}.weight"].dtype == torch.uint8 and tensors[f"{name}.weight_scale"].shape == (layer.shape[0], 1)
+    sources = {key: (tensor.dtype, tensor.shape, lambda tensor=tensor: tensor) for key, tensor in tensors.items()}
+    write(path, sources, description(layers, **ABOUT, fingerprint=normal(4)))
+    with QuantizedFile(path) as file:
+        assert {layer.version for layer in file.layers.values()} == {2}  # one of them is calibrated
+        assert all(torch.equal(file.packed(name), packed_of(name)) for name in layers)
+
+
+def test_scales_of_activations_come_back_from_a_file_of_version_4(path):
+    before = activation_scales(fingerprint=normal(40, seed=9))
+    with QuantizedFile(save(path, scales=before)) as file:
+        after, plain = file.scales(), set(file.plain)
+        assert all(torch.equal(file.packed(name), packed_of(name)) for name in LAYERS)
+    assert plain == set(PLAIN)
+    assert (after.facts, after.names) == (before.facts, before.names)
+    assert all(torch.equal(getattr(after, name), getattr(before, name)) for name in ("fingerprint", "sigmas", "table"))
+    with safetensors.safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()["iec.quantized"])["version"] == 4
+        assert torch.equal(file.get_tensor("iec.activation_scales.table"), before.table)
+    with QuantizedFile(save(path)) as file:
+        assert file.scales() is None
+
+
+SPOILED_SCALES = {
+    "no table": lambda header, *_: rename(header, "iec.activation_scales.table", "x"),
+    "sigmas of another type": lambda header, *_: header["iec.activation_scales.sigmas"].update(dtype="I64"),
+    "other names": lambda header, metadata, about, data: about["activation_scales"].update(names='["a.int8"]'),
+    "no facts": lambda header, metadata, about, data: about["activation_scales"].pop("facts"),
+    "a list": lambda header, metadata, about, data: about.update(activation_scales=[1]),
+}
+SCALES_OF_OTHERS = {
+    "an unknown layer": lambda header, metadata, about, data: about["activation_scales"].update(names='["a.int8", "b"]'),
+    "another quantization": lambda header, metadata, about, data: about.update(name="W4A8"),
+}
+
+
+@pytest.mark.parametrize("kind", [*SPOILED_SCALES, *SCALES_OF_OTHERS])
+def test_scales_that_are_damaged_or_of_others_are_refused_with_a_sentence(path, kind):
+    save(path, names=("a.int8", "c.fp8"), plain={}, scales=activation_scales(fingerprint=normal(40, seed=9)))
+    header, metadata, about, data = taken_apart(path.read_bytes())
+    (SPOILED_SCALES | SCALES_OF_OTHERS)[kind](header, metadata, about, data)
+    path.write_bytes(put_together(header, metadata, about, data))
+    wanted = "are damaged" if kind in SPOILED_SCALES else "are not those of its layers"
+    with pytest.raises(ValueError, match=f"^its scales of activations {wanted}$"), QuantizedFile(path) as file:
+        file.scales()
+
+
+def test_scales_in_an_older_file_are_no_scales(path):
+    save(path, names=("a.int8", "c.fp8"), plain={}, scales=activation_scales(fingerprint=normal(40, seed=9)))
+    header, metadata, about, data = taken_apart(path.read_bytes())
+    about["version"] = 2
+    path.write_bytes(put_together(header, metadata, about, data))
+    with QuantizedFile(path) as file:
+        assert file.scales() is None
+        assert set(file.plain) == {"iec.activation_scales.table", "iec.activation_scales.sigmas"}  # which no network has
 
 
 def test_a_file_without_calibrated_layers_is_one_that_older_packs_read(path):
@@ -473,7 +571,7 @@ CHANGES = {
         lambda header, metadata, *_: metadata.update(more=1), "^its header is damaged .the metadata are no table of texts"
     ),
     "another version": (
-        about_change(lambda about: about.update(version=4)), "^it is of version 4, and only versions 1 to 3 can be read"
+        about_change(lambda about: about.update(version=5)), "^it is of version 5, and only versions 1 to 4 can be read"
     ),
     "a version that is true": (about_change(lambda about: about.update(version=True)), "^it is of version True"),
     "a version that is text": (about_change(lambda about: about.update(version="1")), "^it is of version '1'"),
@@ -802,6 +900,16 @@ def check_what_was_read(path, file, tensors, packed):
             assert packing.dequantize(weight).shape == file.layers[name].shape
 
 
+def check_scales(file):
+    """They are there, not there, or refused with a sentence."""
+    try:
+        scales = file.scales()
+    except ValueError as error:
+        assert str(error).startswith("its scales of activations are ")
+    else:
+        assert scales is None or set(scales.names) <= set(file.layers)
+
+
 def outcome(path, raw, traced=True):
     """Read a file whole: None, or the sentence with which it was refused. What that may take is checked; of Python's own memory
     where it is traced.
@@ -824,6 +932,7 @@ def outcome(path, raw, traced=True):
                     {key: file.tensor(key) for key in file.plain},
                     {name: file.packed(name) for name in file.layers},
                 )
+                check_scales(file)
         peak = tracemalloc.get_traced_memory()[1]  # 0 where it is not traced
     finally:
         tracemalloc.stop()
@@ -846,7 +955,10 @@ def whole_files(tmp_path_factory):
     small = {"x.weight": normal(2, 2)}
     one = save(folder / "one", ["a.int8"], small)
     other = save(folder / "other", ["a.int4_groups_rotated", "c.fp8_conv"], small, activation={"bits": 16, "per_tensor": True})
-    return [path.read_bytes() for path in (one, other, save(folder / "all", settings={"heads": 3, "dims": [4, 6]}))]
+    scales = activation_scales(names=("a.int8", "f.int4"), fingerprint=normal(40, seed=9))
+    newest = save(folder / "newest", ["a.int8", "f.int4"], small, scales=scales)
+    whole = save(folder / "all", settings={"heads": 3, "dims": [4, 6]})
+    return [path.read_bytes() for path in (one, other, newest, whole)]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
