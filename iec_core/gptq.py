@@ -13,8 +13,9 @@ ahead, so that smaller numbers are to be rounded, and that of W - Q takes its pl
 
 import torch
 
+from . import two_scales
 from .low_rank import balanced
-from .quantization import fitting_scales, rounded
+from .quantization import fitting_scales, rounded, stood_for
 
 # Shares of the mean of H's diagonal that are added to it: always, and times the inputs over how many samples there are of
 # them, for few samples go together as others do not.
@@ -98,10 +99,10 @@ def _upper_factor(matrix, damping):
         damping *= 10  # rounding has made the smallest eigenvalues negative
 
 
-def gptq(rows, scale, kind, metric):
+def gptq(rows, scale, fmt, metric):
     """Return (values float32 [O, K], squared errors float32 [O] in the metric) of rows [O, K] over scales float32 [O, G]."""
     # What lies one after another here is a column, for they are taken one by one.
-    columns_of, scales_of = rows.t().contiguous(), scale.t().contiguous()
+    columns_of, scales_of, stood_for = rows.t().contiguous(), scale.t().contiguous(), _meaning(scale, fmt)
     values, errors = torch.empty_like(columns_of), rows.new_zeros(len(rows))
     group = rows.shape[1] // scale.shape[1]
     for columns, factor in metric.parts:
@@ -112,14 +113,23 @@ def gptq(rows, scale, kind, metric):
             stop = min(start + COLUMNS, len(places))
             left = rows.new_zeros(stop - start, len(rows))  # W - Q of these columns
             for k in range(start, stop):
-                of_scale, place = scales_of[places[k] // group], places[k]
+                place, of_group = places[k], places[k] // group
                 wanted = torch.addmv(target[k], left[: k - start].t(), fed[k, start:k])
-                values[place] = rounded(wanted, of_scale, kind)
-                error = values[place] * of_scale
-                torch.sub(columns_of[place], error, out=left[k - start])
-                errors += ((wanted - error) * diagonal[k]).square_()
+                values[place] = rounded(wanted, scales_of[of_group], fmt.kind)
+                found = stood_for(values[place], of_group)
+                torch.sub(columns_of[place], found, out=left[k - start])
+                errors += ((wanted - found) * diagonal[k]).square_()
             target[stop:].addmm_(fed[stop:, start:stop], left)
     return values.t().contiguous(), errors
+
+
+def _meaning(scale, fmt):
+    """Return what a column's values [O] and the number of its group have to be given to, for what they stand for."""
+    if not fmt.two_scales:
+        columns = scale.t().contiguous()
+        return lambda values, group: values * columns[group]
+    shares, channel = (part.t().contiguous() for part in two_scales.numbers(scale))
+    return lambda values, group: two_scales.stood_for(values, shares[group], channel[0])
 
 
 def fitted(rows, fmt, metric):
@@ -127,14 +137,14 @@ def fitted(rows, fmt, metric):
     widest, shares = fitting_scales(rows, fmt), SHARES[fmt.kind]
     elements = sum(factor.numel() for _, factor in metric.parts)
     at_once = max(1, max(elements // 2, LEAST_ELEMENTS) // (rows.shape[1] * len(shares)))
-    found = [_best_of(*parts, shares, fmt.kind, metric) for parts in zip(rows.split(at_once), widest.split(at_once))]
+    found = [_best_of(*parts, shares, fmt, metric) for parts in zip(rows.split(at_once), widest.split(at_once))]
     return tuple(torch.cat(parts) for parts in zip(*found))
 
 
-def _best_of(rows, widest, shares, kind, metric):
+def _best_of(rows, widest, shares, fmt, metric):
     """Return what `fitted` does, of rows that are rounded at once with all scales that are tried."""
     tried = torch.cat([widest * share for share in shares])
-    values, errors = gptq(rows.repeat(len(shares), 1), tried, kind, metric)
+    values, errors = gptq(rows.repeat(len(shares), 1), tried, fmt, metric)
     best = errors.view(len(shares), -1).argmin(0) * len(rows) + torch.arange(len(rows), device=rows.device)
     return values[best], tried[best]
 
@@ -165,7 +175,7 @@ def calibrated_weight(weight, packing, moments):
         return packing.packed_rows(*fitted(rows, fmt, metric))
     out, into = low_rank(rows, metric, fmt.rank)
     values, scale = fitted(rows - out @ into, fmt, metric)
-    out, into = low_rank(rows - packing.times_scales(values, scale, torch.float32), metric, fmt.rank)
+    out, into = low_rank(rows - stood_for(values, scale, fmt), metric, fmt.rank)
     return packing.packed_rows(values, scale, (out, packing.rotated(into)))  # the branch takes inputs as they come
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from . import two_scales
 from .low_rank import balanced, factored
 
 # Bits of each kind.
@@ -45,7 +46,8 @@ class WeightFormat:
     blocks by which a Linear layer's inputs are rotated before they are quantized, 0 none. search: whether scales are those of
     least error over clipping ranges, instead of those of the largest magnitude. calibrated: whether scales, integers and
     factors are those that `gptq` has found, and no function of the weight alone. rank: of the low-rank branch, 0 none;
-    at most that of the weight. factors: its type, one of FACTOR_DTYPES.
+    at most that of the weight. factors: its type, one of FACTOR_DTYPES. two_scales: whether the scales of int4's groups are
+    over one of the output channel (`two_scales.py`), so that 8-bit products serve.
     """
 
     kind: str = "int8"
@@ -55,6 +57,7 @@ class WeightFormat:
     calibrated: bool = False
     rank: int = 0
     factors: str = "float16"
+    two_scales: bool = False
 
 
 def hadamard(size):
@@ -122,8 +125,8 @@ def quantize_rows(rows, fmt):
         scale = scales(rows.reshape(1, -1), limit)
         return rounded(rows, scale, "fp8").to(torch.float8_e4m3fn), scale.expand(rows.shape[0], 1).contiguous()
     groups = in_groups(rows, fmt.group_size)
-    scale = scales(groups, limit, fmt.search)
-    return rounded(groups, scale, fmt.kind).to(torch.int8).flatten(1), scale[..., 0]
+    scale = snapped(scales(groups, limit, fmt.search)[..., 0], groups, fmt)
+    return rounded(groups, scale[..., None], fmt.kind).to(torch.int8).flatten(1), scale
 
 
 def in_groups(rows, group_size):
@@ -131,11 +134,27 @@ def in_groups(rows, group_size):
     return rows.unflatten(1, (-1, group_size)) if group_size else rows[:, None]
 
 
+def snapped(scale, groups, fmt):
+    """Return scales [O, G] of groups [O, G, K / G] as the format can have them."""
+    if not fmt.two_scales:
+        return scale
+    return two_scales.snapped(torch.where(groups.abs().amax(-1) > 0, scale, torch.zeros_like(scale)))
+
+
 def fitting_scales(rows, fmt):
     """Return the scales float32 [O, G] that the largest numbers of rows [O, K] fit."""
     if fmt.kind == "fp8":
         return scales(rows.reshape(1, -1), LIMITS[fmt.kind]).expand(len(rows), 1)
-    return scales(in_groups(rows, fmt.group_size), LIMITS[fmt.kind])[..., 0]
+    groups = in_groups(rows, fmt.group_size)
+    return snapped(scales(groups, LIMITS[fmt.kind])[..., 0], groups, fmt)
+
+
+def stood_for(values, scale, fmt):
+    """Return in float32 what values [O, K] over scales [O, G] stand for."""
+    groups = values.float().unflatten(1, (scale.shape[1], -1))
+    if not fmt.two_scales:
+        return (groups * scale[..., None]).flatten(1)
+    return two_scales.stood_for(groups, *(part[..., None] for part in two_scales.numbers(scale))).flatten(1)
 
 
 def rounded_like(rows, scale, fmt):
@@ -148,6 +167,9 @@ def rounded_like(rows, scale, fmt):
     if fmt.kind == "fp8":  # which has one scale for the whole weight
         error, other = (part.sum().expand_as(kept) for part in (error, other))
     clipped = (other < error) & (fitting > CLIPS_FROM[fmt.kind] * kept)
+    if fmt.two_scales:  # the others of a channel go with what its largest has
+        kept = two_scales.snapped(torch.where(clipped, fitting, kept)[..., 0])[..., None]
+        return rounded(groups, kept, fmt.kind).flatten(1), kept[..., 0]
     return torch.where(clipped, others, values).flatten(1), torch.where(clipped, fitting, kept)[..., 0]
 
 
@@ -195,22 +217,22 @@ class Packing:
         group = fmt.group_size if fmt.kind != "fp8" and fmt.group_size and self.inputs % fmt.group_size == 0 else 0
         rotation = fmt.rotation if len(self.shape) == 2 and fmt.rotation and self.inputs % fmt.rotation == 0 else 0
         rank = min(fmt.rank, self.rows, self.inputs)
-        self.format = replace(fmt, group_size=group, rotation=rotation, rank=rank)
+        two = fmt.two_scales and fmt.kind == "int4" and group > 0
+        self.format = replace(fmt, group_size=group, rotation=rotation, rank=rank, two_scales=two)
         self.groups = self.inputs // group if group else 1
         self._row_bytes = -(-self.inputs // 2) if fmt.kind == "int4" else self.inputs
         self._dtype = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}[self.format.kind]
         self._scales_at = _aligned(self.rows * self._row_bytes)
-        self._scales_end = self._scales_at + 4 * self.rows * self.groups
+        self._shares_at = self._scales_at + 4 * self.rows * (1 if two else self.groups)
+        self._scales_end = self._shares_at + two * self.rows * self.groups
         self._factors_at = _aligned(self._scales_end)
         self.nbytes = self._nbytes_with(rank)
 
-    def pack(self, values, scale, factors=None):
-        """Return int8 [nbytes] of values as `stored` gives them, scale float32 [O, G], and factors as `factors` gives them, of
-        any rank.
-        """
+    def pack(self, stored, factors=None):
+        """Return int8 [nbytes] of what `stored` gives, and of factors as `factors` gives them, of any rank."""
         rank = factors[0].shape[1] if factors else 0
-        packed = torch.zeros(self._nbytes_with(rank), dtype=torch.int8, device=values.device)
-        for place, tensor in zip((*self.stored(packed), *(self.factors(packed) or ())), (values, scale, *(factors or ()))):
+        packed = torch.zeros(self._nbytes_with(rank), dtype=torch.int8, device=stored[0].device)
+        for place, tensor in zip((*self.stored(packed), *(self.factors(packed) or ())), (*stored, *(factors or ()))):
             place.copy_(tensor)
         return packed
 
@@ -233,10 +255,18 @@ class Packing:
 
     def stored(self, packed):
         """Return views into a packed weight: what is stored, int8 or float8 [O, K] or, of int4, uint8 [O, ceil(K / 2)]; and the
-        scales, float32 [O, G].
+        scales, float32 [O, G], or, of two scales, those of channels, float32 [O, 1], and the shares, uint8 [O, G].
         """
         values = packed[: self.rows * self._row_bytes].view(self._dtype).view(self.rows, self._row_bytes)
-        return values, packed[self._scales_at : self._scales_end].view(torch.float32).view(self.rows, self.groups)
+        scale = packed[self._scales_at : self._shares_at].view(torch.float32).view(self.rows, -1)
+        if not self.format.two_scales:
+            return values, scale
+        return values, scale, packed[self._shares_at : self._scales_end].view(torch.uint8).view(self.rows, self.groups)
+
+    def scale(self, packed):
+        """Return the scales, float32 [O, G], of a packed weight's groups."""
+        _, scale, *shares = self.stored(packed)
+        return two_scales.joined(*shares, scale) if shares else scale
 
     def factors(self, packed):
         """Return views into a packed weight: the low-rank branch's factors [O, r] and [r, K], whose product is to be added to
@@ -253,13 +283,16 @@ class Packing:
         return max(packed.numel() - self._factors_at, 0) // (2 * (self.rows + self.inputs))
 
     def values(self, packed):
-        """Return (int8 or float8 [O, K], scale float32 [O, G]) of a packed weight, as it is computed with."""
+        """Return (int8 or float8 [O, K], scale float32 [O, G], of two scales [O, 1]) of a packed weight, as it is computed
+        with.
+        """
         return self.unpacked(self.stored(packed))
 
     def unpacked(self, stored):
         """Return what `values` does of what `stored` returns."""
-        integers, scale = stored
-        return unpack_nibbles(integers, self.inputs) if self.format.kind == "int4" else integers, scale
+        integers, scale, *shares = stored
+        values = unpack_nibbles(integers, self.inputs) if self.format.kind == "int4" else integers
+        return two_scales.integers(values, *shares) if shares else values, scale
 
     def quantize(self, weight):
         """Return a weight in floating point, of `shape`, packed; its format is not calibrated."""
@@ -290,7 +323,7 @@ class Packing:
 
     def with_branch(self, packed, factors):
         """Return a packed weight with factors [O, r] and [r, K] added to its branch."""
-        return self.pack(*self.stored(packed), self._with_factors(packed, factors))
+        return self.pack(self.stored(packed), self._with_factors(packed, factors))
 
     def _with_factors(self, packed, added):
         """Return the factors of a packed weight's branch with others beside them; None where there are none."""
@@ -308,7 +341,7 @@ class Packing:
         """Return a packed weight whose branch, with the factors `added`, stays, and whose integers make rows of it, float32
         [O, K]. Its scales stay too, but where the format has others for other weights and nothing was added.
         """
-        factors, scale = self._with_factors(packed, added), self.stored(packed)[1]
+        factors, scale = self._with_factors(packed, added), self.scale(packed)
         rows = self.rotated(rows - self._branch(factors) if factors else rows)
         keeps_scales = self.format.calibrated or added
         found = rounded_like(rows, scale, self.format) if keeps_scales else quantize_rows(rows, self.format)
@@ -316,11 +349,12 @@ class Packing:
 
     def packed_rows(self, values, scale, factors=None):
         """Return int8 [nbytes] of values within the kind's, [O, K] in any type, rotated where the format is, scale float32 [O,
-        G] and factors.
+        G], as the format can have it, and factors.
         """
         if self.format.kind == "int4":
             values = pack_nibbles(values.to(torch.int8))
-        return self.pack(values.to(self._dtype), scale, factors)
+        scales = reversed(two_scales.split(scale)) if self.format.two_scales else (scale,)
+        return self.pack((values.to(self._dtype), *scales), factors)
 
     def dequantize(self, packed, dtype=torch.float32):
         """Return a packed weight in `dtype`, of `shape`."""
@@ -344,7 +378,7 @@ class Packing:
 
     def times_scales(self, values, scale, dtype):
         """Return what `scaled` does of what `values` returns."""
-        return scaled_values(values.unflatten(1, (self.groups, -1)), scale[..., None], dtype).flatten(1)
+        return scaled_values(values.unflatten(1, (scale.shape[1], -1)), scale[..., None], dtype).flatten(1)
 
     def matrix(self, weight):
         """Return a weight of `shape`, or of other layers of as many inputs, as rows [O, K]."""

@@ -5,9 +5,10 @@ int4 two to a byte; `<layer>.weight_scale`; `<layer>.comfy_quant`, its descripti
 has two more, its factors `<layer>.weight_out` [O, r] and `<layer>.weight_in` [r, K]. The descriptions are in the header's
 metadata too, where older hosts look for them. Linear layers without a branch are as ComfyUI (0.33 or later) has them, so that
 it opens a file of such layers by itself, where it has their like: int8, rotated or not, float8 that is not rotated, and int4
-that is, in blocks of 64 or 256. All others are of formats that no host knows, and convolutions of shapes that its layers do not
-have, so that it fails instead of taking them for something else. What only we need to know is in the metadata as
-`iec.quantized`; calibrated scales of activations are two tensors more, `iec.activation_scales.table` [S, L] and
+that is, in blocks of 64 or 256, with one scale a channel or groups of two scales (then `.weight_s_channel` [O] and, the shares,
+`.weight_s_rel` [O, G] stand for `.weight_scale`). All others are of formats that no host knows, and convolutions of shapes that
+its layers do not have, so that it fails instead of taking them for something else. What only we need to know is in the metadata
+as `iec.quantized`; calibrated scales of activations are two tensors more, `iec.activation_scales.table` [S, L] and
 `iec.activation_scales.sigmas` [S].
 
 A file is read by its own header, which is checked before anything is allocated; then tensors are read one at a time, each into
@@ -28,11 +29,12 @@ from .quantization import FACTOR_DTYPES, LIMITS, Packing, WeightFormat, rotation
 from .safetensors_header import LARGEST_HEADER, parsed, read_header, reason, short
 
 # A file is of the first version that can describe it: 2 layers that are calibrated, 3 others with a branch, 4 scales of
-# activations, and layers of int4 as the host has them.
+# activations, groups of two scales, and layers of int4 as the host has them.
 VERSIONS = 1, 2, 3, 4
 HOST_KEY = "_quantization_metadata"  # ComfyUI's
 CONFIG_KEY = "config"  # ComfyUI's too: {"transformer": what the weights do not tell of the network}
 HOST_FORMATS = {"int8": "int8_tensorwise", "fp8": "float8_e4m3fn", "int4": "convrot_w4a4"}
+HOST_TWO_SCALES = "asym_w4a8_int8"
 HOST_INT4_ROTATIONS = 64, 256  # of which it can also do a patched weight anew
 SCALES_KEY = "activation_scales"  # of the description: what is told of them
 SCALES = "iec.activation_scales"
@@ -41,7 +43,7 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-SINCE_VERSION_2 = {"calibrated", "rank", "factors"}  # of a WeightFormat
+SINCE_VERSION_2, SINCE_VERSION_4 = {"calibrated", "rank", "factors"}, {"two_scales"}  # of a WeightFormat
 STORED = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
 NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
@@ -61,7 +63,7 @@ class LayerFile:
     def is_hosts(self):
         """Whether it is written as the host has it."""
         fmt = self.format
-        if len(self.shape) != 2 or fmt.group_size or fmt.rank:
+        if len(self.shape) != 2 or (fmt.group_size and not fmt.two_scales) or fmt.rank:
             return False
         if fmt.kind == "int4":
             return fmt.rotation in HOST_INT4_ROTATIONS and self.version >= 4
@@ -72,14 +74,23 @@ class LayerFile:
         """Whether it is int4 as the host has it, in bytes with a sign and with one dimension of scales."""
         return self.is_hosts and self.format.kind == "int4"
 
+    @property
+    def host_format(self):
+        """The name of its format for the host, which knows none of ours."""
+        if not self.is_hosts:
+            return f"iec_{self.format.kind}"
+        return HOST_TWO_SCALES if self.format.two_scales else HOST_FORMATS[self.format.kind]
+
 
 def host_description(layer, activation_bits):
     """Return the host's description of a layer, a dict."""
-    about = {"format": HOST_FORMATS[layer.format.kind] if layer.is_hosts else f"iec_{layer.format.kind}"}
+    about = {"format": layer.host_format}
     if activation_bits == 16:
         about["full_precision_matrix_mult"] = True
-    if layer.is_hosts_int4:  # whose activations it would round to 4 bits too
-        return about | {"convrot_groupsize": layer.format.rotation, "linear_dtype": "int8"}
+    if layer.is_hosts_int4:
+        about["convrot_groupsize"] = layer.format.rotation
+        # Without the latter it would round activations to 4 bits too.
+        return about | ({"group_size": layer.format.group_size} if layer.format.two_scales else {"linear_dtype": "int8"})
     if layer.format.rotation:
         about |= {"convrot": True, "convrot_groupsize": layer.format.rotation}
     return about
@@ -93,24 +104,42 @@ def _description_bytes(layer, activation_bits):
 def layer_tensors(name, layer, packed, activation_bits):
     """Return {key: tensor} of a layer: packed int8 [nbytes], as its Packing has it."""
     packing = Packing(layer.shape, layer.format)
-    values, scale = packing.stored(packed)
+    values, *scales = packing.stored(packed)
     return {
-        f"{name}.weight": values.view(_stored_dtype(layer)),
-        f"{name}.weight_scale": scale[0, 0] if layer.format.kind == "fp8" else scale.reshape(_scale_shape(layer)),
+        f"{name}.weight": _hosts_nibbles(layer, values).view(_stored_dtype(layer)),
+        **{f"{name}.{key}": _in_shape(scale, shape) for (key, (_, shape)), scale in zip(_scales_of(layer).items(), scales)},
         f"{name}.comfy_quant": torch.tensor(list(_description_bytes(layer, activation_bits)), dtype=torch.uint8),
         **dict(zip(_factor_names(name), packing.factors(packed) or ())),
     }
+
+
+def _in_shape(scale, shape):
+    """Return the first of the scales in a shape: float8 has the same for all rows."""
+    return scale.flatten()[: math.prod(shape)].view(shape)
 
 
 def _stored_dtype(layer):
     return torch.int8 if layer.is_hosts_int4 else STORED[layer.format.kind]
 
 
-def _scale_shape(layer):
+def _hosts_nibbles(layer, values):
+    """Return values as they are stored in the file, or, of the file, as a Packing stores them: the host adds 8 to each of its
+    int4 that has two scales.
+    """
+    return values ^ 0x88 if layer.host_format == HOST_TWO_SCALES else values
+
+
+def _scales_of(layer):
+    """Return {name: (dtype, shape)} of a layer's scales in a file, in the order of `Packing.stored`."""
     packing = Packing(layer.shape, layer.format)
+    if layer.format.two_scales:
+        return {
+            "weight_s_channel": (torch.float32, (packing.rows,)), "weight_s_rel": (torch.uint8, (packing.rows, packing.groups))
+        }  # fmt: skip
     if layer.format.kind == "fp8":
-        return ()
-    return (packing.rows,) if layer.is_hosts_int4 else (packing.rows, packing.groups)
+        return {"weight_scale": (torch.float32, ())}
+    shape = (packing.rows,) if layer.is_hosts_int4 else (packing.rows, packing.groups)
+    return {"weight_scale": (torch.float32, shape)}
 
 
 def _factor_names(name):
@@ -207,10 +236,12 @@ class QuantizedFile:
     def packed(self, name):
         """Return the packed weight of a layer, int8 [nbytes]."""
         layer = self.layers[name]
-        packing, scale = Packing(layer.shape, layer.format), self.tensor(f"{name}.weight_scale")
-        scale = scale.reshape(-1, packing.groups).expand(packing.rows, packing.groups)
+        packing = Packing(layer.shape, layer.format)
+        values = _hosts_nibbles(layer, self.tensor(f"{name}.weight").view(STORED[layer.format.kind]))
+        scales = (self.tensor(f"{name}.{key}") for key in _scales_of(layer))
+        scales = (scale if scale.ndim == 2 else scale.reshape(-1, 1) for scale in scales)
         factors = tuple(map(self.tensor, _factor_names(name))) if layer.format.rank else None
-        return packing.pack(self.tensor(f"{name}.weight").view(STORED[layer.format.kind]), scale, factors)
+        return packing.pack((values, *scales), factors)
 
     def scales(self):
         """Return the ActivationScales in the file, None where there are none. Raises ValueError where they are damaged, or not
@@ -345,7 +376,7 @@ def _expected(name, layer, activation_bits):
     row = -(-packing.inputs // 2) if kind == "int4" else packing.inputs
     return {
         f"{name}.weight": (_stored_dtype(layer), (packing.rows, row)),
-        f"{name}.weight_scale": (torch.float32, _scale_shape(layer)),
+        **{f"{name}.{key}": wanted for key, wanted in _scales_of(layer).items()},
         f"{name}.comfy_quant": (torch.uint8, (len(_description_bytes(layer, activation_bits)),)),
         **dict(zip(_factor_names(name), _expected_factors(packing))),
     }
@@ -358,13 +389,14 @@ def _expected_factors(packing):
 
 def _layer(entry, version):
     """Return the LayerFile of an entry in a file's description. Raises ValueError or TypeError for what is none."""
-    names = {one.name for one in fields(WeightFormat)} - (SINCE_VERSION_2 if version == 1 else set())
+    names = {one.name for one in fields(WeightFormat)} - _unknown_to(version)
     if set(entry) != {"shape", "format"} or set(entry["format"]) != names:
         raise ValueError(f"its description has a layer of other words than shape and format ({short(entry)})")
     shape, fmt = entry["shape"], WeightFormat(**entry["format"])
     whole = _are_sizes(shape, 4) and len(shape) in (2, 4) and 0 not in shape
     numbers = _are_sizes([fmt.group_size, fmt.rotation, fmt.rank], 3)
-    switches = type(fmt.search) is type(fmt.calibrated) is bool and (fmt.calibrated or not fmt.rank or version > 2)
+    switches = all(type(switch) is bool for switch in (fmt.search, fmt.calibrated, fmt.two_scales))
+    switches = switches and (fmt.calibrated or not fmt.rank or version > 2)
     rotation = fmt.rotation if numbers else 0
     known = fmt.kind in LIMITS and fmt.factors in FACTOR_DTYPES
     if not (whole and numbers and switches and known) or (rotation and rotation_size(rotation) != rotation):
@@ -393,17 +425,19 @@ def _check_about(about):
 def _version(layers, scales):
     """Return the version of a file of such layers, a list of LayerFile, and of ActivationScales, which may be None."""
     formats = [layer.format for layer in layers]
-    if scales is not None or any(layer.is_hosts_int4 for layer in layers):
+    if scales is not None or any(layer.is_hosts_int4 or layer.format.two_scales for layer in layers):
         return 4
     if any(fmt.rank and not fmt.calibrated for fmt in formats):
         return 3
     return 2 if any(fmt.calibrated for fmt in formats) else 1
 
 
+def _unknown_to(version):
+    return (SINCE_VERSION_2 if version < 2 else set()) | (SINCE_VERSION_4 if version < 4 else set())
+
+
 def _entry(layer, version):
-    fmt = asdict(layer.format)
-    if version == 1:
-        fmt = {name: value for name, value in fmt.items() if name not in SINCE_VERSION_2}
+    fmt = {name: value for name, value in asdict(layer.format).items() if name not in _unknown_to(version)}
     return {"shape": list(layer.shape), "format": fmt}
 
 

@@ -10,7 +10,7 @@ from .host.quantized_layers import COMPUTE, EIGHT_BIT, FASTEST, ActivationFormat
 MIXED = "mixed"  # weight_bits of a node that finds them for each layer
 KINDS = {"8": "int8", "4": "int4", "fp8": "fp8"}
 ACTIVATION_BITS = ["8", "16"]
-GROUP_SIZES = ["none", "32", "64", "128"]
+GROUP_SIZES = ["none", "16", "32", "64", "128"]
 ACTIVATION_SCALES = ["token", "tensor"]
 # The inputs of all of `format_inputs` that say which layers, and how they compute.
 OF_LAYERS = ("rotate", "activation_scale", "keep_output_projections", "include", "exclude", "compute")
@@ -18,8 +18,13 @@ OF_LAYERS = ("rotate", "activation_scale", "keep_output_projections", "include",
 
 def _wrong_group(group_size, weight_bits, activation_bits):
     """Return the sentence for a group size that does not go with the bits, else None."""
-    if group_size not in (None, "none") and (activation_bits == "8" or weight_bits == "fp8"):
-        return f"group_size: {group_size} goes with weight_bits 8 or 4 and activation_bits 16 only; write none."
+    if group_size in (None, "none"):
+        return None
+    if weight_bits == "fp8":
+        return f"group_size: {group_size} goes with integers only, and weight_bits is fp8; write none."
+    if weight_bits == "8" and activation_bits == "8":
+        return f"group_size: {group_size} goes with weight_bits 8 where activation_bits is 16 only; write none."
+    return None
 
 
 def _wrong_compute(compute, activation_bits):
@@ -45,11 +50,14 @@ def quantization(
     weight_bits, activation_bits, keep_sensitive_layers, group_size="none", rotate=False, activation_scale="token",
     keep_output_projections=False, include="", exclude="", compute=FASTEST, **more,
 ):  # fmt: skip
-    """Return the Quantization of these inputs; more: of its WeightFormat."""
+    """Return the Quantization of these inputs; more: of its WeightFormat. Groups of 4 bits have two scales where activations
+    are of 8 bits: products of these are of whole channels.
+    """
     group = 0 if group_size == "none" else int(group_size)
+    two_scales = group > 0 and weight_bits == "4" and activation_bits == "8"
     activation = ActivationFormat(int(activation_bits), activation_scale == "tensor", compute)
     rules = LayerRules(keep_sensitive_layers, keep_output_projections, parse_patterns(include), parse_patterns(exclude))
-    return Quantization(WeightFormat(KINDS[weight_bits], group, **more), activation, rules, rotate)
+    return Quantization(WeightFormat(KINDS[weight_bits], group, two_scales=two_scales, **more), activation, rules, rotate)
 
 
 def compute_input(tip):
@@ -86,7 +94,7 @@ def format_inputs(weight_bits="8", mixed=False):
             options=GROUP_SIZES,
             default="none",
             optional=True,
-            tooltip="With activation_bits 16: how many weights share a scale. Fewer are more exact, and take more "
+            tooltip="How many weights share a scale, with 4 bits, or activation_bits 16. Fewer are more exact, and take more "
             "memory. none: a whole output channel.",
         ),
         io.Boolean.Input(

@@ -90,20 +90,27 @@ def keep(nodes, steps, seeds):
 # Of other classes than `benchmark.Builtin` draws.
 OTHER_PROMPTS = ("hand, mammal", "bird, flower", "dish, drink", "building, tool")
 NEAREST, SEARCH = {"weight_scale": "absmax"}, {"weight_scale": "search"}
-# (weight_bits, activation_bits, inputs of Quantize Model, or the rank, or average_bits of mixed, for Calibrate Weights)
+# (weight_bits, activation_bits, other inputs of Quantize Model, where they have weight_scale, else of Calibrate Weights)
 ROUNDINGS = {
     "W8A8": ("8", "8", NEAREST),
-    "W8A8, GPTQ": ("8", "8", "0"),
+    "W8A8, GPTQ": ("8", "8", {"rank": "0"}),
     "W4A8": ("4", "8", NEAREST),
     "W4A8, scales by search": ("4", "8", SEARCH),
-    "W4A8, GPTQ": ("4", "8", "0"),
-    "W4A8, GPTQ, rank 8": ("4", "8", "8"),
-    "W4A8, GPTQ, rank 16": ("4", "8", "16"),
-    "W4A8, GPTQ, rank 32": ("4", "8", "32"),
-    "W4A16, GPTQ, rank 16": ("4", "16", "16"),
-    "mixed, 4.5 bits": ("mixed", "8", 4.5),
-    "mixed, 5 bits": ("mixed", "8", 5.0),
-    "mixed, 6 bits": ("mixed", "8", 6.0),
+    "W4A8, groups of 32": ("4", "8", {**NEAREST, "group_size": "32"}),
+    "W4A8, GPTQ": ("4", "8", {"rank": "0"}),
+    "W4A8, GPTQ, groups of 64": ("4", "8", {"rank": "0", "group_size": "64"}),
+    "W4A8, GPTQ, groups of 32": ("4", "8", {"rank": "0", "group_size": "32"}),
+    "W4A8, GPTQ, groups of 16": ("4", "8", {"rank": "0", "group_size": "16"}),
+    "W4A8, GPTQ, rank 8": ("4", "8", {"rank": "8"}),
+    "W4A8, GPTQ, rank 16": ("4", "8", {"rank": "16"}),
+    "W4A8, GPTQ, rank 16, groups of 32": ("4", "8", {"rank": "16", "group_size": "32"}),
+    "W4A8, GPTQ, rank 32": ("4", "8", {"rank": "32"}),
+    "W4A16, GPTQ, rank 16": ("4", "16", {"rank": "16"}),
+    "mixed, 4.5 bits": ("mixed", "8", {"rank": "auto", "average_bits": 4.5}),
+    "mixed, 5 bits": ("mixed", "8", {"rank": "auto", "average_bits": 5.0}),
+    "mixed, 6 bits": ("mixed", "8", {"rank": "auto", "average_bits": 6.0}),
+    "mixed, 4.5 bits, groups of 32": ("mixed", "8", {"rank": "auto", "average_bits": 4.5, "group_size": "32"}),
+    "mixed, 5 bits, groups of 32": ("mixed", "8", {"rank": "auto", "average_bits": 5.0, "group_size": "32"}),
 }
 
 
@@ -129,12 +136,11 @@ def weights(nodes, counts, seeds, architecture, names, runs=2):
 
 def rounded(nodes, full, name, of_runs):
     """Return the MODEL with weights rounded in one of the ROUNDINGS. of_runs: inputs of a calibrating node."""
-    weight_bits, activation_bits, how = ROUNDINGS[name]
+    weight_bits, activation_bits, more = ROUNDINGS[name]
     bits = {"weight_bits": weight_bits, "activation_bits": activation_bits, "keep_sensitive_layers": True}
-    if isinstance(how, dict):
-        return nodes["IECQuantizeModel"].execute(model=full, **bits, **how).result[0]
-    chosen = {"rank": how} if isinstance(how, str) else {"rank": "auto", "average_bits": how}
-    return nodes["IECCalibrateWeights"].execute(model=full, **bits, **of_runs, **chosen).result[0]
+    if "weight_scale" in more:
+        return nodes["IECQuantizeModel"].execute(model=full, **bits, **more).result[0]
+    return nodes["IECCalibrateWeights"].execute(model=full, **bits, **of_runs, **more).result[0]
 
 
 def size_of(model):

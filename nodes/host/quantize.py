@@ -138,6 +138,11 @@ class Quantization:
         rotation = rotation_size(shape[1]) if self.rotate and len(shape) == 2 else 0
         return Packing(shape, replace(self.weight, rotation=rotation))
 
+    def with_bits(self, kind):
+        """Return the same with weights of another kind, without what only those that it asks for have."""
+        group_size = 0 if self.weight.two_scales else self.weight.group_size
+        return replace(self, weight=replace(self.weight, kind=kind, rank=0, two_scales=False, group_size=group_size))
+
 
 def quantizable_layers(network):
     """Return {name: layer} of the Linear and Conv2d layers that can be quantized."""

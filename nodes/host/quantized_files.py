@@ -16,6 +16,7 @@ from ...iec_core.devices import has_float8
 from ...iec_core.file_kinds import QUANTIZED_MODEL
 from ...iec_core.quantization import Packing
 from ...iec_core.quantized_file import LayerFile, QuantizedFile, description, layer_tensors, scale_tensors, write
+from ...iec_core.two_scales import LARGEST_BITS
 from .activation_scales import apply_scales, scales_of
 from .builtin_model import CONFIG_OF_CLASS
 from .folders import ModelFolder
@@ -357,11 +358,13 @@ def _fill(network, weights, file, compute):
         if kind is None:
             raise ValueError(f"its network has no layer {name} of shape {layer.shape}")
         packing, packed = Packing(layer.shape, layer.format), file.packed(name)
-        scale, factors = packing.stored(packed)[1], packing.factors(packed) or ()
+        scale, factors = packing.scale(packed), packing.factors(packed) or ()
         if not all(part.isfinite().all() for part in (scale, *factors)):
             raise ValueError(f"{name} has a scale or a factor that is not finite")
         if layer.format.calibrated and not (scale > 0).all():
             raise ValueError(f"{name} has a scale that is not above 0")
+        if layer.format.two_scales and (packing.stored(packed)[2] > LARGEST_BITS).any():
+            raise ValueError(f"{name} has a group whose scale is out of its range")
         quantized = kind.of(name, modules[name], packing, packed, modules[name].bias, activation)
         comfy.utils.set_attr(network, name, quantized)
 

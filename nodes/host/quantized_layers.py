@@ -68,8 +68,7 @@ class ActivationFormat:
 class _Views(NamedTuple):
     """Of a packed weight: what `Packing.stored` returns, the scales of the output channels, float32 [O], and the factors."""
 
-    integers: torch.Tensor
-    scale: torch.Tensor
+    parts: tuple[torch.Tensor, ...]
     of_rows: torch.Tensor
     factors: tuple[torch.Tensor, torch.Tensor] | None
 
@@ -241,8 +240,8 @@ class _QuantizedLayer:
         return self._views[2]
 
     def _viewed(self, packed):
-        integers, scale = self.packing.stored(packed)
-        return _Views(integers, scale, scale[:, 0], self.packing.factors(packed))
+        parts = self.packing.stored(packed)
+        return _Views(parts, parts[1][:, 0], self.packing.factors(packed))
 
     def _apply(self, *args, **kwargs):
         self._views = self._laid_on = None  # the weight may go to another device, and leaves its memory then
@@ -325,6 +324,7 @@ class _QuantizedLayer:
         scales = "given" if given else "of the tensor" if self.activation.per_tensor or fmt.kind == "fp8" else "of each row"
         layout = ", channels last" if x.ndim == 4 and x.stride(1) == 1 else ""
         turned = f", rotated by {fmt.rotation}" if fmt.rotation else ""
+        turned += f", groups of {fmt.group_size}" if fmt.two_scales else ""
         turned += f", rank {fmt.rank}" if fmt.rank else ""
         return f"{self._geometry()}, {fmt.kind}{turned}, x {str(x.dtype)[6:]}{layout}, scale {scales}"
 
@@ -341,14 +341,13 @@ class _QuantizedLayer:
     def _without_branch(self, backend, x, stored, bias):
         if backend == WEIGHT_ONLY:
             return self._product(self.rotated(x), self._dequantized(stored, x.dtype), bias)
-        values, scale = self.packing.unpacked((stored.integers, stored.scale))
+        values, scale = self.packing.unpacked(stored.parts)
         if backend == fp8.SCALED_MM:
             return fp8.linear_fp8(self.rotated(x), values, scale[0], bias, self.input_scale)
         return self._integer_product(backend, x, values, stored.of_rows, bias)
 
     def _dequantized(self, stored, dtype):
-        rows = self.packing.times_scales(*self.packing.unpacked((stored.integers, stored.scale)), dtype)
-        return self.packing.shaped(rows)
+        return self.packing.shaped(self.packing.times_scales(*self.packing.unpacked(stored.parts), dtype))
 
     def _with_branch(self, out, x, factors):
         """Return what comes out with what the low-rank branch, where there is one, makes of x, neither rounded nor rotated."""

@@ -35,7 +35,7 @@ def calibrate_weights(model, quantization, runs, memory, budget=None):
     Raises ValueError as `quantize_model`, and where no layer was seen to run, a run had NaN or infinity, or the budget leaves
     nothing to quantize or cannot be met.
     """
-    asked = [quantization] if budget is None else [quantization, _with_8_bits(quantization)]
+    asked = [quantization] if budget is None else [quantization, quantization.with_bits("int8")]
     layers = layers_to_quantize(model, quantization)
     inputs = {name: quantization.packing(weight_shape(model, name, layer)).inputs for name, layer in layers.items()}
     passes = in_passes(inputs, memory)
@@ -52,10 +52,6 @@ def calibrate_weights(model, quantization, runs, memory, budget=None):
     replaced = {layers[name]: fitted[name][choice] for name, choice in found.chosen.items() if choice < len(asked)}
     logging.info(f"[ComfyUI-IEC] {found.verdict()}")
     return with_quantized_layers(model, replace(quantization, mixed=found.bits), replaced), found.table()
-
-
-def _with_8_bits(quantization):
-    return replace(quantization, weight=replace(quantization.weight, kind="int8", rank=0))
 
 
 def _choices(model, name, layer, fitted, errors):

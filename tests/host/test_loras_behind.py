@@ -11,7 +11,7 @@ LINEAR, WINDOWS = "middle_block.1.transformer_blocks.0.attn1.to_q", "middle_bloc
 LAYERS = LINEAR, WINDOWS, "middle_block.1.proj_in", "middle_block.1.transformer_blocks.0.ff.net.2"
 FORMATS = {
     "W4A16": {"weight_bits": "4", "activation_bits": "16"},
-    "W4A8, rotated": {"weight_bits": "4", "activation_bits": "8", "rotate": True},
+    "W4A8, groups, rotated": {"weight_bits": "4", "activation_bits": "8", "group_size": "16", "rotate": True},
     "W4A16, groups": {"weight_bits": "4", "activation_bits": "16", "group_size": "32"},
     "fp8": {"weight_bits": "fp8", "activation_bits": "8"},
     "W8A8": {"weight_bits": "8", "activation_bits": "8"},
@@ -195,7 +195,7 @@ def hooked(lora, *conditionings, strength=1.0):
     return [comfy.hooks.set_hooks_for_conditioning(conditioning, hooks) for conditioning in conditionings]
 
 
-@pytest.mark.parametrize("name", ["W4A8, rotated", "fp8"])
+@pytest.mark.parametrize("name", ["W4A8, groups, rotated", "fp8"])
 def test_a_lora_of_hooks_is_as_one_behind(sample, quantize, lora, conditioning, name):
     base, patches = quantize(name), lora(0.05)
     plain, packed = sample(base), {name: layer_of(base, name).weight.clone() for name in LAYERS}

@@ -59,12 +59,28 @@ def symmetric(x, limit):
     return (x / scale[:, None]).round().long(), scale.double()
 
 
+def in_two_scales(weight, group):
+    """A weight [O, K] rounded to 4 bits in groups, by the definition: a group's scale is a float8 number, rounded up and of at
+    most 18, times its channel's, by which the integers are int8; in float64.
+    """
+    e4m3 = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    groups = weight.float().unflatten(1, (-1, group))
+    widest = groups.abs().amax(2) / 7
+    channel = widest.amax(1, keepdim=True) / 18
+    shares = e4m3[torch.searchsorted(e4m3, (widest / channel * (1 - 1e-6)).contiguous())]
+    values = (groups / (shares * channel)[..., None]).round().clamp(-7, 7).double()
+    return ((values * shares.double()[..., None]).round() * channel.double()[..., None]).flatten(1)
+
+
 def reference(layer, x, weight_bits, activation_bits, group=None, per_tensor=False):
     """A full-precision layer's output, quantized by the definition: int64 sums, then float64 scales."""
     weight = layer.weight.flatten(1) if layer.weight.ndim == 2 else layer.weight.permute(0, 2, 3, 1).flatten(1)
-    groups = weight.reshape(-1, group) if group and weight.shape[1] % group == 0 else weight
-    values, scale = symmetric(groups, 2 ** (weight_bits - 1) - 1)
-    matrix = (values * scale[:, None]).reshape(weight.shape)
+    if group and weight.shape[1] % group == 0 and activation_bits == 8:
+        matrix = in_two_scales(weight, group)
+    else:
+        groups = weight.reshape(-1, group) if group and weight.shape[1] % group == 0 else weight
+        values, scale = symmetric(groups, 2 ** (weight_bits - 1) - 1)
+        matrix = (values * scale[:, None]).reshape(weight.shape)
     is_conv = isinstance(layer, torch.nn.Conv2d)
     pixels = is_conv and layer.kernel_size == (1, 1) and layer.stride == (1, 1)
     rows = x.movedim(1, -1) if is_conv else x
@@ -83,7 +99,15 @@ def reference(layer, x, weight_bits, activation_bits, group=None, per_tensor=Fal
 
 @pytest.mark.parametrize(
     ("weight_bits", "activation_bits", "more"),
-    [(8, 8, {}), (4, 8, {}), (8, 16, {}), (4, 16, {}), (4, 16, {"group_size": "32"}), (8, 8, {"activation_scale": "tensor"})],
+    [
+        (8, 8, {}),
+        (4, 8, {}),
+        (8, 16, {}),
+        (4, 16, {}),
+        (4, 16, {"group_size": "32"}),
+        (4, 8, {"group_size": "32"}),
+        (8, 8, {"activation_scale": "tensor"}),
+    ],
 )
 def test_every_layer_computes_by_the_definition(model, sample, quantized, weight_bits, activation_bits, more):
     variant = quantized(weight_bits, activation_bits, **more)
@@ -300,7 +324,8 @@ def test_layers_are_chosen_by_patterns(quantized):
         ({"include": "nothing.*"}, r"^include: 'nothing\.\*' fits none of this MODEL's \d+ Linear and Conv2d layers"),
         ({"exclude": "*.proj_in, out"}, r"^exclude: 'out' fits none"),
         ({"include": "out.2"}, r"^include, exclude, keep_sensitive_layers: together they leave no layer"),
-        ({"group_size": "32"}, r"^group_size: 32 goes with weight_bits 8 or 4 and activation_bits 16 only"),
+        ({"group_size": "32"}, r"^group_size: 32 goes with weight_bits 8 where activation_bits is 16 only; write none"),
+        ({"group_size": "32", "weight_bits": "fp8"}, r"^group_size: 32 goes with integers only, and weight_bits is fp8; write"),
     ],
 )
 def test_rules_that_cannot_be_are_refused(quantized, inputs, message):
@@ -413,6 +438,7 @@ def test_weights_kept_are_of_the_type_that_the_host_loads_them_in(sample, model,
     [
         {"weight_bits": "4", "rotate": True}, {"weight_bits": "4", "weight_scale": "search"},
         {"weight_bits": "4", "activation_bits": "16", "group_size": "32"}, {"weight_bits": "fp8"},
+        {"weight_bits": "4", "group_size": "16"},
     ],
 )  # fmt: skip
 def test_offloaded_is_the_same_in_every_format(quantized, with_lora, settings):
@@ -435,6 +461,7 @@ def test_names_of_quantizations(quantized):
 
     assert name() == "W8A8"
     assert name(activation_bits=16, group_size="32") == "W8A16, groups of 32"
+    assert name(weight_bits=4, group_size="16") == "W4A8, groups of 16"
     assert name(exclude="*.proj_in") == "W8A8, not *.proj_in"
     assert name(keep_sensitive_layers=False) == "W8A8 of all layers"
     every = names(quantized())[:4]

@@ -29,6 +29,7 @@ FORMATS = {
     "W8A16": {"activation_bits": "16"},
     "W8A16, groups of 32": {"activation_bits": "16", "group_size": "32"},
     "W4A16, groups of 64, rotated": {"weight_bits": "4", "activation_bits": "16", "group_size": "64", "rotate": True},
+    "W4A8, groups of 32, rotated": {"weight_bits": "4", "group_size": "32", "rotate": True},
     "W4A8, scales by search": {"weight_bits": "4", "weight_scale": "search"},
     "W4A16 of all layers": {"weight_bits": "4", "activation_bits": "16", "keep_sensitive_layers": False},
     "FP8 W8A8": {"weight_bits": "fp8"},
@@ -457,6 +458,26 @@ def test_stock_loader_opens_linear_rotated_4_bit_files(network, sampled, quantiz
     assert relative(sampled("SD3", opened), full) < 2 * relative(ours, full) < 0.3
 
 
+@pytest.mark.parametrize("group", ["16", "32", "128"])
+def test_stock_loader_opens_linear_rotated_groups_of_4_bits(network, sampled, quantize, save, relative, group):
+    """Which its portable kernel too computes as we do."""
+    if not has_quantized_loader():
+        pytest.skip("the stock loader of ComfyUI before 0.33 does not read these files")
+    settings = {"weight_bits": "4", "rotate": True, "group_size": group, "exclude": "context_embedder"}
+    quantized = quantize(network("SD3"), **settings)
+    opened = stock(save(quantized))
+    layers = pack_module(".nodes.host.quantized_layers").quantized_layers(quantized.model.diffusion_model)
+    assert len(layers) > 5
+    for number, (name, layer) in enumerate(layers.items()):
+        theirs = opened.model.diffusion_model.get_submodule(name)
+        assert (theirs.quant_format, theirs.weight.data._params.group_size) == ("asym_w4a8_int8", int(group))
+        assert relative(theirs.weight.dequantize(), layer.convert_weight(layer.weight)) < 1e-6
+        x = noise(5, layer.in_features, seed=number)
+        assert relative(theirs(x), layer(x)) < 1e-6, name
+    ours, full = sampled("SD3", quantized), sampled("SD3", network("SD3"))
+    assert relative(sampled("SD3", opened), ours) < 0.2 * relative(ours, full) < 0.03
+
+
 def test_stock_loader_opens_files_with_scales_of_activations(network, sampled, quantize, save, host):
     """It does not know them, and takes scales while it samples."""
     if not has_quantized_loader():
@@ -478,6 +499,7 @@ def test_the_node_tells_what_opens_the_file(host, folder, network, quantize):
     for settings, sentence in [
         *((settings, opens) for settings in OPENED),
         ({"weight_bits": "4", "rotate": True, "exclude": "context_embedder"}, opens),
+        ({"weight_bits": "4", "rotate": True, "group_size": "16", "exclude": "context_embedder"}, opens),
         ({"weight_bits": "4", "rotate": True}, alone.format("context_embedder")),
         (
             {"weight_bits": "4", "include": "joint_blocks.1.x_block.mlp.*"},

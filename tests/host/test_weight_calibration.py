@@ -306,7 +306,9 @@ def test_it_comes_back_from_a_file_to_the_bit(host, model, calibrated, draw, tmp
     folder = tmp_path / "diffusion_models"
     folder.mkdir()
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", ([str(folder)], {".safetensors"}))
-    for number, settings in enumerate(({"activation_bits": "8"}, {"rotate": True, "group_size": "32"}, {"weight_bits": "8"})):
+    for number, settings in enumerate(
+        ({"activation_bits": "8", "group_size": "16"}, {"rotate": True, "group_size": "32"}, {"weight_bits": "8"})
+    ):
         made = calibrated(**settings)
         host.run("IECSaveQuantizedModel", model=made, name=f"made{number}")
         back = host.run("IECLoadQuantizedModel", model_name=f"made{number}.safetensors")[0]
@@ -405,7 +407,7 @@ def test_what_is_quantized_already_is_refused(model, calibrate, calibrated):
     ("settings", "sentence"),
     [
         ({"rank": "12"}, "^rank: '12' is none of auto, 0, 8, 16, 32, 64"),
-        ({"group_size": "64", "activation_bits": "8"}, "^group_size: 64 goes with"),
+        ({"group_size": "64", "activation_bits": "8", "weight_bits": "8"}, "^group_size: 64 goes with"),
         ({"compute": "8-bit"}, "^compute: 8-bit goes with activation_bits 8"),
         ({"memory_gb": 0.0}, "^memory_gb: 0.0 is outside"),
         ({"include": "nowhere.*"}, r"^include: 'nowhere\.\*' fits none"),

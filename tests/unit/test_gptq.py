@@ -72,7 +72,7 @@ def test_is_the_published_recurrence(monkeypatch, kind, columns):
     x, rows = inputs(500, 30), normal(40, 30)
     limit = LIMITS[kind]
     scale = rows.abs().amax(1, keepdim=True) * 0.9 / limit
-    values, _ = gptq(rows, scale, kind, Metric(moments_of(x)))
+    values, _ = gptq(rows, scale, WeightFormat(kind), Metric(moments_of(x)))
     expected = published(rows, scale, limit, damped(x))
     assert (values == expected).float().mean() == 1
     nearest = (rows / scale).round().clamp(-limit, limit)
@@ -83,7 +83,7 @@ def test_errors_are_those_of_the_output():
     x, rows = inputs(500, 30), normal(12, 30)
     scale = rows.abs().amax(1, keepdim=True) / 7
     metric = Metric(moments_of(x))
-    values, errors = gptq(rows, scale, "int4", metric)
+    values, errors = gptq(rows, scale, WeightFormat("int4"), metric)
     left = rows - values * scale
     torch.testing.assert_close(errors.double(), cost(left, damped(x)), rtol=1e-3, atol=1e-9)
     torch.testing.assert_close(metric.of(left).square().sum(1), errors, rtol=1e-3, atol=1e-9)
@@ -96,7 +96,7 @@ def test_errors_are_those_of_the_output():
 def test_is_near_the_optimum_that_brute_force_finds():
     x, rows = inputs(300, 4), normal(24, 4, seed=5)
     matrix, scale = damped(x), rows.abs().amax(1, keepdim=True) / 7
-    values, _ = gptq(rows, scale, "int4", Metric(moments_of(x)))
+    values, _ = gptq(rows, scale, WeightFormat("int4"), Metric(moments_of(x)))
     grid = torch.tensor(list(itertools.product(range(-7, 8), repeat=4)), dtype=torch.float64)
     least = torch.stack([cost(row - grid * step, matrix).amin() for row, step in zip(rows.double(), scale.double())])
     found = cost(rows.double() - values.double() * scale.double(), matrix)
@@ -109,7 +109,7 @@ def test_is_near_the_optimum_that_brute_force_finds():
 def test_without_correlations_it_is_the_nearest():
     rows, x = normal(9, 16), torch.eye(16).repeat(4, 1) * torch.linspace(1, 3, 16)
     scale = rows.abs().amax(1, keepdim=True) / 7
-    values, _ = gptq(rows, scale, "int4", Metric(moments_of(x)))
+    values, _ = gptq(rows, scale, WeightFormat("int4"), Metric(moments_of(x)))
     assert torch.equal(values, (rows / scale).round())
 
 
@@ -124,7 +124,7 @@ def test_each_row_has_the_clipping_range_of_least_error(monkeypatch, kind, group
     groups = rows.unflatten(1, (-1, group_size)) if group_size else rows[:, None]
     widest = (rows if kind == "fp8" else groups).abs()
     widest = (widest.amax().expand(37, 1) if kind == "fp8" else widest.amax(-1)) / LIMITS[kind]
-    tried = [(gptq(rows, widest * share, kind, metric), widest * share) for share in core.SHARES[kind]]
+    tried = [(gptq(rows, widest * share, WeightFormat(kind), metric), widest * share) for share in core.SHARES[kind]]
     errors = torch.stack([errors for (_, errors), _ in tried])
     for row, best in enumerate(errors.argmin(0).tolist()):
         (expected, _), of_scale = tried[best]
@@ -201,7 +201,7 @@ def test_large_layers_are_seen_in_blocks_between_which_nothing_is_known():
     torch.testing.assert_close(metric.of(rows).square().sum(1).double(), cost(rows, apart), rtol=1e-4, atol=0)
     torch.testing.assert_close(metric.undone(metric.of(rows)), rows, rtol=1e-3, atol=1e-4)
     scale = rows.abs().amax(1, keepdim=True) / 7
-    values, errors = gptq(rows, scale, "int4", metric)
+    values, errors = gptq(rows, scale, WeightFormat("int4"), metric)
     torch.testing.assert_close(cost(rows - values * scale, apart), errors.double(), rtol=1e-3, atol=1e-9)
 
 

@@ -1,0 +1,193 @@
+"""Groups of 4-bit integers over scales of output channels, against the definition in float64."""
+
+import itertools
+
+import pytest
+import torch
+
+from iec_core import two_scales
+from iec_core.gptq import Metric, Moments, calibrated_weight, fitted, gptq
+from iec_core.int8 import linear_int8
+from iec_core.quantization import Packing, WeightFormat, fitting_scales, quantize_rows, rounded_like, stood_for
+
+GROUPS = WeightFormat("int4", 16, two_scales=True)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def e4m3():
+    """All numbers above 0 of float8 e4m3, by its definition, float64, rising."""
+    least = [mantissa / 8 * 2.0**-6 for mantissa in range(1, 8)]
+    others = [(1 + mantissa / 8) * 2.0 ** (exponent - 7) for exponent in range(1, 16) for mantissa in range(8)]
+    return torch.tensor(least + others[:-1], dtype=torch.float64)  # the last bits are NaN
+
+
+def meant(values, shares, channel):
+    """What integers stand for, by the definition: [O, K] float64 of shares [O, G] and channel [O]."""
+    groups = values.double().unflatten(1, (shares.shape[1], -1)) * shares.double()[..., None]
+    return (groups.round() * channel.double()[:, None, None]).flatten(1)
+
+
+def unlike_rows(seed=0):
+    """Rows [7, 96] whose groups are of unlike sizes; one group, and one row, of zeros."""
+    rows = normal(7, 96, seed=seed) * torch.logspace(-3, 1, 7)[:, None]
+    rows *= torch.logspace(-1, 1, 6).repeat_interleave(16)
+    rows[2, 32:48] = 0
+    rows[4] = 0
+    return rows
+
+
+def test_bits_are_those_of_e4m3():
+    numbers = e4m3()
+    bits = torch.arange(1, 127, dtype=torch.uint8)
+    assert torch.equal(two_scales._of_bits(bits).double(), numbers) and two_scales._of_bits(bits[:0]).shape == (0,)
+    assert torch.equal(two_scales._bits(numbers.float()), bits)
+    assert numbers[two_scales.LARGEST_BITS - 1] == two_scales.LARGEST and numbers[0] == two_scales.LEAST
+
+
+def test_scales_are_the_least_that_the_largest_numbers_fit():
+    rows, numbers = unlike_rows(), e4m3()
+    scale = fitting_scales(rows, GROUPS)
+    bits, channel = two_scales.split(scale)
+    assert (bits.dtype, bits.shape, channel.shape) == (torch.uint8, (7, 6), (7, 1))
+    widest = rows.double().unflatten(1, (6, 16)).abs().amax(2) / 7
+    for row in range(7):
+        if row == 4:
+            continue
+        of_channel = widest[row].amax() / 18
+        assert channel[row, 0].item() == pytest.approx(of_channel.item(), rel=1e-6)
+        for group in range(6):
+            least = numbers[numbers >= widest[row, group] / of_channel * (1 - 1e-5)][0]
+            assert numbers[int(bits[row, group]) - 1] == least, (row, group)
+    assert (scale > 0).all() and bits.max() == two_scales.LARGEST_BITS
+    assert torch.equal(two_scales.snapped(scale), scale) and torch.equal(two_scales.joined(bits, channel), scale)
+    for share in (0.95, 0.5, 0.3):  # a clipping range of a channel
+        again, smaller = two_scales.split(scale * share)
+        assert torch.equal(again, bits)
+        torch.testing.assert_close(smaller, channel * share, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_a_weight_is_rounded_to_what_it_stands_for(search):
+    fmt = WeightFormat("int4", 16, two_scales=True, search=search)
+    rows, packing = unlike_rows(), Packing((7, 96), fmt)
+    packed = packing.quantize(rows)
+    values, scale = quantize_rows(rows, fmt)
+    integers, channel, bits = packing.stored(packed)
+    shares = e4m3()[bits.long() - 1]
+    expected = meant(values, shares, channel[:, 0])
+    torch.testing.assert_close(packing.dequantize(packed).double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(stood_for(values, scale, fmt).double(), expected, rtol=1e-6, atol=0)
+    int8, of_channel = packing.values(packed)
+    assert int8.dtype == torch.int8 and int8.abs().max() <= 126 and of_channel.shape == (7, 1)
+    assert torch.equal(int8.double(), (expected / channel.double()).round())
+    if not search:  # to the nearest of the group's steps, and half of one of the channel's
+        error = (expected - rows).abs().unflatten(1, (6, 16))
+        assert (error <= (0.5 * scale[..., None] + 0.5 * channel[..., None]) * (1 + 1e-5)).all()
+    assert packing.nbytes == 7 * 48 + 4 * 7 + 7 * 6 and len(packed) == packing.nbytes
+    assert torch.equal(packing.scale(packed), scale)
+    assert torch.equal(integers, packing.stored(packing.pack(packing.stored(packed)))[0])
+
+
+def test_products_are_those_of_int8():
+    rows, packing, x = normal(16, 96), Packing((16, 96), GROUPS), normal(5, 96, seed=1)
+    values, scale = packing.values(packing.quantize(rows))
+    of_x = x.abs().amax(1, keepdim=True).double() / 127
+    expected = (x / of_x).round() @ values.double().t() * of_x * scale[:, 0].double()
+    torch.testing.assert_close(linear_int8(x, values, scale[:, 0], None).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_shapes_without_groups_have_one_scale():
+    for shape, fmt in (((7, 90), GROUPS), ((7, 96), WeightFormat("int8", two_scales=True))):
+        packing = Packing(shape, fmt)
+        assert not packing.format.two_scales and len(packing.stored(packing.quantize(normal(*shape)))) == 2
+
+
+def moments_of(x):
+    moments = Moments(x.shape[1], 10**6, "cpu")
+    moments.take_up(x)
+    return moments
+
+
+def test_gptq_is_the_recurrence_over_what_integers_stand_for():
+    """LDLQ in float64: each column in turn, by falling diagonal, with what those before it have left."""
+    x = normal(400, 48, seed=2) @ (torch.eye(48) + 0.3 * normal(48, 48, seed=3) / 7) * torch.linspace(0.3, 2, 48)
+    rows, metric = unlike_rows(seed=5)[:, :48], Metric(moments_of(x))
+    scale = fitting_scales(rows, GROUPS) * 0.9
+    values, errors = gptq(rows, scale, GROUPS, metric)
+    shares, channel = (part.double() for part in two_scales.numbers(scale))
+    ((order, factor),) = metric.parts
+    factor, left = factor.double(), torch.zeros(7, 48, dtype=torch.float64)
+    expected, cost = torch.empty(7, 48, dtype=torch.float64), torch.zeros(7, dtype=torch.float64)
+    for k, place in enumerate(order.tolist()):
+        wanted = rows.double()[:, place] + left[:, :k] @ factor[:k, k] / factor[k, k]
+        of_group = shares[:, place // 16]
+        expected[:, place] = (wanted / (of_group * channel[:, 0])).round().clamp(-7, 7)
+        stands_for = (expected[:, place] * of_group).round() * channel[:, 0]
+        left[:, k] = rows.double()[:, place] - stands_for
+        cost += ((wanted - stands_for) * factor[k, k]) ** 2
+    assert (values == expected).float().mean() > 0.99  # a tie is broken by rounding
+    same = (values == expected).all(1)
+    assert same.sum() >= 5
+    torch.testing.assert_close(errors.double()[same], cost[same], rtol=1e-4, atol=1e-12)
+    off = rows.double() - meant(values, shares, channel[:, 0])
+    torch.testing.assert_close(metric.of(off.float()).square().sum(1), errors, rtol=1e-3, atol=1e-9)
+
+
+def test_it_is_near_the_optimum_that_brute_force_finds():
+    """Of two groups of two inputs."""
+    x = normal(300, 4, seed=1) @ (torch.eye(4) + 0.5 * normal(4, 4, seed=2)) * torch.tensor([0.3, 1.0, 0.6, 2.0])
+    rows, fmt, metric = normal(20, 4, seed=6), WeightFormat("int4", 2, two_scales=True), Metric(moments_of(x))
+    scale = fitting_scales(rows, fmt)
+    _, errors = gptq(rows, scale, fmt, metric)
+    shares, channel = two_scales.numbers(scale)
+    grid = torch.tensor(list(itertools.product(range(-7, 8), repeat=4)), dtype=torch.float32)
+    for row in range(20):
+        numbers = meant(grid, shares[row].expand(len(grid), 2), channel[row].expand(len(grid)))
+        costs = metric.of((rows[row] - numbers).float()).square().sum(1)
+        assert errors[row] >= costs.min() * (1 - 1e-4)
+        nearest = metric.of(rows[row : row + 1] - stood_for(*quantize_rows(rows[row : row + 1], fmt), fmt)).square().sum()
+        assert costs.min() <= nearest * (1 + 1e-4)
+    least = sum(
+        metric.of((rows[row] - meant(grid, shares[row].expand(len(grid), 2), channel[row].expand(len(grid)))).float())
+        .square().sum(1).min() for row in range(20)
+    )  # fmt: skip
+    assert errors.sum() < 1.4 * least
+
+
+@pytest.mark.parametrize("shape", [(24, 64), (10, 16, 2, 2)])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_groups_keep_more_than_channels(shape, rank):
+    """In the metric, also with a branch; and a weight that is patched with nothing stays to the bit."""
+    weight, x = normal(*shape), normal(300, 64, seed=4) * torch.linspace(0.2, 2, 64)
+    metric, errors = Metric(moments_of(x)), []
+    for fmt in (
+        WeightFormat("int4", calibrated=True, rank=rank), WeightFormat("int4", 16, calibrated=True, rank=rank, two_scales=True)
+    ):  # fmt: skip
+        packing = Packing(shape, fmt)
+        packed = calibrated_weight(weight, packing, moments_of(x))
+        errors.append(metric.of(packing.matrix(weight - packing.dequantize(packed))).square().sum().item())
+        assert torch.equal(packing.changed(packing.dequantize(packed), packed), packed)
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_clipping_ranges_are_of_channels():
+    x, rows = normal(300, 64, seed=4), normal(12, 64)
+    _, scale = fitted(rows, GROUPS, Metric(moments_of(x)))
+    shares = [two_scales.split(one)[0] for one in (scale, fitting_scales(rows, GROUPS))]
+    assert torch.equal(*shares)
+    assert len((scale / fitting_scales(rows, GROUPS))[:, 0].round(decimals=3).unique()) > 1
+
+
+def test_what_is_rounded_again_keeps_its_scales_unless_it_would_clip_too_much():
+    rows = unlike_rows()[:4]
+    before = fitting_scales(rows, GROUPS)
+    changed = rows.clone()
+    changed[1, 16:32] *= 6
+    values, scale = rounded_like(changed, before, WeightFormat("int4", 16, calibrated=True, two_scales=True))
+    assert torch.equal(scale[[0, 2, 3]], before[[0, 2, 3]]) and scale[1, 1] > 2 * before[1, 1]
+    expected = (changed / scale.repeat_interleave(16, 1)).round().clamp(-7, 7)
+    assert torch.equal(values, expected)
+    assert torch.equal(two_scales.snapped(scale), scale)
