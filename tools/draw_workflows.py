@@ -39,6 +39,7 @@ SIZES = {
     "LoadImage": (380, 400),
     "SaveImage": (340, 400),
     "PreviewImage": (340, 400),
+    "PreviewAny": (640, 720),
     "IECReport": (460, 420),
     "IECJoinReports": (480, 0),
     "IECCompare": (480, 300),

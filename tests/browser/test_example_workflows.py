@@ -74,14 +74,16 @@ STRIPS = """() => app.graph.nodes
     .map(([element, corrected, charted]) => [corrected, charted, element.innerText])
 """
 STEPS, SIZE = {"steps": 12}, {"width": 16, "height": 16, "batch_size": 2}  # auto corrects from 10 steps on
-# The search takes several times as long as the runs; the tests of the example workflows in tests/host let it run.
-SCALE = {"activation_scale": "absmax"}
-SET = """([steps, size, scale]) => app.graph.nodes.forEach((node) => {
-    const values = { ...steps, ...(node.type.startsWith("Empty") ? size : {}) };  // a mask stays as it is
-    if (node.type === "IECCalibrateQuantization") Object.assign(values, scale);
+# The search, and measuring every layer, take several times as long as the runs; the tests in tests/host let the search run.
+LESS = {
+    "IECCalibrateQuantization": {"activation_scale": "absmax"},
+    "IECCalibrateWeights": {"include": "mid*.proj_in", "steps": 2},
+}
+SET = """([steps, size, less]) => app.graph.nodes.forEach((node) => {
+    const values = { ...steps, ...(node.type.startsWith("Empty") ? size : {}), ...less[node.type] };  // a mask stays as it is
     for (const widget of node.widgets ?? []) if (widget.name in values) widget.value = values[widget.name];
 })"""
-BUILTIN = ["quick_start", "builtin_inpaint", "compare_and_plot", "calibrate_and_save", "load_and_sample"]
+BUILTIN = ["quick_start", "builtin_inpaint", "compare_and_plot", "calibrate_and_save", "load_and_sample", "less_memory"]
 
 
 # Whether the frontend has a draft with all runs that are kept in the open workflow.
@@ -106,7 +108,7 @@ def saved_files():
     workflow = json.loads((FOLDER / "api" / "calibrate_and_save.json").read_text())
     for node in workflow.values():
         less = STEPS | (SIZE if node["class_type"].startswith("Empty") else {})
-        less |= SCALE if node["class_type"] == "IECCalibrateQuantization" else {}
+        less |= LESS.get(node["class_type"], {})
         node["inputs"].update({name: value for name, value in less.items() if name in node["inputs"]})
     return workflow
 
@@ -122,7 +124,7 @@ def test_workflow_runs_in_the_frontend_and_its_strips_show_it(frontend, has_run,
         frontend.server.run(saved_files())
     page = frontend.page
     frontend.open(json.loads((FOLDER / f"{name}.json").read_text()), name)
-    page.evaluate(SET, [STEPS, SIZE, SCALE])
+    page.evaluate(SET, [STEPS, SIZE, LESS])
     page.evaluate(SHOW_ALL)
     assert page.evaluate(RUN) == "execution_success"
     has_run.add(name)

@@ -15,6 +15,7 @@ from ui_workflow import problems
 FOLDER = comfyui.ROOT / "example_workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 LOADERS = {"CheckpointLoaderSimple", "UNETLoader", "DualCLIPLoader", "VAELoader"}
+LAYERS = ["output_blocks.7.0.skip_connection", "middle_block.1.proj_in"]  # a small one that costs much first
 SAVED = ("iec_test_w8a8", "iec_test_cache")
 
 
@@ -38,8 +39,8 @@ def of_type(workflow, kind):
 
 
 def with_fewer_steps(workflow, steps=3):
-    """The workflow with these steps in every run, all of them corrected where some are, and images of half the size where it
-    has no mask.
+    """The workflow with these steps in every run, all of them corrected where some are, images of half the size where it has
+    no mask, and two layers' weights where these are calibrated.
     """
     workflow = copy.deepcopy(workflow)
     if not any("mask" in node["class_type"].lower() for node in workflow.values()):
@@ -52,6 +53,8 @@ def with_fewer_steps(workflow, steps=3):
             inputs["steps"] = steps
         if str(inputs.get("correction_steps", "none")).startswith("steps:"):
             inputs["correction_steps"] = "all"
+        if node["class_type"] == "IECCalibrateWeights":
+            inputs["include"] = " ".join(LAYERS)
     return workflow
 
 
@@ -222,3 +225,16 @@ def test_files_that_were_saved_are_loaded_and_sampled_with(host):
     assert [f"{name}.safetensors" in files for name in SAVED] == [True] * 2
     pictures = images(host, host.run(workflow), of_type(workflow, "SaveImage"))
     assert len(pictures) == 4 and all(picture.std() > 5 for picture in pictures)
+
+
+def test_mixed_precision_is_shown_compared_and_saved(host):
+    workflow = with_fewer_steps(api_workflow("less_memory"))
+    outputs = host.run(workflow)
+    table = outputs[of_type(workflow, "PreviewAny")]["text"][0].splitlines()
+    assert [row.split(" | ")[:2] for row in table[2:4]] == [[f"| {LAYERS[0]}", "8 bits"], [f"| {LAYERS[1]}", "4 bits"]]
+    rows = [row.split(",") for row in outputs[of_type(workflow, "IECCompare")]["text"][0].splitlines()[1:]]
+    assert [row[0] for row in rows] == ["full precision", "4 and 8 bits"]
+    assert float(rows[0][4]) == 0 < float(rows[1][4]) < 0.05
+    assert images(host, outputs, of_type(workflow, "IECImageGrid"))[0].std() > 20
+    told = outputs[of_type(workflow, "IECSaveQuantizedModel")]["text"][0]
+    assert told == "models/diffusion_models/iec_test_mixed.safetensors"
