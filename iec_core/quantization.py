@@ -46,8 +46,8 @@ class WeightFormat:
     blocks by which a Linear layer's inputs are rotated before they are quantized, 0 none. search: whether scales are those of
     least error over clipping ranges, instead of those of the largest magnitude. calibrated: whether scales, integers and
     factors are those that `gptq` has found, and no function of the weight alone. rank: of the low-rank branch, 0 none;
-    at most that of the weight. factors: its type, one of FACTOR_DTYPES. two_scales: whether the scales of int4's groups are
-    over one of the output channel (`two_scales.py`), so that 8-bit products serve.
+    at most that of the weight. factors: its type, one of FACTOR_DTYPES. two_scales: whether groups of int4 are those of
+    `two_scales.py`, so that 8-bit products serve; their numbers are -8 to 7, and stand for levels.
     """
 
     kind: str = "int8"
@@ -125,8 +125,11 @@ def quantize_rows(rows, fmt):
         scale = scales(rows.reshape(1, -1), limit)
         return rounded(rows, scale, "fp8").to(torch.float8_e4m3fn), scale.expand(rows.shape[0], 1).contiguous()
     groups = in_groups(rows, fmt.group_size)
-    scale = snapped(scales(groups, limit, fmt.search)[..., 0], groups, fmt)
-    return rounded(groups, scale[..., None], fmt.kind).to(torch.int8).flatten(1), scale
+    if fmt.two_scales:
+        scale = (two_scales.searched if fmt.search else two_scales.fitting)(groups)
+    else:
+        scale = scales(groups, limit, fmt.search)[..., 0]
+    return rounded_in(groups, scale[..., None], fmt).to(torch.int8).flatten(1), scale
 
 
 def in_groups(rows, group_size):
@@ -134,11 +137,9 @@ def in_groups(rows, group_size):
     return rows.unflatten(1, (-1, group_size)) if group_size else rows[:, None]
 
 
-def snapped(scale, groups, fmt):
-    """Return scales [O, G] of groups [O, G, K / G] as the format can have them."""
-    if not fmt.two_scales:
-        return scale
-    return two_scales.snapped(torch.where(groups.abs().amax(-1) > 0, scale, torch.zeros_like(scale)))
+def rounded_in(rows, scale, fmt):
+    """Return what `rounded` does, of a format."""
+    return two_scales.nearest(rows / scale) if fmt.two_scales else rounded(rows, scale, fmt.kind)
 
 
 def fitting_scales(rows, fmt):
@@ -146,7 +147,7 @@ def fitting_scales(rows, fmt):
     if fmt.kind == "fp8":
         return scales(rows.reshape(1, -1), LIMITS[fmt.kind]).expand(len(rows), 1)
     groups = in_groups(rows, fmt.group_size)
-    return snapped(scales(groups, LIMITS[fmt.kind])[..., 0], groups, fmt)
+    return two_scales.fitting(groups) if fmt.two_scales else scales(groups, LIMITS[fmt.kind])[..., 0]
 
 
 def stood_for(values, scale, fmt):
@@ -162,19 +163,22 @@ def rounded_like(rows, scale, fmt):
     are, or, where these would clip so much that the error is less with it, over one that the largest number fits.
     """
     groups, kept, fitting = in_groups(rows, fmt.group_size), scale[..., None], fitting_scales(rows, fmt)[..., None]
-    values, others = (rounded(groups, one, fmt.kind) for one in (kept, fitting))
-    error, other = ((part * one - groups).square().sum(-1, keepdim=True) for part, one in ((values, kept), (others, fitting)))
+    values, others = (rounded_in(groups, one, fmt) for one in (kept, fitting))
+    level = two_scales.levels if fmt.two_scales else torch.Tensor.float
+    error, other = (
+        (level(part) * one - groups).square().sum(-1, keepdim=True) for part, one in ((values, kept), (others, fitting))
+    )
     if fmt.kind == "fp8":  # which has one scale for the whole weight
         error, other = (part.sum().expand_as(kept) for part in (error, other))
     clipped = (other < error) & (fitting > CLIPS_FROM[fmt.kind] * kept)
     if fmt.two_scales:  # the others of a channel go with what its largest has
         kept = two_scales.snapped(torch.where(clipped, fitting, kept)[..., 0])[..., None]
-        return rounded(groups, kept, fmt.kind).flatten(1), kept[..., 0]
+        return rounded_in(groups, kept, fmt).flatten(1), kept[..., 0]
     return torch.where(clipped, others, values).flatten(1), torch.where(clipped, fitting, kept)[..., 0]
 
 
 def pack_nibbles(values):
-    """Return uint8 [O, ceil(K / 2)] of int8 [O, K] within +-7: two to a byte, the first in the lower half."""
+    """Return uint8 [O, ceil(K / 2)] of int8 [O, K] of -8 to 7: two to a byte, the first in the lower half."""
     values = torch.nn.functional.pad(values, (0, values.shape[1] % 2)).view(torch.uint8)
     return (values[:, ::2] & 0xF) | (values[:, 1::2] << 4)
 

@@ -5,11 +5,11 @@ int4 two to a byte; `<layer>.weight_scale`; `<layer>.comfy_quant`, its descripti
 has two more, its factors `<layer>.weight_out` [O, r] and `<layer>.weight_in` [r, K]. The descriptions are in the header's
 metadata too, where older hosts look for them. Linear layers without a branch are as ComfyUI (0.33 or later) has them, so that
 it opens a file of such layers by itself, where it has their like: int8, rotated or not, float8 that is not rotated, and int4
-that is, in blocks of 64 or 256, with one scale a channel or groups of two scales (then `.weight_s_channel` [O] and, the shares,
-`.weight_s_rel` [O, G] stand for `.weight_scale`). All others are of formats that no host knows, and convolutions of shapes that
-its layers do not have, so that it fails instead of taking them for something else. What only we need to know is in the metadata
-as `iec.quantized`; calibrated scales of activations are two tensors more, `iec.activation_scales.table` [S, L] and
-`iec.activation_scales.sigmas` [S].
+that is, in blocks of 64 or 256, with one scale a channel or groups of two scales. The latter have `.weight_s_channel` [O], the
+shares `.weight_s_rel` [O, G] and the levels `.weight_codebook` [16] in place of `.weight_scale`. All others are of formats that
+no host knows, and convolutions of shapes that its layers do not have, so that it fails instead of taking them for something
+else. What only we need to know is in the metadata as `iec.quantized`; calibrated scales of activations are two tensors more,
+`iec.activation_scales.table` [S, L] and `iec.activation_scales.sigmas` [S].
 
 A file is read by its own header, which is checked before anything is allocated; then tensors are read one at a time, each into
 memory of its own, so that no file stays mapped and what is allocated is never more than what the file holds.
@@ -27,6 +27,7 @@ from .activation_scales import ActivationScales
 from .file_kinds import QUANTIZED_KEY
 from .quantization import FACTOR_DTYPES, LIMITS, Packing, WeightFormat, rotation_size
 from .safetensors_header import LARGEST_HEADER, parsed, read_header, reason, short
+from .two_scales import LEVELS
 
 # A file is of the first version that can describe it: 2 layers that are calibrated, 3 others with a branch, 4 scales of
 # activations, groups of two scales, and layers of int4 as the host has them.
@@ -108,9 +109,14 @@ def layer_tensors(name, layer, packed, activation_bits):
     return {
         f"{name}.weight": _hosts_nibbles(layer, values).view(_stored_dtype(layer)),
         **{f"{name}.{key}": _in_shape(scale, shape) for (key, (_, shape)), scale in zip(_scales_of(layer).items(), scales)},
+        **({_codebook_name(name): LEVELS.clone()} if layer.format.two_scales else {}),
         f"{name}.comfy_quant": torch.tensor(list(_description_bytes(layer, activation_bits)), dtype=torch.uint8),
         **dict(zip(_factor_names(name), packing.factors(packed) or ())),
     }
+
+
+def _codebook_name(name):
+    return f"{name}.weight_codebook"
 
 
 def _in_shape(scale, shape):
@@ -237,6 +243,8 @@ class QuantizedFile:
         """Return the packed weight of a layer, int8 [nbytes]."""
         layer = self.layers[name]
         packing = Packing(layer.shape, layer.format)
+        if layer.format.two_scales and not torch.equal(self.tensor(_codebook_name(name)), LEVELS):
+            raise ValueError(f"{name} has other levels for its 4 bits than these nodes know")
         values = _hosts_nibbles(layer, self.tensor(f"{name}.weight").view(STORED[layer.format.kind]))
         scales = (self.tensor(f"{name}.{key}") for key in _scales_of(layer))
         scales = (scale if scale.ndim == 2 else scale.reshape(-1, 1) for scale in scales)
@@ -377,6 +385,7 @@ def _expected(name, layer, activation_bits):
     return {
         f"{name}.weight": (_stored_dtype(layer), (packing.rows, row)),
         **{f"{name}.{key}": wanted for key, wanted in _scales_of(layer).items()},
+        **({_codebook_name(name): (torch.float32, tuple(LEVELS.shape))} if layer.format.two_scales else {}),
         f"{name}.comfy_quant": (torch.uint8, (len(_description_bytes(layer, activation_bits)),)),
         **dict(zip(_factor_names(name), _expected_factors(packing))),
     }

@@ -1,31 +1,70 @@
-"""Scales of groups of 4-bit integers over scales of output channels, so that 8-bit products serve.
+"""Groups of 4-bit numbers in which a weight is int8 again, so that 8-bit products serve.
 
 A scale for each group of inputs keeps more of a weight than one for a whole output channel, but a sum over inputs of several
-scales is no product of integers. So a group's scale is a share, a float8 e4m3 number of at most 18, of its channel's: an
-integer q of +-7 stands for round(q * share), which is an int8, times the channel's scale. This is progressive group
-quantization (QServe, arXiv 2405.04532), and what comfy-kitchen's `asym_w4a8_int8` has without a codebook.
+scales is no product of integers. So a group's scale is a share, a float8 e4m3 number of at most 128, of its channel's: the 4
+bits q of +-8 stand for round(level(q) * share), which is an int8, times the channel's scale (progressive group quantization,
+QServe, arXiv 2405.04532). As the int8 need not be evenly apart, the sixteen levels are those that lose least: closer where
+there are more weights. This is comfy-kitchen's `asym_w4a8_int8`, which takes any sixteen levels.
 
 Shares lie as their bits, uint8, for not every device has float8.
 """
 
 import torch
 
-LARGEST = 18  # share: 7 * 18 is within int8, e4m3 has it exactly, and dividing by it and multiplying undo each other exactly
-LARGEST_BITS = 0x59  # of 18
+# Lloyd and Max's levels for normal numbers over the largest of the 16 of their group.
+_POSITIVE = (0.0529, 0.1597, 0.2696, 0.3850, 0.5089, 0.6451, 0.7995, 0.9815)
+LEVELS = torch.tensor([*(-level for level in reversed(_POSITIVE)), *_POSITIVE])
+
+LARGEST = 128  # share: the largest level times it is within int8; dividing by it and multiplying undo each other exactly
+LARGEST_BITS = 0x70  # of 128
 LEAST = 2**-9  # share, the least number of e4m3: of groups that are zeros beside the others
-ROUNDING = 1e-6  # of float32, by which a share may have become more than it was
+TINY = 1e-30  # scale of a channel of zeros, for there is no level of zero
+SHARES = torch.linspace(1.1, 0.5, 13).tolist()  # of the largest magnitude, that a search tries as scale
+
+_copies = {}  # of the levels and of the middles between them, by device: a copy in every call would wait for it
+
+
+def _levels_on(device):
+    if device not in _copies:
+        _copies[device] = LEVELS.to(device), ((LEVELS[1:] + LEVELS[:-1]) / 2).to(device)
+    return _copies[device]
+
+
+def nearest(x):
+    """Return in float32 the numbers of -8 to 7 whose levels are nearest to x, in any shape."""
+    return torch.bucketize(x, _levels_on(x.device)[1], out_int32=True).float() - 8
+
+
+def levels(values):
+    """Return the levels float32 of values -8 to 7, of any type and in any shape."""
+    return _levels_on(values.device)[0][values.int() + 8]
+
+
+def fitting(groups):
+    """Return scales [O, G] over which the largest of groups [O, G, n] have about the largest level."""
+    return snapped(groups.abs().amax(-1))
+
+
+def searched(groups, importance=1.0):
+    """Return scales [O, G] over which groups [O, G, n] have the least squared error, times an importance that broadcasts over
+    them.
+    """
+    widest = groups.abs().amax(-1)
+    best, least = widest, torch.full_like(widest, torch.inf)
+    for share in SHARES:
+        scale = (widest * share).clamp(min=TINY)[..., None]
+        error = ((levels(nearest(groups / scale)) * scale - groups).square() * importance).sum(-1)
+        best, least = torch.where(error < least, scale[..., 0], best), torch.minimum(error, least)
+    return snapped(best)
 
 
 def snapped(scale):
-    """Return the least scales float32 [O, G] of this kind that are none of them less than those of groups, [O, G], which may
-    be 0.
+    """Return the scales [O, G] of this kind that are nearest to those given, which may be 0, and the largest of each channel
+    as it is.
     """
     channel = scale.amax(1, keepdim=True) / LARGEST
-    channel = torch.where(channel > 0, channel, torch.ones_like(channel))
-    shares = (scale / channel).clamp(LEAST, LARGEST)
-    bits = _bits(shares)
-    is_less = _of_bits(bits) < shares * (1 - ROUNDING)
-    return _of_bits(bits + is_less) * channel  # the bits of positive numbers rise as they do
+    channel = channel.clamp(min=TINY)
+    return _of_bits(_bits((scale / channel).clamp(LEAST, LARGEST))) * channel
 
 
 def split(scale):
@@ -36,27 +75,26 @@ def split(scale):
     return _bits(scale / channel), channel
 
 
-def joined(shares, channel):
-    """Return the scales of which `split` makes these."""
-    return _of_bits(shares) * channel
-
-
-def integers(values, shares):
-    """Return int8 [O, K], for which values within +-7 [O, K] stand; shares uint8 [O, G]."""
-    dtype = torch.float32 if values.device.type == "cpu" else torch.float16  # either has all of it exactly
-    groups = values.to(dtype).unflatten(1, (shares.shape[1], -1))
-    return groups.mul_(_of_bits(shares).to(dtype)[..., None]).round_().to(torch.int8).flatten(1)
-
-
 def numbers(scale):
     """Return what `split` does, with the shares in float32 too."""
     bits, channel = split(scale)
     return _of_bits(bits), channel
 
 
+def joined(shares, channel):
+    """Return the scales of which `split` makes these."""
+    return _of_bits(shares) * channel
+
+
+def integers(values, shares):
+    """Return int8 [O, K], for which values -8 to 7 [O, K] stand; shares uint8 [O, G]."""
+    groups = levels(values).unflatten(1, (shares.shape[1], -1))
+    return groups.mul_(_of_bits(shares)[..., None]).round_().to(torch.int8).flatten(1)
+
+
 def stood_for(values, shares, channel):
-    """Return in float32 what values within +-7 stand for, over shares and scales of channels that broadcast over them."""
-    return (values * shares).round_() * channel
+    """Return in float32 what values -8 to 7 stand for, over shares and scales of channels that broadcast over them."""
+    return (levels(values) * shares).round_() * channel
 
 
 def _bits(shares):

@@ -22,6 +22,7 @@ import benchmark
 import comfyui
 import torch
 from networks import LINEAR, random_model
+from other_formats import OTHERS, NotThere, in_other_format
 from quality import Quality
 
 FORMATS = {
@@ -128,8 +129,12 @@ def weights(nodes, counts, seeds, architecture, names, runs=2):
     )  # fmt: skip
     for name in names:
         begin = time.perf_counter()
-        model = rounded(nodes, full, name, of_runs)
-        seconds, share = time.perf_counter() - begin, size_of(model) / (size_of(full) / 2)
+        try:
+            model, unseen = in_other_format(nodes, full, name) if name in OTHERS else (rounded(nodes, full, name, of_runs), 0)
+        except NotThere as reason:
+            print(f"| {name} | not measured: {reason} |")
+            continue
+        seconds, share = time.perf_counter() - begin, (size_of(model) + unseen) / (size_of(full) / 2)
         kept = ["{:.4f}, {:.1f}, {:.3f}".format(*quality.of(model)) for quality in qualities]
         benchmark.row(name, share, f"{seconds:.0f}", *kept)
 
@@ -267,10 +272,6 @@ def _note(seen, layer, inputs, output):
     seen.setdefault(key, [layer, operations, 0, inputs[0]])[2] += 1
 
 
-class NotThere(Exception):
-    """What there is to compare with is not on this machine; the message says why."""
-
-
 def torchao_int8(kind):
     try:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
@@ -313,7 +314,9 @@ def main():
     parser.add_argument("--seeds", type=int, default=4, help="eight images each")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--weights", action="store_true", help="ways to round the weights instead")
-    parser.add_argument("--formats", nargs="+", choices=ROUNDINGS, default=list(ROUNDINGS), help="rows of --weights")
+    parser.add_argument(
+        "--formats", nargs="+", choices=[*ROUNDINGS, *OTHERS], default=[*ROUNDINGS, *OTHERS], help="rows of --weights"
+    )
     parser.add_argument("--architecture", choices=["unet", "transformer"], default="unet", help="for --weights")
     parser.add_argument("--speed", action="store_true", help="time networks of true shapes instead")
     parser.add_argument("--latent", type=int, default=16, help="side of the latent for --speed; 128 is 1024 pixels")

@@ -60,16 +60,17 @@ def symmetric(x, limit):
 
 
 def in_two_scales(weight, group):
-    """A weight [O, K] rounded to 4 bits in groups, by the definition: a group's scale is a float8 number, rounded up and of at
-    most 18, times its channel's, by which the integers are int8; in float64.
+    """A weight [O, K] rounded to 4 bits in groups, by the definition: a group's scale, its largest number, is a float8 number
+    of at most 128 times its channel's, and a weight the nearest of sixteen levels of it, which is an int8; in float64.
     """
-    e4m3 = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    positive = torch.tensor([0.0529, 0.1597, 0.2696, 0.3850, 0.5089, 0.6451, 0.7995, 0.9815])
+    levels = torch.cat([-positive.flip(0), positive])
     groups = weight.float().unflatten(1, (-1, group))
-    widest = groups.abs().amax(2) / 7
-    channel = widest.amax(1, keepdim=True) / 18
-    shares = e4m3[torch.searchsorted(e4m3, (widest / channel * (1 - 1e-6)).contiguous())]
-    values = (groups / (shares * channel)[..., None]).round().clamp(-7, 7).double()
-    return ((values * shares.double()[..., None]).round() * channel.double()[..., None]).flatten(1)
+    largest = groups.abs().amax(2)
+    channel = largest.amax(1, keepdim=True) / 128
+    shares = (largest / channel).to(torch.float8_e4m3fn).float()
+    nearest = ((groups / (shares * channel)[..., None])[..., None] - levels).abs().argmin(-1)
+    return ((levels[nearest] * shares[..., None]).round().double() * channel.double()[..., None]).flatten(1)
 
 
 def reference(layer, x, weight_bits, activation_bits, group=None, per_tensor=False):

@@ -21,6 +21,7 @@ from iec_core import quantized_file, safetensors_header
 from iec_core.activation_scales import ActivationScales
 from iec_core.quantization import Packing, WeightFormat, quantize_rows
 from iec_core.quantized_file import LayerFile, QuantizedFile, description, layer_tensors, scale_tensors, write
+from iec_core.two_scales import LEVELS
 
 LAYERS = {
     "a.int8": ((6, 20), WeightFormat("int8")),
@@ -51,7 +52,14 @@ HOSTS_INT4 = {  # of version 4
     "f.int4": ((6, 128), WeightFormat("int4", rotation=64)),
     "f.int4_calibrated": ((5, 256), WeightFormat("int4", rotation=256, calibrated=True)),
 }
-EVERY = ALL | CHANGED | HOSTS_INT4
+TWO_SCALES = {  # of version 4
+    "g.rotated": ((6, 128), WeightFormat("int4", 32, rotation=64, two_scales=True)),
+    "g.calibrated": ((5, 256), WeightFormat("int4", 16, rotation=256, calibrated=True, two_scales=True)),
+    "g.plain": ((6, 64), WeightFormat("int4", 16, two_scales=True)),
+    "g.conv": ((4, 8, 2, 2), WeightFormat("int4", 16, two_scales=True)),
+    "g.branch": ((6, 64), WeightFormat("int4", 16, rotation=64, calibrated=True, rank=3, two_scales=True)),
+}
+EVERY = ALL | CHANGED | HOSTS_INT4 | TWO_SCALES
 HOSTS = {"a.int8", "a.int8_search", "a.int8_rotated", "c.fp8"}
 ABOUT = {
     "name": "W8A8, rotated", "activation": {"bits": 8, "per_tensor": False}, "dtype": "bfloat16", "network": "Net",
@@ -266,6 +274,43 @@ def test_rotated_int4_layers_are_written_as_the_host_has_them(path, bits):
     with QuantizedFile(path) as file:
         for name in EVERY:
             assert file.layers[name] == LayerFile(*EVERY[name]) and torch.equal(file.packed(name), packed_of(name)), name
+
+
+def test_groups_of_two_scales_are_written_as_the_host_has_them(path):
+    """Version 4: numbers from 0 to 15, levels, the bits of float8 shares and scales of channels; rotated Linear layers
+    without a branch by the host's name.
+    """
+    save(path, names=tuple(EVERY))
+    hosts = {"g.rotated", "g.calibrated"}
+    with safetensors.safe_open(path, "pt") as file:
+        layers = json.loads(file.metadata()["_quantization_metadata"])["layers"]
+        for name, (shape, fmt) in TWO_SCALES.items():
+            wanted = {"format": "asym_w4a8_int8", "convrot_groupsize": fmt.rotation, "group_size": fmt.group_size}
+            assert layers[name] == wanted if name in hosts else layers[name]["format"] == "iec_int4"
+            keys = ("weight", "weight_s_rel", "weight_s_channel", "weight_codebook")
+            stored, shares, channel, levels = (file.get_tensor(f"{name}.{key}") for key in keys)
+            inputs = math.prod(shape[1:])
+            assert (shares.dtype, shares.shape) == (torch.uint8, (shape[0], inputs // fmt.group_size))
+            assert (channel.dtype, channel.shape, levels.shape) == (torch.float32, (shape[0],), (16,))
+            unsigned = stored.int() & 255
+            numbers = torch.stack([unsigned & 15, unsigned >> 4], 2).flatten(1)
+            numbers = numbers if name in hosts else numbers ^ 8
+            scaled = levels.double()[numbers].unflatten(1, (shares.shape[1], -1))
+            scaled = (scaled * shares.view(torch.float8_e4m3fn).double()[..., None]).round()
+            rows = (scaled * channel.double()[:, None, None]).flatten(1)
+            assert (rows - rows_of(weight_of(name), fmt.rotation)).norm() < 0.11 * rows.norm()
+    with QuantizedFile(path) as file:
+        for name in EVERY:
+            assert file.layers[name] == LayerFile(*EVERY[name]) and torch.equal(file.packed(name), packed_of(name)), name
+
+
+def test_other_levels_are_refused(path):
+    save(path, names=("a.int8", "g.rotated"), plain={})
+    header, metadata, about, data = taken_apart(path.read_bytes())
+    begin = header["g.rotated.weight_codebook"]["data_offsets"][0]
+    path.write_bytes(put_together(header, metadata, about, data[:begin] + b"\x01" + data[begin + 1 :]))
+    with pytest.raises(ValueError, match=r"^g\.rotated has other levels for its 4 bits"), QuantizedFile(path) as file:
+        file.packed("g.rotated")
 
 
 def test_rotated_int4_layers_of_older_files_are_read(path):
@@ -896,10 +941,20 @@ def check_what_was_read(path, file, tensors, packed):
             assert torch.equal(as_bytes(tensor), as_bytes(library.get_tensor(key)))
         for name, weight in packed.items():
             packing = Packing(file.layers[name].shape, file.layers[name].format)
-            values, scale = packing.stored(weight)
+            values, scale, *_ = packing.stored(weight)
+            key = "weight_s_channel" if packing.format.two_scales else "weight_scale"
             assert torch.equal(as_bytes(values), as_bytes(library.get_tensor(f"{name}.weight")))
-            assert torch.equal(as_bytes(scale)[:4], as_bytes(library.get_tensor(f"{name}.weight_scale"))[:4])
+            assert torch.equal(as_bytes(scale)[:4], as_bytes(library.get_tensor(f"{name}.{key}"))[:4])
             assert packing.dequantize(weight).shape == file.layers[name].shape
+
+
+def has_other_levels(file, name):
+    """Which a sentence refuses where the layer is read."""
+    if not file.layers[name].format.two_scales or torch.equal(file.tensor(f"{name}.weight_codebook"), LEVELS):
+        return False
+    with pytest.raises(ValueError, match="other levels"):
+        file.packed(name)
+    return True
 
 
 def check_scales(file):
@@ -932,7 +987,7 @@ def outcome(path, raw, traced=True):
             with file, taken:
                 tensors, packed = (
                     {key: file.tensor(key) for key in file.plain},
-                    {name: file.packed(name) for name in file.layers},
+                    {name: file.packed(name) for name in file.layers if not has_other_levels(file, name)},
                 )
                 check_scales(file)
         peak = tracemalloc.get_traced_memory()[1]  # 0 where it is not traced
@@ -958,7 +1013,7 @@ def whole_files(tmp_path_factory):
     one = save(folder / "one", ["a.int8"], small)
     other = save(folder / "other", ["a.int4_groups_rotated", "c.fp8_conv"], small, activation={"bits": 16, "per_tensor": True})
     scales = activation_scales(names=("a.int8", "f.int4"), fingerprint=normal(40, seed=9))
-    newest = save(folder / "newest", ["a.int8", "f.int4"], small, scales=scales)
+    newest = save(folder / "newest", ["a.int8", "f.int4", "g.plain"], small, scales=scales)
     whole = save(folder / "all", settings={"heads": 3, "dims": [4, 6]})
     return [path.read_bytes() for path in (one, other, newest, whole)]
 
