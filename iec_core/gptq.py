@@ -22,6 +22,8 @@ from .quantization import fitting_scales, in_groups, rounded_in, stood_for
 DAMPING, DAMPING_OF_FEW = 0.01, 1.0
 # Shares of the largest magnitude that are tried as clipping range. To clip pays where there are few steps.
 SHARES = {"int4": torch.linspace(1, 0.5, 11).tolist(), "int8": [1.0], "fp8": [1.0]}
+# Those of the scales that groups have been searched for: what columns take up from others makes them larger than they were.
+SHARES_OF_TWO = [1.1, 1.0, 0.9]
 COLUMNS = 128  # that are rounded one by one, before the others take up what these leave in one product
 LEAST_ELEMENTS = 2**24  # of the rows that are rounded at once; beside a larger metric, half as many as that has
 
@@ -140,9 +142,9 @@ def _meaning(scale, fmt):
 
 def fitted(rows, fmt, metric):
     """Return (values float32 [O, K], scale float32 [O, G]) of GPTQ, each row at the clipping range of least error. Groups of
-    two scales have theirs chosen before, each by itself: another range for all of a row takes off 2 % at most then.
+    two scales have theirs chosen before, each by itself.
     """
-    shares = [1.0] if fmt.two_scales else SHARES[fmt.kind]
+    shares = SHARES_OF_TWO if fmt.two_scales else SHARES[fmt.kind]
     elements = sum(factor.numel() for _, factor in metric.parts)
     at_once = max(1, max(elements // 2, LEAST_ELEMENTS) // (rows.shape[1] * len(shares)))
     if fmt.two_scales:

@@ -1,8 +1,8 @@
 """Groups of 4-bit numbers in which a weight is int8 again, so that 8-bit products serve.
 
 A scale for each group of inputs keeps more of a weight than one for a whole output channel, but a sum over inputs of several
-scales is no product of integers. So a group's scale is a share, a float8 e4m3 number of at most 128, of its channel's: the 4
-bits q of +-8 stand for round(level(q) * share), which is an int8, times the channel's scale (progressive group quantization,
+scales is no product of integers. So a group's scale is a share, a float8 e4m3 number of at most 128, of its channel's: a number
+q from -8 to 7 stands for round(level(q) * share), which is an int8, times the channel's scale (progressive group quantization:
 QServe, arXiv 2405.04532). As the int8 need not be evenly apart, the sixteen levels are those that lose least: closer where
 there are more weights. This is comfy-kitchen's `asym_w4a8_int8`, which takes any sixteen levels.
 
@@ -19,6 +19,7 @@ LARGEST = 128  # share: the largest level times it is within int8; dividing by i
 LARGEST_BITS = 0x70  # of 128
 LEAST = 2**-9  # share, the least number of e4m3: of groups that are zeros beside the others
 TINY = 1e-30  # scale of a channel of zeros, for there is no level of zero
+AT_ONCE = 2**24  # numbers, of which twice as much lies in 32 bits in between
 SHARES = torch.linspace(1.1, 0.5, 13).tolist()  # of the largest magnitude, that a search tries as scale
 
 _copies = {}  # of the levels and of the middles between them, by device: a copy in every call would wait for it
@@ -37,7 +38,7 @@ def nearest(x):
 
 def levels(values):
     """Return the levels float32 of values -8 to 7, of any type and in any shape."""
-    return _levels_on(values.device)[0][values.int() + 8]
+    return _levels_on(values.device)[0][values.to(torch.int32, copy=True).add_(8)]
 
 
 def fitting(groups):
@@ -87,9 +88,12 @@ def joined(shares, channel):
 
 
 def integers(values, shares):
-    """Return int8 [O, K], for which values -8 to 7 [O, K] stand; shares uint8 [O, G]."""
-    groups = levels(values).unflatten(1, (shares.shape[1], -1))
-    return groups.mul_(_of_bits(shares)[..., None]).round_().to(torch.int8).flatten(1)
+    """Return int8 [O, K], for which int8 values -8 to 7 [O, K] stand; shares uint8 [O, G]."""
+    out, at_once = torch.empty_like(values), max(1, AT_ONCE // values.shape[1])
+    for place, part, share in zip(out.split(at_once), values.split(at_once), shares.split(at_once)):
+        groups = levels(part).unflatten(1, (shares.shape[1], -1))
+        place.copy_(groups.mul_(_of_bits(share)[..., None]).round_().flatten(1))
+    return out
 
 
 def stood_for(values, shares, channel):

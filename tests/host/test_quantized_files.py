@@ -636,6 +636,24 @@ def test_a_damaged_file_is_refused(network, quantize, save, load, kind):
         load()
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("weight_s_rel", 0x7F, "has a group whose scale is out of its range"),  # NaN
+        ("weight_s_rel", 0x71, "has a group whose scale is out of its range"),
+        ("weight_s_rel", 0x84, "has a group whose scale is out of its range"),  # below 0
+        ("weight_s_channel", math.nan, "has a scale or a factor that is not finite"),
+        ("weight_codebook", 0.5, "has other levels for its 4 bits than these nodes know"),
+    ],
+)
+def test_damaged_groups_are_refused(network, quantize, save, load, key, value, message):
+    name = "joint_blocks.0.x_block.mlp.fc1"
+    path = save(quantize(network("SD3"), weight_bits="4", group_size="16", include="joint_blocks.*"))
+    changed(path, lambda about, tensors: {**tensors, f"{name}.{key}": torch.full_like(tensors[f"{name}.{key}"], value)})
+    with pytest.raises(ValueError, match=rf"^model_name: 'q.safetensors' is of no use: {name} {message}"):
+        load()
+
+
 def change_of_network(rng, about, tensors):
     """Change one thing in a file whose header stays in order."""
     keys, names = sorted(tensors), sorted(about["layers"])

@@ -106,7 +106,7 @@ def test_a_search_finds_the_scale_of_least_error():
             return ((found - groups[0]).square() * weight).sum(-1)
 
         best, found, plain = error(tried).amin(0), error(scale), error(two_scales.fitting(groups)[0].double())
-        assert (found >= best * 0.98).all() and found.sum() < 1.2 * best.sum() and found.sum() < 0.95 * plain.sum()
+        assert (found >= best * 0.98).all() and found.sum() < 1.25 * best.sum() and found.sum() < 0.95 * plain.sum()
 
 
 @pytest.mark.parametrize("search", [False, True])
@@ -224,17 +224,22 @@ def test_importance_is_the_metrics_of_each_column():
 
 
 def test_calibrated_groups_have_the_scales_of_a_search(monkeypatch):
-    """By what their columns cost, of rows in several parts; ranges of whole rows have little to add."""
+    """By what their columns cost, of rows in several parts; and each row its range, larger ones too where what is taken up
+    from other columns makes numbers larger.
+    """
     monkeypatch.setattr("iec_core.gptq.LEAST_ELEMENTS", 1000)
-    x, rows = normal(300, 64, seed=4) * torch.linspace(0.2, 2, 64), normal(40, 64)
+    common = normal(300, 1, seed=3).expand(300, 64)
+    x, rows = common + 0.1 * normal(300, 64, seed=4) * torch.linspace(0.2, 2, 64), normal(40, 64)
     metric = Metric(moments_of(x))
     values, scale = fitted(rows, GROUPS, metric)
-    assert torch.equal(scale, two_scales.searched(rows.unflatten(1, (4, 16)), metric.importance(16)))
-    expected, errors = gptq(rows, scale, GROUPS, metric)
-    assert torch.equal(values, expected)
-    others = torch.stack([gptq(rows, scale * share, GROUPS, metric)[1] for share in (1.06, 1.03, 0.97, 0.94)])
-    assert torch.minimum(errors, others.amin(0)).sum() > 0.95 * errors.sum()
-    assert errors.sum() < 0.97 * gptq(rows, two_scales.fitting(rows.unflatten(1, (4, 16))), GROUPS, metric)[1].sum()
+    searched = two_scales.searched(rows.unflatten(1, (4, 16)), metric.importance(16))
+    tried = {share: gptq(rows, searched * share, GROUPS, metric) for share in (1.1, 1.0, 0.9)}
+    best = torch.stack([errors for _, errors in tried.values()]).argmin(0)
+    assert len(set(best.tolist())) > 1
+    torch.testing.assert_close(scale, searched * torch.tensor(list(tried))[best][:, None])
+    assert torch.equal(values, torch.stack([one for one, _ in tried.values()])[best, torch.arange(40)])
+    fitting = gptq(rows, two_scales.fitting(rows.unflatten(1, (4, 16))), GROUPS, metric)[1]
+    assert tried[1.0][1].sum() < fitting.sum()
 
 
 def test_what_is_rounded_again_keeps_its_scales_unless_it_would_clip_too_much():
