@@ -22,8 +22,6 @@ from .quantization import fitting_scales, in_groups, rounded_in, stood_for
 DAMPING, DAMPING_OF_FEW = 0.01, 1.0
 # Shares of the largest magnitude that are tried as clipping range. To clip pays where there are few steps.
 SHARES = {"int4": torch.linspace(1, 0.5, 11).tolist(), "int8": [1.0], "fp8": [1.0]}
-# Those of the scales that groups have been searched for: what columns take up from others makes them larger than they were.
-SHARES_OF_TWO = [1.1, 1.0, 0.9]
 COLUMNS = 128  # that are rounded one by one, before the others take up what these leave in one product
 LEAST_ELEMENTS = 2**24  # of the rows that are rounded at once; beside a larger metric, half as many as that has
 
@@ -110,7 +108,7 @@ def _upper_factor(matrix, damping):
 def gptq(rows, scale, fmt, metric):
     """Return (values float32 [O, K], squared errors float32 [O] in the metric) of rows [O, K] over scales float32 [O, G]."""
     # What lies one after another here is a column, for they are taken one by one.
-    columns_of, scales_of, stood_for = rows.t().contiguous(), scale.t().contiguous(), _meaning(scale, fmt)
+    columns_of, scales_of, meaning = rows.t().contiguous(), scale.t().contiguous(), _meaning(scale, fmt)
     values, errors = torch.empty_like(columns_of), rows.new_zeros(len(rows))
     group = rows.shape[1] // scale.shape[1]
     for columns, factor in metric.parts:
@@ -124,7 +122,7 @@ def gptq(rows, scale, fmt, metric):
                 place, of_group = places[k], places[k] // group
                 wanted = torch.addmv(target[k], left[: k - start].t(), fed[k, start:k])
                 values[place] = rounded_in(wanted, scales_of[of_group], fmt)
-                found = stood_for(values[place], of_group)
+                found = meaning(values[place], of_group)
                 torch.sub(columns_of[place], found, out=left[k - start])
                 errors += ((wanted - found) * diagonal[k]).square_()
             target[stop:].addmm_(fed[stop:, start:stop], left)
@@ -142,9 +140,9 @@ def _meaning(scale, fmt):
 
 def fitted(rows, fmt, metric):
     """Return (values float32 [O, K], scale float32 [O, G]) of GPTQ, each row at the clipping range of least error. Groups of
-    two scales have theirs chosen before, each by itself.
+    two scales have theirs chosen before, each by itself; ranges of whole rows have nothing to add to that.
     """
-    shares = SHARES_OF_TWO if fmt.two_scales else SHARES[fmt.kind]
+    shares = [1.0] if fmt.two_scales else SHARES[fmt.kind]
     elements = sum(factor.numel() for _, factor in metric.parts)
     at_once = max(1, max(elements // 2, LEAST_ELEMENTS) // (rows.shape[1] * len(shares)))
     if fmt.two_scales:

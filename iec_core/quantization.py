@@ -124,12 +124,11 @@ def quantize_rows(rows, fmt):
     if fmt.kind == "fp8":
         scale = scales(rows.reshape(1, -1), limit)
         return rounded(rows, scale, "fp8").to(torch.float8_e4m3fn), scale.expand(rows.shape[0], 1).contiguous()
-    groups = in_groups(rows, fmt.group_size)
     if fmt.two_scales:
-        scale = (two_scales.searched if fmt.search else two_scales.fitting)(groups)
-    else:
-        scale = scales(groups, limit, fmt.search)[..., 0]
-    return rounded_in(groups, scale[..., None], fmt).to(torch.int8).flatten(1), scale
+        return two_scales.quantized(rows, fmt.group_size, fmt.search)
+    groups = in_groups(rows, fmt.group_size)
+    scale = scales(groups, limit, fmt.search)
+    return rounded(groups, scale, fmt.kind).to(torch.int8).flatten(1), scale[..., 0]
 
 
 def in_groups(rows, group_size):
@@ -270,7 +269,7 @@ class Packing:
     def scale(self, packed):
         """Return the scales, float32 [O, G], of a packed weight's groups."""
         _, scale, *shares = self.stored(packed)
-        return two_scales.joined(*shares, scale) if shares else scale
+        return two_scales.group_scales(*shares, scale) if shares else scale
 
     def factors(self, packed):
         """Return views into a packed weight: the low-rank branch's factors [O, r] and [r, K], whose product is to be added to

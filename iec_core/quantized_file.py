@@ -5,11 +5,11 @@ int4 two to a byte; `<layer>.weight_scale`; `<layer>.comfy_quant`, its descripti
 has two more, its factors `<layer>.weight_out` [O, r] and `<layer>.weight_in` [r, K]. The descriptions are in the header's
 metadata too, where older hosts look for them. Linear layers without a branch are as ComfyUI (0.33 or later) has them, so that
 it opens a file of such layers by itself, where it has their like: int8, rotated or not, float8 that is not rotated, and int4
-that is, in blocks of 64 or 256, with one scale a channel or groups of two scales. The latter have `.weight_s_channel` [O], the
-shares `.weight_s_rel` [O, G] and the levels `.weight_codebook` [16] in place of `.weight_scale`. All others are of formats that
-no host knows, and convolutions of shapes that its layers do not have, so that it fails instead of taking them for something
-else. What only we need to know is in the metadata as `iec.quantized`; calibrated scales of activations are two tensors more,
-`iec.activation_scales.table` [S, L] and `iec.activation_scales.sigmas` [S].
+that is, with one scale a channel in blocks of 64 or 256, in groups of two scales in blocks of 256. Groups of two scales, of any
+layer, have `.weight_s_channel` [O], the shares `.weight_s_rel` [O, G] and the levels `.weight_codebook` [16] in place of
+`.weight_scale`. All others are of formats that no host knows, and convolutions of shapes that its layers do not have, so that
+it fails instead of taking them for something else. What only we need to know is in the metadata as `iec.quantized`; calibrated
+scales of activations are two tensors more, `iec.activation_scales.table` [S, L] and `iec.activation_scales.sigmas` [S].
 
 A file is read by its own header, which is checked before anything is allocated; then tensors are read one at a time, each into
 memory of its own, so that no file stays mapped and what is allocated is never more than what the file holds.
@@ -36,7 +36,8 @@ HOST_KEY = "_quantization_metadata"  # ComfyUI's
 CONFIG_KEY = "config"  # ComfyUI's too: {"transformer": what the weights do not tell of the network}
 HOST_FORMATS = {"int8": "int8_tensorwise", "fp8": "float8_e4m3fn", "int4": "convrot_w4a4"}
 HOST_TWO_SCALES = "asym_w4a8_int8"
-HOST_INT4_ROTATIONS = 64, 256  # of which it can also do a patched weight anew
+# Sizes of blocks for which its kernels have the format, and it can also quantize a weight anew after a LoRA.
+HOST_ROTATIONS = {"convrot_w4a4": (64, 256), HOST_TWO_SCALES: (256,)}
 SCALES_KEY = "activation_scales"  # of the description: what is told of them
 SCALES = "iec.activation_scales"
 DTYPES = {
@@ -67,7 +68,7 @@ class LayerFile:
         if len(self.shape) != 2 or (fmt.group_size and not fmt.two_scales) or fmt.rank:
             return False
         if fmt.kind == "int4":
-            return fmt.rotation in HOST_INT4_ROTATIONS and self.version >= 4
+            return fmt.rotation in HOST_ROTATIONS[self._hosts_like] and self.version >= 4
         return fmt.kind == "int8" or not fmt.rotation  # float8 is not rotated there
 
     @property
@@ -78,8 +79,10 @@ class LayerFile:
     @property
     def host_format(self):
         """The name of its format for the host, which knows none of ours."""
-        if not self.is_hosts:
-            return f"iec_{self.format.kind}"
+        return self._hosts_like if self.is_hosts else f"iec_{self.format.kind}"
+
+    @property
+    def _hosts_like(self):
         return HOST_TWO_SCALES if self.format.two_scales else HOST_FORMATS[self.format.kind]
 
 

@@ -19,26 +19,50 @@ LARGEST = 128  # share: the largest level times it is within int8; dividing by i
 LARGEST_BITS = 0x70  # of 128
 LEAST = 2**-9  # share, the least number of e4m3: of groups that are zeros beside the others
 TINY = 1e-30  # scale of a channel of zeros, for there is no level of zero
-AT_ONCE = 2**24  # numbers, of which twice as much lies in 32 bits in between
-SHARES = torch.linspace(1.1, 0.5, 13).tolist()  # of the largest magnitude, that a search tries as scale
+RANGES = torch.linspace(1.1, 0.5, 13).tolist()  # of the largest magnitude, that a search tries as scale
+AT_ONCE = 2**22  # numbers, for each of which several in 32 bits are in between
 
-_copies = {}  # of the levels and of the middles between them, by device: a copy in every call would wait for it
+_on_device = {}  # what is constant: a copy in every call would wait for the device
 
 
-def _levels_on(device):
-    if device not in _copies:
-        _copies[device] = LEVELS.to(device), ((LEVELS[1:] + LEVELS[:-1]) / 2).to(device)
-    return _copies[device]
+class _Constants:
+    """On a device: the levels, the middles between them, and the int8 for all bits of a share and all levels, [128 * 16]."""
+
+    def __init__(self, device):
+        shares = _of_bits(torch.arange(128, dtype=torch.uint8))
+        integers = (LEVELS * shares[:, None]).round().nan_to_num().clamp(-127, 127).to(torch.int8)
+        self.levels, self.middles = LEVELS.to(device), ((LEVELS[1:] + LEVELS[:-1]) / 2).to(device)
+        self.integers = integers.flatten().to(device)
+
+
+def _on(device):
+    if device not in _on_device:
+        _on_device[device] = _Constants(device)
+    return _on_device[device]
 
 
 def nearest(x):
     """Return in float32 the numbers of -8 to 7 whose levels are nearest to x, in any shape."""
-    return torch.bucketize(x, _levels_on(x.device)[1], out_int32=True).float() - 8
+    return torch.bucketize(x, _on(x.device).middles, out_int32=True).float() - 8
 
 
 def levels(values):
     """Return the levels float32 of values -8 to 7, of any type and in any shape."""
-    return _levels_on(values.device)[0][values.to(torch.int32, copy=True).add_(8)]
+    return _on(values.device).levels[values.to(torch.int32, copy=True).add_(8)]
+
+
+def quantized(rows, group_size, search):
+    """Return (values int8 [O, K], scales float32 [O, G]) of rows [O, K] rounded to the nearest. search: whether scales are
+    those of least squared error.
+    """
+    found = [_quantized(part, group_size, search) for part in rows.split(max(1, AT_ONCE // rows.shape[1]))]
+    return tuple(torch.cat(parts) for parts in zip(*found))
+
+
+def _quantized(rows, group_size, search):
+    groups = rows.unflatten(1, (-1, group_size))
+    scale = searched(groups) if search else fitting(groups)
+    return nearest(groups / scale[..., None]).to(torch.int8).flatten(1), scale
 
 
 def fitting(groups):
@@ -52,7 +76,7 @@ def searched(groups, importance=1.0):
     """
     widest = groups.abs().amax(-1)
     best, least = widest, torch.full_like(widest, torch.inf)
-    for share in SHARES:
+    for share in RANGES:
         scale = (widest * share).clamp(min=TINY)[..., None]
         error = ((levels(nearest(groups / scale)) * scale - groups).square() * importance).sum(-1)
         best, least = torch.where(error < least, scale[..., 0], best), torch.minimum(error, least)
@@ -70,7 +94,7 @@ def snapped(scale):
 
 def split(scale):
     """Return (shares uint8 [O, G], scales of channels float32 [O, 1]) of scales [O, G] that `snapped` has made, which may have
-    been multiplied by one number a channel since.
+    been multiplied by one number a channel since. The largest share of a channel is always the largest there is.
     """
     channel = scale.amax(1, keepdim=True) / LARGEST
     return _bits(scale / channel), channel
@@ -82,17 +106,18 @@ def numbers(scale):
     return _of_bits(bits), channel
 
 
-def joined(shares, channel):
+def group_scales(shares, channel):
     """Return the scales of which `split` makes these."""
     return _of_bits(shares) * channel
 
 
 def integers(values, shares):
     """Return int8 [O, K], for which int8 values -8 to 7 [O, K] stand; shares uint8 [O, G]."""
-    out, at_once = torch.empty_like(values), max(1, AT_ONCE // values.shape[1])
+    table, out, at_once = _on(values.device).integers, torch.empty_like(values), max(1, AT_ONCE // values.shape[1])
     for place, part, share in zip(out.split(at_once), values.split(at_once), shares.split(at_once)):
-        groups = levels(part).unflatten(1, (shares.shape[1], -1))
-        place.copy_(groups.mul_(_of_bits(share)[..., None]).round_().flatten(1))
+        first = share.to(torch.int32).mul_(16).add_(8)
+        places = part.unflatten(1, (shares.shape[1], -1)) + first[..., None]
+        place.copy_(table.index_select(0, places.flatten()).view(place.shape))
     return out
 
 

@@ -12,6 +12,9 @@ class NotThere(Exception):
     """What there is to compare with is not on this machine; the message says why."""
 
 
+logging.getLogger("comfy_kitchen").setLevel(logging.ERROR)  # its portable kernels warn of every product
+
+
 class _InFormat(torch.nn.Module):
     """A Linear layer whose weight is a comfy-kitchen QuantizedTensor. of_inputs: whether what comes in is of its layout too."""
 
@@ -50,7 +53,8 @@ class _InTorchao(torch.nn.Module):
         quantize_(whole := torch.nn.Sequential(plain), Int8DynamicActivationIntxWeightConfig(**weights))
         self._layer = [whole]
         # Its packed form is for other processors: 4 bits, and a scale in float32 a group.
-        self.nbytes = layer.weight.numel() // 2 + 4 * layer.weight.numel() // group_size + 4 * layer.out_features
+        of_bias = 0 if layer.bias is None else layer.bias.nbytes
+        self.nbytes = layer.weight.numel() // 2 + 4 * layer.weight.numel() // group_size + of_bias
 
     def forward(self, x):
         return self._layer[0](x)
@@ -81,6 +85,8 @@ def in_other_format(nodes, full, name):
     that Quantize Model would take, are in one of OTHERS; those whose inputs are no multiple of 64, which these formats do not
     have, stay as they are. Raises NotThere, also where not all are Linear.
     """
+    if full.load_device.type != "cpu":
+        raise NotThere("it is compared on a CPU alone")
     like = nodes["IECQuantizeModel"].execute(
         model=full, weight_bits="8", activation_bits="16", keep_sensitive_layers=True
     ).result[0]  # fmt: skip
@@ -88,7 +94,6 @@ def in_other_format(nodes, full, name):
     chosen = [key for key, layer in network.named_modules() if hasattr(layer, "packing")]
     if not all(isinstance(source.get_submodule(key), torch.nn.Linear) for key in chosen):
         raise NotThere("it is for Linear layers alone")
-    logging.disable(logging.WARNING)  # which kitchen's portable kernels give for every product
     nbytes = 0
     for key in chosen:
         owner, _, attribute = key.rpartition(".")

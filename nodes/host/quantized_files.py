@@ -63,7 +63,7 @@ def save_quantized_model(model, name):
         type(base).__name__, fingerprint(model), _settings_to_keep(base, layers), scales,
     )  # fmt: skip
     sources = _sources(model, layers, activation.bits, scale_tensors(scales))
-    return [FILES.write(name, QUANTIZED_MODEL, lambda path: write(path, sources, about)), _what_opens(layers)]
+    return [FILES.write(name, QUANTIZED_MODEL, lambda path: write(path, sources, about)), _what_opens(base, layers)]
 
 
 def load_quantized_model(name, compute=FASTEST):
@@ -88,7 +88,9 @@ def _layer_file(model, name, layer):
     return LayerFile(tuple(layer.packing.shape), replace(layer.packing.format, rank=rank))
 
 
-def _what_opens(layers):
+def _what_opens(base, layers):
+    if type(base).__name__ in CONFIG_OF_CLASS:
+        return "Only Load Quantized Model (IEC) opens it: ComfyUI does not know the network of the built-in model."
     others = [name for name, layer in layers.items() if not layer.is_hosts]
     if not others:
         return "ComfyUI's own Load Diffusion Model opens it too, from 0.33 on."

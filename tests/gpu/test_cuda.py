@@ -35,6 +35,16 @@ def test_layers_agree_with_the_cpu(dtype, rotation):
         torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=2e-2, atol=2e-2 * on_cpu.abs().max().item())
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_groups_of_two_scales_are_the_same_int8_as_on_the_cpu(compiled):
+    packing = Packing((96, 256), WeightFormat("int4", 16, two_scales=True))
+    packed = packing.quantize(torch.randn(96, 256, generator=torch.Generator().manual_seed(0)))
+    (values, scale), unpack = packing.values(packed), torch.compile(packing.values) if compiled else packing.values
+    on_gpu = unpack(packed.cuda())
+    assert torch.equal(on_gpu[0].cpu(), values) and torch.equal(on_gpu[1].cpu(), scale)
+    assert torch.equal(packing.quantize(packing.dequantize(packed).cuda()).cpu(), packing.quantize(packing.dequantize(packed)))
+
+
 def test_float8_is_multiplied_by_its_definition():
     if not has_scaled_mm("cuda"):
         pytest.skip("this GPU does not multiply float8")

@@ -10,8 +10,11 @@ from iec_core.quantization import WeightFormat
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU; run `make test-gpu` where there is one")
 
 
-@pytest.mark.parametrize("group_size", [0, 32])
-def test_the_math_is_that_of_the_cpu(group_size):
+FORMATS = [WeightFormat("int4"), WeightFormat("int4", 32), WeightFormat("int4", 32, two_scales=True)]
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_the_math_is_that_of_the_cpu(fmt):
     x, rows = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((4000, 256), (96, 256)))
     x = x @ (torch.eye(256) + 0.05 * torch.randn(256, 256, generator=torch.Generator().manual_seed(2)))
     found = {}
@@ -19,7 +22,7 @@ def test_the_math_is_that_of_the_cpu(group_size):
         moments = Moments(256, 10**6, device)
         moments.take_up(x.to(device))
         metric = Metric(moments)
-        values, scale = fitted(rows.to(device), WeightFormat("int4", group_size), metric)
+        values, scale = fitted(rows.to(device), fmt, metric)
         out, into = low_rank(rows.to(device), metric, 8)
         found[device] = values.cpu(), scale.cpu(), (out @ into).cpu()
     (values, scale, product), (expected, expected_scale, expected_product) = found["cuda"], found["cpu"]

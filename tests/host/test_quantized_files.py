@@ -463,11 +463,11 @@ def test_stock_loader_opens_linear_rotated_groups_of_4_bits(network, sampled, qu
     """Which its portable kernel too computes as we do."""
     if not has_quantized_loader():
         pytest.skip("the stock loader of ComfyUI before 0.33 does not read these files")
-    settings = {"weight_bits": "4", "rotate": True, "group_size": group, "exclude": "context_embedder"}
+    settings = {"weight_bits": "4", "rotate": True, "group_size": group, "include": "*.mlp.fc2"}  # of 512 inputs
     quantized = quantize(network("SD3"), **settings)
     opened = stock(save(quantized))
     layers = pack_module(".nodes.host.quantized_layers").quantized_layers(quantized.model.diffusion_model)
-    assert len(layers) > 5
+    assert len(layers) == 3
     for number, (name, layer) in enumerate(layers.items()):
         theirs = opened.model.diffusion_model.get_submodule(name)
         assert (theirs.quant_format, theirs.weight.data._params.group_size) == ("asym_w4a8_int8", int(group))
@@ -499,7 +499,11 @@ def test_the_node_tells_what_opens_the_file(host, folder, network, quantize):
     for settings, sentence in [
         *((settings, opens) for settings in OPENED),
         ({"weight_bits": "4", "rotate": True, "exclude": "context_embedder"}, opens),
-        ({"weight_bits": "4", "rotate": True, "group_size": "16", "exclude": "context_embedder"}, opens),
+        ({"weight_bits": "4", "rotate": True, "group_size": "16", "include": "*.mlp.fc2"}, opens),
+        (
+            {"weight_bits": "4", "rotate": True, "group_size": "16", "include": "*.mlp.fc1"},
+            alone.format("joint_blocks.0.context_block.mlp.fc1 and 2 more"),
+        ),
         ({"weight_bits": "4", "rotate": True}, alone.format("context_embedder")),
         (
             {"weight_bits": "4", "include": "joint_blocks.1.x_block.mlp.*"},
@@ -509,6 +513,15 @@ def test_the_node_tells_what_opens_the_file(host, folder, network, quantize):
         quantized = quantize(network("SD3"), **settings)
         told = host.nodes["IECSaveQuantizedModel"].execute(model=quantized, name="q").ui["text"]
         assert told == ["models/diffusion_models/q.safetensors", sentence]
+
+
+def test_no_other_loader_knows_the_built_in_model(host, folder, quantize):
+    transformer = host.run("IECLoadBuiltinModel", precision="float32", architecture="transformer")[0]
+    told = host.nodes["IECSaveQuantizedModel"].execute(model=quantize(transformer), name="q").ui["text"]
+    sentence = "Only Load Quantized Model (IEC) opens it: ComfyUI does not know the network of the built-in model."
+    assert told == ["models/diffusion_models/q.safetensors", sentence]
+    with pytest.raises((ValueError, RuntimeError, KeyError)):
+        stock(folder / "q.safetensors")
 
 
 def test_older_stock_loaders_fail_on_int8(network, quantize, save):

@@ -53,7 +53,8 @@ HOSTS_INT4 = {  # of version 4
     "f.int4_calibrated": ((5, 256), WeightFormat("int4", rotation=256, calibrated=True)),
 }
 TWO_SCALES = {  # of version 4
-    "g.rotated": ((6, 128), WeightFormat("int4", 32, rotation=64, two_scales=True)),
+    "g.rotated": ((6, 512), WeightFormat("int4", 32, rotation=256, two_scales=True)),
+    "g.small_blocks": ((6, 128), WeightFormat("int4", 32, rotation=64, two_scales=True)),  # the host's kernels have no such
     "g.calibrated": ((5, 256), WeightFormat("int4", 16, rotation=256, calibrated=True, two_scales=True)),
     "g.plain": ((6, 64), WeightFormat("int4", 16, two_scales=True)),
     "g.conv": ((4, 8, 2, 2), WeightFormat("int4", 16, two_scales=True)),
