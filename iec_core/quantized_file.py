@@ -92,9 +92,9 @@ def host_description(layer, activation_bits):
     if activation_bits == 16:
         about["full_precision_matrix_mult"] = True
     if layer.is_hosts_int4:
-        about["convrot_groupsize"] = layer.format.rotation
-        # Without the latter it would round activations to 4 bits too.
-        return about | ({"group_size": layer.format.group_size} if layer.format.two_scales else {"linear_dtype": "int8"})
+        # Where there are no groups the host would round activations to 4 bits, were it not told otherwise.
+        more = {"group_size": layer.format.group_size} if layer.format.two_scales else {"linear_dtype": "int8"}
+        return about | {"convrot_groupsize": layer.format.rotation} | more
     if layer.format.rotation:
         about |= {"convrot": True, "convrot_groupsize": layer.format.rotation}
     return about
