@@ -11,7 +11,7 @@ from ...iec_core.activation_scales import ActivationScales, ScaleStatistics
 from .calibration import Bar, watched
 from .quantized_layers import quantized_layers
 from .quantized_network import quantization_of
-from .steps import Schedule
+from .run_plan import place
 from .weights import fingerprint, is_same
 
 KEY = "iec_activation_scales"
@@ -126,7 +126,8 @@ class _Observed:
         """Return a clone of the MODEL in whose runs the statistics take up, by their method `what`, what enters its layers."""
 
         def watch(transformer_options):
-            self._locate(transformer_options)
+            if not self._locate(transformer_options):
+                return []
             return [
                 layer.register_forward_pre_hook(functools.partial(self._take_up, getattr(self._statistics, what), name))
                 for name, layer in self._layers.items()
@@ -146,17 +147,24 @@ class _Observed:
             )
         if len(scales) == 1:
             return names, self._sigmas[:1], scales
-        # Of equal sigmas, as a scheduler gives them for more steps than it has timesteps, evaluations belong to the last.
+        # Of equal sigmas, as a scheduler gives them for more steps than it has timesteps, the last one has what was seen.
         last = torch.cat([self._sigmas[1:] < self._sigmas[:-1], torch.tensor([True])])
         return names, self._sigmas[last], scales[last]
 
     def _locate(self, transformer_options):
-        schedule = Schedule(transformer_options["sample_sigmas"].flatten().tolist())
+        """Go to the step of an evaluation; return whether it is known."""
+        told = place(transformer_options)
+        if told is None:
+            return False
+        sigmas, step = told["schedule"].sigmas, told["step"]
         if self._statistics is None:
             kinds = {name: "fp8" if layer.packing.format.kind == "fp8" else "int8" for name, layer in self._layers.items()}
-            self._statistics = ScaleStatistics(kinds, schedule.steps, self._timestep_wise)
-            self._sigmas = torch.tensor(schedule.sigmas[: schedule.steps], dtype=torch.float64)
-        self._statistics.step = schedule.locate(transformer_options)[0]
+            self._statistics = ScaleStatistics(kinds, len(sigmas) - 1, self._timestep_wise)
+            self._sigmas = torch.tensor(sigmas[:-1], dtype=torch.float64)
+        while step + 2 < len(sigmas) and sigmas[step + 1] == sigmas[step]:
+            step += 1
+        self._statistics.step = step
+        return True
 
     @staticmethod
     def _take_up(take_up, name, layer, inputs):

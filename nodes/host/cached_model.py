@@ -8,8 +8,8 @@ from comfy.patcher_extension import WrappersMP
 from ...iec_core.caching import FeatureCache
 from .caching import KEY, other_cache, warn_once
 from .dit_cache import TransformerCache
+from .run_plan import follow_run
 from .runs import keep_for_run
-from .steps import follow_steps
 from .unet_cache import UnetCache
 
 
@@ -38,17 +38,18 @@ def with_cache(model, settings, make_run, node):
         _check_tiles(model_options, node)
         return make_run(functools.partial(kind, settings, model_options=model_options))
 
-    def evaluate(executor, *args, **kwargs):
+    def evaluate(executor, x, t, c, y, control, transformer_options, **kwargs):
+        """Either kind's wrapper; c, y: c_concat, c_crossattn of a model, context, y of a network."""
         kwargs.pop(KEY, None)
-        run = args[5].get(KEY)  # the host's transformer options
+        run = transformer_options.get(KEY)
         if run is None:
             warn_once("another node calls the network outside of a sampling run; it is evaluated in full")
-            return executor(*args, **kwargs)
-        return run.evaluate(executor, *args, **kwargs)
+            return executor(x, t, c, y, control, transformer_options, **kwargs)
+        return run.evaluate(executor, x, t, c, y, control, transformer_options, **kwargs)
 
     model = model.clone()
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, keep_for_run(KEY, begin_run))
-    follow_steps(model)
+    follow_run(model)
     model.add_wrapper_with_key(kind.wrapper_type, KEY, evaluate)
     if kind.wrapper_type == WrappersMP.DIFFUSION_MODEL:
         model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _mark)

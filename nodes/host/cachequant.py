@@ -107,15 +107,14 @@ class _PairedRun:
         self._quantized, self._scales = model.model if quantize.quantization_of(model) else None, scales_of(model)
         self._reference, self._measured = reference, measured
 
-    def evaluate(self, executor, *args, **kwargs):
+    def evaluate(self, executor, x, t, c, y, control, transformer_options, **kwargs):
         """As CacheRun.evaluate."""
         self._statistics.is_reference = True
-        result = self._reference.evaluate(executor, *_own_control(args), **kwargs)
+        result = self._reference.evaluate(executor, x, t, c, y, _own(control), transformer_options, **kwargs)
         if self._quantized is not None:
             self._statistics.is_reference = False
-            network, x, options = self._quantized.diffusion_model, args[0], args[5]
-            with calibrated(network, self._scales, x.device, options):
-                self._measured.evaluate(self._on_quantized(executor), *args, **kwargs)
+            with calibrated(self._quantized.diffusion_model, self._scales, x.device, transformer_options):
+                self._measured.evaluate(self._on_quantized(executor), x, t, c, y, control, transformer_options, **kwargs)
         return result
 
     def _on_quantized(self, executor):
@@ -137,10 +136,9 @@ class _PairedRun:
         self._measured.clear()
 
 
-def _own_control(args):
-    """Return the arguments with lists of their own for the ControlNet's residuals, which the host uses up."""
-    before, control, after = args[:4], args[4], args[5:]
-    return *before, control and {name: list(residuals) for name, residuals in control.items()}, *after
+def _own(control):
+    """Return a ControlNet's residuals in lists of their own, for the host uses them up."""
+    return control and {name: list(residuals) for name, residuals in control.items()}
 
 
 class _ProfiledRun:
@@ -149,15 +147,15 @@ class _ProfiledRun:
     def __init__(self, run, profile):
         self._run, self._profile = run, profile
 
-    def evaluate(self, executor, *args, **kwargs):
+    def evaluate(self, executor, x, t, c, y, control, transformer_options, **kwargs):
         """As CacheRun.evaluate."""
-        bits, calibrated = args[5].get(quantize.KEY, "none"), self._profile.facts["quantization"]
+        bits, calibrated = transformer_options.get(quantize.KEY, "none"), self._profile.facts["quantization"]
         if bits != calibrated:
             raise ValueError(
                 f"profile: it was calibrated with quantization {calibrated}, and this model is sampled with quantization "
                 f"{bits}; quantize it likewise, or calibrate anew."
             )
-        return self._run.evaluate(executor, *args, **kwargs)
+        return self._run.evaluate(executor, x, t, c, y, control, transformer_options, **kwargs)
 
     def full_steps(self, sigmas):
         """As CacheRun.full_steps."""

@@ -7,8 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from ...iec_core.caching import CacheSchedule
-from . import steps
-from .network_calls import IEC
+from .run_plan import place
 
 KEY = "iec_deepcache"
 
@@ -74,7 +73,6 @@ class CacheRun:
         self.settings = settings
         self.features = features
         self.full_steps = full_steps or settings.full_steps
-        self._steps = None
         self._schedule = self._full = None  # whose steps these are
         self._evaluation, self._counts = None, Counter()  # how often each key came in the sampler's evaluation
         self._full_step, self._since = None, -math.inf  # the last step that was evaluated in full, and where that began
@@ -89,17 +87,14 @@ class CacheRun:
         Where the host's options leave out the steps or the entries, as of a pack that calls the network in its own way, it is
         evaluated in full.
         """
-        run = self._run_steps(transformer_options)
-        place = None if run is None else run.locate(transformer_options)
-        entries = _entries(x, transformer_options)
-        if place is None or entries is None:
+        told, entries = place(transformer_options), _entries(x, transformer_options)
+        if told is None or entries is None:
             warn_once("another node calls the network without telling it the step or the conditioning; it is evaluated in full")
             return UNKNOWN
-        where = _place(x, transformer_options, run.latent, len(entries))
-        keys = self._numbered([(*entry, where, variant) for entry in entries])
-        self._take_up(run.schedule)
-        step, position = place
-        is_correction = transformer_options.get(IEC, {}).get("iteration", 0) > 0
+        where = _where(x, transformer_options, told["latent"], len(entries))
+        keys = self._numbered(told["evaluation"], [(*entry, where, variant) for entry in entries])
+        self._take_up(told["schedule"])
+        step, position, is_correction = told["step"], told["position"], told["iteration"] > 0
         on_correction = self.settings.correction_pass
         reuses = step not in self._full or (is_correction and on_correction == "reuse")
         if step in self._full and step != self._full_step:
@@ -120,20 +115,12 @@ class CacheRun:
         self._full_step, self._since = step, position
         self.features.begin(position)
 
-    def _run_steps(self, transformer_options):
-        """Return the RunSteps, None where the schedule is not known."""
-        if self._steps is None:
-            self._steps = transformer_options.get(steps.KEY)
-            if self._steps is None and (sigmas := transformer_options.get("sample_sigmas")) is not None:
-                self._steps = steps.RunSteps(sigmas)
-        return self._steps
-
-    def _numbered(self, keys):
+    def _numbered(self, evaluation, keys):
         """Return the keys, each with how often it came before in the sampler's evaluation: a node may have the network evaluate
         one tile of the latent after the other, or the same entry in several ways.
         """
-        if self._steps.evaluation != self._evaluation:
-            self._evaluation, self._counts = self._steps.evaluation, Counter()
+        if evaluation != self._evaluation:
+            self._evaluation, self._counts = evaluation, Counter()
         numbered = []
         for key in keys:
             numbered.append((*key, self._counts[key]))
@@ -172,7 +159,7 @@ def _entries(x, transformer_options):
     return [(*entry, *given[0]) for entry in zip(*given)]  # one number may be of several entries: they are known in their batch
 
 
-def _place(x, transformer_options, latent, entries):
+def _where(x, transformer_options, latent, entries):
     """Return where in the latent an evaluation is, and how: equal ones mean that one's feature can serve the other.
 
     That takes its shape and the latent's, the frames of a context window, of the host or of AnimateDiff, if there is one, and

@@ -7,6 +7,7 @@ import comfy.utils
 from comfy.patcher_extension import WrappersMP
 
 from ...iec_core.advice import TRY_PRECISION
+from .run_plan import follow_run
 
 
 class Bar:
@@ -46,6 +47,7 @@ def watched(model, watch):
                 hook.remove()
 
     model = open_to_hooks(model)
+    follow_run(model)
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "iec_watched", apply_model)
     return model
 

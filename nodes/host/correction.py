@@ -10,6 +10,7 @@ import itertools
 import logging
 import math
 
+import comfy.model_management
 import comfy.patcher_extension
 import comfy.samplers
 import torch
@@ -25,7 +26,8 @@ from .known_errors import is_exact
 from .network_calls import IEC, NetworkCalls, base_of, network_of, past_other_cache
 from .noise import NoiseAhead, can_draw_ahead, is_of_the_host, sampler_name
 from .quantized_network import lost_changes
-from .rehearsal import AppliedTwice, BadSchedule, CannotRehearse, check_schedule, rehearse, rehearse_by_name
+from .rehearsal import AppliedTwice, BadSchedule, CannotRehearse, check_schedule, forget, rehearsal_of, rehearse_by_name
+from .run_plan import Departed, RunPlan, with_place
 
 SOME_SIGMAS = (8.0, 5.0, 3.0, 1.5, 0.5, 0.0)  # over which a sampler shows how it steps, whatever the run's will be
 RUN = "iec_run"  # in a run's model options: its EvaluationProgress
@@ -64,75 +66,62 @@ class CorrectedDenoiser(CountedDenoiser):
     through. Nothing is read back from the device before `finish`.
     """
 
-    def __init__(self, model, report, calls, rehearsal, full, corrected, settings, noise, progress):
+    def __init__(self, model, report, calls, plan, rehearsal, full, corrected, settings, noise, progress):
+        """plan: the run's. rehearsal: it may be None where nothing is corrected."""
         super().__init__(model, report, calls)
+        self._plan = plan
         self._rehearsal = rehearsal
-        self._sigmas = rehearsal.sigmas
         self._full = full
         self._corrected = corrected
         self._settings = settings
         self._noise = noise
         self._progress = progress
         self._stopwatch = None
-        self._evaluation = self._begun = 0
+        self._begun = 0  # steps
         self._model_options = {}
         self._ahead = None  # what was evaluated in the step before for this one
         self._traces = TraceReader(report)
-        report.start(self._sigmas, corrected)
+        report.start(plan.sigmas, corrected)
 
     def __call__(self, x, sigma, **extra_args):
-        if self._evaluation >= len(self._rehearsal.evaluations):
-            raise _departed()
         self._model_options = extra_args.get("model_options", {})
-        step, is_own = self._rehearsal.evaluations[self._evaluation]
-        self._evaluation += 1
+        step, is_own = self._plan.begin()
         if step == self._begun:
             self._begin(x.device)
         if is_own:
             self._report.keep(step, x)
         if step in self._corrected and is_own:
             return self._correct(step, x, sigma, extra_args)
-        if is_own:
-            return self._own(step, x, sigma, extra_args)
-        return self._evaluate(step, x, sigma, extra_args)
+        return self._own(step, x, sigma, extra_args)
 
     def _own(self, step, x, sigma, extra_args):
-        """Return the step's own prediction, evaluated here, unless the step before did."""
+        """Return the prediction for an evaluation of the sampler's, evaluated here, unless the step before did."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
             return ahead
-        return self._evaluate(step, x, sigma, self._tell(extra_args, step, self._rehearsal.steps[step].step.sigma))
+        return self._evaluate(step, x, sigma, _tell(extra_args, self._plan.place(x)))
 
     def _correct(self, step, x, sigma, extra_args):
-        rehearsed, of = self._rehearsal.steps[step], self._settings.step_of(step)
-
+        own, of = self._rehearsal.steps[step], self._settings.step_of(step)
         is_paper = self._settings.evaluation_point == "paper"
-        level = rehearsed.evaluated_at if is_paper else rehearsed.evaluated_next
+        level = own.evaluated_at if is_paper else own.evaluated_next
 
         def evaluate(x_in, at, iteration):
             if iteration == 0:
                 return self._own(step, x, sigma, extra_args)
-            told = _past_other_cache(self._tell(extra_args, of, at, iteration - (of - step)))
-            model = self._holding(rehearsed.step) if is_paper else self._model
+            place = self._plan.place_of_correction(x_in, of, iteration - (of - step), at)
+            told = _past_other_cache(_tell(extra_args, place))
+            model = self._holding(own.step) if is_paper else self._model
             return self._evaluate(step, x_in, torch.full_like(sigma, level), told, model)
 
-        noise = self._noise.of(rehearsed.draws) if rehearsed.draws else None
+        noise = self._noise.of(own.draws) if own.draws else None
         mask = None
         if extra_args.get("denoise_mask") is not None:
             mask = functools.partial(self._mask, x, sigma, extra_args)
         keep = functools.partial(self._keep, of) if of != step else None
-        corrected, trace = corrected_denoised(evaluate, x, rehearsed.step, self._settings.at(step), noise, mask, keep)
+        corrected, trace = corrected_denoised(evaluate, x, own.step, self._settings.at(step), noise, mask, keep)
         self._traces.add(step, trace)
         return corrected
-
-    def _tell(self, extra_args, step, sigma, iteration=0):
-        """Return the sampler's extra arguments with step, iteration and sigma (a float) in the transformer options, and the
-        sigmas whose steps are numbered, for whatever else is on the MODEL.
-        """
-        model_options = dict(extra_args.get("model_options", {}))
-        told = {"step": step, "iteration": iteration, "sigma": sigma, "sigmas": self._sigmas}
-        model_options["transformer_options"] = {**model_options.get("transformer_options", {}), IEC: told}
-        return {**extra_args, "model_options": model_options}
 
     def _keep(self, step, prediction):
         """Keep a prediction that was evaluated ahead, for the step that it is of."""
@@ -186,16 +175,14 @@ class CorrectedDenoiser(CountedDenoiser):
         self._begun += 1
 
     def on_step(self, info):
-        """Check a sampler's callback, with the number of its step, against the rehearsal."""
-        if self._evaluation == 0 or self._rehearsal.evaluations[self._evaluation - 1][0] != info["i"]:
-            raise _departed()
+        """Check a sampler's callback against the plan."""
+        self._plan.called_back(info["i"])
 
     def finish(self, samples):
         """Take down the run's final latent, and read back what happened."""
-        if self._evaluation != len(self._rehearsal.evaluations):
-            raise _departed()
+        self._plan.check_is_over()
         self._begin(samples.device)  # the end of the last step
-        self._report.keep(len(self._rehearsal.steps), samples)
+        self._report.keep(len(self._plan.sigmas) - 1, samples)
         seconds = self._stopwatch.seconds()
         self._traces.take(wait=True)
         self._report.finish(seconds)
@@ -288,11 +275,9 @@ def _fault(is_prediction, is_first, step, name, sigmas, cfg):
     )
 
 
-def _departed():
-    return RuntimeError(
-        "sampler: it takes other steps in this run than its schedule says, so that they cannot be told; choose a sampler of "
-        "the host's list, or sample without IEC."
-    )
+def _tell(extra_args, told):
+    """Return a sampler's extra arguments with what the evaluation is told of its place."""
+    return {**extra_args, "model_options": with_place(extra_args.get("model_options", {}), told)}
 
 
 def _past_other_cache(extra_args):
@@ -413,31 +398,35 @@ class CorrectedFunction:
         progress.is_running = progress.has_run = True
         try:
             return self._run(self._begin_report(), progress, model, x, sigmas, extra_args, callback, disable, options)
+        except Departed:
+            forget(self._function)
+            raise
         finally:
             progress.is_running = False
 
     def _run(self, report, progress, model, x, sigmas, extra_args, callback, disable, options):
-        """Rehearse the sampler function, then run it on the corrected denoiser."""
+        """Plan the run, then run the sampler function on the corrected denoiser."""
         function, schedule, seed = self._function, sigmas.cpu(), extra_args.get("seed")
         can_draw = seed is not None and can_draw_ahead(function, options)
-        rehearsal, report.choice = self._rehearse(
-            lambda: rehearse(function, model, x, schedule, extra_args, options, can_draw), len(schedule) - 1
+        look = comfy.model_management.throw_exception_if_processing_interrupted
+        plan, rehearsal, report.choice = self._plan(
+            lambda: rehearsal_of(function, model, x, schedule, extra_args, options, can_draw, look), schedule, options
         )
         calls = NetworkCalls()
         extra_args = calls.watch(extra_args, network_of(model))
-        if rehearsal is None:
+        if plan is None:
             return self._run_uncorrected(report, calls, model, x, sigmas, extra_args, callback, disable, options)
-        full = full_steps(extra_args, rehearsal.sigmas)
-        settings, report.choice = resolved(self._settings, rehearsal, full, other_cache(extra_args["model_options"]))
-        check_known_ends(self._name, settings, rehearsal)
-        corrected = settings.corrected_steps(rehearsal.sigmas, full, rehearsal.known_ends)
-        ahead = None
+        full, settings, corrected, ahead = full_steps(extra_args, plan.sigmas), self._settings, frozenset(), None
+        if rehearsal is not None:
+            settings, report.choice = resolved(settings, rehearsal, full, other_cache(extra_args["model_options"]))
+            check_known_ends(self._name, settings, rehearsal)
+            corrected = settings.corrected_steps(plan.sigmas, full, rehearsal.known_ends)
         if any(rehearsal.steps[step].draws for step in corrected):
             ahead = NoiseAhead(function, x, sigmas, seed)
             options = {**options, **ahead.options}
-        total = len(rehearsal.evaluations) + settings.added_evaluations * len(corrected)
-        progress.begin(report, corrected, full, len(rehearsal.steps), total)
-        denoiser = CorrectedDenoiser(model, report, calls, rehearsal, full, corrected, settings, ahead, progress)
+        total = len(plan.evaluations) + settings.added_evaluations * len(corrected)
+        progress.begin(report, corrected, full, len(plan.sigmas) - 1, total)
+        denoiser = CorrectedDenoiser(model, report, calls, plan, rehearsal, full, corrected, settings, ahead, progress)
 
         def on_step(info):
             denoiser.on_step(info)
@@ -446,7 +435,7 @@ class CorrectedFunction:
 
         samples = function(denoiser, x, sigmas, extra_args=extra_args, callback=on_step, disable=disable, **options)
         denoiser.finish(samples)
-        denoiser.finite.check(samples, self._name, rehearsal.sigmas, _guidance_of(model))
+        denoiser.finite.check(samples, self._name, plan.sigmas, _guidance_of(model))
         progress.end()
         return samples
 
@@ -454,27 +443,32 @@ class CorrectedFunction:
     def _name(self):
         return sampler_name(self._function) or type(self._function).__name__
 
-    def _rehearse(self, rehearsed, steps):
-        """Return (the Rehearsal, ""), or (None, a sentence if `auto` corrects nothing) where there is no step, or none that can
-        be told and none that has to be. rehearsed(): the Rehearsal of so many steps. Another pack's sampler function may do
-        more than to sample: where nothing is corrected it is not called but for the run.
+    def _plan(self, rehearsal, sigmas, options):
+        """Return (RunPlan, Rehearsal, ""), the Rehearsal None where nothing is corrected and the sampler is known; or
+        (None, None, a sentence if `auto` corrects nothing) where there is no step, or none that can be told and none that has
+        to be. rehearsal(): the Rehearsal over these sigmas. Another pack's sampler function may do more than to sample: where
+        nothing is corrected it is not called but for the run.
 
         Raises ValueError where steps are to be corrected that cannot be told.
         """
         settings, reason = self._settings, refusal(self._name)
-        if steps < 1 or (settings.is_off and (reason or not is_of_the_host(self._function))):
-            return None, ""
-        if settings.is_auto and reason:
-            return None, nothing_because(reason)
+        is_untold = len(sigmas) < 2 or (settings.is_off and (reason or not is_of_the_host(self._function)))
+        if is_untold or (settings.is_auto and reason):
+            return None, None, nothing_because(reason) if settings.is_auto and reason else ""
         try:
-            return rehearsed(), ""
+            check_schedule(sigmas)
+            plan = RunPlan.of_stock(self._function, options, sigmas.tolist()) if settings.is_off else None
+            if plan is not None:
+                return plan, None, ""
+            found = rehearsal()
+            return found.plan(), found, ""
         except CannotRehearse as reason:
             if settings.is_off:
-                return None, ""
+                return None, None, ""
             is_schedule = isinstance(reason, BadSchedule)
             if settings.is_auto:
                 known = reason if is_schedule else f"the steps of {self._name} are not known before, because {reason}"
-                return None, nothing_because(known)
+                return None, None, nothing_because(known)
             if is_schedule:
                 raise ValueError(f"sigmas: {reason}; choose another schedule, or correction_steps none.") from reason
             raise ValueError(

@@ -11,7 +11,7 @@ from ...iec_core.mixed_precision import PredictionError
 from .cached_model import without_cache
 from .calibration import open_to_hooks
 from .network_calls import past_other_cache
-from .steps import Schedule
+from .run_plan import follow_run, place
 
 KEY = "iec_prediction_errors"
 EVALUATIONS = 4  # of a run in which this is measured, spread over it: one ranks the layers nearly as many do
@@ -33,6 +33,7 @@ def prediction_errors(model, choices, run, bar, within=_nothing):
     """
     measured = _Measured(model, choices, run.steps, bar, within)
     model = without_cache(open_to_hooks(model))
+    follow_run(model)
     model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, measured)
     run.sample(bar, model)
     return measured.errors
@@ -60,12 +61,11 @@ class _Measured:
 
     def __call__(self, executor, x, timestep, model_options=None, seed=None):
         options = past_other_cache((model_options or {}).get("transformer_options", {}))
-        schedule = Schedule(options["sample_sigmas"].flatten().tolist())
-        self._left = _steps_of(schedule.steps) if self._left is None else self._left
-        step = schedule.locate({**options, "sigmas": timestep})[0]
-        if step not in self._left:
+        told = place({**options, "sigmas": timestep})
+        self._left = _steps_of(told["schedule"].steps) if self._left is None else self._left
+        if told["step"] not in self._left:
             return executor(x, timestep, model_options, seed)
-        self._left.remove(step)
+        self._left.remove(told["step"])
         model_options = {**model_options, "transformer_options": options}
         with self._within(x, timestep, options):
             return self._measure(lambda: executor(x, timestep, model_options, seed))

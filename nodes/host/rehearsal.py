@@ -7,16 +7,22 @@ latent, its predictions and its noise: a rehearsal batch of unit vectors reads o
 
     item 0: latent 1, predictions 0, noise 0
     item 1: latent 0, predictions 1, noise 0        history and further evaluations of a step count as the step's own
-    item 2 + m: latent 0, predictions 0, draw m is 1
+    item 2 + m: latent 0, predictions 0, draws m, m + n, m + 2 n, ... are 1, for n that no step draws more than
     last item but one: latent 0, every other prediction 1, noise 0: tells what a prediction does by itself, without history
     last item: three times all of them together, which a sampler that is affine takes to three times their sum
+
+What a step draws is what its latent does not have of the one before, so that a draw's item may be another step's too.
 """
 
 import functools
 import inspect
 import itertools
 import math
+import threading
+import types
+import weakref
 from bisect import bisect
+from collections import Counter
 from dataclasses import dataclass, field
 
 import comfy.model_management
@@ -27,6 +33,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...iec_core.correction import Step
 from .noise import can_draw_ahead
+from .run_plan import RunPlan
+from .stock_samplers import evaluations_of
+
+MOST_KEPT = 16  # rehearsals of a sampler function for a model's noise levels
+STOCK_DRAWS = 4  # no sampler of the host draws more often in a step
 
 
 class CannotRehearse(ValueError):
@@ -73,11 +84,16 @@ class RehearsedStep:
 @dataclass(frozen=True)
 class Rehearsal:
     """steps: those of the run. evaluations: for each evaluation of the denoiser, in order, (number of its step, whether the
-    step is taken with its prediction).
+    step is taken with its prediction). levels: the sigma that the denoiser is given in each.
     """
 
     steps: list[RehearsedStep]
     evaluations: list[tuple[int, bool]]
+    levels: list[float]
+
+    def plan(self):
+        """Return a RunPlan for a run of it."""
+        return RunPlan(self.sigmas, self.evaluations, self.levels)
 
     @property
     def sigmas(self):
@@ -139,11 +155,12 @@ class _Record:
 class _StandIn:
     """Takes the place of the host's denoiser; attributes that samplers read are the denoiser's."""
 
-    def __init__(self, model, record, predict, patches):
+    def __init__(self, model, record, predict, patches, look):
         self._model = model
         self._record = record
         self._predict = predict
         self._patches = patches
+        self._look = look
 
     def __getattr__(self, name):
         return getattr(self._model, name)
@@ -151,6 +168,7 @@ class _StandIn:
     def __call__(self, x, sigma, model_options=None, **_):
         if _guidance_patches(model_options) != self._patches:
             raise CannotRehearse("it steps with the unguided prediction of its last evaluation")
+        self._look()
         self._record.evaluations.append((float(sigma.flatten()[0]), _numbers(x)))
         return self._predict(x, len(self._record.evaluations) - 1)
 
@@ -198,11 +216,12 @@ class _OwnDraws(TorchDispatchMode):
         return drawn
 
 
-def _play(function, model, like, sigmas, extra_args, options, latent, predict, noise, is_silent):
+def _play(function, model, like, sigmas, extra_args, options, look, latent, predict, noise, is_silent):
     """Run the sampler function on a batch of numbers, and return the _Record.
 
     latent: [items]; predict(x, number): the denoised prediction at x, in the evaluation of that number; noise(number): [items]
-    for each draw. like: the run's latent, for its dimensions and dtype. is_silent: whether the sampler's own draws are 0.
+    for each draw. like: the run's latent, for its dimensions and dtype. look(): called in every evaluation. is_silent: whether
+    the sampler's own draws are 0.
     """
     record = _Record()
 
@@ -219,7 +238,7 @@ def _play(function, model, like, sigmas, extra_args, options, latent, predict, n
         options = {**options, "noise_sampler": draw}
     with _OwnDraws(is_silent) as own:
         final = function(
-            _StandIn(model, record, predict, _guidance_patches(extra_args.get("model_options"))), x, sigmas.clone(),
+            _StandIn(model, record, predict, _guidance_patches(extra_args.get("model_options")), look), x, sigmas.clone(),
             extra_args=dict(extra_args), callback=on_step, disable=True, **options,
         )  # fmt: skip
     record.final, record.draws_by_itself = _numbers(final), own.happened
@@ -253,7 +272,8 @@ def _factors(record, own, index):
     b, alone = moved[1].item(), moved[-2].item()
     shows_history = is_affine and len(own) == len(record.evaluations)
     gain = (1 - alone / b if index % 2 else alone / b) if b and shows_history else 1.0
-    return a, b, [(number, moved[2 + number].item()) for number in draws], gain, is_affine
+    noises = len(x) - 4
+    return a, b, [(number, moved[2 + number % noises].item()) for number in draws], gain, is_affine
 
 
 def _are_close(values, others):
@@ -316,12 +336,17 @@ def check_schedule(sigmas):
         raise BadSchedule(f"the schedule goes on after its first 0, in step {step}, numbered from 0, where no noise is left")
 
 
-def rehearse(function, model, like, sigmas, extra_args, options, can_draw):
+def _nothing():
+    pass
+
+
+def rehearse(function, model, like, sigmas, extra_args, options, can_draw, look=_nothing):
     """Return the Rehearsal of a sampler function of the host over `sigmas` (n + 1, on the CPU).
 
     model: the host's denoiser, which is not evaluated. like: the latent of the run. extra_args, options: as the host passes
     them to the function. can_draw: whether the run can draw a step's noise ahead. If not, and for a deterministic step of
-    whatever order, the step is taken to lead where the probability-flow equation leads to first order.
+    whatever order, the step is taken to lead where the probability-flow equation leads to first order. look(): called in every
+    evaluation; it may raise the host's InterruptProcessingException, which passes.
 
     Raises CannotRehearse where the function fails on the stand-in, picks its steps by its latent, or does not take them one
     after the other; BadSchedule where no sampler could take these steps.
@@ -334,39 +359,107 @@ def rehearse(function, model, like, sigmas, extra_args, options, can_draw):
 
     def play(latent, predict, noise, is_silent=False):
         try:
-            return _play(function, model, like, sigmas, extra_args, options, latent, predict, noise, is_silent)
+            return _play(function, model, like, sigmas, extra_args, options, look, latent, predict, noise, is_silent)
         except (CannotRehearse, AppliedTwice, comfy.model_management.InterruptProcessingException):
             raise
         except Exception as error:
             raise CannotRehearse(f"it cannot be run on numbers ({type(error).__name__}: {error})") from error
 
-    # First over a curve and far out: a sampler that looks at its latent does something else than over the unit vectors.
-    first = play(torch.tensor([20.0, -15.0]), lambda x, _: torch.sin(3 * x), lambda _: torch.zeros(2))
-    units = torch.eye(2 + len(first.draws), 4 + len(first.draws))
-    units[:, -1] = 3
-    alternating = torch.zeros(units.shape[1])
-    alternating[-2:] = torch.tensor([1.0, 3.0])
-    record = play(
-        units[0],
-        lambda x, number: _spread(units[1] + (number + 1) % 2 * alternating, x),
-        lambda number: units[min(2 + number, len(units) - 1)],
-        is_silent=True,
-    )
-    if record.pattern() != first.pattern():
+    first, noises = None, STOCK_DRAWS
+    if evaluations_of(function, options) is None:
+        # Over a curve and far out: a sampler that looks at its latent does something else than over the unit vectors.
+        first = play(torch.tensor([20.0, -15.0]), lambda x, _: torch.sin(3 * x), lambda _: torch.zeros(2))
+        _check_callbacks(first)
+        noises = _most_draws(first)
+    record = _on_unit_vectors(play, noises)
+    if first is not None and record.pattern() != first.pattern():
         raise CannotRehearse("it picks its steps as it goes")
-    if not record.callbacks or [step for step, _ in record.callbacks] != list(range(len(record.callbacks))):
-        raise CannotRehearse("it does not take its steps one after the other")
-    if record.callbacks[0][1] != 1:
-        raise CannotRehearse("it does not say that a step begins before it evaluates further")
+    _check_callbacks(record)
     begins = [before - 1 for _, before in record.callbacks]
     own = _own_evaluations(record, begins)
-    starts = [record.evaluations[number][0] for number in own]
+    levels = [sigma for sigma, _ in record.evaluations]
+    starts = [levels[number] for number in own]
     if 0 in starts:
         raise CannotRehearse("a step of its own begins at sigma 0")
     schedule = sigmas.tolist() if len(own) == len(sigmas) - 1 else None
     steps = [_step(record, own, index, starts, schedule, sampling, can_draw) for index in range(len(own))]
-    evaluations = [(max(bisect(begins, number) - 1, 0), number in own) for number in range(len(record.evaluations))]
-    return Rehearsal(steps, evaluations)
+    evaluations = [(max(bisect(begins, number) - 1, 0), number in own) for number in range(len(levels))]
+    return Rehearsal(steps, evaluations, levels)
+
+
+def _on_unit_vectors(play, noises):
+    """Return the _Record of a play whose items tell the coefficients. noises: at least as many as a step draws."""
+    units = torch.eye(2 + noises, 4 + noises)
+    units[:, -1] = 3
+    alternating = torch.zeros(units.shape[1])
+    alternating[-2:] = torch.tensor([1.0, 3.0])
+    return play(
+        units[0],
+        lambda x, number: _spread(units[1] + (number + 1) % 2 * alternating, x),
+        lambda number: units[2 + number % noises],
+        is_silent=True,
+    )
+
+
+def _check_callbacks(record):
+    if not record.callbacks or [step for step, _ in record.callbacks] != list(range(len(record.callbacks))):
+        raise CannotRehearse("it does not take its steps one after the other")
+    if record.callbacks[0][1] != 1:
+        raise CannotRehearse("it does not say that a step begins before it evaluates further")
+
+
+def _most_draws(record):
+    """Return how often a step draws noise, at most; at least 1."""
+    own = _own_evaluations(record, [before - 1 for _, before in record.callbacks])
+    draws = Counter(bisect(own, before - 1) for before, *_ in record.draws)
+    return max(draws.values(), default=1)
+
+
+_kept = (
+    weakref.WeakKeyDictionary()
+)  # of sampler functions, for noise levels: {what else counts: Rehearsal or why there is none}
+_keeping = threading.Lock()
+
+
+def rehearsal_of(function, model, like, sigmas, extra_args, options, can_draw, look=_nothing):
+    """As `rehearse`, from an earlier run where that was of the same function, options, sigmas, noise levels and kind of latent.
+    A function that other packs make as a callable of their own may have changed since, and is rehearsed each time.
+    """
+    kept, key = _kept_for(function, model, like, sigmas, options, can_draw)
+    if kept is None:
+        return rehearse(function, model, like, sigmas, extra_args, options, can_draw, look)
+    with _keeping:
+        found = kept.get(key)
+    if found is None:
+        try:
+            found = rehearse(function, model, like, sigmas, extra_args, options, can_draw, look)
+        except CannotRehearse as reason:
+            found = type(reason)(*reason.args)
+        with _keeping:
+            kept[key] = found
+            while len(kept) > MOST_KEPT:
+                del kept[next(iter(kept))]
+    if isinstance(found, CannotRehearse):
+        raise type(found)(*found.args)
+    return found
+
+
+def _kept_for(function, model, like, sigmas, options, can_draw):
+    """Return ({key: Rehearsal or CannotRehearse}, key) for a run; (None, None) for one whose rehearsal cannot be kept."""
+    sampling = getattr(getattr(getattr(model, "inner_model", None), "inner_model", None), "model_sampling", None)
+    is_plain = all(isinstance(value, (bool, int, float, str, type(None))) for value in options.values())
+    if not isinstance(function, types.FunctionType) or sampling is None or not is_plain:
+        return None, None
+    sides = tuple(min(length, 2) for length in like.shape[1:])
+    key = (tuple(sigmas.tolist()), sides, like.dtype, sigmas.dtype, frozenset(options.items()), can_draw)
+    with _keeping:
+        return _kept.setdefault(function, weakref.WeakKeyDictionary()).setdefault(sampling, {}), key
+
+
+def forget(function):
+    """Forget the rehearsals of a sampler function, which has not kept to one."""
+    with _keeping:
+        _kept.pop(function, None)
 
 
 def input_scale(sampling, sigma):

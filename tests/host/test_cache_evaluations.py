@@ -296,6 +296,59 @@ def test_steps_are_told_by_their_order_of_a_sampler_that_shows_another_sigma(eva
     assert [number for number, full in enumerate(found) if full] == in_full(name, 16)
 
 
+def test_a_host_function_that_another_pack_has_changed_is_followed(evaluated):
+    """It says that it is the host's, and evaluates twice where that does once."""
+
+    def sample_euler(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        return sampler_of("heun")(model, x, sigmas, extra_args=extra_args, callback=callback, disable=disable)
+
+    sample_euler.__module__ = sampler_of("euler").__module__
+    found = evaluated(sample_euler, FALLING)
+    assert [number for number, full in enumerate(found) if full] == in_full("heun", 7)
+
+
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m"])
+def test_a_guider_that_calls_the_network_in_its_own_way(host, cached, model, name):
+    """Past the host's wrappers around a prediction: steps are known all the same."""
+    import comfy.samplers
+
+    class OwnWay(comfy.samplers.CFGGuider):
+        def __call__(self, x, timestep, model_options=None, seed=None):
+            conds = self.conds.get("positive")
+            return comfy.samplers.calc_cond_batch(self.inner_model, [conds], x, timestep, model_options)[0]
+
+    positive, start = host.run("IECClassLabel", labels="face")[0], noise(1, 3, 8, 8)
+
+    def sample(kind, model):
+        guider = kind(model)
+        guider.set_conds(positive, positive)
+        guider.set_cfg(1.0)
+        sigmas = torch.tensor(FALLING)
+        return guider.sample(start, torch.zeros_like(start), comfy.samplers.sampler_object(name), sigmas, disable_pbar=True)
+
+    expected = sample(comfy.samplers.CFGGuider, cached(model))
+    assert torch.equal(sample(OwnWay, cached(model)), expected)
+    assert not torch.equal(sample(OwnWay, model), expected)
+
+
+def test_where_a_sampler_evaluates_once_a_step_nothing_is_read_from_the_device(draw, cached, flux):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function is torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    def reads(model):
+        with torch.inference_mode(False), torch.no_grad(), Reads() as counted:
+            draw(model, noise(1, 16, 8, 16).clone(), "euler")
+        return counted.count
+
+    assert reads(cached(flux)) == reads(flux) > 0
+
+
 def test_a_forecast_goes_by_the_steps_that_an_iec_sampler_tells(host, draw, cached, model, relative):
     model = cached(model, forecast="linear")
     told = host.run("IECApply", model=model, correction_steps="none", lambda_=0.5, max_iterations=1, tolerance=0.0)[0]
@@ -393,7 +446,7 @@ def test_cache_and_report_number_the_steps_of_a_sampler_that_spaces_its_own_alik
         sample(watched, reports, steps=12, cfg=1.0, sampler_name="dpm_fast", scheduler="normal", correction_steps="full")
     finally:
         hook.remove()
-    own = [(told["step"], full) for told, full in seen if told is not None and told["iteration"] == 0]
+    own = [(told["step"], full) for told, full in seen if (told["position"], told["iteration"]) == (told["step"], 0)]
     assert [step for step, _ in own] == list(range(5))
     assert [step for step, full in own if full] == [step.step for step in reports[0].steps if step.corrected] == [0, 2, 3, 4]
 
@@ -459,7 +512,7 @@ def test_what_an_iec_sampler_tells_begins_an_evaluation_where_the_host_tells_non
     model, start = network
     told = host.run("IECApply", model=cached(model), correction_steps="none", **IEC)[0]
     expected = draw(told, start)
-    assert torch.equal(draw(with_function(told, leaving_out(["iec_run_steps"])), start), expected)
+    assert torch.equal(draw(with_function(told, leaving_out(["iec_run_plan"])), start), expected)
     assert not torch.equal(expected, draw(model, start))
 
 
@@ -530,5 +583,5 @@ def test_our_own_wrapper_is_no_other_node_that_leaves_out_blocks(draw, cached, f
 
 
 def test_the_name_iec_is_written_in_one_place(host):
-    folder = Path(host_module("steps").__file__).parent
+    folder = Path(host_module("run_plan").__file__).parent
     assert [file.name for file in folder.glob("*.py") for _ in range(file.read_text().count('"iec"'))] == ["network_calls.py"]

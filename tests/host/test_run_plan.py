@@ -1,0 +1,325 @@
+"""The plan of a run: what is known of the host's samplers, what is rehearsed and when, and that each run has its own."""
+
+import collections
+import dataclasses
+import functools
+import itertools
+import sys
+import threading
+
+import pytest
+import torch
+from toy import ToyGuider, run
+
+SETTINGS = {"correction_steps": "all", "lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0}
+SIGMAS = [14.6, 8.0, 5.0, 3.0, 1.5, 0.5, 0.0]
+RISING = [14.6, 7.0, 3.0, 1.0, 5.0, 2.0, 0.5, 0.0]
+OF_THEIR_OWN = {"dpm_fast", "dpm_adaptive"}  # steps
+
+
+@pytest.fixture
+def module(host):
+    """module(name): one of the pack's modules under nodes/host."""
+    place = host.nodes["IECSampler"].__module__.removesuffix("correct") + "host."
+    return lambda name: sys.modules[place + name]
+
+
+def known_samplers():
+    import comfy.samplers
+
+    return [name for name in comfy.samplers.KSampler.SAMPLERS if name not in OF_THEIR_OWN]
+
+
+class Recorder(ToyGuider):
+    """Takes down in which evaluation each callback comes."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.callbacks = []
+
+    def record(self, sampler, sigmas):
+        sigmas = torch.tensor(sigmas)
+        run(sampler, self, sigmas, dtype=torch.float32, callback=lambda step, *_: self.callbacks.append(len(self.calls)))
+        return self
+
+    def __call__(self, x, sigma, model_options=None, seed=None):
+        denoised = super().__call__(x, sigma)
+        for function in (model_options or {}).get("sampler_post_cfg_function", []):
+            arguments = {"denoised": denoised, "uncond_denoised": denoised, "model_options": model_options}
+            denoised = function({**arguments, "cond_denoised": denoised, "input": x, "sigma": sigma, "model": self.inner_model})
+        return denoised
+
+
+SCHEDULES = {
+    "EPS": [
+        SIGMAS, SIGMAS[:-1], [14.6, 3.0, 0.0], [14.6, 0.0], [14.6, 3.0], [14.6, 7.0, 7.0, 1.0, 0.0], RISING,
+    ],
+    "FLOW": [[1.0, 0.9, 0.75, 0.5, 0.2, 0.0], [0.8, 0.5, 0.2], [1.0, 0.0]],
+}  # fmt: skip
+
+
+def test_the_hosts_samplers_evaluate_as_the_table_says(host, module):
+    """As each one does by itself, over schedules that end at 0, that do not, that are short, and that rise again."""
+    import comfy.samplers
+
+    seen = set()
+    for name in known_samplers():
+        sampler = comfy.samplers.sampler_object(name)
+        for kind, schedules in SCHEDULES.items():
+            for sigmas in schedules:
+                plan = module("run_plan").RunPlan.of_stock(sampler.sampler_function, sampler.extra_options, sigmas)
+                if plan is None:
+                    assert sigmas == RISING, name
+                    continue
+                expected = plan.evaluations
+                try:
+                    found = Recorder(kind).record(sampler, sigmas)
+                except (RecursionError, torch.linalg.LinAlgError):
+                    continue  # dpmpp_sde and sa_solver do not run over a step of no width
+                first = [number for number, (step, _) in enumerate(expected) if step not in dict(expected[:number])]
+                case = f"{name} on {sigmas}"
+                assert (len(found.calls), found.callbacks) == (len(expected), [number + 1 for number in first]), case
+                seen.add((name, kind))
+    assert len(seen) == 2 * len(known_samplers())
+
+
+def test_the_table_agrees_with_rehearsals(host, module, monkeypatch):
+    """Also in which evaluation a step is taken with; the rehearsals are those of a sampler that nothing is known of."""
+    import comfy.samplers
+
+    rehearsal, known = module("rehearsal"), module("stock_samplers").evaluations_of
+    compared = 0
+    for name, sigmas in itertools.product(known_samplers(), (SIGMAS, SIGMAS[:-1])):
+        sampler = comfy.samplers.sampler_object(name)
+        table = known(sampler.sampler_function, sampler.extra_options).of_steps(sigmas)
+        shorter = rehearsal.rehearse_by_name.__wrapped__
+        try:
+            by_table = shorter(name, tuple(sigmas))
+            with monkeypatch.context() as patch:
+                patch.setattr(rehearsal, "evaluations_of", lambda *_: None)
+                at_length = shorter(name, tuple(sigmas))
+        except rehearsal.CannotRehearse:
+            assert "cfg_pp" in name
+            continue
+        assert at_length.evaluations == by_table.evaluations == table, name
+        assert at_length.levels == by_table.levels
+        for one, other in zip(at_length.steps, by_table.steps):
+            assert dataclasses.astuple(one.step) == pytest.approx(dataclasses.astuple(other.step), rel=1e-4, abs=1e-5)
+            factors = [[draw.factor for draw in rehearsed.draws] for rehearsed in (one, other)]
+            assert factors[0] == pytest.approx(factors[1], rel=1e-4, abs=1e-5)
+            assert one.gain == pytest.approx(other.gain, rel=1e-3)
+        compared += 1
+    assert compared > 50
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "is_known"),
+    [
+        ("sa_solver", {"use_pece": True}, False), ("dpm_2_ancestral", {"eta": 2.0}, False), ("euler", {"s_churn": 3.0}, True),
+        ("euler_ancestral", {"eta": 0.3}, True), ("euler", {"unheard_of": 1}, False),
+    ],
+)  # fmt: skip
+def test_options_that_may_change_the_evaluations_are_not_in_the_table(host, module, name, options, is_known):
+    import comfy.samplers
+
+    function = comfy.samplers.sampler_object(name).sampler_function
+    assert (module("stock_samplers").evaluations_of(function, options) is not None) == is_known
+
+
+def test_a_rehearsal_has_as_many_items_whatever_is_drawn_and_the_factors_of_the_formula(host, module, monkeypatch):
+    """Of euler_ancestral: sigma_up = min(s', sqrt(s'^2 (s^2 - s'^2) / s^2)), in each of 60 steps."""
+    rehearsal, sizes = module("rehearsal"), []
+    play = rehearsal._play
+
+    def playing(*args, **kwargs):
+        sizes.append(len(args[7]))
+        return play(*args, **kwargs)
+
+    monkeypatch.setattr(rehearsal, "_play", playing)
+    found = {}
+    for steps in (6, 60):
+        sigmas = [*torch.linspace(2.6, -3, steps).exp().tolist(), 0.0]
+        found[steps] = sigmas, rehearsal.rehearse_by_name.__wrapped__("euler_ancestral", tuple(sigmas))
+    assert len(set(sizes)) == 1
+    sigmas, long = found[60]
+    for step, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas[:-1])):
+        (draw,) = long.steps[step].draws
+        assert draw.number == step
+        expected = min(sigma_next, (sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2) ** 0.5)
+        assert draw.factor == pytest.approx(expected, rel=1e-4)
+    assert long.steps[-1].draws == ()
+
+
+@pytest.fixture
+def plays(module, monkeypatch):
+    """How often sampler functions were rehearsed, and with how many: a Counter of function names."""
+    rehearsal, counted = module("rehearsal"), collections.Counter()
+    play = rehearsal._play
+
+    def counting(function, *args, **kwargs):
+        counted[getattr(function, "__name__", "callable")] += 1
+        return play(function, *args, **kwargs)
+
+    monkeypatch.setattr(rehearsal, "_play", counting)
+    monkeypatch.setattr(rehearsal, "_kept", type(rehearsal._kept)())
+    return counted
+
+
+def corrected(host, sampler, **settings):
+    return host.run("IECSampler", sampler=sampler, **{**SETTINGS, **settings})[0]
+
+
+def test_a_run_is_rehearsed_once_and_again_only_where_something_is_other(host, plays):
+    import comfy.samplers
+
+    guider, plain = ToyGuider("EPS"), comfy.samplers.sampler_object("euler")
+    first = run(corrected(host, plain), guider, torch.tensor(SIGMAS))
+    assert torch.equal(run(corrected(host, plain), guider, torch.tensor(SIGMAS)), first)  # another SAMPLER, the same function
+    assert plays["sample_euler"] == 1
+    run(corrected(host, plain), guider, torch.tensor(SIGMAS[1:]))
+    assert plays["sample_euler"] == 2
+    run(corrected(host, comfy.samplers.ksampler("euler", {"s_churn": 1.0})), guider, torch.tensor(SIGMAS))
+    assert plays["sample_euler"] == 3
+    run(corrected(host, plain), ToyGuider("FLOW"), torch.linspace(1, 0, 6))
+    assert plays["sample_euler"] == 4
+    run(corrected(host, plain), guider, torch.tensor(SIGMAS))
+    assert plays["sample_euler"] == 4
+
+
+def test_what_cannot_be_rehearsed_is_told_alike_each_time(host, plays):
+    import comfy.samplers
+
+    def sample_blind(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        return model(x, sigmas[0] * x.new_ones([len(x)]), **extra_args)
+
+    sampler, sentences = corrected(host, comfy.samplers.KSAMPLER(sample_blind)), set()
+    for _ in range(3):
+        with pytest.raises(ValueError, match=r"^sampler: the steps of blind cannot be corrected, because") as error:
+            run(sampler, ToyGuider("EPS"), torch.tensor(SIGMAS))
+        sentences.add(str(error.value))
+    assert len(sentences) == 1 and plays["sample_blind"] == 1
+
+
+def test_a_callable_of_another_pack_is_rehearsed_each_time(host, plays):
+    """It may have changed since: here the noise that it adds."""
+    import comfy.samplers
+
+    class Half:
+        __name__ = "half"
+        factor = 0.5
+
+        def __call__(self, model, x, sigmas, extra_args=None, callback=None, disable=None):
+            for i in range(len(sigmas) - 1):
+                denoised = model(x, sigmas[i] * x.new_ones([len(x)]), **extra_args)
+                callback({"x": x, "i": i, "denoised": denoised})
+                x = self.factor * x + 0.3 * denoised
+            return x
+
+    half, guider = Half(), ToyGuider("FLOW")
+    for half.factor in (0.5, 0.7):
+        guider.calls.clear()
+        run(corrected(host, comfy.samplers.KSAMPLER(half)), guider, torch.linspace(1, 0, 5))
+        x, at, _ = guider.calls[0]
+        denoised = guider.denoised(x, torch.full((2,), at, dtype=torch.float64))
+        torch.testing.assert_close(guider.calls[1][0], half.factor * x + 0.3 * denoised, rtol=1e-6, atol=1e-6)
+    assert plays["half"] == 4
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_sde", "unipc"])
+def test_nothing_is_rehearsed_of_the_hosts_samplers_with_none(host, plays, name):
+    import comfy.samplers
+
+    sampler = comfy.samplers.sampler_object({"unipc": "uni_pc"}.get(name, name))
+    guider = ToyGuider("EPS")
+    ours, reports = host.run("IECSampler", sampler=sampler, **{**SETTINGS, "correction_steps": "none"})
+    result = run(ours, guider, torch.tensor(SIGMAS), dtype=torch.float32)
+    assert not plays and torch.equal(result, run(sampler, ToyGuider("EPS"), torch.tensor(SIGMAS), dtype=torch.float32))
+    assert [step.sigma for step in reports[0].steps] == pytest.approx(SIGMAS[:-1])
+    assert sum(step.nfe for step in reports[0].steps) == reports[0].nfe == len(guider.calls)
+
+
+def test_an_interrupt_passes_in_the_middle_of_a_stock_samplers_rehearsal(host, plays):
+    import comfy.samplers
+    from comfy.model_management import InterruptProcessingException, interrupt_current_processing, processing_interrupted
+
+    guider = ToyGuider("EPS")
+    interrupt_current_processing()
+    with pytest.raises(InterruptProcessingException):
+        run(corrected(host, comfy.samplers.sampler_object("euler")), guider, torch.tensor(SIGMAS))
+    assert not processing_interrupted() and not guider.calls and plays["sample_euler"] == 1
+    run(corrected(host, comfy.samplers.sampler_object("euler")), guider, torch.tensor(SIGMAS))
+    assert plays["sample_euler"] == 2 and guider.calls  # what was interrupted is not kept
+
+
+def test_a_plan_that_a_sampler_departs_from_is_forgotten(host, plays):
+    """The function does, in its third run, what a switch says; so it fails once, and not for ever."""
+    import comfy.samplers
+
+    switch = {"steps": slice(None)}
+
+    def sample_some(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        function = comfy.samplers.sampler_object("euler").sampler_function
+        return function(model, x, sigmas[switch["steps"]], extra_args=extra_args, callback=callback, disable=disable)
+
+    sampler = corrected(host, comfy.samplers.KSAMPLER(sample_some))
+    run(sampler, ToyGuider("EPS"), torch.tensor(SIGMAS))
+    switch["steps"] = slice(None, -2)
+    with pytest.raises(RuntimeError, match=r"^sampler: it takes other steps in this run than its schedule says"):
+        run(sampler, ToyGuider("EPS"), torch.tensor(SIGMAS))
+    result = run(sampler, ToyGuider("EPS"), torch.tensor(SIGMAS))
+    expected = run(corrected(host, comfy.samplers.sampler_object("euler")), ToyGuider("EPS"), torch.tensor(SIGMAS[:-2]))
+    torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_runs_at_once_have_each_a_plan_of_their_own(host):
+    """One SAMPLER in four threads that take turns at every evaluation, each over a schedule of another length."""
+    import comfy.samplers
+
+    lengths, turn = (4, 5, 6, 7), threading.Barrier(4)
+
+    class Waiting(ToyGuider):
+        waits = True
+
+        def __call__(self, *args, **kwargs):
+            if self.waits and len(self.calls) < 6:  # as many as the shortest run has
+                turn.wait(60)
+            return super().__call__(*args, **kwargs)
+
+    sampler = corrected(host, comfy.samplers.sampler_object("euler"), evaluation_point="next")
+    results = {}
+
+    def sample(length, waits=True):
+        guider = Waiting("EPS", None, torch.sin)
+        guider.waits = waits
+        sigmas = torch.tensor([*torch.linspace(2, 0.1, length).tolist(), 0.0])
+        with torch.inference_mode():
+            return run(sampler, guider, sigmas, seed=length)
+
+    def keep(length):
+        results[length] = sample(length)
+
+    threads = [threading.Thread(target=keep, args=(length,)) for length in lengths]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for length in lengths:
+        assert torch.equal(results[length], sample(length, waits=False))
+
+
+def test_a_run_inside_a_run_has_a_plan_of_its_own(host):
+    """A sampler of another pack refines by its first half, each time anew, by a corrected sampler's function."""
+    import comfy.samplers
+
+    inner = corrected(host, comfy.samplers.sampler_object("euler"), evaluation_point="next")
+    alone = functools.partial(inner.sampler_function, disable=True)
+
+    def sample_twice(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        half = alone(model, x, sigmas[:3], extra_args=extra_args)
+        return alone(model, half, sigmas[2:], extra_args=extra_args)
+
+    guider = ToyGuider("EPS", None, torch.sin)
+    result = run(comfy.samplers.KSAMPLER(sample_twice), guider, torch.tensor(SIGMAS))
+    whole = run(inner, ToyGuider("EPS", None, torch.sin), torch.tensor(SIGMAS))
+    assert [iteration for _, _, iteration in guider.calls] == [0, 1] * 5 + [0]
+    torch.testing.assert_close(result, whole, rtol=1e-9, atol=1e-9)
