@@ -38,7 +38,7 @@ def with_cache(model, settings, make_run, node):
         _check_tiles(model_options, node)
         return make_run(functools.partial(kind, settings, model_options=model_options))
 
-    def evaluate(executor, x, t, c, y, control, transformer_options, **kwargs):
+    def evaluate(executor, x, t, c, y, control, transformer_options, /, **kwargs):
         """Either kind's wrapper; c, y: c_concat, c_crossattn of a model, context, y of a network."""
         kwargs.pop(KEY, None)
         run = transformer_options.get(KEY)

@@ -107,7 +107,7 @@ class _PairedRun:
         self._quantized, self._scales = model.model if quantize.quantization_of(model) else None, scales_of(model)
         self._reference, self._measured = reference, measured
 
-    def evaluate(self, executor, x, t, c, y, control, transformer_options, **kwargs):
+    def evaluate(self, executor, x, t, c, y, control, transformer_options, /, **kwargs):
         """As CacheRun.evaluate."""
         self._statistics.is_reference = True
         result = self._reference.evaluate(executor, x, t, c, y, _own(control), transformer_options, **kwargs)
@@ -147,7 +147,7 @@ class _ProfiledRun:
     def __init__(self, run, profile):
         self._run, self._profile = run, profile
 
-    def evaluate(self, executor, x, t, c, y, control, transformer_options, **kwargs):
+    def evaluate(self, executor, x, t, c, y, control, transformer_options, /, **kwargs):
         """As CacheRun.evaluate."""
         bits, calibrated = transformer_options.get(quantize.KEY, "none"), self._profile.facts["quantization"]
         if bits != calibrated:
