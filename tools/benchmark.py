@@ -119,6 +119,29 @@ PROMPTS = ("face, heart", "person, vehicle", "fruit, boat", "clock, flag")
 CALIBRATION_SEED = 500
 
 
+def rehearsals(nodes, repeat):
+    """What a rehearsal of each of the host's samplers takes, which a run with corrections begins with, once."""
+    import comfy.samplers
+
+    host = next(module for name, module in sys.modules.items() if name.endswith(".nodes.host.rehearsal"))
+    at = host.NoModel()
+    latent = torch.zeros(1, 4, 64, 64)
+    table("sampler", "20 steps, ms", "500 steps, ms", "20 steps again, ms")
+    for name in comfy.samplers.KSampler.SAMPLERS:
+        sampler = comfy.samplers.sampler_object(name)
+        sigmas = {steps: comfy.samplers.KSampler(at, steps, "cpu", name, "karras", 1.0).sigmas for steps in (20, 500)}
+
+        def rehearse(steps, how, sampler=sampler, sigmas=sigmas):
+            how(sampler.sampler_function, at, latent, sigmas[steps], {"seed": 1}, sampler.extra_options, True)
+
+        try:
+            took = [median_seconds(lambda steps=steps: rehearse(steps, host.rehearse), repeat) for steps in (20, 500)]
+            again = median_seconds(lambda: rehearse(20, host.rehearsal_of), repeat)
+        except host.CannotRehearse:
+            continue
+        row(name, *(f"{1000 * seconds:.0f}" for seconds in took), f"{1000 * again:.2f}")
+
+
 def calibration_inputs(nodes, steps, runs, sampler_name="ddim", scheduler="normal", cfg=3.0, prompts=PROMPTS):
     """Return the inputs of a calibrating node's runs: on four pairs of classes, on seeds of their own."""
     label = nodes["IECClassLabel"]
@@ -373,7 +396,7 @@ def correction_pass(nodes, repeat):
 
 
 OF_BOTH_MODELS = {"caches": caches, "calibrated": calibrated, "bias": bias}
-BENCHMARKS = {"overhead": overhead, "correction_pass": correction_pass, "stochastic": stochastic}
+BENCHMARKS = {"overhead": overhead, "rehearsals": rehearsals, "correction_pass": correction_pass, "stochastic": stochastic}
 
 
 def main():

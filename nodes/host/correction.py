@@ -26,7 +26,7 @@ from .known_errors import is_exact
 from .network_calls import IEC, NetworkCalls, base_of, network_of, past_other_cache
 from .noise import NoiseAhead, can_draw_ahead, is_of_the_host, sampler_name
 from .quantized_network import lost_changes
-from .rehearsal import AppliedTwice, BadSchedule, CannotRehearse, check_schedule, forget, rehearsal_of, rehearse_by_name
+from .rehearsal import AppliedTwice, BadSchedule, CannotRehearse, check_schedule, forget, plan_by_name, rehearsal_of
 from .run_plan import Departed, RunPlan, with_place
 
 SOME_SIGMAS = (8.0, 5.0, 3.0, 1.5, 0.5, 0.0)  # over which a sampler shows how it steps, whatever the run's will be
@@ -66,11 +66,9 @@ class CorrectedDenoiser(CountedDenoiser):
     through. Nothing is read back from the device before `finish`.
     """
 
-    def __init__(self, model, report, calls, plan, rehearsal, full, corrected, settings, noise, progress):
-        """plan: the run's. rehearsal: it may be None where nothing is corrected."""
+    def __init__(self, model, report, calls, plan, full, corrected, settings, noise, progress):
         super().__init__(model, report, calls)
         self._plan = plan
-        self._rehearsal = rehearsal
         self._full = full
         self._corrected = corrected
         self._settings = settings
@@ -102,7 +100,7 @@ class CorrectedDenoiser(CountedDenoiser):
         return self._evaluate(step, x, sigma, _tell(extra_args, self._plan.place(x)))
 
     def _correct(self, step, x, sigma, extra_args):
-        own, of = self._rehearsal.steps[step], self._settings.step_of(step)
+        own, of = self._plan.rehearsal.steps[step], self._settings.step_of(step)
         is_paper = self._settings.evaluation_point == "paper"
         level = own.evaluated_at if is_paper else own.evaluated_next
 
@@ -182,7 +180,7 @@ class CorrectedDenoiser(CountedDenoiser):
         """Take down the run's final latent, and read back what happened."""
         self._plan.check_is_over()
         self._begin(samples.device)  # the end of the last step
-        self._report.keep(len(self._plan.sigmas) - 1, samples)
+        self._report.keep(self._plan.steps, samples)
         seconds = self._stopwatch.seconds()
         self._traces.take(wait=True)
         self._report.finish(seconds)
@@ -199,7 +197,7 @@ class CorrectedDenoiser(CountedDenoiser):
         _tell_lost_changes(self._report, self._model)
 
     def _tell_bias(self):
-        rehearsed, network = self._rehearsal, network_of(self._model)
+        rehearsed, network = self._plan.rehearsal, network_of(self._model)
         run = CorrectedRun(
             self._settings.evaluation_point,
             tuple(step.gain for step in rehearsed.steps),
@@ -301,17 +299,15 @@ def refusal(name):
     return None
 
 
-def resolved(settings, rehearsal, full, other_cache=""):
+def resolved(settings, plan, full, other_cache=""):
     """Return (settings, sentence): what `auto` chooses for a run, and why; the settings themselves, and "", without it.
 
-    full: the steps that a cache of this pack evaluates in full, None without one. other_cache: another's name.
+    plan: the RunPlan. full: the steps that a cache of this pack evaluates in full, None without one. other_cache: another's
+    name.
     """
     if not settings.is_auto:
         return settings, ""
-    noisy = [rehearsed.step.is_ancestral for rehearsed in rehearsal.steps if rehearsed.draws]
-    noise = "" if not noisy else "ancestral" if all(noisy) else "other"
-    why_none = rehearsal.why_no_end_is_known()
-    choice = choose(Situation(tuple(rehearsal.sigmas), rehearsal.known_ends, why_none, noise, full, other_cache))
+    choice = choose(Situation(tuple(plan.sigmas), plan.known_ends, plan.why_no_end, plan.noise, full, other_cache))
     return settings.with_choice(choice), choice.why
 
 
@@ -325,16 +321,16 @@ def check_sampler(name, settings, of="sampler"):
         raise ValueError(f"{of}: {reason}; choose another sampler, or correction_steps none.")
     if settings.is_ahead and name in comfy.samplers.KSampler.SAMPLERS:
         try:
-            check_known_ends(name, settings, rehearse_by_name(name, SOME_SIGMAS), of)
+            check_known_ends(name, settings, plan_by_name(name, SOME_SIGMAS), of)
         except CannotRehearse:  # the run says so
             return
 
 
-def check_known_ends(name, settings, rehearsal, of="sampler"):
+def check_known_ends(name, settings, plan, of="sampler"):
     """Raise ValueError where steps are to be corrected `ahead` and the sampler of this name has none that can be, by its
-    Rehearsal; of: the input that names it.
+    RunPlan; of: the input that names it.
     """
-    reason = None if settings.is_off or not settings.is_ahead else rehearsal.why_no_end_is_known()
+    reason = None if settings.is_off or not settings.is_ahead else plan.why_no_end
     if reason:
         raise ValueError(
             f"{of}: {name} {reason}, and evaluation_point ahead is for samplers that step with one prediction (euler, ddim, "
@@ -409,24 +405,23 @@ class CorrectedFunction:
         function, schedule, seed = self._function, sigmas.cpu(), extra_args.get("seed")
         can_draw = seed is not None and can_draw_ahead(function, options)
         look = comfy.model_management.throw_exception_if_processing_interrupted
-        plan, rehearsal, report.choice = self._plan(
+        plan, report.choice = self._plan(
             lambda: rehearsal_of(function, model, x, schedule, extra_args, options, can_draw, look), schedule, options
         )
         calls = NetworkCalls()
         extra_args = calls.watch(extra_args, network_of(model))
         if plan is None:
             return self._run_uncorrected(report, calls, model, x, sigmas, extra_args, callback, disable, options)
-        full, settings, corrected, ahead = full_steps(extra_args, plan.sigmas), self._settings, frozenset(), None
-        if rehearsal is not None:
-            settings, report.choice = resolved(settings, rehearsal, full, other_cache(extra_args["model_options"]))
-            check_known_ends(self._name, settings, rehearsal)
-            corrected = settings.corrected_steps(plan.sigmas, full, rehearsal.known_ends)
-        if any(rehearsal.steps[step].draws for step in corrected):
+        full = full_steps(extra_args, plan.sigmas)
+        settings, report.choice = resolved(self._settings, plan, full, other_cache(extra_args["model_options"]))
+        check_known_ends(self._name, settings, plan)
+        corrected, ahead = settings.corrected_steps(plan.sigmas, full, plan.known_ends), None
+        if any(plan.rehearsal.steps[step].draws for step in corrected):
             ahead = NoiseAhead(function, x, sigmas, seed)
             options = {**options, **ahead.options}
         total = len(plan.evaluations) + settings.added_evaluations * len(corrected)
-        progress.begin(report, corrected, full, len(plan.sigmas) - 1, total)
-        denoiser = CorrectedDenoiser(model, report, calls, plan, rehearsal, full, corrected, settings, ahead, progress)
+        progress.begin(report, corrected, full, plan.steps, total)
+        denoiser = CorrectedDenoiser(model, report, calls, plan, full, corrected, settings, ahead, progress)
 
         def on_step(info):
             denoiser.on_step(info)
@@ -444,31 +439,30 @@ class CorrectedFunction:
         return sampler_name(self._function) or type(self._function).__name__
 
     def _plan(self, rehearsal, sigmas, options):
-        """Return (RunPlan, Rehearsal, ""), the Rehearsal None where nothing is corrected and the sampler is known; or
-        (None, None, a sentence if `auto` corrects nothing) where there is no step, or none that can be told and none that has
-        to be. rehearsal(): the Rehearsal over these sigmas. Another pack's sampler function may do more than to sample: where
-        nothing is corrected it is not called but for the run.
+        """Return (RunPlan, ""), or (None, a sentence if `auto` corrects nothing) where there is no step, or none that can be
+        told and none that has to be. rehearsal(): the Rehearsal over these sigmas, which is not asked for where nothing can be
+        corrected: it takes a moment, and another pack's sampler function may do more than to sample.
 
         Raises ValueError where steps are to be corrected that cannot be told.
         """
         settings, reason = self._settings, refusal(self._name)
-        is_untold = len(sigmas) < 2 or (settings.is_off and (reason or not is_of_the_host(self._function)))
-        if is_untold or (settings.is_auto and reason):
-            return None, None, nothing_because(reason) if settings.is_auto and reason else ""
+        if len(sigmas) < 2 or (settings.is_off and (reason or not is_of_the_host(self._function))):
+            return None, ""
+        if settings.is_auto and reason:
+            return None, nothing_because(reason)
         try:
             check_schedule(sigmas)
-            plan = RunPlan.of_stock(self._function, options, sigmas.tolist()) if settings.is_off else None
-            if plan is not None:
-                return plan, None, ""
-            found = rehearsal()
-            return found.plan(), found, ""
+            plan = RunPlan.of_stock(self._function, options, sigmas.tolist())
+            if plan is not None and (settings.is_off or (settings.is_auto and plan.why_no_end)):
+                return plan, ""
+            return rehearsal().plan(), ""
         except CannotRehearse as reason:
             if settings.is_off:
-                return None, None, ""
+                return None, ""
             is_schedule = isinstance(reason, BadSchedule)
             if settings.is_auto:
                 known = reason if is_schedule else f"the steps of {self._name} are not known before, because {reason}"
-                return None, None, nothing_because(known)
+                return None, nothing_because(known)
             if is_schedule:
                 raise ValueError(f"sigmas: {reason}; choose another schedule, or correction_steps none.") from reason
             raise ValueError(

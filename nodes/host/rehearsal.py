@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ...iec_core.correction import Step
 from .noise import can_draw_ahead
 from .run_plan import RunPlan
-from .stock_samplers import evaluations_of
+from .stock_samplers import MORE_THAN_ONCE, WITH_HISTORY, evaluations_of
 
 MOST_KEPT = 16  # rehearsals of a sampler function for a model's noise levels
 STOCK_DRAWS = 4  # no sampler of the host draws more often in a step
@@ -93,7 +93,7 @@ class Rehearsal:
 
     def plan(self):
         """Return a RunPlan for a run of it."""
-        return RunPlan(self.sigmas, self.evaluations, self.levels)
+        return RunPlan(self.sigmas, self.evaluations, self.why_no_end_is_known(), self)
 
     @property
     def sigmas(self):
@@ -121,14 +121,20 @@ class Rehearsal:
         """Whether a step is taken with earlier predictions too."""
         return any(abs(rehearsed.gain - 1) > 1e-3 for rehearsed in self.steps)
 
+    @property
+    def noise(self):
+        """Which noise steps add: "" none, "ancestral" that of the model's own stochastic equation, "other" any else."""
+        noisy = [rehearsed.step.is_ancestral for rehearsed in self.steps if rehearsed.draws]
+        return "" if not noisy else "ancestral" if all(noisy) else "other"
+
     def why_no_end_is_known(self):
         """Return the reason why no step's end is known beforehand, to go on after the sampler's name; None where some are."""
         if self.evaluates_more_than_once:
-            return "evaluates more than once in a step"
+            return MORE_THAN_ONCE
         if len(self.steps) > 1 and not self._ends_at_a_begin():
             return "evaluates at other sigmas than its steps lead to"
         if self.has_history:
-            return "steps with its earlier predictions too"
+            return WITH_HISTORY
         if not all(rehearsed.is_exact for rehearsed in self.steps[:-1]):
             return "takes steps, or adds noise, that cannot be told from one prediction"
         return None
@@ -492,6 +498,21 @@ class NoModel:
 
     def get_model_object(self, _):
         return self.model_sampling
+
+
+def plan_by_name(sampler_name, sigmas, levels=None, may_be_by_table=False):
+    """Return the RunPlan of a sampler of the host's list over `sigmas`, a tuple of n + 1 floats, on noise levels, by default
+    the `Levels`. may_be_by_table: whether the table will do for a sampler of which it says that no step's end is known.
+
+    Raises CannotRehearse as `rehearse`.
+    """
+    if may_be_by_table:
+        check_schedule(torch.tensor(sigmas))
+        sampler = comfy.samplers.sampler_object(sampler_name)
+        plan = RunPlan.of_stock(sampler.sampler_function, sampler.extra_options, list(sigmas))
+        if plan is not None and plan.why_no_end:
+            return plan
+    return rehearse_by_name(sampler_name, sigmas, levels).plan()
 
 
 @functools.lru_cache(maxsize=64)

@@ -105,13 +105,15 @@ class RunPlan:
     """The plan of a run whose evaluations are known before.
 
     sigmas: those at which the steps begin, and the last one's end: n + 1 floats. evaluations: of the sampler's own, in order,
-    (number of its step, whether the step is taken with it). levels: at which sigma each is; None where that is not known.
+    (number of its step, whether the step is taken with it). why_no_end: the reason why the result of no step is known with its
+    own prediction, to go on after the sampler's name; None where some are, or nothing is known of it. rehearsal: the run's
+    Rehearsal, None for a plan by the table, by which no step can be corrected.
     """
 
-    def __init__(self, sigmas, evaluations, levels=None):
+    def __init__(self, sigmas, evaluations, why_no_end=None, rehearsal=None):
         self.sigmas, self.evaluations = sigmas, evaluations
+        self.why_no_end, self.rehearsal = why_no_end, rehearsal
         self.schedule = Schedule(sigmas)
-        self._levels = levels
         self._begun = 0  # evaluations
 
     @classmethod
@@ -121,7 +123,24 @@ class RunPlan:
         """
         known = evaluations_of(function, options)
         rises = any(here < then for here, then in itertools.pairwise(sigmas))
-        return None if known is None or (rises and known.each > 1) else cls(sigmas, known.of_steps(sigmas))
+        if known is None or (rises and known.each > 1):
+            return None
+        return cls(sigmas, known.of_steps(sigmas), known.why_no_end_is_known(sigmas))
+
+    @property
+    def steps(self):
+        """The number of steps."""
+        return len(self.sigmas) - 1
+
+    @property
+    def known_ends(self):
+        """As of the Rehearsal."""
+        return frozenset() if self.rehearsal is None else self.rehearsal.known_ends
+
+    @property
+    def noise(self):
+        """As of the Rehearsal."""
+        return "" if self.rehearsal is None else self.rehearsal.noise
 
     def begin(self):
         """Begin the sampler's next evaluation; return (number of its step, whether the step is taken with it). Raises Departed
@@ -137,9 +156,9 @@ class RunPlan:
         step, is_own = self.evaluations[self._begun - 1]
         if is_own:
             return _told(self.schedule, x, step, float(step), self.sigmas[step])
-        if self._levels is None:
+        if self.rehearsal is None:
             return _told(self.schedule, x, step, None, None)
-        level = self._levels[self._begun - 1]
+        level = self.rehearsal.levels[self._begun - 1]
         position = self.schedule.position_near(level, step)
         return _told(self.schedule, x, self.schedule.step_at(position), position, level)
 

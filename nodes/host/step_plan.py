@@ -19,7 +19,7 @@ from ...iec_core.schedule import parse_correction_steps, steps_within
 from .caching import CacheSettings
 from .correction import check_sampler, refusal, resolved
 from .profiles import PROFILES
-from .rehearsal import CannotRehearse, FlowLevels, FluxLevels, Levels, NoModel, rehearse_by_name
+from .rehearsal import CannotRehearse, FlowLevels, FluxLevels, Levels, NoModel, plan_by_name
 
 ALL = parse_correction_steps("all")
 ROUTE = "/iec/step_plan"
@@ -120,17 +120,17 @@ def step_plan(correction, sampling, cache=None, correction_pass="refresh", is_ca
     if len(sigmas) < 2:
         nothing = {"corrected": [], "correctable": [], "full": None, "open": []}
         return {**about, "steps": 0, **nothing, "full_corrections": 0, "evaluations": 0, "nfe": 0}
-    rehearsal = _rehearsal(settings, sampling.sampler_name, sigmas)
-    begins, evaluations = rehearsal.sigmas, len(rehearsal.evaluations)
+    plan = _plan(settings, sampling.sampler_name, sigmas)
+    begins, evaluations = plan.sigmas, len(plan.evaluations)
     full = None if cache is None else _full_steps(schedules, begins, **cache)
-    goes_by_cache = settings.steps.kind == "full" or (settings.is_auto and rehearsal.known_ends)
+    goes_by_cache = settings.steps.kind == "full" or (settings.is_auto and plan.known_ends)
     if goes_by_cache and full is None and (is_cache_open or cache is not None):
         raise NotKnown("correction_steps: which steps a cache evaluates in full is known when it runs.")
-    if settings.is_auto and rehearsal.known_ends:
+    if settings.is_auto and plan.known_ends:
         settings, corrected, maybe, about["choice"] = _chosen(settings, sampling.sampler_name, schedules, full)
     else:
-        settings, about["choice"] = resolved(settings, rehearsal, full)
-        corrected, maybe = settings.corrected_steps(begins, full, rehearsal.known_ends), frozenset()
+        settings, about["choice"] = resolved(settings, plan, full)
+        corrected, maybe = settings.corrected_steps(begins, full, plan.known_ends), frozenset()
     about["evaluation_point"] = settings.evaluation_point
     at = {settings.step_of(step) for step in corrected}
     in_full = at if full is None else at.intersection(full if correction_pass != "reuse" else ())
@@ -139,7 +139,7 @@ def step_plan(correction, sampling, cache=None, correction_pass="refresh", is_ca
         "steps": len(begins) - 1,
         "corrected": sorted(corrected),
         "open": sorted(maybe),
-        "correctable": sorted(replace(settings, steps=ALL).corrected_steps(begins, None, rehearsal.known_ends)),
+        "correctable": sorted(replace(settings, steps=ALL).corrected_steps(begins, None, plan.known_ends)),
         "full": full,
         "full_corrections": settings.added_evaluations * len(in_full),
         "evaluations": evaluations,
@@ -153,10 +153,10 @@ def _chosen(settings, sampler_name, schedules, full):
     """
     chosen, steps, sentences = [], [], {}
     for name, sigmas in schedules.items():
-        rehearsal = _rehearsal(settings, sampler_name, sigmas, MODELS[name])
-        choice, why = resolved(settings, rehearsal, full)
+        plan = _plan(settings, sampler_name, sigmas, MODELS[name])
+        choice, why = resolved(settings, plan, full)
         chosen.append(choice)
-        steps.append(choice.corrected_steps(rehearsal.sigmas, full, rehearsal.known_ends))
+        steps.append(choice.corrected_steps(plan.sigmas, full, plan.known_ends))
         sentences.setdefault(why, []).append(name)
     corrected, some = frozenset.intersection(*steps), frozenset.union(*steps)
     sentence, *others = sentences
@@ -166,9 +166,10 @@ def _chosen(settings, sampler_name, schedules, full):
     return max(chosen, key=lambda one: one.is_ahead), corrected, some - corrected, sentence
 
 
-def _rehearsal(settings, sampler_name, sigmas, levels=None):
+def _plan(settings, sampler_name, sigmas, levels=None):
     try:
-        return rehearse_by_name(sampler_name, tuple(sigmas.tolist()), levels)
+        may_be_by_table = (settings.is_auto or settings.is_off) and refusal(sampler_name) is None
+        return plan_by_name(sampler_name, tuple(sigmas.tolist()), levels, may_be_by_table)
     except CannotRehearse as reason:
         known = refusal(sampler_name) if settings.is_auto else None
         sentence = f"sampler_name: its steps are not known before it runs, because {reason}."

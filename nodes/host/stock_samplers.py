@@ -1,12 +1,18 @@
-"""What the host's own samplers do, as data: how often each evaluates the denoiser in a step.
+"""What the host's own samplers do, as data: how often each evaluates the denoiser in a step, and whether it steps with more
+than the step's own prediction.
 
-A test holds every line to a rehearsal of the sampler. Other packs' samplers, those that space their steps themselves
+Tests hold every line to the sampler itself and to its rehearsal. Other packs' samplers, those that space their steps themselves
 (dpm_fast, dpm_adaptive), and options that change how often a sampler evaluates are not here.
 """
 
 from dataclasses import dataclass
 
 from .noise import is_of_the_host, sampler_name
+
+# Why the result of no step is known with its own prediction, to go on after the sampler's name.
+MORE_THAN_ONCE = "evaluates more than once in a step"
+WITH_HISTORY = "steps with its earlier predictions too"
+SHOWS_HISTORY = 4  # steps, in which every sampler that has history shows it
 
 
 @dataclass(frozen=True)
@@ -15,7 +21,7 @@ class Evaluations:
 
     each: in a step. first: in the first one, where that is another number. last: in its last steps, in order, where the
     schedule ends at 0; always_so: on other schedules too. own: which of a step's evaluations the step is taken with, 0 the
-    first, -1 the last; the host's callback comes after the first.
+    first, -1 the last; the host's callback comes after the first. has_history: whether it steps with earlier predictions too.
     """
 
     each: int = 1
@@ -23,6 +29,7 @@ class Evaluations:
     last: tuple[int, ...] = ()
     always_so: bool = False
     own: int = 0
+    has_history: bool = False
 
     def of_steps(self, sigmas):
         """Return (number of the step, whether the step is taken with it) of every evaluation over n + 1 sigmas, in order."""
@@ -35,8 +42,18 @@ class Evaluations:
             counts[steps - len(ending) :] = ending
         return [(step, index == self.own % count) for step, count in enumerate(counts) for index in range(count)]
 
+    def why_no_end_is_known(self, sigmas):
+        """Return the reason why no step's result over n + 1 sigmas is known with its prediction; None where only a rehearsal
+        tells.
+        """
+        steps = len(sigmas) - 1
+        if len(self.of_steps(sigmas)) > steps:
+            return MORE_THAN_ONCE
+        return WITH_HISTORY if self.has_history and steps >= SHOWS_HISTORY else None
+
 
 ONE = Evaluations()
+HISTORY = Evaluations(has_history=True)
 TWO = Evaluations(2, last=(1,))
 THREE = Evaluations(3, last=(1,))
 
@@ -52,37 +69,37 @@ EVALUATIONS = {
     "exp_heun_2_x0_sde": TWO,
     "dpm_2": TWO,
     "dpm_2_ancestral": TWO,
-    "lms": ONE,
+    "lms": HISTORY,
     "dpmpp_2s_ancestral": TWO,
     "dpmpp_2s_ancestral_cfg_pp": TWO,
     "dpmpp_sde": TWO,
     "dpmpp_sde_gpu": TWO,
-    "dpmpp_2m": ONE,
-    "dpmpp_2m_cfg_pp": ONE,
-    "dpmpp_2m_sde": ONE,
-    "dpmpp_2m_sde_gpu": ONE,
-    "dpmpp_2m_sde_heun": ONE,
-    "dpmpp_2m_sde_heun_gpu": ONE,
-    "dpmpp_3m_sde": ONE,
-    "dpmpp_3m_sde_gpu": ONE,
+    "dpmpp_2m": HISTORY,
+    "dpmpp_2m_cfg_pp": HISTORY,
+    "dpmpp_2m_sde": HISTORY,
+    "dpmpp_2m_sde_gpu": HISTORY,
+    "dpmpp_2m_sde_heun": HISTORY,
+    "dpmpp_2m_sde_heun_gpu": HISTORY,
+    "dpmpp_3m_sde": HISTORY,
+    "dpmpp_3m_sde_gpu": HISTORY,
     "ddpm": ONE,
     "lcm": ONE,
-    "ipndm": ONE,
-    "ipndm_v": ONE,
-    "deis": ONE,
-    "res_multistep": ONE,
-    "res_multistep_cfg_pp": ONE,
-    "res_multistep_ancestral": ONE,
-    "res_multistep_ancestral_cfg_pp": ONE,
-    "gradient_estimation": ONE,
-    "gradient_estimation_cfg_pp": ONE,
-    "er_sde": ONE,
+    "ipndm": HISTORY,
+    "ipndm_v": HISTORY,
+    "deis": HISTORY,
+    "res_multistep": HISTORY,
+    "res_multistep_cfg_pp": HISTORY,
+    "res_multistep_ancestral": HISTORY,
+    "res_multistep_ancestral_cfg_pp": HISTORY,
+    "gradient_estimation": HISTORY,
+    "gradient_estimation_cfg_pp": HISTORY,
+    "er_sde": HISTORY,
     "seeds_2": TWO,
     "seeds_3": THREE,
-    "sa_solver": ONE,
+    "sa_solver": HISTORY,
     "sa_solver_pece": Evaluations(2, first=1, own=-1),
-    "unipc": ONE,
-    "unipc_bh2": ONE,
+    "unipc": HISTORY,
+    "unipc_bh2": HISTORY,
 }
 
 # Options of the host's sampler functions that leave the number of evaluations as it is.
@@ -96,5 +113,5 @@ HARMLESS_OF_ONE = HARMLESS | {"eta"}  # a step of much noise may have no determi
 def evaluations_of(function, options):
     """Return the Evaluations of a sampler function with these options, None where they are not known."""
     known = EVALUATIONS.get(sampler_name(function)) if is_of_the_host(function) else None
-    harmless = HARMLESS_OF_ONE if known is ONE else HARMLESS
+    harmless = HARMLESS_OF_ONE if known in (ONE, HISTORY) else HARMLESS
     return known if known is not None and harmless.issuperset(options) else None

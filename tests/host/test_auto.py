@@ -79,11 +79,11 @@ def test_which_samplers_it_corrects(host):
     choices = {}
     for name in set(comfy.samplers.KSampler.SAMPLERS) - {name for name in KNOWN_ENDS if name in CORRECTED}:
         with contextlib.suppress(rehearsal.CannotRehearse):
-            choices[name] = correction.resolved(settings, rehearsal.rehearse_by_name(name, sigmas), None)
+            choices[name] = correction.resolved(settings, rehearsal.rehearse_by_name(name, sigmas).plan(), None)
     assert len(choices) > 20 and "another way than euler_ancestral" in choices["lcm"][1]
     assert all(chosen.is_off for chosen, _ in choices.values())
     for name in CORRECTED:
-        chosen, _ = correction.resolved(settings, rehearsal.rehearse_by_name(name, sigmas), None)
+        chosen, _ = correction.resolved(settings, rehearsal.rehearse_by_name(name, sigmas).plan(), None)
         assert (chosen.steps.numbers, chosen.evaluation_point) == (tuple(range(11)), "ahead"), name
 
 

@@ -84,15 +84,17 @@ def test_the_hosts_samplers_evaluate_as_the_table_says(host, module):
 
 
 def test_the_table_agrees_with_rehearsals(host, module, monkeypatch):
-    """Also in which evaluation a step is taken with; the rehearsals are those of a sampler that nothing is known of."""
+    """Also in which evaluation a step is taken with, and in the reason why no step's result is known with its prediction; the
+    rehearsals are those of a sampler that nothing is known of.
+    """
     import comfy.samplers
 
     rehearsal, known = module("rehearsal"), module("stock_samplers").evaluations_of
     compared = 0
     for name, sigmas in itertools.product(known_samplers(), (SIGMAS, SIGMAS[:-1])):
         sampler = comfy.samplers.sampler_object(name)
-        table = known(sampler.sampler_function, sampler.extra_options).of_steps(sigmas)
-        shorter = rehearsal.rehearse_by_name.__wrapped__
+        line = known(sampler.sampler_function, sampler.extra_options)
+        table, shorter = line.of_steps(sigmas), rehearsal.rehearse_by_name.__wrapped__
         try:
             by_table = shorter(name, tuple(sigmas))
             with monkeypatch.context() as patch:
@@ -102,6 +104,7 @@ def test_the_table_agrees_with_rehearsals(host, module, monkeypatch):
             assert "cfg_pp" in name
             continue
         assert at_length.evaluations == by_table.evaluations == table, name
+        assert at_length.why_no_end_is_known() == line.why_no_end_is_known(sigmas), name
         assert at_length.levels == by_table.levels
         for one, other in zip(at_length.steps, by_table.steps):
             assert dataclasses.astuple(one.step) == pytest.approx(dataclasses.astuple(other.step), rel=1e-4, abs=1e-5)
@@ -225,15 +228,22 @@ def test_a_callable_of_another_pack_is_rehearsed_each_time(host, plays):
     assert plays["half"] == 4
 
 
-@pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_sde", "unipc"])
-def test_nothing_is_rehearsed_of_the_hosts_samplers_with_none(host, plays, name):
+@pytest.mark.parametrize(
+    ("steps", "name", "why"),
+    [
+        *[("none", name, "") for name in ("euler", "heun", "dpmpp_sde", "uni_pc")],
+        ("auto", "heun", "the sampler evaluates more than once in a step"),
+        ("auto", "uni_pc", "the sampler steps with its earlier predictions too"),
+    ],
+)
+def test_nothing_is_rehearsed_of_a_sampler_of_the_host_that_is_not_corrected(host, plays, steps, name, why):
     import comfy.samplers
 
-    sampler = comfy.samplers.sampler_object({"unipc": "uni_pc"}.get(name, name))
-    guider = ToyGuider("EPS")
-    ours, reports = host.run("IECSampler", sampler=sampler, **{**SETTINGS, "correction_steps": "none"})
+    sampler, guider = comfy.samplers.sampler_object(name), ToyGuider("EPS")
+    ours, reports = host.run("IECSampler", sampler=sampler, **{**SETTINGS, "correction_steps": steps})
     result = run(ours, guider, torch.tensor(SIGMAS), dtype=torch.float32)
     assert not plays and torch.equal(result, run(sampler, ToyGuider("EPS"), torch.tensor(SIGMAS), dtype=torch.float32))
+    assert reports[0].choice == (f"auto corrects nothing: {why}." if why else "")
     assert [step.sigma for step in reports[0].steps] == pytest.approx(SIGMAS[:-1])
     assert sum(step.nfe for step in reports[0].steps) == reports[0].nfe == len(guider.calls)
 
