@@ -11,6 +11,7 @@ import functools
 import itertools
 import platform
 import statistics
+import sys
 import time
 import types
 

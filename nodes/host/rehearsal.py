@@ -32,7 +32,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...iec_core.correction import Step
-from .noise import can_draw_ahead
+from .noise import can_draw_ahead, is_of_the_host
 from .run_plan import RunPlan
 from .stock_samplers import MORE_THAN_ONCE, WITH_HISTORY, evaluations_of
 
@@ -450,6 +450,11 @@ def rehearsal_of(function, model, like, sigmas, extra_args, options, can_draw, l
     return found
 
 
+def _identity(function):
+    """Return what stands for a function from run to run. The host makes dpm_fast's anew for each, with nothing of it inside."""
+    return function.__code__ if is_of_the_host(function) and function.__closure__ is None else function
+
+
 def _kept_for(function, model, like, sigmas, options, can_draw):
     """Return ({key: Rehearsal or CannotRehearse}, key) for a run; (None, None) for one whose rehearsal cannot be kept."""
     sampling = getattr(getattr(getattr(model, "inner_model", None), "inner_model", None), "model_sampling", None)
@@ -459,13 +464,14 @@ def _kept_for(function, model, like, sigmas, options, can_draw):
     sides = tuple(min(length, 2) for length in like.shape[1:])
     key = (tuple(sigmas.tolist()), sides, like.dtype, sigmas.dtype, frozenset(options.items()), can_draw)
     with _keeping:
-        return _kept.setdefault(function, weakref.WeakKeyDictionary()).setdefault(sampling, {}), key
+        return _kept.setdefault(_identity(function), weakref.WeakKeyDictionary()).setdefault(sampling, {}), key
 
 
 def forget(function):
     """Forget the rehearsals of a sampler function, which has not kept to one."""
-    with _keeping:
-        _kept.pop(function, None)
+    if isinstance(function, types.FunctionType):
+        with _keeping:
+            _kept.pop(_identity(function), None)
 
 
 def input_scale(sampling, sigma):

@@ -189,6 +189,19 @@ def test_a_run_is_rehearsed_once_and_again_only_where_something_is_other(host, p
     assert plays["sample_euler"] == 4
 
 
+def test_a_function_that_the_host_makes_for_every_run_is_rehearsed_once(host, plays):
+    import comfy.samplers
+
+    for _ in range(2):
+        run(
+            corrected(host, comfy.samplers.sampler_object("dpm_fast")),
+            ToyGuider("EPS"),
+            torch.tensor(SIGMAS),
+            dtype=torch.float32,
+        )
+    assert plays["dpm_fast_function"] == 2  # a sampler that is not in the table is played twice
+
+
 def test_what_cannot_be_rehearsed_is_told_alike_each_time(host, plays):
     import comfy.samplers
 
