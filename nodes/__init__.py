@@ -28,9 +28,9 @@ if COPIES is None:  # a second copy brings nothing: routes, operators and the pa
         quantize,
         report,
     )
-    from .host.events import running_server
+    from .host.correction.events import running_server
+    from .host.correction.step_plan import serve_step_plans
     from .host.inputs import refuse_unfit_values
-    from .host.step_plan import serve_step_plans
 
     QUANTIZATION = quantize, calibrate_weights, quantization_profile, quantization_report
     MODULES = correct, *QUANTIZATION, deepcache, cachequant, builtin, compare, pictures, report, contraction

@@ -4,8 +4,8 @@ import comfy.samplers
 from comfy_api.latest import io
 
 from ..iec_core.choices import unknown_choice
-from .host.calibration import Runs
 from .host.profiles import PROFILES
+from .host.sampling.calibration_runs import Runs
 
 PROMPTS = ("positive", "positive_2", "positive_3", "positive_4")
 SAMPLING = ("steps", "cfg", "sampler_name", "scheduler")

@@ -5,7 +5,7 @@ from comfy_api.latest import io
 
 from ..iec_core.choices import unknown_choice
 from . import plots
-from .host.contraction import probe_contraction
+from .host.correction.contraction import probe_contraction
 from .host.inputs import CheckedNode, known_values
 from .host.schema import schema
 from .types import as_image, shown_on

@@ -2,12 +2,12 @@
 
 from comfy_api.latest import io
 
-from ..iec_core.activation_scales import ActivationScales
 from ..iec_core.choices import unknown_choice
+from ..iec_core.quantization.activation_scales import ActivationScales
 from .calibration import profile_name_input, run_inputs, taken_runs, wrong_run_choice
-from .host.activation_scales import apply_scales, calibrate_activations
 from .host.inputs import CheckedNode, known_values
 from .host.profiles import PROFILES
+from .host.quantization.activation_scales import apply_scales, calibrate_activations
 from .host.schema import schema
 from .types import QuantizationProfileSocket
 

@@ -11,12 +11,12 @@ import functools
 import itertools
 import platform
 import statistics
-import sys
 import time
 import types
 
 import comfyui
 import experiment_rows
+import pack
 import torch
 
 # Stable Diffusion 1.5's U-Net, as the host detects it.
@@ -124,7 +124,7 @@ def rehearsals(nodes, repeat):
     """What a rehearsal of each of the host's samplers takes, which a run with corrections begins with, once."""
     import comfy.samplers
 
-    host = next(module for name, module in sys.modules.items() if name.endswith(".nodes.host.rehearsal"))
+    host = pack.pack_module("nodes.host.sampling.rehearsal")
     at = host.NoModel()
     latent = torch.zeros(1, 4, 64, 64)
     table("sampler", "20 steps, ms", "500 steps, ms", "20 steps again, ms")

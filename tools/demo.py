@@ -47,7 +47,7 @@ def promised_evaluations(workflow):
     """Return the number of evaluations that the workflow's samplers will take in all, for samplers of one evaluation a step
     and heun, at most.
     """
-    correction, schedule = pack.load("iec_core.correction"), pack.load("iec_core.schedule")
+    correction, schedule = pack.load("iec_core.correction.iteration"), pack.load("iec_core.correction.correction_steps")
     names = ("correction_steps", "lambda_", "max_iterations", "tolerance", "evaluation_point")
     total = 0
     for inputs in samplers(workflow):

@@ -144,7 +144,7 @@ class Run:
         guidance counts twice.
         """
         full = range(0, self.steps, self.interval)
-        settings = pack.load("iec_core.correction").CorrectionSettings.parse(
+        settings = pack.load("iec_core.correction.iteration").CorrectionSettings.parse(
             self.correction_steps, self.lambda_, self.max_iterations, evaluation_point=self.evaluation_point
         )
         corrected = settings.steps.of(self.steps, full)

@@ -13,7 +13,6 @@ import json
 import multiprocessing
 import pathlib
 import signal
-import sys
 import tempfile
 import time
 from dataclasses import asdict, replace
@@ -71,7 +70,7 @@ def weights_digest(run):
 @contextlib.contextmanager
 def weights_of(architecture, path):
     """A context in which a built-in model is loaded with the weights of a file."""
-    (builtin,) = [module for name, module in sys.modules.items() if name.endswith("nodes.host.builtin_model")]
+    builtin = pack.pack_module("nodes.host.builtin_model")
     config = builtin.ARCHITECTURES[architecture]
     before, config.path = config.path, path
     try:

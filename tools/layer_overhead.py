@@ -16,14 +16,15 @@ from unittest import mock
 
 import benchmark
 import comfyui
+import pack
 import torch
 
 SIZE, SIDE = 64, 2
 
 
 def modules():
-    """Return (nodes.host.quantized_layers, iec_core.int8) of the pack, as the host has loaded it."""
-    layers = next(module for name, module in sys.modules.items() if name.endswith(".nodes.host.quantized_layers"))
+    """Return (nodes.host.quantization.quantized_layers, iec_core.quantization.int8) of the pack, as the host has loaded it."""
+    layers = pack.pack_module("nodes.host.quantization.quantized_layers")
     return layers, sys.modules[layers.linear_int8.__module__]
 
 
@@ -40,7 +41,7 @@ def pair(kind, weight="int8", **activation):
     ).requires_grad_(False)
     for parameter in plain.parameters():  # the layers come without values
         torch.nn.init.normal_(parameter)
-    core = sys.modules[layers.KernelTimes.__module__.replace("kernel_times", "quantization")]
+    core = pack.pack_module("iec_core.quantization.packing")
     packing = core.Packing(plain.weight.shape, core.WeightFormat(weight))
     packed, format_ = packing.quantize(plain.weight), layers.ActivationFormat(8, **activation)
     return plain, layers.class_for(plain).of("layer", plain, packing, packed, plain.bias, format_)

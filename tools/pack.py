@@ -1,4 +1,4 @@
-"""Import of the pack's host-free core outside a ComfyUI.
+"""Import of the pack's host-free core outside a ComfyUI, and the modules of a pack that a ComfyUI has loaded.
 
 The repository root must never be on sys.path, because the pack's folder `nodes` would hide the host's module of that
 name. So `iec_core` is registered under its own name, and its modules are imported as usual from then on.
@@ -12,9 +12,16 @@ from comfyui import ROOT
 
 
 def load(name):
-    """Import and return a module of the core, such as "iec_core.schedule"."""
+    """Import and return a module of the core, such as "iec_core.correction.correction_steps"."""
     if "iec_core" not in sys.modules:
         spec = importlib.util.spec_from_file_location("iec_core", ROOT / "iec_core" / "__init__.py")
         sys.modules["iec_core"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules["iec_core"])
     return importlib.import_module(name)
+
+
+def pack_module(name):
+    """Return the pack's module of a dotted name, such as "nodes.host.sampling.rehearsal", as the host has loaded it, which is
+    under a name of its own.
+    """
+    return next(module for loaded, module in sys.modules.items() if loaded.endswith(f".{name}"))

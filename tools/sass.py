@@ -21,7 +21,7 @@ with contextlib.suppress(ImportError):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-launch, products, tiles = (pack.load(f"iec_core.kernels.{name}") for name in ("launch", "products", "tiles"))
+launch, products, tiles = (pack.load(f"iec_core.quantization.kernels.{name}") for name in ("launch", "products", "tiles"))
 
 CAPABILITIES = (80, 89, 90, 120)  # A100, 4090, H100, 5090
 CONV_TYPES = {

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from iec_core.correction import CorrectionSettings, Step, corrected_denoised
-from iec_core.fp8 import has_scaled_mm, linear_fp8
-from iec_core.int8 import conv2d_int8, int_matmul, linear_int8
-from iec_core.quantization import Packing, WeightFormat, quantize_rows
+from iec_core.correction.iteration import CorrectionSettings, Step, corrected_denoised
+from iec_core.quantization.fp8 import has_scaled_mm, linear_fp8
+from iec_core.quantization.int8 import conv2d_int8, int_matmul, linear_int8
+from iec_core.quantization.packing import Packing, WeightFormat, quantize_rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU; run `make test-gpu` where there is one")
 

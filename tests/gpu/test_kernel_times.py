@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from iec_core.kernel_times import CudaClock, KernelTimes
+from iec_core.quantization.kernel_times import CudaClock, KernelTimes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU; run `make test-gpu` where there is one")
 

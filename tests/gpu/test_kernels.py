@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from iec_core.kernels import launch, tiles
-from iec_core.kernels.operators import conv2d_int8
+from iec_core.quantization.kernels import launch, tiles
+from iec_core.quantization.kernels.operators import conv2d_int8
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU; run `make test-gpu` where there is one")
 

@@ -4,8 +4,8 @@ import comfyui
 import pytest
 import torch
 
-from iec_core.gptq import Metric, Moments, fitted, low_rank
-from iec_core.quantization import WeightFormat
+from iec_core.quantization.gptq import Metric, Moments, fitted, low_rank
+from iec_core.quantization.packing import WeightFormat
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU; run `make test-gpu` where there is one")
 

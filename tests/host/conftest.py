@@ -2,12 +2,12 @@
 
 import copy
 import pathlib
-import sys
 import types
 
 import comfyui
 import pytest
 import torch
+from pack import pack_module
 
 FOLDER = pathlib.Path(__file__).parent
 SHARED_MODELS = "builtin_model", "small_model"  # fixtures of MODELs that last as long as the process
@@ -75,8 +75,7 @@ def build_small(host):
     import comfy.model_patcher
     from random_weights import randomize
 
-    package = host.nodes["IECLoadBuiltinModel"].__module__.removesuffix("builtin")
-    builtin, cpu = sys.modules[f"{package}host.builtin_model"], torch.device("cpu")
+    builtin, cpu = pack_module("nodes.host.builtin_model"), torch.device("cpu")
 
     class SmallModel(builtin.BuiltinModel):
         pass

@@ -6,10 +6,10 @@ own run, which has the same evaluations in the same order.
 
 import itertools
 import math
-import sys
 
 import pytest
 import torch
+from pack import pack_module
 from toy import Listener, ToyGuider, run
 
 AHEAD = {"lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0, "evaluation_point": "ahead"}
@@ -48,11 +48,10 @@ def undamped(host):
     """undamped(name): the SAMPLER with each step evaluated ahead and corrected by nothing; users cannot set a lambda of 0."""
     import comfy.samplers
 
-    place = host.nodes["IECSampler"].__module__.removesuffix("nodes.correct")
-    settings = sys.modules[place + "iec_core.correction"].CorrectionSettings
-    steps = sys.modules[place + "iec_core.schedule"].parse_correction_steps("all")
-    reports = sys.modules[place + "iec_core.report"].RunReport
-    wrap = sys.modules[place + "nodes.host.correction"].with_correction
+    settings = pack_module("iec_core.correction.iteration").CorrectionSettings
+    steps = pack_module("iec_core.correction.correction_steps").parse_correction_steps("all")
+    reports = pack_module("iec_core.report").RunReport
+    wrap = pack_module("nodes.host.correction.sampler").with_correction
 
     def make(name, iterations=1):
         chosen = settings(steps, lambda_=0.0, max_iterations=iterations, tolerance=0.0, evaluation_point="ahead")
@@ -225,10 +224,9 @@ def test_in_painting_keeps_what_is_outside_the_mask(host, model, conditioning, s
 
 
 def why_not(host, name):
-    place = host.nodes["IECSampler"].__module__.removesuffix("correct") + "host."
-    rehearsal, correction = (sys.modules[place + module] for module in ("rehearsal", "correction"))
+    rehearsal = pack_module("nodes.host.sampling.rehearsal")
     try:
-        return rehearsal.rehearse_by_name(name, correction.SOME_SIGMAS).why_no_end_is_known()
+        return rehearsal.rehearse_by_name(name, pack_module("nodes.host.correction.sampler").SOME_SIGMAS).why_no_end_is_known()
     except rehearsal.CannotRehearse:
         return "cannot be rehearsed"
 

@@ -1,10 +1,10 @@
 """The samplers as they are added, with `correction_steps` auto: never worse than the stock sampler, and better where it can."""
 
 import contextlib
-import sys
 
 import pytest
 import torch
+from pack import pack_module
 from test_ahead import KNOWN_ENDS
 
 AUTO = {"correction_steps": "auto", "lambda_": 0.5, "max_iterations": 1, "tolerance": 1e-5}
@@ -70,10 +70,9 @@ def test_which_samplers_it_corrects(host):
     """From 10 steps on: those that take Euler's step, or that of the model's own stochastic equation, and no other."""
     import comfy.samplers
 
-    place = host.nodes["IECSampler"].__module__.removesuffix("correct") + "host."
-    rehearsal, correction = (sys.modules[place + module] for module in ("rehearsal", "correction"))
+    rehearsal, correction = (pack_module(f"nodes.host.{name}") for name in ("sampling.rehearsal", "correction.sampler"))
     settings, sigmas = (
-        sys.modules[place.removesuffix("nodes.host.") + "iec_core.correction"].CorrectionSettings.parse("auto"),
+        pack_module("iec_core.correction.iteration").CorrectionSettings.parse("auto"),
         tuple(3.0 - step / 4 for step in range(13)),
     )
     choices = {}

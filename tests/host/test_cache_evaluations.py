@@ -5,11 +5,11 @@ and what these leave out.
 import functools
 import inspect
 import math
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from pack import pack_module
 from test_transformers import build, conditioning, noise
 
 STEPS = 5
@@ -194,7 +194,7 @@ def test_what_another_pack_leaves_out_is_known_otherwise(draw, cached, network, 
 
 @pytest.mark.parametrize("names", [("uuids", "cond_or_uncond"), ("iec_deepcache",)])
 def test_in_full_where_it_is_not_known_and_told_once(draw, cached, network, caplog, names):
-    caching = sys.modules[next(name for name in sys.modules if name.endswith("nodes.host.caching"))]
+    caching = pack_module("nodes.host.caching.cache_run")
     caching.warn_once.cache_clear()
     model, start = network
     assert torch.equal(draw(cached(with_function(model, leaving_out(names))), start), draw(model, start))
@@ -424,10 +424,6 @@ def test_a_cache_that_leaves_out_the_network_is_let_do_so(draw, cached, network,
 IEC = {"lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0}
 
 
-def host_module(name):
-    return sys.modules[next(loaded for loaded in sys.modules if loaded.endswith(f"nodes.host.{name}"))]
-
-
 def test_cache_and_report_number_the_steps_of_a_sampler_that_spaces_its_own_alike(sample, cached, model):
     """dpm_fast takes 5 steps where 12 are asked for; the cache ends after 60% of the noise levels."""
     from comfy.patcher_extension import WrappersMP
@@ -501,7 +497,7 @@ def test_windows_that_move_do_not_pile_up(draw, cached, network):
 
     windowed = cached(model, interval=1)
     windowed.set_model_sampler_calc_cond_batch_function(windows)
-    kind = host_module("cached_model").cache_kind(model).wrapper_type
+    kind = pack_module("nodes.host.caching.cached_model").cache_kind(model).wrapper_type
     windowed.wrappers[kind] = {"note": [note], **windowed.wrappers[kind]}  # around the cache
     draw(windowed, noise(2, *network[1].shape[1:]))
     assert len(slots) == STEPS and len(set(slots)) == len(set(names)) == 1
@@ -535,11 +531,11 @@ def others(kind, key):
     ],
 )
 def test_who_takes_part_in_an_evaluation_is_known_by_one_rule(host, model_options, replaced, expected):
-    calls, network = host_module("network_calls"), torch.nn.Linear(2, 2)
+    calls, network = pack_module("nodes.host.sampling.network_calls"), torch.nn.Linear(2, 2)
     if replaced:
         network.forward = network.forward
     assert calls.others_take_part(model_options, network) is expected
-    assert host_module("known_errors").is_exact(network, model_options) is not expected
+    assert pack_module("nodes.host.correction.known_errors").is_exact(network, model_options) is not expected
     extra_args = {"model_options": model_options}
     assert (calls.NetworkCalls().watch(extra_args, network) is not extra_args) is expected
 
@@ -583,5 +579,5 @@ def test_our_own_wrapper_is_no_other_node_that_leaves_out_blocks(draw, cached, f
 
 
 def test_the_name_iec_is_written_in_one_place(host):
-    folder = Path(host_module("run_plan").__file__).parent
-    assert [file.name for file in folder.glob("*.py") for _ in range(file.read_text().count('"iec"'))] == ["network_calls.py"]
+    folder = Path(pack_module("nodes.host.inputs").__file__).parent
+    assert [file.name for file in folder.rglob("*.py") for _ in range(file.read_text().count('"iec"'))] == ["network_calls.py"]

@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from pack import pack_module
 from reference import carried_forward
 
 STEPS = 8
@@ -180,9 +181,7 @@ def test_split_guidance_gives_what_one_batch_gives(sample, cached, relative, mon
 
 def test_control_reaches_the_blocks_that_are_run(model):
     """Residuals as the host hands them over: each list's last entry belongs to the first block that pops."""
-    import sys
-
-    module = sys.modules[next(name for name in sys.modules if name.endswith("nodes.host.unet_cache"))]
+    module = pack_module("nodes.host.caching.unet_cache")
     unet = model.model.diffusion_model
     cache = module.UnetCache(types.SimpleNamespace(branch=1, full_steps=None), None)
     cache.first = len(unet.output_blocks) - 2

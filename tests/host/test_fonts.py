@@ -2,13 +2,13 @@
 
 import itertools
 import logging
-import sys
 import types
 import warnings
 
 import matplotlib
 import numpy as np
 import pytest
+from pack import pack_module
 from PIL import Image, ImageDraw, ImageFont
 
 FONTS = f"{matplotlib.get_data_path()}/fonts/ttf"  # which matplotlib brings
@@ -19,8 +19,7 @@ LABELS = ["运行一", "运行二", "実行", "실행", "👩\u200d🚀", "\U000
 @pytest.fixture
 def module(host):
     """module(name): a module of the pack's nodes."""
-    package = host.nodes["IECImageGrid"].__module__.rpartition(".")[0]
-    return lambda name: sys.modules[f"{package}.{name}"]
+    return lambda name: pack_module(f"nodes.{name}")
 
 
 @pytest.fixture

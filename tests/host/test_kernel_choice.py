@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from pack import pack_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = pytest.mark.fast
@@ -18,8 +19,8 @@ FORMATS = [("int8", False), ("int8", True), ("int4", False)]  # kind, rotated
 
 @pytest.fixture(scope="module")
 def layers(host):
-    """The module nodes.host.quantized_layers, as the host has loaded it."""
-    return next(module for name, module in sys.modules.items() if name.endswith(".nodes.host.quantized_layers"))
+    """The module nodes.host.quantization.quantized_layers, as the host has loaded it."""
+    return pack_module("nodes.host.quantization.quantized_layers")
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def make(layers):
     """make(layer, kind, rotated, dtype, **activation): a quantized layer of normally distributed weights."""
     import comfy.ops
 
-    quantization = sys.modules[layers.KernelTimes.__module__.replace("kernel_times", "quantization")]
+    quantization = pack_module("iec_core.quantization.packing")
 
     def build(layer=LINEAR, kind="int8", rotated=False, dtype=torch.float32, bits=8, **activation):
         operations, (out, inputs, *_) = comfy.ops.manual_cast, SHAPES[layer]

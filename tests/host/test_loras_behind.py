@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from host.test_quantized_files import pack_module
+from pack import pack_module
 
 LINEAR, WINDOWS = "middle_block.1.transformer_blocks.0.attn1.to_q", "middle_block.0.in_layers.2"
 LAYERS = LINEAR, WINDOWS, "middle_block.1.proj_in", "middle_block.1.transformer_blocks.0.ff.net.2"
@@ -151,7 +151,7 @@ def test_integers_and_scales_of_a_patched_weight_stay_as_they_are(quantize, lora
 
 
 def test_what_an_offloaded_layer_is_patched_with_is_found_out_once(quantize, lora, monkeypatch):
-    module, calls = pack_module(".nodes.host.quantized_layers"), []
+    module, calls = pack_module("nodes.host.quantization.quantized_layers"), []
     factors = module.lora_factors
     monkeypatch.setattr(module, "lora_factors", lambda *given: calls.append(1) or factors(*given))
     base = quantize()
@@ -304,7 +304,7 @@ def test_every_kind_of_patch_is_as_the_host_calculates_it(quantize, monkeypatch,
     """Alone and beside a LoRA, with a branch that takes any rank and all that is left by the first directions."""
     import comfy.lora
 
-    module = pack_module(".iec_core.quantization")
+    module = pack_module("iec_core.quantization.packing")
     monkeypatch.setattr(module.Packing, "most_rank_found", 64)
     monkeypatch.setattr(module, "ENOUGH", 2)
     base = quantize()
@@ -316,7 +316,7 @@ def test_every_kind_of_patch_is_as_the_host_calculates_it(quantize, monkeypatch,
         found = patched_outputs(base, {LINEAR: patches})[LINEAR].double() - before
         expected = put_in(layer).double() @ wanted.t()
         assert (found - expected).norm() <= 3e-3 * expected.norm()
-        factors = pack_module(".nodes.host.weights").lora_factors(patches, (64, 64), CPU)
+        factors = pack_module("nodes.host.quantization.weights").lora_factors(patches, (64, 64), CPU)
         assert (factors is None) == (kind not in OF_FACTORS)
         if factors:
             torch.testing.assert_close((factors[0] @ factors[1]).double(), wanted, rtol=1e-5, atol=1e-6)
@@ -325,7 +325,7 @@ def test_every_kind_of_patch_is_as_the_host_calculates_it(quantize, monkeypatch,
 @pytest.mark.parametrize("kind", ["a difference", "of magnitudes"])
 def test_hooks_that_take_turns_are_found_out_once(quantize, monkeypatch, kind):
     """As two conditionings have it in every step; what they are is forgotten at the end of the run."""
-    packing, calls = pack_module(".iec_core.quantization").Packing, []
+    packing, calls = pack_module("iec_core.quantization.packing").Packing, []
     changed = packing.changed
     monkeypatch.setattr(packing, "changed", lambda *given: calls.append(1) or changed(*given))
     base, key = quantize(), f"diffusion_model.{LINEAR}.weight"
@@ -347,7 +347,7 @@ def test_hooks_that_take_turns_are_found_out_once(quantize, monkeypatch, kind):
 
 def test_a_lora_of_hooks_beside_another_behind_that_is_offloaded_is_found_out_once(quantize, monkeypatch, lora):
     """Though that of the hooks comes and goes."""
-    packing, calls = pack_module(".iec_core.quantization").Packing, []
+    packing, calls = pack_module("iec_core.quantization.packing").Packing, []
     changed = packing.changed
     monkeypatch.setattr(packing, "changed", lambda *given: calls.append(1) or changed(*given))
     base, key = quantize(), f"diffusion_model.{LINEAR}.weight"
@@ -484,7 +484,7 @@ def test_a_lora_that_does_not_fit_the_weight_is_left_to_the_host(quantize, caplo
 
 
 def test_a_higher_rank_than_the_branch_takes_is_as_near_as_it_can_be(quantize, monkeypatch):
-    packing = pack_module(".iec_core.quantization").Packing
+    packing = pack_module("iec_core.quantization.packing").Packing
     monkeypatch.setattr(packing, "most_rank", 6)
     monkeypatch.setattr(packing, "most_rank_found", 6)
     base = quantize()

@@ -2,10 +2,10 @@
 
 import contextlib
 import functools
-import sys
 
 import pytest
 import torch
+from pack import pack_module
 
 SAMPLING = {"steps": 4, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal"}
 # A 3 x 3 layer, Linear ones, of which nothing comes of one (there is one token to attend to), and a 1 x 1 one that costs much.
@@ -144,8 +144,7 @@ def test_the_budget_is_kept_and_spent_where_it_counts(model, calibrate):
 
 
 def test_images_are_nearer_than_with_all_at_4_bits_at_little_more(host, model, calibrate, draw, monkeypatch):
-    package = host.nodes["IECCalibrateWeights"].__module__.removesuffix("calibrate_weights")
-    monkeypatch.setattr(sys.modules[f"{package}host.prediction_errors"], "EVALUATIONS", 2)
+    monkeypatch.setattr(pack_module("nodes.host.quantization.prediction_errors"), "EVALUATIONS", 2)
     outer = {"include": "input_blocks.1.* input_blocks.3.* output_blocks.5.* output_blocks.6.* output_blocks.7.*"}
     expected = draw(model)
     alike = relative(draw(calibrate(weight_bits="4", rank="0", **outer)[0]), expected)

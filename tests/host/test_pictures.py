@@ -2,11 +2,11 @@
 
 import math
 import random
-import sys
 
 import numpy as np
 import pytest
 import torch
+from pack import pack_module
 from PIL import Image
 from toy import PixelVAE
 
@@ -14,8 +14,7 @@ from toy import PixelVAE
 @pytest.fixture
 def module(host):
     """module(name): a module of the pack's nodes."""
-    package = host.nodes["IECImageGrid"].__module__.rpartition(".")[0]
-    return lambda name: sys.modules[f"{package}.{name}"]
+    return lambda name: pack_module(f"nodes.{name}")
 
 
 def images(runs, batch, height, width):

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from pack import pack_module
 from tuned import tuned
 
 STEPS = 4
@@ -569,11 +570,9 @@ def is_drawn():
 @pytest.fixture
 def report(host, inputs, model, is_drawn, monkeypatch):
     """report(model, **settings): (rows {layer: [format, backend, prediction error, SQNR, weight SQNR, MB]}, plot, exclude)."""
-
-    package = host.nodes["IECQuantizationReport"].__module__.removesuffix("quantization_report")
-    plots = sys.modules[f"{package}plots"]
+    plots = pack_module("nodes.plots")
     # In one step of the run, for time: test_mixed_precision.py has what is measured in more.
-    monkeypatch.setattr(sys.modules[f"{package}host.prediction_errors"], "EVALUATIONS", 1)
+    monkeypatch.setattr(pack_module("nodes.host.quantization.prediction_errors"), "EVALUATIONS", 1)
     if not is_drawn:
         monkeypatch.setattr(plots, "_picture", lambda figure: np.zeros((8, 8, 3), np.uint8))
 

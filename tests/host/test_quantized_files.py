@@ -11,7 +11,6 @@ import os
 import pathlib
 import random
 import resource
-import sys
 import time
 import types
 
@@ -19,6 +18,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from pack import pack_module
 
 SMALL = {"steps": 2, "latent_image": {"samples": torch.zeros(2, 3, 16, 16)}}
 FORMATS = {
@@ -75,10 +75,6 @@ def save(host, folder):
 @pytest.fixture
 def load(host, folder):
     return lambda name="q.safetensors": host.run("IECLoadQuantizedModel", model_name=name)[0]
-
-
-def pack_module(name):
-    return sys.modules[next(module for module in sys.modules if module.endswith(name))]
 
 
 def has_quantized_loader():
@@ -356,7 +352,7 @@ def test_marks_tell_the_host_how_a_model_is_sampled(host):
     import comfy.model_base
     import comfy.supported_models
 
-    marks, types_ = pack_module(".nodes.host.quantized_files")._marks, comfy.model_base.ModelType
+    marks, types_ = pack_module("nodes.host.quantization.quantized_files")._marks, comfy.model_base.ModelType
     cases = {
         types_.EPS: {}, types_.V_PREDICTION: {"zsnr": True},
         types_.EDM: {"sigma_data": 0.5, "sigma_max": 80.0, "sigma_min": 0.002},
@@ -413,7 +409,7 @@ def test_stock_loader_opens_linear_8_bit_files(network, sampled, quantize, save,
     opened = stock(save(quantized))
     # The host quantizes what enters an int8 layer in any case.
     like = quantize(network("SD3"), **{**settings, "activation_bits": "8"})
-    layers = pack_module(".nodes.host.quantized_layers").quantized_layers(like.model.diffusion_model)
+    layers = pack_module("nodes.host.quantization.quantized_layers").quantized_layers(like.model.diffusion_model)
     assert len(layers) > 5
     for number, (name, layer) in enumerate(layers.items()):
         theirs = opened.model.diffusion_model.get_submodule(name)
@@ -446,7 +442,7 @@ def test_stock_loader_opens_linear_rotated_4_bit_files(network, sampled, quantiz
         network("SD3"), weight_bits="4", rotate=True, activation_bits=bits, exclude="context_embedder"
     )  # which has too few inputs to rotate
     opened = stock(save(quantized))
-    layers = pack_module(".nodes.host.quantized_layers").quantized_layers(quantized.model.diffusion_model)
+    layers = pack_module("nodes.host.quantization.quantized_layers").quantized_layers(quantized.model.diffusion_model)
     assert len(layers) > 5
     for number, (name, layer) in enumerate(layers.items()):
         theirs = opened.model.diffusion_model.get_submodule(name)
@@ -466,7 +462,7 @@ def test_stock_loader_opens_linear_rotated_groups_of_4_bits(network, sampled, qu
     settings = {"weight_bits": "4", "rotate": True, "group_size": group, "include": "*.mlp.fc2"}  # of 512 inputs
     quantized = quantize(network("SD3"), **settings)
     opened = stock(save(quantized))
-    layers = pack_module(".nodes.host.quantized_layers").quantized_layers(quantized.model.diffusion_model)
+    layers = pack_module("nodes.host.quantization.quantized_layers").quantized_layers(quantized.model.diffusion_model)
     assert len(layers) == 3
     for number, (name, layer) in enumerate(layers.items()):
         theirs = opened.model.diffusion_model.get_submodule(name)
@@ -483,9 +479,9 @@ def test_stock_loader_opens_files_with_scales_of_activations(network, sampled, q
     if not has_quantized_loader():
         pytest.skip("the stock loader of ComfyUI before 0.33 does not read these files")
     quantized = quantize(network("SD3"))
-    scales = pack_module(".iec_core.activation_scales").ActivationScales
-    names = tuple(pack_module(".nodes.host.quantized_layers").quantized_layers(quantized.model.diffusion_model))
-    own = pack_module(".nodes.host.weights").fingerprint(quantized)
+    scales = pack_module("iec_core.quantization.activation_scales").ActivationScales
+    names = tuple(pack_module("nodes.host.quantization.quantized_layers").quantized_layers(quantized.model.diffusion_model))
+    own = pack_module("nodes.host.quantization.weights").fingerprint(quantized)
     profile = scales({"quantization": "W8A8"}, own, names, torch.ones(1).double(), torch.full((1, len(names)), 0.1))
     scaled = host.run("IECApplyQuantizationProfile", model=quantized, profile=profile)[0]
     expected = sampled("SD3", stock(save(quantized)))
@@ -769,7 +765,7 @@ def test_a_network_that_the_host_does_not_know_is_refused(quantize, save, folder
 
 def fail_at(monkeypatch, number, fail):
     """Let the reading of the so-many-th weight for a file fail; before, each is read once to describe it."""
-    module, described, calls = pack_module(".nodes.host.quantized_files"), set(), []
+    module, described, calls = pack_module("nodes.host.quantization.quantized_files"), set(), []
     original = module.patched_packed
 
     def read(model, name, layer):
@@ -816,7 +812,7 @@ def test_a_crash_leaves_the_older_file(monkeypatch, model, quantize, save, load,
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert path.read_bytes() == before and len(list(folder.iterdir())) == 2
-    names = pack_module(".nodes.host.quantized_files").FILES.names()
+    names = pack_module("nodes.host.quantization.quantized_files").FILES.names()
     assert names == ["q.safetensors"]  # what is half written is not listed
     assert load().model_options["transformer_options"]["iec_quantize"] == "W8A8"
 
@@ -843,7 +839,7 @@ def big_file(path):
     """Write a file of an SD3 network of 254 million random 8-bit weights; nothing of it is held."""
     import comfy.supported_models
 
-    core, quantization = pack_module(".iec_core.quantized_file"), pack_module(".iec_core.quantization")
+    core, quantization = pack_module("iec_core.quantization.quantized_file"), pack_module("iec_core.quantization.packing")
     params = {"in_features": 12, "out_features": 768}
     config = comfy.supported_models.SD3(
         {**SD3, "depth": 12, "context_embedder_config": {"target": "torch.nn.Linear", "params": params}}

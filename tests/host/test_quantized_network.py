@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 import torch
-from host.test_quantized_files import pack_module
+from pack import pack_module
 
 SMALL = {"steps": 2, "latent_image": {"samples": torch.zeros(2, 3, 8, 8)}}
 CHANGED = [f"middle_block.1.{name}.weight" for name in ("proj_in", "proj_out", "transformer_blocks.0.ff.net.2")]
@@ -34,7 +34,7 @@ def quantize(host, model):
 @pytest.fixture
 def no_branch(monkeypatch):
     """As if changes of these sizes were of too high a rank for the branch."""
-    packing = pack_module(".iec_core.quantization").Packing
+    packing = pack_module("iec_core.quantization.packing").Packing
     monkeypatch.setattr(packing, "most_rank", 0)
     monkeypatch.setattr(packing, "most_rank_found", 0)
 

@@ -4,11 +4,11 @@ import collections
 import dataclasses
 import functools
 import itertools
-import sys
 import threading
 
 import pytest
 import torch
+from pack import pack_module
 from toy import ToyGuider, run
 
 SETTINGS = {"correction_steps": "all", "lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0}
@@ -19,9 +19,8 @@ OF_THEIR_OWN = {"dpm_fast", "dpm_adaptive"}  # steps
 
 @pytest.fixture
 def module(host):
-    """module(name): one of the pack's modules under nodes/host."""
-    place = host.nodes["IECSampler"].__module__.removesuffix("correct") + "host."
-    return lambda name: sys.modules[place + name]
+    """module(name): one of the pack's modules under nodes/host/sampling."""
+    return lambda name: pack_module(f"nodes.host.sampling.{name}")
 
 
 def known_samplers():

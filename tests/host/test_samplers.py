@@ -12,6 +12,7 @@ import itertools
 
 import pytest
 import torch
+from pack import pack_module
 from toy import ToyGuider, run
 
 LAMBDA, ITERATIONS, STEPS, CORRECTED = 0.5, 90, 9, (0, 3, 7)
@@ -516,12 +517,9 @@ def test_noise_ahead_is_as_the_latent_is_and_the_same_each_time(host, name):
     """A Brownian path answers as the sigmas are that it is asked for, and the rehearsal's are on the CPU. A step asks as often
     as it iterates.
     """
-    import sys
-
     import comfy.samplers
 
-    place = host.nodes["IECSampler"].__module__.removesuffix("correct") + "host."
-    noise, rehearsal = (sys.modules[place + module] for module in ("noise", "rehearsal"))
+    noise, rehearsal = (pack_module(f"nodes.host.sampling.{name}") for name in ("noise", "rehearsal"))
     x, sigmas = torch.zeros(2, 4, 8, 8, dtype=torch.float16), torch.tensor([6.0, 4.0, 1.0])
     ahead = noise.NoiseAhead(comfy.samplers.sampler_object(name).sampler_function, x, sigmas, 3)
     first = ahead.of([rehearsal.Draw(0, sigmas[0], sigmas[1], 0.5)])
@@ -536,11 +534,9 @@ def test_noise_ahead_is_as_the_latent_is_and_the_same_each_time(host, name):
 @pytest.mark.parametrize(("scheduler", "multiplied"), [("normal", "by 3.4 in step 18"), ("karras", "by 1.5 in step 18")])
 def test_history_that_multiplies_a_correction_is_reported(host, scheduler, multiplied):
     """dpmpp_2m takes its step with (1 + h / (2 h_last)) D - h / (2 h_last) D_last, h being the step's width in log sigma."""
-    import sys
-
     import comfy.samplers
 
-    module = sys.modules[host.nodes["IECSampler"].__module__.removesuffix("correct") + "host.rehearsal"]
+    module = pack_module("nodes.host.sampling.rehearsal")
     guider = ToyGuider("EPS")
     sigmas = comfy.samplers.calculate_sigmas(guider.inner_model.model_sampling, scheduler, 20)
     function = comfy.samplers.sampler_object("dpmpp_2m").sampler_function

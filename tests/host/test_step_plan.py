@@ -8,6 +8,7 @@ import pytest
 import torch
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
+from pack import pack_module
 
 SAMPLERS = ("euler", "heun", "heunpp2", "dpm_2", "dpmpp_2s_ancestral", "dpmpp_2m", "uni_pc", "lcm", "seeds_3", "deis")
 
@@ -26,9 +27,7 @@ def empty_latent():
 @pytest.fixture(scope="module")
 def plans(host):
     """The module that plans."""
-    import sys
-
-    return next(module for name, module in sys.modules.items() if name.endswith("nodes.host.step_plan"))
+    return pack_module("nodes.host.correction.step_plan")
 
 
 def sampling(sampler_name="euler", steps=6, scheduler="normal", **more):

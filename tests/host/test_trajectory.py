@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from pack import pack_module
 
 STEPS = 8
 CFG = 2.0
@@ -134,10 +135,8 @@ def test_next_evaluation_point_at_one_half_is_the_hosts_heun(sample, stock_sampl
 @pytest.mark.fast
 def test_wrong_evaluation_point_is_told_apart(sample, model, guided_eps, relative, monkeypatch, host):
     """The latent handed to the network without the c_in ratio is what a quick port does; it must not pass the test above."""
-    import sys
-
     expected = paper_trajectory(guided_eps, CORRECTED["all"], 0.5, 1)
-    module = sys.modules[host.nodes["IECKSampler"].__module__.removesuffix("correct") + "host.rehearsal"]
+    module = pack_module("nodes.host.sampling.rehearsal")
     monkeypatch.setattr(module, "input_scale", lambda sampling, sigma: 1.0)
     monkeypatch.setattr(module, "_kept", {})  # rehearsals with the right one
     assert relative(sample(model, steps=STEPS, correction_steps="all"), expected) > 1e-2

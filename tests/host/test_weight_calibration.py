@@ -2,13 +2,13 @@
 
 import copy
 import functools
-import importlib
 import logging
 import math
 
 import pytest
 import safetensors.torch
 import torch
+from pack import pack_module
 from tuned import tuned
 
 SAMPLING = {"steps": 4, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal"}
@@ -66,13 +66,6 @@ def draw(host, conditioning):
         return host.common_ksampler(model, seed, *arguments, *conditioning, latent)[0]["samples"]
 
     return run
-
-
-@pytest.fixture
-def part(host):
-    """part(name): a module of the pack's nodes/host."""
-    package = host.nodes["IECCalibrateWeights"].__module__.rsplit(".", 1)[0]
-    return lambda name: importlib.import_module(f"{package}.host.{name}")
 
 
 def relative(x, y):
@@ -155,9 +148,9 @@ def test_layers_compute_with_integers_and_branch(model, calibrate, rotate, activ
         torch.testing.assert_close(branch, expected, rtol=1e-3, atol=1e-4 * out.abs().amax().item())
 
 
-def test_sees_all_that_comes_into_the_layers(monkeypatch, part, model, calibrate):
+def test_sees_all_that_comes_into_the_layers(monkeypatch, model, calibrate):
     """Its moments are those of all inputs of the runs, as hooks of the test see them."""
-    module = part("weight_calibration")
+    module = pack_module("nodes.host.quantization.weight_calibration")
     monkeypatch.setattr(module, "POSITIONS", 10**6)
     seen, names = {}, {"middle_block.1.proj_in", "middle_block.2.in_layers.2"}
     fit = module.calibrated_weight
@@ -195,10 +188,10 @@ def test_sees_all_that_comes_into_the_layers(monkeypatch, part, model, calibrate
         assert relative(moments.products[0].double(), rows.t() @ rows) < 1e-5
 
 
-def test_passes_of_fewer_layers_give_the_same(monkeypatch, part, model, calibrate, caplog):
+def test_passes_of_fewer_layers_give_the_same(monkeypatch, model, calibrate, caplog):
     few = {"include": "middle_block.0.* middle_block.1.proj_in", "steps": 2}
     one = calibrate(**few)
-    module, passes = part("weight_calibration"), []
+    module, passes = pack_module("nodes.host.quantization.weight_calibration"), []
 
     def halves(inputs, memory):
         names = list(inputs)
@@ -213,8 +206,8 @@ def test_passes_of_fewer_layers_give_the_same(monkeypatch, part, model, calibrat
         assert torch.equal(layer.weight, layers_of(other)[name].weight), name
 
 
-def test_passes_keep_to_the_memory_and_take_each_layer_once(part):
-    module = part("weight_calibration")
+def test_passes_keep_to_the_memory_and_take_each_layer_once(host):
+    module = pack_module("nodes.host.quantization.weight_calibration")
     inputs = {f"layer.{number}": size for number, size in enumerate([320, 11520, 1280, 23040, 5120, 5120, 17280, 64] * 4)}
     for gigabytes in (0.1, 1, 4, 100):
         memory = int(gigabytes * 2**30)
@@ -229,12 +222,12 @@ def test_passes_keep_to_the_memory_and_take_each_layer_once(part):
     assert module._block(17280, 4 * 2**30) < 17280
 
 
-def test_a_network_of_sdxls_shape_is_less_than_a_third_of_float16(part):
+def test_a_network_of_sdxls_shape_is_less_than_a_third_of_float16(host):
     import comfy.ops
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
     from networks import SDXL
 
-    quantize = part("quantize")
+    quantize = pack_module("nodes.host.quantization.quantize")
     network = UNetModel(**SDXL, dtype=torch.float16, device="meta", operations=comfy.ops.disable_weight_init)
     weight = quantize.WeightFormat("int4", calibrated=True, rank=16)
     made = quantize.Quantization(weight, quantize.ActivationFormat(8))
@@ -357,9 +350,12 @@ def test_a_compiled_layer_with_a_branch_is_one_graph(calibrate):
 
 
 @torch.inference_mode(False)
-def test_derivatives_pass_a_branch(part, model, calibrate):
+def test_derivatives_pass_a_branch(model, calibrate):
     """They are those of the dequantized weight, which is the whole weight."""
-    straight_through, normal_tensors = part("quantized_layers").straight_through, part("contraction").NormalTensors
+    straight_through, normal_tensors = (
+        pack_module("nodes.host.quantization.quantized_layers").straight_through,
+        pack_module("nodes.host.correction.contraction").NormalTensors,
+    )
     with torch.no_grad():
         made = calibrate(include="middle_block.1.proj_in middle_block.0.in_layers.2", rotate=True, steps=1)
     full = dict(model.model.diffusion_model.named_modules())
@@ -444,7 +440,7 @@ def test_an_interrupt_leaves_the_model_as_it_was(model, calibrate, draw, monkeyp
     assert not any(layer._forward_pre_hooks for layer in model.model.diffusion_model.modules())
 
 
-def test_the_bar_counts_the_steps_of_all_passes_and_the_layers(part, calibrate, monkeypatch):
+def test_the_bar_counts_the_steps_of_all_passes_and_the_layers(calibrate, monkeypatch):
     import comfy.utils
 
     bars = []
@@ -461,7 +457,11 @@ def test_the_bar_counts_the_steps_of_all_passes_and_the_layers(part, calibrate, 
             pass
 
     monkeypatch.setattr(comfy.utils, "ProgressBar", Bar)
-    monkeypatch.setattr(part("weight_calibration"), "in_passes", lambda inputs, memory: [[name] for name in inputs])
+    monkeypatch.setattr(
+        pack_module("nodes.host.quantization.weight_calibration"),
+        "in_passes",
+        lambda inputs, memory: [[name] for name in inputs],
+    )
     made = calibrate(runs=2, steps=2, include="middle_block.0.*")
     (bar,) = [bar for bar in bars if bar.done]
     count = len(layers_of(made))

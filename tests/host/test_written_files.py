@@ -3,13 +3,13 @@
 import errno
 import os
 import stat
-import sys
 import threading
 
 import pytest
 import safetensors
 import safetensors.torch
 import torch
+from pack import pack_module
 
 pytestmark = pytest.mark.fast
 
@@ -45,8 +45,7 @@ def models(host, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def contents(host):
     """{node: what it is to write, as its first input}."""
-    package = host.nodes["IECSaveCacheProfile"].__module__.removesuffix(".nodes.cachequant")
-    cached, scales = (sys.modules[f"{package}.iec_core.{name}"] for name in ("cachequant", "activation_scales"))
+    cached, scales = (pack_module(f"iec_core.{name}") for name in ("caching.cachequant", "quantization.activation_scales"))
     sigmas, some = torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64), torch.ones(4)
     model = host.run("IECLoadBuiltinModel", precision="float16")[0]
     settings = {"weight_bits": "8", "activation_bits": "8", "keep_sensitive_layers": True, "include": "middle_block.*"}

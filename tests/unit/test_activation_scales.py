@@ -5,7 +5,7 @@ import pytest
 import torch
 from meta_device import Copies
 
-from iec_core.activation_scales import ActivationScales, ScaleStatistics
+from iec_core.quantization.activation_scales import ActivationScales, ScaleStatistics
 
 SHARES = [1 - 0.02 * number for number in range(31)]  # of the largest magnitude, down to 0.4
 

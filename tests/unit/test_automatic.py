@@ -2,8 +2,8 @@
 
 import pytest
 
-from iec_core.automatic import Situation, choose
-from iec_core.correction import CorrectionSettings
+from iec_core.correction.automatic import Situation, choose
+from iec_core.correction.iteration import CorrectionSettings
 
 
 def chosen(situation):

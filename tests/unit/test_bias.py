@@ -2,7 +2,7 @@
 
 import pytest
 
-from iec_core.bias import CorrectedRun, bias_warning, moved_by
+from iec_core.correction.bias import CorrectedRun, bias_warning, moved_by
 from iec_core.report import StepReport
 
 FLAT = (1.0,) * 12  # a sampler without history

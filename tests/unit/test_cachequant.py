@@ -8,7 +8,7 @@ import pytest
 import torch
 from meta_device import Copies
 
-from iec_core.cachequant import (
+from iec_core.caching.cachequant import (
     CacheProfile,
     ChannelFit,
     ConsumerStatistics,
@@ -62,7 +62,7 @@ def channels(x, channel_dim):
 @pytest.mark.parametrize("terms", [1, 2])
 @pytest.mark.parametrize("columns", [5, 65536])
 def test_fit_is_the_least_squares_one(monkeypatch, shape, channel_dim, terms, columns):
-    monkeypatch.setattr("iec_core.cachequant.COLUMNS", columns)
+    monkeypatch.setattr("iec_core.caching.cachequant.COLUMNS", columns)
     generator = torch.Generator().manual_seed(3)
     fit, rows = ChannelFit(channel_dim), []
     for _ in range(3):

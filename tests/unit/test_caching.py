@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from iec_core.caching import FORECASTS, REMEMBERED, UNTRIED, FeatureCache, parse_cache_schedule
+from iec_core.caching.feature_cache import FORECASTS, REMEMBERED, UNTRIED, FeatureCache, parse_cache_schedule
 
 
 def test_first_of_every_interval_is_full():

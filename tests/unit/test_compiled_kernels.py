@@ -4,7 +4,7 @@ import pytest
 import sass
 from sass import CAPABILITIES, CONV_TYPES, convolution
 
-from iec_core.kernels import activations, launch, products, tiles
+from iec_core.quantization.kernels import activations, launch, products, tiles
 
 pytestmark = pytest.mark.skipif(bool(sass.missing()), reason=f"needs Triton's compiler: {sass.missing()}")
 SLOW = ("CALL", "MUFU", "LDL", "STL")  # calls, divisions and roots, spilled registers

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from iec_core.contraction import (
+from iec_core.correction.contraction import (
     LAMBDAS,
     METHODS,
     Linearization,

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from iec_core.correction import CorrectionSettings, Step, corrected_denoised
+from iec_core.correction.iteration import CorrectionSettings, Step, corrected_denoised
 
 SIGMA, SIGMA_NEXT = 2.0, 1.5
 X = torch.tensor([[0.7, -1.2], [3.0, 0.4]], dtype=torch.float64)

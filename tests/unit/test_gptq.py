@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from iec_core import gptq as core
-from iec_core.gptq import (
+from iec_core.quantization.gptq import (
     DAMPING,
     DAMPING_OF_FEW,
     Metric,
@@ -19,7 +19,7 @@ from iec_core.gptq import (
     sampled_rows,
     sampled_windows,
 )
-from iec_core.quantization import LIMITS, Packing, WeightFormat, rotate, rounded, rounded_like
+from iec_core.quantization.packing import LIMITS, Packing, WeightFormat, rotate, rounded, rounded_like
 
 
 def normal(*shape, seed=0):

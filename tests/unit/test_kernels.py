@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from iec_core import int8
-from iec_core.kernels import launch, operators
-from iec_core.kernels.operators import conv2d_int8
-from iec_core.kernels.tiles import GROUP, Product, Tile
+from iec_core.quantization.kernels import launch, operators
+from iec_core.quantization.kernels.operators import conv2d_int8
+from iec_core.quantization.kernels.tiles import GROUP, Product, Tile
 
 UNIT = ((1, 1), (0, 0), (1, 1))  # stride, padding, dilation
 SAME = ((1, 1), (1, 1), (1, 1))
@@ -394,6 +394,6 @@ def test_what_a_gpu_is_asked_to_compute():
 
 
 def test_imports_without_triton():
-    code = "import sys; sys.modules['triton'] = None; import pack; launch = pack.load('iec_core.kernels.launch')"
+    code = "import sys; sys.modules['triton'] = None; import pack; launch = pack.load('iec_core.quantization.kernels.launch')"
     code += "; assert not launch.is_available('cpu') and launch.triton is None and not launch.is_available('mps')"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(pathlib.Path(pack.__file__).parent)})

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from iec_core.layer_errors import LayerError, decibels, left_for_error, left_for_size, table
+from iec_core.quantization.layer_errors import LayerError, decibels, left_for_error, left_for_size, table
 
 
 def layer(name, noise, nbytes=100, full_nbytes=400, signal=1.0):

@@ -4,9 +4,9 @@ import pytest
 import torch
 from unit.test_gptq import inputs, moments_of
 
-from iec_core.gptq import calibrated_weight
-from iec_core.low_rank import balanced, factored
-from iec_core.quantization import LIMITS, Packing, WeightFormat, joined, rotate
+from iec_core.quantization.gptq import calibrated_weight
+from iec_core.quantization.low_rank import balanced, factored
+from iec_core.quantization.packing import LIMITS, Packing, WeightFormat, joined, rotate
 
 
 def normal(*shape, seed=0):

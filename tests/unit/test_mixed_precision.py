@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import block_diag, csr_array, vstack
 
-from iec_core.mixed_precision import Budget, LayerChoices, PredictionError, least_cost
+from iec_core.quantization.mixed_precision import Budget, LayerChoices, PredictionError, least_cost
 
 
 def of(values, choices):

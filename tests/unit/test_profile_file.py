@@ -7,9 +7,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from iec_core.activation_scales import ActivationScales
-from iec_core.cachequant import FACTS, CacheProfile
+from iec_core.caching.cachequant import FACTS, CacheProfile
 from iec_core.file_kinds import kind_of
+from iec_core.quantization.activation_scales import ActivationScales
 
 KINDS = {"cache profile": CacheProfile, "quantization profile": ActivationScales}
 FORMATS = {"cache profile": "iec_cache_profile", "quantization profile": "iec_quantization_profile"}

@@ -7,8 +7,8 @@ import torch
 from meta_device import Copies
 
 from iec_core import int8
-from iec_core.fp8 import activation_scale
-from iec_core.int8 import (
+from iec_core.quantization.fp8 import activation_scale
+from iec_core.quantization.int8 import (
     conv2d_int8,
     conv2d_sums,
     conv_backend,
@@ -18,7 +18,7 @@ from iec_core.int8 import (
     linear_int8,
     quantize_activation,
 )
-from iec_core.quantization import (
+from iec_core.quantization.packing import (
     LIMITS,
     Packing,
     WeightFormat,

@@ -18,10 +18,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iec_core import quantized_file, safetensors_header
-from iec_core.activation_scales import ActivationScales
-from iec_core.quantization import Packing, WeightFormat, quantize_rows
-from iec_core.quantized_file import LayerFile, QuantizedFile, description, layer_tensors, scale_tensors, write
-from iec_core.two_scales import LEVELS
+from iec_core.quantization.activation_scales import ActivationScales
+from iec_core.quantization.packing import Packing, WeightFormat, quantize_rows
+from iec_core.quantization.quantized_file import LayerFile, QuantizedFile, description, layer_tensors, scale_tensors, write
+from iec_core.quantization.two_scales import LEVELS
 
 LAYERS = {
     "a.int8": ((6, 20), WeightFormat("int8")),

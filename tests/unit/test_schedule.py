@@ -1,6 +1,6 @@
 import pytest
 
-from iec_core.schedule import parse_correction_steps, steps_within
+from iec_core.correction.correction_steps import parse_correction_steps, steps_within
 
 
 @pytest.mark.parametrize(

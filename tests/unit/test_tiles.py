@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from iec_core.kernels import tiles
-from iec_core.kernels.tiles import Product, Tile
+from iec_core.quantization.kernels import tiles
+from iec_core.quantization.kernels.tiles import Product, Tile
 
 MULTIPROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 120: 170}
 LAYERS = {  # of SDXL at 1024 x 1024 pixels, two items

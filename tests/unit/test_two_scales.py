@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from iec_core import two_scales
-from iec_core.gptq import Metric, Moments, calibrated_weight, fitted, gptq
-from iec_core.int8 import linear_int8
-from iec_core.quantization import Packing, WeightFormat, fitting_scales, quantize_rows, rounded_like, stood_for
+from iec_core.quantization.gptq import Metric, Moments, calibrated_weight, fitted, gptq
+from iec_core.quantization.int8 import linear_int8
+from iec_core.quantization.packing import Packing, WeightFormat, fitting_scales, quantize_rows, rounded_like, stood_for
 
 GROUPS = WeightFormat("int4", 16, two_scales=True)
 LEVELS = two_scales.LEVELS.double()
@@ -251,7 +251,7 @@ def test_importance_is_the_metrics_of_each_column():
 
 def test_calibrated_groups_have_the_scales_of_a_search(monkeypatch):
     """By what their columns cost, of rows in several parts."""
-    monkeypatch.setattr("iec_core.gptq.LEAST_ELEMENTS", 1000)
+    monkeypatch.setattr("iec_core.quantization.gptq.LEAST_ELEMENTS", 1000)
     x, rows = normal(300, 64, seed=4) * torch.linspace(0.2, 2, 64), normal(40, 64)
     metric = Metric(moments_of(x))
     values, scale = fitted(rows, GROUPS, metric)

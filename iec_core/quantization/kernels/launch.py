@@ -1,0 +1,206 @@
+"""Launches the Triton kernels: where they can run, on which grid, and what they are given."""
+
+import functools
+import logging
+import os
+
+import torch
+
+from ...devices import is_out_of_memory, once_a_device
+from . import activations, products, tiles
+
+try:
+    import triton
+except ImportError:  # an optional dependency, which not every platform has
+    triton = None
+
+# What varies with the resolution and the batch: a kernel that is compiled once serves all of it, in a tile. Of the numbers of
+# pixels only whether they are multiples of 16 matters, so that memory is read and written in runs.
+NOT_SPECIALIZED = {
+    activations.largest_kernel: ("blocks",),
+    activations.quantize_kernel: ("blocks_c", "scale_step"),
+    products.conv2d_kernel: (
+        "height", "width", "out_width",
+        "stride_h", "stride_w", "padding_h", "padding_w", "dilation_h", "dilation_w", "scale_step",
+    ),
+    products.add_up_kernel: ("blocks_n", "scale_step"),
+}  # fmt: skip
+LARGEST_BLOCK, QUANTIZE_BLOCK = 8192, 4096  # numbers of a program
+ADD_UP_BLOCK = 32, 64  # rows, outputs
+
+
+def _interpreted():
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def jitted(kernel, interpreted):
+    """Return a kernel that can be launched. Triton reads TRITON_INTERPRET here, at the first launch, and not at import."""
+    # A given scale is one of many in a table.
+    return triton.jit(
+        kernel, do_not_specialize=list(NOT_SPECIALIZED.get(kernel, ())), do_not_specialize_on_alignment=["given_ptr"]
+    )
+
+
+def _kernel(kernel):
+    return jitted(kernel, _interpreted())
+
+
+def _maximum():
+    return activations.largest_interpreted if _interpreted() else jitted(activations.largest, False)
+
+
+def is_available(device):
+    """Tell whether the kernels run on a device, such as "cuda": Triton is installed, and compiles them or interprets them."""
+    if _interpreted():
+        return triton is not None
+    return torch.device(device).type != "cpu" and compiles(device)
+
+
+@once_a_device
+def compiles(device):
+    """Tell whether Triton compiles the kernels for a device, and it computes what it should. Else a warning says why not."""
+    reason = _why_not(device)
+    if not reason:
+        try:
+            reason = "" if _computes(device) else "what it compiles computes something else"
+        except Exception as error:  # of any kind: a C compiler or Python's headers may be missing
+            if is_out_of_memory(error):
+                raise
+            reason = f"{type(error).__name__}: {str(error).strip() or 'without a word'}".splitlines()[0]
+    if reason:
+        logging.warning(
+            f"[ComfyUI-IEC] On {device}, convolutions with 8-bit activations are computed in the model's own type, from their "
+            f"8-bit weights: as small, and not faster. Triton's int8 kernels cannot be used: {reason}."
+        )
+    return not reason
+
+
+def _why_not(device):
+    """Return why a device is not tried, "" where it is."""
+    if device.type != "cuda" or torch.version.hip:
+        return "they are for NVIDIA's GPUs"
+    if triton is None:
+        return "Triton is not installed"
+    major, minor = torch.cuda.get_device_capability(device)
+    return "" if major >= 8 else f"they need compute capability 8.0, and this GPU has {major}.{minor}"
+
+
+def _computes(device):
+    """Compute a small convolution, whose result is known, by every kernel there is."""
+    x = torch.full((1, 32, 4, 4), 1.0, dtype=torch.float16, device=device)
+    weight = torch.full((32, 3, 3, 32), 2, dtype=torch.int8, device=device)
+    ones, same = torch.ones(32, device=device), ((1, 1), (1, 1), (1, 1))
+    with torch.cuda.device_of(x):
+        for given, expected in ((torch.full((1,), 0.25, device=device), 4), (None, 127)):
+            values, scale = quantized(x, given, False)
+            tile, _ = _plan(tiles.Product(16, 32, 32, 9), device)
+            for splits in (1, 3):
+                out = conv2d(values, scale, weight, ones, ones, *same, torch.float32, False, (tile, splits))[0]
+                sums = (out - 1) / scale
+                if not ((sums[:, 1, 1] - expected * 2 * 32 * 9).abs() < 0.5).all():
+                    return False
+                if not ((sums[:, 0, 0] - expected * 2 * 32 * 4).abs() < 0.5).all():  # a corner has four of the taps
+                    return False
+    return True
+
+
+def quantized(x, scale, per_tensor):
+    """Return (int8 [B, H, W, C], scale float32 [B], or [1] for per_tensor) for x float [B, C, H, W]: x over its scale. scale:
+    float32 of one number where it is given; then the one returned is NaN for each item that is not finite.
+    """
+    x = x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+    batch, channels, height, width = x.shape
+    values = torch.empty((batch, height, width, channels), dtype=torch.int8, device=x.device)
+    count = 1 if per_tensor and scale is None else batch
+    if scale is None:
+        scales, largest = torch.empty(count, dtype=torch.float32, device=x.device), _largest(x, count)
+    else:
+        scale = scale.reshape(1).float()
+        scales, largest = scale.repeat(count), None
+    is_last = x.stride(1) == 1 and channels > 1
+    (block_p, block_c), pixels = quantize_blocks(channels, is_last), height * width
+    blocks_c = triton.cdiv(channels, block_c)
+    strides = (pixels * channels, channels, 1) if is_last else (pixels * channels, 1, pixels)
+    _kernel(activations.quantize_kernel)[(triton.cdiv(batch * pixels, block_p) * blocks_c,)](
+        x, scale, largest, scales, values, pixels, batch * pixels, channels, blocks_c, *strides, int(count > 1),
+        LARGEST=_maximum(), BLOCK_P=block_p, BLOCK_C=block_c,
+    )  # fmt: skip
+    return values, scales
+
+
+def quantize_blocks(channels, channels_last):
+    """Return (pixels, channels) of a program that quantizes so many channels, by which of both come last in memory."""
+    block_c = min(256 if channels_last else 64, triton.next_power_of_2(channels))
+    return QUANTIZE_BLOCK // block_c, block_c
+
+
+def _largest(x, items):
+    largest = torch.zeros(items, dtype=torch.int32, device=x.device)
+    size = x.numel() // items
+    block = min(LARGEST_BLOCK, triton.next_power_of_2(size))
+    blocks = triton.cdiv(size, block)
+    _kernel(activations.largest_kernel)[(items * blocks,)](x, largest, size, blocks, LARGEST=_maximum(), BLOCK=block)
+    return largest
+
+
+def _plan(product, device):
+    """Return (Tile, splits) for a tiles.Product on a device."""
+    if _interpreted():
+        return tiles.INTERPRETED, 1
+    properties = torch.cuda.get_device_properties(device)
+    return _chosen(product, 10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+_chosen = functools.cache(tiles.choose)
+
+
+def output_size(height, width, weight, stride, padding, dilation):
+    """Return (H', W') of a convolution of a [.., height, width] image with weight [O, kh, kw, C]."""
+    sizes = zip((height, width), weight.shape[1:3], stride, padding, dilation)
+    return tuple((size + 2 * p - d * (kernel - 1) - 1) // s + 1 for size, kernel, s, p, d in sizes)
+
+
+def empty_output(batch, channels, height, width, channels_last, like, dtype):
+    """Allocate [B, C, H, W] on the device of `like`."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty((batch, channels, height, width), dtype=dtype, device=like.device, memory_format=layout)
+
+
+def conv2d(values, scale, weight, weight_scale, bias, stride, padding, dilation, out_dtype, channels_last, plan=None):
+    """Return [B, O, H', W'] for int8 [B, H, W, C] and weight [O, kh, kw, C]; without weight_scale, the int32 sums. plan:
+    (Tile, splits) instead of the one that is chosen. Raises ValueError for shapes that do not fit together.
+    """
+    (batch, height, width, channels), (outputs, kernel_h, kernel_w, deep) = values.shape, weight.shape
+    if deep != channels or scale.numel() not in (1, batch):  # the kernel would read past the end
+        shapes = [tuple(tensor.shape) for tensor in (values, weight, scale)]
+        raise ValueError(f"x {shapes[0]}, weight {shapes[1]} and activation scale {shapes[2]} do not fit together")
+    size = output_size(height, width, weight, stride, padding, dilation)
+    out = empty_output(batch, outputs, *size, channels_last, values, out_dtype)
+    product = tiles.Product(batch * size[0] * size[1], outputs, channels, kernel_h * kernel_w)
+    tile, splits = plan or _plan(product, values.device)
+    vectors = [None if one is None else one.contiguous() for one in (scale, weight, weight_scale, bias)]
+    target, scaling = out, vectors
+    if splits > 1:
+        target = torch.empty((splits, product.rows, outputs), dtype=torch.int32, device=out.device)
+        scaling = [vectors[0], vectors[1], None, None]
+    scale_step = int(scale.numel() > 1)
+    _kernel(products.conv2d_kernel)[(product.programs(tile), splits)](
+        values, *scaling, target, product.rows, size[0] * size[1], height, width, size[1], outputs, *stride, *padding,
+        *dilation, scale_step, CHANNELS=channels, KERNEL_H=kernel_h, KERNEL_W=kernel_w, PADDED=any(padding),
+        CHANNELS_LAST=channels_last or splits > 1, WIDE=target.numel() >= 2**31, SPLITS=splits,
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=tiles.GROUP, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if splits > 1:
+        _add_up(target, vectors, out, size[0] * size[1], scale_step, channels_last)
+    return out
+
+
+def _add_up(sums, vectors, out, pixels, scale_step, channels_last):
+    (splits, rows, outputs), (block_m, block_n) = sums.shape, ADD_UP_BLOCK
+    blocks_n = triton.cdiv(outputs, block_n)
+    scale, _, weight_scale, bias = vectors
+    _kernel(products.add_up_kernel)[(triton.cdiv(rows, block_m) * blocks_n,)](
+        sums, scale, weight_scale, bias, out, rows, pixels, outputs, blocks_n, scale_step,
+        CHANNELS_LAST=channels_last, SPLITS=splits, BLOCK_M=block_m, BLOCK_N=block_n,
+    )  # fmt: skip

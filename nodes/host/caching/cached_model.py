@@ -1,0 +1,94 @@
+"""Caching on a MODEL: which cache it gets, and how it is put there."""
+
+import functools
+
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.patcher_extension import WrappersMP
+
+from ....iec_core.caching.feature_cache import FeatureCache
+from ..sampling.run_plan import follow_run
+from ..sampling.run_state import keep_for_run
+from .cache_run import KEY, other_cache, warn_once
+from .transformer_cache import TransformerCache
+from .unet_cache import UnetCache
+
+
+def cache_kind(model):
+    """Return the kind of CacheRun for a MODEL."""
+    return UnetCache if isinstance(model.get_model_object("diffusion_model"), UNetModel) else TransformerCache
+
+
+def with_cache(model, settings, make_run, node):
+    """Return a clone of a MODEL whose evaluations a cached run decides on, one made anew for each sampling run.
+
+    settings: CacheSettings. make_run(new): the run; new(features, full_steps=None, consumed=None) makes a CacheRun. node: the
+    node's name, for messages.
+
+    Raises ValueError where the MODEL cannot be cached, has no such branch, or has a cache already. A run raises it where the
+    MODEL has got another cache since, or tiles that move.
+    """
+    if any(KEY in wrappers for wrappers in model.wrappers.values()):
+        raise ValueError("model: this MODEL has a cache already; use one IECDeepCache or IECCacheQuant node only.")
+    _check_other_cache(model.model_options, node)
+    network, kind = model.get_model_object("diffusion_model"), cache_kind(model)
+    kind.check(network, settings.branch)
+
+    def begin_run(model_options):
+        _check_other_cache(model_options, node)
+        _check_tiles(model_options, node)
+        return make_run(functools.partial(kind, settings, model_options=model_options))
+
+    def evaluate(executor, x, t, c, y, control, transformer_options, /, **kwargs):
+        """Either kind's wrapper; c, y: c_concat, c_crossattn of a model, context, y of a network."""
+        kwargs.pop(KEY, None)
+        run = transformer_options.get(KEY)
+        if run is None:
+            warn_once("another node calls the network outside of a sampling run; it is evaluated in full")
+            return executor(x, t, c, y, control, transformer_options, **kwargs)
+        return run.evaluate(executor, x, t, c, y, control, transformer_options, **kwargs)
+
+    model = model.clone()
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, keep_for_run(KEY, begin_run))
+    follow_run(model)
+    model.add_wrapper_with_key(kind.wrapper_type, KEY, evaluate)
+    if kind.wrapper_type == WrappersMP.DIFFUSION_MODEL:
+        model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _mark)
+    return model
+
+
+def without_cache(model):
+    """Return a clone of a MODEL without the pack's cache."""
+    model = model.clone()
+    for wrappers in model.wrappers.values():
+        wrappers.pop(KEY, None)
+    return model
+
+
+def _check_other_cache(model_options, node):
+    """Raise ValueError where the host's own cache is on the MODEL too."""
+    if other := other_cache(model_options):
+        raise ValueError(
+            f"model: both {other} and {node} are on this MODEL, and neither knows what the other leaves out; use only one of "
+            "them."
+        )
+
+
+def _check_tiles(model_options, node):
+    """Raise ValueError where another pack's node has tiles of the latent evaluated at places that change from step to step."""
+    if (name := type(model_options.get("model_function_wrapper")).__name__) == "SpotDiffusion":
+        raise ValueError(
+            f"model: {name} moves its tiles from step to step, and {node} reuses what was computed for a tile; use tiles that "
+            "stay, such as MultiDiffusion's, or no cache."
+        )
+
+
+def _mark(executor, *args, **kwargs):
+    """Give the network an argument more than it has without a cache. The host compiles a network without regard to what is in
+    the transformer options, among it the cache's wrapper; by this argument what it compiled for a run without one is not taken.
+    """
+    return executor(*args, **kwargs, **{KEY: True})
+
+
+def apply_cache(model, settings):
+    """Return a clone of a MODEL that caches as CacheSettings say. Raises ValueError as `with_cache`."""
+    return with_cache(model, settings, lambda new: new(FeatureCache(settings.forecast)), "IECDeepCache")

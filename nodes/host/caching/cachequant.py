@@ -1,0 +1,165 @@
+"""Calibration of a cache on runs of the full-precision model, and a MODEL that caches by what it found."""
+
+import functools
+
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
+
+from ....iec_core.caching.cachequant import (
+    CacheProfile,
+    ConsumerStatistics,
+    CorrectedFeatures,
+    FeatureFits,
+    StepDistances,
+    group_steps,
+)
+from ....iec_core.caching.feature_cache import KEPT, CacheSchedule, FeatureCache
+from ..quantization import quantize
+from ..quantization.activation_scales import calibrated, scales_of
+from ..quantization.weights import fingerprint, is_same
+from ..sampling.calibration_runs import Bar
+from .cache_run import CacheSettings
+from .cached_model import cache_kind, with_cache
+
+
+def calibrate(model, full_precision, runs, interval, branch, schedule, forecast, correct_consumer):
+    """Return the CacheProfile of a MODEL, from Runs in full precision.
+
+    full_precision: the MODEL that a quantized one is made from; not looked at where `model` is not quantized. schedule: a
+    CacheSchedule, None for the one that is found by dynamic programming. forecast: "hold", one feature is mapped, or "linear",
+    the last two. correct_consumer: whether the output of the block that consumes the feature gets a map too, if the model is
+    quantized. Raises ValueError where the MODEL cannot be cached, or what it is quantized from is not given.
+    """
+    kind, settings = cache_kind(model), CacheSettings(interval, branch)
+    bits = quantize.quantization_of(model) or "none"
+    source = model if bits == "none" else quantize.source_of(model, full_precision)
+    correct_consumer = correct_consumer and bits != "none" and kind.has_consumer
+    passes = 1 + (schedule is None) + correct_consumer
+    cached = functools.partial(with_cache, source, settings, node="IECCalibrateCacheQuant")
+    sample = functools.partial(runs.sample, Bar(passes * runs.steps))
+
+    if schedule is None:
+        distances = StepDistances(interval)
+        sample(cached(lambda new: new(distances, distances.full_steps)))
+        distances.check_every_step_was_seen()
+        schedule = CacheSchedule("steps", tuple(group_steps(distances.cost(), interval)))
+    fits = FeatureFits(lambda steps: schedule.full_steps(steps, interval), KEPT[forecast], kind.channel_dim)
+    paired = functools.partial(_PairedRun, kind, model, fits)
+    sample(cached(lambda new: paired(*(new(fits, fits.full_steps) for _ in range(2)))))
+    fits.check_every_step_was_seen()
+
+    facts = {
+        "network": type(model.get_model_object("diffusion_model")).__name__, "branch": branch, "interval": interval,
+        "forecast": forecast, "quantization": bits, "prompts": len(runs.prompts), "runs": runs.count,
+        **runs.sampling,
+    }  # fmt: skip
+    profile = CacheProfile(
+        {name: str(value) for name, value in facts.items()}, fingerprint(model), fits.sigmas, tuple(sorted(fits.firsts)),
+        kind.channel_dim, fits.maps(),
+    )  # fmt: skip
+    if correct_consumer:
+        profile.consumer = _fit_consumer(model, cached, profile, fits.full_steps, sample)
+    return profile
+
+
+def _fit_consumer(model, cached, profile, all_steps, sample):
+    """Return the map of the consuming block's output from the quantized network, cached by the profile, on full precision."""
+    statistics = ConsumerStatistics(profile.channel_dim)
+
+    def make_run(new):
+        features = CorrectedFeatures(profile)
+        reference = new(FeatureCache(), all_steps, consumed=statistics.consumed)
+        measured = new(features, features.full_steps, consumed=statistics.consumed)
+        return _PairedRun(cache_kind(model), model, statistics, reference, measured)
+
+    sample(cached(make_run))
+    return statistics.map(len(profile.sigmas) - 1)
+
+
+def apply_profile(model, profile, correction_pass):
+    """Return a clone of a MODEL that caches by a CacheProfile.
+
+    Raises ValueError where the profile is of another model, or the MODEL cannot be cached.
+    """
+    is_for_another = profile.channel_dim != cache_kind(model).channel_dim
+    if is_for_another or not is_same(fingerprint(model), profile.fingerprint):
+        raise ValueError(
+            f"profile: it was calibrated for another model, a {profile.facts['network']} with other weights; calibrate for "
+            "this model, or load its own profile."
+        )
+
+    def make_run(new):
+        features = CorrectedFeatures(profile)
+        consumer = {} if profile.consumer is None else {"consumed": features.consumed}
+        return _ProfiledRun(new(features, features.full_steps, **consumer), profile)
+
+    interval, branch = int(profile.facts["interval"]), int(profile.facts["branch"])
+    settings = CacheSettings(interval, branch, correction_pass=correction_pass)
+    return with_cache(model, settings, make_run, "IECCacheQuant")
+
+
+class _PairedRun:
+    """Evaluates the full-precision network, whose result the sampler gets, then at the same place the model's where that is
+    quantized.
+    """
+
+    def __init__(self, kind, model, statistics, reference, measured):
+        self._kind, self._statistics = kind, statistics
+        self._quantized, self._scales = model.model if quantize.quantization_of(model) else None, scales_of(model)
+        self._reference, self._measured = reference, measured
+
+    def evaluate(self, executor, x, t, c, y, control, transformer_options, /, **kwargs):
+        """As CacheRun.evaluate."""
+        self._statistics.is_reference = True
+        result = self._reference.evaluate(executor, x, t, c, y, _own(control), transformer_options, **kwargs)
+        if self._quantized is not None:
+            self._statistics.is_reference = False
+            with calibrated(self._quantized.diffusion_model, self._scales, x.device, transformer_options):
+                self._measured.evaluate(self._on_quantized(executor), x, t, c, y, control, transformer_options, **kwargs)
+        return result
+
+    def _on_quantized(self, executor):
+        """Return the executor as it would be on the quantized model."""
+        if self._kind.wrapper_type == WrappersMP.APPLY_MODEL:
+            owner = self._quantized
+            function = owner._apply_model
+        else:
+            owner = self._quantized.diffusion_model
+            function = owner._forward
+        return WrapperExecutor.new_class_executor(function, owner, executor.wrappers, executor.idx)
+
+    def full_steps(self, sigmas):
+        """As CacheRun.full_steps."""
+        return self._reference.full_steps(sigmas)
+
+    def clear(self):
+        self._reference.clear()
+        self._measured.clear()
+
+
+def _own(control):
+    """Return a ControlNet's residuals in lists of their own, for the host uses them up."""
+    return control and {name: list(residuals) for name, residuals in control.items()}
+
+
+class _ProfiledRun:
+    """A cached run that is refused where the model is quantized otherwise than in the calibration."""
+
+    def __init__(self, run, profile):
+        self._run, self._profile = run, profile
+
+    def evaluate(self, executor, x, t, c, y, control, transformer_options, /, **kwargs):
+        """As CacheRun.evaluate."""
+        bits, calibrated = transformer_options.get(quantize.KEY, "none"), self._profile.facts["quantization"]
+        if bits != calibrated:
+            raise ValueError(
+                f"profile: it was calibrated with quantization {calibrated}, and this model is sampled with quantization "
+                f"{bits}; quantize it likewise, or calibrate anew."
+            )
+        return self._run.evaluate(executor, x, t, c, y, control, transformer_options, **kwargs)
+
+    def full_steps(self, sigmas):
+        """As CacheRun.full_steps."""
+        return self._run.full_steps(sigmas)
+
+    def clear(self):
+        self._run.clear()

@@ -1,0 +1,169 @@
+"""DeepCache on the host's U-Nets, through its hooks: no copy of the forward pass, no block replaced in the model.
+
+Branch b runs the b + 1 outermost skip connections: input blocks 0..b and the last b + 1 output blocks. The feature that
+enters the first of these output blocks is what a full evaluation keeps and a cached one takes up again. A cached
+evaluation is the host's own forward pass over a shallow copy of the U-Net, in which the other blocks pass on a tensor
+of no channels, at no cost.
+"""
+
+import copy
+
+import torch
+from comfy.ldm.modules.attention import SpatialTransformer
+from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
+
+from .cache_run import CacheRun
+
+
+class _Skipped(torch.nn.Module):
+    """A block that is not run: passes on no channels, so that what the host concatenates stays empty."""
+
+    def forward(self, x):
+        return x[:, :0]
+
+
+class _Told(torch.nn.Module):
+    """A last layer of a block, by which `told` sees the block's output and may change it."""
+
+    def __init__(self, told):
+        super().__init__()
+        self._told = told
+
+    def forward(self, x):
+        return self._told(x)
+
+
+class UnetCache(CacheRun):
+    """One sampling run's cache of a U-Net's deep feature. consumed: see CacheRun."""
+
+    channel_dim = 1
+    has_consumer = True
+    wrapper_type = WrappersMP.DIFFUSION_MODEL
+
+    def __init__(self, settings, features, full_steps=None, consumed=None, model_options=None):
+        super().__init__(settings, features, full_steps)
+        self.branch = settings.branch
+        self.first = None  # the first output block that a cached evaluation runs, of the network that is evaluated
+        self._consumed = consumed
+
+    @staticmethod
+    def check(unet, branch):
+        """Raise ValueError where the U-Net has no such branch."""
+        blocks = len(unet.output_blocks)
+        if not 0 <= branch < blocks:
+            raise ValueError(f"branch: this U-Net has branches 0 to {blocks - 1}, and {branch} is none of them.")
+
+    @torch.compiler.disable(recursive=False)
+    def evaluate(self, executor, x, timesteps, context, y, control, transformer_options, **kwargs):
+        """Evaluate the U-Net in full, keeping the deep feature, or over the shallow blocks with the kept one.
+
+        A compiled model runs this as it is, for it decides anew in each step. What is compiled is the network's forward pass:
+        once over all blocks, and once over the shallow ones.
+        """
+        plan, network, control, options, kept = self._prepare(executor.class_obj, x, control, transformer_options)
+        inner = WrapperExecutor.new_class_executor(network._forward, network, executor.wrappers, executor.idx + 1)
+        output = inner.execute(x, timesteps, context, y, control, options, **kwargs)
+        self._store(plan, kept)
+        return output
+
+    @torch.compiler.disable
+    def _prepare(self, unet, x, control, options):
+        """Return (Plan, network, control, options, list that takes the feature to keep) of the evaluation of x."""
+        if options.get("patches", {}).get("middle_block_after_patch"):
+            raise ValueError(
+                "model: a cache leaves out the middle block, and this MODEL has a patch behind it on which others depend, as "
+                "SUPIR's do; use one of the two."
+            )
+        self.first = len(unet.output_blocks) - 1 - self.branch
+        plan, network, kept = self.plan(x, options), unet, []
+        feature = plan.load(self.features, x.shape[0]) if plan.reuses else None
+        if feature is not None:
+            network, control = self._shallow(unet), self._shallow_control(control)
+            options = self._at_feature(self._without_skipped_patches(options), self._resuming(feature, unet))
+        elif plan.keeps:
+            # A copy, for other patches may change the tensor in place; a list, for a compiled network cannot look up keys.
+            options = self._at_feature(options, lambda h, options: kept.append(h.clone()) or h)
+        if self._consumed is not None and plan.position is not None:
+            network = self._telling(network, plan.position)
+        return plan, network, control, options, kept
+
+    @torch.compiler.disable
+    def _store(self, plan, kept):
+        for feature in kept:
+            self.features.store(plan.keys, feature, plan.position)
+
+    def _at_feature(self, transformer_options, replace):
+        """Return the options with h -> replace(h, options) applied to what enters the first shallow output block, before
+        any other patch, so that the others see what they would see without the cache.
+        """
+        first = ("output", self.first)
+
+        def patch(h, hsp, options):
+            return replace(h, options) if options["block"] == first else h, hsp
+
+        patches = transformer_options.get("patches", {})
+        patches = {**patches, "output_block_patch": [patch, *patches.get("output_block_patch", [])]}
+        return {**transformer_options, "patches": patches}
+
+    def _resuming(self, feature, unet):
+        """Return what goes on with the kept feature, the host's number of the transformer counted past the skipped blocks."""
+        skipped = [*unet.input_blocks[self.branch + 1 :], unet.middle_block, *unet.output_blocks[: self.first]]
+        layers = [layer for block in skipped if block is not None for layer in block]
+        transformers = sum(isinstance(layer, SpatialTransformer) for layer in layers)
+
+        def resume(h, options):
+            options["transformer_index"] += transformers
+            return feature
+
+        return resume
+
+    def _shallow(self, unet):
+        """Return a copy of the U-Net that shares the blocks which are run; the U-Net itself stays as it is."""
+        skipped = TimestepEmbedSequential(_Skipped())
+        shallow = copy.copy(unet)
+        shallow._modules = dict(unet._modules)
+        run = self.branch + 1
+        shallow.input_blocks = torch.nn.ModuleList([*unet.input_blocks[:run], *[skipped] * (len(unet.input_blocks) - run)])
+        shallow.middle_block = skipped
+        shallow.output_blocks = torch.nn.ModuleList([*[skipped] * self.first, *unet.output_blocks[self.first :]])
+        return shallow
+
+    def _telling(self, unet, position):
+        """Return a copy of the U-Net in which the output of the block that consumes the feature passes through `consumed`."""
+        telling = copy.copy(unet)
+        blocks = list(unet.output_blocks)
+        told = _Told(lambda h: self._consumed(h, position))
+        blocks[self.first] = TimestepEmbedSequential(*blocks[self.first], told)
+        telling._modules = {**unet._modules, "output_blocks": torch.nn.ModuleList(blocks)}
+        return telling
+
+    def _shallow_control(self, control):
+        """Drop the ControlNet residuals of the skipped blocks. The host pops a list's last entry for its next block."""
+        if control is None:
+            return None
+        control = dict(control, middle=[])
+        if control.get("input"):
+            control["input"] = control["input"][-(self.branch + 1) :]
+        if control.get("output"):
+            kept = control["output"][: max(0, len(control["output"]) - self.first)]
+            control["output"] = kept + [None] * self.first
+        return control
+
+    def _is_run(self, block):
+        kind, number = block
+        return number <= self.branch if kind == "input" else kind == "output" and number >= self.first
+
+    def _without_skipped_patches(self, transformer_options):
+        """Keep other nodes' block patches from being called for blocks that are not run."""
+        patches = dict(transformer_options.get("patches", {}))
+        for name in ("input_block_patch", "input_block_patch_after_skip"):
+            patches[name] = [self._on_run_input(patch) for patch in patches.get(name, [])]
+        patches["output_block_patch"] = [self._on_run_output(patch) for patch in patches.get("output_block_patch", [])]
+        return {**transformer_options, "patches": patches}
+
+    def _on_run_input(self, patch):
+        return lambda h, options: patch(h, options) if self._is_run(options["block"]) else h
+
+    def _on_run_output(self, patch):
+        return lambda h, hsp, options: patch(h, hsp, options) if self._is_run(options["block"]) else (h, hsp)

@@ -1,0 +1,171 @@
+"""Calibration of a quantized MODEL's activations on sampling runs, and a MODEL that uses what it found."""
+
+import contextlib
+import functools
+import weakref
+
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from ....iec_core.quantization.activation_scales import ActivationScales, ScaleStatistics
+from ..sampling.calibration_runs import Bar, watched
+from ..sampling.run_plan import place
+from .quantized_layers import quantized_layers
+from .quantized_network import quantization_of
+from .weights import fingerprint, is_same
+
+KEY = "iec_activation_scales"
+_layers = weakref.WeakKeyDictionary()  # of networks, as `_layers_of` found them
+
+
+def calibrate_activations(model, runs, timestep_wise, search):
+    """Return the ActivationScales of a quantized MODEL, from Runs with it; those that are on it do not count.
+
+    timestep_wise: whether every step gets scales of its own. search: whether scales are those of least squared error, for
+    which all runs are done twice.
+
+    Raises ValueError where the MODEL has no quantized activations.
+    """
+    _check(model)
+    model = _without_scales(model)
+    layers = quantized_layers(model.model.diffusion_model)
+    sample = functools.partial(runs.sample, Bar((1 + search) * runs.steps))
+    found = _Observed(layers, timestep_wise)
+    sample(found.observing(model, "largest"))
+    if search:
+        sample(found.observing(model, "search"))
+    names, sigmas, table = found.scales(search)
+    facts = {
+        "quantization": quantization_of(model), "scales": "timestep-wise" if timestep_wise else "static",
+        "scale": "search" if search else "absmax", "prompts": len(runs.prompts), "runs": runs.count, **runs.sampling,
+    }  # fmt: skip
+    facts = {name: str(value) for name, value in facts.items()}
+    return ActivationScales(facts, fingerprint(model), names, sigmas, table)
+
+
+def apply_scales(model, scales):
+    """Return a clone of a quantized MODEL whose activations have calibrated scales, in place of those that are on it.
+
+    Raises ValueError where they are of another model or another quantization.
+    """
+    _check(model)
+    if not is_same(fingerprint(model), scales.fingerprint):
+        raise ValueError("profile: it was calibrated for another model; calibrate for this model, or load its own profile.")
+    layers = quantized_layers(model.model.diffusion_model)
+    if scales.facts["quantization"] != quantization_of(model) or not set(scales.names) <= set(layers):
+        raise ValueError(
+            f"profile: it was calibrated for {scales.facts['quantization']}, and this MODEL is {quantization_of(model)}; "
+            "quantize it likewise, or calibrate anew."
+        )
+
+    def apply_model(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
+        with calibrated(executor.class_obj.diffusion_model, scales, x.device, transformer_options):
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+    apply_model.scales = scales  # no attachment: the host loads a clone anew that has others than the one before
+    model = _without_scales(model)
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, apply_model)
+    return model
+
+
+def _without_scales(model):
+    model = model.clone()
+    model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
+    return model
+
+
+def scales_of(model):
+    """Return the ActivationScales that are on a MODEL, None where there are none."""
+    return next((wrapper.scales for wrapper in model.get_wrappers(WrappersMP.APPLY_MODEL, KEY)), None)
+
+
+@contextlib.contextmanager
+def calibrated(network, scales, device, transformer_options):
+    """Give a quantized network's layers the ActivationScales, which may be None, of the evaluation that the host's
+    `transformer_options` belong to, on a device; take them away at the end.
+    """
+    layers = [] if scales is None else _layers_of(network, transformer_options.get("sample_sigmas"))
+    try:
+        if scales is not None:
+            found = dict(zip(scales.names, scales.at(transformer_options["sigmas"].flatten()[0].to(device)).unbind()))
+            for layer in layers:  # past a module's own __setattr__, which takes ten times as long
+                layer.__dict__["input_scale"] = found.get(layer.name)
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("input_scale", None)
+
+
+def _layers_of(network, sigmas):
+    """Return a list of a network's quantized layers. They are looked for once a run, for that takes milliseconds; sigmas: the
+    tensor that the host has made for the run, None where there is none. Between runs the host may put other modules into a
+    network, by object patches.
+    """
+    run, found = _layers.get(network, (lambda: None, ()))
+    if sigmas is None or run() is not sigmas:
+        found = [weakref.ref(layer) for layer in quantized_layers(network).values()]
+        if sigmas is not None:
+            _layers[network] = weakref.ref(sigmas), found
+    return [layer for one in found if (layer := one()) is not None]
+
+
+def _check(model):
+    layers = quantized_layers(model.model.diffusion_model).values()
+    if not any(layer.activation.bits == 8 for layer in layers):
+        raise ValueError("model: its activations are not quantized; put Quantize Model (IEC) with activation_bits 8 in front.")
+
+
+class _Observed:
+    """Sees what enters the quantized layers, while a MODEL is sampled."""
+
+    def __init__(self, layers, timestep_wise):
+        self._layers, self._timestep_wise = layers, timestep_wise
+        self._statistics = self._sigmas = None
+
+    def observing(self, model, what):
+        """Return a clone of the MODEL in whose runs the statistics take up, by their method `what`, what enters its layers."""
+
+        def watch(transformer_options):
+            if not self._locate(transformer_options):
+                return []
+            return [
+                layer.register_forward_pre_hook(functools.partial(self._take_up, getattr(self._statistics, what), name))
+                for name, layer in self._layers.items()
+            ]
+
+        return watched(model, watch)
+
+    def scales(self, searched):
+        """Return (names, sigmas float64 [S], scales float32 [S, L]) as ActivationScales have them. Raises ValueError where no
+        layer was seen.
+        """
+        names, scales = self._statistics.scales(searched)
+        if not names:
+            raise ValueError(
+                "model: nothing was seen to enter its quantized layers; another node runs copies of them, as one that compiles "
+                "does: put that behind this one."
+            )
+        if len(scales) == 1:
+            return names, self._sigmas[:1], scales
+        # Of equal sigmas, as a scheduler gives them for more steps than it has timesteps, the last one has what was seen.
+        last = torch.cat([self._sigmas[1:] < self._sigmas[:-1], torch.tensor([True])])
+        return names, self._sigmas[last], scales[last]
+
+    def _locate(self, transformer_options):
+        """Go to the step of an evaluation; return whether it is known."""
+        told = place(transformer_options)
+        if told is None:
+            return False
+        sigmas, step = told["schedule"].sigmas, told["step"]
+        if self._statistics is None:
+            kinds = {name: "fp8" if layer.packing.format.kind == "fp8" else "int8" for name, layer in self._layers.items()}
+            self._statistics = ScaleStatistics(kinds, len(sigmas) - 1, self._timestep_wise)
+            self._sigmas = torch.tensor(sigmas[:-1], dtype=torch.float64)
+        while step + 2 < len(sigmas) and sigmas[step + 1] == sigmas[step]:
+            step += 1
+        self._statistics.step = step
+        return True
+
+    @staticmethod
+    def _take_up(take_up, name, layer, inputs):
+        take_up(name, layer.rotated(inputs[0].float()))

@@ -1,0 +1,311 @@
+"""A MODEL with quantized weights, made from another.
+
+The network is copied, but for its weights: those that stay in floating point are shared with the source, the others are
+quantized one at a time. What else is on the source MODEL (patches, hooks, wrappers, options) comes along; a LoRA that lies on a
+weight which is quantized goes into it first.
+"""
+
+import copy
+import hashlib
+import logging
+import uuid
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+import comfy.model_patcher
+import comfy.utils
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from ....iec_core.devices import has_float8
+from ....iec_core.quantization.packing import BITS, Packing, WeightFormat, rotation_size
+from .quantized_layers import ActivationFormat, is_host_state, quantized_class
+from .quantized_network import KEY, PREFIX, mark_quantized, quantization_of
+from .weights import fingerprint, is_same, original_weight, patched_shape, patched_weight
+
+# Modules that embed the timestep and the label, as the host's networks name them.
+EMBEDDINGS = (
+    "time_embed",
+    "label_emb",
+    "time_in",
+    "vector_in",
+    "guidance_in",
+    "t_embedder",
+    "y_embedder",
+    "time_embedding",
+    "time_projection",
+    "time_proj",
+    "timestep_embedder",
+    "time_text_embed",
+)
+
+# The last layers of attention and of feed-forward networks, as the host's networks name them.
+OUTPUT_PROJECTIONS = (
+    "*.to_out.0", "*.to_add_out", "*.attn.proj", "*_attn.proj", "*.self_attn.o", "*.cross_attn.o", "*.ff.net.2",
+    "*.ff_context.net.2", "*_mlp.2", "*.ffn.2", "*.mlp.fc2", "*.linear2",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LayerRules:
+    """Which layers are quantized: those that a pattern of `include` fits (all where there is none), without those that one of
+    `exclude` fits. keep_sensitive: without the embeddings of timestep and label, the first and the last of the other layers (in
+    a U-Net the first and the last convolution), and a transformer's final layer. keep_outputs: without the last layers of
+    attention and of feed-forward networks. Patterns are names of layers, in which * stands for anything.
+    """
+
+    keep_sensitive: bool = True
+    keep_outputs: bool = False
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def select(self, names):
+        """Return which of the names, in the network's order, are quantized. Raises ValueError where a pattern fits none."""
+        for option in ("include", "exclude"):
+            for pattern in getattr(self, option):
+                if not any(fnmatchcase(name, pattern) for name in names):
+                    raise ValueError(
+                        f"{option}: '{pattern}' fits none of this MODEL's {len(names)} Linear and Conv2d layers, which have "
+                        f"names such as {names[len(names) // 2]}; write names, with * for any part of one."
+                    )
+        kept = self._kept(names)
+        return [
+            name
+            for name in names
+            if name not in kept
+            and (not self.include or any(fnmatchcase(name, pattern) for pattern in self.include))
+            and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
+        ]
+
+    def _kept(self, names):
+        kept = set()
+        if self.keep_sensitive:
+            kept = {name for name in names if set(EMBEDDINGS) & set(name.split("."))}
+            others = [name for name in names if name not in kept]
+            kept |= {*others[:1], *others[-1:], *(name for name in others if name.startswith("final_layer."))}
+        if self.keep_outputs:
+            kept |= {name for name in names if any(fnmatchcase(name, pattern) for pattern in OUTPUT_PROJECTIONS)}
+        return kept
+
+
+def parse_patterns(text):
+    """Return the patterns of an `include` or `exclude` text, which commas, spaces or lines part."""
+    return tuple(text.replace(",", " ").split())
+
+
+def _short(patterns):
+    """Return patterns as text; of many, their number and a digest, by which other ones are told."""
+    text = " ".join(patterns)
+    return text if len(text) <= 60 else f"{len(patterns)} names ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What is asked of a MODEL. rotate: whether Linear layers' inputs are rotated where their number allows it. mixed: the bits
+    a weight has on average, where some layers have others than `weight` says; None where all are alike.
+    """
+
+    weight: WeightFormat
+    activation: ActivationFormat
+    rules: LayerRules = LayerRules()
+    rotate: bool = False
+    mixed: float | None = None
+
+    @property
+    def name(self):
+        """The field's short name, such as W8A8, with a word for what is not usual."""
+        bits = f"{self.mixed:.2f}" if self.mixed else BITS[self.weight.kind]
+        return f"{'FP8 ' if self.weight.kind == 'fp8' else ''}W{bits}A{self.activation.bits}{self._details()}"
+
+    def _details(self):
+        details = [
+            "mixed" if self.mixed else "",
+            f"groups of {self.weight.group_size}" if self.weight.group_size else "",
+            "scales by search" if self.weight.search else "",
+            "GPTQ" if self.weight.calibrated else "",
+            f"rank {self.weight.rank}" if self.weight.rank else "",
+            "rotated" if self.rotate else "",
+            "one scale a tensor" if self.activation.per_tensor else "",
+            "output projections kept" if self.rules.keep_outputs else "",
+            f"only {_short(self.rules.include)}" if self.rules.include else "",
+            f"not {_short(self.rules.exclude)}" if self.rules.exclude else "",
+        ]
+        whole = "" if self.rules.keep_sensitive else " of all layers"
+        return whole + "".join(f", {detail}" for detail in details if detail)
+
+    def packing(self, shape):
+        """Return the Packing of a weight of this shape."""
+        rotation = rotation_size(shape[1]) if self.rotate and len(shape) == 2 else 0
+        return Packing(shape, replace(self.weight, rotation=rotation))
+
+    def with_bits(self, kind):
+        """Return the same with weights of another kind, without what only those that it asks for have."""
+        group_size = 0 if self.weight.two_scales else self.weight.group_size
+        return replace(self, weight=replace(self.weight, kind=kind, rank=0, two_scales=False, group_size=group_size))
+
+
+def quantizable_layers(network):
+    """Return {name: layer} of the Linear and Conv2d layers that can be quantized."""
+    return {name: layer for name, layer in network.named_modules() if quantized_class(layer)}
+
+
+def quantize_model(model, quantization):
+    """Return a MODEL like this one with quantized weights. The source stays as it is.
+
+    Raises ValueError where the MODEL has no layer to quantize, is quantized already or compiled, or a pattern fits no layer.
+    """
+    layers = layers_to_quantize(model, quantization)
+    bar, replaced = comfy.utils.ProgressBar(len(layers)), {}
+    for name, layer in layers.items():
+        packing = quantization.packing(weight_shape(model, name, layer))
+        packed = packing.quantize(weight_to_quantize(model, name, layer))
+        replaced[layer] = quantized_layer(model, name, layer, packing, packed, quantization)
+        bar.update(1)
+    return with_quantized_layers(model, quantization, replaced)
+
+
+def layers_to_quantize(model, quantization):
+    """Return {name: layer} of a MODEL's layers that are to be quantized. Raises ValueError as `quantize_model`."""
+    if quantization_of(model):
+        raise ValueError("model: this MODEL is quantized already; connect the one from before the node that quantized it.")
+    if quantization.weight.kind == "fp8" and not has_float8(model.load_device):
+        raise ValueError(
+            f"weight_bits: fp8 cannot be on this device ({model.load_device}), which has no float8; choose 8 or 4."
+        )
+    bound = [key for key in model.object_patches if key.split(".")[0] == "diffusion_model"]
+    if bound or model.injections:
+        raise ValueError(
+            f"model: this MODEL has a patch on {bound[0] if bound else 'the calls of its layers'} that is of its own network, "
+            "such as a compiled block or a bypass LoRA; put the node that makes it behind this one."
+        )
+    if "torch.compile" in model.wrappers.get(WrappersMP.APPLY_MODEL, {}):
+        raise ValueError(
+            "model: this MODEL is compiled, and what is compiled cannot be quantized; compile it after quantizing."
+        )
+    model.unpatch_model(unpatch_weights=False)  # other clones' objects are not ours; each run puts its own there
+    layers = quantizable_layers(model.model.diffusion_model)
+    if not layers:
+        raise ValueError("model: this MODEL has no Linear or Conv2d layer in floating point to quantize.")
+    chosen = _without_enlarged(model, layers, quantization.rules.select(list(layers)))
+    if not chosen:
+        raise ValueError(
+            "include, exclude, keep_sensitive_layers: together they leave no layer to quantize; let some be quantized."
+        )
+    return {name: layers[name] for name in chosen}
+
+
+def weight_to_quantize(model, name, layer):
+    """Return the weight of a layer in floating point, with the patches that lie on it, on the MODEL's load device."""
+    key = f"{PREFIX}{name}.weight"
+    return patched_weight(model, key, original_weight(model, key, layer.weight).to(model.load_device))
+
+
+def quantized_layer(model, name, layer, packing, packed, quantization):
+    """Return a quantized layer in place of one of the MODEL's. packed: its weight, as `packing` has it."""
+    bias = None if layer.bias is None else _own(model, f"{PREFIX}{name}.bias", layer.bias)
+    packed = packed.to(model.offload_device)
+    return quantized_class(layer).of(name, layer, packing, packed, bias, quantization.activation)
+
+
+def with_quantized_layers(model, quantization, replaced):
+    """Return a MODEL like this one with other layers, {layer: the quantized one}, and without the patches on their weights."""
+    model.unpatch_model(unpatch_weights=False)  # what a run has put there since
+    base = _copy_of_model(model, replaced)
+    base.iec_quantization, base.iec_fingerprint = quantization.name, fingerprint(model)
+    return _patcher(model, base, [f"{PREFIX}{layer.name}.weight" for layer in replaced.values()])
+
+
+def weight_shape(model, name, layer):
+    """Return the shape of a layer's weight, a tuple; as the host has patched it, it may be another."""
+    return tuple(original_weight(model, f"{PREFIX}{name}.weight", layer.weight).shape)
+
+
+def _without_enlarged(model, layers, names):
+    """Return the names without those of layers that a patch enlarges, which the host looks at to tell what it can feed in: they
+    stay as they are, and the patch on them.
+    """
+
+    def is_enlarged(name):
+        shape = weight_shape(model, name, layers[name])
+        return patched_shape(model.patches.get(f"{PREFIX}{name}.weight"), shape) != shape
+
+    enlarged = [name for name in names if is_enlarged(name)]
+    if enlarged:
+        logging.info(f"[ComfyUI-IEC] {', '.join(enlarged)} stays unquantized, for a LoRA enlarges its weight.")
+    return [name for name in names if name not in enlarged]
+
+
+def source_of(quantized, full_precision):
+    """Return a clone of the MODEL that a quantized one was made from, with the quantized one loaded beside it.
+
+    Raises ValueError where it is not given, or another.
+    """
+    if full_precision is None:
+        raise ValueError(
+            "full_precision: this model is quantized, and what it was made from is needed too; connect that MODEL here."
+        )
+    if quantization_of(full_precision) or not is_same(fingerprint(full_precision), fingerprint(quantized)):
+        raise ValueError("full_precision: this is not the MODEL that the quantized one was made from; connect that.")
+    source = full_precision.clone()
+    source.set_additional_models(KEY, [quantized])
+    return source
+
+
+def _own(model, key, tensor):
+    """Return a tensor of the MODEL as it was before the host loaded and patched it, on the offload device."""
+    return original_weight(model, key, tensor).to(model.offload_device)
+
+
+def _copy_of_model(model, replaced):
+    """Return a copy of the MODEL's BaseModel, with layers replaced: all other weights are shared where they lie on the offload
+    device.
+    """
+    source = model.model
+    copies = {module: replaced.get(module) or module.__class__.__new__(module.__class__) for module in source.modules()}
+    memo = {id(module): new for module, new in copies.items()}
+    for prefix, module in source.named_modules():
+        if module not in replaced:
+            own = [*module.named_parameters(prefix, recurse=False), *module.named_buffers(prefix, recurse=False)]
+            memo.update({id(tensor): _shared(model, name, tensor, _type_when_loaded(module, name)) for name, tensor in own})
+    for shared in (source.model_config, getattr(source, "latent_format", None)):
+        memo[id(shared)] = shared
+    for module, new in copies.items():
+        if module not in replaced:
+            own = {name: value for name, value in module.__dict__.items() if not is_host_state(name)}
+            new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in own.items()})
+    base = copies[source]
+    base.device, base.current_patcher = model.offload_device, None
+    return base
+
+
+def _type_when_loaded(module, key):
+    """Return the type to which ComfyUI 0.33's dynamic loader casts a parameter, None where that is not its."""
+    return getattr(module, f"{key.rpartition('.')[2]}_comfy_model_dtype", None)
+
+
+def _shared(model, key, tensor, dtype):
+    """Return a parameter or buffer for the copy, over the same memory where the tensor is on the offload device and of this
+    type (None: of whatever type it is).
+    """
+    value = _own(model, key, tensor).to(dtype or tensor.dtype)
+    return torch.nn.Parameter(value, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else value
+
+
+def _patcher(model, base, baked):
+    """Return the MODEL of a BaseModel, with all that is on `model` but for the patches on the keys `baked`."""
+    dynamic = getattr(model, "is_dynamic", lambda: False)()
+    kind = comfy.model_patcher.ModelPatcher if dynamic else type(model)
+    template = kind.__new__(kind)
+    template.__dict__.update(model.__dict__)
+    template.__dict__.pop("non_dynamic_delegate_model", None)  # a second network of the source
+    template.additional_models = {key: models for key, models in model.additional_models.items() if key != "multigpu"}
+    template.model, template.size = base, 0
+    template.backup, template.backup_buffers, template.object_patches_backup = {}, {}, {}
+    template.hook_backup, template.cached_hook_patches, template.pinned = {}, {}, set()
+    template.current_hooks, template.is_injected = None, False
+    # What would lead back to the source, and keep it in memory, or be taken for it.
+    template.parent, template.cached_patcher_init, template.clone_base_uuid = None, None, uuid.uuid4()
+    quantized = template.clone()
+    for key in baked:
+        quantized.patches.pop(key, None)
+    return mark_quantized(quantized)

@@ -1,0 +1,98 @@
+"""Sampling runs for a calibration, on the user's prompts."""
+
+from dataclasses import dataclass, replace
+
+import comfy.sample
+import comfy.utils
+from comfy.patcher_extension import WrappersMP
+
+from ....iec_core.advice import TRY_PRECISION
+from .run_plan import follow_run
+
+
+class Bar:
+    """The node's progress bar, over the steps of all runs and what else there is to do; a callback for the host's samplers."""
+
+    def __init__(self, total):
+        self._bar = comfy.utils.ProgressBar(total)
+
+    def __call__(self, step, denoised, x, total_steps):
+        self.advance()
+
+    def advance(self):
+        self._bar.update(1)
+
+
+def open_to_hooks(model):
+    """Return a clone of a MODEL without the host's torch.compile, for what is compiled calls no hooks that layers get later,
+    and without copies of its network on other GPUs, whose layers have none.
+    """
+    model = model.clone()
+    model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, "torch.compile")
+    model.remove_additional_models("multigpu")
+    return model
+
+
+def watched(model, watch):
+    """Return a clone of a MODEL, as of `open_to_hooks`, whose layers have hooks while its network is evaluated: those that
+    watch(transformer_options) registers then, and returns in a list.
+    """
+
+    def apply_model(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
+        hooks = watch(transformer_options)
+        try:
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    model = open_to_hooks(model)
+    follow_run(model)
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "iec_watched", apply_model)
+    return model
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The sampling runs of a calibration: `count` of each prompt (CONDITIONING), with noise of their own. sampling: steps, cfg,
+    sampler_name and scheduler, as the host's KSampler has them.
+    """
+
+    prompts: list
+    negative: list
+    latent_image: dict
+    seed: int
+    count: int
+    sampling: dict
+
+    @property
+    def steps(self):
+        """Of all runs together."""
+        return self.count * len(self.prompts) * self.sampling["steps"]
+
+    @property
+    def first(self):
+        """The first of them alone."""
+        return replace(self, prompts=self.prompts[:1], count=1)
+
+    def sample(self, callback, model):
+        """Run the model. Raises ValueError where a run ends in numbers from which nothing can be found out."""
+        ratios = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # newer hosts' empty latents have these
+        ratios = {name: self.latent_image[name] for name in ratios if name in self.latent_image}
+        latent = comfy.sample.fix_empty_latent_channels(model, self.latent_image["samples"], **ratios)
+        for prompt in self.prompts:
+            for seed in ((self.seed + run) % 2**64 for run in range(self.count)):
+                noise = comfy.sample.prepare_noise(latent, seed)
+                samples = comfy.sample.sample(
+                    model, noise, positive=prompt, negative=self.negative, latent_image=latent, seed=seed, callback=callback,
+                    disable_pbar=True, **self.sampling,
+                )  # fmt: skip
+                _check_finite(samples)
+
+
+def _check_finite(samples):
+    parts = samples.unbind() if getattr(samples, "is_nested", False) else [samples]
+    if not all(part.isfinite().all() for part in parts):
+        raise ValueError(
+            f"model: it returned NaN or infinity in a calibration run, from which nothing can be found out. {TRY_PRECISION}"
+        )

@@ -1,0 +1,533 @@
+"""What a sampler function of the host will do over a schedule, learned by running it once on numbers.
+
+A correction has to know, at every evaluation, which step it belongs to, whether the step is taken with it, and to where the
+step leads. The samplers do not say; and to read a sigma back from the device would stall it at every evaluation. So the
+sampler function is rehearsed on the CPU before the run, with a stand-in for the network. A sampler's step is affine in its
+latent, its predictions and its noise: a rehearsal batch of unit vectors reads off the coefficients, one item each.
+
+    item 0: latent 1, predictions 0, noise 0
+    item 1: latent 0, predictions 1, noise 0        history and further evaluations of a step count as the step's own
+    item 2 + m: latent 0, predictions 0, draws m, m + n, m + 2 n, ... are 1, for n that no step draws more than
+    last item but one: latent 0, every other prediction 1, noise 0: tells what a prediction does by itself, without history
+    last item: three times all of them together, which a sampler that is affine takes to three times their sum
+
+What a step draws is what its latent does not have of the one before, so that a draw's item may be another step's too.
+"""
+
+import functools
+import inspect
+import itertools
+import math
+import threading
+import types
+import weakref
+from bisect import bisect
+from collections import Counter
+from dataclasses import dataclass, field
+
+import comfy.model_management
+import comfy.model_sampling
+import comfy.samplers
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ....iec_core.correction.iteration import Step
+from .noise import can_draw_ahead, is_of_the_host
+from .run_plan import RunPlan
+from .stock_samplers import MORE_THAN_ONCE, WITH_HISTORY, evaluations_of
+
+MOST_KEPT = 16  # rehearsals of a sampler function for a model's noise levels
+STOCK_DRAWS = 4  # no sampler of the host draws more often in a step
+
+
+class CannotRehearse(ValueError):
+    """The sampler's steps cannot be told before it runs."""
+
+
+class BadSchedule(CannotRehearse):
+    """The same, and it is the schedule's doing, whatever the sampler."""
+
+
+class AppliedTwice(ValueError):
+    """What is rehearsed corrects its steps itself."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A draw of noise: its number among the run's draws, the two sigmas it was asked for, and its factor in the step."""
+
+    number: int
+    sigma: torch.Tensor
+    sigma_next: torch.Tensor
+    factor: float
+
+
+@dataclass(frozen=True)
+class RehearsedStep:
+    """A step and the draws of noise that enter its result.
+
+    gain: by how much the step multiplies a change of its own prediction, against a step without history: for dpmpp_2m
+    1 + h / (2 h_last), about that where the history is longer, 1 for a sampler of several evaluations a step. is_exact: whether
+    the sampler's own latent after the step is what `step` and `draws` say, with this step's prediction alone. evaluated_at: the
+    sigma that the network is given, which is another than the latent's where a sampler lies about it, as Detail Daemon does;
+    evaluated_next: that which it would be given at the step's result.
+    """
+
+    step: Step
+    draws: tuple[Draw, ...] = ()
+    gain: float = 1.0
+    is_exact: bool = False
+    evaluated_at: float = 0.0
+    evaluated_next: float = 0.0
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """steps: those of the run. evaluations: for each evaluation of the denoiser, in order, (number of its step, whether the
+    step is taken with its prediction). levels: the sigma that the denoiser is given in each.
+    """
+
+    steps: list[RehearsedStep]
+    evaluations: list[tuple[int, bool]]
+    levels: list[float]
+
+    def plan(self):
+        """Return a RunPlan for a run of it."""
+        return RunPlan(self.sigmas, self.evaluations, self.why_no_end_is_known(), self)
+
+    @property
+    def sigmas(self):
+        """The sigmas at which the steps begin, and the last one's end: n + 1 floats."""
+        return [rehearsed.step.sigma for rehearsed in self.steps] + [self.steps[-1].step.sigma_next]
+
+    @property
+    def known_ends(self):
+        """The frozenset of steps whose result is known with their prediction, and is where the sampler evaluates next, once."""
+        return frozenset() if self.why_no_end_is_known() else self._ends_at_a_begin()
+
+    def _ends_at_a_begin(self):
+        pairs = enumerate(itertools.pairwise(self.steps))
+        return frozenset(
+            index for index, (one, then) in pairs if math.isclose(one.step.sigma_next, then.evaluated_at, rel_tol=1e-6)
+        )
+
+    @property
+    def evaluates_more_than_once(self):
+        """Whether a step takes several evaluations."""
+        return len(self.evaluations) > len(self.steps)
+
+    @property
+    def has_history(self):
+        """Whether a step is taken with earlier predictions too."""
+        return any(abs(rehearsed.gain - 1) > 1e-3 for rehearsed in self.steps)
+
+    @property
+    def noise(self):
+        """Which noise steps add: "" none, "ancestral" that of the model's own stochastic equation, "other" any else."""
+        noisy = [rehearsed.step.is_ancestral for rehearsed in self.steps if rehearsed.draws]
+        return "" if not noisy else "ancestral" if all(noisy) else "other"
+
+    def why_no_end_is_known(self):
+        """Return the reason why no step's end is known beforehand, to go on after the sampler's name; None where some are."""
+        if self.evaluates_more_than_once:
+            return MORE_THAN_ONCE
+        if len(self.steps) > 1 and not self._ends_at_a_begin():
+            return "evaluates at other sigmas than its steps lead to"
+        if self.has_history:
+            return WITH_HISTORY
+        if not all(rehearsed.is_exact for rehearsed in self.steps[:-1]):
+            return "takes steps, or adds noise, that cannot be told from one prediction"
+        return None
+
+
+@dataclass
+class _Record:
+    """What happened in a rehearsal, in order; `final` is the sampler's result. Latents are numbers, [items] in float64.
+    draws_by_itself: whether there was noise that it did not ask the noise sampler for.
+    """
+
+    evaluations: list[tuple[float, torch.Tensor]] = field(default_factory=list)  # sigma, latent
+    callbacks: list[tuple[int, int]] = field(default_factory=list)  # step, evaluations before
+    draws: list[tuple[int, torch.Tensor, torch.Tensor]] = field(default_factory=list)  # evaluations before, sigmas
+    final: torch.Tensor | None = None
+    draws_by_itself: bool = False
+
+    def pattern(self):
+        """Return what has to be the same in every run of a sampler that does not look at its latent."""
+        draws = [(before, float(sigma), float(sigma_next)) for before, sigma, sigma_next in self.draws]
+        return [sigma for sigma, _ in self.evaluations], self.callbacks, draws
+
+
+class _StandIn:
+    """Takes the place of the host's denoiser; attributes that samplers read are the denoiser's."""
+
+    def __init__(self, model, record, predict, patches, look):
+        self._model = model
+        self._record = record
+        self._predict = predict
+        self._patches = patches
+        self._look = look
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def __call__(self, x, sigma, model_options=None, **_):
+        if _guidance_patches(model_options) != self._patches:
+            raise CannotRehearse("it steps with the unguided prediction of its last evaluation")
+        self._look()
+        self._record.evaluations.append((float(sigma.flatten()[0]), _numbers(x)))
+        return self._predict(x, len(self._record.evaluations) - 1)
+
+
+def _guidance_patches(model_options):
+    """Return how many functions see the parts of the guided prediction; a sampler that adds its own steps with a part."""
+    return len((model_options or {}).get("sampler_post_cfg_function", []))
+
+
+def _numbers(x):
+    return x.detach().flatten(1)[:, 0].double()
+
+
+def _spread(numbers, x):
+    """[items] to the shape and dtype of x [items, ...]."""
+    return numbers.reshape(-1, *[1] * (x.ndim - 1)).expand_as(x).to(x, copy=True)
+
+
+class _OwnDraws(TorchDispatchMode):
+    """Takes what a sampler draws by itself from a generator of our own: the global one may be in use by a run, in another
+    thread, whose images must not depend on it. is_silent: zeros instead, so that what the sampler does without its noise shows.
+
+    happened: whether there was any.
+    """
+
+    def __init__(self, is_silent):
+        super().__init__()
+        self._generator = torch.Generator().manual_seed(0)
+        self._is_silent = is_silent
+        self.happened = False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in function.tags:
+            return function(*args, **kwargs)
+        self.happened = True
+        if kwargs.get("generator") is None:
+            takers = {"default": "generator", "low": "low_generator"}  # overloads that differ in nothing but the generator
+            if not any(argument.name == "generator" for argument in function._schema.arguments):
+                function = getattr(function.overloadpacket, takers[function._overloadname])
+            kwargs = {**kwargs, "generator": self._generator}
+        drawn = function(*args, **kwargs)
+        if self._is_silent and torch.is_tensor(drawn) and drawn.is_floating_point():
+            drawn.zero_()
+        return drawn
+
+
+def _play(function, model, like, sigmas, extra_args, options, look, latent, predict, noise, is_silent):
+    """Run the sampler function on a batch of numbers, and return the _Record.
+
+    latent: [items]; predict(x, number): the denoised prediction at x, in the evaluation of that number; noise(number): [items]
+    for each draw. like: the run's latent, for its dimensions and dtype. look(): called in every evaluation. is_silent: whether
+    the sampler's own draws are 0.
+    """
+    record = _Record()
+
+    def on_step(info):
+        record.callbacks.append((info["i"], len(record.evaluations)))
+
+    def draw(sigma, sigma_next):
+        record.draws.append((len(record.evaluations), torch.as_tensor(sigma), torch.as_tensor(sigma_next)))
+        return _spread(noise(len(record.draws) - 1), x)
+
+    size = (len(latent), *[min(length, 2) for length in like.shape[1:]])
+    x = _spread(latent, torch.empty(size, dtype=torch.promote_types(like.dtype, torch.float32)))
+    if "noise_sampler" in inspect.signature(function).parameters:
+        options = {**options, "noise_sampler": draw}
+    with _OwnDraws(is_silent) as own:
+        final = function(
+            _StandIn(model, record, predict, _guidance_patches(extra_args.get("model_options")), look), x, sigmas.clone(),
+            extra_args=dict(extra_args), callback=on_step, disable=True, **options,
+        )  # fmt: skip
+    record.final, record.draws_by_itself = _numbers(final), own.happened
+    return record
+
+
+def _own_evaluations(record, begins):
+    """Return the number of the evaluation that each step is taken with.
+
+    A sampler calls back right after it, and before it evaluates anything else for the step. Where a second evaluation at the
+    same sigma follows (predict, evaluate, correct, evaluate), the step is taken with that one.
+    """
+    own = []
+    for number, end in zip(begins, [*begins[1:], len(record.evaluations)]):
+        while number + 1 < end and record.evaluations[number + 1][0] == record.evaluations[number][0]:
+            number += 1
+        own.append(number)
+    return own
+
+
+def _factors(record, own, index):
+    """Return (a, b, [(draw, factor)], gain, whether it is so) for x' = a x + b D + sum of factor * noise of a step."""
+    x = record.evaluations[own[index]][1]
+    is_last = index + 1 == len(own)
+    x_next = record.final if is_last else record.evaluations[own[index + 1]][1]
+    a = (x_next[0] / x[0]).item() if x[0] != 0 else 0.0
+    within = range(own[index] + 1, len(record.evaluations) + 1 if is_last else own[index + 1] + 1)
+    draws = [number for number, (before, *_) in enumerate(record.draws) if before in within]
+    moved = x_next - a * x
+    is_affine = math.isclose(moved[-1], 3 * moved[:-1].sum(), rel_tol=1e-4, abs_tol=1e-4)
+    b, alone = moved[1].item(), moved[-2].item()
+    shows_history = is_affine and len(own) == len(record.evaluations)
+    gain = (1 - alone / b if index % 2 else alone / b) if b and shows_history else 1.0
+    noises = len(x) - 4
+    return a, b, [(number, moved[2 + number % noises].item()) for number in draws], gain, is_affine
+
+
+def _are_close(values, others):
+    return all(math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-4) for one, other in zip(values, others))
+
+
+def _leads(a, b, sigma, sigma_next):
+    """Tell whether x' = a x + b D is the Euler step between these sigmas."""
+    euler = Step.euler(sigma, sigma_next)
+    return _are_close((a, b), (euler.x_factor, euler.denoised_factor))
+
+
+def _preserves_the_image(a, b, sigma, sigma_next):
+    """Tell whether x' = a x + b D takes D + sigma noise to D + sigma' noise, or (1 - sigma) D + ... to (1 - sigma') D + ...
+
+    It does not where a sampler adds noise of its own before it evaluates, which is in the rehearsed numbers then.
+    """
+    return math.isclose(a + b, 1, abs_tol=1e-4) or math.isclose((1 - sigma) * a + b, 1 - sigma_next, abs_tol=1e-4)
+
+
+def _step(record, own, index, starts, schedule, sampling, can_draw):
+    """Return the RehearsedStep of a number. starts: the sigmas that the steps are evaluated at. schedule: the run's sigmas, if
+    its steps are those; else None. sampling: the host's model sampling.
+    """
+    a, b, factors, gain, is_affine = _factors(record, own, index)
+    sigma, then = starts[index], starts[index + 1] if index + 1 < len(starts) else None
+    sigma_next = schedule[index + 1] if schedule else a * sigma if then is None else then
+    is_noisy = any(factor for _, factor in factors)
+
+    def scale(here, there):
+        return input_scale(sampling, there) / input_scale(sampling, here)
+
+    if factors and can_draw and is_affine and _preserves_the_image(a, b, sigma, sigma_next):
+        draws = tuple(Draw(number, *record.draws[number][1:], factor) for number, factor in factors if factor)
+        step = Step(sigma, sigma_next, a, b, scale(sigma, sigma_next))
+        return RehearsedStep(step, draws, gain, True, sigma, sigma_next)
+    is_plain = is_affine and not is_noisy and not record.draws_by_itself
+    lies = schedule is not None and not math.isclose(sigma, schedule[index], rel_tol=1e-3)
+    if lies and is_plain and _leads(a, b, schedule[index], sigma_next):
+        at_next = sigma_next if then is None else then
+        step = Step.euler(schedule[index], sigma_next, scale(sigma, at_next))
+        return RehearsedStep(step, (), gain, True, sigma, at_next)
+    is_euler = _leads(a, b, sigma, sigma_next)
+    has_one_prediction = len(own) == len(record.evaluations) and math.isclose(gain, 1, abs_tol=1e-3)
+    if is_plain and not is_euler and has_one_prediction and b:
+        return RehearsedStep(Step(sigma, sigma_next, a, b, scale(sigma, sigma_next)), (), gain, False, sigma, sigma_next)
+    if lies and not is_euler:
+        raise CannotRehearse("it evaluates its latents at other noise levels than they have")
+    step = Step.euler(sigma, sigma_next, scale(sigma, sigma_next))
+    return RehearsedStep(step, (), gain, is_plain and is_euler, sigma, sigma_next)
+
+
+def check_schedule(sigmas):
+    """Raise BadSchedule for sigmas over which no sampler leads: that are not finite, or go on after 0."""
+    sigmas = sigmas.tolist()
+    if not all(map(math.isfinite, sigmas)):
+        raise BadSchedule("the schedule has NaN or infinity in it")
+    if 0 in sigmas[:-1]:
+        step = sigmas.index(0)
+        raise BadSchedule(f"the schedule goes on after its first 0, in step {step}, numbered from 0, where no noise is left")
+
+
+def _nothing():
+    pass
+
+
+def rehearse(function, model, like, sigmas, extra_args, options, can_draw, look=_nothing):
+    """Return the Rehearsal of a sampler function of the host over `sigmas` (n + 1, on the CPU).
+
+    model: the host's denoiser, which is not evaluated. like: the latent of the run. extra_args, options: as the host passes
+    them to the function. can_draw: whether the run can draw a step's noise ahead. If not, and for a deterministic step of
+    whatever order, the step is taken to lead where the probability-flow equation leads to first order. look(): called in every
+    evaluation; it may raise the host's InterruptProcessingException, which passes.
+
+    Raises CannotRehearse where the function fails on the stand-in, picks its steps by its latent, or does not take them one
+    after the other; BadSchedule where no sampler could take these steps.
+    """
+    check_schedule(sigmas)
+    try:
+        sampling = model.inner_model.inner_model.model_sampling
+    except AttributeError as error:  # another pack's denoiser, around the host's
+        raise CannotRehearse("the denoiser that it is given does not show its model") from error
+
+    def play(latent, predict, noise, is_silent=False):
+        try:
+            return _play(function, model, like, sigmas, extra_args, options, look, latent, predict, noise, is_silent)
+        except (CannotRehearse, AppliedTwice, comfy.model_management.InterruptProcessingException):
+            raise
+        except Exception as error:
+            raise CannotRehearse(f"it cannot be run on numbers ({type(error).__name__}: {error})") from error
+
+    first, noises = None, STOCK_DRAWS
+    if evaluations_of(function, options) is None:
+        # Over a curve and far out: a sampler that looks at its latent does something else than over the unit vectors.
+        first = play(torch.tensor([20.0, -15.0]), lambda x, _: torch.sin(3 * x), lambda _: torch.zeros(2))
+        _check_callbacks(first)
+        noises = _most_draws(first)
+    record = _on_unit_vectors(play, noises)
+    if first is not None and record.pattern() != first.pattern():
+        raise CannotRehearse("it picks its steps as it goes")
+    _check_callbacks(record)
+    begins = [before - 1 for _, before in record.callbacks]
+    own = _own_evaluations(record, begins)
+    levels = [sigma for sigma, _ in record.evaluations]
+    starts = [levels[number] for number in own]
+    if 0 in starts:
+        raise CannotRehearse("a step of its own begins at sigma 0")
+    schedule = sigmas.tolist() if len(own) == len(sigmas) - 1 else None
+    steps = [_step(record, own, index, starts, schedule, sampling, can_draw) for index in range(len(own))]
+    evaluations = [(max(bisect(begins, number) - 1, 0), number in own) for number in range(len(levels))]
+    return Rehearsal(steps, evaluations, levels)
+
+
+def _on_unit_vectors(play, noises):
+    """Return the _Record of a play whose items tell the coefficients. noises: at least as many as a step draws."""
+    units = torch.eye(2 + noises, 4 + noises)
+    units[:, -1] = 3
+    alternating = torch.zeros(units.shape[1])
+    alternating[-2:] = torch.tensor([1.0, 3.0])
+    return play(
+        units[0],
+        lambda x, number: _spread(units[1] + (number + 1) % 2 * alternating, x),
+        lambda number: units[2 + number % noises],
+        is_silent=True,
+    )
+
+
+def _check_callbacks(record):
+    if not record.callbacks or [step for step, _ in record.callbacks] != list(range(len(record.callbacks))):
+        raise CannotRehearse("it does not take its steps one after the other")
+    if record.callbacks[0][1] != 1:
+        raise CannotRehearse("it does not say that a step begins before it evaluates further")
+
+
+def _most_draws(record):
+    """Return how often a step draws noise, at most; at least 1."""
+    own = _own_evaluations(record, [before - 1 for _, before in record.callbacks])
+    draws = Counter(bisect(own, before - 1) for before, *_ in record.draws)
+    return max(draws.values(), default=1)
+
+
+_kept = (
+    weakref.WeakKeyDictionary()
+)  # of sampler functions, for noise levels: {what else counts: Rehearsal or why there is none}
+_keeping = threading.Lock()
+
+
+def rehearsal_of(function, model, like, sigmas, extra_args, options, can_draw, look=_nothing):
+    """As `rehearse`, from an earlier run where that was of the same function, options, sigmas, noise levels and kind of latent.
+    A function that other packs make as a callable of their own may have changed since, and is rehearsed each time.
+    """
+    kept, key = _kept_for(function, model, like, sigmas, options, can_draw)
+    if kept is None:
+        return rehearse(function, model, like, sigmas, extra_args, options, can_draw, look)
+    with _keeping:
+        found = kept.get(key)
+    if found is None:
+        try:
+            found = rehearse(function, model, like, sigmas, extra_args, options, can_draw, look)
+        except CannotRehearse as reason:
+            found = type(reason)(*reason.args)
+        with _keeping:
+            kept[key] = found
+            while len(kept) > MOST_KEPT:
+                del kept[next(iter(kept))]
+    if isinstance(found, CannotRehearse):
+        raise type(found)(*found.args)
+    return found
+
+
+def _identity(function):
+    """Return what stands for a function from run to run. The host makes dpm_fast's anew for each, with nothing of it inside."""
+    return function.__code__ if is_of_the_host(function) and function.__closure__ is None else function
+
+
+def _kept_for(function, model, like, sigmas, options, can_draw):
+    """Return ({key: Rehearsal or CannotRehearse}, key) for a run; (None, None) for one whose rehearsal cannot be kept."""
+    sampling = getattr(getattr(getattr(model, "inner_model", None), "inner_model", None), "model_sampling", None)
+    is_plain = all(isinstance(value, (bool, int, float, str, type(None))) for value in options.values())
+    if not isinstance(function, types.FunctionType) or sampling is None or not is_plain:
+        return None, None
+    sides = tuple(min(length, 2) for length in like.shape[1:])
+    key = (tuple(sigmas.tolist()), sides, like.dtype, sigmas.dtype, frozenset(options.items()), can_draw)
+    with _keeping:
+        return _kept.setdefault(_identity(function), weakref.WeakKeyDictionary()).setdefault(sampling, {}), key
+
+
+def forget(function):
+    """Forget the rehearsals of a sampler function, which has not kept to one."""
+    if isinstance(function, types.FunctionType):
+        with _keeping:
+            _kept.pop(_identity(function), None)
+
+
+def input_scale(sampling, sigma):
+    """Return the host's c_in(sigma), whatever the model's parameterization."""
+    return sampling.calculate_input(torch.tensor([sigma], dtype=torch.float64), torch.ones(1, dtype=torch.float64)).item()
+
+
+class Levels(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
+    """The noise levels of SD 1.5, which stand for those of a model that is not loaded yet."""
+
+
+class FlowLevels(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+    """The noise levels of SD 3, or with another shift of other flow models."""
+
+    def __init__(self, shift=3.0):
+        super().__init__()
+        self.set_parameters(shift=shift)
+
+
+class FluxLevels(comfy.model_sampling.ModelSamplingFlux, comfy.model_sampling.CONST):
+    """The noise levels of Flux."""
+
+
+class NoModel:
+    """Stands for a MODEL that is not loaded yet, in the places where the host and its samplers look for the noise levels."""
+
+    def __init__(self, levels=None):
+        self.model_sampling = levels or Levels()
+        self.inner_model = self.model_patcher = self
+
+    def get_model_object(self, _):
+        return self.model_sampling
+
+
+def plan_by_name(sampler_name, sigmas, levels=None, may_be_by_table=False):
+    """Return the RunPlan of a sampler of the host's list over `sigmas`, a tuple of n + 1 floats, on noise levels, by default
+    the `Levels`. may_be_by_table: whether the table will do for a sampler of which it says that no step's end is known.
+
+    Raises CannotRehearse as `rehearse`.
+    """
+    if may_be_by_table:
+        check_schedule(torch.tensor(sigmas))
+        sampler = comfy.samplers.sampler_object(sampler_name)
+        plan = RunPlan.of_stock(sampler.sampler_function, sampler.extra_options, list(sigmas))
+        if plan is not None and plan.why_no_end:
+            return plan
+    return rehearse_by_name(sampler_name, sigmas, levels).plan()
+
+
+@functools.lru_cache(maxsize=64)
+def rehearse_by_name(sampler_name, sigmas, levels=None):
+    """Return the Rehearsal of a sampler of the host's list over `sigmas`, a tuple of n + 1 floats, on noise levels, by default
+    the `Levels`.
+
+    Raises CannotRehearse as `rehearse`.
+    """
+    sampler, like = comfy.samplers.sampler_object(sampler_name), torch.zeros(1, 1, 1, 1)
+    function, options = sampler.sampler_function, sampler.extra_options
+    return rehearse(function, NoModel(levels), like, torch.tensor(sigmas), {}, options, can_draw_ahead(function, options))
