@@ -29,7 +29,7 @@ if COPIES is None:  # a second copy brings nothing: routes, operators and the pa
         report,
     )
     from .host.correction.events import running_server
-    from .host.correction.step_plan import serve_step_plans
+    from .host.correction.step_plan_route import serve_step_plans
     from .host.inputs import refuse_unfit_values
 
     QUANTIZATION = quantize, calibrate_weights, quantization_profile, quantization_report

@@ -226,7 +226,9 @@ def test_in_painting_keeps_what_is_outside_the_mask(host, model, conditioning, s
 def why_not(host, name):
     rehearsal = pack_module("nodes.host.sampling.rehearsal")
     try:
-        return rehearsal.rehearse_by_name(name, pack_module("nodes.host.correction.sampler").SOME_SIGMAS).why_no_end_is_known()
+        return rehearsal.rehearse_by_name(
+            name, pack_module("nodes.host.correction.correctable").SOME_SIGMAS
+        ).why_no_end_is_known()
     except rehearsal.CannotRehearse:
         return "cannot be rehearsed"
 

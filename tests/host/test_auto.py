@@ -70,7 +70,7 @@ def test_which_samplers_it_corrects(host):
     """From 10 steps on: those that take Euler's step, or that of the model's own stochastic equation, and no other."""
     import comfy.samplers
 
-    rehearsal, correction = (pack_module(f"nodes.host.{name}") for name in ("sampling.rehearsal", "correction.sampler"))
+    rehearsal, correction = (pack_module(f"nodes.host.{name}") for name in ("sampling.rehearsal", "correction.correctable"))
     settings, sigmas = (
         pack_module("iec_core.correction.iteration").CorrectionSettings.parse("auto"),
         tuple(3.0 - step / 4 for step in range(13)),

@@ -352,7 +352,7 @@ def test_marks_tell_the_host_how_a_model_is_sampled(host):
     import comfy.model_base
     import comfy.supported_models
 
-    marks, types_ = pack_module("nodes.host.quantization.quantized_files")._marks, comfy.model_base.ModelType
+    marks, types_ = pack_module("nodes.host.quantization.save_file")._marks, comfy.model_base.ModelType
     cases = {
         types_.EPS: {}, types_.V_PREDICTION: {"zsnr": True},
         types_.EDM: {"sigma_data": 0.5, "sigma_max": 80.0, "sigma_min": 0.002},
@@ -765,7 +765,7 @@ def test_a_network_that_the_host_does_not_know_is_refused(quantize, save, folder
 
 def fail_at(monkeypatch, number, fail):
     """Let the reading of the so-many-th weight for a file fail; before, each is read once to describe it."""
-    module, described, calls = pack_module("nodes.host.quantization.quantized_files"), set(), []
+    module, described, calls = pack_module("nodes.host.quantization.save_file"), set(), []
     original = module.patched_packed
 
     def read(model, name, layer):
@@ -812,7 +812,7 @@ def test_a_crash_leaves_the_older_file(monkeypatch, model, quantize, save, load,
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert path.read_bytes() == before and len(list(folder.iterdir())) == 2
-    names = pack_module("nodes.host.quantization.quantized_files").FILES.names()
+    names = pack_module("nodes.host.quantization.load_file").FILES.names()
     assert names == ["q.safetensors"]  # what is half written is not listed
     assert load().model_options["transformer_options"]["iec_quantize"] == "W8A8"
 

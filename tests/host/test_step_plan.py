@@ -30,6 +30,12 @@ def plans(host):
     return pack_module("nodes.host.correction.step_plan")
 
 
+@pytest.fixture(scope="module")
+def route(host):
+    """The module that answers the frontend."""
+    return pack_module("nodes.host.correction.step_plan_route")
+
+
 def sampling(sampler_name="euler", steps=6, scheduler="normal", **more):
     return {"steps": steps, "sampler_name": sampler_name, "scheduler": scheduler, **more}
 
@@ -174,32 +180,32 @@ def test_what_goes_by_the_noise_levels_of_the_model_is_not_told(plans):
         plans.step_plan({"correction_steps": "all"}, sampling(steps=300, scheduler="ddim_uniform"))
 
 
-def test_full_is_not_known_where_the_cache_is_not(plans):
+def test_full_is_not_known_where_the_cache_is_not(route):
     question = {"correction": {"correction_steps": "full"}, "sampling": sampling()}
-    assert plans._answer(question)["corrected"] == list(range(6))
+    assert route._answer(question)["corrected"] == list(range(6))
     sentence = "correction_steps: which steps a cache evaluates in full is known when it runs."
-    assert plans._answer({**question, "is_cache_open": True}) == {"unknown": sentence}
+    assert route._answer({**question, "is_cache_open": True}) == {"unknown": sentence}
     question["correction"] = {"correction_steps": "all"}
-    assert plans._answer({**question, "is_cache_open": True})["corrected"] == list(range(6))
+    assert route._answer({**question, "is_cache_open": True})["corrected"] == list(range(6))
 
 
 @pytest.mark.parametrize(
     ("text", "corrected"), [("steps:0,3,5,9", [0, 3, 5]), ("steps:9", []), ("last:8", list(range(6))), ("some", [])]
 )
-def test_refused_correction_steps_come_with_those_that_the_run_has(plans, text, corrected):
+def test_refused_correction_steps_come_with_those_that_the_run_has(route, text, corrected):
     question = {"correction": {"correction_steps": text}, "sampling": sampling(), "cache": {"interval": 3}}
-    answer = plans._answer(question)
+    answer = route._answer(question)
     assert answer["error"].startswith(f"correction_steps: '{text}'")
     assert (answer["steps"], answer["corrected"], answer["correctable"]) == (6, corrected, list(range(6)))
     assert answer["full"] == [0, 3]
     question["sampling"]["sampler_name"] = "euler_cfg_pp"
-    assert plans._answer(question)["error"]
+    assert route._answer(question)["error"]
 
 
-def test_run_that_is_refused_for_more_has_no_plan(plans):
+def test_run_that_is_refused_for_more_has_no_plan(route):
     for correction in ({}, {"correction_steps": "all"}, {"correction_steps": "all", "lambda_": 0}):
         question = {"correction": correction, "sampling": sampling("euler_cfg_pp")}
-        assert list(plans._answer(question)) == ["error"]
+        assert list(route._answer(question)) == ["error"]
 
 
 def test_steps_that_cannot_be_corrected_are_told(plans):
@@ -302,18 +308,18 @@ BAD_QUESTIONS = {
 
 
 @pytest.mark.fast
-def test_a_question_of_another_form_gets_a_sentence(plans):
+def test_a_question_of_another_form_gets_a_sentence(route):
     for sentence, texts in BAD_QUESTIONS.items():
         for text in texts:
-            with pytest.raises(plans.BadQuestion) as refused:
-                plans.read_question(text)
+            with pytest.raises(route.BadQuestion) as refused:
+                route.read_question(text)
             assert str(refused.value).startswith(sentence) and len(str(refused.value)) < 300
     for fine in (question(), question(cache=None), question(sampling={"steps": 10**9, "last_step": None, "denoise": 1})):
-        assert plans._answer(plans.read_question(fine))
+        assert route._answer(route.read_question(fine))
 
 
 @pytest.mark.fast
-def test_a_client_has_one_plan_at_a_time_and_short_questions(plans, monkeypatch):
+def test_a_client_has_one_plan_at_a_time_and_short_questions(route, monkeypatch):
     """On a server of aiohttp's own, where a plan takes until it is let go."""
     started, let_go = threading.Event(), threading.Event()
 
@@ -324,7 +330,7 @@ def test_a_client_has_one_plan_at_a_time_and_short_questions(plans, monkeypatch)
 
     async def ask():
         app = web.Application()
-        app.router.add_post("/", plans.Planner().answer)
+        app.router.add_post("/", route.Planner().answer)
         async with TestClient(TestServer(app)) as client:
             first = asyncio.create_task(client.post("/", data=question()))
             await asyncio.to_thread(started.wait, 30)
@@ -334,28 +340,28 @@ def test_a_client_has_one_plan_at_a_time_and_short_questions(plans, monkeypatch)
             answers += [await client.post("/", data=data) for data in (question(sampling={"scheduler": "x" * 2**14}), b"\xff")]
             return [(answer.status, await answer.json()) for answer in answers]
 
-    monkeypatch.setattr(plans, "_answer", slow)
+    monkeypatch.setattr(route, "_answer", slow)
     (status, plan), busy, later, long, bytes_ = asyncio.run(ask())
     assert (status, plan) == (200, {"steps": 6}) and later == (200, {"steps": 7})
     assert busy == (429, {"unknown": "Another step plan is being made; ask again when it is there."})
     assert long == (400, {"unknown": "question: it is longer than 16 KB."}) and bytes_[0] == 400
 
 
-def test_what_is_only_not_known_is_no_refusal(plans):
+def test_what_is_only_not_known_is_no_refusal(route):
     question = {"correction": {"correction_steps": "none"}, "sampling": sampling("dpm_adaptive")}
-    assert "not known before it runs" in plans._answer(question)["unknown"]
+    assert "not known before it runs" in route._answer(question)["unknown"]
     question["correction"] = {"correction_steps": "all"}
-    assert "dpm_adaptive picks its steps" in plans._answer(question)["error"]
+    assert "dpm_adaptive picks its steps" in route._answer(question)["error"]
 
 
-def test_planning_leaves_the_random_numbers_of_a_run_alone(plans):
+def test_planning_leaves_the_random_numbers_of_a_run_alone(route):
     """The server plans in a thread of its own while another samples."""
     import comfy.samplers
 
     torch.manual_seed(1)
     before, done = torch.get_rng_state(), 0
     for name in comfy.samplers.KSampler.SAMPLERS:
-        answer = plans._answer({"correction": {"correction_steps": "all"}, "sampling": sampling(name)})
+        answer = route._answer({"correction": {"correction_steps": "all"}, "sampling": sampling(name)})
         done += "nfe" in answer
         assert torch.equal(torch.get_rng_state(), before), name
     assert done > 20

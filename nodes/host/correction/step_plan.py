@@ -1,28 +1,21 @@
 """What a sampling run will do, told before it runs: which steps are corrected and cached, and what that costs."""
 
-import asyncio
-import json
-import logging
-import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import comfy.samplers
-from aiohttp import web
 
 from ....iec_core.caching.cachequant import CacheProfile, CorrectedFeatures
 from ....iec_core.caching.feature_cache import parse_cache_schedule
 from ....iec_core.choices import unknown_choice
 from ....iec_core.correction.automatic import nothing_because
-from ....iec_core.correction.correction_steps import parse_correction_steps, steps_within
+from ....iec_core.correction.correction_steps import parse_correction_steps
 from ....iec_core.correction.iteration import CorrectionSettings
 from ..caching.cache_run import CacheSettings
 from ..profiles import PROFILES
 from ..sampling.rehearsal import CannotRehearse, FlowLevels, FluxLevels, Levels, NoModel, plan_by_name
-from .sampler import check_sampler, refusal, resolved
+from .correctable import check_sampler, refusal, resolved
 
 ALL = parse_correction_steps("all")
-ROUTE = "/iec/step_plan"
 MOST_STEPS = 500  # that are drawn
 # Noise levels of models, as far apart as those of the host's are: what a plan says is said of all of them, or of each.
 MODELS = {"SD 1.5, SDXL": Levels(), "SD 3": FlowLevels(3.0), "Wan": FlowLevels(8.0), "Flux": FluxLevels()}
@@ -174,136 +167,3 @@ def _plan(settings, sampler_name, sigmas, levels=None):
         known = refusal(sampler_name) if settings.is_auto else None
         sentence = f"sampler_name: its steps are not known before it runs, because {reason}."
         raise NotKnown(nothing_because(known) if known else sentence) from reason
-
-
-def _mended(correction, **question):
-    """Return the step plan of a run that is refused for its correction_steps, with those of them that it has, so that a client
-    can offer them; {} where the run is refused for more.
-    """
-    try:
-        steps = step_plan({**correction, "correction_steps": "none"}, **question)["steps"]
-        inside = steps_within(correction.get("correction_steps", "all"), steps)
-        return step_plan({**correction, "correction_steps": inside}, **question)
-    except ValueError:
-        return {}
-
-
-def _plan_or_refusal(question):
-    try:
-        return step_plan(**question)
-    except NotKnown:
-        raise
-    except ValueError as error:
-        return {**_mended(**question), "error": str(error)}
-
-
-def _answer(question):
-    """Return the step plan for a client's question, as `read_question` returns it; {"error": sentence} where a run would be
-    refused, with a plan if it is only for correction_steps; {"unknown": sentence} where it cannot be told.
-    """
-    try:
-        return _plan_or_refusal(question)
-    except NotKnown as reason:
-        return {"unknown": str(reason)}
-    except Exception as error:  # whatever a client has sent, it gets an answer
-        logging.warning(f"[ComfyUI-IEC] no step plan for {str(question)[:500]}: {error!r}")
-        return {"unknown": "The steps cannot be told; the server's log says why."}
-
-
-class BadQuestion(ValueError):
-    """A client asks in another form than the frontend extension does; a sentence."""
-
-
-CORRECTION = {
-    "correction_steps": str, "lambda_": float, "max_iterations": int, "tolerance": float, "evaluation_point": str,
-    "lambda_mode": str, "lambdas": str,
-}  # fmt: skip
-SAMPLING = {
-    "steps": int, "sampler_name": str, "scheduler": str, "denoise": float, "start_step": int, "last_step": int,
-    "force_full_denoise": bool, "is_custom": bool,
-}  # fmt: skip
-CACHE = {"interval": int, "schedule": str, "start_percent": float, "end_percent": float, "profile_name": str}
-QUESTION = {"correction": CORRECTION, "sampling": SAMPLING, "cache": CACHE, "correction_pass": str, "is_cache_open": bool}
-NEEDED = {"question": ("correction", "sampling"), "sampling": ("steps", "sampler_name", "scheduler")}
-KINDS = {dict: "an object", str: "a text", int: "a whole number of at least 0", float: "a number", bool: "true or false"}
-
-
-def read_question(text):
-    """Return a client's question, JSON text, as a dict of `step_plan`'s arguments. Raises BadQuestion."""
-    try:
-        question = json.loads(text)
-    except (ValueError, RecursionError):
-        raise BadQuestion("question: it is no JSON; send an object with correction and sampling.") from None
-    question = _checked("question", question, QUESTION)
-    return {name: value for name, value in question.items() if value is not None}
-
-
-def _checked(name, value, kind):
-    """Return the value of a question's part if it is of its kind: a type, or a dict of the kinds of its own parts."""
-    if isinstance(kind, type):
-        accepted = {float: (float, int)}.get(kind, (kind,))
-        if type(value) not in accepted or (kind is float and not math.isfinite(value)) or (kind is int and value < 0):
-            raise BadQuestion(f"{name}: {json.dumps(value)[:50]} is not {KINDS[kind]}.")
-        return value
-    if type(value) is not dict:
-        raise BadQuestion(f"{name}: {json.dumps(value)[:50]} is not {KINDS[dict]}.")
-    if unknown := sorted(value.keys() - kind.keys()):
-        raise BadQuestion(f"{name}: '{unknown[0][:50]}' is not known; it has {', '.join(kind)}.")
-    if missing := [one for one in NEEDED.get(name, ()) if one not in value]:
-        raise BadQuestion(f"{name}: {missing[0]} is missing.")
-    may_be_null = {"question": ("cache",), "sampling": ("last_step",)}.get(name, ())
-    return {one: None if of is None and one in may_be_null else _checked(one, of, kind[one]) for one, of in value.items()}
-
-
-MOST_BYTES = 16 * 1024  # of a question
-
-
-async def _text_of(request):
-    """Return the text of a request's body, at most `MOST_BYTES`. Raises BadQuestion."""
-    body = b""
-    async for part in request.content.iter_chunked(MOST_BYTES):
-        body += part
-        if len(body) > MOST_BYTES:
-            raise BadQuestion(f"question: it is longer than {MOST_BYTES // 1024} KB.")
-    try:
-        return body.decode()
-    except UnicodeDecodeError:
-        raise BadQuestion("question: it is no UTF-8.") from None
-
-
-class Planner:
-    """Answers questions in a thread of its own, one after the other, at most one a client.
-
-    A rehearsal of many steps takes a moment, in which the server has others to answer, and its time is the running prompt's.
-    """
-
-    def __init__(self):
-        self._thread = ThreadPoolExecutor(1, "iec-step-plan")
-        self._asking = set()  # addresses of clients
-
-    async def answer(self, request):
-        """Return the response to a POST /iec/step_plan: 400 with a sentence for a question of another form, 429 while the
-        client has another pending; both as {"unknown": sentence}.
-        """
-        client = request.remote
-        try:
-            question = read_question(await _text_of(request))
-        except BadQuestion as error:
-            return web.json_response({"unknown": str(error)}, status=400)
-        if client in self._asking:
-            return web.json_response({"unknown": "Another step plan is being made; ask again when it is there."}, status=429)
-        self._asking.add(client)
-        plan = self._thread.submit(_answer, question)
-        plan.add_done_callback(lambda _: self._asking.discard(client))  # not before, even if the client is gone meanwhile
-        return web.json_response(await asyncio.wrap_future(plan))
-
-
-def serve_step_plans(server):
-    """Let a server, the host's PromptServer, answer POST /iec/step_plan, for the frontend extension."""
-    if any(getattr(route, "path", None) == ROUTE for route in server.routes):  # a second one would stop the server
-        return
-    planner = Planner()
-
-    @server.routes.post(ROUTE)
-    async def answer_plan(request):
-        return await planner.answer(request)

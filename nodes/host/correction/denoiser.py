@@ -1,0 +1,210 @@
+"""The callable that stands before a sampler function in place of the host's denoiser: it counts, and corrects steps."""
+
+import functools
+import logging
+
+import torch
+
+from ....iec_core.correction.bias import CorrectedRun, bias_warning, moved_in_all
+from ....iec_core.correction.iteration import corrected_denoised
+from ....iec_core.report import Stopwatch, TraceReader
+from ..quantization.quantized_network import lost_changes
+from ..sampling.network_calls import base_of, network_of, past_other_cache
+from ..sampling.run_plan import with_place
+from .finiteness import Finiteness
+from .known_errors import is_exact
+
+
+class CountedDenoiser:
+    """Stands before a sampler function in place of the host's denoiser, and counts. Unknown attributes are the host
+    denoiser's, which samplers read.
+    """
+
+    def __init__(self, model, report, calls):
+        self._model = model
+        self._report = report
+        self._calls = calls
+        self.finite = Finiteness()
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def __call__(self, x, sigma, **extra_args):
+        denoised = self._counted(self._model, x, sigma, extra_args)[0]
+        self.finite.evaluated(None, x, denoised)
+        return denoised
+
+    def _counted(self, model, x, sigma, extra_args):
+        """Return (the denoised prediction, how often the network was evaluated for it: once, or not at all)."""
+        denoised = model(x, sigma, **extra_args)
+        evaluations = int(self._calls.have_been())
+        self._report.nfe += evaluations
+        return denoised, evaluations
+
+
+class CorrectedDenoiser(CountedDenoiser):
+    """Corrects the steps in `corrected`, each at the evaluation that it is taken with; a sampler's further evaluations pass
+    through. Nothing is read back from the device before `finish`.
+    """
+
+    def __init__(self, model, report, calls, plan, full, corrected, settings, noise, progress):
+        super().__init__(model, report, calls)
+        self._plan = plan
+        self._full = full
+        self._corrected = corrected
+        self._settings = settings
+        self._noise = noise
+        self._progress = progress
+        self._stopwatch = None
+        self._begun = 0  # steps
+        self._model_options = {}
+        self._ahead = None  # what was evaluated in the step before for this one
+        self._traces = TraceReader(report)
+        report.start(plan.sigmas, corrected)
+
+    def __call__(self, x, sigma, **extra_args):
+        self._model_options = extra_args.get("model_options", {})
+        step, is_own = self._plan.begin()
+        if step == self._begun:
+            self._begin(x.device)
+        if is_own:
+            self._report.keep(step, x)
+        if step in self._corrected and is_own:
+            return self._correct(step, x, sigma, extra_args)
+        return self._own(step, x, sigma, extra_args)
+
+    def _own(self, step, x, sigma, extra_args):
+        """Return the prediction for an evaluation of the sampler's, evaluated here, unless the step before did."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            return ahead
+        return self._evaluate(step, x, sigma, _tell(extra_args, self._plan.place(x)))
+
+    def _correct(self, step, x, sigma, extra_args):
+        own, of = self._plan.rehearsal.steps[step], self._settings.step_of(step)
+        is_paper = self._settings.evaluation_point == "paper"
+        level = own.evaluated_at if is_paper else own.evaluated_next
+
+        def evaluate(x_in, at, iteration):
+            if iteration == 0:
+                return self._own(step, x, sigma, extra_args)
+            place = self._plan.place_of_correction(x_in, of, iteration - (of - step), at)
+            told = _past_other_cache(_tell(extra_args, place))
+            model = self._holding(own.step) if is_paper else self._model
+            return self._evaluate(step, x_in, torch.full_like(sigma, level), told, model)
+
+        noise = self._noise.of(own.draws) if own.draws else None
+        mask = None
+        if extra_args.get("denoise_mask") is not None:
+            mask = functools.partial(self._mask, x, sigma, extra_args)
+        keep = functools.partial(self._keep, of) if of != step else None
+        corrected, trace = corrected_denoised(evaluate, x, own.step, self._settings.at(step), noise, mask, keep)
+        self._traces.add(step, trace)
+        return corrected
+
+    def _keep(self, step, prediction):
+        """Keep a prediction that was evaluated ahead, for the step that it is of."""
+        self.finite.evaluated(step, None, prediction)
+        self._ahead = prediction
+
+    def _evaluate(self, step, x, sigma, extra_args, correcting=None):
+        """Return the denoised prediction at x; correcting: the callable that has it, in a correction."""
+        denoised, evaluations = self._counted(correcting or self._model, x, sigma, extra_args)
+        self._report.steps[step].nfe += evaluations
+        if correcting is None:  # a correction that is not finite falls back
+            self.finite.evaluated(step, x, denoised)
+        self._progress.evaluated()
+        return denoised
+
+    def _holding(self, step):
+        """Return the host's denoiser for corrections at `paper`. What is evaluated is the step's result, and so outside the
+        in-paint mask the image with as much noise as the result has, scaled alike; the host puts there that of its begin.
+        """
+
+        def denoise(x, sigma, **extra_args):
+            model = self._model
+            if extra_args.get("denoise_mask") is None or not hasattr(model, "latent_image"):
+                return model(x, sigma, **extra_args)
+            inside = self._mask(x, sigma, extra_args)
+            held = model.inner_model.inner_model.scale_latent_inpaint(
+                x=x, sigma=torch.full_like(sigma, step.sigma_next), noise=model.noise, latent_image=model.latent_image,
+                denoise_mask=inside,
+            )  # fmt: skip
+            x = x * inside + step.input_scale * held * (1 - inside)
+            denoised = model(x, sigma, **{**extra_args, "denoise_mask": None})
+            return denoised * inside + model.latent_image * (1 - inside)
+
+        return denoise
+
+    def _mask(self, x, sigma, extra_args):
+        """Return by how much each number of x may be corrected: outside the in-paint mask the prediction is the image to keep,
+        and not the network's.
+        """
+        mask = extra_args["denoise_mask"]
+        change = extra_args.get("model_options", {}).get("denoise_mask_function")
+        if change is not None:  # as in the host's KSamplerX0Inpaint
+            options = {"model": self._model.inner_model, "sigmas": self._model.sigmas}
+            mask = change(sigma, mask, extra_options=options)
+        return mask.to(x).expand_as(x)
+
+    def _begin(self, device):
+        self._stopwatch = self._stopwatch or Stopwatch(device)
+        self._stopwatch.mark()
+        self._progress.step(self._begun, self._traces.take())
+        self._begun += 1
+
+    def on_step(self, info):
+        """Check a sampler's callback against the plan."""
+        self._plan.called_back(info["i"])
+
+    def finish(self, samples):
+        """Take down the run's final latent, and read back what happened."""
+        self._plan.check_is_over()
+        self._begin(samples.device)  # the end of the last step
+        self._report.keep(self._plan.steps, samples)
+        seconds = self._stopwatch.seconds()
+        self._traces.take(wait=True)
+        self._report.finish(seconds)
+        self._warn()
+
+    def _warn(self):
+        """Add to the report what the corrections did by themselves, and a warning of too much, and log its warnings; add to it
+        what the log has already.
+        """
+        if self._corrected:
+            self._tell_bias()
+        for warning in self._report.warnings:
+            logging.warning(f"[ComfyUI-IEC] {warning}")
+        tell_lost_changes(self._report, self._model)
+
+    def _tell_bias(self):
+        rehearsed, network = self._plan.rehearsal, network_of(self._model)
+        run = CorrectedRun(
+            self._settings.evaluation_point,
+            tuple(step.gain for step in rehearsed.steps),
+            rehearsed.evaluates_more_than_once,
+            any(rehearsed.steps[step].step.input_scale != 1 for step in self._corrected),
+            self._full,
+            network is not None and is_exact(network, self._model_options),
+        )
+        self._report.moved = float(f"{moved_in_all(self._report.steps, run):.3g}")
+        if warning := bias_warning(self._report.steps, run):
+            self._report.warnings.append(f"{self._report.label}: {warning}")
+
+
+def tell_lost_changes(report, model):
+    """Add to the report of a run what is lost of the patches on its quantized MODEL. The log has it, once for the patches."""
+    if warning := lost_changes(base_of(model)):
+        report.warnings.append(f"{report.label}: {warning}")
+
+
+def _tell(extra_args, told):
+    """Return a sampler's extra arguments with what the evaluation is told of its place."""
+    return {**extra_args, "model_options": with_place(extra_args.get("model_options", {}), told)}
+
+
+def _past_other_cache(extra_args):
+    """Return a sampler's extra arguments with which another cache lets the network answer."""
+    model_options = extra_args["model_options"]
+    options = past_other_cache(model_options["transformer_options"])
+    return {**extra_args, "model_options": {**model_options, "transformer_options": options}}

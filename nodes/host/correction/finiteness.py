@@ -1,0 +1,65 @@
+"""Whether a run stayed finite, and whose doing it is where it did not."""
+
+import itertools
+import math
+
+import torch
+
+from ....iec_core.advice import TRY_PRECISION
+from ..sampling.rehearsal import BadSchedule, check_schedule
+
+
+class Finiteness:
+    """Whether the latents that a run evaluated, and the predictions there, were finite. Read back once, at the end."""
+
+    def __init__(self):
+        self._steps = []
+        self._flags = []  # of each evaluation: [latent, prediction]
+
+    def evaluated(self, step, x, denoised):
+        """Note an evaluation of a step, None where it has no number; x: None where it is known to be finite."""
+        prediction = denoised.isfinite().all()
+        self._steps.append(step)
+        self._flags.append(torch.stack([torch.ones_like(prediction) if x is None else x.isfinite().all(), prediction]))
+
+    def check(self, samples, name, sigmas, cfg):
+        """Raise RuntimeError, with a sentence of whose doing it is, where not all was finite. samples: the run's result. name:
+        the sampler's. sigmas: where the steps begin and the last one's end. cfg: the guidance scale, None where there is none.
+        """
+        flags = torch.stack([*self._flags, samples.isfinite().all().expand(2)]).tolist()
+        first = next((number for number, both in enumerate(flags) if not all(both)), None)
+        if first is None:
+            return
+        is_prediction = first < len(self._steps) and flags[first][0]
+        step = self._steps[first] if first < len(self._steps) else len(sigmas) - 2
+        what, advice = _fault(is_prediction, first == 0, step, name, sigmas, cfg)
+        raise RuntimeError(f"{what}; no latent is passed on. {advice}")
+
+
+def _fault(is_prediction, is_first, step, name, sigmas, cfg):
+    """Return (what led to NaN or infinity, what to do). is_prediction: whether it is a prediction, from a finite latent.
+    is_first: whether it is the run's first evaluation.
+    """
+    where = "" if step is None else f" in step {step} of {len(sigmas) - 1}, numbered from 0 (sigma {sigmas[step]:.4g}),"
+    equal = [number for number, (here, then) in enumerate(itertools.pairwise(sigmas)) if here == then]
+    try:
+        check_schedule(torch.tensor(sigmas))
+    except BadSchedule as reason:
+        return f"sigmas: {reason}, and {name} comes to NaN or infinity, as without IEC", "Choose another schedule."
+    if is_prediction and cfg is not None and not math.isfinite(cfg):
+        return f"cfg: {cfg} is no finite number, and so no guided prediction is", "Choose one of 0 to 100."
+    if is_prediction:
+        return f"model:{where} the network returned NaN or infinity", TRY_PRECISION
+    if is_first:
+        return "latent_image: the latent that sampling begins with has NaN or infinity in it", "Choose another."
+    if equal:
+        sigma = f"{sigmas[equal[0]]:.4g}"
+        return (
+            f"sigmas: step {equal[0]}, numbered from 0, leads from {sigma} to {sigma}, over which {name} comes to NaN or "
+            "infinity, as without IEC",
+            "Leave out one of the two, or choose another sampler.",
+        )
+    return (
+        f"sampler:{where} {name} came to NaN or infinity by its own doing, from finite predictions of the network",
+        "Choose another sampler, or another schedule.",
+    )
