@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from iec_core import fp8, int8
 from iec_core.devices import has_float8, once_a_device
+from iec_core.quantization import fp8, int8
 
 
 @pytest.fixture

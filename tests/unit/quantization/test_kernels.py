@@ -13,7 +13,8 @@ import pack
 import pytest
 import torch
 
-from iec_core import int8
+from iec_core import metrics
+from iec_core.quantization import int8
 from iec_core.quantization.kernels import launch, operators
 from iec_core.quantization.kernels.operators import conv2d_int8
 from iec_core.quantization.kernels.tiles import GROUP, Product, Tile
@@ -319,13 +320,13 @@ def test_second_import_shares_the_operator(monkeypatch):
     """A host imports the pack under a name of its own; replacing the operator would crash calls through the first."""
     arguments = operator_arguments(None)
     expected, operator = conv2d_int8(*arguments), torch.ops.iec.conv2d_int8.default
-    folder = pathlib.Path(operators.__file__).parents[1]
+    folder = pathlib.Path(metrics.__file__).parent
     spec = importlib.util.spec_from_file_location(
         "second", folder / "__init__.py", submodule_search_locations=[str(folder)]
     )  # fmt: skip
     before = set(sys.modules)
     monkeypatch.setitem(sys.modules, "second", importlib.util.module_from_spec(spec))
-    again = importlib.import_module("second.kernels.operators")
+    again = importlib.import_module("second.quantization.kernels.operators")
     assert again is not operators and torch.ops.iec.conv2d_int8.default is operator
     assert torch.equal(again.conv2d_int8(*arguments), expected)
     assert torch.equal(conv2d_int8(*arguments), expected)

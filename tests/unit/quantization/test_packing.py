@@ -6,7 +6,7 @@ import pytest
 import torch
 from meta_device import Copies
 
-from iec_core import int8
+from iec_core.quantization import int8
 from iec_core.quantization.fp8 import activation_scale
 from iec_core.quantization.int8 import (
     conv2d_int8,

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from iec_core import two_scales
+from iec_core.quantization import two_scales
 from iec_core.quantization.gptq import Metric, Moments, calibrated_weight, fitted, gptq
 from iec_core.quantization.int8 import linear_int8
 from iec_core.quantization.packing import Packing, WeightFormat, fitting_scales, quantize_rows, rounded_like, stood_for

@@ -17,7 +17,8 @@ import safetensors.torch
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iec_core import quantized_file, safetensors_header
+from iec_core import safetensors_header
+from iec_core.quantization import quantized_file
 from iec_core.quantization.activation_scales import ActivationScales
 from iec_core.quantization.packing import Packing, WeightFormat, quantize_rows
 from iec_core.quantization.quantized_file import LayerFile, QuantizedFile, description, layer_tensors, scale_tensors, write

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from iec_core import kernel_times
+from iec_core.quantization import kernel_times
 from iec_core.quantization.kernel_times import CudaClock, KernelTimes, rounded
 
 DEVICE, LAYER = torch.device("cpu"), "Linear 64 to 32"

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from iec_core import gptq as core
+from iec_core.quantization import gptq as core
 from iec_core.quantization.gptq import (
     DAMPING,
     DAMPING_OF_FEW,

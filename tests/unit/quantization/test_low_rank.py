@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from unit.test_gptq import inputs, moments_of
+from test_gptq import inputs, moments_of
 
 from iec_core.quantization.gptq import calibrated_weight
 from iec_core.quantization.low_rank import balanced, factored
