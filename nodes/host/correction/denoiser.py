@@ -10,7 +10,7 @@ from ....iec_core.correction.iteration import corrected_denoised
 from ....iec_core.report import Stopwatch, TraceReader
 from ..quantization.quantized_network import lost_changes
 from ..sampling.network_calls import base_of, network_of, past_other_cache
-from ..sampling.run_plan import with_place
+from ..sampling.run_plan import Departed, with_place
 from .finiteness import Finiteness
 from .known_errors import is_exact
 
@@ -64,7 +64,9 @@ class CorrectedDenoiser(CountedDenoiser):
 
     def __call__(self, x, sigma, **extra_args):
         self._model_options = extra_args.get("model_options", {})
-        step, is_own = self._plan.begin()
+        step, is_own = self._checked(lambda: self._plan.begin()) or (None, False)
+        if step is None:
+            return super().__call__(x, sigma, **extra_args)
         if step == self._begun:
             self._begin(x.device)
         if is_own:
@@ -155,13 +157,27 @@ class CorrectedDenoiser(CountedDenoiser):
 
     def on_step(self, info):
         """Check a sampler's callback against the plan."""
-        self._plan.called_back(info["i"])
+        self._checked(lambda: self._plan.called_back(info["i"]))
+
+    def _checked(self, call):
+        """Return what call() does with the plan. A run in which nothing is corrected goes on without one that it departs from;
+        it is then without steps, and so is its report.
+        """
+        if self._plan is None:
+            return None
+        try:
+            return call()
+        except Departed:
+            if self._corrected:
+                raise
+            self._plan, self._report.steps = None, []
+            return None
 
     def finish(self, samples):
         """Take down the run's final latent, and read back what happened."""
-        self._plan.check_is_over()
+        self._checked(lambda: self._plan.check_is_over())
         self._begin(samples.device)  # the end of the last step
-        self._report.keep(self._plan.steps, samples)
+        self._report.keep(len(self._report.sigmas) - 1, samples)
         seconds = self._stopwatch.seconds()
         self._traces.take(wait=True)
         self._report.finish(seconds)

@@ -16,8 +16,8 @@ from ....iec_core.report import Stopwatch
 from ..caching.cache_run import full_steps, other_cache
 from ..sampling.network_calls import IEC, NetworkCalls, network_of
 from ..sampling.noise import NoiseAhead, can_draw_ahead, is_of_the_host, sampler_name
-from ..sampling.rehearsal import AppliedTwice, BadSchedule, CannotRehearse, check_schedule, forget, rehearsal_of
-from ..sampling.run_plan import Departed, RunPlan
+from ..sampling.rehearsal import AppliedTwice, BadSchedule, CannotRehearse, check_schedule, rehearsal_of
+from ..sampling.run_plan import RunPlan
 from .correctable import check_known_ends, check_sampler, refusal, resolved
 from .denoiser import CorrectedDenoiser, CountedDenoiser, tell_lost_changes
 from .events import EvaluationProgress
@@ -82,9 +82,6 @@ class CorrectedFunction:
         progress.is_running = progress.has_run = True
         try:
             return self._run(self._begin_report(), progress, model, x, sigmas, extra_args, callback, disable, options)
-        except Departed:
-            forget(self._function)
-            raise
         finally:
             progress.is_running = False
 

@@ -1,0 +1,1 @@
+"""Quantized MODELs: their layers, how they are made, calibrated, measured, saved and loaded."""

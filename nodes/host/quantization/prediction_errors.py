@@ -62,6 +62,8 @@ class _Measured:
     def __call__(self, executor, x, timestep, model_options=None, seed=None):
         options = past_other_cache((model_options or {}).get("transformer_options", {}))
         told = place({**options, "sigmas": timestep})
+        if told is None:
+            return executor(x, timestep, model_options, seed)
         self._left = _steps_of(told["schedule"].steps) if self._left is None else self._left
         if told["step"] not in self._left:
             return executor(x, timestep, model_options, seed)

@@ -15,8 +15,16 @@ def sampler_name(function):
 
 
 def is_of_the_host(function):
-    """Tell whether a sampler function is the host's own code, which does nothing but sample."""
-    return getattr(function, "__module__", None) is not None and function.__module__.split(".")[0] in ("comfy", "comfy_extras")
+    """Tell whether a sampler function is the host's own code, which does nothing but sample. What another pack wraps around one
+    is not, though functools.wraps gives it the other's name and module.
+    """
+    while _defined_in(function) == "torch.utils._contextlib":  # by torch.no_grad
+        function = function.__wrapped__
+    return _defined_in(function).split(".")[0] in ("comfy", "comfy_extras")
+
+
+def _defined_in(function):
+    return getattr(function, "__globals__", {}).get("__name__", "")
 
 
 def can_draw_ahead(function, options):

@@ -19,7 +19,6 @@ import inspect
 import itertools
 import math
 import threading
-import types
 import weakref
 from bisect import bisect
 from collections import Counter
@@ -372,7 +371,7 @@ def rehearse(function, model, like, sigmas, extra_args, options, can_draw, look=
             raise CannotRehearse(f"it cannot be run on numbers ({type(error).__name__}: {error})") from error
 
     first, noises = None, STOCK_DRAWS
-    if evaluations_of(function, options) is None:
+    if evaluations_of(function, options, sigmas.tolist()) is None:
         # Over a curve and far out: a sampler that looks at its latent does something else than over the unit vectors.
         first = play(torch.tensor([20.0, -15.0]), lambda x, _: torch.sin(3 * x), lambda _: torch.zeros(2))
         _check_callbacks(first)
@@ -421,57 +420,38 @@ def _most_draws(record):
     return max(draws.values(), default=1)
 
 
-_kept = (
-    weakref.WeakKeyDictionary()
-)  # of sampler functions, for noise levels: {what else counts: Rehearsal or why there is none}
+_kept = weakref.WeakKeyDictionary()  # {sampler function: {model sampling: {key: Rehearsal}}}
 _keeping = threading.Lock()
 
 
 def rehearsal_of(function, model, like, sigmas, extra_args, options, can_draw, look=_nothing):
-    """As `rehearse`, from an earlier run where that was of the same function, options, sigmas, noise levels and kind of latent.
-    A function that other packs make as a callable of their own may have changed since, and is rehearsed each time.
+    """As `rehearse`, from an earlier run where that was of the same sampler of the host, options, sigmas, noise levels and kind
+    of latent. Other packs' functions may do something else each time, by what they are closed over or find in the run.
     """
     kept, key = _kept_for(function, model, like, sigmas, options, can_draw)
-    if kept is None:
-        return rehearse(function, model, like, sigmas, extra_args, options, can_draw, look)
     with _keeping:
         found = kept.get(key)
     if found is None:
-        try:
-            found = rehearse(function, model, like, sigmas, extra_args, options, can_draw, look)
-        except CannotRehearse as reason:
-            found = type(reason)(*reason.args)
+        found = rehearse(function, model, like, sigmas, extra_args, options, can_draw, look)
         with _keeping:
             kept[key] = found
             while len(kept) > MOST_KEPT:
                 del kept[next(iter(kept))]
-    if isinstance(found, CannotRehearse):
-        raise type(found)(*found.args)
     return found
 
 
-def _identity(function):
-    """Return what stands for a function from run to run. The host makes dpm_fast's anew for each, with nothing of it inside."""
-    return function.__code__ if is_of_the_host(function) and function.__closure__ is None else function
-
-
 def _kept_for(function, model, like, sigmas, options, can_draw):
-    """Return ({key: Rehearsal or CannotRehearse}, key) for a run; (None, None) for one whose rehearsal cannot be kept."""
+    """Return ({key: Rehearsal}, key) for a run, ({}, None) for one whose rehearsal is not to be kept."""
     sampling = getattr(getattr(getattr(model, "inner_model", None), "inner_model", None), "model_sampling", None)
     is_plain = all(isinstance(value, (bool, int, float, str, type(None))) for value in options.values())
-    if not isinstance(function, types.FunctionType) or sampling is None or not is_plain:
-        return None, None
+    if not is_of_the_host(function) or sampling is None or not is_plain:
+        return {}, None
+    # The host makes dpm_fast's function anew for each run, with nothing of the run in it.
+    function = function.__code__ if function.__closure__ is None else function
     sides = tuple(min(length, 2) for length in like.shape[1:])
     key = (tuple(sigmas.tolist()), sides, like.dtype, sigmas.dtype, frozenset(options.items()), can_draw)
     with _keeping:
-        return _kept.setdefault(_identity(function), weakref.WeakKeyDictionary()).setdefault(sampling, {}), key
-
-
-def forget(function):
-    """Forget the rehearsals of a sampler function, which has not kept to one."""
-    if isinstance(function, types.FunctionType):
-        with _keeping:
-            _kept.pop(_identity(function), None)
+        return _kept.setdefault(function, weakref.WeakKeyDictionary()).setdefault(sampling, {}), key
 
 
 def input_scale(sampling, sigma):

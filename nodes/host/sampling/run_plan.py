@@ -1,8 +1,8 @@
 """Where in its run an evaluation of the denoiser is: told once, by the run's plan, to whatever is on the MODEL.
 
 A plan has the sigmas of the run's steps and knows which evaluation belongs to which step: of the host's own samplers by a
-table, of a run with corrections by a rehearsal, and of other samplers by the order in which evaluations and callbacks come. It
-says so in the transformer options, under the key `IEC`:
+table, of a run with corrections by a rehearsal, and of other samplers by the order in which evaluations and callbacks come.
+What an evaluation is told:
 
     step         the number of the step, from 0
     iteration    k in the k-th correction of the step, else 0
@@ -12,13 +12,15 @@ says so in the transformer options, under the key `IEC`:
     latent       the shape of the latent, () where it is not known
     schedule     the Schedule whose steps these are
 
-`place` returns it with its position.
+An IEC sampler tells it in the transformer options, under the key `IEC`, where other packs' nodes may read it; of other samplers
+the run keeps it. `place` returns it, with its position.
 """
 
 import itertools
 import math
 from bisect import bisect
 
+import comfy.samplers
 from comfy.patcher_extension import WrappersMP
 
 from .network_calls import IEC
@@ -119,11 +121,10 @@ class RunPlan:
     @classmethod
     def of_stock(cls, function, options, sigmas):
         """Return the plan of a sampler function with these options over n + 1 sigmas, floats; None where it is not one of the
-        host's that are known, or the sigmas rise and it may evaluate once where it else does twice, as ancestral ones do.
+        host's that are known.
         """
-        known = evaluations_of(function, options)
-        rises = any(here < then for here, then in itertools.pairwise(sigmas))
-        if known is None or (rises and known.each > 1):
+        known = evaluations_of(function, options, sigmas)
+        if known is None:
             return None
         return cls(sigmas, known.of_steps(sigmas), known.why_no_end_is_known(sigmas))
 
@@ -189,6 +190,8 @@ class FollowedRun:
     def __init__(self, sigmas, plan=None, picks_its_steps=False):
         """sigmas: n + 1 floats. plan: a RunPlan. picks_its_steps: whether the steps are others than the schedule's."""
         self.schedule = Schedule(sigmas) if plan is None else plan.schedule
+        self.told = None  # of the evaluation that the host's wrappers saw begin last
+        self._untold = None  # (sigma, what it was told) of an evaluation that they did not
         self._plan = plan
         self._picks_its_steps = picks_its_steps
         self._step = 0  # where the last evaluation was
@@ -196,27 +199,14 @@ class FollowedRun:
         self._since = 0  # evaluations since the last callback
         self._usual = None  # how many there are from one to the next
         self._callback = None
-        self._seen = None  # the sigma of the last of these
+        self._seen = None  # the sigma of the last evaluation since the callback
         self._ends_there = False  # whether that was the next step's, as Heun's second one is
         self._shown = 1.0  # what the network is shown of the step's sigma, as a factor
         self._is_honest = True
-        self._untold = None  # (sigma, what was told) of an evaluation that began without the host's wrappers
 
     def begin(self, x, sigma):
-        """Begin the sampler's evaluation of x [B, ...], or None where that is not known, at sigma, a tensor whose numbers are
-        alike; return what it is told.
-        """
-        self._since += 1
-        if self._plan is not None:
-            try:
-                self._plan.begin()
-                return self._plan.place(x)
-            except Departed:
-                self._plan = None
-        sigma = sigma.flatten()[0].item()
-        position = self._position(sigma)
-        self._step, self._seen = self.schedule.step_at(position), sigma
-        return _told(self.schedule, x, self._step, position, sigma)
+        """Begin the sampler's evaluation of x [B, ...] at sigma, a tensor whose numbers are alike."""
+        self.told = self._next(x, sigma)
 
     def untold(self, sigma):
         """Return what an evaluation at sigma is told that the host's wrappers did not see, as of a guider that calls the
@@ -224,18 +214,41 @@ class FollowedRun:
         """
         value = sigma.flatten()[0].item()
         if self._untold is None or self._untold[0] != value:
-            self._untold = value, self.begin(None, sigma)
+            self._untold = value, self._next(None, sigma)
         return self._untold[1]
 
-    def called_back(self, number):
-        """Take down that the host calls back for a step; number: the sampler's own, which may begin anew or count otherwise."""
-        if self._since == 0 and number == self._callback:
-            return
+    def _next(self, x, sigma):
+        self._since += 1
+        if self._keeps_to_plan(self._begin_by_plan):
+            return self._plan.place(x)
+        sigma = sigma.flatten()[0].item()
+        position = self._position(sigma)
+        self._step, self._seen = self.schedule.step_at(position), sigma
+        return _told(self.schedule, x, self._step, position, sigma)
+
+    def _begin_by_plan(self):
+        step, _ = self._plan.begin()
+        if step > self._own + 1:  # with no callback for the step before: a guider may be asked several times in an evaluation
+            raise Departed
+
+    def _keeps_to_plan(self, check):
+        """Return whether there is a plan that the run keeps to; check(): raises Departed where it does not."""
         if self._plan is not None:
             try:
-                self._plan.called_back(number)
+                check()
             except Departed:
                 self._plan = None
+        return self._plan is not None
+
+    def called_back(self, number, total):
+        """Take down that the host calls back for a step. number: the sampler's own, which may begin anew or count otherwise.
+        total: of how many steps.
+        """
+        if self._since == 0 and number == self._callback:
+            return
+        if total != self.schedule.steps:
+            self._plan = None
+        self._keeps_to_plan(lambda: self._plan.called_back(number))
         self._own += 1
         if self._own > 0 and self._since > 0:
             self._usual = self._since
@@ -278,8 +291,8 @@ def place(transformer_options):
     where it is told nothing.
     """
     told, run, sigma = (transformer_options.get(name) for name in (IEC, KEY, "sigmas"))
-    if told is None and run is not None and sigma is not None:
-        told = run.untold(sigma)
+    if told is None and run is not None:
+        told = run.untold(sigma) if run.told is None and sigma is not None else run.told
     if told is None or told["position"] is not None:
         return told
     if sigma is None:
@@ -297,24 +310,28 @@ def follow_run(model):
 
 
 def _sampler_sample(executor, guider, sigmas, extra_args, callback, *args, **kwargs):
-    function = getattr(executor.class_obj, "sampler_function", None)
-    options, schedule = getattr(executor.class_obj, "extra_options", {}), sigmas.flatten().tolist()
-    picks_its_steps = sampler_name(function) in PICK_THEIR_OWN
-    run = FollowedRun(schedule, RunPlan.of_stock(function, options, schedule), picks_its_steps)
-    model_options = extra_args["model_options"]
-    options = {**model_options["transformer_options"], KEY: run}
-    extra_args = {**extra_args, "model_options": {**model_options, "transformer_options": options}}
+    run, options = _followed(executor.class_obj, sigmas.flatten().tolist()), extra_args["model_options"]["transformer_options"]
+    options[KEY] = run
+    options.pop(IEC, None)  # of a run that this one is inside of
 
-    def called_back(step, *more):
-        run.called_back(step)
+    def called_back(step, denoised, x, total):
+        run.called_back(step, total)
         if callback is not None:
-            callback(step, *more)
+            callback(step, denoised, x, total)
 
     return executor(guider, sigmas, extra_args, called_back, *args, **kwargs)
+
+
+def _followed(sampler, sigmas):
+    """Return the FollowedRun of a SAMPLER. One of another pack that samples in its own way may do so over other sigmas."""
+    function, options = getattr(sampler, "sampler_function", None), getattr(sampler, "extra_options", {})
+    is_plain = type(sampler).sample.__module__ == comfy.samplers.__name__
+    plan = RunPlan.of_stock(function, options, sigmas) if is_plain else None
+    return FollowedRun(sigmas, plan, sampler_name(function) in PICK_THEIR_OWN)
 
 
 def _predict_noise(executor, x, timestep, model_options=None, *args, **kwargs):
     options = (model_options or {}).get("transformer_options", {})
     if KEY in options and IEC not in options:
-        model_options = with_place(model_options, options[KEY].begin(x, timestep))
+        options[KEY].begin(x, timestep)
     return executor(x, timestep, model_options, *args, **kwargs)

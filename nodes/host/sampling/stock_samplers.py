@@ -2,9 +2,10 @@
 than the step's own prediction.
 
 Tests hold every line to the sampler itself and to its rehearsal. Other packs' samplers, those that space their steps themselves
-(dpm_fast, dpm_adaptive), and options that change how often a sampler evaluates are not here.
+(dpm_fast, dpm_adaptive), and options and schedules that change how often a sampler evaluates are not here.
 """
 
+import itertools
 from dataclasses import dataclass
 
 from .noise import is_of_the_host, sampler_name
@@ -33,12 +34,12 @@ class Evaluations:
 
     def of_steps(self, sigmas):
         """Return (number of the step, whether the step is taken with it) of every evaluation over n + 1 sigmas, in order."""
-        steps = len(sigmas) - 1
+        steps = max(len(sigmas) - 1, 0)
         counts = [self.each] * steps
         if self.first is not None:
             counts[:1] = [self.first] * min(steps, 1)
         if self.last and (self.always_so or sigmas[-1] == 0):
-            ending = self.last[-steps:]
+            ending = self.last[max(len(self.last) - steps, 0) :]
             counts[steps - len(ending) :] = ending
         return [(step, index == self.own % count) for step, count in enumerate(counts) for index in range(count)]
 
@@ -102,16 +103,22 @@ EVALUATIONS = {
     "unipc_bh2": HISTORY,
 }
 
-# Options of the host's sampler functions that leave the number of evaluations as it is.
+# Options of the host's sampler functions that leave the number of evaluations as it is. With another `eta` a step may have so
+# much noise that nothing is left for a second evaluation.
 HARMLESS = {
     "cfg_pp", "corrector_order", "deis_mode", "ge_gamma", "max_order", "max_stage", "noise_sampler", "noise_scaler", "order",
     "predictor_order", "s_churn", "s_noise", "s_tmax", "s_tmin", "simple_order_2", "solver_type", "tau_func",
 }  # fmt: skip
-HARMLESS_OF_ONE = HARMLESS | {"eta"}  # a step of much noise may have no deterministic part, and so no second evaluation
+HARMLESS_OF_ONE = HARMLESS | {"eta"}
+# Where sigma rises, or falls by more than this factor, the same happens to ancestral samplers, by rounding. Where it stands
+# still heunpp2 takes a step for the last one.
+LARGEST_RATIO = 1000
 
 
-def evaluations_of(function, options):
-    """Return the Evaluations of a sampler function with these options, None where they are not known."""
+def evaluations_of(function, options, sigmas=()):
+    """Return the Evaluations of a sampler function with these options over n + 1 sigmas, floats; None where not known."""
     known = EVALUATIONS.get(sampler_name(function)) if is_of_the_host(function) else None
-    harmless = HARMLESS_OF_ONE if known in (ONE, HISTORY) else HARMLESS
-    return known if known is not None and harmless.issuperset(options) else None
+    if known in (None, ONE, HISTORY):
+        return known if HARMLESS_OF_ONE.issuperset(options) else None
+    falls = all(here > then and (then == 0 or here < LARGEST_RATIO * then) for here, then in itertools.pairwise(sigmas))
+    return known if falls and HARMLESS.issuperset(options) else None

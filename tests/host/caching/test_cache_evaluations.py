@@ -5,6 +5,7 @@ and what these leave out.
 import functools
 import inspect
 import math
+import types
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,8 @@ class Given:
 
 @pytest.fixture
 def draw(host):
-    """draw(model, noise, sampler="euler", cfg=2.0, sigmas=None): the latents of a run from this noise. sampler: a name or a
-    sampler function.
+    """draw(model, noise, sampler="euler", cfg=2.0, sigmas=None): the latents of a run from this noise. sampler: a name, a
+    sampler function or a SAMPLER.
     """
     import comfy.samplers
 
@@ -45,7 +46,8 @@ def draw(host):
         else:
             positive, negative = (host.run("IECClassLabel", labels=label)[0] for label in ("face", "none"))
         guider = host.run("CFGGuider", model=model, positive=positive, negative=negative, cfg=cfg)[0]
-        sampler = comfy.samplers.KSAMPLER(sampler) if callable(sampler) else comfy.samplers.sampler_object(sampler)
+        sampler = comfy.samplers.sampler_object(sampler) if isinstance(sampler, str) else sampler
+        sampler = comfy.samplers.KSAMPLER(sampler) if callable(sampler) else sampler
         if sigmas is None:
             sigmas = host.run("BasicScheduler", model=model, scheduler="simple", steps=STEPS, denoise=1.0)[0]
         latent = {"samples": torch.zeros_like(noise)}
@@ -298,13 +300,64 @@ def test_steps_are_told_by_their_order_of_a_sampler_that_shows_another_sigma(eva
 
 def test_a_host_function_that_another_pack_has_changed_is_followed(evaluated):
     """It says that it is the host's, and evaluates twice where that does once."""
-
-    def sample_euler(model, x, sigmas, extra_args=None, callback=None, disable=None):
-        return sampler_of("heun")(model, x, sigmas, extra_args=extra_args, callback=callback, disable=disable)
-
-    sample_euler.__module__ = sampler_of("euler").__module__
+    heun = sampler_of("heun")
+    while hasattr(heun, "__wrapped__"):
+        heun = heun.__wrapped__
+    sample_euler = types.FunctionType(heun.__code__, heun.__globals__, "sample_euler", heun.__defaults__)
     found = evaluated(sample_euler, FALLING)
     assert [number for number, full in enumerate(found) if full] == in_full("heun", 7)
+
+
+def test_a_guider_that_is_asked_several_times_in_an_evaluation(evaluated, monkeypatch):
+    """As by LanPaint, which keeps the host's sampler function, and samples by itself."""
+    import comfy.samplers
+
+    plain = comfy.samplers.KSAMPLER.sample
+
+    def sample(self, model_wrap, sigmas, extra_args, *args, **kwargs):
+        class Thinking:
+            def __getattr__(self, name):
+                return getattr(model_wrap, name)
+
+            def __call__(self, *given, **more):
+                for _ in range(3):
+                    model_wrap(*given, **more)
+                return model_wrap(*given, **more)
+
+        return plain(self, Thinking(), sigmas, extra_args, *args, **kwargs)
+
+    sample.__module__ = plain.__module__
+    monkeypatch.setattr(comfy.samplers.KSAMPLER, "sample", sample)
+    found = evaluated("euler", FALLING)
+    assert [number // 4 for number, full in enumerate(found) if full] == [0] * 4 + [3] * 4 + [6] * 4
+
+
+def test_a_sampler_that_goes_on_where_another_run_stopped(evaluated):
+    """Its class samples over the last sigmas alone, and counts from 0."""
+    import comfy.samplers
+
+    class Resumed(comfy.samplers.KSAMPLER):
+        def sample(self, model_wrap, sigmas, *args, **kwargs):
+            return super().sample(model_wrap, sigmas[2:], *args, **kwargs)
+
+    found = evaluated(Resumed(sampler_of("euler")), FALLING)
+    assert [number + 2 for number, full in enumerate(found) if full] == [2, 3, 6]  # the first has no feature yet
+
+
+def test_a_wrapper_by_which_a_sampler_gets_other_sigmas(draw, cached, model):
+    from comfy.patcher_extension import WrappersMP
+
+    def later(executor, guider, sigmas, *args, **kwargs):
+        return executor(guider, sigmas[2:], *args, **kwargs)
+
+    deep, watched = [], cached(model)
+    watched.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "later", later)
+    hook = model.model.diffusion_model.middle_block[0].register_forward_hook(lambda *_: deep.append(1))
+    try:
+        draw(watched, noise(1, 3, 8, 8), "euler", cfg=1.0, sigmas=torch.tensor(FALLING))
+    finally:
+        hook.remove()
+    assert len(deep) == 3  # the first, whatever it is called, and the steps 3 and 6
 
 
 @pytest.mark.parametrize("name", ["euler", "dpmpp_2m"])
