@@ -1,4 +1,4 @@
-"""The nodes: what a user wires. Thin V3 nodes, a file a capability; what touches the host's internals is in `host`."""
+"""The nodes: what a user wires. Thin V3 nodes, in a folder a capability; what touches the host's internals is in `host`."""
 
 import logging
 
@@ -14,26 +14,17 @@ COPIES = first_copy()
 WEB_DIRECTORY = "./web" if COPIES is None else None
 
 if COPIES is None:  # a second copy brings nothing: routes, operators and the page's extension can be registered once only
-    from . import (
-        builtin,
-        cachequant,
-        calibrate_weights,
-        compare,
-        contraction,
-        correct,
-        deepcache,
-        pictures,
-        quantization_profile,
-        quantization_report,
-        quantize,
-        report,
-    )
+    from . import builtin
+    from .caching import cachequant, deepcache
+    from .correction import contraction, samplers
     from .host.correction.events import running_server
     from .host.correction.step_plan_route import serve_step_plans
     from .host.inputs import refuse_unfit_values
+    from .quantization import calibrate_weights, quantization_profile, quantization_report, quantize
+    from .reports import compare, pictures, report
 
     QUANTIZATION = quantize, calibrate_weights, quantization_profile, quantization_report
-    MODULES = correct, *QUANTIZATION, deepcache, cachequant, builtin, compare, pictures, report, contraction
+    MODULES = samplers, *QUANTIZATION, deepcache, cachequant, builtin, compare, pictures, report, contraction
     NODES = [node for module in MODULES for node in module.NODES]
 else:
     NODES = []

@@ -570,7 +570,7 @@ def is_drawn():
 @pytest.fixture
 def report(host, inputs, model, is_drawn, monkeypatch):
     """report(model, **settings): (rows {layer: [format, backend, prediction error, SQNR, weight SQNR, MB]}, plot, exclude)."""
-    plots = pack_module("nodes.plots")
+    plots = pack_module("nodes.reports.plots")
     # In one step of the run, for time: test_mixed_precision.py has what is measured in more.
     monkeypatch.setattr(pack_module("nodes.host.quantization.prediction_errors"), "EVALUATIONS", 1)
     if not is_drawn:

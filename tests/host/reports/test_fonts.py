@@ -19,7 +19,7 @@ LABELS = ["运行一", "运行二", "実行", "실행", "👩\u200d🚀", "\U000
 @pytest.fixture
 def module(host):
     """module(name): a module of the pack's nodes."""
-    return lambda name: pack_module(f"nodes.{name}")
+    return lambda name: pack_module(f"nodes.reports.{name}")
 
 
 @pytest.fixture

@@ -2,12 +2,12 @@
 
 from comfy_api.latest import io
 
-from ..iec_core.caching.feature_cache import FORECASTS, SCHEDULE_FORMS, parse_cache_schedule
-from ..iec_core.choices import unknown_choice
-from .host.caching.cache_run import CORRECTION_PASSES, CacheSettings
-from .host.caching.cached_model import apply_cache
-from .host.inputs import CheckedNode, known_values
-from .host.schema import schema
+from ...iec_core.caching.feature_cache import FORECASTS, SCHEDULE_FORMS, parse_cache_schedule
+from ...iec_core.choices import unknown_choice
+from ..host.caching.cache_run import CORRECTION_PASSES, CacheSettings
+from ..host.caching.cached_model import apply_cache
+from ..host.inputs import CheckedNode, known_values
+from ..host.schema import schema
 
 
 class IECDeepCache(CheckedNode):

@@ -14,7 +14,7 @@ from toy import PixelVAE
 @pytest.fixture
 def module(host):
     """module(name): a module of the pack's nodes."""
-    return lambda name: pack_module(f"nodes.{name}")
+    return lambda name: pack_module(f"nodes.reports.{name}")
 
 
 def images(runs, batch, height, width):

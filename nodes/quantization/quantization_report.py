@@ -2,14 +2,14 @@
 
 from comfy_api.latest import io
 
-from ..iec_core.choices import unknown_choice
-from ..iec_core.quantization import layer_errors as core
-from . import plots
-from .calibration import run_inputs, taken_runs, wrong_run_choice
-from .host.inputs import CheckedNode, known_values
-from .host.quantization.layer_errors import layer_errors
-from .host.schema import schema
-from .types import as_image, shown_on
+from ...iec_core.choices import unknown_choice
+from ...iec_core.quantization import layer_errors as core
+from ..calibration import run_inputs, taken_runs, wrong_run_choice
+from ..host.inputs import CheckedNode, known_values
+from ..host.quantization.layer_errors import layer_errors
+from ..host.schema import schema
+from ..reports import plots
+from ..types import as_image, shown_on
 
 BUDGETS = ["none", "size", "error"]
 

@@ -2,13 +2,13 @@
 
 from comfy_api.latest import io
 
-from ..iec_core.choices import unknown_choice
-from ..iec_core.metrics import pareto_front
+from ...iec_core.choices import unknown_choice
+from ...iec_core.metrics import pareto_front
+from ..host.inputs import CheckedNode, known_values
+from ..host.schema import schema
+from ..types import Report, as_image, shown_on
 from . import grids, plots
 from .compare import captions, check_reports, decoded, error_plot, final_error, told_apart
-from .host.inputs import CheckedNode, known_values
-from .host.schema import schema
-from .types import Report, as_image, shown_on
 
 # What a run's cost is: how to read it from its report, and what the plot calls it.
 COSTS = {

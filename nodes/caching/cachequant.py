@@ -2,16 +2,16 @@
 
 from comfy_api.latest import io
 
-from ..iec_core.caching.cachequant import CacheProfile
-from ..iec_core.caching.feature_cache import SCHEDULE_FORMS, parse_cache_schedule
-from ..iec_core.choices import unknown_choice
-from .calibration import profile_name_input, run_inputs, taken_runs, wrong_run_choice
-from .host.caching.cache_run import CORRECTION_PASSES
-from .host.caching.cachequant import apply_profile, calibrate
-from .host.inputs import CheckedNode, known_values
-from .host.profiles import PROFILES
-from .host.schema import schema
-from .types import CacheProfileSocket
+from ...iec_core.caching.cachequant import CacheProfile
+from ...iec_core.caching.feature_cache import SCHEDULE_FORMS, parse_cache_schedule
+from ...iec_core.choices import unknown_choice
+from ..calibration import profile_name_input, run_inputs, taken_runs, wrong_run_choice
+from ..host.caching.cache_run import CORRECTION_PASSES
+from ..host.caching.cachequant import apply_profile, calibrate
+from ..host.inputs import CheckedNode, known_values
+from ..host.profiles import PROFILES
+from ..host.schema import schema
+from ..types import CacheProfileSocket
 
 CALIBRATED_FORECASTS = ["hold", "linear"]
 

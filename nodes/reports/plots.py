@@ -10,7 +10,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from matplotlib.transforms import IdentityTransform
 
-from ..iec_core.quantization.layer_errors import ranked
+from ...iec_core.quantization.layer_errors import ranked
 from . import fonts
 
 # Okabe and Ito's palette: told apart with every common colour blindness, the first five best.

@@ -7,12 +7,12 @@ import math
 
 from comfy_api.latest import io
 
-from ..iec_core.metrics import psnr, relative_error
+from ...iec_core.metrics import psnr, relative_error
+from ..correction.samplers import after_input, check_is_done
+from ..host.inputs import CheckedNode
+from ..host.schema import schema
+from ..types import Report, as_image, shown_on
 from . import grids, plots
-from .correct import after_input, check_is_done
-from .host.inputs import CheckedNode
-from .host.schema import schema
-from .types import Report, as_image, shown_on
 
 COLUMNS = ("variant", "correction_steps", "NFE", "seconds", "relative_error", "PSNR")
 MORE = ("more", *(f"more_{number}" for number in range(2, 8)))  # what a Join Reports (IEC) takes after the first reports

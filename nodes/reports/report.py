@@ -3,12 +3,12 @@
 import torch
 from comfy_api.latest import io
 
-from ..iec_core.report import to_json
+from ...iec_core.report import to_json
+from ..correction.samplers import after_input, check_is_done
+from ..host.inputs import CheckedNode
+from ..host.schema import schema
+from ..types import Report, as_image, shown_on
 from . import plots
-from .correct import after_input, check_is_done
-from .host.inputs import CheckedNode
-from .host.schema import schema
-from .types import Report, as_image, shown_on
 
 
 class IECReport(CheckedNode):

@@ -3,12 +3,12 @@
 import comfy.samplers
 from comfy_api.latest import io
 
-from ..iec_core.choices import unknown_choice
-from . import plots
-from .host.correction.contraction import probe_contraction
-from .host.inputs import CheckedNode, known_values
-from .host.schema import schema
-from .types import as_image, shown_on
+from ...iec_core.choices import unknown_choice
+from ..host.correction.contraction import probe_contraction
+from ..host.inputs import CheckedNode, known_values
+from ..host.schema import schema
+from ..reports import plots
+from ..types import as_image, shown_on
 
 
 class IECContractionProbe(CheckedNode):

@@ -2,13 +2,13 @@
 
 from comfy_api.latest import io
 
-from ..iec_core.choices import unknown_choice
-from ..iec_core.quantization.mixed_precision import Budget
-from .calibration import run_inputs, taken_runs, wrong_run_choice
+from ...iec_core.choices import unknown_choice
+from ...iec_core.quantization.mixed_precision import Budget
+from ..calibration import run_inputs, taken_runs, wrong_run_choice
+from ..host.inputs import CheckedNode, known_values
+from ..host.quantization.weight_calibration import calibrate_weights, factors_of
+from ..host.schema import schema
 from .formats import MIXED, OF_LAYERS, format_inputs, quantization, wrong_format
-from .host.inputs import CheckedNode, known_values
-from .host.quantization.weight_calibration import calibrate_weights, factors_of
-from .host.schema import schema
 
 RANKS = ["auto", "0", "8", "16", "32", "64"]
 AUTO_RANK = {"4": 16}  # by weight_bits; 0 with all others, which lose little, or have better use for the bits

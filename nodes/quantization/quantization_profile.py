@@ -2,14 +2,14 @@
 
 from comfy_api.latest import io
 
-from ..iec_core.choices import unknown_choice
-from ..iec_core.quantization.activation_scales import ActivationScales
-from .calibration import profile_name_input, run_inputs, taken_runs, wrong_run_choice
-from .host.inputs import CheckedNode, known_values
-from .host.profiles import PROFILES
-from .host.quantization.activation_scales import apply_scales, calibrate_activations
-from .host.schema import schema
-from .types import QuantizationProfileSocket
+from ...iec_core.choices import unknown_choice
+from ...iec_core.quantization.activation_scales import ActivationScales
+from ..calibration import profile_name_input, run_inputs, taken_runs, wrong_run_choice
+from ..host.inputs import CheckedNode, known_values
+from ..host.profiles import PROFILES
+from ..host.quantization.activation_scales import apply_scales, calibrate_activations
+from ..host.schema import schema
+from ..types import QuantizationProfileSocket
 
 SCALES = ["timestep-wise", "static"]
 SCALE_BY = ["search", "absmax"]

@@ -2,15 +2,15 @@
 
 from comfy_api.latest import io
 
-from ..iec_core.choices import unknown_choice
-from ..iec_core.file_kinds import QUANTIZED_MODEL
+from ...iec_core.choices import unknown_choice
+from ...iec_core.file_kinds import QUANTIZED_MODEL
+from ..host.inputs import CheckedNode, known_values
+from ..host.quantization.load_file import FILES, load_quantized_model
+from ..host.quantization.quantize import quantize_model
+from ..host.quantization.quantized_layers import COMPUTE, FASTEST
+from ..host.quantization.save_file import save_quantized_model
+from ..host.schema import schema
 from .formats import OF_LAYERS, compute_input, format_inputs, quantization, wrong_format
-from .host.inputs import CheckedNode, known_values
-from .host.quantization.load_file import FILES, load_quantized_model
-from .host.quantization.quantize import quantize_model
-from .host.quantization.quantized_layers import COMPUTE, FASTEST
-from .host.quantization.save_file import save_quantized_model
-from .host.schema import schema
 
 SCALES = ["absmax", "search"]
 ALIASES = [

@@ -2,10 +2,10 @@
 
 from comfy_api.latest import io
 
-from ..iec_core.choices import unknown_choice
-from ..iec_core.quantization.packing import WeightFormat
-from .host.quantization.quantize import LayerRules, Quantization, parse_patterns
-from .host.quantization.quantized_layers import COMPUTE, EIGHT_BIT, FASTEST, ActivationFormat
+from ...iec_core.choices import unknown_choice
+from ...iec_core.quantization.packing import WeightFormat
+from ..host.quantization.quantize import LayerRules, Quantization, parse_patterns
+from ..host.quantization.quantized_layers import COMPUTE, EIGHT_BIT, FASTEST, ActivationFormat
 
 MIXED = "mixed"  # weight_bits of a node that finds them for each layer
 KINDS = {"8": "int8", "4": "int4", "fp8": "fp8"}
