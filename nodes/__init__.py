@@ -8,7 +8,7 @@ from .host import version  # noqa: F401 - first, for it refuses a ComfyUI that l
 
 from comfy_api.latest import ComfyExtension
 
-from .host.copies import first_copy
+from .host.second_copy import first_copy
 
 COPIES = first_copy()
 WEB_DIRECTORY = "./web" if COPIES is None else None
@@ -17,7 +17,7 @@ if COPIES is None:  # a second copy brings nothing: routes, operators and the pa
     from . import builtin
     from .caching import cachequant, deepcache
     from .correction import contraction, samplers
-    from .host.correction.events import running_server
+    from .host.correction.progress_events import running_server
     from .host.correction.step_plan_route import serve_step_plans
     from .host.inputs import refuse_unfit_values
     from .quantization import calibrate_weights, quantization_profile, quantization_report, quantize

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
-# A list of iec_core.report.RunReport.
+# A list of iec_core.run_report.RunReport.
 Report = io.Custom("IEC_REPORT")
 
 # An iec_core.cachequant.CacheProfile.

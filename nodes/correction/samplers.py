@@ -8,7 +8,7 @@ from comfy_execution.utils import get_executing_context
 from ...iec_core.choices import unknown_choice
 from ...iec_core.correction.correction_steps import FORMS
 from ...iec_core.correction.iteration import EVALUATION_POINTS, LAMBDA_MODES, CorrectionSettings
-from ...iec_core.report import RunReport
+from ...iec_core.run_report import RunReport
 from ..host.correction.sampler import apply_correction, check_sampler, with_correction
 from ..host.inputs import CheckedNode, known_values
 from ..host.schema import schema

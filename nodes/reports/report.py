@@ -3,7 +3,7 @@
 import torch
 from comfy_api.latest import io
 
-from ...iec_core.report import to_json
+from ...iec_core.run_report import to_json
 from ..correction.samplers import after_input, check_is_done
 from ..host.inputs import CheckedNode
 from ..host.schema import schema

@@ -2,12 +2,12 @@
 
 import functools
 
+import comfy.model_patcher
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.patcher_extension import WrappersMP
 
 from ....iec_core.caching.feature_cache import FeatureCache
 from ..sampling.run_plan import follow_run
-from ..sampling.run_state import keep_for_run
 from .cache_run import KEY, other_cache, warn_once
 from .transformer_cache import TransformerCache
 from .unet_cache import UnetCache
@@ -48,12 +48,33 @@ def with_cache(model, settings, make_run, node):
         return run.evaluate(executor, x, t, c, y, control, transformer_options, **kwargs)
 
     model = model.clone()
-    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, keep_for_run(KEY, begin_run))
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _keep_for_run(KEY, begin_run))
     follow_run(model)
     model.add_wrapper_with_key(kind.wrapper_type, KEY, evaluate)
     if kind.wrapper_type == WrappersMP.DIFFUSION_MODEL:
         model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _mark)
     return model
+
+
+def _keep_for_run(key, make_state):
+    """Return an OUTER_SAMPLE wrapper that puts a fresh make_state(model_options) into `transformer_options[key]` for the
+    run; model_options: of the run.
+
+    Its `clear()` is called when the run ends, also on interrupt or error, and the guider's options are put back.
+    """
+
+    def outer_sample(executor, *args, **kwargs):
+        guider = executor.class_obj
+        before = guider.model_options
+        guider.model_options = comfy.model_patcher.create_model_options_clone(before)
+        state = guider.model_options["transformer_options"][key] = make_state(before)
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            state.clear()
+            guider.model_options = before
+
+    return outer_sample
 
 
 def without_cache(model):

@@ -7,7 +7,7 @@ import torch
 
 from ....iec_core.correction.bias import CorrectedRun, bias_warning, moved_in_all
 from ....iec_core.correction.iteration import corrected_denoised
-from ....iec_core.report import Stopwatch, TraceReader
+from ....iec_core.run_report import Stopwatch, TraceReader
 from ..quantization.quantized_network import lost_changes
 from ..sampling.network_calls import base_of, network_of, past_other_cache
 from ..sampling.run_plan import Departed, with_place

@@ -12,7 +12,7 @@ import comfy.patcher_extension
 import comfy.samplers
 
 from ....iec_core.correction.automatic import nothing_because
-from ....iec_core.report import Stopwatch
+from ....iec_core.run_report import Stopwatch
 from ..caching.cache_run import full_steps, other_cache
 from ..sampling.network_calls import IEC, NetworkCalls, network_of
 from ..sampling.noise import NoiseAhead, can_draw_ahead, is_of_the_host, sampler_name
@@ -20,7 +20,7 @@ from ..sampling.rehearsal import AppliedTwice, BadSchedule, CannotRehearse, chec
 from ..sampling.run_plan import RunPlan
 from .correctable import check_known_ends, check_sampler, refusal, resolved
 from .denoiser import CorrectedDenoiser, CountedDenoiser, tell_lost_changes
-from .events import EvaluationProgress
+from .progress_events import EvaluationProgress
 
 RUN = "iec_run"  # in a run's model options: its EvaluationProgress
 APPLIED_TWICE = "sampler: IEC is applied twice to this sampling run; use only one of IECKSampler, IECApply and IECSampler."

@@ -1,1 +1,1 @@
-"""What all that acts in a sampling run shares: the run's plan, the rehearsal, noise, who answers an evaluation, and runs."""
+"""What all that acts in a sampling run shares: the run's plan, the rehearsal, noise, network calls, and calibration runs."""

@@ -240,13 +240,13 @@ class FollowedRun:
                 self._plan = None
         return self._plan is not None
 
-    def called_back(self, number, total):
+    def called_back(self, number, total=None):
         """Take down that the host calls back for a step. number: the sampler's own, which may begin anew or count otherwise.
-        total: of how many steps.
+        total: of how many steps, if that is told.
         """
         if self._since == 0 and number == self._callback:
             return
-        if total != self.schedule.steps:
+        if total not in (None, self.schedule.steps):
             self._plan = None
         self._keeps_to_plan(lambda: self._plan.called_back(number))
         self._own += 1
@@ -314,10 +314,10 @@ def _sampler_sample(executor, guider, sigmas, extra_args, callback, *args, **kwa
     options[KEY] = run
     options.pop(IEC, None)  # of a run that this one is inside of
 
-    def called_back(step, denoised, x, total):
-        run.called_back(step, total)
+    def called_back(step, *more):  # the denoised prediction, the latent, the number of steps
+        run.called_back(step, *more[2:3])
         if callback is not None:
-            callback(step, denoised, x, total)
+            callback(step, *more)
 
     return executor(guider, sigmas, extra_args, called_back, *args, **kwargs)
 

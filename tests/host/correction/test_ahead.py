@@ -50,7 +50,7 @@ def undamped(host):
 
     settings = pack_module("iec_core.correction.iteration").CorrectionSettings
     steps = pack_module("iec_core.correction.correction_steps").parse_correction_steps("all")
-    reports = pack_module("iec_core.report").RunReport
+    reports = pack_module("iec_core.run_report").RunReport
     wrap = pack_module("nodes.host.correction.sampler").with_correction
 
     def make(name, iterations=1):

@@ -3,7 +3,7 @@
 import pytest
 
 from iec_core.correction.bias import CorrectedRun, bias_warning, moved_by
-from iec_core.report import StepReport
+from iec_core.run_report import StepReport
 
 FLAT = (1.0,) * 12  # a sampler without history
 

@@ -5,7 +5,7 @@ import sys
 import comfy.utils
 from comfy_execution.utils import get_executing_context
 
-from ....iec_core.report import TRACED
+from ....iec_core.run_report import TRACED
 
 
 def running_server():
