@@ -368,8 +368,9 @@ def test_interrupted_run_leaves_the_model_as_it_was(host, output):
 
     with pytest.raises(server.Failed, match="interrupted"):
         host.run(workflow(steps=500, seed=321), interrupt)
-    latent = saved_latent(output, host.run(plain, lambda kind, data: steps.append(data) if kind == "iec.step" else None))
-    assert len(steps) == 7  # it has run again, and is not the result of before
+    again = workflow(model=["model", 0], correction_steps="none", seed=123, label="again")  # for newer hosts keep older results
+    latent = saved_latent(output, host.run(again, lambda kind, data: steps.append(data) if kind == "iec.step" else None))
+    assert len(steps) == 7
     assert torch.equal(latent, expected)
 
 
