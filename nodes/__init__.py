@@ -1,7 +1,6 @@
 """The nodes: what a user wires. Thin V3 nodes, in a folder a capability; what touches the host's internals is in `host`."""
 
-import logging
-
+from ..iec_core.log import logger
 from .host import version  # noqa: F401 - first, for it refuses a ComfyUI that lacks what the others import
 
 # isort: split
@@ -40,7 +39,7 @@ class IECExtension(ComfyExtension):
 async def comfy_entrypoint():
     if COPIES is not None:
         first, second = COPIES
-        logging.warning(f"[ComfyUI-IEC] {second} is left out, for {first} is a copy of the same nodes; remove one of them.")
+        logger.warning(f"{second} is left out, for {first} is a copy of the same nodes; remove one of them.")
     elif server := running_server():
         serve_step_plans(server)
         refuse_unfit_values(server, {node.define_schema().node_id: node for node in NODES})

@@ -9,7 +9,6 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import logging
 import math
 import os
 import pathlib
@@ -21,6 +20,7 @@ import uuid
 import torch
 
 from ..devices import is_out_of_memory
+from ..log import logger
 from . import int8
 
 FORMAT = "iec kernel times 1"
@@ -135,7 +135,7 @@ class KernelTimes:
                     return {}
                 failed[name] = math.inf
                 why = f"{type(error).__name__}: {str(error).strip() or 'without a word'}".splitlines()[0]
-                logging.warning(f"[ComfyUI-IEC] {name} does not compute a layer of the kind '{layer}': {why}.")
+                logger.warning(f"{name} does not compute a layer of the kind '{layer}': {why}.")
         return self._clock.times({name: way for name, way in ways.items() if name not in failed}, device)
 
     def _known(self, device, layer, size, names):
@@ -218,7 +218,7 @@ def _read(path):
         return {}
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        logging.warning(f"[ComfyUI-IEC] {os.path.basename(path)}, beside the profiles, is not used and stays as it is: {why}.")
+        logger.warning(f"{os.path.basename(path)}, beside the profiles, is not used and stays as it is: {why}.")
         return {}
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import logging
 import unicodedata
 from typing import NamedTuple
 
@@ -10,6 +9,8 @@ import matplotlib
 from matplotlib.font_manager import fontManager
 from matplotlib.ft2font import FT2Font
 from PIL import ImageFont
+
+from ...iec_core.log import logger
 
 OWN = "DejaVu Sans"  # matplotlib brings it
 # Plain families with many letters, by the words that their names begin with; others are tried after them.
@@ -84,8 +85,8 @@ def _look_up(characters):
 
 @functools.cache
 def _tell_once():
-    logging.warning(
-        "[ComfyUI-IEC] no font of this machine has some characters of the labels; pictures have their numbers instead, such as "
+    logger.warning(
+        "no font of this machine has some characters of the labels; pictures have their numbers instead, such as "
         "U+4E2D. Fonts such as Noto Sans CJK have them."
     )
 

@@ -1,12 +1,12 @@
 """Launches the Triton kernels: where they can run, on which grid, and what they are given."""
 
 import functools
-import logging
 import os
 
 import torch
 
 from ...devices import is_out_of_memory, once_a_device
+from ...log import logger
 from . import activations, products, tiles
 
 try:
@@ -69,8 +69,8 @@ def compiles(device):
                 raise
             reason = f"{type(error).__name__}: {str(error).strip() or 'without a word'}".splitlines()[0]
     if reason:
-        logging.warning(
-            f"[ComfyUI-IEC] On {device}, convolutions with 8-bit activations are computed in the model's own type, from their "
+        logger.warning(
+            f"On {device}, convolutions with 8-bit activations are computed in the model's own type, from their "
             f"8-bit weights: as small, and not faster. Triton's int8 kernels cannot be used: {reason}."
         )
     return not reason

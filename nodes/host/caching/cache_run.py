@@ -1,12 +1,12 @@
 """What the caches of U-Nets and of transformers share: when an evaluation is full, and whose features are whose."""
 
 import functools
-import logging
 import math
 from collections import Counter
 from dataclasses import dataclass
 
 from ....iec_core.caching.feature_cache import CacheSchedule
+from ....iec_core.log import logger
 from ..sampling.run_plan import place
 
 KEY = "iec_deepcache"
@@ -131,7 +131,7 @@ class CacheRun:
 @functools.cache
 def warn_once(text):
     """Log a warning, once a process, of a node that keeps a cache from its work."""
-    logging.warning(f"[ComfyUI-IEC] Cache: {text}.")
+    logger.warning(f"Cache: {text}.")
 
 
 def full_steps(extra_args, sigmas):

@@ -11,7 +11,6 @@ the derivation. D is what a sampler of the host gets: with guidance, in-paint ma
 
 import contextlib
 import itertools
-import logging
 
 import comfy.ldm.modules.attention
 import comfy.model_management
@@ -33,6 +32,7 @@ from ....iec_core.correction.contraction import (
     suggested_lambda,
 )  # fmt: skip
 from ....iec_core.correction.contraction_report import ContractionReport, StepContraction
+from ....iec_core.log import logger
 from ..caching.cache_run import full_steps
 from ..quantization.quantize import quantization_of
 from ..quantization.quantized_layers import straight_through
@@ -211,5 +211,5 @@ def probe_contraction(model, positive, negative, latent_image, seed, sampling, e
         noise_mask=latent_image.get("noise_mask"), callback=bar, disable_pbar=True, seed=seed,
     )  # fmt: skip
     if any(not step.converged for step in report.steps):
-        logging.warning(f"[ComfyUI-IEC] contraction probe: {report.not_converged()}")
+        logger.warning(f"contraction probe: {report.not_converged()}")
     return report

@@ -1,12 +1,12 @@
 """The callable that stands before a sampler function in place of the host's denoiser: it counts, and corrects steps."""
 
 import functools
-import logging
 
 import torch
 
 from ....iec_core.correction.bias import CorrectedRun, bias_warning, moved_in_all
 from ....iec_core.correction.iteration import corrected_denoised
+from ....iec_core.log import logger
 from ....iec_core.run_report import Stopwatch, TraceReader
 from ..quantization.quantized_network import lost_changes
 from ..sampling.network_calls import base_of, network_of, past_other_cache
@@ -190,7 +190,7 @@ class CorrectedDenoiser(CountedDenoiser):
         if self._corrected:
             self._tell_bias()
         for warning in self._report.warnings:
-            logging.warning(f"[ComfyUI-IEC] {warning}")
+            logger.warning(f"{warning}")
         tell_lost_changes(self._report, self._model)
 
     def _tell_bias(self):

@@ -2,13 +2,13 @@
 
 import asyncio
 import json
-import logging
 import math
 from concurrent.futures import ThreadPoolExecutor
 
 from aiohttp import web
 
 from ....iec_core.correction.correction_steps import steps_within
+from ....iec_core.log import logger
 from .step_plan import NotKnown, step_plan
 
 ROUTE = "/iec/step_plan"
@@ -44,7 +44,7 @@ def _answer(question):
     except NotKnown as reason:
         return {"unknown": str(reason)}
     except Exception as error:  # whatever a client has sent, it gets an answer
-        logging.warning(f"[ComfyUI-IEC] no step plan for {str(question)[:500]}: {error!r}")
+        logger.warning(f"no step plan for {str(question)[:500]}: {error!r}")
         return {"unknown": "The steps cannot be told; the server's log says why."}
 
 

@@ -7,7 +7,6 @@ weight which is quantized goes into it first.
 
 import copy
 import hashlib
-import logging
 import uuid
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -18,6 +17,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ....iec_core.devices import has_float8
+from ....iec_core.log import logger
 from ....iec_core.quantization.packing import BITS, Packing, WeightFormat, rotation_size
 from .quantized_layers import ActivationFormat, is_host_state, quantized_class
 from .quantized_network import KEY, PREFIX, mark_quantized, quantization_of
@@ -231,7 +231,7 @@ def _without_enlarged(model, layers, names):
 
     enlarged = [name for name in names if is_enlarged(name)]
     if enlarged:
-        logging.info(f"[ComfyUI-IEC] {', '.join(enlarged)} stays unquantized, for a LoRA enlarges its weight.")
+        logger.info(f"{', '.join(enlarged)} stays unquantized, for a LoRA enlarges its weight.")
     return [name for name in names if name not in enlarged]
 
 

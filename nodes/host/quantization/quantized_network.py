@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import logging
 
 import comfy.hooks
 import comfy.model_management
@@ -10,6 +9,7 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from ....iec_core.log import logger
 from .quantized_layers import is_quantized, quantized_layers
 from .weights import original_weight, patched_shape, with_patches
 
@@ -229,7 +229,7 @@ def warn_of_lost_changes(model):
             f"share of {max(share, 0):.2f}, for they are of too high a rank to stand beside the weights, and smaller than "
             "their steps; put the LoRA in front of the node that quantizes."
         )
-        logging.warning(f"[ComfyUI-IEC] {warning}")
+        logger.warning(f"{warning}")
 
 
 def lost_changes(base):

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import logging
 from dataclasses import replace
 
 import comfy.model_management
@@ -10,6 +9,7 @@ import torch
 
 from ....iec_core.advice import TRY_PRECISION
 from ....iec_core.devices import has_float64
+from ....iec_core.log import logger
 from ....iec_core.quantization.gptq import Moments, calibrated_weight, sampled_rows, sampled_windows
 from ....iec_core.quantization.mixed_precision import LayerChoices
 from ....iec_core.quantization.packing import BITS, Packing
@@ -50,7 +50,7 @@ def calibrate_weights(model, quantization, runs, memory, budget=None):
     errors = prediction_errors(model, fitted, first, bar)
     found = budget.spent([_choices(model, name, layers[name], fitted[name], errors[name]) for name in layers])
     replaced = {layers[name]: fitted[name][choice] for name, choice in found.chosen.items() if choice < len(asked)}
-    logging.info(f"[ComfyUI-IEC] {found.verdict()}")
+    logger.info(f"{found.verdict()}")
     return with_quantized_layers(model, replace(quantization, mixed=found.bits), replaced), found.table()
 
 
@@ -65,7 +65,7 @@ def _choices(model, name, layer, fitted, errors):
 def _fitted_layers(model, layers, asked, passes, runs, memory, bar):
     """Return {name: [the quantized layer of each Quantization that is asked for]}. passes: lists of the names."""
     if len(passes) > 1:
-        logging.info(f"[ComfyUI-IEC] The calibration's runs are done {len(passes)} times, each for a part of the layers.")
+        logger.info(f"The calibration's runs are done {len(passes)} times, each for a part of the layers.")
     packings = {name: [one.packing(weight_shape(model, name, layer)) for one in asked] for name, layer in layers.items()}
     fitted = {}
     for names in passes:
@@ -205,4 +205,4 @@ def _check_seen(layers):
         )
     if missed:
         some = ", ".join(missed[:8]) + (", …" if len(missed) > 8 else "")
-        logging.info(f"[ComfyUI-IEC] Layers that did not run are rounded to the nearest: {len(missed)} ({some}).")
+        logger.info(f"Layers that did not run are rounded to the nearest: {len(missed)} ({some}).")
