@@ -1,10 +1,12 @@
-"""Validation of inputs that take one of several words. Hosts before 2026 do not check those of V3 nodes, so the nodes do."""
+"""Validation of inputs that take one of several words. ComfyUI before 2026 does not check these inputs of V3 nodes."""
+
+from collections.abc import Collection
 
 
-def unknown_choice(options, **values):
-    """Return the sentence for the first of `values` that is not among `options`, else None.
+def unknown_choice(options: Collection[str], **values: object) -> str | None:
+    """Return a sentence on the first of `values` that is not in `options`; None where all are.
 
-    A value that is None comes over a link and is not known yet.
+    A value of None is not checked: it comes over a link and is not known yet.
     """
     for name, value in values.items():
         if value is not None and value not in options:

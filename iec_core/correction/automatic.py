@@ -1,6 +1,6 @@
-"""What `correction_steps: auto` corrects, and where: the choices that were measured to lower the error, and no others.
+"""Chooses the corrected steps and the evaluation point of `correction_steps: auto`.
 
-The measurements are in docs/results.md. Errors are those to the exact solution.
+It corrects only where docs/results.md measured a lower error to the exact solution.
 """
 
 import itertools
@@ -9,23 +9,23 @@ from dataclasses import dataclass
 
 from .correction_steps import CorrectionSteps
 
-# Runs of fewer steps are mostly those of models distilled to their own few steps, which follow no equation's solution: they are
-# left alone.
+# Shorter runs are mostly of models distilled to a few steps. Their steps do not solve an equation, so they are not corrected.
 LEAST_STEPS = 10
-# A step to a sigma lower by more than this factor begins where next to nothing of the image is in the latent (zero terminal
-# SNR), or is the last but one of schedules such as normal. A correction takes half of it times a change of the prediction.
+# Steps in which sigma falls by more than this factor are not corrected. Such a step starts where the latent holds almost
+# nothing of the image (zero terminal SNR), or is the last but one of a schedule such as normal. A correction there is large: it
+# is half of the step times the change of the prediction.
 LARGEST_RATIO = 4
 
 
 @dataclass(frozen=True)
 class Situation:
-    """What is known of a sampling run before it begins, as far as `auto` goes by it.
+    """What `auto` uses of a sampling run, all known before the run begins.
 
-    sigmas: where the steps begin, and the last one's end, n + 1 floats. known_ends: the steps that can be corrected `ahead`, as
-    `CorrectionSettings.corrected_steps` has them. why_none: why there are none, to go on after "the sampler"; None where there
-    are. noise: "" where steps add none; "ancestral" where all that do take the step of the model's own stochastic equation, as
-    euler_ancestral and ddpm; "other". full: the steps that a cache of this pack evaluates in full; None without one.
-    other_cache: the name of another pack's cache, "" without one.
+    sigmas: n + 1 floats, the start of each step and the end of the last. known_ends: the steps that can be corrected `ahead`
+    (see `CorrectionSettings.corrected_steps`). why_none: the reason why there are none, which continues "the sampler …"; None
+    where there are some. noise: "" where no step adds noise; "ancestral" where every step with noise is the step of the model's
+    own stochastic equation, as in euler_ancestral and ddpm; else "other". full: the steps that this pack's cache evaluates in
+    full; None without a cache. other_cache: the name of another pack's cache, "" without one.
     """
 
     sigmas: tuple[float, ...]
@@ -36,21 +36,21 @@ class Situation:
     other_cache: str = ""
 
     @property
-    def steps(self):
+    def steps(self) -> int:
         """The number of steps."""
         return len(self.sigmas) - 1
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What is corrected: steps, at evaluation_point (None where there are none), and why, a sentence."""
+    """The corrected steps, their evaluation_point (None without steps), and the reason, one sentence."""
 
     steps: CorrectionSteps
     evaluation_point: str | None
     why: str
 
 
-def choose(situation):
+def choose(situation: Situation) -> Choice:
     """Return the Choice for a Situation."""
     reason = _why_nothing(situation)
     if reason:
@@ -70,12 +70,12 @@ def choose(situation):
     return Choice(CorrectionSteps(text, "steps", tuple(steps)), "ahead", sentence)
 
 
-def _is_within(sigmas, step):
+def _is_within(sigmas: tuple[float, ...], step: int) -> bool:
     return sigmas[step] <= LARGEST_RATIO * sigmas[step + 1]
 
 
-def _why_nothing(situation):
-    """Return why no step of the run is corrected, None where some may be."""
+def _why_nothing(situation: Situation) -> str | None:
+    """Return the reason why no step of the run is corrected; None where steps may be corrected."""
     if situation.why_none:
         return f"the sampler {situation.why_none}"
     if situation.noise == "other":
@@ -89,6 +89,6 @@ def _why_nothing(situation):
     return None
 
 
-def nothing_because(reason):
-    """Return the sentence for a run in which nothing is corrected."""
+def nothing_because(reason: str) -> str:
+    """Return the sentence for a run without corrected steps."""
     return f"auto corrects nothing: {reason}."

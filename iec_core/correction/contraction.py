@@ -1,87 +1,103 @@
-"""Whether a step's errors grow, and whether its correction converges: spectral norms of a network's Jacobian.
+"""Spectral norms of a network's Jacobian: whether a step lets errors grow, and whether its correction converges.
 
-The paper (arXiv 2511.06250, section 3.2) takes a step x' = A x + B eps(x, t) and its correction
-x'_{k+1} = (1 - lam) x'_k + lam (A x + B eps(x'_k, t)) by their Jacobians, for J = d eps / dx:
+The paper (arXiv 2511.06250, section 3.2) has the step x' = A x + B eps(x, t) and its correction
+x'_{k+1} = (1 - lam) x'_k + lam (A x + B eps(x'_k, t)). Their Jacobians, with J = d eps / dx, say how they treat errors:
 
-- A + B J, at x: by how much the plain step multiplies an error of x;
-- (1 - lam) I + lam B J, at x'_k: by how much an iteration multiplies the distance of two iterates. Below 1 it contracts there,
-  and what is a contraction everywhere has one fixed point, to which it converges (Banach).
+- A + B J, at x: its norm is the largest factor by which the plain step multiplies an error of x;
+- (1 - lam) I + lam B J, at x'_k: its norm is the largest factor by which an iteration multiplies the distance of two iterates.
+  Below 1 the iteration contracts there. A map that contracts everywhere converges to its only fixed point (Banach).
 
-Both are K = alpha I + beta J, for which `spectral_norms` finds ||K|| from products with J and its transpose. Nothing is taken
-together over a batch: each image has its own norms. `Linearization` has these products of a function in PyTorch, `lipschitz`
-the ratios that a function without a derivative really shows.
+Both have the form K = alpha I + beta J. `spectral_norms` finds ||K|| from products with J and its transpose, for each image of
+a batch by itself. `Linearization` gives these products for a function in PyTorch. `lipschitz` measures the same factors from
+differences, for functions without a derivative.
 """
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch.autograd import forward_ad
 
 from ..autograd import saved_apart
+from ..errors import ModelError, SettingsError
 from ..vectors import dots, norms, widened
 
-# The dampings that are compared.
 LAMBDAS = tuple(number / 10 for number in range(1, 10))
 
 METHODS = ("forward", "double", "differences")
 
+Function = Callable[[torch.Tensor], torch.Tensor]
+Pair = tuple[float, float]  # (alpha, beta) of alpha I + beta J
 
-def step_pair(a, b):
+
+class Jacobian(Protocol):
+    """A linear map J, given by its products with tensors [B, ...], for each item by itself."""
+
+    def jvp(self, v: torch.Tensor) -> torch.Tensor:
+        """Return J v [B, ...]."""
+
+    def vjp(self, w: torch.Tensor) -> torch.Tensor:
+        """Return J^T w [B, ...]."""
+
+
+def step_pair(a: float, b: float) -> Pair:
     """Return (alpha, beta) with alpha I + beta J = A + B J."""
     return a, b
 
 
-def iteration_pair(lambda_, b):
+def iteration_pair(lambda_: float, b: float) -> Pair:
     """Return (alpha, beta) with alpha I + beta J = (1 - lam) I + lam B J."""
     return 1 - lambda_, lambda_ * b
 
 
-def _over(value, like):
+def _over(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Reshape a [B] tensor so that it broadcasts over `like` [B, ...]."""
     return value.to(like).reshape(-1, *[1] * (like.ndim - 1))
 
 
-def _unit(x):
-    """x [B, ...] with norm 1 in every item; zeros stay zeros."""
+def _unit(x: torch.Tensor) -> torch.Tensor:
+    """Return x [B, ...] scaled to norm 1 in each item; zeros stay zeros."""
     wide = widened(x)
     return (wide / _over(norms(x).clamp(min=torch.finfo(wide.dtype).tiny), wide)).to(x)
 
 
-def _in_short(error):
+def _in_short(error: Exception) -> str:
     return str(error).strip().partition("\n")[0][:200].rstrip(".")
 
 
-def random_direction(like, generator):
-    """Return Gaussian noise of norm 1 in every item, of the shape, dtype and device of `like` [B, ...]; the same on each.
+def random_direction(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return Gaussian noise with norm 1 in each item, with the shape, dtype and device of `like` [B, ...].
 
-    generator: a torch.Generator on the CPU.
+    generator: on the CPU, so that the noise is the same on every device.
     """
     return _unit(torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like))
 
 
 class Linearization:
-    """The Jacobian J of a function at a point, by its products: jvp(v) = J v, vjp(w) = J^T w. To be used in a `with` block.
+    """The Jacobian J of a function at a point x, given by its products J v and J^T w. It must be used in a `with` block.
 
-    function: from [B, ...] to the same shape, each item for itself; it may change its own tensors in place. method: how J v is
-    computed, one of METHODS, or None for the first of them that is possible and agrees with the transpose. "forward": in
-    forward mode. "double": as derivative of J^T w, which is linear, in w. "differences": by central differences, which see a
-    function's roundings. J^T w is always by autograd.
+    function: from [B, ...] to the same shape, each item by itself; it may change its own tensors in place. method: how J v is
+    computed, one of METHODS; None selects the first one that works and agrees with the transpose. "forward": forward-mode
+    derivative. "double": derivative of J^T w, which is linear in w, with respect to w. "differences": central differences,
+    which include the function's rounding. J^T w always comes from autograd.
 
-    value: the function's at the point. Raises ValueError where the function cannot be differentiated.
+    value: the function's value at x. Raises ModelError where the function cannot be differentiated.
     """
 
-    def __init__(self, function, x, method=None):
+    def __init__(self, function: Function, x: torch.Tensor, method: str | None = None) -> None:
         self._function, self._point, self.method = function, x.detach().clone(), method
         self._stack = ExitStack()
+        self._x = self._y = self.value = torch.empty(0)
 
-    def __enter__(self):
+    def __enter__(self) -> "Linearization":
         try:
             self._stack.enter_context(saved_apart())
             self._record()
             if not self._y.requires_grad:
-                raise ValueError("the function's result does not depend on its input by anything that has a derivative")
+                raise ModelError("the function's result does not depend on its input by anything that has a derivative")
             self.value = self._y.detach()
             self.method = self.method or self._first_that_agrees()
         except BaseException:
@@ -89,10 +105,10 @@ class Linearization:
             raise
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self._close()
 
-    def _record(self):
+    def _record(self) -> None:
         try:
             with torch.enable_grad():
                 self._x = self._point.clone().requires_grad_()
@@ -100,42 +116,43 @@ class Linearization:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # of an operation without a derivative
-            raise ValueError(_in_short(error)) from error
+            raise ModelError(_in_short(error)) from error
 
-    def _close(self):
-        self._x = self._y = None
+    def _close(self) -> None:
+        self._x = self._y = torch.empty(0)  # frees the graph
         self._stack.close()
 
-    def vjp(self, w):
+    def vjp(self, w: torch.Tensor) -> torch.Tensor:
         """Return J^T w [B, ...]."""
         with torch.enable_grad():
             return torch.autograd.grad(self._y, self._x, w.to(self._y), retain_graph=True)[0]
 
-    def jvp(self, v):
+    def jvp(self, v: torch.Tensor) -> torch.Tensor:
         """Return J v [B, ...]."""
-        return getattr(self, f"_{self.method}")(v)
+        product: torch.Tensor = getattr(self, f"_{self.method}")(v)
+        return product
 
-    def _forward(self, v):
+    def _forward(self, v: torch.Tensor) -> torch.Tensor:
         with torch.no_grad(), forward_ad.dual_level():
             result = self._function(forward_ad.make_dual(self._point.clone(), v.to(self._point)))
             tangent = forward_ad.unpack_dual(result).tangent
             return torch.zeros_like(self._point) if tangent is None else tangent.clone()
 
-    def _double(self, v):
+    def _double(self, v: torch.Tensor) -> torch.Tensor:
         with torch.enable_grad():
             w = torch.zeros_like(self._y).requires_grad_()
             (product,) = torch.autograd.grad(self._y, self._x, w, create_graph=True)
             return torch.autograd.grad(product, w, v.to(product))[0]
 
-    def _differences(self, v):
+    def _differences(self, v: torch.Tensor) -> torch.Tensor:
         reach = torch.finfo(self._point.dtype).eps ** (1 / 3) * norms(self._point).clamp(min=1e-6)
         step = _over(reach, self._point) * _unit(v)
         with torch.no_grad():
             change = self._function(self._point + step) - self._function(self._point - step)
         return change * _over(norms(v) / (2 * reach), change)
 
-    def _first_that_agrees(self):
-        """Return the first of METHODS by which J v and J^T w are of one J: <J v, J v> = <J^T J v, v>."""
+    def _first_that_agrees(self) -> str:
+        """Return the first of METHODS whose J v agrees with J^T w, tested by <J v, J v> = <J^T J v, v>."""
         v = random_direction(self._point, torch.Generator().manual_seed(0))
         reasons = []
         for method in METHODS:
@@ -152,14 +169,15 @@ class Linearization:
             if bool(((length - other).abs() <= 0.03 * length + 1e-6).all()):
                 return method
             reasons.append(f"{method}: J and its transpose do not agree")
-        raise ValueError("; ".join(reasons))
+        raise ModelError("; ".join(reasons))
 
 
 @dataclass(frozen=True)
 class SpectralNorms:
-    """For each of P pairs and B images: norms [P, B], those found; converged [P, B], whether each is within the tolerance of a
-    singular value; vectors [P, B, ...], the unit vectors that are stretched that much. products: how many J v and J^T w, each,
-    were computed.
+    """The result of `spectral_norms` for P pairs and B images.
+
+    norms: [P, B], float64. converged: [P, B], whether each norm is within the tolerance of a singular value. vectors:
+    [P, B, ...], the unit vectors that K stretches by these norms. products: the number of products J v, and of J^T w.
     """
 
     norms: torch.Tensor
@@ -168,19 +186,26 @@ class SpectralNorms:
     products: int
 
 
-def spectral_norms(jacobian, like, pairs, iterations=30, tolerance=1e-3, generator=None):
+def spectral_norms(
+    jacobian: Jacobian,
+    like: torch.Tensor,
+    pairs: Sequence[Pair],
+    iterations: int = 30,
+    tolerance: float = 1e-3,
+    generator: torch.Generator | None = None,
+) -> SpectralNorms:
     """Return the SpectralNorms of alpha I + beta J for every (alpha, beta) of `pairs`.
 
-    jacobian: has jvp and vjp, as `Linearization`. like: a tensor [B, ...] of the shape, dtype and device of the vectors.
-    iterations: products with J, and with its transpose, at most. tolerance: relative, of the norms. generator: of the vector to
-    begin with, on the CPU.
+    like: a tensor [B, ...] with the shape, dtype and device of the vectors. iterations: the largest number of products with J,
+    and with its transpose. tolerance: relative, of the norms. generator: of the first vector, on the CPU. Raises ModelError
+    where a product is not finite.
 
-    Rayleigh-Ritz on K^T K over one subspace V for all pairs. With V and J V at hand, ||K v||^2 on the subspace is a quadratic
-    form for whatever alpha and beta, so that a product serves all of them. V grows by the residual r = K^T K v - theta v of one
-    pair after the other. For one pair that is the Lanczos process on K^T K with all vectors kept, as bidiagonalization in exact
-    arithmetic (Golub and Kahan 1965; Golub and Van Loan, Matrix Computations, section 10.4), which takes the square root of
-    the power iteration's number of products. The norms are bounds from below. As K^T K is symmetric, one of its eigenvalues is
-    within ||r|| of theta: a norm counts as converged where ||r|| <= 2 tolerance theta.
+    The method is Rayleigh-Ritz on K^T K over one subspace V for all pairs. Once V and J V are known, ||K v||^2 on the subspace
+    is a quadratic form for every alpha and beta, so each product serves all pairs. V grows by the residuals
+    r = K^T K v - theta v of the pairs in turn. For a single pair this is the Lanczos process on K^T K with all vectors kept
+    (bidiagonalization in exact arithmetic: Golub and Kahan 1965; Golub and Van Loan, Matrix Computations, section 10.4), which
+    needs about the square root of the power iteration's number of products. The norms are lower bounds. K^T K is symmetric, so
+    one of its eigenvalues is within ||r|| of theta; a norm counts as converged where ||r|| <= 2 tolerance theta.
     """
     search = _Subspace(jacobian, like, random_direction(like, generator or torch.Generator().manual_seed(0)))
     converged = torch.zeros(len(pairs), like.shape[0], dtype=torch.bool)
@@ -190,7 +215,7 @@ def spectral_norms(jacobian, like, pairs, iterations=30, tolerance=1e-3, generat
         theta, residual = search.residual(*pairs[number])
         bound = norms(residual).cpu().double()
         if not bool(bound.isfinite().all()):
-            raise ValueError("the products with the Jacobian are not finite")
+            raise ModelError("the products with the Jacobian are not finite")
         converged[number] = bound <= 2 * tolerance * theta
         if not bool(converged[number].all()):
             waiting.append(number)
@@ -201,17 +226,18 @@ def spectral_norms(jacobian, like, pairs, iterations=30, tolerance=1e-3, generat
 
 
 class _Subspace:
-    """Orthonormal vectors V of every image, J V, and their inner products in float64 on the CPU: [B, m, m]."""
+    """For each image: orthonormal vectors V, J V, and their inner products [B, m, m] in float64 on the CPU."""
 
-    def __init__(self, jacobian, like, start):
+    def __init__(self, jacobian: Jacobian, like: torch.Tensor, start: torch.Tensor) -> None:
         self._jacobian = jacobian
-        self._v, self._jv = [], []
+        self._v: list[torch.Tensor] = []
+        self._jv: list[torch.Tensor] = []
         self._vv = self._vj = self._jj = torch.zeros(like.shape[0], 0, 0, dtype=torch.float64)
         self.products = 0
         self.add(start)
 
-    def add(self, vector):
-        """Take up a direction; an image in which nothing of it is new gets zeros."""
+    def add(self, vector: torch.Tensor) -> None:
+        """Add a direction to the subspace; zeros for an image whose subspace already contains it."""
         before = norms(vector)
         for _ in range(2):  # twice is enough (Kahan, in Parlett 1980)
             for other in self._v:
@@ -227,8 +253,8 @@ class _Subspace:
         self._jj = self._grown(self._jj, self._jv, self._jv)
 
     @staticmethod
-    def _grown(gram, left, right):
-        """Return the inner products <left_i, right_j> from those without the last of each."""
+    def _grown(gram: torch.Tensor, left: list[torch.Tensor], right: list[torch.Tensor]) -> torch.Tensor:
+        """Return the inner products <left_i, right_j>. gram: the products without the last vector of each list."""
         size = len(left)
         column = torch.stack([dots(one, right[-1]) for one in left], 1).cpu().double()
         row = torch.stack([dots(left[-1], one) for one in right], 1).cpu().double()
@@ -236,50 +262,64 @@ class _Subspace:
         grown[:, :-1, :-1], grown[:, :, -1], grown[:, -1, :] = gram, column, row
         return grown
 
-    def largest(self, alpha, beta):
-        """Return theta [B], the largest ||K v||^2 over unit vectors v of the subspace, that v and K v, both [B, ...]."""
+    def largest(self, alpha: float, beta: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return (theta [B], v, K v [B, ...]) for the unit vector v of the subspace with the largest theta = ||K v||^2."""
         form = alpha**2 * self._vv + alpha * beta * (self._vj + self._vj.mT) + beta**2 * self._jj
         values, vectors = torch.linalg.eigh(form)
         weights = vectors[..., -1]
-        v = sum(one * _over(weight, one) for one, weight in zip(self._v, weights.unbind(1)))
-        jv = sum(one * _over(weight, one) for one, weight in zip(self._jv, weights.unbind(1)))
+        v = _combined(self._v, weights)
+        jv = _combined(self._jv, weights)
         return values[:, -1].clamp(min=0), v, alpha * v + beta * jv
 
-    def residual(self, alpha, beta):
+    def residual(self, alpha: float, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (theta [B], K^T K v - theta v [B, ...]) for the v of `largest`."""
         theta, v, kv = self.largest(alpha, beta)
         return theta, alpha * kv + beta * self._jacobian.vjp(kv).to(kv) - v * _over(theta, v)
 
 
-def lipschitz(function, x, directions, sizes, pairs=((0.0, 1.0),), value=None, reduce="max"):
-    """Return [P, B]: what ||alpha d + beta (f(x + d) - f(x))|| / ||d|| is over all directions and sizes, for every pair.
+def _combined(vectors: list[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+    """Return the sum of vectors [B, ...] with weights [B, m]."""
+    terms = [one * _over(weight, one) for one, weight in zip(vectors, weights.unbind(1))]
+    return sum(terms[1:], terms[0])
 
-    By it a function without a derivative, such as one that rounds, shows how it really stretches distances of these sizes: an
-    estimate from below of its Lipschitz constant for "max", the root of the mean square for "rms". directions: tensors
-    [B, ...]. sizes: of d, as shares of ||x||. value: f(x), where it is known.
+
+def lipschitz(
+    function: Function,
+    x: torch.Tensor,
+    directions: Sequence[torch.Tensor],
+    sizes: Iterable[float],
+    pairs: Sequence[Pair] = ((0.0, 1.0),),
+    value: torch.Tensor | None = None,
+    reduce: str = "max",
+) -> torch.Tensor:
+    """Return [P, B]: ||alpha d + beta (f(x + d) - f(x))|| / ||d|| for every pair, reduced over all directions and sizes of d.
+
+    This measures a function without a derivative, such as one that rounds, at distances of these sizes. reduce: "max" gives a
+    lower bound of the Lipschitz constant, "rms" the root of the mean square. directions: tensors [B, ...]. sizes: ||d|| as
+    shares of ||x||. value: f(x), where it is known already.
     """
     if reduce not in ("max", "rms"):
-        raise ValueError(f"reduce: '{reduce}' is none of max, rms.")
+        raise SettingsError(f"reduce: '{reduce}' is none of max, rms.")
     value = function(x) if value is None else value
-    ratios = []
+    ratios: list[torch.Tensor] = []
     for size in sizes:
         for direction in directions:
             d = _unit(direction) * _over(size * norms(x), x)
             change = function(x + d) - value
             ratios.append(torch.stack([norms(alpha * d + beta * change) / norms(d) for alpha, beta in pairs]).cpu().double())
-    ratios = torch.stack(ratios)
-    return ratios.amax(0) if reduce == "max" else ratios.square().mean(0).sqrt()
+    stacked = torch.stack(ratios)
+    return stacked.amax(0) if reduce == "max" else stacked.square().mean(0).sqrt()
 
 
-def suggested_lambda(norms, lambdas=LAMBDAS):
-    """Return the lam whose ||(1 - lam) I + lam B J|| is least. norms: [L, B], of each lam and image.
+def suggested_lambda(norms: torch.Tensor, lambdas: Sequence[float] = LAMBDAS) -> float:
+    """Return the lam with the smallest norm ||(1 - lam) I + lam B J||. norms: [L, B], for each lam and image.
 
-    The rule: a lam counts by its largest norm over the images, since one lam serves them all; of equal ones the smallest, which
-    is closest to the plain step. The bound ||x'_k - x*|| <= norm^k ||x'_0 - x*|| falls fastest with it (the contraction that
-    the paper's section 3.2 asks for). That is how fast the iteration converges, not how good what it converges to is. Where
-    even the least norm is 1 or more, no lam is known to contract.
+    The norm of a lam is its largest over the images, because one lam serves all images. Of equal ones the smallest lam is
+    returned, which is closest to the plain step. With it the bound ||x'_k - x*|| <= norm^k ||x'_0 - x*|| falls fastest (the
+    contraction of the paper's section 3.2). It says how fast the iteration converges, not how good its fixed point is. Where
+    even the smallest norm is 1 or more, no lam is known to contract. Raises ModelError where a norm is not finite.
     """
     worst = norms.amax(1).tolist()
     if not all(math.isfinite(value) for value in worst):
-        raise ValueError("norms: not all of them are finite.")
+        raise ModelError("norms: not all of them are finite.")
     return lambdas[worst.index(min(worst))]

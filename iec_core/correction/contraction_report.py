@@ -1,22 +1,30 @@
-"""What a contraction probe found out about the steps of a run."""
+"""The report of a contraction probe: the spectral norms of each step of a run."""
 
 import json
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
+import torch
 
-def _shown(values):
-    """Numbers with the digits that they have; None where one is not finite, which JSON cannot say."""
+from .contraction import SpectralNorms
+
+Norms = tuple[SpectralNorms, torch.Tensor]  # of the Jacobian, and as measured on the network itself [P, B]
+
+
+def _shown(values: Iterable[float]) -> list[float | None]:
+    """Return numbers with 6 digits; None for a number that is not finite, which JSON does not have."""
     return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values]
 
 
 @dataclass
 class StepContraction:
-    """One step. step: from 0. sigma, sigma_next: where it begins and leads. a, b: of x' = a x + b eps(x).
+    """The norms of one step x' = a x + b eps(x) from sigma to sigma_next. step: its number, from 0.
 
-    growth: ||a I + b J|| of each image, J at x. contraction: {lam: ||(1 - lam) I + lam b J|| of each image}, J at x'. The same
-    with `true_`: what the network itself, roundings and all, shows by perturbations; from below. lambda_: the lam of least
-    norm. converged: whether every norm is within the tolerance. products: how many J v and J^T w, each, it took.
+    growth: ||a I + b J|| of each image, J at x. contraction: {lam: ||(1 - lam) I + lam b J|| of each image}, J at x'.
+    true_growth, true_contraction: the same, measured by perturbations of the network itself with its rounding; lower bounds.
+    lambda_: the lam of the smallest norm. converged: whether every norm is within the tolerance. products: the number of
+    products J v, and of J^T w.
     """
 
     step: int
@@ -33,8 +41,20 @@ class StepContraction:
     products: int
 
     @classmethod
-    def of(cls, step, sigma, sigma_next, a, b, lambdas, lambda_, growth, contraction, products):
-        """growth, contraction: (SpectralNorms, what the network itself shows [P, B]) of one pair, and of one for each lam."""
+    def of(
+        cls,
+        step: int,
+        sigma: float,
+        sigma_next: float,
+        a: float,
+        b: float,
+        lambdas: Sequence[float],
+        lambda_: float,
+        growth: Norms,
+        contraction: Norms,
+        products: int,
+    ) -> "StepContraction":
+        """Return the step of what was measured. growth: of one pair. contraction: of one pair for each lam."""
         names = [f"{value:g}" for value in lambdas]
         tables = [dict(zip(names, map(_shown, table.tolist()))) for table in (contraction[0].norms, contraction[1])]
         converged = all(bool(found.converged.all()) for found, _ in (growth, contraction))
@@ -44,57 +64,61 @@ class StepContraction:
         )  # fmt: skip
 
     @property
-    def least(self):
-        """The norm at lambda_, the largest over the images."""
+    def least(self) -> float:
+        """The norm at lambda_, the largest over the images; NaN where one is not finite."""
         return largest(self.contraction[f"{self.lambda_:g}"])
 
 
-def largest(values):
-    """Return the largest of a list of numbers, nan where there is one that is none."""
+def largest(values: Iterable[float | None]) -> float:
+    """Return the largest of some numbers; NaN where one of them is None or NaN."""
     return max((math.nan if value is None else value for value in values), key=lambda value: (math.isnan(value), value))
 
 
-def mean(values):
-    """Return the mean of a list of numbers, nan where there is one that is none."""
+def mean(values: Sequence[float | None]) -> float:
+    """Return the mean of some numbers; NaN where one of them is None or NaN."""
     return sum(math.nan if value is None else value for value in values) / len(values)
 
 
 @dataclass
 class ContractionReport:
-    """quantization: of the model, in words. method: how J v was computed. total: the run's steps. steps: those measured."""
+    """The steps that a probe measured in a run.
+
+    quantization: of the model, in words. method: how J v was computed. total: the number of the run's steps.
+    """
 
     quantization: str
     method: str | None = None
     total: int = 0
     steps: list[StepContraction] = field(default_factory=list)
 
-    def finish(self, total):
-        """Take the number of the run's steps."""
+    def finish(self, total: int) -> None:
+        """Set the number of the run's steps."""
         self.total = total
 
-    def lambdas(self):
-        """Return the suggested lam of every step; of one that was not measured, that of the last measured before it."""
+    def lambdas(self) -> list[float | None]:
+        """Return the suggested lam of every step: its own, or that of the last measured step before it; None without one."""
         measured = {step.step: step.lambda_ for step in self.steps}
-        found, last = [], None
+        found: list[float | None] = []
+        last = None
         for step in range(self.total):
             last = measured.get(step, last)
             found.append(last)
         return found
 
-    def lambdas_text(self):
-        """Return the suggested lam of every step as the samplers' `lambdas` take them."""
+    def lambdas_text(self) -> str:
+        """Return the suggested lam of every step in the form of the samplers' input `lambdas`."""
         return ", ".join(f"{value:g}" for value in self.lambdas())
 
-    def not_converged(self):
-        """Return the sentence on the steps whose norms are not known to the tolerance, "" where there are none."""
+    def not_converged(self) -> str:
+        """Return a sentence that names the steps whose norms did not converge; "" without such steps."""
         steps = [str(step.step) for step in self.steps if not step.converged]
         if not steps:
             return ""
         named = f"step {steps[0]}" if len(steps) == 1 else f"steps {', '.join(steps)}"
         return f"the norms of {named} are bounds from below, not known to the tolerance; allow more iterations."
 
-    def to_json(self):
-        """Return all that was found out as JSON text; mean and largest are over the images."""
+    def to_json(self) -> str:
+        """Return the whole report as JSON text; means and maxima are over the images."""
         steps = []
         for step in self.steps:
             row = asdict(step)

@@ -1,15 +1,18 @@
-"""Which sampling steps are corrected: the grammar of `correction_steps`, and the evaluations that a choice costs.
+"""The grammar of `correction_steps`: which sampling steps are corrected.
 
-A step is numbered from 0 among the steps that a run really takes, whatever its start, end or denoise setting.
+Steps are numbered from 0 over the steps that the run takes, also where start_at_step, end_at_step or denoise shorten it.
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from fractions import Fraction
 
+from ..errors import SettingsError
+
 FORMS = "auto, all, none, full, ends:1/10, first:1/5, first:3, last:1/5, last:3 or steps:0,1,48,49"
 
-# The forms that take steps at the start of a run, at its end, and the largest share of it that they can take.
+# For each form that names a share: whether it takes steps at the start and at the end of a run, and its largest share.
 ENDS = {"ends": (True, True), "first": (True, False), "last": (False, True)}
 LARGEST_SHARE = {"ends": Fraction(1, 2), "first": Fraction(1), "last": Fraction(1)}
 
@@ -22,13 +25,13 @@ class CorrectionSteps:
     kind: str
     numbers: tuple[int, ...] = ()
 
-    def of(self, total, full=None):
-        """Return the frozenset of corrected step numbers in a run of `total` steps.
+    def of(self, total: int, full: Collection[int] | None = None) -> frozenset[int]:
+        """Return the numbers of the corrected steps in a run of `total` steps.
 
-        full: the steps that a cache evaluates in full, None without a cache; those are what `full` is, and without a cache
-        every step is one. `ends:a/b` is the first and the last max(1, round(total * a / b)) steps, `first:a/b` and `last:a/b`
-        are one of the two: `ends:1/10` is the paper's +-1/10 (section 4.2). Raises ValueError where the text names a step that
-        the run does not have. `auto` has none before it is chosen for a run (`automatic.choose`).
+        full: the steps that a cache evaluates in full; None without a cache. The text `full` selects these, and without a cache
+        every step. `ends:a/b` selects the first and the last max(1, round(total * a / b)) steps, `first:a/b` only the first
+        ones, `last:a/b` only the last ones; `ends:1/10` is the paper's +-1/10 (section 4.2). `auto` selects no step here:
+        `automatic.choose` replaces it for each run. Raises SettingsError where the text names a step outside the run.
         """
         if self.kind == "full" and full is not None:
             return frozenset(full)
@@ -42,29 +45,29 @@ class CorrectionSteps:
             return frozenset(i for i in range(total) if (at_start and i < count) or (at_end and i >= total - count))
         highest = max(self.numbers)
         if highest >= total:
-            raise ValueError(
+            raise SettingsError(
                 f"correction_steps: '{self.text}' names step {highest}, but the run has {total} steps, numbered from 0 "
                 f"to {total - 1}; name steps of the run only."
             )
         return frozenset(self.numbers)
 
-    def _count(self, total):
-        """Return how many steps at an end of a run of `total` steps are corrected."""
+    def _count(self, total: int) -> int:
+        """Return the number of corrected steps at one end of a run of `total` steps."""
         if self.is_share:
             return max(1, round(total * Fraction(*self.numbers)))
         if self.numbers[0] > total:
             count = f"asks for {self.numbers[0]} steps, and the run has {total}"
-            raise ValueError(f"correction_steps: '{self.text}' {count}; ask for {total} at most.")
+            raise SettingsError(f"correction_steps: '{self.text}' {count}; ask for {total} at most.")
         return self.numbers[0]
 
     @property
-    def is_share(self):
-        """Whether it names a share of the run's steps, which every run has."""
+    def is_share(self) -> bool:
+        """Whether the text names a share of the steps, such as first:1/5; a share fits runs of any length."""
         return self.kind in ENDS and len(self.numbers) == 2
 
 
-def parse_correction_steps(text):
-    """Parse a `correction_steps` text. Raises ValueError, with a sentence that lists the forms, for anything else."""
+def parse_correction_steps(text: str) -> CorrectionSteps:
+    """Parse a `correction_steps` text. Raises SettingsError with a sentence that lists the forms."""
     compact = re.sub(r"\s+", "", text).lower()
     if compact in ("auto", "all", "none", "full"):
         return CorrectionSteps(compact, compact)
@@ -72,25 +75,25 @@ def parse_correction_steps(text):
         kind, over, under = match[1], int(match[2]), int(match[3])
         if under > 0 and 0 < Fraction(over, under) <= LARGEST_SHARE[kind]:
             return CorrectionSteps(compact, kind, (over, under))
-        raise ValueError(
+        raise SettingsError(
             f"correction_steps: '{text}' needs a share above 0 and at most {LARGEST_SHARE[kind]}, such as {kind}:1/10."
         )
     if match := re.fullmatch(r"(first|last):(\d+)", compact):
         if int(match[2]) > 0:
             return CorrectionSteps(compact, match[1], (int(match[2]),))
-        raise ValueError(f"correction_steps: '{text}' asks for 0 steps; write none, or a count of at least 1.")
+        raise SettingsError(f"correction_steps: '{text}' asks for 0 steps; write none, or a count of at least 1.")
     if match := re.fullmatch(r"steps:(\d+(?:,\d+)*)", compact):
         return CorrectionSteps(compact, "steps", tuple(int(part) for part in match[1].split(",")))
-    raise ValueError(f"correction_steps: '{text}' is not a known form; write {FORMS}.")
+    raise SettingsError(f"correction_steps: '{text}' is not a known form; write {FORMS}.")
 
 
-def steps_within(text, total):
-    """Return the `correction_steps` text of those of a text's steps that a run of `total` steps has; `none` for a text that is
-    of no known form.
+def steps_within(text: str, total: int) -> str:
+    """Return a `correction_steps` text without the steps that a run of `total` steps does not have; `none` for a text of an
+    unknown form.
     """
     try:
         steps = parse_correction_steps(text)
-    except ValueError:
+    except SettingsError:
         return "none"
     if steps.kind in ("first", "last") and not steps.is_share:
         return f"{steps.kind}:{min(steps.numbers[0], total)}" if total else "none"
