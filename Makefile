@@ -5,7 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo error-growth benchmark experiments smooth norms times answers pictures test test-fast test-gpu gpu gpu-kit lint setup train clean
+.PHONY: demo error-growth benchmark experiments smooth norms times answers pictures test check test-gpu gpu gpu-kit lint setup train clean
 
 demo: setup
 	$(RUN) tools/demo.py
@@ -60,8 +60,8 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 3 --dist loadfile --no-loadscope
 test: setup lint
 	$(PYTEST) tests $(OPTIONS)
 
-# The unit tests and a path through each kind of node in the real host: about a minute on two CPU cores.
-test-fast: setup lint
+# For whoever changes a line: linter, types, unit tests, and a path through each kind of node in the real host.
+check: setup lint
 	$(PYTEST) tests/unit tests/host -m fast $(OPTIONS)
 
 test-gpu: setup
@@ -79,6 +79,7 @@ gpu-kit: setup
 lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 setup: $(VENV)/.installed
 	$(RUN) tools/comfyui.py
