@@ -1,65 +1,88 @@
-"""Small .safetensors files of what a calibration has found out."""
+"""Small .safetensors files with the results of a calibration."""
 
 import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar, TypeVar
 
 import safetensors
 import safetensors.torch
+import torch
 
+from .errors import FileError
 from .file_kinds import format_of, read_metadata
 from .safetensors_header import reason
 
+OwnProfile = TypeVar("OwnProfile", bound="Profile")
+Content = TypeVar("Content")
 
-class Profile:
-    """What can be saved and loaded.
 
-    A subclass has KIND, such as "cache profile"; VERSION, of its files; content(), ({name: tensor}, {str: str}) to be written;
-    the class method _of(tensors, about), which makes a profile of these; and _is_whole(), which tells whether everything is
-    there and of the shapes that belong together. On wrong content these two may raise errors, as of a key that is not there.
+class Profile(ABC):
+    """Base class of the calibration results that can be saved and loaded.
+
+    A subclass sets KIND, such as "cache profile", and VERSION, that of its files.
     """
 
-    def save(self, path):
+    KIND: ClassVar[str]
+    VERSION: ClassVar[str]
+
+    @abstractmethod
+    def content(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Return the tensors and the metadata to be written."""
+
+    @classmethod
+    @abstractmethod
+    def _of(cls: type[OwnProfile], tensors: dict[str, torch.Tensor], about: dict[str, str]) -> OwnProfile:
+        """Return the profile with the content of a file. On wrong content it may raise any error that `of` catches."""
+
+    @abstractmethod
+    def _is_whole(self) -> bool:
+        """Tell whether every part is there, in shapes that fit together. On wrong content it may raise as `_of`."""
+
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write a .safetensors file. Raises OSError where it cannot be written."""
         tensors, about = self.content()
         about = {"format": format_of(self.KIND), "version": self.VERSION, **about}
         data = safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()}, about)
-        with open(path, "wb") as file:  # the library's own writer raises no OSError
+        with open(path, "wb") as file:  # the library's own writer does not raise OSError
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
 
     @classmethod
-    def load(cls, path):
-        """Read a file that `save` wrote. Raises ValueError, with a sentence, for any other. Nothing of it stays mapped: Windows
-        replaces no file that is.
+    def load(cls: type[OwnProfile], path: str | os.PathLike[str]) -> OwnProfile:
+        """Read a file that `save` wrote. Raises FileError for any other.
+
+        No part of the file stays memory-mapped, because Windows cannot replace a mapped file.
         """
         about = cls._readable(read_metadata, path)
         if about.get("format") != format_of(cls.KIND) or about.get("version") != cls.VERSION:
-            raise ValueError(f"it is no {cls.KIND}, or one of another version; calibrate anew")
+            raise FileError(f"it is no {cls.KIND}, or one of another version; calibrate anew")
         return cls.of(cls._readable(_tensors, path), about)
 
     @classmethod
-    def of(cls, tensors, about):
-        """Return the profile of what `content` gave. Raises ValueError, with a sentence, where it is none."""
+    def of(cls: type[OwnProfile], tensors: dict[str, torch.Tensor], about: dict[str, str]) -> OwnProfile:
+        """Return the profile whose `content` is given. Raises FileError where the content is incomplete or does not fit."""
         try:
             profile = cls._of(tensors, about)
             is_whole = profile._is_whole()
         except (KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError):
             is_whole = False
         if not is_whole:
-            raise ValueError(f"its content is not that of a {cls.KIND}; calibrate anew")
+            raise FileError(f"its content is not that of a {cls.KIND}; calibrate anew")
         return profile
 
     @staticmethod
-    def _readable(read, path):
+    def _readable(read: Callable[[str | os.PathLike[str]], Content], path: str | os.PathLike[str]) -> Content:
         try:
             return read(path)
         except OSError as error:
             why = reason(error)
         except (ValueError, KeyError, safetensors.SafetensorError) as error:
             why = str(error)
-        raise ValueError(f"it cannot be read ({why}); calibrate anew")
+        raise FileError(f"it cannot be read ({why}); calibrate anew")
 
 
-def _tensors(path):
+def _tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     with open(path, "rb") as file:
         return safetensors.torch.load(file.read())

@@ -4,20 +4,26 @@ import itertools
 import json
 import math
 import time
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
-TRACED = ("lambdas", "residuals", "contraction")  # the lists of a StepTrace, a tensor an iteration
+from .correction.iteration import StepTrace
+
+TRACED = ("lambdas", "residuals", "contraction")  # the lists of a StepTrace, which have one tensor per iteration
 
 
 @dataclass
 class StepReport:
-    """One step of a run. step: from 0. sigma, sigma_next: where it begins and leads. nfe: evaluations of the denoiser.
-    seconds: from its first evaluation to the next step's.
+    """One step of a run.
 
-    The rest is of a corrected step, one list an iteration with a number for each item of the batch (see
-    `correction.StepTrace`); fell_back has one entry an item. What is not a finite number is None.
+    step: its number, from 0. sigma, sigma_next: the noise levels at its start and end. nfe: evaluations of the denoiser.
+    seconds: from the first evaluation of this step to the first of the next.
+
+    The other fields are filled for a corrected step, from its `correction.iteration.StepTrace`. lambdas, residuals,
+    contraction: one list per iteration with one number per item of the batch, None where it is not finite. fell_back: one bool
+    per item.
     """
 
     step: int
@@ -31,41 +37,44 @@ class StepReport:
     contraction: list[list[float | None]] = field(default_factory=list)
     fell_back: list[bool] = field(default_factory=list)
 
-    def take(self, trace):
-        """Take over what a StepTrace says; one on a device is waited for."""
+    def take(self, trace: StepTrace) -> None:
+        """Copy the numbers of a StepTrace into this report. Waits for the device where its tensors are on one."""
         for name in TRACED:
             values = torch.stack(getattr(trace, name)).tolist() if getattr(trace, name) else []
             setattr(self, name, [[_shown(value) for value in row] for row in values])
         self.fell_back = [] if trace.fell_back is None else trace.fell_back.tolist()
 
-    def means(self, name):
-        """Return the mean of each iteration's numbers over the images that it was iterated for, None where there is none.
+    def means(self, name: str) -> list[float | None]:
+        """Return one mean per iteration of the list called `name`, over the images that were still iterated on.
 
-        name: of one of the lists. An image that is done has no contraction.
+        An image has no contraction in an iteration once it is done. None where no image has a number.
         """
-        means = []
+        means: list[float | None] = []
         for row, contraction in zip(getattr(self, name), self.contraction):
             kept = [value for value, still in zip(row, contraction) if still is not None and value is not None]
             means.append(sum(kept) / len(kept) if kept else None)
         return means
 
 
-def _shown(value):
-    """A float32 number with the digits that it has; None where it is not finite, which JSON cannot say."""
+def _shown(value: float) -> float | None:
+    """Return a float32 number rounded to its 7 significant digits; None where it is not finite, for which JSON has no form."""
     return float(f"{value:.7g}") if math.isfinite(value) else None
 
 
 @dataclass
 class RunReport:
-    """Filled by the corrected sampler while it runs.
+    """The report of one run of n steps, filled by the corrected sampler while it runs.
 
-    label: the run's name in tables and plots. correction: `CorrectionSettings.summary`. choice: what `auto` chose and why, a
-    sentence, "" without it. source: the node that asked for the correction, "" where none did. moved: the share of the result
-    that the corrections moved, as estimated by `bias.moved_in_all`. steps: a StepReport each.
-    sigmas: where the steps begin, and the last one's end, n + 1. nfe: evaluations of the denoiser. seconds: wall time of the
-    sampler function. warnings: sentences on what a user should know. latents: with `keep_latents`, the latent at the start of
-    every step and the final one, n + 1 float32 CPU tensors [B, ...]. They are in the network's coordinates; `result` is the
-    run's output as the host hands it on, which is what a VAE decodes.
+    label: the name of the run in tables and plots. correction: `CorrectionSettings.summary`. steps: one StepReport per step.
+    sigmas: the n + 1 noise levels at the start of each step and the end of the last. nfe: evaluations of the denoiser.
+    seconds: wall time of the sampler function. warnings: sentences that the user should read.
+
+    latents: with `keep_latents`, the latent at the start of each step and the final one, n + 1 float32 CPU tensors [B, ...] in
+    the coordinates of the network; otherwise None each. result: the output of the run as the host returns it, for a VAE to
+    decode.
+
+    source: the node that asked for the correction, "" without one. choice: one sentence with what `auto` chose and why, ""
+    without `auto`. moved: the share of the result that the corrections moved, estimated by `correction.bias.moved_in_all`.
     """
 
     label: str
@@ -82,22 +91,20 @@ class RunReport:
     choice: str = ""
     moved: float = 0.0
 
-    def start(self, sigmas, corrected):
-        """Begin a run over `sigmas` (n + 1 floats) that corrects the steps in `corrected`; what an earlier run left is
-        dropped.
-        """
+    def start(self, sigmas: Iterable[float], corrected: Container[int]) -> None:
+        """Begin a run over n + 1 sigmas that corrects the steps in `corrected`. The content of an earlier run is dropped."""
         self.sigmas = list(sigmas)
-        self.steps = [StepReport(i, *pair, i in corrected) for i, pair in enumerate(itertools.pairwise(sigmas))]
+        self.steps = [StepReport(i, *pair, i in corrected) for i, pair in enumerate(itertools.pairwise(self.sigmas))]
         self.nfe, self.seconds, self.moved, self.warnings, self.result = 0, 0.0, 0.0, [], None
         self.latents = [None] * len(self.sigmas)
 
-    def keep(self, step, latent):
-        """Keep the latent at the start of `step` (n for the final one), if latents are asked for."""
+    def keep(self, step: int, latent: torch.Tensor) -> None:
+        """Keep the latent [B, ...] at the start of `step` (n: the final latent). No effect without `keep_latents`."""
         if self.keep_latents:
             self.latents[step] = latent.detach().to("cpu", torch.float32, copy=True)
 
-    def finish(self, seconds):
-        """Take the seconds of every step, and say which fell back."""
+    def finish(self, seconds: Sequence[float]) -> None:
+        """Enter the seconds of each step, and add a warning that names the steps that fell back."""
         for step, value in zip(self.steps, seconds):
             step.seconds = value
         self.seconds = sum(seconds)
@@ -114,26 +121,27 @@ class RunReport:
                 "try a smaller lambda_, another evaluation_point or lambda_mode, or more steps."
             )
 
-    def as_dict(self):
-        """Return the report as JSON has it: all but the latents."""
+    def as_dict(self) -> dict[str, object]:
+        """Return the fields that go into JSON: all except sigmas, latents, result, source and `keep_latents`."""
         names = ("label", "correction", "choice", "nfe", "seconds", "moved", "warnings")
         return {name: getattr(self, name) for name in names} | {"steps": [asdict(step) for step in self.steps]}
 
 
-def to_json(reports):
-    """Return RunReports as JSON text, a list."""
+def to_json(reports: Iterable[RunReport]) -> str:
+    """Return a JSON text with the list of the reports."""
     return json.dumps([report.as_dict() for report in reports], indent=1, allow_nan=False)
 
 
 class TraceReader:
-    """Reads the StepTraces of a run back into its report while it goes on, without waiting for the device."""
+    """Copies the StepTraces of a run from the device into its report while the run goes on, without waiting for the device."""
 
-    def __init__(self, report):
+    def __init__(self, report: RunReport) -> None:
         self._report = report
-        self._pending = []  # (step, trace on the CPU, event that says it has arrived), in order
+        # (step, trace on the CPU, event that is recorded once the copies are complete), in the order of the steps
+        self._pending: list[tuple[int, StepTrace, torch.cuda.Event | None]] = []
 
-    def add(self, step, trace):
-        """Begin to read the trace of a step."""
+    def add(self, step: int, trace: StepTrace) -> None:
+        """Begin to copy the trace of a step."""
         if trace.fell_back is None or not trace.fell_back.is_cuda:
             self._pending.append((step, trace, None))
             return
@@ -143,8 +151,8 @@ class TraceReader:
         arrived.record(torch.cuda.current_stream(trace.fell_back.device))
         self._pending.append((step, copy, arrived))
 
-    def take(self, wait=False):
-        """Take what has arrived since into the report, or, with `wait`, all there is; return the StepReports."""
+    def take(self, wait: bool = False) -> list[StepReport]:
+        """Enter the traces that have arrived into the report, and return their StepReports. wait: wait for all traces first."""
         taken = []
         while self._pending:
             step, trace, arrived = self._pending[0]
@@ -158,38 +166,39 @@ class TraceReader:
         return taken
 
 
-def _on_its_way(tensor):
-    """Return a pinned CPU tensor that a CUDA tensor is being copied to."""
+def _on_its_way(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a pinned CPU tensor, into which a CUDA tensor is copied asynchronously."""
     return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
 
-def _is_here(trace, arrived):
-    if arrived is None:  # on other devices than CUDA there is no reading without waiting
+def _is_here(trace: StepTrace, arrived: torch.cuda.Event | None) -> bool:
+    """Tell whether a trace can be read without waiting, which is not possible on devices other than the CPU and CUDA."""
+    if arrived is None:
         return trace.fell_back is None or trace.fell_back.device.type == "cpu"
     return arrived.query()
 
 
 class Stopwatch:
-    """Takes times without waiting for the device; they are read at the end."""
+    """Takes times without waiting for the device. They are read at the end."""
 
-    def __init__(self, device):
+    def __init__(self, device: torch.device) -> None:
         self._device = device
         self._is_cuda = device.type == "cuda"
-        self._marks = []
+        self._events: list[torch.cuda.Event] = []
+        self._times: list[float] = []
 
-    def mark(self):
-        """Take the time, on the device's own clock where it has one."""
+    def mark(self) -> None:
+        """Take the time: on CUDA by the clock of the device, elsewhere by the clock of the host."""
         if self._is_cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(self._device))
-            self._marks.append(event)
+            self._events.append(event)
         else:
-            self._marks.append(time.perf_counter())
+            self._times.append(time.perf_counter())
 
-    def seconds(self):
-        """Return the seconds between the marks, waiting for the device."""
-        pairs = list(itertools.pairwise(self._marks))
+    def seconds(self) -> list[float]:
+        """Return the seconds between each two consecutive marks. Waits for the device."""
         if not self._is_cuda:
-            return [after - before for before, after in pairs]
+            return [after - before for before, after in itertools.pairwise(self._times)]
         torch.cuda.synchronize()
-        return [before.elapsed_time(after) / 1000 for before, after in pairs]
+        return [before.elapsed_time(after) / 1000 for before, after in itertools.pairwise(self._events)]

@@ -1,1 +1,1 @@
-"""Caches: which steps are evaluated in full, kept features, their forecasts, and the maps that a calibration fits."""
+"""Caches: the schedule of full steps, kept features, their forecasts, and the maps that a calibration fits."""

@@ -1,45 +1,51 @@
-"""CacheQuant (arXiv 2503.01323): which steps to evaluate in full, and how to correct what the others reuse, learned from runs.
+"""CacheQuant (arXiv 2503.01323): which steps to evaluate in full, and how to correct the features that the other steps reuse.
 
-DPS, the schedule: the steps are split into contiguous groups, each of which holds the feature of its first step. Of all splits
-into as many groups as a uniform interval N has, each between ceil(N / 2) and 2 N long, the one with the least sum of
-|F_s - F_start| is found by dynamic programming.
+Both are learned from calibration runs. F_s is the feature of step s, and F_start that of the first step of its group.
 
-DEC, the correction: the feature that step s takes up, F_start, is mapped on F_s by an affine map a F + b for each channel,
-a = cov / var, the least-squares fit over all prompts, positions and conditioning entries. With a quantized model F_start is
-that of the quantized network and F_s that of the full-precision one, so that both errors are corrected; a second map corrects
-the output of the block that consumes the feature. Beyond the paper the map may be of the last two full steps' features, which
-is a forecast with fitted weights.
+DPS, the schedule: the steps are split into contiguous groups, and each group reuses the feature of its first step. There are as
+many groups as with a uniform interval N, and each is between ceil(N / 2) and 2 N steps long. Of all these splits, dynamic
+programming finds the one with the least sum of |F_s - F_start|.
+
+DEC, the correction: the reused feature F_start is mapped to F_s by an affine map a F + b per channel, the least-squares fit
+a = cov / var over all prompts, positions and conditioning entries. With a quantized model, F_start comes from the quantized
+network and F_s from the full-precision one, so that the map corrects the errors of both; a second map then corrects the output
+of the block that consumes the feature. Beyond the paper, the map may combine the features of the last two full steps, which is
+a forecast with fitted weights.
 """
 
 import json
 import math
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from ..devices import has_float64
+from ..errors import ProfileError, SettingsError
 from ..profile_file import Profile
-from .feature_cache import FeatureCache
+from .feature_cache import FeatureCache, Kept, Slot
 
-COLUMNS = 65536  # of a feature's numbers in a channel, how many are summed at a time in float64: for the memory
-FACTS = {"network", "branch", "interval", "quantization", "sampler_name", "scheduler"}  # that a profile cannot do without
+COLUMNS = 65536  # how many numbers per channel are summed at a time in float64, to bound the memory
+FACTS = {"network", "branch", "interval", "quantization", "sampler_name", "scheduler"}  # the facts that each profile must have
+
+Split = tuple[float, tuple[int, ...]]  # (total cost, first steps of the groups)
 
 
-def group_steps(cost, interval):
-    """Return the first steps of the groups with the least total cost, in order.
+def group_steps(cost: Sequence[Sequence[float]], interval: int) -> list[int]:
+    """Return the first steps of the groups with the least total cost, in ascending order. The minimum is exact.
 
-    cost[i][s], i < s: what it costs that step s holds the feature of step i; a square table over the steps. Groups are between
-    ceil(interval / 2) and 2 * interval long and as many as ceil(steps / interval). The minimum is exact.
+    cost: a square table over the steps; cost[i][s], for i < s, is the cost if step s reuses the feature of step i. There are
+    ceil(steps / interval) groups, each between ceil(interval / 2) and 2 * interval steps long.
     """
     total, count = len(cost), math.ceil(len(cost) / interval)
     shortest, longest = min(math.ceil(interval / 2), total // count), 2 * interval
-    of_group = [[0.0] for _ in range(total)]  # of_group[i][n - 1]: the cost of a group of n steps that begins at step i
+    of_group = [[0.0] for _ in range(total)]  # of_group[i][n - 1]: the cost of the n steps from step i on
     for first in range(total):
         for step in range(first + 1, min(first + longest, total)):
             of_group[first].append(of_group[first][-1] + float(cost[first][step]))
-    best = {0: (0.0, ())}  # by the number of steps that are split already: (cost, the groups' first steps)
+    best: dict[int, Split] = {0: (0.0, ())}  # by the number of steps that the groups cover so far
     for _ in range(count):
-        longer = {}
+        longer: dict[int, Split] = {}
         for first, (spent, firsts) in best.items():
             for length in range(shortest, min(longest, total - first) + 1):
                 candidate = spent + of_group[first][length - 1], (*firsts, first)
@@ -49,19 +55,21 @@ def group_steps(cost, interval):
     return list(best[total][1])
 
 
-def _in_float64(x):
+def _in_float64(x: torch.Tensor) -> torch.Tensor:
     return (x if has_float64(x.device) else x.cpu()).double()
 
 
 class ChannelFit:
-    """The least-squares map of tensors x_1 .. x_k on a tensor y, by channel: y = a_1 x_1 + .. + a_k x_k + b. In float64."""
+    """The least-squares map from tensors x_1 .. x_k to a tensor y, per channel: y = a_1 x_1 + .. + a_k x_k + b. In float64."""
 
-    def __init__(self, channel_dim):
+    def __init__(self, channel_dim: int) -> None:
         self._channel_dim = channel_dim
-        self._count, self._sums, self._products = 0, 0.0, 0.0
+        self._count = 0  # of the numbers per channel
+        self._sums = torch.zeros((), dtype=torch.float64)  # [C, k + 1] after the first `add`
+        self._products = torch.zeros((), dtype=torch.float64)  # [C, k + 1, k + 1] after the first `add`
 
-    def add(self, xs, y):
-        """Take up a list of tensors and y, all of one shape."""
+    def add(self, xs: Sequence[torch.Tensor], y: torch.Tensor) -> None:
+        """Add observations: k tensors and y, all of one shape."""
         values = [value.movedim(self._channel_dim, 0).flatten(1) for value in (*xs, y)]
         for parts in zip(*(value.split(COLUMNS, dim=1) for value in values)):
             stacked = torch.stack([_in_float64(part) for part in parts], dim=1)  # [C, k + 1, n]
@@ -69,67 +77,76 @@ class ChannelFit:
             self._sums = self._sums + stacked.sum(2).cpu()
             self._products = self._products + (stacked @ stacked.mT).cpu()
 
-    def solve(self):
-        """Return float64 [C, k + 1], a_1 .. a_k and b. Where the x do not tell, it is a_1 = 1: x_1 is held, and moved by b."""
+    def solve(self) -> torch.Tensor:
+        """Return a_1 .. a_k and b as float64 [C, k + 1].
+
+        Of all least-squares solutions it is the one nearest to a = (1, 0, .., 0): where the x are constant, the map is x_1 + b.
+        """
         mean = self._sums / self._count
         covariance = self._products / self._count - mean[:, :, None] * mean[:, None, :]
         among, with_y = covariance[:, :-1, :-1], covariance[:, :-1, -1]
         change = (torch.linalg.pinv(among, rtol=1e-9, hermitian=True) @ (with_y - among[:, :, 0])[:, :, None])[:, :, 0]
-        change[:, 0] += 1  # fitted is y - x_1, so that what the x do not tell falls to x_1
+        change[:, 0] += 1  # the pseudoinverse has fitted y - x_1, with the smallest weights
         return torch.cat([change, mean[:, -1:] - (change * mean[:, :-1]).sum(1, keepdim=True)], dim=1)
 
 
 class _AllSteps:
-    """What a calibration run has in a FeatureCache's place: every step is evaluated in full. sigmas: float64, of the run."""
+    """Base class of what a calibration run uses instead of a FeatureCache: every step is evaluated in full.
 
-    def __init__(self):
-        self.sigmas = None
-        self._visited = set()
+    sigmas: float64 [steps + 1] of the run; set by `full_steps`.
+    """
 
-    def full_steps(self, sigmas):
-        """Return all steps of a run of these sigmas."""
+    sigmas: torch.Tensor
+
+    def __init__(self) -> None:
+        self._visited: set[int] = set()
+
+    def full_steps(self, sigmas: Sequence[float]) -> frozenset[int]:
+        """Return all steps of a run with these sigmas."""
         self.sigmas = torch.as_tensor(sigmas, dtype=torch.float64)
         return frozenset(range(len(sigmas) - 1))
 
-    def _own_step(self, position):
-        """Return the step that begins at this position on the schedule, None where none does."""
+    def _own_step(self, position: float) -> int | None:
+        """Return the step that begins at this position on the schedule; None between the starts of two steps."""
         step = round(position)
         if abs(position - step) > 1e-6:
             return None
         self._visited.add(step)
         return step
 
-    def check_every_step_was_seen(self):
-        """Raise ValueError where the sampler has not evaluated the network at every step's own sigma."""
+    def check_every_step_was_seen(self) -> None:
+        """Raise SettingsError where the sampler has not evaluated the network at the start of each step."""
         missing = sorted(set(range(len(self.sigmas) - 1)) - self._visited)
         if missing:
-            raise ValueError(
+            raise SettingsError(
                 f"sampler_name: it does not evaluate the network where step {missing[0]} of the schedule begins, so that "
                 "nothing can be found out for that step; calibrate with another, such as euler."
             )
 
-    def load(self, keys, items, position, stream="", since=0.0):
-        """Return None: nothing is reused."""
+    def load(self, keys: Sequence[Hashable], items: int, position: float, stream: str = "", since: float = 0.0) -> None:
+        """Return None, because no feature is reused."""
 
-    def begin(self, position):
-        """As FeatureCache.begin."""
+    def begin(self, position: float) -> None:
+        """Do nothing, unlike FeatureCache.begin."""
 
 
 class StepDistances(_AllSteps):
-    """How far the features of the steps are from each other, over calibration runs.
+    """The distances between the features of the steps, summed over calibration runs.
 
-    interval: bounds how far back a feature may be held.
+    interval: a feature is compared with those of the last 2 * interval - 1 steps, the farthest that a group reaches.
     """
 
-    def __init__(self, interval):
+    def __init__(self, interval: int) -> None:
         super().__init__()
         self._window = 2 * interval
-        self._recent = {}
-        self._distance = {}
+        self._recent: dict[Slot, dict[int, torch.Tensor]] = {}  # the features of the last steps, by step
+        self._distance: dict[tuple[int, int], float] = {}  # by (start, step)
 
-    def store(self, keys, feature, position, stream=""):
-        """Take up the feature of a step [len(keys) * b, ...]. Of several evaluations at a step's sigma the first is taken
-        (Heun's second one is at the next step's), and those between two steps are not.
+    def store(self, keys: Sequence[Hashable], feature: torch.Tensor, position: float, stream: str = "") -> None:
+        """Compare the feature of a step [len(keys) * b, ...] with the features of earlier steps.
+
+        The arguments are those of FeatureCache.store. Of several evaluations at the sigma of one step only the first counts (the
+        second evaluation of Heun is at the sigma of the next step). Evaluations between two steps do not count.
         """
         step = self._own_step(position)
         for key, part in zip(keys, feature.detach().chunk(len(keys))):
@@ -143,40 +160,42 @@ class StepDistances(_AllSteps):
                 self._distance[start, step] = self._distance.get((start, step), 0.0) + distance
             recent[step] = part
 
-    def clear(self):
-        """Forget a run's features; the distances stay."""
+    def clear(self) -> None:
+        """Forget the features of a run, but not the distances."""
         self._recent.clear()
 
-    def cost(self):
-        """Return the table for `group_steps`: the sums over all runs and conditioning entries of the mean |F_s - F_start|."""
+    def cost(self) -> list[list[float]]:
+        """Return the table for `group_steps`: the mean |F_s - F_start|, summed over all runs and conditioning entries."""
         steps = range(len(self.sigmas) - 1)
         return [[self._distance.get((start, step), 0.0) for step in steps] for start in steps]
 
 
 class FeatureFits(_AllSteps):
-    """The corrections of the features that steps take up, over calibration runs.
+    """The corrections of the reused features, fitted over calibration runs.
 
-    schedule(steps): the steps that are to be evaluated in full, the groups' first. terms: how many of the last full steps'
-    features the map is of; 1 is the paper's. channel_dim: the dimension of a feature's channels.
+    schedule(steps): returns the steps of a run that the cache will evaluate in full. terms: the number of the last full steps
+    whose features a map combines; 1 in the paper. channel_dim: the dimension of a feature's channels.
     """
 
-    def __init__(self, schedule, terms, channel_dim):
+    def __init__(self, schedule: Callable[[int], frozenset[int]], terms: int, channel_dim: int) -> None:
         super().__init__()
         self._schedule, self._terms, self._channel_dim = schedule, terms, channel_dim
-        self._held = {}
-        self._fits = {}
-        self.firsts = frozenset()
-        self.is_reference = True  # whether what is stored next is of the full-precision network
+        self._held: dict[Slot, dict[int, torch.Tensor]] = {}  # the features of the last full steps, by step
+        self._fits: dict[tuple[str, int], ChannelFit] = {}  # by (stream, step)
+        self.firsts: frozenset[int] = frozenset()
+        self.is_reference = True  # whether the next stored feature is that of the full-precision network
 
-    def full_steps(self, sigmas):
-        """Return all steps of a run of these sigmas, whose features are to be stored."""
+    def full_steps(self, sigmas: Sequence[float]) -> frozenset[int]:
+        """Return all steps of a run with these sigmas, because the features of all are to be stored. Sets `firsts`."""
         self.firsts = self._schedule(len(sigmas) - 1)
         return super().full_steps(sigmas)
 
-    def store(self, keys, feature, position, stream=""):
-        """Take up the feature of a step [len(keys) * b, ...]. That of the full-precision network comes first, then, if there is
-        one, that of the network which is to be corrected, at the same position. An entry that was not there at the full steps
-        which its map would be of, because its range of the denoising has only begun, is left out.
+    def store(self, keys: Sequence[Hashable], feature: torch.Tensor, position: float, stream: str = "") -> None:
+        """Add the feature of a step [len(keys) * b, ...] to the fits.
+
+        The arguments are those of FeatureCache.store. The feature of the full-precision network comes first. With a quantized
+        network, its feature at the same position comes second. An entry does not count where it has no features at the full
+        steps that its map needs, because its range of the denoising began later.
         """
         step = self._own_step(position)
         for key, part in zip(keys, feature.detach().chunk(len(keys))):
@@ -189,18 +208,22 @@ class FeatureFits(_AllSteps):
                 fit = self._fits.setdefault((stream, step), ChannelFit(self._channel_dim))
                 fit.add([held[start] for start in sorted(held, reverse=True)], part)
 
-    def clear(self):
-        """Forget a run's features; the fits stay."""
+    def clear(self) -> None:
+        """Forget the features of a run, but not the fits."""
         self._held.clear()
 
-    def _starts(self, step):
+    def _starts(self, step: int) -> list[int]:
+        """Return the full steps whose features the map of a step combines, in ascending order."""
         return sorted(first for first in self.firsts if first <= step)[-self._terms :]
 
-    def maps(self):
-        """Return {stream: float32 [steps, C, terms + 1]}: the factors of the last full steps' features, the latest first, and
-        the offset. Full steps hold their own.
+    def maps(self) -> dict[str, torch.Tensor]:
+        """Return {stream: float32 [steps, C, terms + 1]}.
+
+        Each row has the factors of the last full steps' features, the latest first, and then the offset. The map of a full step
+        leaves its own feature unchanged.
         """
-        found, steps = {}, len(self.sigmas) - 1
+        found: dict[str, torch.Tensor] = {}
+        steps = len(self.sigmas) - 1
         for (stream, step), fit in self._fits.items():
             solved = fit.solve().float()
             if stream not in found:
@@ -212,32 +235,35 @@ class FeatureFits(_AllSteps):
 
 
 class ConsumerStatistics:
-    """What calibration runs tell about the output of the block that consumes the feature, by step."""
+    """The corrections of the output of the block that consumes the feature, fitted over calibration runs, one per step."""
 
-    def __init__(self, channel_dim):
+    def __init__(self, channel_dim: int) -> None:
         self._channel_dim = channel_dim
-        self._fits = {}
-        self._reference = None
-        self.is_reference = True  # whether what comes next is of the full-precision network
+        self._fits: dict[int, ChannelFit] = {}
+        self._reference: torch.Tensor | None = None
+        self.is_reference = True  # whether the next output is that of the full-precision network
 
-    def consumed(self, h, position):
-        """Take up the block's output h, first the full-precision network's, then the other's, and return h."""
+    def consumed(self, h: torch.Tensor, position: float) -> torch.Tensor:
+        """Add the output h of the block, and return it unchanged. At each position the full-precision network comes first, and
+        the quantized network second.
+        """
         if self.is_reference:
             self._reference = h
         else:
+            assert self._reference is not None
             self._fits.setdefault(int(position + 1e-6), ChannelFit(self._channel_dim)).add([h], self._reference)
             self._reference = None
         return h
 
-    def map(self, steps):
-        """Return float32 [steps, C, 2], factor and offset."""
+    def map(self, steps: int) -> torch.Tensor:
+        """Return the factor and the offset of each step and channel, float32 [steps, C, 2]."""
         return torch.stack([self._fits[step].solve() for step in range(steps)]).float()
 
 
-def mapped(tensors, weights, channel_dim):
-    """Return a_1 x_1 + .. + a_k x_k + b by channel, computed in float32, in the dtype of the tensors.
+def mapped(tensors: Sequence[torch.Tensor], weights: torch.Tensor, channel_dim: int) -> torch.Tensor:
+    """Return a_1 x_1 + .. + a_k x_k + b per channel, computed in float32 and rounded to the dtype of the tensors.
 
-    weights: [C, k + 1], on their device.
+    tensors: x_1 .. x_k, of one shape. weights: a_1 .. a_k and b, [C, k + 1], on the device of the tensors.
     """
     shape = [-1 if dim == channel_dim % tensors[0].ndim else 1 for dim in range(tensors[0].ndim)]
     *factors, total = (column.reshape(shape) for column in weights.float().unbind(1))
@@ -248,12 +274,13 @@ def mapped(tensors, weights, channel_dim):
 
 @dataclass
 class CacheProfile(Profile):
-    """What a calibration has found out.
+    """The result of a calibration.
 
-    facts: of the run and the model, texts, for people and to tell whose profile it is ("network", "branch", "interval", ...).
-    fingerprint: float32 [n], weights of the model. sigmas: float64 [steps + 1]. full_steps: those that are evaluated in full.
-    channel_dim: of a feature. features: {stream: float32 [steps, C, terms + 1]}, see FeatureFits.maps. consumer: float32
-    [steps, C, 2], the map of the output of the block that consumes the feature, or None.
+    facts: texts about the run and the model ("network", "branch", "interval", ...), to be shown and to check that the profile
+    fits a model; FACTS must be among them. fingerprint: float32 [n], weights of the model. sigmas: float64 [steps + 1].
+    full_steps: the steps that are evaluated in full, ascending. channel_dim: the dimension of a feature's channels.
+    features: {stream: float32 [steps, C, terms + 1]}, see FeatureFits.maps. consumer: float32 [steps, C, 2], the map of the
+    output of the block that consumes the feature; None without one.
     """
 
     KIND, VERSION = "cache profile", "1"
@@ -267,26 +294,26 @@ class CacheProfile(Profile):
     consumer: torch.Tensor | None = None
 
     @property
-    def full_steps_text(self):
-        """The steps that are evaluated in full, as `schedule` and `correction_steps` take them."""
+    def full_steps_text(self) -> str:
+        """The steps that are evaluated in full, in the form that the settings `schedule` and `correction_steps` accept."""
         return "steps:" + ",".join(map(str, self.full_steps))
 
-    def content(self):
-        """Return what `Profile` wants to know."""
+    def content(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Return the tensors and the metadata to be written."""
         tensors = {"fingerprint": self.fingerprint, "sigmas": self.sigmas, "full_steps": torch.tensor(self.full_steps)}
         tensors.update({f"feature.{stream}": weights for stream, weights in self.features.items()})
         tensors.update({} if self.consumer is None else {"consumer": self.consumer})
         return tensors, {"channel_dim": str(self.channel_dim), "facts": json.dumps(self.facts)}
 
     @classmethod
-    def _of(cls, tensors, about):
+    def _of(cls, tensors: dict[str, torch.Tensor], about: dict[str, str]) -> "CacheProfile":
         features = {key.removeprefix("feature."): value for key, value in tensors.items() if key.startswith("feature.")}
         return cls(
             dict(json.loads(about["facts"])), tensors["fingerprint"], tensors["sigmas"], tuple(tensors["full_steps"].tolist()),
             int(about["channel_dim"]), features, tensors.get("consumer"),
         )  # fmt: skip
 
-    def _is_whole(self):
+    def _is_whole(self) -> bool:
         steps = len(self.sigmas) - 1
         maps = [*self.features.values(), *([] if self.consumer is None else [self.consumer])]
         columns = {weights.shape[2] for weights in self.features.values()}
@@ -307,26 +334,27 @@ class CacheProfile(Profile):
             and all(value.is_floating_point() and value.isfinite().all() for value in tensors)
         )
 
-    def place(self, sigmas):
-        """Return with which step of the calibrated schedule a run of these sigmas begins. Raises ValueError where it is another
-        schedule: the run's has to be the calibrated one or a part of it.
+    def place(self, sigmas: Sequence[float]) -> int:
+        """Return the step of the calibrated schedule at which a run with these n + 1 sigmas begins.
+
+        The schedule of the run must be the calibrated one or a contiguous part of it. Raises ProfileError for any other.
         """
-        sigmas = torch.as_tensor(sigmas, dtype=torch.float64)
-        for first in range(len(self.sigmas) - len(sigmas) + 1):
-            part = self.sigmas[first : first + len(sigmas)]
-            ended = len(sigmas) - (sigmas[-1] == 0).int()  # a run that stops early may take its last step to 0
-            if torch.allclose(part[:ended], sigmas[:ended], rtol=1e-3, atol=1e-4):
+        own = torch.as_tensor(sigmas, dtype=torch.float64)
+        for first in range(len(self.sigmas) - len(own) + 1):
+            part = self.sigmas[first : first + len(own)]
+            compared = len(own) - int(own[-1] == 0)  # without the last sigma if it is 0, to which a shortened run may go
+            if torch.allclose(part[:compared], own[:compared], rtol=1e-3, atol=1e-4):
                 return first
-        raise ValueError(
+        raise ProfileError(
             f"profile: it was calibrated for {len(self.sigmas) - 1} steps of {self.facts['sampler_name']} on "
             f"{self.facts['scheduler']} from sigma "
-            f"{self.sigmas[0]:.4g} to {self.sigmas[-1]:.4g}, and this run has {len(sigmas) - 1} steps from {sigmas[0]:.4g} to "
-            f"{sigmas[-1]:.4g}{self._difference(sigmas)}; sample with the calibrated sampler, scheduler and steps, or "
+            f"{self.sigmas[0]:.4g} to {self.sigmas[-1]:.4g}, and this run has {len(own) - 1} steps from {own[0]:.4g} to "
+            f"{own[-1]:.4g}{self._difference(own)}; sample with the calibrated sampler, scheduler and steps, or "
             "calibrate for these."
         )
 
-    def _difference(self, sigmas):
-        """Return where sigmas of as many steps and the same ends differ from the calibrated ones, in words; else nothing."""
+    def _difference(self, sigmas: torch.Tensor) -> str:
+        """Describe the first step at which a schedule with the calibrated length and ends differs; return "" for others."""
         if len(sigmas) != len(self.sigmas) or not torch.allclose(sigmas[[0, -1]], self.sigmas[[0, -1]], rtol=1e-3, atol=1e-4):
             return ""
         step = int((sigmas - self.sigmas).abs().gt(1e-3 * self.sigmas + 1e-4).nonzero()[0])
@@ -334,61 +362,68 @@ class CacheProfile(Profile):
 
 
 class CorrectedFeatures(FeatureCache):
-    """A FeatureCache for one run that maps what it holds on what the steps should take up, as a CacheProfile says."""
+    """A FeatureCache for one run that corrects the reused features by the maps of a CacheProfile."""
 
-    def __init__(self, profile):
+    def __init__(self, profile: CacheProfile) -> None:
         self._terms = next((weights.shape[2] - 1 for weights in profile.features.values()), 1)
         super().__init__("hold" if self._terms == 1 else "linear")
         self._profile = profile
-        self._first = 0
-        self._moved = {}
+        self._first = 0  # the step of the calibrated schedule at which the run begins
+        self._moved: dict[tuple[str | None, torch.device], torch.Tensor] = {}
 
-    def full_steps(self, sigmas):
-        """Return the frozenset of the steps of this run that are evaluated in full. Raises ValueError as CacheProfile.place."""
+    def full_steps(self, sigmas: Sequence[float]) -> frozenset[int]:
+        """Return the steps of a run with these sigmas that are evaluated in full. Raises ProfileError as CacheProfile.place."""
         self._first = self._profile.place(sigmas)
         own = {step - self._first for step in self._profile.full_steps}
         return frozenset({0, *(step for step in own if 0 <= step < len(sigmas) - 1)})
 
-    def store(self, keys, feature, position, stream=""):
-        """As FeatureCache.store, for the profile's full steps, of whose features its maps are, and for a run's first step. What
-        a sampler or a correction evaluates elsewhere is not taken.
+    def store(self, keys: Sequence[Hashable], feature: torch.Tensor, position: float, stream: str = "") -> None:
+        """Keep a feature as FeatureCache.store does, but only at the full steps of the profile and the first step of the run.
+
+        The maps are fitted to features at the full steps. Features that a sampler or a correction evaluates elsewhere are
+        ignored. Raises ProfileError where the profile is for another number of channels.
         """
         step = round(position)
         if abs(position - step) < 1e-6 and (step == 0 or step + self._first in self._profile.full_steps):
             self._check_channels(feature, self._profile.features.get(stream))
             super().store(keys, feature, position, stream)
 
-    def _check_channels(self, tensor, weights):
-        """Raise ValueError where a map is for another number of channels than a tensor has."""
+    def _check_channels(self, tensor: torch.Tensor, weights: torch.Tensor | None) -> None:
+        """Raise ProfileError where a map, [steps, C, terms + 1], is for another number of channels than a tensor has."""
         channels = tensor.shape[self._profile.channel_dim]
         if weights is not None and weights.shape[1] != channels:
-            raise ValueError(
+            raise ProfileError(
                 f"profile: its corrections are for {weights.shape[1]} channels, and this model has {channels} there; calibrate "
                 "for this model."
             )
 
-    def _forecast(self, slot, kept, position):
+    def _forecast(self, slot: Slot, kept: Kept, position: float) -> torch.Tensor:
         step, weights = self._step(position), self._profile.features.get(slot[1])
         expected = [full for full in self._profile.full_steps if full <= step][-self._terms :]
         if weights is None or [round(at) + self._first for at, _ in kept] != expected:
-            return kept[-1][1]  # a run that begins within the schedule holds others at first: it goes without correction
+            return kept[-1][1]  # uncorrected: a run that begins within the schedule has features of other steps at first
         weights = self._on(kept[-1][1].device, slot[1], weights)[step]
         return mapped([feature for _, feature in reversed(kept)], weights, self._profile.channel_dim)
 
-    def _step(self, position):
+    def _step(self, position: float) -> int:
+        """Return the step of the calibrated schedule at a position of the run."""
         return min(int(position + 1e-6) + self._first, len(self._profile.sigmas) - 2)
 
-    def consumed(self, h, position):
-        """Return what the block that consumes the feature gave, h, corrected for the step at this position."""
+    def consumed(self, h: torch.Tensor, position: float) -> torch.Tensor:
+        """Return the output h of the block that consumes the feature, corrected for the step at this position.
+
+        Raises ProfileError where the profile is for another number of channels.
+        """
         if self._profile.consumer is None:
             return h
         self._check_channels(h, self._profile.consumer)
         weights = self._on(h.device, None, self._profile.consumer)[self._step(position)]
         return mapped([h], weights, self._profile.channel_dim)
 
-    def _on(self, device, stream, weights):
-        """Return the weights of a stream, None the consumer's, on a device. They move once a run: in every step that would wait
-        for the device.
+    def _on(self, device: torch.device, stream: str | None, weights: torch.Tensor) -> torch.Tensor:
+        """Return the weights of a stream on a device; stream None: the consumer's.
+
+        The weights are copied once per run, because a copy in each step would wait for the device.
         """
         key = stream, device
         if key not in self._moved:

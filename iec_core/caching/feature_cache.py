@@ -1,42 +1,51 @@
-"""DeepCache (arXiv 2312.00858): which steps are evaluated in full, and the deep features kept between them."""
+"""DeepCache (arXiv 2312.00858): which steps are evaluated in full, and the deep features that are kept between these steps."""
 
 import math
 import re
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from ..errors import SettingsError
+
 SCHEDULE_FORMS = "uniform, power:15,1.4 (center, power) or steps:0,5,9"
-KEPT = {"auto": 2, "hold": 1, "linear": 2, "quadratic": 3}  # how many features each forecast goes by
+KEPT = {"auto": 2, "hold": 1, "linear": 2, "quadratic": 3}  # how many kept features each forecast uses
 FORECASTS = tuple(KEPT)
 
-# Of the straight line's trials at the full steps, how much of one counts at the next.
+# "auto": the factor by which the weight of a trial of the straight line shrinks at each later trial.
 REMEMBERED = 0.5
-# How much of the straight line is taken before it was tried.
+# "auto": the share of the straight line that is taken before its first trial.
 UNTRIED = 0.25
+
+Slot = tuple[Hashable, str]  # (key of a conditioning entry, stream)
+Kept = Sequence[tuple[float, torch.Tensor]]  # (position, feature [b, ...]) of one slot, the newest last
 
 
 @dataclass(frozen=True)
 class CacheSchedule:
-    """Which steps are evaluated in full. kind: "uniform", "power" (numbers: center, power), "steps" (numbers: the steps)."""
+    """Which steps are evaluated in full.
+
+    kind: "uniform" (no numbers), "power" (numbers: center, power) or "steps" (numbers: the full steps).
+    """
 
     kind: str
     numbers: tuple[float, ...] = ()
 
-    def full_steps(self, total, interval):
-        """Return the frozenset of full steps in a run of `total` steps; the first always is.
+    def full_steps(self, total: int, interval: int) -> frozenset[int]:
+        """Return the full steps of a run of `total` steps. Step 0 is always one of them.
 
-        uniform: the first of every `interval` steps. power: as many steps as that, which crowd around the center, the paper's
-        non-uniform schedule (section 3.3): l^p + c, rounded down, for l evenly spaced from the p-th root of -c to that of
-        total - c, with the sign kept. Steps that coincide are taken once.
+        uniform: the first of every `interval` steps. power: the paper's non-uniform schedule (section 3.3), with as many steps
+        as uniform has, dense around the center c: l^p + c, rounded down, for l evenly spaced from the p-th root of -c to the
+        p-th root of total - c. Roots and powers keep the sign. Steps that coincide are taken once.
 
-        Raises ValueError where a step or the center is none of the run's.
+        Raises SettingsError where a step or the center is not a step of the run.
         """
         if self.kind == "uniform":
             return frozenset(range(0, total, interval))
         outside = max(self.numbers if self.kind == "steps" else self.numbers[:1])
         if outside >= total:
-            raise ValueError(
+            raise SettingsError(
                 f"schedule: it names step {outside:g}, and the run has {total} steps, numbered from 0 to {total - 1}; name "
                 "steps of the run only."
             )
@@ -50,8 +59,8 @@ class CacheSchedule:
         return frozenset({0, *(step for step in steps if 0 <= step < total)})
 
 
-def parse_cache_schedule(text):
-    """Parse a `schedule` text. Raises ValueError, with a sentence that lists the forms, for anything else."""
+def parse_cache_schedule(text: str) -> CacheSchedule:
+    """Parse a `schedule` setting in one of SCHEDULE_FORMS. Raises SettingsError for another text, and for a power below 1."""
     compact = re.sub(r"\s+", "", text).lower()
     if compact == "uniform":
         return CacheSchedule("uniform")
@@ -61,12 +70,14 @@ def parse_cache_schedule(text):
         center, power = float(match[1]), float(match[2])
         if power >= 1:
             return CacheSchedule("power", (center, power))
-        raise ValueError(f"schedule: '{text}' has a power below 1; the paper uses 1.2 to 1.6.")
-    raise ValueError(f"schedule: '{text}' is not a known form; write {SCHEDULE_FORMS}.")
+        raise SettingsError(f"schedule: '{text}' has a power below 1; the paper uses 1.2 to 1.6.")
+    raise SettingsError(f"schedule: '{text}' is not a known form; write {SCHEDULE_FORMS}.")
 
 
-def extrapolation_weights(positions, position):
-    """Return the weights of the values at `positions` (distinct floats) in the polynomial through them, at `position`."""
+def extrapolation_weights(positions: Sequence[float], position: float) -> list[float]:
+    """Return the Lagrange weights of the values at `positions`: their weighted sum is the value at `position` of the polynomial
+    through these values. positions: distinct.
+    """
     weights = []
     for one in positions:
         others = [other for other in positions if other != one]
@@ -75,49 +86,54 @@ def extrapolation_weights(positions, position):
 
 
 class _LineTrials:
-    """How much of the straight line through the last two features should be taken, by how near it came at the full steps.
+    """The share of the straight line through the last two features that forecasts best, learned from trials at full steps.
 
-    At a full step the true feature is there: of the line's move away from the held feature, the share is taken that would have
-    met it best in the squares' sum, <true - held, line - held> / |line - held|^2, over the trials so far, of which each
-    counts REMEMBERED times the next; 0 is the held feature, 1 the line. One share for each item of the batch, left on the
-    device.
+    A forecast is held + share * (line - held): 0 is the held feature, 1 the line. At a full step the true feature is known, so
+    that the line can be tried: the least-squares share is <true - held, line - held> / |line - held|^2, where both products are
+    summed over the trials so far. Each trial has REMEMBERED times the weight of the next. There is one share per item of the
+    batch, left on the device.
     """
 
-    def __init__(self):
-        self._met, self._moved = 0.0, 0.0
+    def __init__(self) -> None:
+        self._met: torch.Tensor | float = 0.0  # the sum of <true - held, line - held>: 0.0, or float32 [b] after a trial
+        self._moved: torch.Tensor | float = 0.0  # the sum of |line - held|^2, likewise
 
-    def add(self, held, line, true):
-        """Try the line at a full step: held, line and true features [b, ...]."""
+    def add(self, held: torch.Tensor, line: torch.Tensor, true: torch.Tensor) -> None:
+        """Add the trial at a full step, with the held feature, the line's and the true one [b, ...]."""
         move, should = ((x - held).flatten(1).float() for x in (line, true))
         self._met = REMEMBERED * self._met + torch.linalg.vecdot(should, move)
         self._moved = REMEMBERED * self._moved + torch.linalg.vecdot(move, move)
 
-    def share(self, like):
-        """Return the share, from 0 to 1, as a tensor that broadcasts over `like` [b, ...]."""
+    def share(self, like: torch.Tensor) -> torch.Tensor:
+        """Return the share, from 0 to 1, in the dtype of `like` [b, ...] and in a shape that broadcasts over it."""
         if not torch.is_tensor(self._moved):
             return like.new_full((), UNTRIED)
-        share = (self._met / self._moved).nan_to_num(0, 1, 0).clamp(0, 1)  # features that never move leave nothing to share
+        share = (self._met / self._moved).nan_to_num(0, 1, 0).clamp(0, 1)  # 0 / 0 where the features never moved
         return share.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
 class FeatureCache:
-    """The deep features of the last full evaluations, one slice for each conditioning entry that was in the batch.
+    """The deep features of the last full evaluations, in one slice per conditioning entry that was in the batch.
 
-    A host may evaluate its conditioning entries in one batch or apart, in any order: a feature is found by the keys of
-    its entries, never by its place in a batch. forecast: "hold" keeps the last feature; "linear" and "quadratic" carry the last
-    two, three forward along the positions at which they were stored; "auto" takes as much of the straight line as its trials at
-    the full steps bore out, for each item of the batch.
+    A host may evaluate its conditioning entries in one batch or in several, in any order. A slice is therefore found by the key
+    of its entry, never by its place in a batch.
+
+    forecast: "hold" returns the last feature. "linear" and "quadratic" extrapolate the last two or three features as a
+    polynomial of the positions at which they were stored. "auto" goes from the last feature towards the linear forecast, by a
+    share that it learns at the full steps for each item of the batch.
     """
 
-    def __init__(self, forecast="hold"):
+    def __init__(self, forecast: str = "hold") -> None:
         self._kept = KEPT[forecast]
-        self._begun = []
-        self._slices = {}
-        self._trials = {} if forecast == "auto" else None
+        self._begun: list[float] = []  # the positions of the last full steps, as many as the forecast uses
+        self._slices: dict[Slot, Kept] = {}
+        self._trials: dict[Slot, _LineTrials] | None = {} if forecast == "auto" else None
 
-    def begin(self, position):
-        """Tell that a full step begins at `position`, since when features are loaded from now on. Entries that no longer come,
-        as of context windows that move from step to step, are dropped once no forecast goes by so old a feature.
+    def begin(self, position: float) -> None:
+        """Note that a full step begins at `position`, in steps.
+
+        The features of entries that are no longer evaluated, such as those of context windows that move from step to step, are
+        dropped once they are older than the full steps that the forecast uses.
         """
         if position not in self._begun:
             self._begun = [*self._begun, position][-self._kept :]
@@ -129,48 +145,52 @@ class FeatureCache:
             if self._trials is not None:
                 self._trials.pop(slot, None)
 
-    def store(self, keys, feature, position, stream=""):
-        """Keep `feature` [len(keys) * b, ...]: equal slices along dimension 0, one a key. It is not copied: nobody else
-        may change it.
+    def store(self, keys: Sequence[Hashable], feature: torch.Tensor, position: float, stream: str = "") -> None:
+        """Keep `feature` [len(keys) * b, ...], which consists of equal slices along dimension 0, one per key.
 
-        position: where on the schedule it was evaluated, in steps; a feature at the same position is replaced. stream: which
-        feature, where an evaluation has several.
+        The feature is not copied, so the caller must not change it afterwards. position: where on the schedule it was
+        evaluated, in steps; a feature that was stored at the same position is replaced. stream: the name of the feature, where
+        one evaluation has several.
         """
         for key, part in zip(keys, feature.detach().chunk(len(keys))):
             slot = key, stream
             before = [(at, old) for at, old in self._slices.get(slot, []) if old.shape == part.shape]
             kept = [(at, old) for at, old in before if at != position]
-            if self._trials is not None and len(kept) == len(before) == 2:  # a replaced feature was tried already
+            if self._trials is not None and len(kept) == len(before) == 2:  # a replaced feature is not tried again
                 self._trials.setdefault(slot, _LineTrials()).add(kept[-1][1], _on_polynomial(kept, position), part)
             self._slices[slot] = [*kept, (position, part)][-self._kept :]
 
-    def load(self, keys, items, position, stream="", since=-math.inf):
-        """Return the feature at `position` for a batch of these entries with `items` rows in all, as a tensor of its own, or
-        None where an entry has none, none that was stored at `since` or later, or where the batch size has changed.
+    def load(
+        self, keys: Sequence[Hashable], items: int, position: float, stream: str = "", since: float = -math.inf
+    ) -> torch.Tensor | None:
+        """Return the forecast [items, ...] at `position` for a batch of the entries with these keys, as a new tensor.
+
+        items: the rows of the batch. Returns None where an entry has no feature, or none that was stored at position `since` or
+        later, and where the number of rows per entry has changed.
         """
         slots = [(key, stream) for key in keys]
-        parts = [self._slices.get(slot, [(-math.inf, None)]) for slot in slots]
-        if any(part[-1][0] < since or part[-1][1] is None or part[-1][1].shape[0] * len(keys) != items for part in parts):
+        parts = [self._slices.get(slot, []) for slot in slots]
+        if any(not kept or kept[-1][0] < since or kept[-1][1].shape[0] * len(keys) != items for kept in parts):
             return None
         return torch.cat([self._forecast(slot, kept, position) for slot, kept in zip(slots, parts)])
 
-    def _forecast(self, slot, kept, position):
-        """Return the feature of a slot at a position, by what is kept of it: (position, feature), the newest last."""
+    def _forecast(self, slot: Slot, kept: Kept, position: float) -> torch.Tensor:
+        """Return the forecast of a slot's feature at a position. kept: what the slot has, at least one feature."""
         if self._trials is None or len(kept) < 2:
             return _on_polynomial(kept, position)
         held = kept[-1][1]
         return torch.lerp(held, _on_polynomial(kept, position), self._trials.get(slot, _LineTrials()).share(held))
 
-    def clear(self):
-        """Forget every feature, and what was learned from them."""
+    def clear(self) -> None:
+        """Forget all features and all trials."""
         self._slices.clear()
         self._begun = []
         if self._trials is not None:
             self._trials.clear()
 
 
-def _on_polynomial(kept, position):
-    """Return the value at `position` of the polynomial through the (position, tensor) in `kept`."""
+def _on_polynomial(kept: Kept, position: float) -> torch.Tensor:
+    """Return the value at `position` of the polynomial through the features in `kept`."""
     weights = extrapolation_weights([at for at, _ in kept], position)
     first, *rest = zip(weights, (feature for _, feature in kept))
     total = first[1] if not rest else first[0] * first[1]
