@@ -145,8 +145,8 @@ class StepDistances(_AllSteps):
     def store(self, keys: Sequence[Hashable], feature: torch.Tensor, position: float, stream: str = "") -> None:
         """Compare the feature of a step [len(keys) * b, ...] with the features of earlier steps.
 
-        The arguments are those of FeatureCache.store. Of several evaluations at the sigma of one step only the first counts (the
-        second evaluation of Heun is at the sigma of the next step). Evaluations between two steps do not count.
+        The arguments are those of FeatureCache.store. Of several evaluations at the sigma of one step, only the first counts,
+        because the second evaluation of Heun is at the sigma of the next step. Evaluations between two steps do not count.
         """
         step = self._own_step(position)
         for key, part in zip(keys, feature.detach().chunk(len(keys))):
