@@ -45,9 +45,9 @@ class StepReport:
         self.fell_back = [] if trace.fell_back is None else trace.fell_back.tolist()
 
     def means(self, name: str) -> list[float | None]:
-        """Return one mean per iteration of the list called `name`, over the images that were still iterated on.
+        """Return, for each iteration, the mean over the images that were still iterated on; None where there were none.
 
-        An image has no contraction in an iteration once it is done. None where no image has a number.
+        name: the list of numbers, one of TRACED. An image is done where its contraction is None.
         """
         means: list[float | None] = []
         for row, contraction in zip(getattr(self, name), self.contraction):
@@ -137,7 +137,7 @@ class TraceReader:
 
     def __init__(self, report: RunReport) -> None:
         self._report = report
-        # (step, trace on the CPU, event that is recorded once the copies are complete), in the order of the steps
+        # (step, trace, event after the copies of its tensors to the CPU or None without copies), in the order of the steps
         self._pending: list[tuple[int, StepTrace, torch.cuda.Event | None]] = []
 
     def add(self, step: int, trace: StepTrace) -> None:

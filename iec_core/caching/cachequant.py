@@ -64,7 +64,7 @@ class ChannelFit:
 
     def __init__(self, channel_dim: int) -> None:
         self._channel_dim = channel_dim
-        self._count = 0  # of the numbers per channel
+        self._count = 0  # observations per channel
         self._sums = torch.zeros((), dtype=torch.float64)  # [C, k + 1] after the first `add`
         self._products = torch.zeros((), dtype=torch.float64)  # [C, k + 1, k + 1] after the first `add`
 
@@ -78,9 +78,10 @@ class ChannelFit:
             self._products = self._products + (stacked @ stacked.mT).cpu()
 
     def solve(self) -> torch.Tensor:
-        """Return a_1 .. a_k and b as float64 [C, k + 1].
+        """Return the least-squares a_1 .. a_k and b, float64 [C, k + 1].
 
-        Of all least-squares solutions it is the one nearest to a = (1, 0, .., 0): where the x are constant, the map is x_1 + b.
+        If several are equally good, the one with a nearest to (1, 0, .., 0) is returned: where the x are constant, the map is
+        x_1 + b.
         """
         mean = self._sums / self._count
         covariance = self._products / self._count - mean[:, :, None] * mean[:, None, :]
@@ -91,7 +92,7 @@ class ChannelFit:
 
 
 class _AllSteps:
-    """Base class of what a calibration run uses instead of a FeatureCache: every step is evaluated in full.
+    """Base class of the collectors that a calibration run has instead of a FeatureCache. Every step is evaluated in full.
 
     sigmas: float64 [steps + 1] of the run; set by `full_steps`.
     """
@@ -145,8 +146,8 @@ class StepDistances(_AllSteps):
     def store(self, keys: Sequence[Hashable], feature: torch.Tensor, position: float, stream: str = "") -> None:
         """Compare the feature of a step [len(keys) * b, ...] with the features of earlier steps.
 
-        The arguments are those of FeatureCache.store. Of several evaluations at the sigma of one step only the first counts (the
-        second evaluation of Heun is at the sigma of the next step). Evaluations between two steps do not count.
+        The arguments are those of FeatureCache.store. Of several evaluations at the sigma of one step, only the first counts,
+        because the second evaluation of Heun is at the sigma of the next step. Evaluations between two steps do not count.
         """
         step = self._own_step(position)
         for key, part in zip(keys, feature.detach().chunk(len(keys))):
@@ -173,8 +174,8 @@ class StepDistances(_AllSteps):
 class FeatureFits(_AllSteps):
     """The corrections of the reused features, fitted over calibration runs.
 
-    schedule(steps): returns the steps of a run that the cache will evaluate in full. terms: the number of the last full steps
-    whose features a map combines; 1 in the paper. channel_dim: the dimension of a feature's channels.
+    schedule(steps): returns the full steps of a run of so many steps. terms: the number of the last full steps whose features a
+    map combines; 1 in the paper. channel_dim: the dimension of a feature's channels.
     """
 
     def __init__(self, schedule: Callable[[int], frozenset[int]], terms: int, channel_dim: int) -> None:
@@ -194,8 +195,8 @@ class FeatureFits(_AllSteps):
         """Add the feature of a step [len(keys) * b, ...] to the fits.
 
         The arguments are those of FeatureCache.store. The feature of the full-precision network comes first. With a quantized
-        network, its feature at the same position comes second. An entry does not count where it has no features at the full
-        steps that its map needs, because its range of the denoising began later.
+        network, its feature at the same position comes second. An entry whose range of the denoising has just begun does not
+        count until it has features at all full steps that the map combines.
         """
         step = self._own_step(position)
         for key, part in zip(keys, feature.detach().chunk(len(keys))):
@@ -219,8 +220,8 @@ class FeatureFits(_AllSteps):
     def maps(self) -> dict[str, torch.Tensor]:
         """Return {stream: float32 [steps, C, terms + 1]}.
 
-        Each row has the factors of the last full steps' features, the latest first, and then the offset. The map of a full step
-        leaves its own feature unchanged.
+        A map has, for each channel, the factors of the last full steps' features, the latest first, and then the offset. The
+        map of a full step leaves the feature of that step unchanged.
         """
         found: dict[str, torch.Tensor] = {}
         steps = len(self.sigmas) - 1
@@ -342,7 +343,7 @@ class CacheProfile(Profile):
         own = torch.as_tensor(sigmas, dtype=torch.float64)
         for first in range(len(self.sigmas) - len(own) + 1):
             part = self.sigmas[first : first + len(own)]
-            compared = len(own) - int(own[-1] == 0)  # without the last sigma if it is 0, to which a shortened run may go
+            compared = len(own) - int(own[-1] == 0)  # not a last sigma of 0, to which a run that stops early may go
             if torch.allclose(part[:compared], own[:compared], rtol=1e-3, atol=1e-4):
                 return first
         raise ProfileError(
