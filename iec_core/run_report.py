@@ -200,5 +200,5 @@ class Stopwatch:
         """Return the seconds between each two consecutive marks. Waits for the device."""
         if not self._is_cuda:
             return [after - before for before, after in itertools.pairwise(self._times)]
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self._device)
         return [before.elapsed_time(after) / 1000 for before, after in itertools.pairwise(self._events)]

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..devices import has_float64
-from ..errors import ProfileError, SettingsError
+from ..errors import ModelError, ProfileError, SettingsError
 from ..profile_file import Profile
 from .feature_cache import FeatureCache, Kept, Slot
 
@@ -94,12 +94,11 @@ class ChannelFit:
 class _AllSteps:
     """Base class of the collectors that a calibration run has instead of a FeatureCache. Every step is evaluated in full.
 
-    sigmas: float64 [steps + 1] of the run; set by `full_steps`.
+    sigmas: float64 [steps + 1] of the run; empty before `full_steps` was called.
     """
 
-    sigmas: torch.Tensor
-
     def __init__(self) -> None:
+        self.sigmas = torch.zeros(0, dtype=torch.float64)
         self._visited: set[int] = set()
 
     def full_steps(self, sigmas: Sequence[float]) -> frozenset[int]:
@@ -116,7 +115,14 @@ class _AllSteps:
         return step
 
     def check_every_step_was_seen(self) -> None:
-        """Raise SettingsError where the sampler has not evaluated the network at the start of each step."""
+        """Raise SettingsError where the sampler has not evaluated the network at the start of each step, and ModelError where
+        the cache was never asked.
+        """
+        if not len(self.sigmas):
+            raise ModelError(
+                "model: another node on it calls the network without telling the step or the conditioning, so no cache can be "
+                "calibrated; calibrate without that node."
+            )
         missing = sorted(set(range(len(self.sigmas) - 1)) - self._visited)
         if missing:
             raise SettingsError(
@@ -344,7 +350,7 @@ class CacheProfile(Profile):
         for first in range(len(self.sigmas) - len(own) + 1):
             part = self.sigmas[first : first + len(own)]
             compared = len(own) - int(own[-1] == 0)  # not a last sigma of 0, to which a run that stops early may go
-            if torch.allclose(part[:compared], own[:compared], rtol=1e-3, atol=1e-4):
+            if not _differ(part[:compared], own[:compared]).any():
                 return first
         raise ProfileError(
             f"profile: it was calibrated for {len(self.sigmas) - 1} steps of {self.facts['sampler_name']} on "
@@ -356,10 +362,15 @@ class CacheProfile(Profile):
 
     def _difference(self, sigmas: torch.Tensor) -> str:
         """Describe the first step at which a schedule with the calibrated length and ends differs; return "" for others."""
-        if len(sigmas) != len(self.sigmas) or not torch.allclose(sigmas[[0, -1]], self.sigmas[[0, -1]], rtol=1e-3, atol=1e-4):
+        if len(sigmas) != len(self.sigmas) or _differ(self.sigmas, sigmas)[[0, -1]].any():
             return ""
-        step = int((sigmas - self.sigmas).abs().gt(1e-3 * self.sigmas + 1e-4).nonzero()[0])
+        step = int(_differ(self.sigmas, sigmas).nonzero()[0])
         return f", whose step {step} begins at {sigmas[step]:.4g} instead of {self.sigmas[step]:.4g}"
+
+
+def _differ(calibrated: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    """Return bool [n]: where the sigmas of a run are not those of a calibration, beyond rounding."""
+    return (sigmas - calibrated).abs() > 1e-3 * sigmas + 1e-4
 
 
 class CorrectedFeatures(FeatureCache):

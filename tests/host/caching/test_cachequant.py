@@ -418,3 +418,17 @@ def test_a_save_that_fails_leaves_the_older_file(host, profile_folder, profile_o
         host.run("IECSaveCacheProfile", profile=profile, name="net")
     assert [path.name for path in profile_folder.iterdir()] == ["net.safetensors"]
     assert (profile_folder / "net.safetensors").read_bytes() == before
+
+
+def test_a_model_that_hides_the_conditioning_is_refused(calibrate, model):
+    """A cache evaluates such a MODEL in full; a calibration would see no step at all."""
+
+    def hide(apply_model, arguments):
+        options = {k: v for k, v in arguments["c"]["transformer_options"].items() if k not in ("uuids", "cond_or_uncond")}
+        return apply_model(arguments["input"], arguments["timestep"], **{**arguments["c"], "transformer_options": options})
+
+    hiding = model.clone()
+    hiding.set_model_unet_function_wrapper(hide)
+    for settings in ({}, {"schedule": "uniform"}):
+        with pytest.raises(ValueError, match=r"^model: another node on it calls the network without telling the step"):
+            calibrate(hiding, **settings)

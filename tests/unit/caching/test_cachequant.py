@@ -18,6 +18,7 @@ from iec_core.caching.cachequant import (
     group_steps,
     mapped,
 )
+from iec_core.errors import ProfileError
 
 
 def cost_of(cost, firsts, total):
@@ -240,6 +241,14 @@ def test_another_schedule_of_the_same_ends_is_told_apart():
     with pytest.raises(
         ValueError, match=rf"from {sigmas[0]:g} to 0, whose step 3 begins at {sigmas[3]:.4g} instead of {sigmas[3] / 1.1:.4g};"
     ):
+        CorrectedFeatures(profile()).full_steps(sigmas)
+
+
+def test_a_schedule_at_the_edge_of_rounding_is_refused_in_words():
+    """The tolerance is relative to the run's sigma; by the calibrated one, which is larger, this sigma would be the same."""
+    sigmas = profile().sigmas.tolist()
+    sigmas[3] -= 0.9995e-3 * sigmas[3] + 1e-4
+    with pytest.raises(ProfileError, match="whose step 3 begins"):
         CorrectedFeatures(profile()).full_steps(sigmas)
 
 
