@@ -23,7 +23,8 @@ class CacheSettings:
     """The settings of a cache.
 
     interval, branch: as in DeepCache. schedule: a CacheSchedule. start, end: only steps at sigmas between these (start
-    inclusive, end exclusive) are cached. forecast: one of iec_core.caching.FORECASTS. correction_pass: one of CORRECTION_PASSES.
+    inclusive, end exclusive) are cached. forecast: one of iec_core.caching.FORECASTS. correction_pass: one of
+    CORRECTION_PASSES.
     """
 
     interval: int
