@@ -151,7 +151,7 @@ class Probe:
         )
 
     def _norms(self, network, noise, u, pairs, value, step):
-        """Return (SpectralNorms, true network's Lipschitz estimates [P, B]) of alpha I + beta J for the P pairs, with J at u."""
+        """Return (SpectralNorms, true network's Lipschitz estimates [P, B]) of alpha I + beta J for the P pairs; J is at u."""
         generator = torch.Generator().manual_seed((self._seed + step) % 2**63)
         with straight_through(network), Linearization(noise, u, self._method) as jacobian:
             self._method = jacobian.method  # checked once: whether this method is possible and right
