@@ -108,9 +108,8 @@ def load_builtin_model(dtype=None, architecture="unet"):
         count, supported = comfy.utils.calculate_parameters(weights), config.supported_inference_dtypes
         dtype = management.unet_dtype(model_params=count, supported_dtypes=supported)
     model = _empty_model(config, dtype)
-    model.load_model_weights(
-        {name: tensor.to(dtype) for name, tensor in weights.items()}
-    )  # the host may use these tensors without a cast
+    # The host may use these tensors without a cast, so they are cast here.
+    model.load_model_weights({name: tensor.to(dtype) for name, tensor in weights.items()})
     device, offload_device = management.get_torch_device(), management.unet_offload_device()
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload_device)
 

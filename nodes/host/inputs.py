@@ -163,9 +163,8 @@ def _is_link(value, prompt):
     try:
         source, slot = value
         node = host_nodes.NODE_CLASS_MAPPINGS.get(prompt[source]["class_type"])
-        return isinstance(slot, int) and 0 <= slot < (
-            len(node.RETURN_TYPES) if node else math.inf
-        )  # the host may still replace an unknown node
+        # The host may still replace an unknown node, so that any slot may exist.
+        return isinstance(slot, int) and 0 <= slot < (len(node.RETURN_TYPES) if node else math.inf)
     except (ValueError, TypeError, KeyError):
         return False
 
@@ -173,9 +172,7 @@ def _is_link(value, prompt):
 def _as_the_host_shall_see(spec, value, prompt):
     """Return the value of an input, or a value that the host refuses with a message."""
     if isinstance(value, list):
-        return (
-            value if _is_link(value, prompt) else [value]
-        )  # [value] is refused as a bad link, because a link is a list of two
+        return value if _is_link(value, prompt) else [value]  # [value] is refused: a link is a list of two
     if spec.get_io_type() not in READ:
         return [value]
     plain = value["__value__"] if isinstance(value, dict) and "__value__" in value else value

@@ -80,8 +80,8 @@ def image_grid(rows):
 class Layout(NamedTuple):
     """The places of the cells in a side-by-side picture.
 
-    others: the number of runs next to the reference in a band. beside: whether differences are to the right of their images;
-    otherwise they are below. tile: the cells' width in pixels.
+    others: the number of runs next to the reference in a band, a row of runs. beside: whether differences are to the right of
+    their images; otherwise they are below. tile: the cells' width in pixels.
     """
 
     others: int

@@ -1,4 +1,4 @@
-"""Plots of sampling runs, as RGB arrays. Their text is readable at the 400 pixels width that a node shows."""
+"""Plots of sampling runs, as RGB arrays. Their text is large enough for a node, which shows them 400 pixels wide."""
 
 import itertools
 
@@ -158,9 +158,8 @@ def error_growth(curves):
     for number, ((_, _, errors), name, (colour, style, marker)) in enumerate(zip(curves, names, looks)):
         errors = np.where(np.asarray(errors) > 0, errors, np.nan)
         apart = max(1, len(errors) // 8)
-        marked = sorted(
-            {*range(1 + number % apart, len(errors), apart), len(errors) - 1}
-        )  # so that a single known final error is visible
+        # The last one is marked too, so that an error that is known only at the end is visible.
+        marked = sorted({*range(1 + number % apart, len(errors), apart), len(errors) - 1})
         look = {"color": colour, "linestyle": style, "marker": marker, "markevery": marked, "markersize": 4, "linewidth": 1.2}
         axes.plot(range(len(errors)), errors, label=name, **look)
     _log_scale(axes)

@@ -168,9 +168,8 @@ def _entries(x, transformer_options):
         return None
     if told[1]:
         return list(zip(*given))
-    return [
-        (*entry, *given[0]) for entry in zip(*given)
-    ]  # several entries may have one number: the numbers of the batch distinguish them
+    # Several entries may have the same number. The numbers of the whole batch distinguish them.
+    return [(*entry, *given[0]) for entry in zip(*given)]
 
 
 def _where(x, transformer_options, latent, entries):

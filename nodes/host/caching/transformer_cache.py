@@ -24,12 +24,7 @@ LISTS = {
     "single_block": ("single_blocks", "single_layers"),
 }  # fmt: skip
 ALIASES = {"double_block": ("double_block", "block"), "single_block": ("single_block",)}
-STREAMS = (
-    "img",
-    "txt",
-    "x",
-    "vid",
-)  # the tensors that blocks may take and pass on; other arguments are the same for all blocks
+STREAMS = ("img", "txt", "x", "vid")  # tensors that blocks take and pass on; other arguments are the same for all blocks
 
 
 @dataclass(frozen=True)
@@ -198,7 +193,7 @@ class _SpanPass:
     def __init__(self, span, blocks, plan, features, names):
         self.is_done = False
         self._span, self._blocks, self._plan, self._features, self._names = span, blocks, plan, features, names
-        self._entered = None  # the streams at the begin of the span, in a full evaluation
+        self._entered = None  # the streams at the start of the span, in a full evaluation
         self._result = None  # the streams at the end of the span, in a cached evaluation
 
     def replacements(self, others):

@@ -73,7 +73,7 @@ class NormalTensors(TorchFunctionMode):
 
 
 def _attention(function, *args, **kwargs):
-    """Compute the host's basic attention, which has derivatives. Its other ones have none, or overwrite their inputs."""
+    """Compute the host's basic attention, which has derivatives. The others have none, or overwrite their inputs."""
     return comfy.ldm.modules.attention.attention_basic(*args, **kwargs)
 
 

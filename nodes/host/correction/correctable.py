@@ -7,7 +7,7 @@ import comfy.samplers
 from ....iec_core.correction.automatic import Situation, choose
 from ..sampling.rehearsal import CannotRehearse, plan_by_name
 
-SOME_SIGMAS = (8.0, 5.0, 3.0, 1.5, 0.5, 0.0)  # any schedule: it only shows how a sampler steps, before the run's is known
+SOME_SIGMAS = (8.0, 5.0, 3.0, 1.5, 0.5, 0.0)  # an example, to see how a sampler steps before the run's schedule is known
 
 
 def refusal(name):

@@ -124,7 +124,7 @@ class CorrectedDenoiser(CountedDenoiser):
         """Return a denoiser for corrections at the evaluation point `paper`, which evaluates the step's result.
 
         Outside the in-paint mask the latent must be the image with the result's noise level and scaling. The host would insert
-        the image with the noise level of the step's begin.
+        the image with the noise level of the step's start.
         """
 
         def denoise(x, sigma, **extra_args):

@@ -157,9 +157,7 @@ class Planner:
 
 def serve_step_plans(server):
     """Let a server, the host's PromptServer, answer POST /iec/step_plan for the frontend extension."""
-    if any(
-        getattr(route, "path", None) == ROUTE for route in server.routes
-    ):  # a second route with this path would stop the server
+    if any(getattr(route, "path", None) == ROUTE for route in server.routes):  # a second such route would stop the server
         return
     planner = Planner()
 

@@ -73,7 +73,7 @@ def _of_weight(model, source, name, layer):
 
 
 def _take_up(error, reference, device, layer, inputs, output):
-    error.backend = str(layer.choice(device, inputs[0]))  # can differ between calibrated and other activations
+    error.backend = str(layer.choice(device, inputs[0]))  # depends on whether activations are calibrated
     expected = reference(inputs[0]).float()
     error.signal += expected.square().sum().item()
     error.noise += (output.float() - expected).square().sum().item()

@@ -138,10 +138,10 @@ def _from_config(config, dtype, weights):
 
 
 def _without_memory(operations, most):
-    """Return the host's operations, but with layers whose weights have no memory. The `iec_class` of a layer is the host's
-    class.
+    """Return the host's operations, but with layers whose weights have no memory.
 
-    Raises ValueError, in a layer's constructor, if there are more than `most` layers, the number of weights in the file.
+    The `iec_class` of a layer is the host's class. Raises ValueError, in a layer's constructor, if there are more than `most`
+    layers, the number of weights in the file.
     """
     made = itertools.count(1)
 

@@ -40,7 +40,7 @@ def prediction_errors(model, choices, run, bar, within=_nothing):
 
 
 def evaluations_of(choices, steps):
-    """Return how many evaluations `prediction_errors` needs for so many choices, without those of the run itself."""
+    """Return how many evaluations `prediction_errors` adds to a run of so many steps. choices: the number of all choices."""
     return len(_steps_of(steps)) * choices
 
 

@@ -186,9 +186,8 @@ def layers_to_quantize(model, quantization):
         raise ValueError(
             "model: this MODEL is compiled, and what is compiled cannot be quantized; compile it after quantizing."
         )
-    model.unpatch_model(
-        unpatch_weights=False
-    )  # object patches of other clones do not belong to this MODEL; each run applies its own
+    # Object patches of other clones do not belong to this MODEL. Each run applies its own.
+    model.unpatch_model(unpatch_weights=False)
     layers = quantizable_layers(model.model.diffusion_model)
     if not layers:
         raise ValueError("model: this MODEL has no Linear or Conv2d layer in floating point to quantize.")

@@ -69,8 +69,10 @@ class ActivationFormat:
 
 
 class _Views(NamedTuple):
-    """Views of a packed weight: parts, as `Packing.stored` returns them; of_rows, the scales of the output channels, float32
-    [O]; factors, those of the low-rank branch, or None.
+    """Views of a packed weight.
+
+    parts: as `Packing.stored` returns them. of_rows: the scales of the output channels, float32 [O]. factors: those of the
+    low-rank branch, or None.
     """
 
     parts: tuple[torch.Tensor, ...]
@@ -394,9 +396,7 @@ class _QuantizedLayer:
             scale = dynamic_scale(rows.detach(), kept) if self.input_scale is None else self.input_scale
             limit, dtype = LIMIT, None
         inside = rows.float() / scale
-        if (
-            self.input_scale is not None
-        ):  # else nothing is clipped, except values that the division moves one ulp beyond the limit
+        if self.input_scale is not None:  # else the division moves values at most one ulp beyond the limit
             inside = inside.clamp(-limit, limit)
         rounded = inside.detach().round() if dtype is None else inside.detach().to(dtype).float()
         return ((inside + (rounded - inside.detach())) * scale).to(rows.dtype)

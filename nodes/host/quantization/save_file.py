@@ -88,7 +88,7 @@ def _check_patches(model):
 
 
 def _sources(model, layers, activation_bits, more):
-    """Return {key: (dtype, shape, function that returns the tensor)} for `write`. more: {key: tensor} not in the network."""
+    """Return {key: (dtype, shape, function that returns the tensor)} for `write`. more: further {key: tensor}."""
     network = model.model.diffusion_model
 
     @functools.lru_cache(maxsize=1)

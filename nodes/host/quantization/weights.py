@@ -33,10 +33,9 @@ def with_patches(patches, key, weight, original=None):
 
 
 def lora_factors(patches, shape, device):
-    """Return (out [O, r], into [r, ...]), float32 on a device, whose product a MODEL's patches add to a weight of shape [O,
-    ...].
+    """Return (out [O, r], into [r, ...]), float32 on a device, whose product a MODEL's patches add to a weight.
 
-    Return None if not all patches are LoRAs that add such a product.
+    The weight has this shape, [O, ...]. Return None if not all patches are LoRAs that add such a product.
     """
     found = [_factors_of_one(patch, shape, device) for patch in patches]
     if not all(found):
@@ -50,9 +49,7 @@ def _factors_of_one(patch, shape, device):
     if not isinstance(adapter, comfy.weight_adapter.LoRAAdapter) or weight_strength != 1 or function is not None:
         return None
     out, into, alpha, middle, magnitudes, larger = adapter.weights
-    dimension, start, rows = (
-        (0, 0, shape[0]) if offset is None else offset
-    )  # the patch may cover only some rows, such as the queries of a qkv layer
+    dimension, start, rows = (0, 0, shape[0]) if offset is None else offset  # may be a part, such as the queries of a qkv layer
     out, into = (factor.detach().to(device).flatten(1).float() for factor in (out, into))
     fits = (len(out), out.shape[1], into.shape[1]) == (rows, len(into), math.prod(shape[1:])) and dimension == 0
     if not fits or not len(into) or not all(part is None for part in (middle, magnitudes, larger)):

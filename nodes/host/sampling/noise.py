@@ -17,7 +17,7 @@ def sampler_name(function):
 def is_of_the_host(function):
     """Return whether a sampler function is the host's own code, which does nothing but sampling.
 
-    A function that another pack wraps around one is not, although functools.wraps gives it the name and module of the host's.
+    A wrapper of another pack does not count, although functools.wraps gives it the name and module of the host's function.
     """
     while _defined_in(function) == "torch.utils._contextlib":  # the wrapper of torch.no_grad
         function = function.__wrapped__

@@ -65,8 +65,8 @@ class Draw:
 class RehearsedStep:
     """A step and the draws of noise that enter its result.
 
-    gain: the factor by which the step multiplies a change of its own prediction, relative to a step without history. It is 1 +
-    h / (2 h_last) for dpmpp_2m, about that for a longer history, and 1 for a sampler with several evaluations per step.
+    gain: the factor by which the step multiplies a change of its own prediction, relative to a step without history: for
+    dpmpp_2m 1 + h / (2 h_last), about that for a longer history, and 1 for a sampler with several evaluations per step.
     is_exact: whether `step` and `draws`, with only this step's prediction, give the sampler's own latent after the step.
     evaluated_at: the sigma that the network gets. It differs from the latent's sigma if a sampler passes a wrong one on
     purpose, as Detail Daemon does. evaluated_next: the sigma that the network would get at the step's result.
@@ -182,7 +182,7 @@ class _StandIn:
 
 
 def _guidance_patches(model_options):
-    """Return how many functions get the parts of the guided prediction. A sampler that adds one steps with a part of it."""
+    """Return how many functions get the parts of the guided prediction. A sampler that adds such a function uses a part."""
     return len((model_options or {}).get("sampler_post_cfg_function", []))
 
 

@@ -28,10 +28,7 @@ from .noise import sampler_name
 from .stock_samplers import evaluations_of
 
 KEY = "iec_run_plan"
-PICK_THEIR_OWN = (
-    "dpm_fast_function",
-    "dpm_adaptive_function",
-)  # of the host: their steps and callbacks differ from the schedule
+PICK_THEIR_OWN = ("dpm_fast_function", "dpm_adaptive_function")  # of the host: their steps differ from the schedule's
 SAME = 1e-3  # sigmas whose relative difference is smaller are equal: a sampler may compute in half precision
 
 
@@ -63,7 +60,7 @@ class Schedule:
     def position(self, sigma):
         """Return the position of a sigma on the schedule, in steps.
 
-        It is a step's number at the begin of the step, and linear in sigma between two steps.
+        It is a step's number at the start of the step, and linear in sigma between two steps.
         """
         value = self._sign * sigma
         index = min(max(bisect(self._rising, value + 1e-6 * abs(value)) - 1, 0), len(self._rising) - 1)
@@ -74,7 +71,7 @@ class Schedule:
         return float(index) if abs(share) < 1e-4 else index + min(max(share, 0.0), 1.0)
 
     def position_near(self, sigma, step):
-        """Return the position of an evaluation that is at the begin of this step, within it, or at one of the next two steps.
+        """Return the position of an evaluation that is at the start of this step, within it, or at one of the next two steps.
 
         The step is needed if a schedule goes up again, because then several steps have the same sigma.
         """

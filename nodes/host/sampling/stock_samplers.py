@@ -13,7 +13,7 @@ from .noise import is_of_the_host, sampler_name
 # Reasons why no step's result is known from its own prediction, as phrases after the sampler's name.
 MORE_THAN_ONCE = "evaluates more than once in a step"
 WITH_HISTORY = "steps with its earlier predictions too"
-SHOWS_HISTORY = 4  # steps after which every sampler with history has used it
+SHOWS_HISTORY = 4  # within so many steps every sampler with history uses it
 
 
 @dataclass(frozen=True)
