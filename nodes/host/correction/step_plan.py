@@ -23,7 +23,7 @@ LEAST_DENOISE = 0.01  # with less, the host computes a schedule of more than 100
 
 
 class NotKnown(ValueError):
-    """What a run will do is not known before it runs. The run itself may succeed."""
+    """The steps of a run are not known before it runs. The run itself may succeed."""
 
 
 @dataclass(frozen=True)

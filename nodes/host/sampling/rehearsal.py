@@ -1,4 +1,4 @@
-"""Rehearsal: learn what a sampler function of the host will do over a schedule by running it once on scalar numbers.
+"""Learn what a sampler function of the host will do over a schedule, by a rehearsal: one run of it on scalar numbers.
 
 For every evaluation a correction must know which step it belongs to, whether the step uses its prediction, and where the step
 leads. The samplers do not tell this, and reading a sigma back from the device at every evaluation would stall it. So the
@@ -308,8 +308,8 @@ def _preserves_the_image(a, b, sigma, sigma_next):
 def _step(record, own, index, starts, schedule, sampling, can_draw):
     """Return the RehearsedStep with the number `index`.
 
-    starts: the sigmas at which the steps are evaluated. schedule: the run's sigmas if the sampler takes one step between each
-    two of them, else None. sampling: the host's model sampling.
+    starts: the sigmas at which the steps are evaluated. schedule: the run's sigmas if the sampler takes one step from each
+    sigma to the next, else None. sampling: the host's model sampling.
     """
     a, b, factors, gain, is_affine = _factors(record, own, index)
     sigma, then = starts[index], starts[index + 1] if index + 1 < len(starts) else None

@@ -7,7 +7,7 @@ place of an evaluation is a dict:
     step         the number of the step, from 0
     iteration    k in the k-th correction of the step, else 0
     sigma        the noise level of the latent, a float; None if it cannot be known without a read from the device
-    position     the place of sigma on the schedule, in steps, a float; None likewise
+    position     the place of sigma on the schedule, in steps, a float; None in the same case
     evaluation   a number that no other evaluation has
     latent       the shape of the latent, () if it is not known
     schedule     the Schedule that has these steps
