@@ -1,18 +1,18 @@
-"""The nodes: what a user wires. Thin V3 nodes, in a folder a capability; what touches the host's internals is in `host`."""
+"""The nodes that a user wires: thin V3 nodes, one folder per capability. Code that touches ComfyUI's internals is in `host`."""
 
-from ..iec_core.log import logger
-from .host import version  # noqa: F401 - first, for it refuses a ComfyUI that lacks what the others import
+from .host import version  # noqa: F401 - first: it refuses a ComfyUI that lacks what the other modules import
 
 # isort: split
 
 from comfy_api.latest import ComfyExtension
 
+from ..iec_core.log import logger
 from .host.second_copy import first_copy
 
 COPIES = first_copy()
 WEB_DIRECTORY = "./web" if COPIES is None else None
 
-if COPIES is None:  # a second copy brings nothing: routes, operators and the page's extension can be registered once only
+if COPIES is None:  # a second copy adds nothing: routes, operators and the web extension can be registered only once
     from . import builtin
     from .caching import cachequant, deepcache
     from .correction import contraction, samplers
@@ -30,7 +30,7 @@ else:
 
 
 class IECExtension(ComfyExtension):
-    """Every node of the pack; none in a second copy of it."""
+    """Every node of the pack; a second copy of the pack has no nodes."""
 
     async def get_node_list(self):
         return NODES

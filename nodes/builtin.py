@@ -26,7 +26,7 @@ class IECLoadBuiltinModel(CheckedNode):
                     "precision",
                     options=list(PRECISIONS),
                     default="auto",
-                    tooltip="Number type of the network. auto: what ComfyUI would choose for the device.",
+                    tooltip="Number type of the network. auto: the type that ComfyUI chooses for the device.",
                 ),
                 io.Combo.Input(
                     "architecture",

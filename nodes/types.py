@@ -1,4 +1,4 @@
-"""The pack's own socket types, the host's IMAGE from an array, and what a node shows on itself."""
+"""The pack's socket types, the conversion of an array to the host's IMAGE, and the `ui` of a node that shows images."""
 
 import numpy as np
 import torch
@@ -15,11 +15,11 @@ QuantizationProfileSocket = io.Custom("IEC_QUANTIZATION_PROFILE")
 
 
 def as_image(array):
-    """uint8 [H, W, 3] to the host's IMAGE, float [1, H, W, 3] in 0..1."""
+    """Convert uint8 [H, W, 3] to the host's IMAGE, float [1, H, W, 3] in 0..1."""
     return torch.from_numpy(array.astype(np.float32) / 255)[None]
 
 
 def shown_on(node, images, text=None):
-    """Return the `ui` of a node's class that shows images [H, W, 3] in 0..1 on the node, and a text where the frontend does."""
+    """Return the `ui` dict of a node class that shows images [H, W, 3] in 0..1, and a text if the frontend supports it."""
     shown = ui.PreviewImage(images, cls=node).as_dict()
     return shown if text is None else {**shown, **ui.PreviewText(text).as_dict()}

@@ -1,4 +1,4 @@
-"""CacheQuant: calibrate a cache's schedule and corrections on the user's prompts, keep them in a file, apply them."""
+"""CacheQuant: calibrate a cache's schedule and corrections on the user's prompts, save and load them, apply them to a MODEL."""
 
 from comfy_api.latest import io
 
@@ -17,7 +17,7 @@ CALIBRATED_FORECASTS = ["hold", "linear"]
 
 
 def parse_calibrated_schedule(text):
-    """Parse a `schedule` text: a CacheSchedule, or None for "dps". Raises ValueError, with a sentence that lists the forms."""
+    """Return the CacheSchedule of a `schedule` text, None for "dps". Raise ValueError, with a message that lists the forms."""
     if text.strip().lower() == "dps":
         return None
     try:
@@ -27,10 +27,10 @@ def parse_calibrated_schedule(text):
 
 
 def full_steps_output():
-    """Return the output that says which steps a profile's cache evaluates in full."""
+    """Return the output that lists the steps which a profile's cache evaluates in full."""
     return io.String.Output(
         display_name="full_steps",
-        tooltip="The steps that are evaluated in full. A sampler behind the cache corrects them with correction_steps full.",
+        tooltip="The steps that are evaluated in full. A sampler after the cache corrects them with correction_steps full.",
     )
 
 
@@ -41,12 +41,13 @@ class IECCalibrateCacheQuant(CheckedNode):
             node_id="IECCalibrateCacheQuant",
             display_name="Calibrate CacheQuant (IEC)",
             category="advanced/model/IEC",
-            description="Runs the full-precision model on your prompts, and finds out which steps a cache should evaluate in "
-            "full and how to correct what it reuses on the others. With Quantize Model upstream, it corrects its errors too.",
+            description="Runs the full-precision model on your prompts, and finds which steps a cache should evaluate in "
+            "full and how to correct the features that it reuses on the others. Also corrects quantization errors of a "
+            "quantized model.",
             search_aliases=["calibrate cache", "cache schedule", "cache calibration", "deepcache"],
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="The model to cache, with Quantize Model if it is to be used so; without DeepCache."
+                    "model", tooltip="The model to cache; quantized, if you sample with it quantized; without DeepCache."
                 ),
                 *run_inputs(" The profile is for this schedule."),
                 io.Int.Input(
@@ -67,8 +68,8 @@ class IECCalibrateCacheQuant(CheckedNode):
                     "schedule",
                     default="dps",
                     optional=True,
-                    tooltip="Which steps are evaluated in full. dps: those that the calibration finds by dynamic programming, "
-                    f"the paper's; or {SCHEDULE_FORMS}, as in DeepCache (IEC).",
+                    tooltip="Which steps are evaluated in full. dps: the calibration finds them by dynamic programming, as "
+                    f"in the paper; or {SCHEDULE_FORMS}, as in DeepCache (IEC).",
                 ),
                 io.Combo.Input(
                     "forecast",
@@ -82,17 +83,17 @@ class IECCalibrateCacheQuant(CheckedNode):
                     "correct_consumer",
                     default=False,
                     optional=True,
-                    tooltip="With a quantized U-Net: correct the output of the block that consumes the feature too, as the "
-                    "paper does. The calibration takes half as long again.",
+                    tooltip="With a quantized U-Net: also correct the output of the block that consumes the feature, as the "
+                    "paper does. The calibration takes 1.5 times as long.",
                 ),
                 io.Model.Input(
                     "full_precision",
                     optional=True,
-                    tooltip="With a quantized model: the model that it was made from, whose runs the calibration takes.",
+                    tooltip="With a quantized model: the model that it was made from, which the calibration runs use.",
                 ),
             ],
             outputs=[
-                CacheProfileSocket.Output(display_name="profile", tooltip="What was found out, for CacheQuant (IEC)."),
+                CacheProfileSocket.Output(display_name="profile", tooltip="What the calibration found, for CacheQuant (IEC)."),
                 full_steps_output(),
             ],
         )
@@ -136,7 +137,7 @@ class IECSaveCacheProfile(CheckedNode):
             search_aliases=["save calibration", "save cache schedule"],
             inputs=[
                 CacheProfileSocket.Input("profile", tooltip="The profile of Calibrate CacheQuant (IEC)."),
-                io.String.Input("name", default="profile", tooltip="Name of the file; one of the same name is replaced."),
+                io.String.Input("name", default="profile", tooltip="Name of the file; a file of the same name is replaced."),
             ],
             outputs=[CacheProfileSocket.Output(display_name="profile", tooltip="The same profile.")],
         )
@@ -189,10 +190,10 @@ class IECCacheQuant(CheckedNode):
             node_id="IECCacheQuant",
             display_name="CacheQuant (IEC)",
             category="advanced/model/IEC",
-            description="DeepCache by a calibrated profile: its schedule, and its corrections of what is reused.",
+            description="DeepCache by a calibrated profile: its schedule, and its corrections of the reused features.",
             search_aliases=["calibrated cache", "deepcache", "cache", "feature cache", "faster", "speed up", "accelerate"],
             inputs=[
-                io.Model.Input("model", tooltip="The model that the profile is of; it stays as it is."),
+                io.Model.Input("model", tooltip="The model that the profile is for; it stays as it is."),
                 CacheProfileSocket.Input("profile", tooltip="Of Calibrate CacheQuant (IEC) or Load Cache Profile (IEC)."),
                 io.Combo.Input(
                     "correction_pass",

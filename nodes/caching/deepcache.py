@@ -1,4 +1,4 @@
-"""IECDeepCache: a MODEL that reuses its deep features between steps."""
+"""IECDeepCache: make a MODEL reuse its deep features between steps."""
 
 from comfy_api.latest import io
 
@@ -17,8 +17,8 @@ class IECDeepCache(CheckedNode):
             node_id="IECDeepCache",
             display_name="DeepCache (IEC)",
             category="advanced/model/IEC",
-            description="Evaluates a network's deep blocks on every interval-th step only and reuses their feature between. "
-            "A correction of a full step refreshes the feature, or reuses it.",
+            description="Evaluates a network's deep blocks on every interval-th step only, and reuses their feature on the "
+            "steps between. A correction of a full step refreshes the feature, or reuses it.",
             search_aliases=["cache", "feature cache", "block cache", "faster", "speed up", "accelerate", "skip blocks"],
             inputs=[
                 io.Model.Input(
@@ -36,24 +36,24 @@ class IECDeepCache(CheckedNode):
                     default=0,
                     min=0,
                     max=100,
-                    tooltip="How much is evaluated on the other steps: of a U-Net the outermost skip connections, of a "
-                    "transformer the first and the last blocks, one more than this number. 0 is cheapest and least exact.",
+                    tooltip="How much is evaluated on the other steps: one more than this number of outermost skip connections "
+                    "(U-Net), or of blocks at each end (transformer). 0 is cheapest and least exact.",
                 ),
                 io.Combo.Input(
                     "correction_pass",
                     options=list(CORRECTION_PASSES),
                     default="refresh",
                     optional=True,
-                    tooltip="What IEC's correction of a full step does. refresh: evaluated in full, its feature is reused on. "
-                    "keep: evaluated in full, the step's first feature is reused on. reuse: evaluated as cheaply as a cached "
-                    "step, on the step's own feature.",
+                    tooltip="What IEC's correction of a full step does. refresh: evaluates in full; later steps reuse the new "
+                    "feature. keep: evaluates in full; later steps reuse the step's first feature. reuse: evaluates as cheaply "
+                    "as a cached step, with the step's own feature.",
                 ),
                 io.String.Input(
                     "schedule",
                     default="uniform",
                     optional=True,
-                    tooltip=f"Which steps are evaluated in full: {SCHEDULE_FORMS}. power takes as many as uniform does at this "
-                    "interval, and crowds them around the center. The first step always is.",
+                    tooltip=f"Which steps are evaluated in full: {SCHEDULE_FORMS}. power takes as many as uniform at this "
+                    "interval, closer together around the center. The first step is always evaluated in full.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -71,7 +71,7 @@ class IECDeepCache(CheckedNode):
                     max=1.0,
                     step=0.001,
                     optional=True,
-                    tooltip="Share of the denoising from which on every step is evaluated in full.",
+                    tooltip="Share of the denoising after which every step is evaluated in full.",
                 ),
                 io.Combo.Input(
                     "forecast",
@@ -79,8 +79,8 @@ class IECDeepCache(CheckedNode):
                     default="auto",
                     optional=True,
                     tooltip="What stands for the deep feature on the other steps. hold: that of the last full evaluation. "
-                    "linear, quadratic: those of the last two, three carried forward. auto: as much of linear as it came true "
-                    "at the full steps so far.",
+                    "linear, quadratic: extrapolated from the last two, three. auto: between hold and linear, by how well "
+                    "linear predicted the full steps so far.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="A clone of the model that caches.")],

@@ -1,1 +1,1 @@
-"""The nodes that correct a sampling run, and the one that measures how far the iteration contracts."""
+"""The nodes that correct a sampling run, and the node that measures how much the correction iteration contracts."""

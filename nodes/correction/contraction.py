@@ -1,4 +1,4 @@
-"""IECContractionProbe: whether a model's steps let errors grow, and which damping lets their correction converge."""
+"""IECContractionProbe: measure by how much steps amplify errors, and which damping makes their correction converge."""
 
 import comfy.samplers
 from comfy_api.latest import io
@@ -18,7 +18,7 @@ class IECContractionProbe(CheckedNode):
             node_id="IECContractionProbe",
             display_name="Contraction Probe (IEC)",
             category="sampling/IEC",
-            description="Measures along a sampling run by how much each step lets errors grow, and how its correction "
+            description="Measures along a sampling run by how much each step amplifies errors, and how its correction "
             "contracts for dampings 0.1 to 0.9: spectral norms of the network's Jacobian, and the best damping of each step.",
             search_aliases=["jacobian", "spectral norm", "lipschitz", "convergence", "lambda schedule", "contraction"],
             is_output_node=True,
@@ -30,7 +30,7 @@ class IECContractionProbe(CheckedNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="The seed of the run's noise, and of the directions that are tried.",
+                    tooltip="The seed of the run's noise and of the random directions.",
                 ),
                 io.Int.Input("steps", default=20, min=1, max=10000, tooltip="The number of Euler (DDIM) steps, as you sample."),
                 io.Float.Input(
@@ -44,7 +44,7 @@ class IECContractionProbe(CheckedNode):
                 io.Conditioning.Input("positive", tooltip="What the image should have."),
                 io.Conditioning.Input("negative", tooltip="What the image should not have."),
                 io.Latent.Input(
-                    "latent_image", tooltip="The latent image to denoise. Each image of a batch has norms of its own."
+                    "latent_image", tooltip="The latent image to denoise. Norms are measured for each image of a batch."
                 ),
                 io.Float.Input(
                     "denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Share of the denoising that is done."
@@ -61,8 +61,8 @@ class IECContractionProbe(CheckedNode):
                     default=24,
                     min=2,
                     max=200,
-                    tooltip="Products with the Jacobian and its transpose at most, twice for each measured step. More are "
-                    "needed where norms do not converge.",
+                    tooltip="At most so many products with the Jacobian and its transpose, twice for each measured step. "
+                    "Increase it if norms do not converge.",
                 ),
                 io.Float.Input(
                     "tolerance",
@@ -87,7 +87,7 @@ class IECContractionProbe(CheckedNode):
             outputs=[
                 io.Image.Output(display_name="plot", tooltip="The norms of every measured step, and the suggested lambdas."),
                 io.String.Output(
-                    display_name="lambdas", tooltip="The lambda of least norm of every step, for lambdas of an IEC sampler."
+                    display_name="lambdas", tooltip="For every step the lambda of least norm; for lambdas of an IEC sampler."
                 ),
                 io.String.Output(display_name="json", tooltip="All numbers as JSON text, an entry for each measured step."),
             ],

@@ -16,15 +16,15 @@ from ..types import Report
 
 
 def correction_inputs():
-    """The method's inputs, the same on every node."""
+    """Return the inputs of the correction, which are the same on every node."""
     return [
         io.String.Input(
             "correction_steps",
             default="auto",
-            tooltip=f"Which of the run's steps are corrected, counted from 0: {FORMS}. auto chooses steps and evaluation_point "
-            "that were measured to help and cost nothing. full is the steps that a cache evaluates in full, every step without "
-            "one; ends:1/10, the paper's, the first and the last tenth. Each corrected step costs max_iterations more "
-            "evaluations, one less at evaluation_point ahead.",
+            tooltip=f"Which of the run's steps are corrected, counted from 0: {FORMS}. auto chooses steps and "
+            "evaluation_point that were measured to help and cost nothing. full: the steps that a cache evaluates in full, "
+            "or every step without a cache. ends:1/10: the first and the last tenth, as in the paper. Each corrected step "
+            "costs max_iterations more evaluations, one less at evaluation_point ahead.",
         ),
         io.Float.Input(
             "lambda_",
@@ -56,8 +56,8 @@ def correction_inputs():
             default="paper",
             optional=True,
             tooltip="Where a step's result is evaluated again; correction_steps auto chooses its own. paper: at the step's own "
-            "timestep. next: at the timestep that it belongs to (Heun's rule at lambda 0.5, one iteration); the last step, "
-            "which ends at no noise, has none. ahead: as next, and it is the next step's own evaluation too, so that one "
+            "timestep. next: at the timestep of the result (Heun's rule at lambda 0.5, one iteration); not for the last "
+            "step, which ends at no noise. ahead: as next, but the evaluation also serves as the next step's own, so that one "
             "iteration costs nothing; for euler, ddim, euler_ancestral, ddpm.",
         ),
         io.Combo.Input(
@@ -65,33 +65,33 @@ def correction_inputs():
             options=list(LAMBDA_MODES),
             default="fixed",
             optional=True,
-            tooltip="How the damping is chosen. fixed: lambda_, as in the paper. contractive: at most that, as each iteration "
-            "shows it to converge. anderson: lambda_, accelerated from the second iteration.",
+            tooltip="How the damping is chosen. fixed: lambda_, as in the paper. contractive: at most lambda_, reduced so "
+            "that the measured iteration converges. anderson: lambda_, accelerated from the second iteration.",
         ),
     ]
 
 
 def lambdas_input():
-    """The dampings of single steps; the last input of a node, so that workflows made before it was there keep their values."""
+    """Return the input for the damping of each step. It must be a node's last input: older workflows then keep their values."""
     return io.String.Input(
         "lambdas",
         default="",
         optional=True,
-        tooltip="The damping of each step in place of lambda_: as many numbers as the run has steps, above 0 and at most 1, "
-        "with commas between, as Contraction Probe (IEC) puts them out. Empty: lambda_ for all.",
+        tooltip="The damping of each step in place of lambda_: one number per step, above 0 and at most 1, separated by "
+        "commas, as Contraction Probe (IEC) returns them. Empty: lambda_ for all steps.",
     )
 
 
 def later_report():
-    """The report output of a node whose run comes later."""
+    """Return the report output of a node whose runs take place after the node itself has run."""
     return Report.Output(display_name="report", tooltip="What the runs did and cost; for IEC Report, which waits for them.")
 
 
-MOST_RUNS = 100  # that a RunLog keeps where no prompt tells which belong together, as in a script
+MOST_RUNS = 100  # the most that a RunLog keeps if no prompt groups the runs, as in a script
 
 
 class RunLog(list):
-    """The RunReports of one prompt's runs, in order; filled while they run. Made by the node that asks for them."""
+    """The RunReports of one prompt's runs, in order, filled while they run. The node that asks for the correction makes it."""
 
     def __init__(self, settings):
         super().__init__()
@@ -102,7 +102,7 @@ class RunLog(list):
         self._node = context.node_id if context else ""
 
     def begin(self):
-        """Return the report of a run that begins; the runs of an earlier prompt are dropped, and without one the oldest."""
+        """Return the report of a run that begins. Drop the runs of an earlier prompt or, without a prompt, the oldest."""
         context = get_executing_context()
         prompt = context and context.prompt_id
         if prompt != self._prompt:
@@ -117,19 +117,19 @@ class RunLog(list):
 
 
 def after_input(option):
-    """Return the input that lets a node wait for the runs of the report at its input `option`."""
+    """Return the input that makes a node wait for the runs of the report at its input `option`."""
     return io.Latent.Input(
         "after",
         optional=True,
-        tooltip=f"With Apply IEC and IEC Sampler: the latent of the last sampler that {option} is of, so that it is read after "
-        "the run. KSampler (IEC) needs none.",
+        tooltip=f"With Apply IEC and IEC Sampler: the latent of the last sampler that {option} covers, so that it is read "
+        "after the run. KSampler (IEC) needs none.",
     )
 
 
 def check_is_done(option, report, after):
-    """Raise ValueError where the runs of the report at the input `option` are still to come, or were in another prompt.
+    """Raise ValueError if the runs of the report at the input `option` have not taken place yet, or were in another prompt.
 
-    after: what came in at `after_input`.
+    after: the value of the input that `after_input` makes.
     """
     if isinstance(report, RunLog) and after is None:
         raise ValueError(
@@ -144,8 +144,9 @@ def check_is_done(option, report, after):
 
 
 def check(total=None, sampler_name=None, **given):
-    """Return True, or the sentence for a wrong value. total: the number of steps, where it is known. given: inputs of the
-    correction; None is not known yet.
+    """Return True, or the error message for a wrong value.
+
+    total: the number of steps, None if it is not known. given: inputs of the correction; None: not known yet.
     """
     try:
         settings = CorrectionSettings.parse(**{name: value for name, value in given.items() if value is not None})
@@ -166,7 +167,7 @@ class IECKSampler(CheckedNode):
             node_id="IECKSampler",
             display_name="KSampler (IEC)",
             category="sampling/IEC",
-            description="The stock KSampler with Iterative Error Correction: re-evaluates the chosen steps at their own "
+            description="The stock KSampler with Iterative Error Correction: evaluates the chosen steps again at their own "
             "result, which damps the error of quantized and cached models.",
             search_aliases=["iec sampler", "iterative error correction", "error correction", "corrected sampler"],
             inputs=[
@@ -208,7 +209,7 @@ class IECKSampler(CheckedNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Share of the denoising that is done; below 1, the steps that are run are counted from 0.",
+                    tooltip="Share of the denoising that is done; below 1, the first step that is run has number 0.",
                 ),
                 *correction_inputs(),
                 io.String.Input("label", default="", optional=True, tooltip="The run's name in reports and plots."),
@@ -235,8 +236,8 @@ class IECKSampler(CheckedNode):
         known = comfy.samplers.KSampler
         wrong_choice = unknown_choice(known.SAMPLERS, sampler_name=sampler_name)
         wrong_choice = wrong_choice or unknown_choice(known.SCHEDULERS, scheduler=scheduler)
-        # ddim_uniform takes every (timesteps // steps)-th timestep of the model, which can be more than `steps` of them; beta
-        # takes each of them once, which can be fewer.
+        # Two schedulers may not make `steps` steps: ddim_uniform takes every (timesteps // steps)-th timestep of the model,
+        # which can be more; beta takes each timestep at most once, which can be fewer.
         total = None if scheduler in (None, "ddim_uniform", "beta") else steps
         return wrong_choice or check(
             total, sampler_name, correction_steps=correction_steps, lambda_=lambda_, max_iterations=max_iterations,
@@ -276,7 +277,7 @@ class IECApply(CheckedNode):
                 lambdas_input(),
             ],
             outputs=[io.Model.Output(tooltip="A clone of the model that carries the correction."), later_report()],
-            not_idempotent=True,  # or the host would take the runs of one such node for those of another with the same inputs
+            not_idempotent=True,  # else the host reuses one node's runs for another node with the same inputs
         )
 
     @classmethod
@@ -309,7 +310,7 @@ class IECSampler(CheckedNode):
                 lambdas_input(),
             ],
             outputs=[io.Sampler.Output(tooltip="The corrected sampler."), later_report()],
-            not_idempotent=True,  # or the host would take the runs of one such node for those of another with the same inputs
+            not_idempotent=True,  # else the host reuses one node's runs for another node with the same inputs
         )
 
     @classmethod

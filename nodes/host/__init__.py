@@ -1,1 +1,1 @@
-"""Everything that touches ComfyUI's internals: when the host changes, this is what has to be mended."""
+"""All code that touches the internals of ComfyUI, called the host here. If ComfyUI changes, only this package must change."""

@@ -1,8 +1,8 @@
-"""The built-in models as MODELs of the host, class-conditional and in pixel space: a U-Net that predicts v, and a transformer
-of flow matching.
+"""The built-in models as MODELs of the host: a U-Net that predicts v, and a flow-matching transformer.
 
-The class label reaches the network as one-hot vector twice, as SDXL's and Flux' conditioning does: as the only token of the
-context, and added to the timestep embedding. A dropped label is a vector of zeros.
+Both are class-conditional and work in pixel space. The class label reaches the network as a one-hot vector in two ways, like
+the conditioning of SDXL and Flux: as the only token of the context, and added to the timestep embedding. A dropped label is a
+vector of zeros.
 """
 
 import functools
@@ -24,7 +24,7 @@ ASSETS = pathlib.Path(__file__).parent.parent / "assets"
 
 
 class PixelFormat(comfy.latent_formats.LatentFormat):
-    """Pixels in -1..1 as latents: three channels, full resolution."""
+    """Latents that are pixels in -1..1: three channels, full resolution."""
 
     latent_channels = 3
     spacial_downscale_ratio = 1
@@ -32,7 +32,7 @@ class PixelFormat(comfy.latent_formats.LatentFormat):
 
 
 class _ClassLabel:
-    """The class label, carried as the pooled output, added to the timestep embedding."""
+    """Adds the class label, which is the pooled output of the conditioning, to the timestep embedding."""
 
     def encode_adm(self, **kwargs):
         label = kwargs.get("pooled_output")
@@ -50,7 +50,7 @@ class BuiltinTransformer(_ClassLabel, comfy.model_base.Flux):
 
 
 class BuiltinConfig(comfy.supported_models_base.BASE):
-    """What the host wants to know of a model family."""
+    """The config of a model family that the host needs, for the built-in U-Net."""
 
     unet_extra_config = {}
     latent_format = PixelFormat
@@ -68,7 +68,7 @@ class BuiltinConfig(comfy.supported_models_base.BASE):
 
 
 class BuiltinTransformerConfig(BuiltinConfig):
-    """The same of the transformer: its network is told sigma itself as time."""
+    """The config for the built-in transformer. Its network gets sigma itself as the time (multiplier 1)."""
 
     sampling_settings = {"shift": 1.0, "multiplier": 1.0}
     path = ASSETS / "emoji32_flow.safetensors"
@@ -76,11 +76,11 @@ class BuiltinTransformerConfig(BuiltinConfig):
 
     def __init__(self):
         super().__init__()
-        if "txt_ids_dims" in comfy.ldm.flux.model.FluxParams.__dataclass_fields__:  # hosts of 2026 want to be told
+        if "txt_ids_dims" in comfy.ldm.flux.model.FluxParams.__dataclass_fields__:  # hosts of 2026 require this field
             self.unet_config["txt_ids_dims"] = []
 
     def process_unet_state_dict(self, state_dict):
-        """Return the weights under the names that this host's Flux has for them; hosts of 2026 call some otherwise."""
+        """Return the weights with the names that this host's Flux uses; hosts of 2026 renamed some."""
         return comfy.supported_models.Flux.process_unet_state_dict(self, state_dict)
 
 
@@ -90,7 +90,7 @@ CONFIG_OF_CLASS = {config.model_class.__name__: config for config in ARCHITECTUR
 
 @functools.cache
 def metadata(path=BuiltinConfig.path):
-    """Return a model file's metadata: {"unet_config": dict, "classes": list of names}."""
+    """Return the metadata of a model file: {"unet_config": dict, "classes": list of names}."""
     with safetensors.safe_open(path, "pt") as file:
         facts = file.metadata()
     return {name: json.loads(facts["iec." + name]) for name in ("unet_config", "classes")}
@@ -99,7 +99,7 @@ def metadata(path=BuiltinConfig.path):
 def load_builtin_model(dtype=None, architecture="unet"):
     """Return a built-in model as a ModelPatcher.
 
-    dtype: torch dtype of the network, None for the host's choice. architecture: one of ARCHITECTURES.
+    dtype: torch dtype of the network, None for the dtype that the host chooses. architecture: a key of ARCHITECTURES.
     """
     config = ARCHITECTURES[architecture]()
     weights = comfy.utils.load_torch_file(str(config.path))
@@ -108,13 +108,14 @@ def load_builtin_model(dtype=None, architecture="unet"):
         count, supported = comfy.utils.calculate_parameters(weights), config.supported_inference_dtypes
         dtype = management.unet_dtype(model_params=count, supported_dtypes=supported)
     model = _empty_model(config, dtype)
-    model.load_model_weights({name: tensor.to(dtype) for name, tensor in weights.items()})  # the host may take them as they are
+    # The host may use these tensors without a cast, so they are cast here.
+    model.load_model_weights({name: tensor.to(dtype) for name, tensor in weights.items()})
     device, offload_device = management.get_torch_device(), management.unet_offload_device()
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload_device)
 
 
 def _empty_model(config, dtype):
-    """Return the BaseModel of a built-in model's config, its network in a torch dtype and without values."""
+    """Return the BaseModel of a built-in model's config, with the network in a torch dtype and without weights."""
     management = comfy.model_management
     device, supported = management.get_torch_device(), config.supported_inference_dtypes
     config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, supported))
@@ -122,9 +123,9 @@ def _empty_model(config, dtype):
 
 
 def class_conditioning(labels):
-    """Return CONDITIONING for a batch of class names, one image each; "none" stands for no label.
+    """Return CONDITIONING for a list of class names, one per image of the batch; "none" means no label.
 
-    Raises ValueError for a name that the model does not know.
+    Raises ValueError if a name is not a class of the model, or if there is no name.
     """
     classes = metadata()["classes"]
     unknown = [label for label in labels if label not in classes and label != "none"]

@@ -1,8 +1,8 @@
-"""What the inputs of the pack's nodes take: checked as a client wrote it, before the host makes it fit, and again before a node
-runs, when what comes over links is known.
+"""Type and range checks for the input values of the pack's nodes.
 
-The host turns a value into its input's type before a node sees it: null becomes the text "None", "false" becomes true, 3.7
-becomes 3. So its values are looked at when a prompt arrives (`refuse_unfit_values`).
+Values are checked twice: as the client wrote them, when a prompt arrives (`refuse_unfit_values`), and again before a node runs,
+when the values that come over links are known (`CheckedNode`). The first check is needed because the host converts a value to
+its input's type before a node sees it: null becomes the text "None", "false" becomes true, 3.7 becomes 3.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ ASKED = {
 
 
 def _written(value):
-    """Return how a client wrote a value, cut to what a sentence has room for."""
+    """Return a value as the client wrote it, cut to 60 characters for a message."""
     try:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError):
@@ -34,12 +34,12 @@ def _written(value):
 
 
 def _plain(value):
-    """Return a text or a finite number as it is; raises TypeError or ValueError for anything else."""
+    """Return a text or a finite number unchanged. Raises TypeError or ValueError for any other value."""
     if isinstance(value, bool) or not isinstance(value, (str, numbers.Real)):
         raise TypeError
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError
-    return value  # as a choice a number is refused by the node, which says how to write it
+    return value  # a number as a choice is refused later by the node, with the right spelling
 
 
 def _whole(value):
@@ -69,14 +69,16 @@ READ = {
 
 
 def _between(spec):
-    """Return the words for the bounds of a numeric input."""
+    """Return the bounds of a numeric input in words."""
     low, high = (value if isinstance(value, int) else f"{value:g}" for value in (spec.min, spec.max))
     return f"{low} to {high}"
 
 
 def read(spec, value):
-    """Return a value of an io.Input of a node in the input's type. Raises ValueError, with a sentence that names the input, for
-    one that would have to become another: null, NaN, 3.7 for a whole number, "false" for a switch.
+    """Return the value of a node's io.Input in the input's type.
+
+    Raises ValueError, with a sentence that names the input, if the conversion would change the value: null, NaN, 3.7 for a
+    whole number, "false" for a switch.
     """
     kind = spec.get_io_type()
     if kind not in READ:
@@ -89,13 +91,13 @@ def read(spec, value):
 
 
 def check_bounds(spec, value):
-    """Raise ValueError, with a sentence, where a number is outside an io.Input's bounds."""
+    """Raise ValueError, with a sentence, if a number is outside an io.Input's bounds."""
     if spec.get_io_type() in ("INT", "FLOAT") and not spec.min <= value <= spec.max:
         raise ValueError(f"{spec.id}: {value} is outside {_between(spec)}.")
 
 
 class CheckedNode(io.ComfyNode):
-    """A node whose `run` gets its widgets' values in their types, as its `validate_inputs` takes them."""
+    """A node whose `run` gets values in the types of their inputs, after they passed the bounds and `validate_inputs`."""
 
     @classmethod
     def execute(cls, **inputs):
@@ -111,7 +113,7 @@ class CheckedNode(io.ComfyNode):
 
     @classmethod
     def _validated(cls, values):
-        """Return True, or the sentence of the node's `validate_inputs` for these values, where it has one."""
+        """Return True, or the error message of the node's `validate_inputs` for these values, if the node has that method."""
         if cls.validate_inputs.__func__ is io.ComfyNode.validate_inputs.__func__:
             return True
         named = inspect.signature(cls.validate_inputs).parameters
@@ -119,8 +121,10 @@ class CheckedNode(io.ComfyNode):
 
 
 def known_values(check):
-    """Return a node's `validate_inputs` from one that takes numbers within their bounds, and None for a value that is not known
-    yet, as it comes over a link, or is refused for its type. The host leaves all checks of the values it names to the node.
+    """Decorate a node's `validate_inputs`: check bounds first, and pass None for values that are not known.
+
+    A value is not known if it comes over a link or is refused for its type. The bounds must be checked here, because the host
+    leaves all checks of the values that `validate_inputs` names to the node.
     """
 
     @functools.wraps(check)
@@ -133,12 +137,12 @@ def known_values(check):
             return str(refusal)
         return check(cls, **known)
 
-    validate_inputs.__signature__ = inspect.signature(check)  # where the host reads which values it is to pass
+    validate_inputs.__signature__ = inspect.signature(check)  # the host reads from it which values to pass
     return validate_inputs
 
 
 class Unfit(str):
-    """A value that the host is to refuse at validation: what turns it into an input's type raises ValueError(sentence)."""
+    """A value that the host refuses at validation: its conversion to an input's type raises ValueError(sentence)."""
 
     def __new__(cls, text, sentence=""):
         unfit = super().__new__(cls, text)
@@ -155,41 +159,45 @@ class Unfit(str):
 
 
 def _is_link(value, prompt):
-    """Tell whether a list is a link to an output of a node that is in the prompt."""
+    """Return whether a list is a link to an output of a node in the prompt."""
     try:
         source, slot = value
         node = host_nodes.NODE_CLASS_MAPPINGS.get(prompt[source]["class_type"])
-        return isinstance(slot, int) and 0 <= slot < (len(node.RETURN_TYPES) if node else math.inf)  # it may be replaced later
+        # The host may still replace an unknown node, so that any slot may exist.
+        return isinstance(slot, int) and 0 <= slot < (len(node.RETURN_TYPES) if node else math.inf)
     except (ValueError, TypeError, KeyError):
         return False
 
 
 def _as_the_host_shall_see(spec, value, prompt):
-    """Return the value of an input, or what makes the host refuse it with a sentence."""
+    """Return the value of an input, or a value that the host refuses with a message."""
     if isinstance(value, list):
-        return value if _is_link(value, prompt) else [value]  # refused as a bad link, which is a list of two
+        return value if _is_link(value, prompt) else [value]  # [value] is refused: a link is a list of two
     if spec.get_io_type() not in READ:
         return [value]
     plain = value["__value__"] if isinstance(value, dict) and "__value__" in value else value
     try:
         read(spec, plain)
     except ValueError as refusal:
-        # The host turns no choices into another type: the text is refused as none of them.
+        # The host does not convert a choice: it refuses the text because it is not one of the choices.
         return _written(plain) if spec.get_io_type() == "COMBO" else Unfit(_written(plain), str(refusal))
     return value
 
 
 def refuse_unfit(prompt, pack):
-    """Mark in a prompt, as a client sent it, the values that inputs of the pack's nodes cannot take. pack: {id: node class}."""
+    """Replace, in a client's prompt, the values that the pack's nodes cannot take by values that the host refuses.
+
+    pack: {id: node class}.
+    """
     for node in prompt.values() if isinstance(prompt, dict) else ():
-        with contextlib.suppress(KeyError, TypeError, AttributeError):  # of a node that is not of its form, the host says so
+        with contextlib.suppress(KeyError, TypeError, AttributeError):  # the host reports a malformed node itself
             for spec in pack[node["class_type"]].define_schema().inputs if node["class_type"] in pack else ():
                 if spec.id in node["inputs"]:
                     node["inputs"][spec.id] = _as_the_host_shall_see(spec, node["inputs"][spec.id], prompt)
 
 
 def refuse_unfit_values(server, pack):
-    """Let a server's prompts be looked at when they arrive. server: the host's PromptServer. pack: as `refuse_unfit` takes."""
+    """Check every prompt when it arrives at a server, the host's PromptServer. pack: as in `refuse_unfit`."""
 
     def on_prompt(body):
         refuse_unfit(body.get("prompt") if isinstance(body, dict) else None, pack)

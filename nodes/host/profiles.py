@@ -1,4 +1,4 @@
-"""Where profiles are, of caches and of quantizations: a model folder of ours."""
+"""The pack's own model folder, for the profiles of caches and of quantizations."""
 
 from .folders import ModelFolder
 

@@ -1,4 +1,4 @@
-"""A node's Schema, in what the host's version of it knows."""
+"""Node schemas with only the fields that this version of the host has."""
 
 import dataclasses
 
@@ -8,9 +8,9 @@ _KNOWN = {field.name for field in dataclasses.fields(io.Schema)}
 
 
 def schema(search_aliases, **fields):
-    """Return a node's io.Schema of these fields. search_aliases: words by which the node search finds it too.
+    """Return a node's io.Schema of these fields. search_aliases: further words by which the node search finds the node.
 
-    Hosts before 2026 have no such words and search names only: there they are left out.
+    Hosts before 2026 search names only and have no such field: there the aliases are left out.
     """
     if "search_aliases" in _KNOWN:
         fields["search_aliases"] = search_aliases

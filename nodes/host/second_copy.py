@@ -1,4 +1,4 @@
-"""Other copies of the pack in this ComfyUI, such as an older one that was left in custom_nodes beside the new one."""
+"""Detection of other copies of the pack in this ComfyUI, such as an older copy that was left in custom_nodes."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ import nodes as host_nodes
 
 
 def _root(module):
-    """Return the name of a copy's package, which the host names by its folder."""
+    """Return the name of a copy's package; the host names the package after its folder."""
     return module.split(".")[0]
 
 
@@ -16,7 +16,7 @@ def _folder(root):
 
 
 def first_copy():
-    """Return (folder of the copy that the host loaded before this one, folder of this one); None where this is the first."""
+    """Return (folder of the copy that the host loaded first, folder of this copy); None if this copy is the first."""
     node = host_nodes.NODE_CLASS_MAPPINGS.get("IECKSampler")
     roots = [_root(module) for module in (getattr(node, "__module__", ""), __name__)]
     if roots[0] == roots[1] or roots[0] not in sys.modules:

@@ -1,10 +1,10 @@
-"""The ComfyUI that the pack needs. To import this from an older one fails, with a sentence that the host's log shows."""
+"""Check of ComfyUI's version: importing this module in a ComfyUI that is too old fails, with a message in the host's log."""
 
 import re
 
 try:
     from comfyui_version import __version__ as found
-except ImportError:  # of before December 2024
+except ImportError:  # a ComfyUI from before December 2024
     found = "0.0.0, or so old that it does not tell"
 
 OLDEST = "0.3.75"  # as in pyproject.toml, which ComfyUI's registry reads

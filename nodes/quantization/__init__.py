@@ -1,1 +1,1 @@
-"""The nodes that quantize a MODEL, calibrate, save and load it, and report what it costs."""
+"""The nodes that quantize a MODEL, calibrate, save and load it, and report the error that quantization causes."""

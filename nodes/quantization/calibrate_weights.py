@@ -1,4 +1,4 @@
-"""IECCalibrateWeights: a quantized model whose weights are rounded by what comes into their layers on the user's prompts."""
+"""IECCalibrateWeights: quantize a model with GPTQ, calibrated on the layer inputs that the user's prompts produce."""
 
 from comfy_api.latest import io
 
@@ -11,7 +11,7 @@ from ..host.schema import schema
 from .formats import MIXED, OF_LAYERS, format_inputs, quantization, wrong_format
 
 RANKS = ["auto", "0", "8", "16", "32", "64"]
-AUTO_RANK = {"4": 16}  # by weight_bits; 0 with all others, which lose little, or have better use for the bits
+AUTO_RANK = {"4": 16}  # {weight_bits: rank}; 0 for other weight_bits, which lose little or have a better use for the bits
 BUDGETS = ["bits", "error"]
 
 
@@ -23,8 +23,8 @@ class IECCalibrateWeights(CheckedNode):
             node_id="IECCalibrateWeights",
             display_name="Calibrate Weights (IEC)",
             category="advanced/model/IEC",
-            description="Runs a model on your prompts, and makes a quantized one of it whose weights are rounded so that what "
-            "the layers put out stays (GPTQ), with a small low-rank branch for what 4 bits cannot hold.",
+            description="Runs a model on your prompts and quantizes it: weights are rounded so that the layers' outputs change "
+            "little (GPTQ), and a small low-rank branch adds what 4 bits cannot represent.",
             search_aliases=["gptq", "svdquant", "int4", "4-bit", "w4a8", "w4a16", "low-rank", "quantize", "ptq", "less memory"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to quantize, in full precision, with its LoRAs; it stays as it is."),
@@ -33,8 +33,8 @@ class IECCalibrateWeights(CheckedNode):
                     "rank",
                     options=RANKS,
                     default="auto",
-                    tooltip="Of the low-rank branch beside each weight, in 16 bits. More keep more, and take memory and time. "
-                    "0: none. auto: 16 with 4 bits, else none.",
+                    tooltip="Rank of the 16-bit low-rank branch of each weight. A higher rank is more exact, and takes memory "
+                    "and time. 0: no branch. auto: 16 with 4 bits, else none.",
                 ),
                 *run_inputs(""),
                 inputs["group_size"],
@@ -46,8 +46,8 @@ class IECCalibrateWeights(CheckedNode):
                     max=1024.0,
                     step=0.1,
                     optional=True,
-                    tooltip="About how much of the device's memory, in 2^30 bytes, the calibration may take beside the model. "
-                    "With less, runs are repeated for one part of the layers after the other.",
+                    tooltip="About how much of the device's memory, in 2^30 bytes, the calibration may take in addition to the "
+                    "model. If that is too little for all layers, the runs are repeated for one part of the layers at a time.",
                 ),
                 io.Combo.Input(
                     "budget",
@@ -64,8 +64,8 @@ class IECCalibrateWeights(CheckedNode):
                     max=32.0,
                     step=0.1,
                     optional=True,
-                    tooltip="With budget bits: bits a weight on average, with scales and branches, of the layers that the "
-                    "rules let be quantized.",
+                    tooltip="With budget bits: average bits per weight, including scales and branches, over the layers that "
+                    "may be quantized.",
                 ),
                 io.Float.Input(
                     "most_error",
@@ -75,16 +75,16 @@ class IECCalibrateWeights(CheckedNode):
                     step=0.001,
                     round=0.0001,
                     optional=True,
-                    tooltip="With budget error: by how much a prediction may change, over the prediction. Errors of images are "
-                    "several times as large.",
+                    tooltip="With budget error: the largest relative change of a prediction. Errors of images are several "
+                    "times as large.",
                 ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The quantized model."),
                 io.String.Output(
                     display_name="layers",
-                    tooltip="With weight_bits mixed a table in Markdown: what each layer costs and was given, what costs most "
-                    "at equal bytes first.",
+                    tooltip="With weight_bits mixed a table in Markdown: the error and the chosen bits of each layer. Layers "
+                    "with the largest error at equal bytes come first.",
                 ),
             ],
         )

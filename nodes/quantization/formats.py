@@ -1,4 +1,4 @@
-"""What the nodes that make a quantized model share: the inputs that say what it is to be."""
+"""The inputs for the format of a quantized model, shared by the nodes that make one."""
 
 from comfy_api.latest import io
 
@@ -7,17 +7,17 @@ from ...iec_core.quantization.packing import WeightFormat
 from ..host.quantization.quantize import LayerRules, Quantization, parse_patterns
 from ..host.quantization.quantized_layers import COMPUTE, EIGHT_BIT, FASTEST, ActivationFormat
 
-MIXED = "mixed"  # weight_bits of a node that finds them for each layer
+MIXED = "mixed"  # weight_bits of a node that chooses the bits of each layer
 KINDS = {"8": "int8", "4": "int4", "fp8": "fp8"}
 ACTIVATION_BITS = ["8", "16"]
 GROUP_SIZES = ["none", "16", "32", "64", "128"]
 ACTIVATION_SCALES = ["token", "tensor"]
-# The inputs of all of `format_inputs` that say which layers, and how they compute.
+# Those inputs of `format_inputs` that select the layers and say how they compute.
 OF_LAYERS = ("rotate", "activation_scale", "keep_output_projections", "include", "exclude", "compute")
 
 
 def _wrong_group(group_size, weight_bits, activation_bits):
-    """Return the sentence for a group size that does not go with the bits, else None."""
+    """Return the error message for a group size that the bits do not allow, else None."""
     if group_size in (None, "none"):
         return None
     if weight_bits == "fp8":
@@ -28,14 +28,15 @@ def _wrong_group(group_size, weight_bits, activation_bits):
 
 
 def _wrong_compute(compute, activation_bits):
-    """Return the sentence for a way to compute that does not go with the bits, else None."""
+    """Return the error message for a `compute` choice that the bits do not allow, else None."""
     if compute == EIGHT_BIT and activation_bits == "16":
         return f"compute: {compute} goes with activation_bits 8 only; write {FASTEST}, or other bits."
 
 
 def wrong_format(weight_bits, activation_bits, group_size, activation_scale, compute, mixed=False):
-    """Return the sentence for the first wrong one of these choices, each None where it is not known; else None. mixed: whether
-    weight_bits may be mixed.
+    """Return the error message for the first wrong choice, else None. A choice of None is not known yet and counts as right.
+
+    mixed: whether weight_bits may be "mixed".
     """
     wrong = unknown_choice([*KINDS, MIXED] if mixed else list(KINDS), weight_bits=weight_bits)
     wrong = wrong or unknown_choice(ACTIVATION_BITS, activation_bits=activation_bits)
@@ -50,8 +51,9 @@ def quantization(
     weight_bits, activation_bits, keep_sensitive_layers, group_size="none", rotate=False, activation_scale="token",
     keep_output_projections=False, include="", exclude="", compute=FASTEST, **more,
 ):  # fmt: skip
-    """Return the Quantization of these inputs; more: of its WeightFormat. Groups of 4 bits have two scales where activations
-    are of 8 bits: products of these are of whole channels.
+    """Return the Quantization that these inputs describe. more: further fields of its WeightFormat.
+
+    Groups of 4-bit weights get two scales if activations have 8 bits, because 8-bit products are summed over whole channels.
     """
     group = 0 if group_size == "none" else int(group_size)
     two_scales = group > 0 and weight_bits == "4" and activation_bits == "8"
@@ -61,13 +63,14 @@ def quantization(
 
 
 def compute_input(tip):
-    """Return the input of what multiplies activations of 8 bits."""
+    """Return the input `compute`: how products with 8-bit activations are computed."""
     return io.Combo.Input("compute", options=list(COMPUTE), default=FASTEST, optional=True, tooltip=tip)
 
 
 def format_inputs(weight_bits="8", mixed=False):
-    """Return {name: io.Input} of what a quantized model is to be, for the nodes that make one. weight_bits: its default. mixed:
-    whether it may be mixed.
+    """Return {name: io.Input} of the quantization format, for the nodes that make a quantized model.
+
+    weight_bits: the default of that input. mixed: whether "mixed" is one of its choices.
     """
     tip = "8, 4: symmetric integers, one scale per output channel. fp8: float8 e4m3, one scale per weight."
     inputs = [
@@ -75,7 +78,7 @@ def format_inputs(weight_bits="8", mixed=False):
             "weight_bits",
             options=[*KINDS, MIXED] if mixed else list(KINDS),
             default=weight_bits,
-            tooltip=tip + mixed * " mixed: for each layer 4 or 8 bits, or none, by what it costs, within the budget.",
+            tooltip=tip + mixed * " mixed: 4 bits, 8 bits or none for each layer, chosen by their error within the budget.",
         ),
         io.Combo.Input(
             "activation_bits",
@@ -94,15 +97,15 @@ def format_inputs(weight_bits="8", mixed=False):
             options=GROUP_SIZES,
             default="none",
             optional=True,
-            tooltip="How many weights share a scale, with 4 bits, or activation_bits 16. Fewer are more exact, and take more "
-            "memory. none: a whole output channel.",
+            tooltip="How many weights share a scale; for 4 bits or activation_bits 16. Smaller groups are more exact and take "
+            "more memory. none: one scale per output channel.",
         ),
         io.Boolean.Input(
             "rotate",
             default=False,
             optional=True,
             tooltip="Rotate the inputs of Linear layers by a Hadamard matrix (ConvRot), which spreads outliers. It "
-            "costs a small product more per layer.",
+            "adds a small product per layer.",
         ),
         io.Combo.Input(
             "activation_scale",
@@ -122,18 +125,18 @@ def format_inputs(weight_bits="8", mixed=False):
             "include",
             default="",
             optional=True,
-            tooltip="Quantize only layers that one of these names fits, such as input_blocks.*; * is any part of a "
-            "name. Nothing: all layers.",
+            tooltip="Quantize only layers whose name matches one of these, such as input_blocks.*; * is any part of a "
+            "name. Empty: all layers.",
         ),
         io.String.Input(
             "exclude",
             default="",
             optional=True,
-            tooltip="Leave layers unquantized that one of these names fits, such as *.proj_in middle_block.*",
+            tooltip="Do not quantize layers whose name matches one of these patterns, such as *.proj_in middle_block.*",
         ),
         compute_input(
-            "With activation_bits 8. 8-bit: products in 8 bits. dequantized: in the model's compute type, activations "
-            "unquantized. fastest: on a GPU the faster of the two for each layer, timed at its first use; else 8-bit."
+            "With activation_bits 8. 8-bit: products in 8 bits. dequantized: products in the model's compute type, with "
+            "unquantized activations. fastest: on a GPU the faster of both per layer, timed at its first use; else 8-bit."
         ),
     ]
     return {one.id: one for one in inputs}

@@ -1,4 +1,4 @@
-"""Calibrated activations: find their scales on the user's prompts, keep them in a file, apply them."""
+"""Calibrated activation scales: find them on the user's prompts, save and load them, apply them to a quantized MODEL."""
 
 from comfy_api.latest import io
 
@@ -22,8 +22,8 @@ class IECCalibrateQuantization(CheckedNode):
             node_id="IECCalibrateQuantization",
             display_name="Calibrate Quantization (IEC)",
             category="advanced/model/IEC",
-            description="Runs a quantized model on your prompts, and finds the scales of its activations: one for each layer "
-            "and timestep, as in the paper, or one for each layer.",
+            description="Runs a quantized model on your prompts and finds the scales of its activations: one per layer and "
+            "timestep, as in the paper, or one per layer.",
             search_aliases=["activation scales", "static quantization", "ptq", "int8 calibration", "timestep-wise"],
             inputs=[
                 io.Model.Input("model", tooltip="A model from Quantize Model or Calibrate Weights with activation_bits 8."),
@@ -42,7 +42,7 @@ class IECCalibrateQuantization(CheckedNode):
                     default="search",
                     optional=True,
                     tooltip="search: the scale of least squared error, which clips the largest values; runs are done twice. "
-                    "absmax: the largest value fits.",
+                    "absmax: the scale at which the largest value fits.",
                 ),
             ],
             outputs=[
@@ -128,8 +128,8 @@ class IECApplyQuantizationProfile(CheckedNode):
             description="Gives a quantized model's activations the scales of a calibration.",
             search_aliases=["apply calibration", "activation scales", "static quantization"],
             inputs=[
-                io.Model.Input("model", tooltip="The quantized model that the profile is of; it stays as it is."),
-                QuantizationProfileSocket.Input("profile", tooltip="Of Calibrate or Load Quantization Profile (IEC)."),
+                io.Model.Input("model", tooltip="The quantized model that the profile is for; it stays as it is."),
+                QuantizationProfileSocket.Input("profile", tooltip="From Calibrate or Load Quantization Profile (IEC)."),
             ],
             outputs=[io.Model.Output(tooltip="A clone of the model with calibrated activations.")],
         )

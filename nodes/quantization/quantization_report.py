@@ -1,4 +1,4 @@
-"""IECQuantizationReport: what quantization costs each layer, and which layers to leave out."""
+"""IECQuantizationReport: the error that quantization causes in each layer, and which layers to leave unquantized."""
 
 from comfy_api.latest import io
 
@@ -21,8 +21,9 @@ class IECQuantizationReport(CheckedNode):
             node_id="IECQuantizationReport",
             display_name="Quantization Report (IEC)",
             category="advanced/model/IEC",
-            description="Compares every quantized layer with full precision on your prompts: a table and a plot, what costs "
-            "the prediction most at equal bytes first, and which layers to leave unquantized under a budget of size or error.",
+            description="Compares every quantized layer with full precision on your prompts. Gives a table and a plot of the "
+            "layers, the largest prediction error at equal bytes first, and suggests which layers to leave unquantized under a "
+            "budget of size or error.",
             search_aliases=["sqnr", "quantization error", "layer sensitivity", "sensitive layers", "mixed precision"],
             is_output_node=True,
             inputs=[
@@ -35,7 +36,7 @@ class IECQuantizationReport(CheckedNode):
                     default="none",
                     optional=True,
                     tooltip="What the suggestion keeps to. size: the weights of the table's layers together take at most "
-                    "size_mb. error: no layer has less than least_sqnr.",
+                    "size_mb. error: every layer has at least least_sqnr.",
                 ),
                 io.Float.Input(
                     "size_mb",
@@ -53,12 +54,12 @@ class IECQuantizationReport(CheckedNode):
                     max=200.0,
                     step=0.5,
                     optional=True,
-                    tooltip="With budget error: the signal to noise ratio in dB that each layer's output is to have.",
+                    tooltip="With budget error: the least signal to noise ratio of each layer's output, in dB.",
                 ),
             ],
             outputs=[
                 io.String.Output(
-                    display_name="table", tooltip="A table in Markdown: a line a layer, what costs most at equal bytes first."
+                    display_name="table", tooltip="Markdown table, one row per layer; the largest error at equal bytes first."
                 ),
                 io.Image.Output(
                     display_name="plot", tooltip="What each layer costs the prediction; of many layers those that cost most."

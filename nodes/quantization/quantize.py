@@ -1,4 +1,4 @@
-"""Quantized MODELs: made from another, and kept in a file."""
+"""The nodes that quantize a MODEL, and save and load a quantized MODEL."""
 
 from comfy_api.latest import io
 
@@ -27,8 +27,8 @@ class IECQuantizeModel(CheckedNode):
             node_id="IECQuantizeModel",
             display_name="Quantize Model (IEC)",
             category="advanced/model/IEC",
-            description="Makes a model with quantized Linear and Conv2d layers, which takes less memory and computes in "
-            "integers. LoRAs in front of it cost nothing; behind it they stand beside the weights, at the price of their own "
+            description="Quantizes the Linear and Conv2d layers of a model, so that it takes less memory and computes in "
+            "integers. LoRAs before this node cost nothing; LoRAs after it are kept next to the weights and cost their own "
             "products.",
             search_aliases=ALIASES,
             inputs=[
@@ -39,8 +39,8 @@ class IECQuantizeModel(CheckedNode):
                     options=SCALES,
                     default="absmax",
                     optional=True,
-                    tooltip="absmax: the largest weight fits. search: the scale of least squared error, which clips the "
-                    "largest ones; the paper's. It takes longer to quantize.",
+                    tooltip="absmax: the scale at which the largest weight fits. search: the scale of least squared error, as "
+                    "in the paper; it clips the largest weights, and takes longer to quantize.",
                 ),
                 *(inputs[name] for name in OF_LAYERS),
             ],
@@ -68,12 +68,12 @@ class IECSaveQuantizedModel(CheckedNode):
             node_id="IECSaveQuantizedModel",
             display_name="Save Quantized Model (IEC)",
             category="advanced/model/IEC",
-            description="Writes a quantized model to models/diffusion_models, with the LoRAs and scales of activations on it.",
+            description="Writes a quantized model to models/diffusion_models, with its LoRAs and activation scales.",
             is_output_node=True,
             search_aliases=["save int8", "save fp8", "export quantized", "write checkpoint"],
             inputs=[
                 io.Model.Input("model", tooltip="A model from Quantize Model or Calibrate Weights (IEC)."),
-                io.String.Input("name", default="quantized", tooltip="Name of the file; one of the same name is replaced."),
+                io.String.Input("name", default="quantized", tooltip="Name of the file; a file of the same name is replaced."),
             ],
             outputs=[],
         )
@@ -101,8 +101,8 @@ class IECLoadQuantizedModel(CheckedNode):
                 io.Combo.Input(
                     "model_name",
                     options=FILES.names(),
-                    tooltip="A file of models/diffusion_models that Save Quantized Model (IEC) wrote. One that was just saved "
-                    "is listed after a refresh of the page (R).",
+                    tooltip="A file in models/diffusion_models that Save Quantized Model (IEC) wrote. Refresh the page (R) to "
+                    "list a file that was just saved.",
                 ),
                 compute_input(
                     "What multiplies activations of 8 bits, as in Quantize Model (IEC). A file does not keep it: it is for "

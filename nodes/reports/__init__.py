@@ -1,1 +1,1 @@
-"""The nodes that show what runs did: reports, comparisons, plots and grids, and what draws them."""
+"""The nodes that show reports, comparisons, plots and grids of sampling runs, and the code that draws them."""

@@ -1,4 +1,4 @@
-"""Comparison of sampling runs against a reference: what is measured, and IECCompare with all of it."""
+"""The measurements that compare sampling runs with a reference run, and the nodes IECJoinReports and IECCompare."""
 
 import csv
 import io as text_io
@@ -15,7 +15,7 @@ from ..types import Report, as_image, shown_on
 from . import grids, plots
 
 COLUMNS = ("variant", "correction_steps", "NFE", "seconds", "relative_error", "PSNR")
-MORE = ("more", *(f"more_{number}" for number in range(2, 8)))  # what a Join Reports (IEC) takes after the first reports
+MORE = ("more", *(f"more_{number}" for number in range(2, 8)))  # the inputs of Join Reports (IEC) after the first one
 
 
 class IECJoinReports(CheckedNode):
@@ -45,7 +45,7 @@ class IECJoinReports(CheckedNode):
 
 
 def trajectory_error(report, reference):
-    """Return the mean relative error of the batch at the start of every step and at the end, nan where unknown."""
+    """Return the mean relative error of the batch at the start of every step and at the end; nan where it is unknown."""
     if report.sigmas != reference.sigmas:
         return [math.nan] * (len(report.latents) - 1) + [final_error(report, reference)]
     pairs = zip(report.latents, reference.latents)
@@ -58,7 +58,7 @@ def final_error(report, reference):
 
 
 def check_reports(reports, least=1):
-    """Raise ValueError where there are fewer than `least` reports, or one cannot be compared with the first."""
+    """Raise ValueError if there are fewer than `least` reports, or if one cannot be compared with the first."""
     if len(reports) < least:
         raise ValueError(
             f"reports: the number of runs is {len(reports)} and has to be at least {least}, with the reference as the first; "
@@ -81,7 +81,7 @@ def check_reports(reports, least=1):
 
 
 def told_apart(reports):
-    """Return (label, correction) of every run; a run that has those of an earlier one gets a number to its label."""
+    """Return (label, correction) of every run. If an earlier run has the same pair, add a number to the label."""
     names = []
     for report in reports:
         labels = itertools.chain([report.label], (f"{report.label} ({number})" for number in itertools.count(2)))
@@ -90,23 +90,23 @@ def told_apart(reports):
 
 
 def captions(reports):
-    """Return what stands at every run's images."""
+    """Return the caption of every run's images."""
     return [f"{report.label}\nIEC {report.correction}\nNFE {report.nfe}" for report in reports]
 
 
 def decoded(reports, vae):
-    """Return every run's images, float32 [B, H, W, 3] on the CPU; the frames of videos are images."""
+    """Return every run's images, float32 [B, H, W, 3] on the CPU. Each frame of a video counts as an image."""
     return [vae.decode(report.result).float().cpu().flatten(0, -4) for report in reports]
 
 
 def error_plot(reports):
-    """Return the plot of every run's error over the steps to the first run, as IMAGE."""
+    """Return a plot, as IMAGE, of every run's error relative to the first run, over the steps."""
     errors = [trajectory_error(run, reports[0]) for run in reports]
     return as_image(plots.error_growth([(*name, curve) for name, curve in zip(told_apart(reports), errors)][1:]))
 
 
 def rows(reports, images):
-    """Return what COLUMNS name of every run, as texts; the first run is the reference."""
+    """Return a row of texts per run, with the columns COLUMNS; the first run is the reference."""
     measured = []
     for report, image in zip(reports, images):
         error = final_error(report, reports[0])
@@ -117,7 +117,7 @@ def rows(reports, images):
 
 
 def as_csv(lines):
-    """Return rows as CSV text, below COLUMNS."""
+    """Return rows as CSV text, with the header COLUMNS."""
     out = text_io.StringIO()
     csv.writer(out, lineterminator="\n").writerows([COLUMNS, *lines])
     return out.getvalue()

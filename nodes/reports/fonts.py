@@ -1,4 +1,4 @@
-"""Letters for users' labels: the plots' own font, the machine's others for what it has not, code points where none has it."""
+"""Fonts for users' labels: the plots' own font, then other installed fonts, then code points for characters without a font."""
 
 import functools
 import itertools
@@ -13,17 +13,17 @@ from PIL import ImageFont
 from ...iec_core.log import logger
 
 OWN = "DejaVu Sans"  # matplotlib brings it
-# Plain families with many letters, by the words that their names begin with; others are tried after them.
+# Plain families with many characters, by the first words of their names. Other families are tried after these.
 PREFERRED = (
     "Noto Sans", "Source Han Sans", "Microsoft YaHei", "PingFang", "Hiragino Sans", "Yu Gothic", "Malgun Gothic", "Meiryo",
     "Apple SD Gothic", "MS Gothic", "SimHei", "WenQuanYi", "Droid Sans Fallback", "NanumGothic", "Arial", "Segoe UI", "Tahoma",
     "Noto Emoji", "Symbola",
 )  # fmt: skip
-UNFIT = ("LastResort", "AdobeBlank", "ColorEmoji", "AppleColor")  # boxes or nothing for every character, or no outlines
+UNFIT = ("LastResort", "AdobeBlank", "ColorEmoji", "AppleColor")  # draw a box or nothing for each character, or no outlines
 
 
 class Face(NamedTuple):
-    """A font of a file, which may hold several."""
+    """One font in a file. index: its number in the file, which may hold several fonts."""
 
     family: str
     path: str
@@ -31,7 +31,7 @@ class Face(NamedTuple):
 
 
 def best_faces(entries):
-    """Return the Faces to be tried, best first, one a family. entries: matplotlib's of the fonts that there are."""
+    """Return the Faces to try, best first, one per family. entries: matplotlib's entries of the installed fonts."""
 
     def rank(entry):
         number = next((number for number, name in enumerate(PREFERRED) if entry.name.startswith(name)), len(PREFERRED))
@@ -51,7 +51,7 @@ def best_faces(entries):
 
 @functools.cache
 def faces():
-    """Return the machine's Faces to be tried."""
+    """Return the installed Faces to try, best first."""
     return best_faces(fontManager.ttflist)
 
 
@@ -60,19 +60,19 @@ def _own():
 
 
 def covered(face, characters):
-    """Return those of some characters that a Face has."""
+    """Return the subset of these characters that a Face has."""
     try:
         font = FT2Font(face.path, **({"face_index": face.index} if face.index else {}))
         return {one for one in characters if font.get_char_index(ord(one))}
-    except (OSError, RuntimeError):  # it was removed, or is none that can be read
+    except (OSError, RuntimeError):  # the file was removed or cannot be read
         return set()
 
 
-_known = {}  # a character: the Face that has it, None where none has
+_known = {}  # {character: the Face that has it, None if no Face has it}
 
 
 def _look_up(characters):
-    """Find out which Face has each of some characters."""
+    """Find a Face for each of these characters and store it in `_known`."""
     wanted = set(characters) - set(_known)
     for face in (_own(), *faces()):
         if not wanted:
@@ -92,14 +92,15 @@ def _tell_once():
 
 
 def _is_seen(character):
-    """Tell whether a character is more than a mark that changes others, as the parts of an emoji are joined by."""
+    """Return whether a character is visible itself, unlike marks that only change others, such as the joiners in an emoji."""
     is_selector = unicodedata.name(character, "").startswith("VARIATION SELECTOR")
     return unicodedata.category(character) not in ("Cc", "Cf") and not is_selector
 
 
 def drawable(text):
-    """Return a user's text in characters that can be drawn. Others become their numbers, as U+4E2D+6587, so that runs are still
-    told apart.
+    """Return a user's text in characters that can be drawn.
+
+    Other characters become their code points, such as U+4E2D+6587, so that runs can still be distinguished.
     """
     text = "\n".join(text.expandtabs(4).splitlines())
     _look_up(set(text) - {"\n"})
@@ -114,13 +115,13 @@ def drawable(text):
 
 
 def families(text):
-    """Return the families to draw a text in, the plots' own first."""
+    """Return the font families to draw a text with, the plots' own first."""
     _look_up(set(text) - {"\n"})
     return [OWN, *dict.fromkeys(face.family for one in text if (face := _known.get(one)) and face.family != OWN)]
 
 
 class Letters:
-    """What Pillow draws text with: the plots' own font at a size in pixels, and others for what it has not."""
+    """Text drawing with Pillow: the plots' own font at a size in pixels, and other fonts for characters that it lacks."""
 
     def __init__(self, size):
         self._size = size
@@ -133,24 +134,24 @@ class Letters:
         return self._fonts[face]
 
     def _runs(self, line):
-        """Return [(font, text)] of a line."""
+        """Split a line into runs of one font each: [(font, text)]."""
         _look_up(set(line))
         return [(self._font(face), "".join(run)) for face, run in itertools.groupby(line, lambda one: _known[one] or _own())]
 
     def getlength(self, line):
-        """Return the pixels that a line takes."""
+        """Return the width of a line in pixels."""
         return sum(font.getlength(text) for font, text in self._runs(line))
 
     def letters(self, line):
-        """Return how many letters of average width, 0.6 of the size, a line is wide."""
+        """Return the width of a line in letters of average width, which is 0.6 of the size."""
         return self.getlength(line) / (0.6 * self._size)
 
     def height(self, text):
-        """Return the pixels that a text of several lines takes."""
+        """Return the height, in pixels, of a text of several lines."""
         return self.line_height * len(text.splitlines())
 
     def write(self, draw, place, text, anchor):
-        """Draw a text of several lines in black. place: (x, y) of its left, top, middle or bottom, by Pillow's anchor."""
+        """Draw a text of several lines in black. place: (x, y) of its Pillow anchor: left or middle, middle or bottom."""
         across, up = {"l": 0, "m": 0.5}[anchor[0]], {"m": 0.5, "d": 1}[anchor[1]]
         base = place[1] - up * self.height(text) + self._font(_own()).getmetrics()[0]
         for number, line in enumerate(text.splitlines()):

@@ -1,4 +1,4 @@
-"""Images of sampling runs beside each other with captions, as RGB arrays."""
+"""Grids of the images of sampling runs, with captions, as RGB arrays."""
 
 import functools
 import itertools
@@ -11,15 +11,15 @@ from PIL import Image, ImageDraw
 
 from .fonts import Letters, drawable
 
-SHOWN = 8  # images of a batch at most
+SHOWN = 8  # the most images of a batch
 GAP = 8  # pixels between cells
 
-WIDTH, HEIGHT = 2048, 3072  # of a side-by-side picture at most; the captions' height comes on top
-LARGEST = 320  # side of its cells at most
+WIDTH, HEIGHT = 2048, 3072  # the largest side-by-side picture, in pixels, without the height of its captions
+LARGEST = 320  # the largest side of its cells, in pixels
 
 
 def _wrapped(text, font, width):
-    """Return the text, in letters that can be drawn, with each of its lines broken where it would be wider than `width` pixels.
+    """Return the text in characters that can be drawn, with lines broken to be at most `width` pixels wide.
 
     font: Letters.
     """
@@ -35,8 +35,9 @@ def _wrapped(text, font, width):
 
 
 def cell_size(shape, tile):
-    """Return the (width, height) at which an image of `shape` [H, W, ...] is shown in a cell of about `tile` pixels' width:
-    a whole multiple of its own, or scaled down.
+    """Return the (width, height) of an image of `shape` [H, W, ...] in a cell about `tile` pixels wide.
+
+    It is a whole multiple of the image's size, or smaller than the image.
     """
     height, width = shape[:2]
     if width <= tile:
@@ -45,7 +46,7 @@ def cell_size(shape, tile):
 
 
 def _cell(image, tile):
-    """Return float [H, W, 3], cut to 0..1, as a picture of `cell_size`; what is enlarged has its pixels repeated."""
+    """Return float [H, W, 3], clipped to 0..1, as a picture of `cell_size`. To enlarge an image, its pixels are repeated."""
     picture = Image.fromarray((np.clip(image, 0, 1) * 255).round().astype(np.uint8))
     size = cell_size(image.shape, tile)
     return picture.resize(size, Image.NEAREST if size[0] >= picture.width else Image.LANCZOS)
@@ -54,8 +55,8 @@ def _cell(image, tile):
 def image_grid(rows):
     """Draw one row of images per run with its caption at the left; uint8 [H, W, 3].
 
-    rows: list of (caption, images), images float [B, H, W, 3] in 0..1; eight of a row at most are shown, at about 100 pixels'
-    width, or more where they are few.
+    rows: list of (caption, images), images float [B, H, W, 3] in 0..1. At most eight images of a row are shown, each about 100
+    pixels wide, or wider if there are few.
     """
     rows = [(caption, images[:SHOWN]) for caption, images in rows]
     font = Letters(28)
@@ -77,8 +78,10 @@ def image_grid(rows):
 
 
 class Layout(NamedTuple):
-    """Where the cells of a side-by-side picture are. others: runs beside the reference in a band. beside: differences are at
-    the right of their images, else beneath. tile: the cells' width.
+    """The places of the cells in a side-by-side picture.
+
+    others: the number of runs next to the reference in a band, a row of runs. beside: whether differences are to the right of
+    their images; otherwise they are below. tile: the cells' width in pixels.
     """
 
     others: int
@@ -87,18 +90,18 @@ class Layout(NamedTuple):
 
     @property
     def columns(self):
-        """Cells in a row."""
+        """The number of cells in a row."""
         return 1 + self.others * (1 + self.beside)
 
     def column(self, run):
-        """Return the column of a run that is the `run`-th of its band, the reference being 0."""
+        """Return the column of the `run`-th run of a band; run 0 is the reference."""
         return run and 1 + (run - 1) * (1 + self.beside)
 
 
 def layout(runs, images, shape):
     """Return the Layout with the largest cells.
 
-    runs: their number, with the reference. images: of each run. shape: of an image, [H, W, ...].
+    runs: the number of runs, with the reference. images: the number of images per run. shape: of an image, [H, W, ...].
     """
     aspect = shape[0] / shape[1]
     found = []
@@ -110,11 +113,11 @@ def layout(runs, images, shape):
 
 
 def side_by_side(captions, images, gain):
-    """Draw the runs' images in columns under their captions, and at each `gain` times its absolute difference to the first
-    run's; uint8 [H, W, 3].
+    """Draw the runs' images in columns under their captions, each with its difference to the first run; uint8 [H, W, 3].
 
-    captions: a text each, at least two. images: float [B, H, W, 3] in 0..1 each, the first the reference; eight are shown at
-    most. Where the runs do not fit in a row, they are in several bands, and the reference is in each.
+    The difference is absolute and multiplied by `gain`. captions: one text per run, at least two. images: float [B, H, W, 3] in
+    0..1 per run, the first is the reference; at most eight are shown. Runs that do not fit in a row are drawn in several bands,
+    each with the reference.
     """
     images = [batch[:SHOWN] for batch in images]
     shape = images[0].shape[1:]

@@ -1,4 +1,4 @@
-"""Pictures of sampling runs against a reference, a node each: IECErrorPlot, IECImageGrid, IECParetoPlot."""
+"""Pictures that compare sampling runs with a reference, one node each: IECErrorPlot, IECImageGrid, IECParetoPlot."""
 
 from comfy_api.latest import io
 
@@ -10,7 +10,7 @@ from ..types import Report, as_image, shown_on
 from . import grids, plots
 from .compare import captions, check_reports, decoded, error_plot, final_error, told_apart
 
-# What a run's cost is: how to read it from its report, and what the plot calls it.
+# {kind of cost: (how to read it from a run's report, its name in the plot)}
 COSTS = {
     "seconds": (lambda report: report.seconds, "seconds of the sampler"),
     "evaluations": (lambda report: report.nfe, "evaluations of the network (NFE)"),
@@ -18,7 +18,7 @@ COSTS = {
 
 
 def reports_input():
-    """The runs that a picture is of."""
+    """Return the input for the runs that a picture shows."""
     return Report.Input("reports", tooltip="Joined reports with latents, of two runs or more; the first is the reference.")
 
 
@@ -50,8 +50,8 @@ class IECImageGrid(CheckedNode):
             node_id="IECImageGrid",
             display_name="Image Grid (IEC)",
             category="sampling/IEC",
-            description="The runs' images side by side, each over its amplified difference to the first run's, shown on the "
-            "node.",
+            description="Shows the runs' images side by side on the node, each above its amplified difference to the first "
+            "run.",
             search_aliases=["compare images", "difference", "side by side", "contact sheet", "xy grid"],
             is_output_node=True,
             inputs=[
@@ -64,13 +64,12 @@ class IECImageGrid(CheckedNode):
                     max=100.0,
                     step=1.0,
                     optional=True,
-                    tooltip="What the absolute difference to the first run is multiplied by, so that it can be seen. 1 shows "
-                    "it as it is.",
+                    tooltip="Factor that makes the absolute difference to the first run visible. 1: not amplified.",
                 ),
             ],
             outputs=[
                 io.Image.Output(
-                    display_name="grid", tooltip="A column per run: its images, each over its difference to the first run's."
+                    display_name="grid", tooltip="A column per run: its images, each above its difference to the first run."
                 )
             ],
         )
@@ -90,8 +89,8 @@ class IECParetoPlot(CheckedNode):
             node_id="IECParetoPlot",
             display_name="Pareto Plot (IEC)",
             category="sampling/IEC",
-            description="Plots each run's final error to the first run against what it cost, and which runs no other beats in "
-            "both, shown on the node.",
+            description="Plots on the node each run's final error to the first run against its cost, and marks the runs that "
+            "no other run beats in both.",
             search_aliases=["pareto", "quality against speed", "trade-off", "benchmark", "plot"],
             is_output_node=True,
             inputs=[
@@ -100,9 +99,9 @@ class IECParetoPlot(CheckedNode):
                     "cost",
                     options=list(COSTS),
                     default="seconds",
-                    tooltip="seconds: wall time of the sampler, to be taken where runs are cached or quantized, since their "
-                    "evaluations cost less; the first run after a start is slower, so queue once before. evaluations: the "
-                    "same on every machine, to be taken where all runs are of one model without a cache.",
+                    tooltip="seconds: wall time of the sampler; use it if runs are cached or quantized, since their "
+                    "evaluations cost less. The first run after a start is slower, so queue once before. evaluations: the "
+                    "same on every machine; use it if all runs use one model without a cache.",
                 ),
             ],
             outputs=[io.Image.Output(display_name="plot", tooltip="Final relative latent error against cost.")],

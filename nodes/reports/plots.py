@@ -1,4 +1,4 @@
-"""Plots of sampling runs, as RGB arrays. Their letters are large enough for the 400 pixels that a node shows them at."""
+"""Plots of sampling runs, as RGB arrays. Their text is large enough for a node, which shows them 400 pixels wide."""
 
 import itertools
 
@@ -13,21 +13,21 @@ from matplotlib.transforms import IdentityTransform
 from ...iec_core.quantization.layer_errors import ranked
 from . import fonts
 
-# Okabe and Ito's palette: told apart with every common colour blindness, the first five best.
+# Okabe and Ito's palette, which can be distinguished with every common colour blindness; the first five are the most distinct.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#56B4E9", "#E69F00", "#009E73", "#CC79A7")
 STYLES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def _figure(height):
-    """Return a figure of 1040 pixels' width and `height` inches, 160 pixels each."""
+    """Return a figure 1040 pixels wide and `height` inches high, at 160 pixels per inch."""
     figure = Figure(figsize=(6.5, height), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def _use_fonts(figure):
-    """Draw what the plots' own font has not in others of this machine."""
+    """Let a figure use other installed fonts for characters that the plots' own font lacks."""
     for text in figure.findobj(Text):
         text.set_fontfamily(fonts.families(text.get_text()))
 
@@ -40,16 +40,16 @@ def _picture(figure):
 
 
 def shortened(text, length=40):
-    """Return a user's text for a plot, its end left out where it is wider than `length` letters."""
+    """Return a user's text for a plot; cut its end if it is wider than `length` letters."""
     text, width = fonts.drawable(text), fonts.Letters(100).letters
     if width(text) > length:
         text = next(part for end in range(4 * length, -1, -1) if width(part := f"{text[:end]}…") <= length)
-    text = text.replace("$", r"\$")  # or it would be set as a formula
-    return f" {text}" if text.startswith("_") else text  # or legends would leave it out
+    text = text.replace("$", r"\$")  # else matplotlib draws it as a formula
+    return f" {text}" if text.startswith("_") else text  # else legends leave it out
 
 
 def shortened_apart(labels, length=40):
-    """Return {label: the label for a plot}; where two would be alike once they are shortened, a number tells them apart."""
+    """Return {label: the label for a plot}. Labels that are equal once they are shortened get different numbers."""
     found = {}
     for label in dict.fromkeys(labels):
         numbered = (f"{shortened(label, length - 5)} ({number})" for number in itertools.count(2))
@@ -59,7 +59,7 @@ def shortened_apart(labels, length=40):
 
 
 def _log_scale(axes):
-    """Make the y axis logarithmic, with plain numbers at its ticks. Comes after the data."""
+    """Make the y axis logarithmic, with plain numbers at its ticks. Call this after the data are plotted."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
@@ -68,14 +68,14 @@ def _log_scale(axes):
 
 
 def _legend_columns(names):
-    """Return the number of a legend's columns that fit the figure's width."""
+    """Return how many legend columns fit the figure's width."""
     return 2 if len(names) > 2 and max(map(fonts.Letters(100).letters, names)) <= 38 else 1
 
 
 def run_steps(report):
     """Draw one run's steps: evaluations and sigma, residuals, contraction and damping; uint8 [H, W, 3].
 
-    report: RunReport. A point for each iteration, the mean over the images that it was iterated for.
+    report: RunReport. Each point is an iteration, averaged over the images that took part in it.
     """
     figure = _figure(6.8)
     cost, residual, contraction = figure.subplots(3, 1, sharex=True)
@@ -128,8 +128,8 @@ def run_steps(report):
 
 
 def _looks(pairs):
-    """Return (colour, line style, marker) for each (label, correction): no two alike, up to 7 labels or 4 corrections for
-    each of the 7 markers. Colour and marker stand for the label, the line style for the correction.
+    """Return (colour, line style, marker) for each (label, correction). Colour and marker show the label, the line style the
+    correction. No two are alike for up to 7 labels, or up to 4 corrections for each of the 7 markers.
     """
     labels = list(dict.fromkeys(label for label, _ in pairs))
     corrections = sorted(dict.fromkeys(correction for _, correction in pairs), key=lambda name: name != "none")
@@ -147,7 +147,7 @@ def error_growth(curves):
     """Draw the relative latent error over the steps, log scale; uint8 [H, W, 3].
 
     curves: list of (label, correction, errors), no two with the same label and correction; errors[i] is the error at the
-    start of step i, nan where there is none.
+    start of step i, nan if it is not known.
     """
     short = shortened_apart(label for label, *_ in curves)
     names = [f"{short[label]}, IEC {correction}" for label, correction, _ in curves]
@@ -158,7 +158,8 @@ def error_growth(curves):
     for number, ((_, _, errors), name, (colour, style, marker)) in enumerate(zip(curves, names, looks)):
         errors = np.where(np.asarray(errors) > 0, errors, np.nan)
         apart = max(1, len(errors) // 8)
-        marked = sorted({*range(1 + number % apart, len(errors), apart), len(errors) - 1})  # a lone final error shows too
+        # The last one is marked too, so that an error that is known only at the end is visible.
+        marked = sorted({*range(1 + number % apart, len(errors), apart), len(errors) - 1})
         look = {"color": colour, "linestyle": style, "marker": marker, "markevery": marked, "markersize": 4, "linewidth": 1.2}
         axes.plot(range(len(errors)), errors, label=name, **look)
     _log_scale(axes)
@@ -174,11 +175,11 @@ def error_growth(curves):
 
 
 def _without_the_middle(text, length):
-    """Return a text of at most so many characters, which keeps its end: that tells where a correction is evaluated."""
+    """Shorten a text to at most `length` characters. Keep its end, which says where a correction is evaluated."""
     return text if len(text) <= length else f"{text[: length // 2 - 1]}…{text[-(length // 2) :]}"
 
 
-# Where the columns of a table of runs are, in shares of its width: the first two begin there, the others end there.
+# x of the columns of a table of runs, as shares of its width: the left edge of the first two columns, the right edge of others.
 TABLE = {"run": 0.01, "IEC": 0.41, "NFE": 0.67, "seconds": 0.79, "relative\nerror": 0.9, "PSNR\n(dB)": 0.99}
 
 
@@ -207,11 +208,11 @@ def _overlap(a, b):
 
 
 def place_labels(points, sizes, bounds, gap, kept_clear=()):
-    """Return ([(left, bottom, right, top)], overlap): a box beside each point, and the area in which boxes lie over others,
-    over points, over the boxes `kept_clear` or outside `bounds`; 0 where all are legible.
+    """Return ([(left, bottom, right, top)], overlap): a box for the label of each point, and the area that is not legible.
 
-    points: [(x, y)]. sizes: [(width, height)] of the labels. gap: least distance of a label from its point, and half the
-    size of a point. All in pixels; nearest free place first.
+    overlap: the area in which boxes cover other boxes, points or the boxes `kept_clear`, or are outside `bounds`; 0 if all
+    labels are legible. points: [(x, y)]. sizes: [(width, height)] of the labels. gap: the least distance of a label from its
+    point, and half the size of a point. All are in pixels. Each label gets the nearest free place.
     """
     taken = [(x - gap, y - gap, x + gap, y + gap) for x, y in points] + list(kept_clear)
     sides = ((1, 0), (-1, 0), *itertools.product((0, 0.5, -0.5, 1, -1), (1, -1)))
@@ -234,11 +235,12 @@ def place_labels(points, sizes, bounds, gap, kept_clear=()):
 
 
 def _label_points(figure, axes, points, texts, lines):
-    """Write a text beside each point [(x, y)] of the axes, with a thin line to it, off the horizontal and vertical `lines`
-    [(x, y), (x, y)]; returns whether no text hides anything.
+    """Write a text next to each point [(x, y)] of the axes, with a thin line to it. Return whether no text hides anything.
+
+    lines: horizontal and vertical lines [(x, y), (x, y)] that the texts must not cover.
     """
     _use_fonts(figure)
-    figure.draw_without_rendering()  # now the layout is known, and stays
+    figure.draw_without_rendering()  # this computes the layout, which then stays fixed
     figure.set_layout_engine("none")
     labels = [figure.text(0, 0, text, fontsize=9, va="bottom", transform=IdentityTransform()) for text in texts]
     _use_fonts(figure)
@@ -258,8 +260,10 @@ def _label_points(figure, axes, points, texts, lines):
 
 
 def _pareto_figure(points, front, reference, cost, texts, listed=()):
-    """Return (figure, legible) of the Pareto plot: `texts` are written at its points, `listed` is what its legend has for them,
-    if anything. legible: no text hides anything. reference: (name, cost).
+    """Return (figure, legible) of the Pareto plot.
+
+    texts: written at the points. listed: the points' entries in the legend, if any. reference: (name, cost). legible: whether
+    no text hides anything.
     """
     highest, errors = 1.15 * max(reference[1], *(x for x, _ in points)), [y for _, y in points]
     on_front = {"marker": "o", "color": COLOURS[1], "markersize": 7}
@@ -295,11 +299,11 @@ def _pareto_figure(points, front, reference, cost, texts, listed=()):
 def pareto(runs, front, reference, cost):
     """Draw the runs' error against their cost, and the Pareto front; uint8 [H, W, 3].
 
-    runs: list of (label, correction, cost, error). front: indices of those that none dominates, cheapest first. reference:
-    (label, correction, cost) of the run that the errors are to. cost: what the cost is, for the axis. Runs are named in the
-    plot where there is room for that, and by numbers otherwise.
+    runs: list of (label, correction, cost, error). front: indices of the runs that no other run dominates, cheapest first.
+    reference: (label, correction, cost) of the run that errors are relative to. cost: the name of the cost, for the axis. The
+    plot shows the names of runs if there is room, otherwise numbers.
     """
-    floor = min((error for *_, error in runs if error > 0), default=1e-6) / 3  # where a run without any error is drawn
+    floor = min((error for *_, error in runs if error > 0), default=1e-6) / 3  # where a run with error 0 is drawn
     points = [(spent, error if error > 0 else floor) for *_, spent, error in runs]
     short = shortened_apart([reference[0], *(label for label, *_ in runs)])
     names = [(short[label], f"IEC {correction}{'' if error > 0 else ', error 0'}") for label, correction, _, error in runs]
@@ -313,15 +317,15 @@ def pareto(runs, front, reference, cost):
 
 
 def layer_errors(errors, left):
-    """Draw what each layer alone costs the prediction, what costs most at equal bytes first; uint8 [H, W, 3].
+    """Draw the prediction error that each layer causes alone, the largest at equal bytes first; uint8 [H, W, 3].
 
-    errors: LayerErrors. left: names of those that are suggested to stay in full precision. More than 60 layers: the first 60.
+    errors: LayerErrors. left: names of the layers that are suggested to stay in full precision. At most 60 layers are drawn.
     """
     shown = ranked(errors)[:60]
     figure = _figure(1.3 + 0.17 * len(shown))
     axes = figure.subplots()
     places, costs = range(len(shown)), np.sqrt([error.predicted for error in shown])
-    least = min(costs[costs > 0], default=1e-6) / 3  # where a bar on a log scale begins
+    least = min(costs[costs > 0], default=1e-6) / 3  # where the bars begin on the log scale
     is_left = [error.name in left for error in shown]
     colours = [COLOURS[2] if one else COLOURS[1] for one in is_left]
     hatches, widths = ["//" if one else "" for one in is_left], np.maximum(costs, least) - least
@@ -332,7 +336,7 @@ def layer_errors(errors, left):
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xscale("log")
     most = max([*costs, 10 * least])
-    axes.set_xlim(least, most * (most / least) ** 0.15)  # with room for the numbers
+    axes.set_xlim(least, most * (most / least) ** 0.15)  # leaves room for the numbers
     axes.set_xlabel("prediction error by this layer alone")
     title = f"{len(shown)} of {len(errors)} quantized layers, what costs most at equal bytes first"
     if left:
@@ -344,9 +348,9 @@ def layer_errors(errors, left):
 
 
 def contraction(report):
-    """Draw the norms of a run's steps, by which errors grow and corrections contract; uint8 [H, W, 3].
+    """Draw the norms by which the steps of a run amplify errors and their corrections contract; uint8 [H, W, 3].
 
-    report: ContractionReport. Lines are means over the images, bands reach from the least to the largest.
+    report: ContractionReport. Lines are means over the images; bands span the smallest to the largest value.
     """
     figure = _figure(7.2)
     growth, damped, chosen = figure.subplots(3, 1, sharex=True, height_ratios=(2, 3, 1.3))
@@ -378,7 +382,7 @@ def contraction(report):
     chosen.set_ylim(0, 1)
     chosen.set_xlabel("step")
     chosen.xaxis.get_major_locator().set_params(integer=True)
-    _log_scale(damped)  # growth is near 1, where a log scale has no labels
+    _log_scale(damped)  # not growth: it is near 1, where a log scale has no labels
     for axes in (growth, damped):
         axes.axhline(1, color="black", linewidth=0.8)
     for axes in (growth, damped, chosen):
@@ -391,7 +395,7 @@ def contraction(report):
 
 
 def _band(axes, at, rows, look):
-    """Draw the mean of each row of numbers, and a band between its least and its largest."""
+    """Draw the mean of each row of numbers, and a band from its smallest to its largest number."""
     table = np.array(rows, float)  # None is nan
     axes.plot(at, table.mean(1), markersize=4, linewidth=1.2, **look)
     if table.shape[1] > 1:

@@ -1,4 +1,4 @@
-"""IECReport: what a sampling run did, as JSON and as a plot."""
+"""IECReport: show what a sampling run did, as JSON and as a plot."""
 
 import torch
 from comfy_api.latest import io
@@ -27,8 +27,8 @@ class IECReport(CheckedNode):
                 after_input("report"),
             ],
             outputs=[
-                io.String.Output(display_name="json", tooltip="The report as JSON text: a list with an entry for each run."),
-                io.Image.Output(display_name="plot", tooltip="One picture a run."),
+                io.String.Output(display_name="json", tooltip="The report as JSON text: a list with one entry per run."),
+                io.Image.Output(display_name="plot", tooltip="One picture per run."),
             ],
         )
 

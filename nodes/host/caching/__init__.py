@@ -1,1 +1,1 @@
-"""Caches on a MODEL: of U-Nets and of transformers, with a schedule or by a profile."""
+"""Feature caches on a MODEL, for U-Nets and transformers, with a schedule or a calibrated profile."""

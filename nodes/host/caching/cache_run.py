@@ -1,4 +1,4 @@
-"""What the caches of U-Nets and of transformers share: when an evaluation is full, and whose features are whose."""
+"""The part that U-Net and transformer caches share: which evaluations are full, and which kept features each may reuse."""
 
 import functools
 import math
@@ -11,8 +11,8 @@ from ..sampling.run_plan import place
 
 KEY = "iec_deepcache"
 
-# What the correction of a full step does: refresh the features (in the authors' code), leave those of the step's own
-# evaluation (keep), or take these up and be evaluated over the shallow blocks alone (reuse).
+# What the correction of a full step does with the features: replace them (refresh, as in the authors' code), leave those of
+# the step's own evaluation (keep), or reuse those and evaluate only the shallow blocks (reuse).
 CORRECTION_PASSES = ("refresh", "keep", "reuse")
 
 UNIFORM = CacheSchedule("uniform")
@@ -20,8 +20,11 @@ UNIFORM = CacheSchedule("uniform")
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """interval, branch: DeepCache's. schedule: a CacheSchedule. start, end: sigmas between which (start inclusive, end
-    exclusive) steps are cached. forecast: one of iec_core.caching.FORECASTS. correction_pass: one of CORRECTION_PASSES.
+    """The settings of a cache.
+
+    interval, branch: as in DeepCache. schedule: a CacheSchedule. start, end: only steps at sigmas between these (start
+    inclusive, end exclusive) are cached. forecast: one of iec_core.caching.FORECASTS. correction_pass: one of
+    CORRECTION_PASSES.
     """
 
     interval: int
@@ -33,7 +36,7 @@ class CacheSettings:
     correction_pass: str = "refresh"
 
     def full_steps(self, sigmas):
-        """Return the frozenset of the steps that are evaluated in full over a schedule of n + 1 sigmas."""
+        """Return the frozenset of the steps that are evaluated in full, for a schedule of n + 1 sigmas."""
         full = self.schedule.full_steps(max(len(sigmas) - 1, 1), self.interval)
         outside = {step for step, sigma in enumerate(sigmas[:-1]) if not self.start >= sigma > self.end}
         return full | outside
@@ -41,9 +44,11 @@ class CacheSettings:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an evaluation does with the cache. keys: of its conditioning entries. position: its place on the schedule, in steps,
-    None where it is not known. reuses: whether it takes up kept features where there are any. keeps: whether a full evaluation
-    keeps its own. since: the position from which on a kept feature is not too old.
+    """What an evaluation does with the cache.
+
+    keys: the keys of its conditioning entries. position: its place on the schedule, in steps, None if it is not known. reuses:
+    whether it reuses kept features if there are any. keeps: whether it keeps its own features if it is evaluated in full.
+    since: features kept at an earlier position are too old.
     """
 
     keys: list
@@ -53,7 +58,7 @@ class Plan:
     since: float = -math.inf
 
     def load(self, features, items, stream=""):
-        """Return what a FeatureCache has for a batch with `items` rows."""
+        """Return the feature that a FeatureCache has for a batch with `items` rows."""
         return features.load(self.keys, items, self.position, stream, self.since)
 
 
@@ -61,31 +66,34 @@ UNKNOWN = Plan([], None, False, False)
 
 
 class CacheRun:
-    """One sampling run's cache.
+    """The cache of one sampling run.
 
-    features: what a FeatureCache does. full_steps(sigmas): the steps that are evaluated in full; None: as the settings say.
-    A kind of network has a `channel_dim`, of its features; a `wrapper_type`, the host's wrapper whose place
-    `evaluate(executor, ...)` takes; `check(network, branch)`; and may take `consumed(h, position)`, through which it passes the
-    output of the block that consumes the feature (`has_consumer`).
+    features: a FeatureCache or an object with its interface. full_steps(sigmas): returns the steps that are evaluated in full;
+    None: as the settings say.
+
+    The subclass for a kind of network defines `channel_dim`, the channel dimension of its features; `wrapper_type`, the kind of
+    host wrapper that `evaluate(executor, ...)` implements; and `check(network, branch)`. If `has_consumer` is true, its
+    constructor takes `consumed(h, position)`, which maps the output of the block that consumes the feature.
     """
 
     def __init__(self, settings, features, full_steps=None):
         self.settings = settings
         self.features = features
         self.full_steps = full_steps or settings.full_steps
-        self._schedule = self._full = None  # whose steps these are
-        self._evaluation, self._counts = None, Counter()  # how often each key came in the sampler's evaluation
-        self._full_step, self._since = None, -math.inf  # the last step that was evaluated in full, and where that began
+        self._schedule = self._full = None  # the schedule, and its steps that are evaluated in full
+        self._evaluation, self._counts = None, Counter()  # how often each key occurred in the sampler's evaluation
+        self._full_step, self._since = None, -math.inf  # the last step evaluated in full, and the position where it began
 
     def clear(self):
         """Forget the features."""
         self.features.clear()
 
     def plan(self, x, transformer_options, variant=()):
-        """Return the Plan of the evaluation of x [B, ...]. variant: what else tells it from others of its entries.
+        """Return the Plan of the evaluation of x [B, ...].
 
-        Where the host's options leave out the steps or the entries, as of a pack that calls the network in its own way, it is
-        evaluated in full.
+        variant: a hashable value that distinguishes this evaluation from other evaluations of the same conditioning entries. If
+        the host's options do not contain the step or the entries, because another pack calls the network in its own way, the
+        evaluation is full.
         """
         told, entries = place(transformer_options), _entries(x, transformer_options)
         if told is None or entries is None:
@@ -102,7 +110,9 @@ class CacheRun:
         return Plan(keys, position, reuses, not (is_correction and on_correction == "keep"), self._since)
 
     def _take_up(self, schedule):
-        """Begin a schedule. A sampler of another pack may call one of IEC's several times, each with a part of the run's."""
+        """Begin a schedule. Another pack's sampler may call an IEC sampler several times in a run, each time with a part of the
+        schedule.
+        """
         if schedule is self._schedule:
             return
         if self._schedule is not None:
@@ -111,13 +121,15 @@ class CacheRun:
         self._schedule, self._full = schedule, self.full_steps(schedule.sigmas)
 
     def _begin_full_step(self, step, position):
-        """Begin to evaluate a step in full; no feature from before it is taken up any more."""
+        """Begin a step that is evaluated in full. From now on no feature from before this step is reused."""
         self._full_step, self._since = step, position
         self.features.begin(position)
 
     def _numbered(self, evaluation, keys):
-        """Return the keys, each with how often it came before in the sampler's evaluation: a node may have the network evaluate
-        one tile of the latent after the other, or the same entry in several ways.
+        """Return each key with the number of times it occurred before in the sampler's evaluation.
+
+        A key can occur several times: a node may let the network evaluate one tile of the latent after the other, or the same
+        entry in several ways.
         """
         if evaluation != self._evaluation:
             self._evaluation, self._counts = evaluation, Counter()
@@ -130,41 +142,43 @@ class CacheRun:
 
 @functools.cache
 def warn_once(text):
-    """Log a warning, once a process, of a node that keeps a cache from its work."""
+    """Log a warning, once per process, about a node that prevents caching."""
     logger.warning(f"Cache: {text}.")
 
 
 def full_steps(extra_args, sigmas):
-    """Return the steps that the cache of a sampling run evaluates in full, None where it has none.
+    """Return the steps that the cache of a sampling run evaluates in full, None if the run has no cache.
 
-    extra_args: as a sampler gets them. sigmas: n + 1 floats. Raises ValueError where the cache is not for these.
+    extra_args: as a sampler gets them. sigmas: n + 1 floats. Raises ValueError if the cache does not fit these sigmas.
     """
     cache = extra_args.get("model_options", {}).get("transformer_options", {}).get(KEY)
     return None if cache is None else sorted(cache.full_steps(sigmas))
 
 
 def other_cache(model_options):
-    """Return the name of the host's own cache (EasyCache, LazyCache) in model options, "" without one."""
+    """Return the name of the host's own cache (EasyCache, LazyCache) in model options, "" if there is none."""
     return getattr(model_options.get("transformer_options", {}).get("easycache"), "name", "")
 
 
 def _entries(x, transformer_options):
-    """Return what names each conditioning entry in the batch: how the host numbers it. None where it is not told."""
+    """Return a tuple for each conditioning entry of the batch, made of the host's ids for it; None if the host gives no ids."""
     told = [transformer_options.get(name) for name in ("cond_or_uncond", "uuids")]
     given = [names for names in told if names]
     if not given or any(len(names) != len(given[0]) for names in given) or x.shape[0] % len(given[0]):
         return None
     if told[1]:
         return list(zip(*given))
-    return [(*entry, *given[0]) for entry in zip(*given)]  # one number may be of several entries: they are known in their batch
+    # Several entries may have the same number. The numbers of the whole batch distinguish them.
+    return [(*entry, *given[0]) for entry in zip(*given)]
 
 
 def _where(x, transformer_options, latent, entries):
-    """Return where in the latent an evaluation is, and how: equal ones mean that one's feature can serve the other.
+    """Return a key for the part of the latent that an evaluation covers, and for its patches.
 
-    That takes its shape and the latent's, the frames of a context window, of the host or of AnimateDiff, if there is one, and
-    which blocks are patched: perturbed-attention guidance evaluates an entry twice, once with a replaced attention. And the
-    entries of the batch, where these have not the rows of the latent: several tiles may be in it.
+    If the keys of two evaluations are equal, one can reuse the feature of the other. The key contains the shapes of x and of
+    the latent, the frames of a context window (of the host or of AnimateDiff), and the patched blocks: perturbed-attention
+    guidance evaluates an entry twice, once with a replaced attention. It also contains the entries of the batch if x does not
+    have the latent's rows for each entry, because several tiles may be in the batch.
     """
     replaced = transformer_options.get("patches_replace", {})
     patched = frozenset((kind, block) for kind, blocks in replaced.items() for block in blocks)

@@ -1,4 +1,4 @@
-"""Caching on a MODEL: which cache it gets, and how it is put there."""
+"""Put a cache on a MODEL, of the kind that fits its network, and take it off again."""
 
 import functools
 
@@ -14,18 +14,18 @@ from .unet_cache import UnetCache
 
 
 def cache_kind(model):
-    """Return the kind of CacheRun for a MODEL."""
+    """Return the CacheRun subclass for a MODEL."""
     return UnetCache if isinstance(model.get_model_object("diffusion_model"), UNetModel) else TransformerCache
 
 
 def with_cache(model, settings, make_run, node):
-    """Return a clone of a MODEL whose evaluations a cached run decides on, one made anew for each sampling run.
+    """Return a clone of a MODEL with a cache; each sampling run gets a new cache run.
 
-    settings: CacheSettings. make_run(new): the run; new(features, full_steps=None, consumed=None) makes a CacheRun. node: the
-    node's name, for messages.
+    settings: CacheSettings. make_run(new): returns the cache run; new(features, full_steps=None, consumed=None) makes a
+    CacheRun. node: the node's name, for messages.
 
-    Raises ValueError where the MODEL cannot be cached, has no such branch, or has a cache already. A run raises it where the
-    MODEL has got another cache since, or tiles that move.
+    Raises ValueError if the MODEL cannot be cached, has no such branch, or has a cache already. A sampling run raises
+    ValueError if the MODEL got another cache later, or has tiles that move.
     """
     if any(KEY in wrappers for wrappers in model.wrappers.values()):
         raise ValueError("model: this MODEL has a cache already; use one IECDeepCache or IECCacheQuant node only.")
@@ -39,7 +39,7 @@ def with_cache(model, settings, make_run, node):
         return make_run(functools.partial(kind, settings, model_options=model_options))
 
     def evaluate(executor, x, t, c, y, control, transformer_options, /, **kwargs):
-        """Either kind's wrapper; c, y: c_concat, c_crossattn of a model, context, y of a network."""
+        """Serve as the wrapper of both kinds. c, y: c_concat, c_crossattn for APPLY_MODEL; context, y for DIFFUSION_MODEL."""
         kwargs.pop(KEY, None)
         run = transformer_options.get(KEY)
         if run is None:
@@ -57,10 +57,10 @@ def with_cache(model, settings, make_run, node):
 
 
 def _keep_for_run(key, make_state):
-    """Return an OUTER_SAMPLE wrapper that puts a fresh make_state(model_options) into `transformer_options[key]` for the
-    run; model_options: of the run.
+    """Return an OUTER_SAMPLE wrapper that puts a new make_state(model_options) into `transformer_options[key]` for the run.
 
-    Its `clear()` is called when the run ends, also on interrupt or error, and the guider's options are put back.
+    model_options: the run's. When the run ends, also by interrupt or error, the state's `clear()` is called and the guider's
+    options are restored.
     """
 
     def outer_sample(executor, *args, **kwargs):
@@ -86,7 +86,7 @@ def without_cache(model):
 
 
 def _check_other_cache(model_options, node):
-    """Raise ValueError where the host's own cache is on the MODEL too."""
+    """Raise ValueError if the host's own cache is on the MODEL too."""
     if other := other_cache(model_options):
         raise ValueError(
             f"model: both {other} and {node} are on this MODEL, and neither knows what the other leaves out; use only one of "
@@ -95,7 +95,7 @@ def _check_other_cache(model_options, node):
 
 
 def _check_tiles(model_options, node):
-    """Raise ValueError where another pack's node has tiles of the latent evaluated at places that change from step to step."""
+    """Raise ValueError if another pack's node evaluates tiles of the latent whose places change from step to step."""
     if (name := type(model_options.get("model_function_wrapper")).__name__) == "SpotDiffusion":
         raise ValueError(
             f"model: {name} moves its tiles from step to step, and {node} reuses what was computed for a tile; use tiles that "
@@ -104,12 +104,14 @@ def _check_tiles(model_options, node):
 
 
 def _mark(executor, *args, **kwargs):
-    """Give the network an argument more than it has without a cache. The host compiles a network without regard to what is in
-    the transformer options, among it the cache's wrapper; by this argument what it compiled for a run without one is not taken.
+    """Call the network with one more argument than without a cache.
+
+    The host's compiled network ignores the content of the transformer options, which include the cache's wrapper. The
+    additional argument prevents the host from using a graph that it compiled for a run without a cache.
     """
     return executor(*args, **kwargs, **{KEY: True})
 
 
 def apply_cache(model, settings):
-    """Return a clone of a MODEL that caches as CacheSettings say. Raises ValueError as `with_cache`."""
+    """Return a clone of a MODEL that caches as CacheSettings say. Raises ValueError like `with_cache`."""
     return with_cache(model, settings, lambda new: new(FeatureCache(settings.forecast)), "IECDeepCache")

@@ -1,4 +1,4 @@
-"""Calibration of a cache on runs of the full-precision model, and a MODEL that caches by what it found."""
+"""Calibrate a cache on runs of the full-precision model, and make a MODEL that caches by the resulting profile."""
 
 import functools
 
@@ -24,10 +24,10 @@ from .cached_model import cache_kind, with_cache
 def calibrate(model, full_precision, runs, interval, branch, schedule, forecast, correct_consumer):
     """Return the CacheProfile of a MODEL, from Runs in full precision.
 
-    full_precision: the MODEL that a quantized one is made from; not looked at where `model` is not quantized. schedule: a
-    CacheSchedule, None for the one that is found by dynamic programming. forecast: "hold", one feature is mapped, or "linear",
-    the last two. correct_consumer: whether the output of the block that consumes the feature gets a map too, if the model is
-    quantized. Raises ValueError where the MODEL cannot be cached, or what it is quantized from is not given.
+    full_precision: the MODEL that a quantized `model` was made from; ignored if `model` is not quantized. schedule: a
+    CacheSchedule, None for the schedule that dynamic programming finds. forecast: "hold" maps one feature, "linear" the last
+    two. correct_consumer: whether the output of the block that consumes the feature also gets a map, if the model is
+    quantized. Raises ValueError if the MODEL cannot be cached, or if a quantized MODEL is given without its source.
     """
     kind, settings = cache_kind(model), CacheSettings(interval, branch)
     bits = quantize.quantization_of(model) or "none"
@@ -62,7 +62,10 @@ def calibrate(model, full_precision, runs, interval, branch, schedule, forecast,
 
 
 def _fit_consumer(model, cached, profile, all_steps, sample):
-    """Return the map of the consuming block's output from the quantized network, cached by the profile, on full precision."""
+    """Return the map from the consuming block's output in the quantized, cached network to its output in full precision.
+
+    The network is cached by the profile.
+    """
     statistics = ConsumerStatistics(profile.channel_dim)
 
     def make_run(new):
@@ -78,7 +81,7 @@ def _fit_consumer(model, cached, profile, all_steps, sample):
 def apply_profile(model, profile, correction_pass):
     """Return a clone of a MODEL that caches by a CacheProfile.
 
-    Raises ValueError where the profile is of another model, or the MODEL cannot be cached.
+    Raises ValueError if the profile was calibrated for another model, or if the MODEL cannot be cached.
     """
     is_for_another = profile.channel_dim != cache_kind(model).channel_dim
     if is_for_another or not is_same(fingerprint(model), profile.fingerprint):
@@ -98,8 +101,9 @@ def apply_profile(model, profile, correction_pass):
 
 
 class _PairedRun:
-    """Evaluates the full-precision network, whose result the sampler gets, then at the same place the model's where that is
-    quantized.
+    """A cache run that evaluates the full-precision network and then, if the model is quantized, the quantized network.
+
+    Both are evaluated on the same input. The sampler gets the full-precision result.
     """
 
     def __init__(self, kind, model, statistics, reference, measured):
@@ -108,7 +112,7 @@ class _PairedRun:
         self._reference, self._measured = reference, measured
 
     def evaluate(self, executor, x, t, c, y, control, transformer_options, /, **kwargs):
-        """As CacheRun.evaluate."""
+        """Evaluate like the `evaluate` of a CacheRun."""
         self._statistics.is_reference = True
         result = self._reference.evaluate(executor, x, t, c, y, _own(control), transformer_options, **kwargs)
         if self._quantized is not None:
@@ -118,7 +122,7 @@ class _PairedRun:
         return result
 
     def _on_quantized(self, executor):
-        """Return the executor as it would be on the quantized model."""
+        """Return an executor like this one that calls the quantized model."""
         if self._kind.wrapper_type == WrappersMP.APPLY_MODEL:
             owner = self._quantized
             function = owner._apply_model
@@ -128,7 +132,7 @@ class _PairedRun:
         return WrapperExecutor.new_class_executor(function, owner, executor.wrappers, executor.idx)
 
     def full_steps(self, sigmas):
-        """As CacheRun.full_steps."""
+        """Return the same as `full_steps` of a CacheRun."""
         return self._reference.full_steps(sigmas)
 
     def clear(self):
@@ -137,18 +141,18 @@ class _PairedRun:
 
 
 def _own(control):
-    """Return a ControlNet's residuals in lists of their own, for the host uses them up."""
+    """Return a ControlNet's residuals in new lists, because the host empties the lists that it gets."""
     return control and {name: list(residuals) for name, residuals in control.items()}
 
 
 class _ProfiledRun:
-    """A cached run that is refused where the model is quantized otherwise than in the calibration."""
+    """A cache run that raises ValueError if the model is quantized differently than in the calibration."""
 
     def __init__(self, run, profile):
         self._run, self._profile = run, profile
 
     def evaluate(self, executor, x, t, c, y, control, transformer_options, /, **kwargs):
-        """As CacheRun.evaluate."""
+        """Evaluate like the `evaluate` of a CacheRun."""
         bits, calibrated = transformer_options.get(quantize.KEY, "none"), self._profile.facts["quantization"]
         if bits != calibrated:
             raise ValueError(
@@ -158,7 +162,7 @@ class _ProfiledRun:
         return self._run.evaluate(executor, x, t, c, y, control, transformer_options, **kwargs)
 
     def full_steps(self, sigmas):
-        """As CacheRun.full_steps."""
+        """Return the same as `full_steps` of a CacheRun."""
         return self._run.full_steps(sigmas)
 
     def clear(self):

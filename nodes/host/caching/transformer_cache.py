@@ -1,8 +1,8 @@
-"""Caching in the host's diffusion transformers, through the replacements that they offer for their blocks.
+"""Caching in the host's diffusion transformers, through the block replacements that they offer.
 
-Branch b runs the b + 1 outermost blocks at either end. What a full evaluation keeps is the residual that the blocks between
-add to what enters them, and a cached evaluation adds it again. Where a transformer's blocks are of two kinds, as Flux's double
-and single ones, which hand on different tensors, either kind has a residual of its own.
+Branch b runs the b + 1 outermost blocks at each end. A full evaluation keeps the residual that the blocks between add to their
+input, and a cached evaluation adds this residual instead of running them. If a transformer has two kinds of blocks that pass on
+different tensors, such as the double and single blocks of Flux, each kind has its own residual.
 """
 
 import inspect
@@ -15,7 +15,7 @@ from comfy.patcher_extension import WrappersMP
 from ..sampling.network_calls import others_take_part
 from .cache_run import CacheRun, warn_once
 
-# Where the host's transformers have their blocks, and the name under which these can be replaced.
+# {name under which blocks can be replaced: attributes in which the host's transformers have these blocks}
 LISTS = {
     "double_block": (
         "double_blocks", "double_layers", "joint_blocks", "visual_transformer_blocks", "transformer_blocks", "blocks",
@@ -24,12 +24,12 @@ LISTS = {
     "single_block": ("single_blocks", "single_layers"),
 }  # fmt: skip
 ALIASES = {"double_block": ("double_block", "block"), "single_block": ("single_block",)}
-STREAMS = ("img", "txt", "x", "vid")  # what a block may take and hand on; other arguments are the same for all of them
+STREAMS = ("img", "txt", "x", "vid")  # tensors that blocks take and pass on; other arguments are the same for all blocks
 
 
 @dataclass(frozen=True)
 class Span:
-    """The blocks of one kind from `first` to `last` that a cached evaluation does not run."""
+    """The blocks of one kind, from `first` to `last` inclusive, that a cached evaluation does not run."""
 
     kind: str
     first: int
@@ -37,7 +37,7 @@ class Span:
 
 
 def find_blocks(network):
-    """Return {kind: its blocks} of a transformer of the host; {} where it has none that are known."""
+    """Return {kind: its blocks} of a transformer of the host; {} if the network has no known blocks."""
     found = {}
     for kind, places in LISTS.items():
         for place in places:
@@ -51,10 +51,11 @@ def find_blocks(network):
 
 
 def lets_blocks_be_replaced(network):
-    """Tell whether the code of the network's classes reads replacements at all. True where there is no code to look into: the
-    first evaluation finds out then.
+    """Return whether the source code of the network's classes reads block replacements at all.
+
+    Return True if the source is not available; then the first evaluation shows whether the network does.
     """
-    network = getattr(network, "_orig_mod", network)  # what torch.compile has wrapped
+    network = getattr(network, "_orig_mod", network)  # the network inside torch.compile's wrapper
     classes = [cls for cls in type(network).__mro__ if issubclass(cls, torch.nn.Module) and cls is not torch.nn.Module]
     try:
         return any("patches_replace" in inspect.getsource(sys.modules[cls.__module__]) for cls in classes)
@@ -63,7 +64,7 @@ def lets_blocks_be_replaced(network):
 
 
 def spans(blocks, branch):
-    """Return the Spans between the branch + 1 outermost blocks at either end."""
+    """Return the Spans between the branch + 1 outermost blocks at each end."""
     begin, end, found, before = branch + 1, sum(map(len, blocks.values())) - branch - 1, [], 0
     for kind, own in blocks.items():
         first, last = max(begin - before, 0), min(end - before, len(own)) - 1
@@ -73,18 +74,19 @@ def spans(blocks, branch):
 
 
 def _variant(transformer_options, conditions):
-    """Return what tells the evaluations of one conditioning entry at one step apart: a guidance, such as LTXV's, switches
-    something off in the second one, or leaves a condition out.
+    """Return a key that distinguishes several evaluations of one conditioning entry at one step.
+
+    A guidance such as LTXV's evaluates an entry a second time with something switched off, or without a condition.
     """
     switches = {item for item in transformer_options.items() if isinstance(item[1], (bool, frozenset))}
     return frozenset(switches), frozenset(conditions)
 
 
 def _run_block(block, args, extra):
-    """Return what the host's own function for running the block returns.
+    """Run a block through the host's own function, `original_block`, and return its result as a dict.
 
-    Kandinsky 5 has one that cannot be called (ComfyUI 0.33 passes the block arguments of other names), so that its blocks are
-    called here; Hunyuan3D 2.1 has one that returns the bare tensor.
+    The function of Kandinsky 5 cannot be called (ComfyUI 0.33 passes the block arguments with other names), so its blocks are
+    called directly. The function of Hunyuan3D 2.1 returns a bare tensor.
     """
     if "time_embed" in args:
         inputs = (args[name] for name in ("x", "context", "time_embed", "freqs"))
@@ -94,8 +96,9 @@ def _run_block(block, args, extra):
 
 
 def _streams(values):
-    """Return {name: tensor} of the streams in what a block is given or returns; a tuple, as of picture and sound, has numbered
-    names.
+    """Return {name: tensor} of the streams in a block's arguments or result.
+
+    The parts of a tuple, such as image and sound, get numbered names.
     """
     found = {}
     for name in STREAMS:
@@ -106,7 +109,7 @@ def _streams(values):
 
 
 def _with_streams(values, tensors):
-    """Return a copy of the values with these tensors, named as by `_streams`."""
+    """Return a copy of the values with these tensors, which are named as in `_streams`."""
     result = {**values, **{name: tensor for name, tensor in tensors.items() if name in STREAMS}}
     for name in STREAMS:
         if isinstance(value := values.get(name), (tuple, list)):
@@ -115,12 +118,12 @@ def _with_streams(values, tensors):
 
 
 def _fits(residual, entered):
-    """Tell whether there is a residual, and for as many tokens: a node may have changed an entry's text since."""
+    """Return whether there is a residual of the right shape. A node may have changed the number of an entry's text tokens."""
     return residual is not None and residual.shape == entered.shape
 
 
 class TransformerCache(CacheRun):
-    """One sampling run's cache of a transformer's residuals. model_options: the run's."""
+    """The cache of a transformer's residuals in one sampling run. model_options: those of the run."""
 
     channel_dim = -1
     has_consumer = False
@@ -129,16 +132,16 @@ class TransformerCache(CacheRun):
     def __init__(self, settings, features, full_steps=None, model_options=None):
         super().__init__(settings, features, full_steps)
         self._model_options = model_options or {}
-        self._names = {}  # of each span and conditioning entry: the streams that its blocks hand on
-        self._are_replaced = False  # whether replacements were called in the run
+        self._names = {}  # {(span, key of a conditioning entry): names of the streams that its blocks pass on}
+        self._are_replaced = False  # whether the network has called replacements in this run
 
     def _begin_full_step(self, step, position):
         super()._begin_full_step(step, position)
-        self._names.clear()  # of features that are too old from now on
+        self._names.clear()  # they belong to features that are too old from now on
 
     @staticmethod
     def check(network, branch):
-        """Raise ValueError where the network is no transformer that can be cached, or has no such branch."""
+        """Raise ValueError if the network is not a transformer that can be cached, or has no such branch."""
         blocks = find_blocks(network)
         if not blocks or not lets_blocks_be_replaced(network):
             raise ValueError(
@@ -153,10 +156,10 @@ class TransformerCache(CacheRun):
             )
 
     def evaluate(self, executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
-        """As the host's apply_model, with the spans' blocks run or their residuals added."""
+        """Evaluate like the host's apply_model, but run the blocks of the spans or add their residuals."""
         network = executor.class_obj.diffusion_model
         plan = self.plan(x, transformer_options, _variant(transformer_options, kwargs))
-        lists = find_blocks(network)  # of the network that is evaluated: a guider may have another one for the negative
+        lists = find_blocks(network)  # of the evaluated network: a guider may use another network for the negative conditioning
         found = spans(lists, self.settings.branch)
         passes = [_SpanPass(span, lists[span.kind], plan, self.features, self._names) for span in found]
         replaced = transformer_options.get("patches_replace", {})
@@ -171,8 +174,9 @@ class TransformerCache(CacheRun):
         return result
 
     def _check_left_out(self, network, transformer_options):
-        """Raise ValueError where it is the network that did not call the replacements, and not another node, such as another
-        cache, that left out the network or its blocks.
+        """Raise ValueError if the network itself does not call the replacements. Warn if another node is the cause.
+
+        Another node, such as another cache, may have left out the network or its blocks.
         """
         options = {**self._model_options, "transformer_options": transformer_options}
         if not self._are_replaced and not others_take_part(options, network):
@@ -184,16 +188,16 @@ class TransformerCache(CacheRun):
 
 
 class _SpanPass:
-    """One evaluation's way through a span."""
+    """The state of one evaluation in one span."""
 
     def __init__(self, span, blocks, plan, features, names):
         self.is_done = False
         self._span, self._blocks, self._plan, self._features, self._names = span, blocks, plan, features, names
-        self._entered = None  # what came into the span, in a full evaluation
-        self._result = None  # what goes out of it, in a cached one
+        self._entered = None  # the streams at the start of the span, in a full evaluation
+        self._result = None  # the streams at the end of the span, in a cached evaluation
 
     def replacements(self, others):
-        """Return {block: replacement} for the span, calling the `others` that are there already where a block is run."""
+        """Return {block: replacement} for the span. A block that is run uses its existing replacement in `others`, if any."""
         numbers = range(self._span.first, self._span.last + 1)
         places = [(kind, number) for kind in ALIASES[self._span.kind] for number in numbers]
         return {place: self._replacement(*place, others.get(place)) for place in places}
@@ -203,7 +207,7 @@ class _SpanPass:
             if number == self._span.first:
                 self._enter(args)
             if self._result is not None:
-                out = args  # thrown away, but for what is the same for all blocks
+                out = args  # only the arguments that are the same for all blocks are used later
             elif other is not None:
                 out = other(args, extra)
                 out = {"x": out} if torch.is_tensor(out) else out
@@ -218,7 +222,7 @@ class _SpanPass:
         return f"{self._span.kind}.{self._span.first}.{name}"
 
     def _enter(self, args):
-        """Take up the residuals if there are any, else note what comes in: blocks change it in place."""
+        """Add the kept residuals if there are any; else keep a copy of the input, because blocks change it in place."""
         entered = _streams(args)
         if self._plan.reuses:
             names = self._names.get((self._span, self._plan.keys[0]), ())
@@ -233,8 +237,10 @@ class _SpanPass:
         return self._plan.load(self._features, items, self._stream(name))
 
     def _leave(self, out):
-        """Return what goes out. In a cached evaluation, what the host has added between the blocks, such as a ControlNet's
-        residuals for them, is dropped: the kept residual has the like.
+        """Return the result of the span's last block.
+
+        In a cached evaluation, tensors that the host has added between the blocks, such as ControlNet residuals, are dropped:
+        the kept residual already contains those of the full evaluation.
         """
         self.is_done = True
         if self._result is not None:

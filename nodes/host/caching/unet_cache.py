@@ -1,9 +1,8 @@
-"""DeepCache on the host's U-Nets, through its hooks: no copy of the forward pass, no block replaced in the model.
+"""DeepCache on the host's U-Nets, through the host's hooks, without a copy of the forward pass or changed blocks in the model.
 
-Branch b runs the b + 1 outermost skip connections: input blocks 0..b and the last b + 1 output blocks. The feature that
-enters the first of these output blocks is what a full evaluation keeps and a cached one takes up again. A cached
-evaluation is the host's own forward pass over a shallow copy of the U-Net, in which the other blocks pass on a tensor
-of no channels, at no cost.
+Branch b runs the b + 1 outermost skip connections: input blocks 0..b and the last b + 1 output blocks. A full evaluation keeps
+the feature that enters the first of these output blocks, and a cached evaluation reuses it. A cached evaluation is the host's
+own forward pass over a shallow copy of the U-Net, in which the other blocks pass on a tensor without channels, at no cost.
 """
 
 import copy
@@ -17,14 +16,14 @@ from .cache_run import CacheRun
 
 
 class _Skipped(torch.nn.Module):
-    """A block that is not run: passes on no channels, so that what the host concatenates stays empty."""
+    """A skipped block: it passes on no channels, so that the host's concatenations stay empty."""
 
     def forward(self, x):
         return x[:, :0]
 
 
 class _Told(torch.nn.Module):
-    """A last layer of a block, by which `told` sees the block's output and may change it."""
+    """An additional last layer of a block, which passes the block's output through `told`."""
 
     def __init__(self, told):
         super().__init__()
@@ -35,7 +34,7 @@ class _Told(torch.nn.Module):
 
 
 class UnetCache(CacheRun):
-    """One sampling run's cache of a U-Net's deep feature. consumed: see CacheRun."""
+    """The cache of a U-Net's deep feature in one sampling run. consumed: see CacheRun."""
 
     channel_dim = 1
     has_consumer = True
@@ -44,22 +43,22 @@ class UnetCache(CacheRun):
     def __init__(self, settings, features, full_steps=None, consumed=None, model_options=None):
         super().__init__(settings, features, full_steps)
         self.branch = settings.branch
-        self.first = None  # the first output block that a cached evaluation runs, of the network that is evaluated
+        self.first = None  # number of the first output block that a cached evaluation runs
         self._consumed = consumed
 
     @staticmethod
     def check(unet, branch):
-        """Raise ValueError where the U-Net has no such branch."""
+        """Raise ValueError if the U-Net has no such branch."""
         blocks = len(unet.output_blocks)
         if not 0 <= branch < blocks:
             raise ValueError(f"branch: this U-Net has branches 0 to {blocks - 1}, and {branch} is none of them.")
 
     @torch.compiler.disable(recursive=False)
     def evaluate(self, executor, x, timesteps, context, y, control, transformer_options, **kwargs):
-        """Evaluate the U-Net in full, keeping the deep feature, or over the shallow blocks with the kept one.
+        """Evaluate the U-Net in full and keep the deep feature, or evaluate only the shallow blocks with the kept feature.
 
-        A compiled model runs this as it is, for it decides anew in each step. What is compiled is the network's forward pass:
-        once over all blocks, and once over the shallow ones.
+        torch.compile does not compile this method, because it decides again in each step. It compiles the network's forward
+        pass: once over all blocks, and once over the shallow blocks.
         """
         plan, network, control, options, kept = self._prepare(executor.class_obj, x, control, transformer_options)
         inner = WrapperExecutor.new_class_executor(network._forward, network, executor.wrappers, executor.idx + 1)
@@ -69,7 +68,7 @@ class UnetCache(CacheRun):
 
     @torch.compiler.disable
     def _prepare(self, unet, x, control, options):
-        """Return (Plan, network, control, options, list that takes the feature to keep) of the evaluation of x."""
+        """Return (Plan, network, control, options, list that receives the feature to keep) for the evaluation of x."""
         if options.get("patches", {}).get("middle_block_after_patch"):
             raise ValueError(
                 "model: a cache leaves out the middle block, and this MODEL has a patch behind it on which others depend, as "
@@ -82,7 +81,7 @@ class UnetCache(CacheRun):
             network, control = self._shallow(unet), self._shallow_control(control)
             options = self._at_feature(self._without_skipped_patches(options), self._resuming(feature, unet))
         elif plan.keeps:
-            # A copy, for other patches may change the tensor in place; a list, for a compiled network cannot look up keys.
+            # Clone: other patches may change the tensor in place. A list: a compiled network cannot look up keys.
             options = self._at_feature(options, lambda h, options: kept.append(h.clone()) or h)
         if self._consumed is not None and plan.position is not None:
             network = self._telling(network, plan.position)
@@ -94,8 +93,9 @@ class UnetCache(CacheRun):
             self.features.store(plan.keys, feature, plan.position)
 
     def _at_feature(self, transformer_options, replace):
-        """Return the options with h -> replace(h, options) applied to what enters the first shallow output block, before
-        any other patch, so that the others see what they would see without the cache.
+        """Return options in which the input h of the first shallow output block becomes replace(h, options).
+
+        This happens before any other patch, so that other patches get the same input as without the cache.
         """
         first = ("output", self.first)
 
@@ -107,7 +107,10 @@ class UnetCache(CacheRun):
         return {**transformer_options, "patches": patches}
 
     def _resuming(self, feature, unet):
-        """Return what goes on with the kept feature, the host's number of the transformer counted past the skipped blocks."""
+        """Return a function for `_at_feature` that continues with the kept feature.
+
+        It also advances the host's transformer index past the transformers in the skipped blocks.
+        """
         skipped = [*unet.input_blocks[self.branch + 1 :], unet.middle_block, *unet.output_blocks[: self.first]]
         layers = [layer for block in skipped if block is not None for layer in block]
         transformers = sum(isinstance(layer, SpatialTransformer) for layer in layers)
@@ -119,7 +122,7 @@ class UnetCache(CacheRun):
         return resume
 
     def _shallow(self, unet):
-        """Return a copy of the U-Net that shares the blocks which are run; the U-Net itself stays as it is."""
+        """Return a copy of the U-Net that runs only the shallow blocks, which it shares. The U-Net itself is not changed."""
         skipped = TimestepEmbedSequential(_Skipped())
         shallow = copy.copy(unet)
         shallow._modules = dict(unet._modules)
@@ -130,7 +133,7 @@ class UnetCache(CacheRun):
         return shallow
 
     def _telling(self, unet, position):
-        """Return a copy of the U-Net in which the output of the block that consumes the feature passes through `consumed`."""
+        """Return a copy of the U-Net in which `consumed` maps the output of the block that consumes the feature."""
         telling = copy.copy(unet)
         blocks = list(unet.output_blocks)
         told = _Told(lambda h: self._consumed(h, position))
@@ -139,7 +142,7 @@ class UnetCache(CacheRun):
         return telling
 
     def _shallow_control(self, control):
-        """Drop the ControlNet residuals of the skipped blocks. The host pops a list's last entry for its next block."""
+        """Drop the ControlNet residuals of the skipped blocks. For each block the host pops the last entry of a list."""
         if control is None:
             return None
         control = dict(control, middle=[])
@@ -155,7 +158,7 @@ class UnetCache(CacheRun):
         return number <= self.branch if kind == "input" else kind == "output" and number >= self.first
 
     def _without_skipped_patches(self, transformer_options):
-        """Keep other nodes' block patches from being called for blocks that are not run."""
+        """Return options in which other nodes' block patches are called only for blocks that are run."""
         patches = dict(transformer_options.get("patches", {}))
         for name in ("input_block_patch", "input_block_patch_after_skip"):
             patches[name] = [self._on_run_input(patch) for patch in patches.get(name, [])]

@@ -1,1 +1,1 @@
-"""The correction in the host's sampling loop, the events and the step plan that the frontend draws, and the probe."""
+"""The correction in the host's sampling loop, the events and step plans that the frontend draws, and the contraction probe."""

@@ -1,12 +1,12 @@
-"""The Jacobian of a MODEL's network along a sampling run: whether steps let errors grow, and whether corrections contract.
+"""The Jacobian of a MODEL's network along a sampling run: whether steps amplify errors, and whether corrections contract.
 
-The coordinates are the paper's, those of the network's own input: u = c_in(sigma) x of the host's latent x. With the host's
-denoised prediction D, the step u' = A u + B e(u) has
+The coordinates are those of the network's own input, as in the paper: u = c_in(sigma) x for the host's latent x. With the
+host's denoised prediction D, the step u' = A u + B e(u) has
 
     e(u) = (u / c - D(u / c, sigma)) / sigma,        A = c' / c,        B = c' (sigma' - sigma),
 
 for c = c_in(sigma) and c' = c_in(sigma'). A correction evaluates e at u', with the step's own sigma. docs/contraction.md has
-the derivation. D is what a sampler of the host gets: with guidance, in-paint mask and whatever is patched.
+the derivation. D is the prediction that a sampler of the host gets, with guidance, in-paint mask and all patches.
 """
 
 import contextlib
@@ -42,13 +42,14 @@ from ..sampling.rehearsal import input_scale
 
 
 class NormalTensors(TorchFunctionMode):
-    """Within it, tensors that were made in inference mode are taken as copies that autograd can use. A model that the host's
-    executor has loaded is made of such. The copies are kept until the end.
+    """A mode that replaces tensors made in inference mode by copies that autograd can use.
+
+    A model that the host's executor has loaded consists of such tensors. The copies are kept until the mode ends.
     """
 
     def __init__(self):
         super().__init__()
-        self._copies = {}  # by id: (the tensor, so that the id stays its own, its copy)
+        self._copies = {}  # {id: (tensor, its copy)}; the tensor is kept so that its id is not used again
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__name__", "") in ("__get__", "__set__"):
@@ -72,13 +73,13 @@ class NormalTensors(TorchFunctionMode):
 
 
 def _attention(function, *args, **kwargs):
-    """The host's attention written out, which has derivatives; its others have none, or write into what they are given."""
+    """Compute the host's basic attention, which has derivatives. The others have none, or overwrite their inputs."""
     return comfy.ldm.modules.attention.attention_basic(*args, **kwargs)
 
 
 @contextlib.contextmanager
 def _with_derivatives():
-    """Have the host take those of its operations that have derivatives, as while it trains; older hosts have no others."""
+    """Let the host use only operations that have derivatives, as in training. Older hosts have no other operations."""
     management = comfy.model_management
     before = getattr(management, "in_training", None)
     try:
@@ -91,7 +92,7 @@ def _with_derivatives():
 
 
 class Probe:
-    """A sampler function of the host: Euler, which measures every n-th step before it takes it. report: a ContractionReport."""
+    """An Euler sampler function for the host that measures every n-th step before taking it. report: a ContractionReport."""
 
     def __init__(self, report, every, iterations, tolerance, perturbation, seed):
         self.report = report
@@ -121,7 +122,7 @@ class Probe:
         return x
 
     def _measured(self, model, network, x, slope, step, sigma, sigma_next, extra_args):
-        """Return the StepContraction of a step from x, whose (x - D) / sigma is `slope`."""
+        """Return the StepContraction of a step that begins at x. slope: (x - D) / sigma at x."""
         sampling = model.inner_model.inner_model.model_sampling
         here, there = input_scale(sampling, sigma), input_scale(sampling, sigma_next)
         a, b = there / here, there * (sigma_next - sigma)
@@ -150,10 +151,10 @@ class Probe:
         )
 
     def _norms(self, network, noise, u, pairs, value, step):
-        """Return (SpectralNorms, what the true network shows [P, B]) of alpha I + beta J for the pairs, with J at u."""
+        """Return (SpectralNorms, true network's Lipschitz estimates [P, B]) of alpha I + beta J for the P pairs; J is at u."""
         generator = torch.Generator().manual_seed((self._seed + step) % 2**63)
         with straight_through(network), Linearization(noise, u, self._method) as jacobian:
-            self._method = jacobian.method  # that it is possible, and right, need be found out once
+            self._method = jacobian.method  # checked once: whether this method is possible and right
             found = spectral_norms(jacobian, u, pairs, self._iterations, self._tolerance, generator)
         self.report.method = self._method
         with torch.no_grad():
@@ -163,7 +164,7 @@ class Probe:
 
 
 def _copied(extra_args):
-    """Return a sampler's extra arguments with options of their own, for the host writes into the transformer options."""
+    """Return a sampler's extra arguments with copied options, because the host writes into the transformer options."""
     options = dict(extra_args.get("model_options", {}))
     options["transformer_options"] = dict(options.get("transformer_options", {}))
     return {**extra_args, "model_options": options}
@@ -179,9 +180,9 @@ def _not_finite(step, total):
 def probe_contraction(model, positive, negative, latent_image, seed, sampling, every, iterations, tolerance, perturbation):
     """Return the ContractionReport of an Euler run of a MODEL.
 
-    latent_image: LATENT. sampling: steps, cfg, scheduler and denoise, as the host's KSampler has them. every: measure each n-th
-    step, from the first. iterations, tolerance: of `spectral_norms`. perturbation: size of the changes by which the true map is
-    seen, a share of the latent's norm. Raises ValueError where the MODEL cannot be measured.
+    latent_image: LATENT. sampling: {steps, cfg, scheduler, denoise} as for the host's KSampler. every: measure every n-th step,
+    from the first. iterations, tolerance: of `spectral_norms`. perturbation: size of the perturbations that measure the true
+    map, as a share of the latent's norm. Raises ValueError if the MODEL cannot be measured.
     """
     if model.get_wrappers(WrappersMP.OUTER_SAMPLE, IEC):
         raise ValueError(
@@ -193,10 +194,10 @@ def probe_contraction(model, positive, negative, latent_image, seed, sampling, e
         )
     report = ContractionReport(quantization_of(model) or "not quantized")
     model = model.clone()
-    model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, "torch.compile")  # what is compiled has no forward mode
+    model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, "torch.compile")  # a compiled network has no forward mode
     options = model.model_options["transformer_options"] = {**model.model_options.get("transformer_options", {})}
     options["optimized_attention_override"] = _attention
-    ratios = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # newer hosts' empty latents have these
+    ratios = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # in the empty latents of newer hosts
     ratios = {name: latent_image[name] for name in ratios if name in latent_image}
     latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"], **ratios)
     noise = comfy.sample.prepare_noise(latent, seed, latent_image.get("batch_index"))

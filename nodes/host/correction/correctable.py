@@ -7,11 +7,11 @@ import comfy.samplers
 from ....iec_core.correction.automatic import Situation, choose
 from ..sampling.rehearsal import CannotRehearse, plan_by_name
 
-SOME_SIGMAS = (8.0, 5.0, 3.0, 1.5, 0.5, 0.0)  # over which a sampler shows how it steps, whatever the run's will be
+SOME_SIGMAS = (8.0, 5.0, 3.0, 1.5, 0.5, 0.0)  # an example, to see how a sampler steps before the run's schedule is known
 
 
 def refusal(name):
-    """Return why a sampler, by its name in the host's list, cannot be corrected; None where nothing is known against it."""
+    """Return why a sampler, by its name in the host's list, cannot be corrected; None if no reason is known."""
     if "cfg_pp" in name:
         return f"{name} steps with the unguided prediction of its last evaluation, which a correction moves elsewhere"
     if name in ("dpm_adaptive", "dpm_adaptive_function"):
@@ -25,10 +25,10 @@ def refusal(name):
 
 
 def resolved(settings, plan, full, other_cache=""):
-    """Return (settings, sentence): what `auto` chooses for a run, and why; the settings themselves, and "", without it.
+    """Return (settings, sentence): what `auto` chooses for a run, and why. Without `auto` return the settings unchanged and "".
 
-    plan: the RunPlan. full: the steps that a cache of this pack evaluates in full, None without one. other_cache: another's
-    name.
+    plan: the RunPlan. full: the steps that this pack's cache evaluates in full, None if there is no cache. other_cache: the
+    name of another cache, if there is one.
     """
     if not settings.is_auto:
         return settings, ""
@@ -37,8 +37,9 @@ def resolved(settings, plan, full, other_cache=""):
 
 
 def check_sampler(name, settings, of="sampler"):
-    """Raise ValueError for a sampler, by its name in the host's list, that cannot be corrected as `settings` say; of: the
-    input that names it.
+    """Raise ValueError if a sampler, by its name in the host's list, cannot be corrected as `settings` say.
+
+    of: the input that names the sampler, for the message.
     """
     if settings.is_off or settings.is_auto:
         return
@@ -47,13 +48,14 @@ def check_sampler(name, settings, of="sampler"):
     if settings.is_ahead and name in comfy.samplers.KSampler.SAMPLERS:
         try:
             check_known_ends(name, settings, plan_by_name(name, SOME_SIGMAS), of)
-        except CannotRehearse:  # the run says so
+        except CannotRehearse:  # the run will raise an error that says so
             return
 
 
 def check_known_ends(name, settings, plan, of="sampler"):
-    """Raise ValueError where steps are to be corrected `ahead` and the sampler of this name has none that can be, by its
-    RunPlan; of: the input that names it.
+    """Raise ValueError if steps are to be corrected `ahead`, but by its RunPlan the sampler has no step that can be.
+
+    of: the input that names the sampler, for the message.
     """
     reason = None if settings.is_off or not settings.is_ahead else plan.why_no_end
     if reason:

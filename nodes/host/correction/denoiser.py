@@ -1,4 +1,4 @@
-"""The callable that stands before a sampler function in place of the host's denoiser: it counts, and corrects steps."""
+"""The callables that a sampler function gets instead of the host's denoiser: they count evaluations and correct steps."""
 
 import functools
 
@@ -16,8 +16,9 @@ from .known_errors import is_exact
 
 
 class CountedDenoiser:
-    """Stands before a sampler function in place of the host's denoiser, and counts. Unknown attributes are the host
-    denoiser's, which samplers read.
+    """Replaces the host's denoiser for a sampler function and counts evaluations.
+
+    Other attributes are those of the host's denoiser, because samplers read some of them.
     """
 
     def __init__(self, model, report, calls):
@@ -35,7 +36,7 @@ class CountedDenoiser:
         return denoised
 
     def _counted(self, model, x, sigma, extra_args):
-        """Return (the denoised prediction, how often the network was evaluated for it: once, or not at all)."""
+        """Return (denoised prediction, number of network evaluations for it: 1 or 0)."""
         denoised = model(x, sigma, **extra_args)
         evaluations = int(self._calls.have_been())
         self._report.nfe += evaluations
@@ -43,8 +44,9 @@ class CountedDenoiser:
 
 
 class CorrectedDenoiser(CountedDenoiser):
-    """Corrects the steps in `corrected`, each at the evaluation that it is taken with; a sampler's further evaluations pass
-    through. Nothing is read back from the device before `finish`.
+    """Corrects the steps in `corrected`, each at its own evaluation: the one whose prediction the step uses.
+
+    Other evaluations of the sampler pass through. Nothing is read back from the device before `finish`.
     """
 
     def __init__(self, model, report, calls, plan, full, corrected, settings, noise, progress):
@@ -56,9 +58,9 @@ class CorrectedDenoiser(CountedDenoiser):
         self._noise = noise
         self._progress = progress
         self._stopwatch = None
-        self._begun = 0  # steps
+        self._begun = 0  # number of steps that have begun
         self._model_options = {}
-        self._ahead = None  # what was evaluated in the step before for this one
+        self._ahead = None  # the prediction for this step, if the step before evaluated it
         self._traces = TraceReader(report)
         report.start(plan.sigmas, corrected)
 
@@ -76,7 +78,7 @@ class CorrectedDenoiser(CountedDenoiser):
         return self._own(step, x, sigma, extra_args)
 
     def _own(self, step, x, sigma, extra_args):
-        """Return the prediction for an evaluation of the sampler's, evaluated here, unless the step before did."""
+        """Return the prediction for an evaluation of the sampler. Evaluate it here, unless the step before already did."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
             return ahead
@@ -105,22 +107,24 @@ class CorrectedDenoiser(CountedDenoiser):
         return corrected
 
     def _keep(self, step, prediction):
-        """Keep a prediction that was evaluated ahead, for the step that it is of."""
+        """Keep a prediction that was evaluated ahead for this step."""
         self.finite.evaluated(step, None, prediction)
         self._ahead = prediction
 
     def _evaluate(self, step, x, sigma, extra_args, correcting=None):
-        """Return the denoised prediction at x; correcting: the callable that has it, in a correction."""
+        """Return the denoised prediction at x. correcting: the denoiser to call in a correction; None outside a correction."""
         denoised, evaluations = self._counted(correcting or self._model, x, sigma, extra_args)
         self._report.steps[step].nfe += evaluations
-        if correcting is None:  # a correction that is not finite falls back
+        if correcting is None:  # a correction that is not finite falls back, and needs no check
             self.finite.evaluated(step, x, denoised)
         self._progress.evaluated()
         return denoised
 
     def _holding(self, step):
-        """Return the host's denoiser for corrections at `paper`. What is evaluated is the step's result, and so outside the
-        in-paint mask the image with as much noise as the result has, scaled alike; the host puts there that of its begin.
+        """Return a denoiser for corrections at the evaluation point `paper`, which evaluates the step's result.
+
+        Outside the in-paint mask the latent must be the image with the result's noise level and scaling. The host would insert
+        the image with the noise level of the step's start.
         """
 
         def denoise(x, sigma, **extra_args):
@@ -139,8 +143,9 @@ class CorrectedDenoiser(CountedDenoiser):
         return denoise
 
     def _mask(self, x, sigma, extra_args):
-        """Return by how much each number of x may be corrected: outside the in-paint mask the prediction is the image to keep,
-        and not the network's.
+        """Return, for each number of x, the share that may be corrected.
+
+        Outside the in-paint mask the prediction is the image to keep, not the network's prediction.
         """
         mask = extra_args["denoise_mask"]
         change = extra_args.get("model_options", {}).get("denoise_mask_function")
@@ -160,8 +165,10 @@ class CorrectedDenoiser(CountedDenoiser):
         self._checked(lambda: self._plan.called_back(info["i"]))
 
     def _checked(self, call):
-        """Return what call() does with the plan. A run in which nothing is corrected goes on without one that it departs from;
-        it is then without steps, and so is its report.
+        """Return call(), which checks the plan; None if there is no plan.
+
+        If the run departs from its plan, a run with corrections raises Departed. A run without corrections continues without a
+        plan, and its report then has no steps.
         """
         if self._plan is None:
             return None
@@ -174,9 +181,9 @@ class CorrectedDenoiser(CountedDenoiser):
             return None
 
     def finish(self, samples):
-        """Take down the run's final latent, and read back what happened."""
+        """Store the run's final latent in the report, and read back the results from the device."""
         self._checked(lambda: self._plan.check_is_over())
-        self._begin(samples.device)  # the end of the last step
+        self._begin(samples.device)  # marks the end of the last step
         self._report.keep(len(self._report.sigmas) - 1, samples)
         seconds = self._stopwatch.seconds()
         self._traces.take(wait=True)
@@ -184,8 +191,9 @@ class CorrectedDenoiser(CountedDenoiser):
         self._warn()
 
     def _warn(self):
-        """Add to the report what the corrections did by themselves, and a warning of too much, and log its warnings; add to it
-        what the log has already.
+        """Add the bias of the corrections to the report, with a warning if it is too large, and log the report's warnings.
+
+        Then add the warning about lost patches, which is already in the log.
         """
         if self._corrected:
             self._tell_bias()
@@ -209,18 +217,18 @@ class CorrectedDenoiser(CountedDenoiser):
 
 
 def tell_lost_changes(report, model):
-    """Add to the report of a run what is lost of the patches on its quantized MODEL. The log has it, once for the patches."""
+    """Add to a run's report the warning about patches lost on its quantized MODEL, which the log has once per patch set."""
     if warning := lost_changes(base_of(model)):
         report.warnings.append(f"{report.label}: {warning}")
 
 
 def _tell(extra_args, told):
-    """Return a sampler's extra arguments with what the evaluation is told of its place."""
+    """Return a sampler's extra arguments with the place of the evaluation, `told`."""
     return {**extra_args, "model_options": with_place(extra_args.get("model_options", {}), told)}
 
 
 def _past_other_cache(extra_args):
-    """Return a sampler's extra arguments with which another cache lets the network answer."""
+    """Return a sampler's extra arguments that make the host's own cache let the network evaluate."""
     model_options = extra_args["model_options"]
     options = past_other_cache(model_options["transformer_options"])
     return {**extra_args, "model_options": {**model_options, "transformer_options": options}}

@@ -1,4 +1,4 @@
-"""Whether a run stayed finite, and whose doing it is where it did not."""
+"""Check whether a run stayed finite, and find the cause if it did not."""
 
 import itertools
 import math
@@ -10,21 +10,23 @@ from ..sampling.rehearsal import BadSchedule, check_schedule
 
 
 class Finiteness:
-    """Whether the latents that a run evaluated, and the predictions there, were finite. Read back once, at the end."""
+    """Records whether the evaluated latents of a run and their predictions were finite. It is read back once, at the end."""
 
     def __init__(self):
         self._steps = []
-        self._flags = []  # of each evaluation: [latent, prediction]
+        self._flags = []  # for each evaluation: [latent is finite, prediction is finite]
 
     def evaluated(self, step, x, denoised):
-        """Note an evaluation of a step, None where it has no number; x: None where it is known to be finite."""
+        """Record an evaluation. step: its number, None if it is not known. x: the latent, None if it is known to be finite."""
         prediction = denoised.isfinite().all()
         self._steps.append(step)
         self._flags.append(torch.stack([torch.ones_like(prediction) if x is None else x.isfinite().all(), prediction]))
 
     def check(self, samples, name, sigmas, cfg):
-        """Raise RuntimeError, with a sentence of whose doing it is, where not all was finite. samples: the run's result. name:
-        the sampler's. sigmas: where the steps begin and the last one's end. cfg: the guidance scale, None where there is none.
+        """Raise RuntimeError, with a sentence about the cause, if a latent or prediction was not finite.
+
+        samples: the run's result. name: the sampler's name. sigmas: where the steps begin, and the end of the last step. cfg:
+        the guidance scale, None if there is none.
         """
         flags = torch.stack([*self._flags, samples.isfinite().all().expand(2)]).tolist()
         first = next((number for number, both in enumerate(flags) if not all(both)), None)
@@ -37,8 +39,10 @@ class Finiteness:
 
 
 def _fault(is_prediction, is_first, step, name, sigmas, cfg):
-    """Return (what led to NaN or infinity, what to do). is_prediction: whether it is a prediction, from a finite latent.
-    is_first: whether it is the run's first evaluation.
+    """Return (what led to NaN or infinity, what to do), two sentences.
+
+    is_prediction: whether the first non-finite value is in a prediction at a finite latent. is_first: whether it is in the
+    run's first evaluation.
     """
     where = "" if step is None else f" in step {step} of {len(sigmas) - 1}, numbered from 0 (sigma {sigmas[step]:.4g}),"
     equal = [number for number, (here, then) in enumerate(itertools.pairwise(sigmas)) if here == then]

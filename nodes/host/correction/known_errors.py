@@ -1,4 +1,4 @@
-"""Whether a MODEL is known to be evaluated as it is: neither quantized nor cached, by this pack or another."""
+"""Whether a MODEL is known to be evaluated exactly: neither quantized nor cached, by this pack or another."""
 
 import torch
 
@@ -10,9 +10,10 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def is_exact(network, model_options):
-    """Return whether a network is known to be evaluated as it is in a sampling run with these model options.
+    """Return whether a network is known to be evaluated exactly in a sampling run with these model options.
 
-    network: the host's diffusion model. Where another pack takes part in its evaluations nothing is known, and it is False.
+    network: the host's diffusion model. Return False if another pack takes part in its evaluations, because then nothing is
+    known.
     """
     options = model_options.get("transformer_options", {})
     if quantize.KEY in options or caching.KEY in options or "easycache" in options:

@@ -1,4 +1,4 @@
-"""What a client is told while a run goes on: the host's progress bar, and websocket events of our own."""
+"""Progress of a run for the client: the host's progress bar, and the pack's own websocket events."""
 
 import sys
 
@@ -9,12 +9,12 @@ from ....iec_core.run_report import TRACED
 
 
 def running_server():
-    """Return the host's server if this process is one, else None. Only a server has that module."""
+    """Return the host's server if this process is a server, else None. Only a server has loaded the module `server`."""
     return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
 def _workflow_of(server, prompt_id):
-    """Return the id of the workflow that a running prompt was made from, "" where it came without one."""
+    """Return the id of the workflow that a running prompt was made from, "" if the prompt has no such id."""
     for _, running, _, about, *_ in getattr(server.prompt_queue, "currently_running", {}).values():
         if running == prompt_id:
             for key in ("extra_pnginfo", "workflow", "id"):
@@ -24,24 +24,27 @@ def _workflow_of(server, prompt_id):
 
 
 class EvaluationProgress:
-    """Counts the evaluations of one sampling run, and tells of its steps. is_running, has_run: of the corrected function.
+    """Counts the evaluations of one sampling run, and sends events about its steps.
 
-    The host's bar counts evaluations instead of steps; as always, an update is also where the host looks for an interrupt.
+    is_running, has_run: whether the corrected sampler function is running, and has run. The host's progress bar counts
+    evaluations instead of steps. As always, the host checks for an interrupt at each update of the bar.
 
-    Two events go to the client that queued the prompt; they are silent where no server runs. Both tell {workflow, node, source,
-    prompt_id, label, correction, choice, steps, nfe}: the workflow's id if it came with the prompt, the node that samples, the
-    one that asked for the correction, what `auto` chose and why, and the evaluations so far. A run's first event and its last
-    tell {corrected, full} too: the numbers of the corrected steps, and of those that a cache evaluates in full, null without
-    one. In every event of a long run these would be most of what is sent.
+    Two kinds of events go to the client that queued the prompt; without a server nothing is sent. Both contain {workflow, node,
+    source, prompt_id, label, correction, choice, steps, nfe}. workflow: the workflow's id, if the prompt has one. node: the
+    node that samples. source: the node that asked for the correction. choice: what `auto` chose, and why. nfe: the evaluations
+    so far. The first and the last event of a run also contain {corrected, full}: the numbers of the corrected steps, and of the
+    steps that a cache evaluates in full, null without a cache. Other events leave them out, because in a long run they would be
+    most of the data.
 
-    `iec.step`, at the start of each step and at the end: step, the number of steps finished, and `iterated`, a list of what
-    was learned of corrected steps since the last event, {step, lambdas, residuals, contraction, fell_back}: a mean over the
-    batch for each iteration, and whether an image fell back. A GPU's come some steps later, as they are read without waiting.
-    `iec.run`, after a run: iterated, of all corrected steps; seconds; warnings, sentences.
+    `iec.step` is sent at the start of each step and at the end. It contains `step`, the number of finished steps, and
+    `iterated`, the results of corrected steps since the last event: a list of {step, lambdas, residuals, contraction,
+    fell_back}, with a mean over the batch for each iteration, and whether an image fell back. On a GPU the results arrive some
+    steps later, because they are read without waiting. `iec.run` is sent after a run. It contains `iterated` of all corrected
+    steps, `seconds`, and `warnings`, a list of sentences.
     """
 
     def __init__(self, has_bar=True):
-        """has_bar: whether the bar is ours to move; it is not where another pack calls a sampler function by itself."""
+        """has_bar: whether this object moves the progress bar; False if another pack calls the sampler function directly."""
         self._context = get_executing_context()
         self._has_bar = has_bar
         self._report, self._workflow, self._about = None, "", {}
@@ -50,13 +53,17 @@ class EvaluationProgress:
         self.is_running = self.has_run = False
 
     def begin(self, report, corrected, full, steps, total):
-        """Begin a run of so many steps and, at most, evaluations. corrected: numbers of steps. full: such, or None."""
+        """Begin a run.
+
+        corrected: numbers of the corrected steps. full: numbers of the steps that a cache evaluates in full, or None. steps:
+        the number of steps. total: the largest possible number of evaluations.
+        """
         self._report, self._about = report, {"corrected": sorted(corrected), "full": full}
         self._steps, self._total, self._evaluations = steps, total, 0
         self._bar = comfy.utils.ProgressBar(total) if self._has_bar else None
 
     def counting(self, callback):
-        """Return the host's callback(step, denoised, x, total_steps), told evaluations where it is told steps."""
+        """Return the host's callback(step, denoised, x, total_steps) with evaluations instead of steps."""
 
         def counted(step, denoised, x, total_steps):
             if self._total is None:  # a run whose evaluations are not known beforehand
@@ -72,13 +79,13 @@ class EvaluationProgress:
             self._bar.update_absolute(self._evaluations, self._total)
 
     def step(self, step, learned):
-        """Tell that `step` steps are done, and what was `learned`, a list of StepReports."""
+        """Send that `step` steps are done. learned: new StepReports, a list."""
         if step == self._steps and self._bar is not None:
-            self._bar.update_absolute(self._total, self._total)  # iterations that converged early are done too
+            self._bar.update_absolute(self._total, self._total)  # the bar must be full even if iterations converged early
         self._send("iec.step", step=step, iterated=_told(learned), **(self._about if step == 0 else {}))
 
     def end(self):
-        """Tell that the run is over and its report complete."""
+        """Send that the run is over and its report is complete."""
         report = self._report
         corrected = [step for step in report.steps if step.corrected]
         self._send(
@@ -105,7 +112,7 @@ class EvaluationProgress:
 
 
 def _told(steps):
-    """Return what an event tells of StepReports: numbers are means over the batch."""
+    """Return the content of an event for StepReports: numbers are means over the batch."""
     return [
         {"step": step.step, **{name: step.means(name) for name in TRACED}, "fell_back": any(step.fell_back)} for step in steps
     ]

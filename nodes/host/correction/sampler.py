@@ -1,7 +1,7 @@
-"""IEC in the host's sampling loop: one hook, `with_correction`, serves every node.
+"""IEC in the host's sampling loop: all nodes use one hook, `with_correction`.
 
-A sampler function of the host gets a callable `model(x, sigma, **extra_args)` that returns the denoised latent, with
-guidance and the in-paint mask applied. That callable is what is corrected.
+A sampler function of the host gets a callable `model(x, sigma, **extra_args)` that returns the denoised latent, with guidance
+and the in-paint mask applied. The correction replaces this callable.
 """
 
 import copy
@@ -22,13 +22,15 @@ from .correctable import check_known_ends, check_sampler, refusal, resolved
 from .denoiser import CorrectedDenoiser, CountedDenoiser, tell_lost_changes
 from .progress_events import EvaluationProgress
 
-RUN = "iec_run"  # in a run's model options: its EvaluationProgress
+RUN = "iec_run"  # key in a run's model options for its EvaluationProgress
 APPLIED_TWICE = "sampler: IEC is applied twice to this sampling run; use only one of IECKSampler, IECApply and IECSampler."
 
 
 class CorrectedSampler(comfy.samplers.KSAMPLER):
-    """A host SAMPLER whose steps are corrected, whether it is its `sample` that is called or its sampler function, as another
-    pack's SAMPLER does that has one inside.
+    """A host SAMPLER whose steps are corrected.
+
+    Both its `sample` and its sampler function correct, because another pack's SAMPLER may contain it and call only the
+    function.
     """
 
     def __init__(self, sampler, settings, begin_report):
@@ -38,7 +40,7 @@ class CorrectedSampler(comfy.samplers.KSAMPLER):
         self._is_off = settings.is_off
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, *args, **kwargs):
-        """As KSAMPLER.sample; the progress that `callback` is told counts evaluations."""
+        """Sample like KSAMPLER.sample, but `callback` gets evaluations instead of steps as its progress."""
         _check_not_twice(extra_args)
         progress = EvaluationProgress()
         sampler = copy.copy(self._sampler)
@@ -59,14 +61,14 @@ def _with_progress(extra_args, progress):
 
 
 def _check_not_twice(extra_args):
-    """Raise AppliedTwice in a corrected run, whose sampler has another corrected one inside."""
+    """Raise AppliedTwice if this call is inside a corrected run: a corrected sampler contains another corrected sampler."""
     progress = extra_args.get("model_options", {}).get(RUN)
     if progress is not None and progress.is_running:
         raise AppliedTwice(APPLIED_TWICE)
 
 
 class CorrectedFunction:
-    """A sampler function of the host with its steps corrected. begin_report(): the RunReport that a run fills."""
+    """A sampler function of the host with corrected steps. begin_report(): returns the RunReport that a run fills."""
 
     def __init__(self, function, settings, begin_report):
         functools.update_wrapper(self, function, updated=())
@@ -124,11 +126,13 @@ class CorrectedFunction:
         return sampler_name(self._function) or type(self._function).__name__
 
     def _plan(self, rehearsal, sigmas, options):
-        """Return (RunPlan, ""), or (None, a sentence if `auto` corrects nothing) where there is no step, or none that can be
-        told and none that has to be. rehearsal(): the Rehearsal over these sigmas, which is not asked for where nothing can be
-        corrected: it takes a moment, and another pack's sampler function may do more than to sample.
+        """Return (RunPlan, ""), or (None, reason) if the run has no plan and needs none.
 
-        Raises ValueError where steps are to be corrected that cannot be told.
+        A run has no plan if it has no step, or if its steps are not known and none must be corrected. reason: why `auto`
+        corrects nothing, otherwise "". rehearsal(): returns the Rehearsal over these sigmas. It is not called if nothing can be
+        corrected, because it takes a moment, and another pack's sampler function may do more than sampling.
+
+        Raises ValueError if steps must be corrected but are not known.
         """
         settings, reason = self._settings, refusal(self._name)
         if len(sigmas) < 2 or (settings.is_off and (reason or not is_of_the_host(self._function))):
@@ -156,7 +160,7 @@ class CorrectedFunction:
             ) from reason
 
     def _run_uncorrected(self, report, calls, model, x, sigmas, extra_args, callback, disable, options):
-        """Run a sampler function as the host would, where no step can be told; the report has none."""
+        """Run a sampler function like the host, for a run whose steps are not known. Its report has no steps."""
         report.start(sigmas.tolist(), frozenset())
         report.steps = []
         stopwatch = Stopwatch(x.device)
@@ -172,15 +176,15 @@ class CorrectedFunction:
 
 
 def _guidance_of(model):
-    """Return the guidance scale of the guider that a denoiser is of, None where it has none."""
+    """Return the guidance scale of a denoiser's guider, None if it has none."""
     scale = getattr(getattr(model, "inner_model", None), "cfg", None)
     return scale if isinstance(scale, (int, float)) else None
 
 
 def with_correction(sampler, settings, begin_report):
-    """Return a SAMPLER like a host SAMPLER, with its steps corrected; begin_report(): the RunReport that a run fills.
+    """Return a SAMPLER like a host SAMPLER, with corrected steps. begin_report(): returns the RunReport that a run fills.
 
-    Raises ValueError for a sampler that has no sampler function to wrap, that cannot be corrected, or that is already.
+    Raises ValueError if the sampler has no sampler function to wrap, cannot be corrected, or is corrected already.
     """
     if isinstance(getattr(sampler, "sampler_function", None), CorrectedFunction):
         raise AppliedTwice(APPLIED_TWICE)
@@ -194,7 +198,7 @@ def with_correction(sampler, settings, begin_report):
 
 
 def apply_correction(model, settings, begin_report):
-    """Return a clone of a MODEL that corrects whatever sampling run it is used in."""
+    """Return a clone of a MODEL that corrects every sampling run in which it is used."""
 
     def outer_sample(executor, noise, latent_image, sampler, *args, **kwargs):
         return executor(noise, latent_image, with_correction(sampler, settings, begin_report), *args, **kwargs)

@@ -1,4 +1,4 @@
-"""What a sampling run will do, told before it runs: which steps are corrected and cached, and what that costs."""
+"""Predict what a sampling run will do: which steps are corrected and cached, and how many evaluations that costs."""
 
 from dataclasses import dataclass, replace
 
@@ -16,20 +16,22 @@ from ..sampling.rehearsal import CannotRehearse, FlowLevels, FluxLevels, Levels,
 from .correctable import check_sampler, refusal, resolved
 
 ALL = parse_correction_steps("all")
-MOST_STEPS = 500  # that are drawn
-# Noise levels of models, as far apart as those of the host's are: what a plan says is said of all of them, or of each.
+MOST_STEPS = 500  # the frontend draws no more
+# Noise levels that cover the range of the host's models. A plan holds for all of these, or says what differs between them.
 MODELS = {"SD 1.5, SDXL": Levels(), "SD 3": FlowLevels(3.0), "Wan": FlowLevels(8.0), "Flux": FluxLevels()}
-LEAST_DENOISE = 0.01  # the schedule of a run that denoises less has as many more steps
+LEAST_DENOISE = 0.01  # with less, the host computes a schedule of more than 100 times as many steps
 
 
 class NotKnown(ValueError):
-    """A run may do well, but what it will do cannot be told beforehand."""
+    """The steps of a run are not known before it runs. The run itself may succeed."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """What the host's samplers are told: of KSampler; of KSamplerAdvanced start_step, last_step and force_full_denoise in
-    place of denoise; of BasicScheduler, with is_custom, for SamplerCustom.
+    """The settings of a sampling node of the host.
+
+    KSampler uses denoise. KSamplerAdvanced uses start_step, last_step and force_full_denoise instead. is_custom: the settings
+    are those of BasicScheduler, for SamplerCustom.
     """
 
     steps: int
@@ -42,7 +44,7 @@ class Sampling:
     is_custom: bool = False
 
     def check(self):
-        """Raise ValueError for what a run would be refused for, and NotKnown for what is too long to be drawn."""
+        """Raise ValueError for settings that a run would refuse, and NotKnown for a run that is too long to draw."""
         known = comfy.samplers.KSampler
         wrong = unknown_choice(known.SAMPLERS, sampler_name=self.sampler_name)
         wrong = wrong or unknown_choice(known.SCHEDULERS, scheduler=self.scheduler)
@@ -54,8 +56,8 @@ class Sampling:
             raise NotKnown(f"denoise: below {LEAST_DENOISE} the steps are not drawn.")
 
     def sigmas(self, levels):
-        """Return the sigmas of the run as the host makes them for a model's noise levels, n + 1 on the CPU."""
-        name = "euler" if self.is_custom else self.sampler_name  # KSampler makes the schedules of some samplers otherwise
+        """Return the n + 1 sigmas of the run, on the CPU, as the host computes them for a model's noise levels."""
+        name = "euler" if self.is_custom else self.sampler_name  # KSampler computes other schedules for some samplers
         sigmas = comfy.samplers.KSampler(NoModel(levels), self.steps, "cpu", name, self.scheduler, self.denoise).sigmas
         if self.last_step is not None and self.last_step < len(sigmas) - 1:
             sigmas = sigmas[: self.last_step + 1]
@@ -65,9 +67,10 @@ class Sampling:
 
 
 def _full_steps(schedules, begins, **cache):
-    """Return the steps that a cache evaluates in full, sorted; None where only the run tells. begins: where steps begin with
-    SD 1.5's noise levels. schedules: {model: sigmas}; a part of the schedule (start_percent) has other steps with others, and
-    a profile is of one schedule.
+    """Return the steps that a cache evaluates in full, sorted; None if only the run can tell.
+
+    begins: the sigmas at which steps begin with SD 1.5's noise levels. schedules: {model: sigmas}. They are needed because a
+    part of the schedule (start_percent) contains different steps for different models, and a profile is for one schedule.
     """
     if "profile_name" in cache:
         return _full_steps_on(MODELS["SD 1.5, SDXL"], begins, **cache)
@@ -82,25 +85,26 @@ def _full_steps_on(levels, sigmas, interval=1, schedule="uniform", start_percent
         profile = PROFILES.read("profile_name", profile_name, CacheProfile.load)
         try:
             return sorted(CorrectedFeatures(profile).full_steps(sigmas))
-        except ValueError:  # of another schedule, or of this one on a model with other noise levels
+        except ValueError:  # the profile is for another schedule, or for a model with other noise levels
             return None
     start, end = (float(levels.percent_to_sigma(percent)) for percent in (start_percent, end_percent))
     return sorted(CacheSettings(max(interval, 1), 0, parse_cache_schedule(schedule), start, end).full_steps(sigmas))
 
 
 def step_plan(correction, sampling, cache=None, correction_pass="refresh", is_cache_open=False):
-    """Return what a run will do, whatever the model's noise levels are, as far as those of `MODELS` tell.
+    """Return what a run will do for every model, judged by the noise levels of `MODELS`.
 
-    correction: inputs of `CorrectionSettings.parse`. sampling: of `Sampling`. cache: interval, schedule, start_percent,
-    end_percent of IECDeepCache, or profile_name. correction_pass: the cache's. is_cache_open: whether there may be a cache that
-    only the run knows.
+    correction: inputs of `CorrectionSettings.parse`. sampling: fields of `Sampling`. cache: interval, schedule, start_percent,
+    end_percent of IECDeepCache, or profile_name. correction_pass: that of the cache. is_cache_open: whether there may be a
+    cache that is known only in the run.
 
-    The answer: correction, as reports name it; choice, what `auto` chooses and why, "" without it; evaluation_point, its choice
-    too; steps; corrected, a list of their numbers; open, those that are corrected with the noise levels of some models and not
-    of others; correctable, those of the steps that can be; full, those that the cache evaluates in full, or None;
-    full_corrections, how many corrections are evaluated in full; evaluations without corrections, and nfe with them, an upper
-    bound where iterations can converge early. Raises ValueError, with a sentence, for what a run would be refused for, and
-    NotKnown for what only the run can tell.
+    Return a dict: correction, as reports name it; choice, what `auto` chooses and why, "" without `auto`; evaluation_point,
+    also as chosen by `auto`; steps, their number; corrected, numbers of the corrected steps; open, steps that are corrected
+    with the noise levels of some models but not of others; correctable, steps that can be corrected; full, steps that the cache
+    evaluates in full, or None; full_corrections, how many corrections are evaluated in full; evaluations, their number without
+    corrections; nfe, their number with corrections, an upper bound if iterations can converge early.
+
+    Raises ValueError, with a sentence, for settings that a run would refuse, and NotKnown for what only the run can tell.
     """
     settings, sampling = CorrectionSettings.parse(**correction), Sampling(**sampling)
     about = {"correction": settings.summary(), "choice": "", "evaluation_point": settings.evaluation_point}
@@ -141,8 +145,10 @@ def step_plan(correction, sampling, cache=None, correction_pass="refresh", is_ca
 
 
 def _chosen(settings, sampler_name, schedules, full):
-    """Return what `auto` chooses on the noise levels of every model of `schedules`, {name: sigmas}: (settings, the steps that
-    are corrected on all, those that are on some, a sentence; where they differ, one for each).
+    """Return what `auto` chooses for the noise levels of all models: (settings, corrected, open, sentence).
+
+    schedules: {name of a model: sigmas}. corrected: the steps that are corrected for all models. open: the steps that are
+    corrected only for some. sentence: the reason; if it differs between models, one reason per group of models.
     """
     chosen, steps, sentences = [], [], {}
     for name, sigmas in schedules.items():

@@ -1,4 +1,4 @@
-"""The HTTP route by which the frontend asks what a sampling run will do."""
+"""The HTTP route on which the frontend asks what a sampling run will do."""
 
 import asyncio
 import json
@@ -15,8 +15,9 @@ ROUTE = "/iec/step_plan"
 
 
 def _mended(correction, **question):
-    """Return the step plan of a run that is refused for its correction_steps, with those of them that it has, so that a client
-    can offer them; {} where the run is refused for more.
+    """Return the step plan of a refused run with only those of its correction_steps that exist.
+
+    A client can offer these steps. Return {} if the run is refused for another reason too.
     """
     try:
         steps = step_plan({**correction, "correction_steps": "none"}, **question)["steps"]
@@ -36,20 +37,22 @@ def _plan_or_refusal(question):
 
 
 def _answer(question):
-    """Return the step plan for a client's question, as `read_question` returns it; {"error": sentence} where a run would be
-    refused, with a plan if it is only for correction_steps; {"unknown": sentence} where it cannot be told.
+    """Return the step plan for a client's question, which is a result of `read_question`.
+
+    If the run would be refused, return {"error": sentence}, together with a plan if only correction_steps is wrong. If the plan
+    is not known, return {"unknown": sentence}.
     """
     try:
         return _plan_or_refusal(question)
     except NotKnown as reason:
         return {"unknown": str(reason)}
-    except Exception as error:  # whatever a client has sent, it gets an answer
+    except Exception as error:  # a client gets an answer whatever it sent
         logger.warning(f"no step plan for {str(question)[:500]}: {error!r}")
         return {"unknown": "The steps cannot be told; the server's log says why."}
 
 
 class BadQuestion(ValueError):
-    """A client asks in another form than the frontend extension does; a sentence."""
+    """A client's question does not have the form that the frontend extension uses. The argument is a sentence."""
 
 
 CORRECTION = {
@@ -77,7 +80,7 @@ KINDS = {dict: "an object", str: "a text", int: "a whole number of at least 0", 
 
 
 def read_question(text):
-    """Return a client's question, JSON text, as a dict of `step_plan`'s arguments. Raises BadQuestion."""
+    """Return a client's question, a JSON text, as a dict of arguments for `step_plan`. Raises BadQuestion."""
     try:
         question = json.loads(text)
     except (ValueError, RecursionError):
@@ -87,7 +90,10 @@ def read_question(text):
 
 
 def _checked(name, value, kind):
-    """Return the value of a question's part if it is of its kind: a type, or a dict of the kinds of its own parts."""
+    """Return the value of a part of a question if it has the right kind, else raise BadQuestion.
+
+    kind: a type, or a dict {name of a sub-part: its kind}.
+    """
     if isinstance(kind, type):
         accepted = {float: (float, int)}.get(kind, (kind,))
         if type(value) not in accepted or (kind is float and not math.isfinite(value)) or (kind is int and value < 0):
@@ -103,11 +109,11 @@ def _checked(name, value, kind):
     return {one: None if of is None and one in may_be_null else _checked(one, of, kind[one]) for one, of in value.items()}
 
 
-MOST_BYTES = 16 * 1024  # of a question
+MOST_BYTES = 16 * 1024  # the largest size of a question
 
 
 async def _text_of(request):
-    """Return the text of a request's body, at most `MOST_BYTES`. Raises BadQuestion."""
+    """Return the text of a request's body. Raises BadQuestion if it is longer than `MOST_BYTES`, or not UTF-8."""
     body = b""
     async for part in request.content.iter_chunked(MOST_BYTES):
         body += part
@@ -120,18 +126,21 @@ async def _text_of(request):
 
 
 class Planner:
-    """Answers questions in a thread of its own, one after the other, at most one a client.
+    """Answers questions in a separate thread, one after the other, with at most one pending question per client.
 
-    A rehearsal of many steps takes a moment, in which the server has others to answer, and its time is the running prompt's.
+    A rehearsal of many steps takes a moment. Meanwhile the server must answer other requests, and the time is taken from the
+    running prompt.
     """
 
     def __init__(self):
         self._thread = ThreadPoolExecutor(1, "iec-step-plan")
-        self._asking = set()  # addresses of clients
+        self._asking = set()  # addresses of clients with a pending question
 
     async def answer(self, request):
-        """Return the response to a POST /iec/step_plan: 400 with a sentence for a question of another form, 429 while the
-        client has another pending; both as {"unknown": sentence}.
+        """Return the response to a POST /iec/step_plan.
+
+        The status is 400 if the question is malformed, and 429 while another question of the client is pending. Both have the
+        body {"unknown": sentence}.
         """
         client = request.remote
         try:
@@ -142,13 +151,13 @@ class Planner:
             return web.json_response({"unknown": "Another step plan is being made; ask again when it is there."}, status=429)
         self._asking.add(client)
         plan = self._thread.submit(_answer, question)
-        plan.add_done_callback(lambda _: self._asking.discard(client))  # not before, even if the client is gone meanwhile
+        plan.add_done_callback(lambda _: self._asking.discard(client))  # only then, even if the client has disconnected
         return web.json_response(await asyncio.wrap_future(plan))
 
 
 def serve_step_plans(server):
-    """Let a server, the host's PromptServer, answer POST /iec/step_plan, for the frontend extension."""
-    if any(getattr(route, "path", None) == ROUTE for route in server.routes):  # a second one would stop the server
+    """Let a server, the host's PromptServer, answer POST /iec/step_plan for the frontend extension."""
+    if any(getattr(route, "path", None) == ROUTE for route in server.routes):  # a second such route would stop the server
         return
     planner = Planner()
 

@@ -1,1 +1,1 @@
-"""Quantized MODELs: their layers, how they are made, calibrated, measured, saved and loaded."""
+"""Quantized MODELs: their layers, and code to make, calibrate, measure, save and load them."""

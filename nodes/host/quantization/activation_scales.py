@@ -1,4 +1,4 @@
-"""Calibration of a quantized MODEL's activations on sampling runs, and a MODEL that uses what it found."""
+"""Calibrate the activation scales of a quantized MODEL on sampling runs, and make a MODEL that uses them."""
 
 import contextlib
 import functools
@@ -15,16 +15,16 @@ from .quantized_network import quantization_of
 from .weights import fingerprint, is_same
 
 KEY = "iec_activation_scales"
-_layers = weakref.WeakKeyDictionary()  # of networks, as `_layers_of` found them
+_layers = weakref.WeakKeyDictionary()  # {network: (reference to a run's sigmas, references to its quantized layers)}
 
 
 def calibrate_activations(model, runs, timestep_wise, search):
-    """Return the ActivationScales of a quantized MODEL, from Runs with it; those that are on it do not count.
+    """Return the ActivationScales of a quantized MODEL, from Runs with it. Scales that the MODEL already has are ignored.
 
-    timestep_wise: whether every step gets scales of its own. search: whether scales are those of least squared error, for
-    which all runs are done twice.
+    timestep_wise: whether each step gets its own scales. search: whether to search the scales of least squared error, for which
+    all runs are done twice.
 
-    Raises ValueError where the MODEL has no quantized activations.
+    Raises ValueError if the MODEL has no quantized activations.
     """
     _check(model)
     model = _without_scales(model)
@@ -44,9 +44,9 @@ def calibrate_activations(model, runs, timestep_wise, search):
 
 
 def apply_scales(model, scales):
-    """Return a clone of a quantized MODEL whose activations have calibrated scales, in place of those that are on it.
+    """Return a clone of a quantized MODEL with calibrated activation scales, instead of scales that it already has.
 
-    Raises ValueError where they are of another model or another quantization.
+    Raises ValueError if the scales are for another model or another quantization.
     """
     _check(model)
     if not is_same(fingerprint(model), scales.fingerprint):
@@ -62,7 +62,7 @@ def apply_scales(model, scales):
         with calibrated(executor.class_obj.diffusion_model, scales, x.device, transformer_options):
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
-    apply_model.scales = scales  # no attachment: the host loads a clone anew that has others than the one before
+    apply_model.scales = scales  # not an attachment: the host reloads a clone that has other attachments
     model = _without_scales(model)
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, apply_model)
     return model
@@ -75,20 +75,22 @@ def _without_scales(model):
 
 
 def scales_of(model):
-    """Return the ActivationScales that are on a MODEL, None where there are none."""
+    """Return the ActivationScales of a MODEL, None if it has none."""
     return next((wrapper.scales for wrapper in model.get_wrappers(WrappersMP.APPLY_MODEL, KEY)), None)
 
 
 @contextlib.contextmanager
 def calibrated(network, scales, device, transformer_options):
-    """Give a quantized network's layers the ActivationScales, which may be None, of the evaluation that the host's
-    `transformer_options` belong to, on a device; take them away at the end.
+    """Set the scales of a quantized network's layers for one evaluation, and remove them at the end.
+
+    scales: ActivationScales, or None to do nothing. device: where the evaluation takes place. transformer_options: the host's,
+    for this evaluation.
     """
     layers = [] if scales is None else _layers_of(network, transformer_options.get("sample_sigmas"))
     try:
         if scales is not None:
             found = dict(zip(scales.names, scales.at(transformer_options["sigmas"].flatten()[0].to(device)).unbind()))
-            for layer in layers:  # past a module's own __setattr__, which takes ten times as long
+            for layer in layers:  # not by the module's own __setattr__, which takes ten times as long
                 layer.__dict__["input_scale"] = found.get(layer.name)
         yield
     finally:
@@ -97,9 +99,11 @@ def calibrated(network, scales, device, transformer_options):
 
 
 def _layers_of(network, sigmas):
-    """Return a list of a network's quantized layers. They are looked for once a run, for that takes milliseconds; sigmas: the
-    tensor that the host has made for the run, None where there is none. Between runs the host may put other modules into a
-    network, by object patches.
+    """Return a list of a network's quantized layers.
+
+    The search takes milliseconds, so it is done once per run. It must be repeated for each run, because between runs the host
+    may put other modules into a network by object patches. sigmas: the tensor that the host made for the run, None if there is
+    none.
     """
     run, found = _layers.get(network, (lambda: None, ()))
     if sigmas is None or run() is not sigmas:
@@ -116,14 +120,14 @@ def _check(model):
 
 
 class _Observed:
-    """Sees what enters the quantized layers, while a MODEL is sampled."""
+    """Collects statistics of the inputs of quantized layers while a MODEL is sampled."""
 
     def __init__(self, layers, timestep_wise):
         self._layers, self._timestep_wise = layers, timestep_wise
         self._statistics = self._sigmas = None
 
     def observing(self, model, what):
-        """Return a clone of the MODEL in whose runs the statistics take up, by their method `what`, what enters its layers."""
+        """Return a clone of the MODEL whose layer inputs are added to the statistics, by their method `what`, in its runs."""
 
         def watch(transformer_options):
             if not self._locate(transformer_options):
@@ -136,8 +140,9 @@ class _Observed:
         return watched(model, watch)
 
     def scales(self, searched):
-        """Return (names, sigmas float64 [S], scales float32 [S, L]) as ActivationScales have them. Raises ValueError where no
-        layer was seen.
+        """Return (names, sigmas float64 [S], scales float32 [S, L]) in the form of ActivationScales.
+
+        Raises ValueError if no layer was evaluated.
         """
         names, scales = self._statistics.scales(searched)
         if not names:
@@ -147,12 +152,12 @@ class _Observed:
             )
         if len(scales) == 1:
             return names, self._sigmas[:1], scales
-        # Of equal sigmas, as a scheduler gives them for more steps than it has timesteps, the last one has what was seen.
+        # A scheduler with fewer timesteps than steps returns equal sigmas. The statistics are then at the last of them.
         last = torch.cat([self._sigmas[1:] < self._sigmas[:-1], torch.tensor([True])])
         return names, self._sigmas[last], scales[last]
 
     def _locate(self, transformer_options):
-        """Go to the step of an evaluation; return whether it is known."""
+        """Set the step of the statistics to that of an evaluation. Return whether this step is known."""
         told = place(transformer_options)
         if told is None:
             return False

@@ -1,4 +1,4 @@
-"""What a quantized MODEL's layers differ from full precision by, seen in sampling runs."""
+"""Measure, in sampling runs, the errors of a quantized MODEL's layers relative to full precision."""
 
 import functools
 import math
@@ -15,11 +15,11 @@ from .weights import original_weight, patched_weight
 
 
 def layer_errors(model, full_precision, runs):
-    """Return a LayerError for every quantized layer of a MODEL, over Runs with it.
+    """Return a list with a LayerError for every quantized layer of a MODEL, measured in Runs with it.
 
-    A layer's output is compared with that of the full-precision layer for the same input; and, in a further run of the first
-    prompt, the predictions of the full-precision MODEL with those in which this layer alone is quantized. Raises ValueError
-    where the MODEL is not quantized, `full_precision` is not what it was made from, or an output is not finite.
+    Each layer's output is compared with that of the full-precision layer for the same input. In a further run of the first
+    prompt, the predictions of the full-precision MODEL are compared with those when only this layer is quantized. Raises
+    ValueError if the MODEL is not quantized, if `full_precision` is not its source, or if an output is not finite.
     """
     if quantization_of(model) is None:
         raise ValueError("model: this MODEL is not quantized; put Quantize Model (IEC) in front.")
@@ -44,7 +44,7 @@ def layer_errors(model, full_precision, runs):
 
 
 def _alone(model, source, layers, run, bar):
-    """Return {name: [the PredictionError of a quantized layer in the full-precision MODEL]}."""
+    """Return {name: [the PredictionError when only this layer of the full-precision MODEL is quantized]}."""
     network, scales = model.model.diffusion_model, scales_of(model)
 
     def within(x, timestep, options):
@@ -54,7 +54,7 @@ def _alone(model, source, layers, run, bar):
 
 
 def _of_weight(model, source, name, layer):
-    """Return the LayerError of a layer that was not run yet. LoRAs are part of either weight."""
+    """Return the LayerError of a layer before any run. Both weights, quantized and full precision, include LoRAs."""
     key, fmt = f"{PREFIX}{name}.weight", layer.packing.format
     original = original_weight(source, key, source.model.get_parameter(key))
     full = patched_weight(source, key, original.float())
@@ -73,7 +73,7 @@ def _of_weight(model, source, name, layer):
 
 
 def _take_up(error, reference, device, layer, inputs, output):
-    error.backend = str(layer.choice(device, inputs[0]))  # with calibrated activations another one than without
+    error.backend = str(layer.choice(device, inputs[0]))  # depends on whether activations are calibrated
     expected = reference(inputs[0]).float()
     error.signal += expected.square().sum().item()
     error.noise += (output.float() - expected).square().sum().item()

@@ -1,4 +1,4 @@
-"""Quantized MODELs from files of the host's model folder for diffusion models."""
+"""Load quantized MODELs from files in the host's model folder for diffusion models."""
 
 import functools
 import itertools
@@ -26,15 +26,16 @@ from .quantized_network import (
 
 FILES = ModelFolder("diffusion_models")
 
-# By these tensors, which no network has, the host tells how a model is to be used.
+# Tensors that no network has. From them the host knows how a model is to be used.
 MARKS = (
     "v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min", "__index_timestep_zero__",
 )  # fmt: skip
 
 
 def load_quantized_model(name, compute=FASTEST):
-    """Return the MODEL in a file that `save_quantized_model` wrote. compute: of its ActivationFormat. Raises ValueError, with a
-    sentence, where there is none, or none that can be read.
+    """Return the MODEL in a file that `save_quantized_model` wrote.
+
+    compute: a field of its ActivationFormat. Raises ValueError, with a sentence, if the file does not exist or cannot be read.
     """
     base, scales = FILES.read("model_name", name, functools.partial(_read, compute))
     device, offload_device = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
@@ -44,7 +45,7 @@ def load_quantized_model(name, compute=FASTEST):
 
 
 def _read(compute, path):
-    """Return the BaseModel in a file, and its ActivationScales or None. Raises ValueError, with what is wrong with it."""
+    """Return the BaseModel in a file, and its ActivationScales or None. Raises ValueError, with what is wrong with the file."""
     with QuantizedFile(path) as file:
         device = comfy.model_management.get_torch_device()
         if any(layer.format.kind == "fp8" for layer in file.layers.values()) and not has_float8(device):
@@ -63,8 +64,9 @@ def _read(compute, path):
 
 
 def _check_before_memory(make, weights, file):
-    """Check what make() returns while it has no memory: what the host makes besides large weights is as large as the numbers of
-    the file say.
+    """Check the model of make() on the meta device, before it takes memory.
+
+    Besides large weights the host also allocates other tensors, whose sizes depend on numbers in the file.
     """
     try:
         with torch.device("meta"):
@@ -72,12 +74,12 @@ def _check_before_memory(make, weights, file):
     except ValueError as error:
         if "meta" not in str(error):
             raise
-    else:  # not a network that looks at values while it is made
+    else:  # make() succeeded: the network reads no tensor values while it is made
         _check_network(base, weights, file)
 
 
 def _check_network(base, weights, file):
-    """Raise ValueError where a BaseModel is not that of a file."""
+    """Raise ValueError if a BaseModel does not match a file."""
     if type(base).__name__ != file.about["network"]:
         raise ValueError(f"it is of a {file.about['network']}, and this ComfyUI would make a {type(base).__name__} of it")
     wanted = {name: tuple(tensor.shape) for name, tensor in network_state(base).items()}
@@ -93,23 +95,24 @@ def _check_network(base, weights, file):
 
 
 def made(network, dtype, weights, layers, settings):
-    """Return the BaseModel that the host makes of a file, in a torch dtype; its large weights have no values and no memory.
+    """Return the BaseModel that the host makes from a file, in a torch dtype; its large weights have no values and no memory.
 
-    network: the name of its class. weights: {name: tensor} of those that are not quantized. layers: {name: LayerFile}.
-    settings: dict, what the weights do not tell of the network. Raises ValueError where the host makes none.
+    network: the name of the BaseModel's class. weights: {name: tensor} of the tensors that are not quantized. layers: {name:
+    LayerFile}. settings: dict of settings of the network that the host cannot detect from the weights. Raises ValueError if the
+    host cannot make a model.
     """
     shapes = {f"{name}.weight": torch.empty(layer.shape, dtype=dtype, device="meta") for name, layer in layers.items()}
     weights = {**weights, **shapes}
     try:
         config = CONFIG_OF_CLASS[network]() if network in CONFIG_OF_CLASS else _detected(weights, settings)
         return _from_config(config, dtype, weights)
-    except Exception as error:  # of the host's code, on whatever is in a file
+    except Exception as error:  # the host's code may raise anything for an arbitrary file
         words = " ".join(str(error).split())[:200]
         raise ValueError(f"this ComfyUI cannot make a network of it ({type(error).__name__}: {words})") from error
 
 
 def _detected(weights, settings):
-    """Return the host's config for weights. settings: dict, what the weights do not tell."""
+    """Return the host's config for these weights. settings: dict of settings that cannot be detected from the weights."""
     detection = comfy.model_detection
     if settings and set(settings) & set(detection.detect_unet_config(weights, "") or {}):
         raise ValueError(f"the weights tell otherwise than the settings {', '.join(settings)}")
@@ -135,8 +138,10 @@ def _from_config(config, dtype, weights):
 
 
 def _without_memory(operations, most):
-    """Return the host's operations, but with layers whose weights have no memory. Their `iec_class` is the host's. They raise
-    ValueError where there are to be more than `most`, which a file has weights for.
+    """Return the host's operations, but with layers whose weights have no memory.
+
+    The `iec_class` of a layer is the host's class. Raises ValueError, in a layer's constructor, if there are more than `most`
+    layers, the number of weights in the file.
     """
     made = itertools.count(1)
 
@@ -149,7 +154,7 @@ def _without_memory(operations, most):
                     raise ValueError("its network would have more layers than the file has weights")
                 super().__init__(*args, **{**kwargs, "device": "meta"})
 
-            def _load_from_state_dict(self, *args):  # by one of its own the host tells that weights are to be made now
+            def _load_from_state_dict(self, *args):  # with its own method the host creates weights at once
                 super()._load_from_state_dict(*args)
 
         return WithoutMemory
@@ -159,7 +164,7 @@ def _without_memory(operations, most):
 
 
 def _fill(network, weights, file, compute):
-    """Give a network the file's weights, and put quantized layers where the file has them, which compute as asked for."""
+    """Put the file's weights and quantized layers into a network. compute: how the quantized layers compute."""
     activation = ActivationFormat(**file.about["activation"], compute=compute)
     modules = dict(network.named_modules())
     for key, tensor in weights.items():

@@ -1,4 +1,4 @@
-"""What a MODEL predicts otherwise in sampling runs, with one of its layers quantized and all others as they are."""
+"""Measure how a MODEL's predictions change in a sampling run if one layer is quantized and all others are unchanged."""
 
 import contextlib
 
@@ -14,8 +14,8 @@ from ..sampling.network_calls import past_other_cache
 from ..sampling.run_plan import follow_run, place
 
 KEY = "iec_prediction_errors"
-EVALUATIONS = 4  # of a run in which this is measured, spread over it: one ranks the layers nearly as many do
-ELEMENTS = 2**14  # of a prediction, of larger ones at random places, that are compared
+EVALUATIONS = 4  # measured evaluations, spread over the run; one alone ranks the layers nearly as well as many do
+ELEMENTS = 2**14  # the most elements of a prediction that are compared; of a larger prediction, random ones
 
 
 def _nothing(*_):
@@ -23,13 +23,13 @@ def _nothing(*_):
 
 
 def prediction_errors(model, choices, run, bar, within=_nothing):
-    """Return {name: a PredictionError for each of its choices}, from one run with the MODEL as it is.
+    """Return {name: [a PredictionError for each choice]}, measured in one run with the unchanged MODEL.
 
-    choices: {name: quantized layers, each of which can stand for the MODEL's layer of that name}. run: Runs of one. bar: a Bar,
-    that is advanced by the run's steps and by `evaluations_of` the choices. within(x, timestep, transformer_options): a context
-    for the evaluations.
+    choices: {name: list of quantized layers that can replace the MODEL's layer of that name}. run: Runs with a single run. bar:
+    a Bar; it advances by the run's steps and by `evaluations_of` the choices. within(x, timestep, transformer_options): returns
+    a context manager for the evaluations.
 
-    A prediction is what the sampler gets: the denoised latent, with guidance. Raises ValueError where one is not finite.
+    A prediction is the denoised latent with guidance, as the sampler gets it. Raises ValueError if a prediction is not finite.
     """
     measured = _Measured(model, choices, run.steps, bar, within)
     model = without_cache(open_to_hooks(model))
@@ -40,24 +40,24 @@ def prediction_errors(model, choices, run, bar, within=_nothing):
 
 
 def evaluations_of(choices, steps):
-    """Return how many evaluations `prediction_errors` takes for so many choices, beside the run's own, of so many steps."""
+    """Return how many evaluations `prediction_errors` adds to a run of so many steps. choices: the number of all choices."""
     return len(_steps_of(steps)) * choices
 
 
 def _steps_of(steps):
-    """Return the steps of a run in which is measured: the middle ones of its quarters."""
+    """Return the steps of a run in which errors are measured: the middle step of each quarter."""
     return {(2 * number + 1) * steps // (2 * EVALUATIONS) for number in range(EVALUATIONS)}
 
 
 class _Measured:
-    """A wrapper of a guider's predictions, which measures in some of them."""
+    """A wrapper around a guider's predictions that measures errors in some of them."""
 
     def __init__(self, model, choices, steps, bar, within):
         self.errors = {name: [PredictionError(steps) for _ in layers] for name, layers in choices.items()}
         modules = dict(model.model.diffusion_model.named_modules())
         self._layers = {name: modules[name] for name in choices}
         self._choices, self._bar, self._within = choices, bar, within
-        self._left = None  # steps that are to come
+        self._left = None  # steps that are still to be measured; None before the first evaluation
 
     def __call__(self, executor, x, timestep, model_options=None, seed=None):
         options = past_other_cache((model_options or {}).get("transformer_options", {}))
@@ -92,7 +92,7 @@ class _Measured:
 
 
 def _places(count, device):
-    """Return int64 [n] of places, the same for predictions of the same size."""
+    """Return indices int64 [n] of elements to compare; they are equal for predictions of equal size."""
     if count <= ELEMENTS:
         return torch.arange(count, device=device)
     return torch.randint(count, (ELEMENTS,), generator=torch.Generator().manual_seed(0)).to(device)
@@ -100,7 +100,7 @@ def _places(count, device):
 
 @contextlib.contextmanager
 def _standing_for(layer, other):
-    """Let another layer compute what one puts out."""
+    """Replace the output of a layer by that of another layer."""
     hook = layer.register_forward_hook(lambda module, inputs, output: other(inputs[0]))
     try:
         yield

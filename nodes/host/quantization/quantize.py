@@ -1,8 +1,8 @@
-"""A MODEL with quantized weights, made from another.
+"""Make a MODEL with quantized weights from another MODEL.
 
-The network is copied, but for its weights: those that stay in floating point are shared with the source, the others are
-quantized one at a time. What else is on the source MODEL (patches, hooks, wrappers, options) comes along; a LoRA that lies on a
-weight which is quantized goes into it first.
+The network is copied without its weights. Weights that stay in floating point are shared with the source; the others are
+quantized one at a time. Everything else on the source MODEL (patches, hooks, wrappers, options) is kept. A LoRA on a weight
+that is quantized is merged into the weight first.
 """
 
 import copy
@@ -23,7 +23,7 @@ from .quantized_layers import ActivationFormat, is_host_state, quantized_class
 from .quantized_network import KEY, PREFIX, mark_quantized, quantization_of
 from .weights import fingerprint, is_same, original_weight, patched_shape, patched_weight
 
-# Modules that embed the timestep and the label, as the host's networks name them.
+# Names, in the host's networks, of modules that embed the timestep and the label.
 EMBEDDINGS = (
     "time_embed",
     "label_emb",
@@ -39,7 +39,7 @@ EMBEDDINGS = (
     "time_text_embed",
 )
 
-# The last layers of attention and of feed-forward networks, as the host's networks name them.
+# Names, in the host's networks, of the last layers of attention and of feed-forward networks.
 OUTPUT_PROJECTIONS = (
     "*.to_out.0", "*.to_add_out", "*.attn.proj", "*_attn.proj", "*.self_attn.o", "*.cross_attn.o", "*.ff.net.2",
     "*.ff_context.net.2", "*_mlp.2", "*.ffn.2", "*.mlp.fc2", "*.linear2",
@@ -48,10 +48,12 @@ OUTPUT_PROJECTIONS = (
 
 @dataclass(frozen=True)
 class LayerRules:
-    """Which layers are quantized: those that a pattern of `include` fits (all where there is none), without those that one of
-    `exclude` fits. keep_sensitive: without the embeddings of timestep and label, the first and the last of the other layers (in
-    a U-Net the first and the last convolution), and a transformer's final layer. keep_outputs: without the last layers of
-    attention and of feed-forward networks. Patterns are names of layers, in which * stands for anything.
+    """The rules that select the layers to quantize.
+
+    include: patterns of layers to quantize; none: all layers. exclude: patterns of layers not to quantize. keep_sensitive: do
+    not quantize the embeddings of timestep and label, the first and the last of the other layers (in a U-Net the first and the
+    last convolution), and a transformer's final layer. keep_outputs: do not quantize the last layers of attention and of
+    feed-forward networks. A pattern is a layer name in which * matches anything.
     """
 
     keep_sensitive: bool = True
@@ -60,7 +62,7 @@ class LayerRules:
     exclude: tuple[str, ...] = ()
 
     def select(self, names):
-        """Return which of the names, in the network's order, are quantized. Raises ValueError where a pattern fits none."""
+        """Return the names, in the network's order, that are quantized. Raises ValueError if a pattern matches no name."""
         for option in ("include", "exclude"):
             for pattern in getattr(self, option):
                 if not any(fnmatchcase(name, pattern) for name in names):
@@ -89,20 +91,22 @@ class LayerRules:
 
 
 def parse_patterns(text):
-    """Return the patterns of an `include` or `exclude` text, which commas, spaces or lines part."""
+    """Return the patterns of an `include` or `exclude` text, separated by commas, spaces or line breaks."""
     return tuple(text.replace(",", " ").split())
 
 
 def _short(patterns):
-    """Return patterns as text; of many, their number and a digest, by which other ones are told."""
+    """Return patterns as text. A text over 60 characters becomes their number and a digest that identifies them."""
     text = " ".join(patterns)
     return text if len(text) <= 60 else f"{len(patterns)} names ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """What is asked of a MODEL. rotate: whether Linear layers' inputs are rotated where their number allows it. mixed: the bits
-    a weight has on average, where some layers have others than `weight` says; None where all are alike.
+    """The requested quantization of a MODEL.
+
+    rotate: whether the inputs of Linear layers are rotated if their number allows it. mixed: the average bits per weight if
+    some layers have other bits than `weight` says; None if all layers have the same.
     """
 
     weight: WeightFormat
@@ -113,7 +117,7 @@ class Quantization:
 
     @property
     def name(self):
-        """The field's short name, such as W8A8, with a word for what is not usual."""
+        """The usual short name, such as W8A8, with words for every setting that is not the default."""
         bits = f"{self.mixed:.2f}" if self.mixed else BITS[self.weight.kind]
         return f"{'FP8 ' if self.weight.kind == 'fp8' else ''}W{bits}A{self.activation.bits}{self._details()}"
 
@@ -139,7 +143,7 @@ class Quantization:
         return Packing(shape, replace(self.weight, rotation=rotation))
 
     def with_bits(self, kind):
-        """Return the same with weights of another kind, without what only those that it asks for have."""
+        """Return this Quantization with another kind of weights, without the options that only its own kind has."""
         group_size = 0 if self.weight.two_scales else self.weight.group_size
         return replace(self, weight=replace(self.weight, kind=kind, rank=0, two_scales=False, group_size=group_size))
 
@@ -150,9 +154,9 @@ def quantizable_layers(network):
 
 
 def quantize_model(model, quantization):
-    """Return a MODEL like this one with quantized weights. The source stays as it is.
+    """Return a MODEL like this one with quantized weights. The source is not changed.
 
-    Raises ValueError where the MODEL has no layer to quantize, is quantized already or compiled, or a pattern fits no layer.
+    Raises ValueError if the MODEL has no layer to quantize, is quantized already or compiled, or if a pattern matches no layer.
     """
     layers = layers_to_quantize(model, quantization)
     bar, replaced = comfy.utils.ProgressBar(len(layers)), {}
@@ -165,7 +169,7 @@ def quantize_model(model, quantization):
 
 
 def layers_to_quantize(model, quantization):
-    """Return {name: layer} of a MODEL's layers that are to be quantized. Raises ValueError as `quantize_model`."""
+    """Return {name: layer} of a MODEL's layers to quantize. Raises ValueError like `quantize_model`."""
     if quantization_of(model):
         raise ValueError("model: this MODEL is quantized already; connect the one from before the node that quantized it.")
     if quantization.weight.kind == "fp8" and not has_float8(model.load_device):
@@ -182,7 +186,8 @@ def layers_to_quantize(model, quantization):
         raise ValueError(
             "model: this MODEL is compiled, and what is compiled cannot be quantized; compile it after quantizing."
         )
-    model.unpatch_model(unpatch_weights=False)  # other clones' objects are not ours; each run puts its own there
+    # Object patches of other clones do not belong to this MODEL. Each run applies its own.
+    model.unpatch_model(unpatch_weights=False)
     layers = quantizable_layers(model.model.diffusion_model)
     if not layers:
         raise ValueError("model: this MODEL has no Linear or Conv2d layer in floating point to quantize.")
@@ -195,34 +200,39 @@ def layers_to_quantize(model, quantization):
 
 
 def weight_to_quantize(model, name, layer):
-    """Return the weight of a layer in floating point, with the patches that lie on it, on the MODEL's load device."""
+    """Return the weight of a layer in floating point, with the MODEL's patches for it, on the MODEL's load device."""
     key = f"{PREFIX}{name}.weight"
     return patched_weight(model, key, original_weight(model, key, layer.weight).to(model.load_device))
 
 
 def quantized_layer(model, name, layer, packing, packed, quantization):
-    """Return a quantized layer in place of one of the MODEL's. packed: its weight, as `packing` has it."""
+    """Return the quantized layer that replaces a layer of the MODEL. packed: its weight in the format of `packing`."""
     bias = None if layer.bias is None else _own(model, f"{PREFIX}{name}.bias", layer.bias)
     packed = packed.to(model.offload_device)
     return quantized_class(layer).of(name, layer, packing, packed, bias, quantization.activation)
 
 
 def with_quantized_layers(model, quantization, replaced):
-    """Return a MODEL like this one with other layers, {layer: the quantized one}, and without the patches on their weights."""
-    model.unpatch_model(unpatch_weights=False)  # what a run has put there since
+    """Return a MODEL like this one with replaced layers, without the patches on their weights.
+
+    replaced: {layer: its quantized layer}.
+    """
+    model.unpatch_model(unpatch_weights=False)  # removes object patches that a run has applied since
     base = _copy_of_model(model, replaced)
     base.iec_quantization, base.iec_fingerprint = quantization.name, fingerprint(model)
     return _patcher(model, base, [f"{PREFIX}{layer.name}.weight" for layer in replaced.values()])
 
 
 def weight_shape(model, name, layer):
-    """Return the shape of a layer's weight, a tuple; as the host has patched it, it may be another."""
+    """Return the shape of a layer's original weight, a tuple. The weight that the host has patched may have another shape."""
     return tuple(original_weight(model, f"{PREFIX}{name}.weight", layer.weight).shape)
 
 
 def _without_enlarged(model, layers, names):
-    """Return the names without those of layers that a patch enlarges, which the host looks at to tell what it can feed in: they
-    stay as they are, and the patch on them.
+    """Return the names without layers whose weight a patch enlarges.
+
+    The host reads the shapes of such weights to find out which inputs the network takes, so these layers and their patch are
+    not changed.
     """
 
     def is_enlarged(name):
@@ -236,9 +246,9 @@ def _without_enlarged(model, layers, names):
 
 
 def source_of(quantized, full_precision):
-    """Return a clone of the MODEL that a quantized one was made from, with the quantized one loaded beside it.
+    """Return a clone of the source of a quantized MODEL that loads the quantized MODEL together with itself.
 
-    Raises ValueError where it is not given, or another.
+    full_precision: the source. Raises ValueError if it is None, or not the MODEL that the quantized one was made from.
     """
     if full_precision is None:
         raise ValueError(
@@ -252,14 +262,12 @@ def source_of(quantized, full_precision):
 
 
 def _own(model, key, tensor):
-    """Return a tensor of the MODEL as it was before the host loaded and patched it, on the offload device."""
+    """Return a tensor of the MODEL as before the host loaded and patched it, on the offload device."""
     return original_weight(model, key, tensor).to(model.offload_device)
 
 
 def _copy_of_model(model, replaced):
-    """Return a copy of the MODEL's BaseModel, with layers replaced: all other weights are shared where they lie on the offload
-    device.
-    """
+    """Return a copy of the MODEL's BaseModel with replaced layers. All other weights on the offload device are shared."""
     source = model.model
     copies = {module: replaced.get(module) or module.__class__.__new__(module.__class__) for module in source.modules()}
     memo = {id(module): new for module, new in copies.items()}
@@ -279,20 +287,21 @@ def _copy_of_model(model, replaced):
 
 
 def _type_when_loaded(module, key):
-    """Return the type to which ComfyUI 0.33's dynamic loader casts a parameter, None where that is not its."""
+    """Return the dtype to which ComfyUI 0.33's dynamic loader casts a parameter, None if it does not cast this one."""
     return getattr(module, f"{key.rpartition('.')[2]}_comfy_model_dtype", None)
 
 
 def _shared(model, key, tensor, dtype):
-    """Return a parameter or buffer for the copy, over the same memory where the tensor is on the offload device and of this
-    type (None: of whatever type it is).
+    """Return a parameter or buffer for the copy.
+
+    It shares memory with the tensor if that is on the offload device and has this dtype (None: any dtype).
     """
     value = _own(model, key, tensor).to(dtype or tensor.dtype)
     return torch.nn.Parameter(value, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else value
 
 
 def _patcher(model, base, baked):
-    """Return the MODEL of a BaseModel, with all that is on `model` but for the patches on the keys `baked`."""
+    """Return the MODEL of a BaseModel, with everything that is on `model` except the patches on the keys `baked`."""
     dynamic = getattr(model, "is_dynamic", lambda: False)()
     kind = comfy.model_patcher.ModelPatcher if dynamic else type(model)
     template = kind.__new__(kind)
@@ -303,7 +312,7 @@ def _patcher(model, base, baked):
     template.backup, template.backup_buffers, template.object_patches_backup = {}, {}, {}
     template.hook_backup, template.cached_hook_patches, template.pinned = {}, {}, set()
     template.current_hooks, template.is_injected = None, False
-    # What would lead back to the source, and keep it in memory, or be taken for it.
+    # References that would keep the source in memory, or make the host confuse the new MODEL with the source.
     template.parent, template.cached_patcher_init, template.clone_base_uuid = None, None, uuid.uuid4()
     quantized = template.clone()
     for key in baked:

@@ -1,9 +1,9 @@
 """The host's Linear and Conv2d layers with a quantized weight.
 
-The parameter `weight` is the packed one: a plain tensor of bytes, which the host moves, offloads, pins, backs up and counts as
-it does any other. `convert_weight` and `set_weight` are the host's own contract for weights that are not what they are computed
-with: through them LoRAs and merges reach it when it is loaded. Those of an offloaded layer, and those of hooks, are laid on it
-while it computes; what they come to is found out once.
+The parameter `weight` is the packed weight: a plain tensor of bytes, which the host moves, offloads, pins, backs up and counts
+like any other. `convert_weight` and `set_weight` are the host's interface for weights that are stored in another form than they
+are computed with. Through them the host applies LoRAs and merges when it loads the layer. Patches of an offloaded layer, and
+those of hooks, are applied while the layer computes; the resulting Change is computed once.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from ....iec_core.quantization.packing import joined, rotate
 from ..profiles import PROFILES
 from .weights import lora_factors, with_patches
 
-# What the host keeps on a model and its layers while they are loaded; a copy that is not loaded goes without.
+# Attributes that the host sets on a model and its layers while they are loaded. A copy that is not loaded must not have them.
 HOST_STATE = (
     "forward", "comfy_cast_weights", "weight_function", "bias_function", "weight_lowvram_function", "bias_lowvram_function",
     "prev_comfy_cast_weights", "comfy_patched_weights", "seed_key", "current_patcher", "device", "model_loaded_weight_memory",
@@ -43,21 +43,24 @@ HOST_STATE = (
 
 
 def is_host_state(name):
-    """Tell whether an attribute of a model or a layer is there only because the host has loaded it."""
+    """Return whether an attribute of a model or a layer exists only because the host has loaded it."""
     return name in HOST_STATE or name == "_v" or name.startswith(("_v_", "_pin", "_prefetch"))
 
 
 TIMES = KernelTimes(lambda: PROFILES.beside("kernel_times.json"))
 FASTEST, EIGHT_BIT, DEQUANTIZED = COMPUTE = "fastest", "8-bit", "dequantized"
-FULL = "unquantized layer"  # timed beside what can stand for it
-REMEMBERED = 16  # kinds of input of a layer: areas and chunks of other sizes come in turn
+FULL = "unquantized layer"  # timed for comparison with the quantized ways
+REMEMBERED = 16  # the most kinds of input per layer: areas and chunks of different sizes can alternate
 
 
 @dataclass(frozen=True)
 class ActivationFormat:
-    """bits: 16 (as they are) or 8. per_tensor: one scale for a whole tensor, instead of one for each row or batch item.
-    compute: what multiplies activations of 8 bits, one of COMPUTE: 8-bit products; products with the dequantized weight, where
-    activations stay as they are; or whichever is the faster, where a GPU can be timed, else the former.
+    """The format of a layer's activations.
+
+    bits: 16 (not quantized) or 8. per_tensor: one scale for a whole tensor, instead of one per row or batch item. compute: how
+    products with 8-bit activations are computed, one of COMPUTE. EIGHT_BIT: 8-bit products. DEQUANTIZED: products with the
+    dequantized weight and unquantized activations. FASTEST: the faster of the two if there is a GPU that can be timed, else
+    8-bit products.
     """
 
     bits: int = 16
@@ -66,7 +69,11 @@ class ActivationFormat:
 
 
 class _Views(NamedTuple):
-    """Of a packed weight: what `Packing.stored` returns, the scales of the output channels, float32 [O], and the factors."""
+    """Views of a packed weight.
+
+    parts: as `Packing.stored` returns them. of_rows: the scales of the output channels, float32 [O]. factors: those of the
+    low-rank branch, or None.
+    """
 
     parts: tuple[torch.Tensor, ...]
     of_rows: torch.Tensor
@@ -74,20 +81,23 @@ class _Views(NamedTuple):
 
 
 class Change(NamedTuple):
-    """What patches make of a packed weight: another one in its place (None: itself), and factors beside its branch, or None."""
+    """The change that patches make to a packed weight.
+
+    packed: a new packed weight, None if the weight itself is not changed. factors: factors added to its branch, or None.
+    """
 
     packed: torch.Tensor | None = None
     factors: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def to(self, device):
-        """Return the same on a device."""
+        """Return this Change on a device."""
         packed = None if self.packed is None else self.packed.to(device)
         return Change(packed, self.factors and tuple(factor.to(device) for factor in self.factors))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What computes a layer, and in words why: "" where there is nothing else."""
+    """The backend that computes a layer, and the reason in words; "" if there is no other choice."""
 
     backend: str
     why: str = ""
@@ -97,24 +107,27 @@ class Choice:
 
 
 class _QuantizedLayer:
-    """What both kinds of layer share. packing: a Packing. activation: an ActivationFormat. input_scale: of calibrated
-    activations, float32 of one number, set before an evaluation; None: taken from what comes in. passes_gradients: see
-    `straight_through`. hooked: the Change that the hooks of what is evaluated make, if any. patches: those that `set_weight`
-    is called with the result of, where these are known.
+    """The part that quantized Linear and Conv2d layers share.
+
+    packing: a Packing. activation: an ActivationFormat. input_scale: the scale of calibrated activations, a float32 tensor with
+    one number, set before an evaluation; None: computed from the input. passes_gradients: see `straight_through`. hooked: the
+    Change that the current hooks make, or None. patches: the patches that are in the weight passed to `set_weight`, None if
+    they are not known.
     """
 
     input_scale = None
     passes_gradients = False
     hooked = None
     patches = None
-    _laid_on = None  # on an offloaded layer: its functions, on what they lie, and the Change that they make
-    _chosen = MappingProxyType({})  # {what has come in, as `_seen` tells it: the Choice for it}
-    _views = None  # of the weight where it lies: itself, its address, and its _Views
+    _laid_on = None  # of an offloaded layer: ((the hooks' packed weight, its patch functions), their Change)
+    _chosen = MappingProxyType({})  # {kind of input, as `_seen` returns it: its Choice}
+    _views = None  # (the weight, its address, its _Views)
 
     @classmethod
     def of(cls, name, layer, packing, packed, bias, activation):
-        """Return a quantized layer in place of one of the host's: packed is its weight as `packing` has it. name: in the
-        network.
+        """Return the quantized layer that replaces a layer of the host.
+
+        name: its name in the network. packed: its weight in the format of `packing`.
         """
         quantized = cls.__new__(cls)
         own = {name: value for name, value in layer.__dict__.items() if not is_host_state(name)}
@@ -126,12 +139,13 @@ class _QuantizedLayer:
         return quantized
 
     def convert_weight(self, weight, inplace=False, **kwargs):
-        """Return the weight in floating point; weight: the packed one, in whatever type the host has cast its bytes to."""
+        """Return the weight in floating point. weight: the packed weight, in any dtype to which the host has cast its bytes."""
         return weight if weight.ndim > 1 else self.packing.dequantize(weight.to(torch.int8))
 
     def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
-        """Take up a weight in floating point, as a change of what is there. Where it is to be in place, it has no room for a
-        larger branch, and is rounded.
+        """Set the weight from floating point, stored as a change of the existing weight.
+
+        An in-place update has no room for a larger branch: then the weight is rounded instead.
         """
         packed = self.weight.to(weight.device)
         if inplace_update and not return_weight:
@@ -143,8 +157,10 @@ class _QuantizedLayer:
         self.weight = torch.nn.Parameter(packed, requires_grad=False)
 
     def changed_by(self, patches, patched, packed):
-        """Return the Change that a MODEL's patches make to a packed weight. patched: returns the weight in floating point with
-        them, which is not asked for where all are LoRAs whose factors can be taken as they are.
+        """Return the Change that a MODEL's patches make to a packed weight.
+
+        patched(): returns the patched weight in floating point. It is not called if all patches are LoRAs whose factors can be
+        used directly.
         """
         factors = patches and lora_factors(patches, self.packing.shape, packed.device)
         if not factors or factors[0].shape[1] > self.packing.most_rank:
@@ -158,14 +174,14 @@ class _QuantizedLayer:
         return packed if change.factors is None else self.packing.with_branch(packed, change.factors)
 
     def forward_comfy_cast_weights(self, x):
-        """Evaluate the layer on x. Raises ValueError where the network has cast x to the type of the packed weight."""
+        """Evaluate the layer on x. Raises ValueError if the network has cast x to the dtype of the packed weight."""
         if not x.is_floating_point():
             raise ValueError(
                 f"model: its network takes the type of what enters {self.name} from that layer's weight, so that it cannot be "
                 "quantized; name it in exclude of the node that quantizes."
             )
         compute = self._compute_straight if self.passes_gradients else self._compute
-        weight, bias = self._parameters["weight"], self._parameters["bias"]  # a module's attributes take longer
+        weight, bias = self._parameters["weight"], self._parameters["bias"]  # faster than the module's attributes
         if self._is_in_place(weight, bias, x):
             return compute(x, weight, bias)
         packed, bias, stream = self._at(x)
@@ -175,8 +191,9 @@ class _QuantizedLayer:
             comfy.ops.uncast_bias_weight(self, packed, bias, stream)
 
     def _is_in_place(self, weight, bias, x):
-        """Tell whether there is nothing to do for the host's `cast_bias_weight`, which takes half of a small layer's time:
-        weight and bias are where x is, and nothing is to be laid on them.
+        """Return whether the host's `cast_bias_weight` can be skipped, which takes half of a small layer's time.
+
+        It can if weight and bias are on the device of x, and no patch must be applied to them.
         """
         if self.weight_function or self.bias_function or self.hooked is not None:
             return False
@@ -185,8 +202,9 @@ class _QuantizedLayer:
         return bias is None or (bias.dtype == x.dtype and bias.device == x.device)
 
     def _at(self, x):
-        """Return (packed weight, bias, stream) on x's device, as the host's `cast_bias_weight` does. What an offloaded layer's
-        weight is to be patched with stays undone: the host would do it to the bytes.
+        """Return (packed weight, bias, stream) on x's device, like the host's `cast_bias_weight`.
+
+        The patches of an offloaded layer's weight are not applied here, because the host would apply them to the bytes.
         """
         functions = self.weight_function
         if functions:
@@ -200,18 +218,19 @@ class _QuantizedLayer:
                 self.weight_function = functions
 
     def _compute_changed(self, compute, x, packed, bias):
-        """Compute the layer for x with what hooks, and the patches of an offloaded layer, make of its packed weight."""
+        """Compute the layer for x with its packed weight changed by hooks and by the patches of an offloaded layer."""
         hooked = Change() if self.hooked is None else self.hooked.to(x.device)
         packed = packed if hooked.packed is None else hooked.packed
-        if not all(hasattr(function, "patches") for function in self.weight_function):  # of another pack
+        if not all(hasattr(function, "patches") for function in self.weight_function):  # functions of another pack
             return self._product(x, self._patched(packed, hooked).to(x.dtype), bias)
         laid = self._laid(packed).to(x.device) if self.weight_function else Change()
         packed = packed if laid.packed is None else laid.packed
         return compute(x, packed, bias, joined(laid.factors, hooked.factors))
 
     def _laid(self, packed):
-        """Return the Change that an offloaded layer's patches make to a packed weight. It is found out once for those that the
-        host has laid on it, and kept where its weight is.
+        """Return the Change that an offloaded layer's patches make to a packed weight.
+
+        It is computed once for the patches that the host has set, and kept on the device of the layer's weight.
         """
         on = self.hooked and self.hooked.packed, *self.weight_function
         if self._laid_on is None or len(self._laid_on[0]) != len(on) or any(map(operator.is_not, self._laid_on[0], on)):
@@ -222,16 +241,18 @@ class _QuantizedLayer:
         return self._laid_on[1]
 
     def _patched(self, packed, hooked):
-        """Return the weight, in floating point, that the functions on it make of a packed weight with the hooks' Change."""
+        """Return the weight in floating point: a packed weight, with the hooks' Change, then the layer's weight functions."""
         weight = self.convert_weight(self.with_change(packed, hooked))
-        for function in self.weight_function:  # the host's own would round what it returns
+        for function in self.weight_function:  # the host's own function would round its result
             patches = getattr(function, "patches", None)
             weight = function(weight) if patches is None else with_patches(patches[function.key], function.key, weight)
         return weight
 
     def _stored(self, packed):
-        """Return the _Views of a packed weight. Those of a weight that stays where it is are made once; those of one that is
-        moved in every evaluation would hold on to its memory.
+        """Return the _Views of a packed weight.
+
+        Those of the layer's own weight are kept. Those of a weight that is moved for every evaluation are not, because they
+        would keep its memory in use.
         """
         if packed is not self._parameters["weight"]:
             return self._viewed(packed)
@@ -244,20 +265,21 @@ class _QuantizedLayer:
         return _Views(parts, parts[1][:, 0], self.packing.factors(packed))
 
     def _apply(self, *args, **kwargs):
-        self._views = self._laid_on = None  # the weight may go to another device, and leaves its memory then
+        self._views = self._laid_on = None  # the weight may move to another device; its old memory must be released
         return super()._apply(*args, **kwargs)
 
-    def __getstate__(self):  # of copies, which have a weight of their own
+    def __getstate__(self):  # for copies, which have their own weight
         apart = "_views", "_chosen", "_laid_on", "hooked", "patches"
         return {name: value for name, value in self.__dict__.items() if name not in apart}
 
     def rotated(self, x):
-        """Return what comes in as it is quantized."""
+        """Return the input x, rotated if the weight's format is rotated. This is the tensor that is quantized."""
         return rotate(x, self.packing.format.rotation) if self.packing.format.rotation else x
 
     def choice(self, device, x=None):
-        """Return the Choice of what has computed this layer on a device for x, or for what came in last; where nothing has come
-        in, what is to be tried.
+        """Return the Choice that computed this layer on a device for x, or for the last input if x is None.
+
+        If there was no input yet, return the Choice that will be tried first.
         """
         if x is not None:
             return self._chosen.get(self._seen(x)) or self._by_rule(device)
@@ -265,7 +287,7 @@ class _QuantizedLayer:
         return found[-1] if found else self._by_rule(device)
 
     def _by_rule(self, device):
-        """Return the Choice on a device before anything is timed."""
+        """Return the Choice for a device before any timing."""
         kind = self.packing.format.kind
         if self.activation.bits == 16 or (kind == "fp8" and not self._multiplies_fp8(device)):
             return Choice(WEIGHT_ONLY)
@@ -278,7 +300,7 @@ class _QuantizedLayer:
         return x.shape, x.dtype, x.device, self.input_scale is None, x.ndim == 4 and x.stride(1) == 1
 
     def _backend(self, x, packed, bias):
-        """Return the name of what computes the layer for x."""
+        """Return the name of the backend that computes the layer for x."""
         seen = self._seen(x)
         choice = self._chosen.get(seen)
         if choice is None:
@@ -289,7 +311,7 @@ class _QuantizedLayer:
         return choice.backend
 
     def _found_out(self, x, packed, bias):
-        """Return (Choice for x, whether it holds for the next time too). Each way is timed, where no layer of the kind was."""
+        """Return (Choice for x, whether it can be kept). Time each way to compute if no layer of this kind was timed before."""
         rule, rows = self._by_rule(x.device), x.numel() // self.packing.shape[1]
         if rule.backend == WEIGHT_ONLY or self.activation.compute == EIGHT_BIT or not TIMES.covers(x.device):
             return rule, True
@@ -297,8 +319,9 @@ class _QuantizedLayer:
         return _fastest(times, rule), bool(times)
 
     def _ways(self, backend, x, packed, bias):
-        """Return {name: function} of the ways to compute the layer: unquantized, by its dequantized weight, by a backend. What
-        patches have added to its branch is left out: it takes as long in any way.
+        """Return {name: function} of the ways to compute the layer: unquantized, with the dequantized weight, with a backend.
+
+        Factors that patches have added to the branch are left out, because they take equally long in each way.
         """
         stored, rank = self._viewed(packed), self.packing.format.rank
         stored = stored._replace(factors=(stored.factors[0][:, :rank], stored.factors[1][:rank]) if rank else None)
@@ -310,8 +333,9 @@ class _QuantizedLayer:
         }
 
     def _backend_of_graph(self, x):
-        """Return what `_backend` does while torch.compile takes a graph, in which nothing can be timed: what was the faster way
-        for the most rows that such a layer was timed for before.
+        """Return the backend for x while torch.compile traces a graph, in which nothing can be timed.
+
+        It is the faster one in the earlier timing of such a layer that had the most rows.
         """
         backend = self._by_rule(x.device).backend
         if backend == WEIGHT_ONLY or self.activation.compute == EIGHT_BIT:
@@ -319,7 +343,7 @@ class _QuantizedLayer:
         return _timed_before(x.device, self._kind(x), backend)
 
     def _kind(self, x):
-        """Return in words what a layer's times depend on, but for the rows."""
+        """Return, in words, everything that a layer's times depend on except the number of rows."""
         fmt, given = self.packing.format, self.input_scale is not None
         scales = "given" if given else "of the tensor" if self.activation.per_tensor or fmt.kind == "fp8" else "of each row"
         layout = ", channels last" if x.ndim == 4 and x.stride(1) == 1 else ""
@@ -329,7 +353,7 @@ class _QuantizedLayer:
         return f"{self._geometry()}, {fmt.kind}{turned}, x {str(x.dtype)[6:]}{layout}, scale {scales}"
 
     def _compute(self, x, packed, bias, added=None):
-        """Compute the layer for x. added: factors beside those of the weight's own branch, or None."""
+        """Compute the layer for x. added: factors in addition to those of the weight's own branch, or None."""
         if torch.compiler.is_compiling():
             return self._by(self._backend_of_graph(x), x, self._viewed(packed), bias, added)
         return self._by(self._backend(x, packed, bias), x, self._stored(packed), bias, added)
@@ -350,7 +374,7 @@ class _QuantizedLayer:
         return self.packing.shaped(self.packing.times_scales(*self.packing.unpacked(stored.parts), dtype))
 
     def _with_branch(self, out, x, factors):
-        """Return what comes out with what the low-rank branch, where there is one, makes of x, neither rounded nor rotated."""
+        """Return out plus the result of the low-rank branch, if there is one. The branch gets x neither rounded nor rotated."""
         if factors is None:
             return out
         out_of, into = (factor.to(x.dtype) for factor in factors)
@@ -360,8 +384,9 @@ class _QuantizedLayer:
         return False
 
     def _straight(self, rows):
-        """Return rows [..., C] as they are rounded for the product, with the derivative of what is not rounded: 1 within the
-        clipping range, 0 outside. The scale counts as a constant.
+        """Return rows [..., C] rounded as for the product, with the derivative of the identity within the clipping range.
+
+        The derivative is 1 within the clipping range and 0 outside. The scale counts as a constant.
         """
         if self.packing.format.kind == "fp8":
             scale = fp8.activation_scale(rows.detach(), self.input_scale)
@@ -371,7 +396,7 @@ class _QuantizedLayer:
             scale = dynamic_scale(rows.detach(), kept) if self.input_scale is None else self.input_scale
             limit, dtype = LIMIT, None
         inside = rows.float() / scale
-        if self.input_scale is not None:  # else nothing is clipped, but what the division puts an ulp beyond the limit
+        if self.input_scale is not None:  # else the division moves values at most one ulp beyond the limit
             inside = inside.clamp(-limit, limit)
         rounded = inside.detach().round() if dtype is None else inside.detach().to(dtype).float()
         return ((inside + (rounded - inside.detach())) * scale).to(rows.dtype)
@@ -430,7 +455,7 @@ class QuantizedConv2d(_QuantizedLayer, comfy.ops.manual_cast.Conv2d):
     def _straight_input(self, x):
         if not is_pointwise(self.kernel_size, self.stride, self.padding):
             return self._straight(x)
-        rows = x.permute(0, 2, 3, 1)  # a scale for each pixel
+        rows = x.permute(0, 2, 3, 1)  # one scale per pixel
         return self._straight(rows.reshape(-1, rows.shape[-1])).reshape(rows.shape).permute(0, 3, 1, 2).contiguous()
 
     def _integer_backend(self, device):
@@ -446,8 +471,9 @@ class QuantizedConv2d(_QuantizedLayer, comfy.ops.manual_cast.Conv2d):
 
 
 def _fastest(times, rule):
-    """Return the Choice between what the rule says and the dequantized weight, by their times in microseconds, if there are
-    some.
+    """Return the faster Choice of the rule's backend and the dequantized weight; the rule's if there are no times.
+
+    times: {name: microseconds}.
     """
     if not times:
         return rule
@@ -458,22 +484,22 @@ def _fastest(times, rule):
 
 @torch.compiler.assume_constant_result
 def _timed_before(device, kind, backend):
-    """Return the faster one of a backend and the dequantized weight."""
+    """Return the faster of a backend and the dequantized weight by earlier times; the backend if there are none."""
     return _fastest(TIMES.known_of_most(device, kind, (FULL, WEIGHT_ONLY, backend)), Choice(backend)).backend
 
 
 def quantized_class(layer):
-    """Return the class of quantized layer for one of the host's, None where there is none."""
+    """Return the quantized class for a layer of the host, None if the layer cannot be quantized."""
     weight = getattr(layer, "weight", None)
     if not isinstance(layer, comfy.ops.CastWeightBiasOp) or weight is None or is_quantized(layer):
         return None
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16) or type(weight.data) is not torch.Tensor:
-        return None  # quantized already, by the host
+        return None  # the host has quantized it already
     return class_for(layer)
 
 
 def class_for(layer):
-    """Return the class of quantized layer for a layer of this geometry, None where there is none."""
+    """Return the quantized class for a layer with this geometry, None if there is none."""
     if isinstance(layer, torch.nn.Linear):
         return QuantizedLinear
     plain = isinstance(layer, torch.nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros"
@@ -481,7 +507,7 @@ def class_for(layer):
 
 
 def is_quantized(layer):
-    """Tell whether something is a quantized layer."""
+    """Return whether an object is a quantized layer."""
     return isinstance(layer, _QuantizedLayer)
 
 
@@ -492,9 +518,10 @@ def quantized_layers(network):
 
 @contextlib.contextmanager
 def straight_through(network):
-    """Let derivatives pass the rounding of a network's quantized layers, for as long as this lasts: rounding counts as the
-    identity within the clipping range (Bengio et al. 2013, the straight-through estimator). Results are the same but for the
-    order of sums, as products are in floating point.
+    """Let derivatives pass the rounding of a network's quantized layers while this context is active.
+
+    For derivatives, rounding counts as the identity within the clipping range (straight-through estimator, Bengio et al. 2013).
+    Results are the same except for the order of sums, because products are computed in floating point.
     """
     layers = quantized_layers(network).values()
     try:

@@ -1,4 +1,4 @@
-"""What a quantized MODEL is to the rest of the host: to what saves it, takes its weights, or lays patches on them."""
+"""Make a quantized MODEL work with the rest of the host: code that saves it, reads its weights, or patches them."""
 
 import contextlib
 import functools
@@ -16,42 +16,46 @@ from .weights import original_weight, patched_shape, with_patches
 KEY = "iec_quantize"
 PREFIX = "diffusion_model."
 
-MEASURED = 8  # layers, of which a change's share is found out
-LEAST_SHARE = 0.9  # of a change, below which there is a warning
-REMEMBERED = 64  # warnings, of as many sets of patches
-HOOKS_KEPT = 4  # sets of hooks' patches of a layer, of which is kept what they come to
+MEASURED = 8  # the most layers on which the kept share of a change is measured
+LEAST_SHARE = 0.9  # below this kept share of a change there is a warning
+REMEMBERED = 64  # the most sets of patches whose warning is kept
+HOOKS_KEPT = 4  # the most sets of hook patches per layer whose Change is kept
 
 
 def quantization_of(model):
-    """Return the short name of a MODEL's quantization, None where it has none."""
+    """Return the short name of a MODEL's quantization, None if it is not quantized."""
     return getattr(model.model, "iec_quantization", None)
 
 
 class _PatchesBeside:
-    """A ModelPatcher, but patches on quantized layers go to their branches: LoRAs by their own factors; and what hooks bring
-    stands beside the weights, which stay as they are.
+    """A mixin for a ModelPatcher that puts patches on quantized layers into their branches; LoRAs keep their own factors.
+
+    Patches of hooks are kept next to the weights, which are not changed.
     """
 
-    _grown = 0  # bytes that weights have become larger by since the last `load` began
+    _grown = 0  # bytes by which weights have grown since the last `load` began
 
     def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False, **kwargs):
-        """Load the MODEL, as the host does. It decides by what modules take; that some have become larger by their patches when
-        they were loaded is no reason to take them for offloaded now, and it is counted afterwards.
+        """Load the MODEL like the host, and count the memory by which patches enlarge weights.
+
+        The host decides by the size of modules what to offload. Weights that grew by patches when they were loaded must not
+        count as offloaded, so the growth is added to the memory limit first, and to the used memory afterwards.
         """
         self._grown = 0
         lowvram_model_memory += self._all_growth()
         super().load(device_to, lowvram_model_memory, force_patch_weights, full_load, **kwargs)
-        # Where it loads all, the host counts the MODEL as it was made.
+        # After a full load the host counts the size of the MODEL without patches.
         self.model.model_loaded_weight_memory += self._all_growth() if full_load else self._grown + self._left_in_place()
 
     def _all_growth(self):
-        """Return the bytes that patched weights are larger by than those that they were."""
+        """Return the number of bytes by which all patched weights are larger than the original weights."""
         layers = ((quantized_layer_of(self, key), kept.weight) for key, kept in self.backup.items())
         return sum(layer.weight.nbytes - weight.nbytes for layer, weight in layers if layer is not None)
 
     def _left_in_place(self):
-        """Return the bytes of modules that the host takes for offloaded all the same, though what is patched stays where it is.
-        It would lay the patches on these once more.
+        """Return the bytes of modules that the host still counts as offloaded, although their patched weights stay loaded.
+
+        Remove the weight functions with which the host would apply the patches to them a second time.
         """
         left = set()
         for key in self.backup:
@@ -65,7 +69,7 @@ class _PatchesBeside:
         return sum(map(comfy.model_management.module_size, left))
 
     def patch_weight_to_device(self, key, *args, **kwargs):
-        """Lay the MODEL's patches on a weight, as the host does."""
+        """Apply the MODEL's patches to a weight, like the host."""
         layer = quantized_layer_of(self, key)
         if layer is None:
             return super().patch_weight_to_device(key, *args, **kwargs)
@@ -77,7 +81,7 @@ class _PatchesBeside:
             self._grown += layer.weight.nbytes - before
 
     def patch_hook_weight_to_device(self, hooks, combined_patches, key, original_weights, memory_counter):
-        """Lay hooks' patches on a weight, as the host does."""
+        """Apply hooks' patches to a weight, like the host."""
         layer, patches = quantized_layer_of(self, key), combined_patches.get(key)
         if layer is None or not patches:
             return super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
@@ -85,11 +89,12 @@ class _PatchesBeside:
         self.model.__dict__.setdefault("iec_hooked", []).append(layer)
 
     def _change_by_hooks(self, layer, key, patches):
-        """Return the Change that hooks' patches make to a layer. It is kept for as long as the run: two groups of hooks may
-        take turns in every step.
+        """Return the Change that hooks' patches make to a layer.
+
+        It is kept until the run ends, because two groups of hooks may alternate in every step.
         """
         known = self.model.__dict__.setdefault("iec_hook_changes", {}).setdefault(key, {})
-        is_patched = key in self.backup  # a run lays no other patches on weights
+        is_patched = key in self.backup  # enough, because the patches on weights are the same within a run
         which = is_patched, *((strength, id(value), *map(str, rest)) for strength, value, *rest in patches)
         if which not in known:
             weight = layer.weight
@@ -101,32 +106,33 @@ class _PatchesBeside:
             if len(known) == HOOKS_KEPT:
                 known.clear()
             change = layer.changed_by(patches, patched, weight)
-            # Whole weights do not stay on a GPU beside those that the host has counted.
+            # Whole weights do not stay on the GPU, because the host has not counted them.
             known[which] = change if change.packed is None else change.to(self.offload_device)
         return known[which]
 
     def unpatch_hooks(self, whitelist_keys_set=None):
-        """Take hooks' patches off, as the host does."""
+        """Remove hooks' patches, like the host."""
         super().unpatch_hooks(whitelist_keys_set)
         for layer in self.model.__dict__.pop("iec_hooked", ()):
             layer.hooked = None
 
     def clear_cached_hook_weights(self):
-        """Forget what hooks have come to, as the host does at the end of a run."""
+        """Forget the Changes of hooks, like the host at the end of a run."""
         super().clear_cached_hook_weights()
         self.model.__dict__.pop("iec_hook_changes", None)
 
 
 def quantized_layer_of(model, key):
-    """Return the quantized layer whose weight a key of a MODEL is, None where it is another's."""
+    """Return the quantized layer whose weight has this key in a MODEL, None if the key is of something else."""
     name, _, part = key.rpartition(".")
     layer = comfy.utils.get_attr(model.model, name) if part == "weight" else None
     return layer if is_quantized(layer) else None
 
 
 def patched_packed(model, name, layer):
-    """Return the packed weight of a MODEL's quantized layer with the patches that lie on it, int8 [nbytes], on its load device;
-    as it was made where there are none.
+    """Return the packed weight of a MODEL's quantized layer with the MODEL's patches, int8 [nbytes], on the load device.
+
+    Without patches return the original packed weight.
     """
     key = f"{PREFIX}{name}.weight"
     packed, patches = original_weight(model, key, layer.weight), model.patches.get(key)
@@ -143,12 +149,12 @@ def _with_patches_beside(kind):
 
 
 def mark_quantized(model):
-    """Return a MODEL whose network is quantized, with what its patcher, its runs and other nodes need to know of that."""
+    """Prepare a MODEL with a quantized network for its patcher, its runs and other nodes, and return it."""
     if not isinstance(model, _PatchesBeside):
         model.__class__ = _with_patches_beside(type(model))
-    # In the host's faster mode it would take hooks off of what it has kept no weights for.
+    # In the host's faster mode the host would remove hooks from weights that it has not backed up.
     model.set_hook_mode(comfy.hooks.EnumHookMode.MinVram)
-    model.weight_inplace_update = False  # a weight that is changed is a longer one
+    model.weight_inplace_update = False  # a changed weight is longer
     model.model_options["transformer_options"][KEY] = quantization_of(model)
     model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _around_loading)
     base = model.model
@@ -161,7 +167,7 @@ def mark_quantized(model):
 
 
 def network_state(base):
-    """Return the tensors of a BaseModel's network by name, of quantized layers the packed ones."""
+    """Return {name: tensor} of a BaseModel's network; quantized layers have their packed weights."""
     return {key.removeprefix(PREFIX): tensor for key, tensor in base.state_dict().items() if key.startswith(PREFIX)}
 
 
@@ -173,8 +179,10 @@ def _refuse_saving(*_, **__):
 
 
 def _hand_out(dtype, module, state, prefix, _):
-    """Let whoever takes the weights of a network, or of a part of it, have such as can be computed with: a Control-LoRA, or a
-    ControlNet that takes over the network's embedders. The host's own count of bytes is over all of the BaseModel.
+    """Return floating-point weights in a state dict of the network, or of a part of it, instead of packed ones.
+
+    A Control-LoRA needs them, or a ControlNet that takes over the network's embedders. The host counts bytes by the state dict
+    of the whole BaseModel, which is not changed.
     """
     if not prefix:
         for name, layer in quantized_layers(module).items():
@@ -182,16 +190,16 @@ def _hand_out(dtype, module, state, prefix, _):
 
 
 def _around_loading(executor, model, *args, **kwargs):
-    """Refuse patches that quantized layers cannot take, while nothing is patched yet, and warn of those that are lost."""
+    """Refuse patches that quantized layers cannot take, before loading, and warn about lost patches afterwards."""
     check_shapes(model)
     loaded = executor(model, *args, **kwargs)
-    with contextlib.suppress(torch.OutOfMemoryError):  # of a sampling run that has room by now, not of a line in the log
+    with contextlib.suppress(torch.OutOfMemoryError):  # memory is for the sampling run, and a warning must not stop it
         warn_of_lost_changes(model)
     return loaded
 
 
 def _patches(model):
-    """Return {key: patches} of a MODEL, those of its hooks among them."""
+    """Return {key: patches} of a MODEL, including those of its hooks."""
     found = {}
     for patches in (model.patches, *model.hook_patches.values()):
         for key, more in patches.items():
@@ -200,7 +208,7 @@ def _patches(model):
 
 
 def check_shapes(model):
-    """Raise ValueError where a patch on a quantized MODEL enlarges a quantized weight."""
+    """Raise ValueError if a patch on a quantized MODEL enlarges a quantized weight."""
     patches = _patches(model)
     for name, layer in quantized_layers(model.model.diffusion_model).items():
         shape = patched_shape(patches.get(f"{PREFIX}{name}.weight"), layer.packing.shape)
@@ -213,15 +221,16 @@ def check_shapes(model):
 
 
 def warn_of_lost_changes(model):
-    """Log a warning, once for the patches that lie on a quantized MODEL, where its weights keep little of what they change; it
-    is kept for the reports of runs with these patches (`lost_changes`).
+    """Log a warning if the weights of a quantized MODEL keep little of the change that its patches make.
+
+    It is logged once for each set of patches, and kept for the reports of runs with these patches (`lost_changes`).
     """
     warnings, key = model.model.__dict__.setdefault("iec_lost_changes", {}), _patches_key(model)
     if key in warnings:
         return
     if len(warnings) >= REMEMBERED:
         warnings.clear()
-    warnings[key] = ""  # also where there is no memory to measure it: then no run tries again
+    warnings[key] = ""  # stays if memory is too short to measure: no run tries again
     share = kept_share(model)
     if share < LEAST_SHARE:
         warnings[key] = warning = (
@@ -233,23 +242,27 @@ def warn_of_lost_changes(model):
 
 
 def lost_changes(base):
-    """Return the warning, a sentence, of what is lost of the patches on a MODEL in the run that its BaseModel is in; "" where
-    there is none. base: None where it is not known.
+    """Return the warning, a sentence, about lost patches on the MODEL that is in a run; "" if there is none.
+
+    base: the MODEL's BaseModel, None if it is not known.
     """
-    patcher = getattr(base, "current_patcher", None)  # the run's own: other clones, with other patches, have the same base
+    patcher = getattr(base, "current_patcher", None)  # the run's patcher: other clones with other patches have the same base
     return "" if patcher is None else getattr(base, "iec_lost_changes", {}).get(_patches_key(patcher), "")
 
 
 def _patches_key(model):
-    """Return what tells the patches on a MODEL from others. The host gives them a new id when a run's hooks add some, and keeps
-    it when these are taken off again.
+    """Return a key that identifies the patches on a MODEL.
+
+    The id alone is not enough: the host changes it when a run's hooks add patches, and does not restore it when these are
+    removed.
     """
     return model.patches_uuid, len(model.hook_patches)
 
 
 def kept_share(model):
-    """Return what share of the change that the patches on a quantized MODEL make to its weights these take up: the projection
-    of the one on the other, over some layers. 1 where there are no patches. Those of each hook count by themselves.
+    """Return the share of the patches' change that the weights of a quantized MODEL keep, 1 if there are no patches.
+
+    It is the projection of the kept change on the wanted change, over some layers. Patches of each hook count separately.
     """
     asked = kept = 0.0
     for patches in (model.patches, *model.hook_patches.values()):
@@ -260,13 +273,13 @@ def kept_share(model):
 
 
 def _some_patched(model, patches):
-    """Return (name, layer) of up to MEASURED of the quantized layers that have patches."""
+    """Return a list of (name, layer) of at most MEASURED quantized layers that have patches."""
     found = [one for one in quantized_layers(model.model.diffusion_model).items() if f"{PREFIX}{one[0]}.weight" in patches]
     return found[:: -(-len(found) // MEASURED) or 1]
 
 
 def _change_and_what_is_kept(model, name, layer, patches):
-    """Return what patches change in a layer's weight, and what of it the packed one takes up, float32 as the weight."""
+    """Return (the change that patches make to a layer's weight, the change that the packed weight keeps), float32 [O, ...]."""
     key = f"{PREFIX}{name}.weight"
     packed = original_weight(model, key, layer.weight).to(model.load_device)
     before = layer.convert_weight(packed)

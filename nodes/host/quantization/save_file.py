@@ -1,4 +1,4 @@
-"""Quantized MODELs into files of the host's model folder for diffusion models."""
+"""Save quantized MODELs to files in the host's model folder for diffusion models."""
 
 import functools
 from dataclasses import replace
@@ -29,11 +29,10 @@ from .weights import fingerprint, original_weight, patched_shape, patched_weight
 
 
 def save_quantized_model(model, name):
-    """Write a quantized MODEL, with the LoRAs and the scales of activations that lie on it. Return [what the file is called, a
-    sentence on what opens it].
+    """Write a quantized MODEL with its LoRAs and activation scales. Return [name of the file, sentence on what can open it].
 
-    Raises ValueError, with a sentence, where the MODEL is not quantized, the host would not make the same of its file, or the
-    file cannot be written.
+    Raises ValueError, with a sentence, if the MODEL is not quantized, if the host would make another model from the file, or if
+    the file cannot be written.
     """
     if quantization_of(model) is None:
         raise ValueError(
@@ -54,12 +53,11 @@ def save_quantized_model(model, name):
     return [FILES.write(name, QUANTIZED_MODEL, lambda path: write(path, sources, about)), _what_opens(base, layers)]
 
 
-# What is written
-
-
 def _layer_file(model, name, layer):
-    """Return the LayerFile of a quantized MODEL's layer. What patches make of its weight is not kept, but found again when it
-    is written, for all of it may not fit into memory.
+    """Return the LayerFile of a quantized MODEL's layer.
+
+    The patched weight is not kept, but computed again when it is written, because all patched weights together may not fit into
+    memory.
     """
     rank = layer.packing.rank(patched_packed(model, name, layer))
     return LayerFile(tuple(layer.packing.shape), replace(layer.packing.format, rank=rank))
@@ -76,7 +74,7 @@ def _what_opens(base, layers):
 
 
 def _check_patches(model):
-    """Raise ValueError where a patch enlarges a weight that is not quantized."""
+    """Raise ValueError if a patch enlarges a weight that is not quantized."""
     for name, tensor in _plain_tensors(model.model, quantized_layers(model.model.diffusion_model)).items():
         if PREFIX + name not in model.patches:
             continue
@@ -90,7 +88,7 @@ def _check_patches(model):
 
 
 def _sources(model, layers, activation_bits, more):
-    """Return what `write` wants to know of every tensor. more: {key: tensor} beside those of the network."""
+    """Return {key: (dtype, shape, function that returns the tensor)} for `write`. more: further {key: tensor}."""
     network = model.model.diffusion_model
 
     @functools.lru_cache(maxsize=1)
@@ -116,12 +114,12 @@ def _sources(model, layers, activation_bits, more):
 
 
 def _plain_tensors(base, layers):
-    """Return {name: tensor} of a BaseModel's network, of what is not quantized."""
+    """Return {name: tensor} of the tensors of a BaseModel's network that are not quantized."""
     return {key: tensor for key, tensor in network_state(base).items() if key.removesuffix(".weight") not in layers}
 
 
 def _marks(base):
-    """Return those of MARKS by which the host makes the like of a BaseModel."""
+    """Return {name: tensor} of the MARKS with which the host makes a BaseModel of the same kind."""
     settings, empty = base.model_config.sampling_settings, torch.zeros(0)
     if base.model_config.unet_config.get("default_ref_method") == "index_timestep_zero":
         return {"__index_timestep_zero__": empty}
@@ -142,8 +140,9 @@ def _dtype_name(base):
 
 
 def _settings_to_keep(base, layers):
-    """Return the settings of a BaseModel's network, a dict, that its weights do not tell the host. Raises ValueError where the
-    host would not make the like of it from its file.
+    """Return the settings of a BaseModel's network, a dict, that the host cannot detect from its weights.
+
+    Raises ValueError if the host would make another model from the file.
     """
     apart = [name for name, _ in base.named_parameters() if not name.startswith(PREFIX)]
     kept = [name for name, weight in base.named_parameters() if type(weight.data) is not torch.Tensor]
@@ -172,7 +171,7 @@ def _settings_to_keep(base, layers):
 
 
 def _difference(base, again, layers):
-    """Return, in words, in what another BaseModel differs from a quantized one, None where in nothing."""
+    """Return, in words, how another BaseModel differs from a quantized one, None if it does not."""
     one, other = base.model_config, again.model_config
     if type(base) is not type(again):
         return f"class {type(base).__name__}"
@@ -190,14 +189,14 @@ def _difference(base, again, layers):
 
 
 def _untold_settings(base, again):
-    """Return the settings of a BaseModel's network that another has not."""
+    """Return the settings of a BaseModel's network that differ in another BaseModel, a dict."""
     found = again.model_config.unet_config
     settings = base.model_config.unet_config.items()
     return {key: value for key, value in settings if key != "dtype" and not _are_alike(value, found.get(key))}
 
 
 def _are_alike(one, other):
-    """Tell whether two settings are the same; of lists of numbers the host takes the order from that of the file."""
+    """Return whether two settings are equal. The order in lists of numbers is ignored: the host takes it from the file."""
     if (
         isinstance(one, (list, tuple))
         and isinstance(other, (list, tuple))
@@ -205,6 +204,3 @@ def _are_alike(one, other):
     ):
         return sorted(one) == sorted(other)
     return one == other
-
-
-# What is read

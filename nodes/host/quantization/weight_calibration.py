@@ -1,4 +1,4 @@
-"""Quantized weights that are fitted to what comes into their layers in sampling runs."""
+"""Calibrate quantized weights (GPTQ) on the inputs of their layers in sampling runs."""
 
 import contextlib
 import functools
@@ -19,21 +19,21 @@ from .quantize import layers_to_quantize, quantized_layer, weight_shape, weight_
 from .quantized_network import PREFIX
 from .weights import original_weight
 
-POSITIONS = 256  # of an evaluation, from which a layer's inputs are taken
-WORKSPACE = 6  # times as much memory as a layer's moments, and as its weight in float32, is taken while that is rounded
+POSITIONS = 256  # the most positions per evaluation from which a layer's inputs are taken
+WORKSPACE = 6  # rounding a weight takes about this many times the memory of the layer's moments and its float32 weight
 
 
 def calibrate_weights(model, quantization, runs, memory, budget=None):
-    """Return (a MODEL like this one with quantized weights that are rounded by GPTQ on sampling runs with the MODEL as it is,
-    what they take in words).
+    """Return (a quantized MODEL like this one, a summary in words).
 
-    quantization: a Quantization whose weights are calibrated. runs: the Runs. memory: about how many bytes of the device this
-    may take; where they are not enough for what is seen of all layers, the runs are repeated, each time for as many as they are
-    enough for. budget: a Budget, within which each layer has those bits, 8, or stays as it is, such that the MODEL predicts as
-    much alike as it can; None: all have those bits.
+    The weights are rounded by GPTQ on sampling runs with the unchanged MODEL. quantization: a Quantization whose weights are
+    calibrated. runs: the Runs. memory: about how many bytes of the device's memory this may take. If that is too little for the
+    statistics of all layers, the runs are repeated, each time for as many layers as fit. budget: a Budget; each layer then gets
+    the bits of `quantization`, or 8 bits, or is not quantized, so that predictions change least within the budget. None: all
+    layers get the bits of `quantization`.
 
-    Raises ValueError as `quantize_model`, and where no layer was seen to run, a run had NaN or infinity, or the budget leaves
-    nothing to quantize or cannot be met.
+    Raises ValueError like `quantize_model`, and if no layer was run, a run had NaN or infinity, or the budget leaves nothing to
+    quantize or cannot be met.
     """
     asked = [quantization] if budget is None else [quantization, quantization.with_bits("int8")]
     layers = layers_to_quantize(model, quantization)
@@ -55,7 +55,7 @@ def calibrate_weights(model, quantization, runs, memory, budget=None):
 
 
 def _choices(model, name, layer, fitted, errors):
-    """Return the LayerChoices of a layer: what it was fitted to, and as it is."""
+    """Return the LayerChoices of a layer: its calibrated versions, and the unquantized layer."""
     weight = original_weight(model, f"{PREFIX}{name}.weight", layer.weight)
     words = *(f"{BITS[one.packing.format.kind]} bits" for one in fitted), f"{8 * weight.element_size()} bits"
     nbytes, squares = (one.weight.nbytes for one in fitted), (error.squared for error in errors)
@@ -63,7 +63,7 @@ def _choices(model, name, layer, fitted, errors):
 
 
 def _fitted_layers(model, layers, asked, passes, runs, memory, bar):
-    """Return {name: [the quantized layer of each Quantization that is asked for]}. passes: lists of the names."""
+    """Return {name: [the calibrated layer for each Quantization in `asked`]}. passes: lists of names, one list per pass."""
     if len(passes) > 1:
         logger.info(f"The calibration's runs are done {len(passes)} times, each for a part of the layers.")
     packings = {name: [one.packing(weight_shape(model, name, layer)) for one in asked] for name, layer in layers.items()}
@@ -84,20 +84,23 @@ def _fitted_layers(model, layers, asked, passes, runs, memory, bar):
 
 
 def factors_of(model):
-    """Return the type of a low-rank branch beside the weights of a MODEL, as WeightFormat has it: bfloat16 beside weights of
-    that type or computed in it, else float16, which is exact enough for what rounding has left of float32 too.
+    """Return the dtype of the low-rank branches of a MODEL, as WeightFormat names it.
+
+    It is bfloat16 if the weights have that dtype or are computed in it, else float16. float16 is also exact enough for float32
+    weights, because the branch holds only the rounding error.
     """
     base = model.model
     return "bfloat16" if torch.bfloat16 in (base.get_dtype(), base.manual_cast_dtype) else "float16"
 
 
 def in_passes(inputs, memory):
-    """Return lists of names, each of layers whose inputs can be seen at once in this much memory, in bytes. inputs: {name: how
-    many inputs the layer has}, in the network's order.
+    """Return lists of layer names. The statistics of the layers of one list fit into `memory` bytes together.
+
+    inputs: {name: number of the layer's inputs}, in the network's order.
     """
     passes, taken = [[]], 0
     for name, count in inputs.items():
-        more = 4 * count * _block(count, memory)  # float32, of all its blocks
+        more = 4 * count * _block(count, memory)  # bytes of float32 moments of all blocks of the layer
         if passes[-1] and taken + more > memory:
             passes.append([])
             taken = 0
@@ -107,20 +110,21 @@ def in_passes(inputs, memory):
 
 
 def _block(inputs, memory):
-    """Return how many of a layer's inputs can be seen together, where it is to be rounded in this much memory, in bytes."""
+    """Return how many of a layer's inputs form one block, so that the layer can be rounded within `memory` bytes."""
     return max(1, min(inputs, memory // (4 * WORKSPACE * inputs)))
 
 
 def _device(model):
-    """Return where the sums are and weights are rounded: not on a device such as Apple's, which lacks some of the linear
-    algebra as it lacks float64.
+    """Return the device for the statistics and for rounding.
+
+    It is the CPU if the load device has no float64, such as Apple's, because it then also lacks some linear algebra.
     """
     return model.load_device if has_float64(model.load_device) else torch.device("cpu")
 
 
 @contextlib.contextmanager
 def _enough_memory():
-    """Tell what to do where memory is short for what the calibration takes itself."""
+    """Raise ValueError, with advice, if the calibration itself runs out of memory."""
     try:
         yield
     except comfy.model_management.OOM_EXCEPTION as error:
@@ -130,25 +134,27 @@ def _enough_memory():
 
 
 def _make_room(nbytes, device):
-    """Let the host unload models where a device has less than that free."""
+    """Let the host unload models if a device has less free memory than nbytes."""
     comfy.model_management.free_memory(nbytes, device)
 
 
 class _Inputs:
-    """Sees what comes into layers while a MODEL is sampled. packings: {name: Packing} of the layers that are seen; its memory
-    is taken now, so that the host loads no more of the MODEL than there is room for.
+    """Collects statistics of layer inputs while a MODEL is sampled.
+
+    packings: {name: Packing} of the layers to observe. Memory for the statistics is allocated in the constructor, so that the
+    host loads only as much of the MODEL as fits next to it.
     """
 
     def __init__(self, layers, packings, memory, device, seed):
         self._layers, self._packings = {name: layers[name] for name in packings}, packings
-        # One for each layer, so that its draws are the same in whatever pass it is.
+        # One generator per layer, so that its draws do not depend on the pass in which the layer is.
         self._draws = {name: torch.Generator().manual_seed(seed) for name in packings}
         blocks = {name: _block(packing.inputs, memory) for name, packing in packings.items()}
         _make_room(sum(4 * packings[name].inputs * block for name, block in blocks.items()), device)
         self._moments = {name: Moments(packings[name].inputs, block, device) for name, block in blocks.items()}
 
     def watching(self, model):
-        """Return a clone of the MODEL in whose runs what comes into the layers is taken up."""
+        """Return a clone of the MODEL whose runs add the inputs of the layers to the statistics."""
 
         def watch(transformer_options):
             return [
@@ -158,12 +164,12 @@ class _Inputs:
         return watched(model, watch)
 
     def leave_the_device(self):
-        """Bring what was seen to the CPU, which makes room on a GPU for what rounds the weights."""
+        """Move the statistics to the CPU, which makes room on a GPU for rounding the weights."""
         for moments in self._moments.values():
             moments.to(torch.device("cpu"))
 
     def taken(self, name):
-        """Return the Moments of a layer, which are gone then. Raises ValueError where they are not finite."""
+        """Return the Moments of a layer and remove them here. Raises ValueError if they are not finite."""
         moments = self._moments.pop(name)
         if not moments.is_finite():
             raise ValueError(
@@ -183,7 +189,7 @@ class _Inputs:
 
 
 def _fitted(model, name, layer, packing, moments, quantization):
-    """Return the quantized layer in place of one; of one that was not run, rounded to the nearest."""
+    """Return the quantized layer that replaces a layer. A layer that was not run is rounded to nearest."""
     weight = weight_to_quantize(model, name, layer)
     if not moments.count:
         plain = replace(packing.format, calibrated=False, rank=0)
@@ -196,7 +202,7 @@ def _fitted(model, name, layer, packing, moments, quantization):
 
 
 def _check_seen(layers):
-    """Tell of layers that were not run; raises ValueError where none was."""
+    """Log which layers were not run. Raises ValueError if no layer was run."""
     missed = [layer.name for layer in layers if not layer.packing.format.calibrated]
     if len(missed) == len(layers):
         raise ValueError(

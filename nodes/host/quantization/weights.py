@@ -1,4 +1,4 @@
-"""A MODEL's own weights, before any patch, and by what it is told from another."""
+"""A MODEL's original and patched weights, and the fingerprint that identifies the MODEL."""
 
 import math
 
@@ -10,30 +10,32 @@ PLACES, VALUES = 256, 16
 
 
 def original_weight(model, key, parameter):
-    """Return the value of a parameter of `model.model` as it was before the host patched it in place."""
+    """Return the value of a parameter of `model.model` before the host patched it in place."""
     if key in model.backup:
         return model.backup[key].weight.detach()
     return (model.hook_backup[key][0] if key in model.hook_backup else parameter).detach()
 
 
 def patched_weight(model, key, weight):
-    """Return a weight in floating point with the MODEL's patches for the key on it; the weight itself where it has none."""
+    """Return a weight in floating point with the MODEL's patches for the key; the weight itself if there are none."""
     return with_patches(model.patches.get(key), key, weight)
 
 
 def with_patches(patches, key, weight, original=None):
-    """Return a weight in floating point with a MODEL's patches for this key on it; the weight itself where there are none.
-    original: the weight without any patch, where that is another.
+    """Return a weight in floating point with a MODEL's patches for this key; the weight itself if there are none.
+
+    original: the weight without any patch, if `weight` is already patched.
     """
     if not patches:
         return weight
-    originals = {key: [(weight if original is None else original, None)]}  # as the host keeps them
+    originals = {key: [(weight if original is None else original, None)]}  # in the form in which the host keeps them
     return comfy.lora.calculate_weight(patches, weight.float().clone(), key, original_weights=originals)
 
 
 def lora_factors(patches, shape, device):
-    """Return (out [O, r], into [r, ...]), float32 on a device, whose product is what a MODEL's patches add to a weight of this
-    shape, [O, ...]; None where they are not all LoRAs that add such a product.
+    """Return (out [O, r], into [r, ...]), float32 on a device, whose product a MODEL's patches add to a weight.
+
+    The weight has this shape, [O, ...]. Return None if not all patches are LoRAs that add such a product.
     """
     found = [_factors_of_one(patch, shape, device) for patch in patches]
     if not all(found):
@@ -42,12 +44,12 @@ def lora_factors(patches, shape, device):
 
 
 def _factors_of_one(patch, shape, device):
-    """Return what `lora_factors` does of one patch, as the host's own adapter calculates with it."""
+    """Return the same as `lora_factors` for one patch, with the scaling of the host's own adapter."""
     strength, adapter, weight_strength, offset, function = patch
     if not isinstance(adapter, comfy.weight_adapter.LoRAAdapter) or weight_strength != 1 or function is not None:
         return None
     out, into, alpha, middle, magnitudes, larger = adapter.weights
-    dimension, start, rows = (0, 0, shape[0]) if offset is None else offset  # of queries alone, in a layer that makes more
+    dimension, start, rows = (0, 0, shape[0]) if offset is None else offset  # may be a part, such as the queries of a qkv layer
     out, into = (factor.detach().to(device).flatten(1).float() for factor in (out, into))
     fits = (len(out), out.shape[1], into.shape[1]) == (rows, len(into), math.prod(shape[1:])) and dimension == 0
     if not fits or not len(into) or not all(part is None for part in (middle, magnitudes, larger)):
@@ -60,8 +62,9 @@ def _factors_of_one(patch, shape, device):
 
 
 def patched_shape(patches, shape):
-    """Return the shape, a tuple, that a weight of this shape has with patches on it. Some LoRAs enlarge weights, such as those
-    that give a network more input channels.
+    """Return the shape, a tuple, of a weight of this shape after patching.
+
+    Some LoRAs enlarge weights, for example those that give a network more input channels.
     """
     for _, value, _, offset, *_ in patches or ():
         if isinstance(value, comfy.weight_adapter.LoRAAdapter):
@@ -74,10 +77,10 @@ def patched_shape(patches, shape):
 
 
 def fingerprint(model):
-    """Return float32 [n <= 4096]: numbers of the network's matrices and kernels at fixed places, as they were loaded; LoRAs and
-    hooks do not show. Those of one matrix have norm 1, so that all of them count alike.
+    """Return float32 [n <= 4096]: elements of the network's matrices and kernels at fixed places, without LoRAs and hooks.
 
-    A network in float32, float16 or bfloat16 has the same to about 0.3 %; a quantized one has its source's.
+    The elements of each matrix are normalized to norm 1, so that all matrices count equally. The fingerprints of a network in
+    float32, float16 and bfloat16 are equal to about 0.3 %. A quantized network has the fingerprint of its source.
     """
     if getattr(model.model, "iec_fingerprint", None) is not None:
         return model.model.iec_fingerprint
@@ -94,5 +97,5 @@ def fingerprint(model):
 
 
 def is_same(one, other):
-    """Tell whether two fingerprints are of the same model."""
+    """Return whether two fingerprints are of the same model."""
     return one.shape == other.shape and bool((one - other).norm() <= 0.01 * other.norm())

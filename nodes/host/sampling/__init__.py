@@ -1,1 +1,1 @@
-"""What all that acts in a sampling run shares: the run's plan, the rehearsal, noise, network calls, and calibration runs."""
+"""Code shared by everything that acts in a sampling run: its plan, the rehearsal, noise, network calls, calibration runs."""

@@ -1,4 +1,4 @@
-"""Sampling runs for a calibration, on the user's prompts."""
+"""The sampling runs of a calibration, on the user's prompts."""
 
 from dataclasses import dataclass, replace
 
@@ -11,7 +11,7 @@ from .run_plan import follow_run
 
 
 class Bar:
-    """The node's progress bar, over the steps of all runs and what else there is to do; a callback for the host's samplers."""
+    """The node's progress bar, over the steps of all runs and any other work. It is a callback for the host's samplers."""
 
     def __init__(self, total):
         self._bar = comfy.utils.ProgressBar(total)
@@ -24,8 +24,10 @@ class Bar:
 
 
 def open_to_hooks(model):
-    """Return a clone of a MODEL without the host's torch.compile, for what is compiled calls no hooks that layers get later,
-    and without copies of its network on other GPUs, whose layers have none.
+    """Return a clone of a MODEL in which hooks on layers work.
+
+    The clone has no torch.compile of the host, because a compiled network does not call hooks that layers get later. It also
+    has no copies of the network on other GPUs, because their layers have no hooks.
     """
     model = model.clone()
     model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, "torch.compile")
@@ -34,8 +36,9 @@ def open_to_hooks(model):
 
 
 def watched(model, watch):
-    """Return a clone of a MODEL, as of `open_to_hooks`, whose layers have hooks while its network is evaluated: those that
-    watch(transformer_options) registers then, and returns in a list.
+    """Return a clone of a MODEL, made by `open_to_hooks`, whose layers have hooks during each evaluation of its network.
+
+    watch(transformer_options): registers the hooks for an evaluation, and returns them in a list.
     """
 
     def apply_model(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
@@ -54,8 +57,9 @@ def watched(model, watch):
 
 @dataclass(frozen=True)
 class Runs:
-    """The sampling runs of a calibration: `count` of each prompt (CONDITIONING), with noise of their own. sampling: steps, cfg,
-    sampler_name and scheduler, as the host's KSampler has them.
+    """The sampling runs of a calibration: `count` runs for each prompt (CONDITIONING), with different noise.
+
+    sampling: {steps, cfg, sampler_name, scheduler} as for the host's KSampler.
     """
 
     prompts: list
@@ -67,17 +71,17 @@ class Runs:
 
     @property
     def steps(self):
-        """Of all runs together."""
+        """The number of steps of all runs together."""
         return self.count * len(self.prompts) * self.sampling["steps"]
 
     @property
     def first(self):
-        """The first of them alone."""
+        """Runs that consist of the first run alone."""
         return replace(self, prompts=self.prompts[:1], count=1)
 
     def sample(self, callback, model):
-        """Run the model. Raises ValueError where a run ends in numbers from which nothing can be found out."""
-        ratios = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # newer hosts' empty latents have these
+        """Run the model. Raises ValueError if the result of a run is not finite."""
+        ratios = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # in the empty latents of newer hosts
         ratios = {name: self.latent_image[name] for name in ratios if name in self.latent_image}
         latent = comfy.sample.fix_empty_latent_channels(model, self.latent_image["samples"], **ratios)
         for prompt in self.prompts:

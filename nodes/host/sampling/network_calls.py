@@ -1,4 +1,4 @@
-"""Whether another pack takes part in an evaluation, and whether the network answers it or that pack does."""
+"""Whether another pack takes part in an evaluation, and whether the network itself was evaluated."""
 
 import copy
 import math
@@ -6,46 +6,48 @@ import math
 import torch
 from comfy.patcher_extension import WrappersMP
 
-IEC = "iec"  # what our own wrappers' keys begin with, and where the transformer options have what an IEC sampler tells
+IEC = "iec"  # prefix of our wrappers' keys; also the key in the transformer options for what an IEC sampler tells
 BEFORE_THE_NETWORK = (WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)
 
 
 def base_of(denoiser):
-    """Return the BaseModel that the host's denoiser, as samplers get it, evaluates; None where it does not show it."""
+    """Return the BaseModel that the host's denoiser, as samplers get it, evaluates; None if it is not accessible."""
     return getattr(getattr(denoiser, "inner_model", None), "inner_model", None)
 
 
 def network_of(denoiser):
-    """Return the network that the host's denoiser, as samplers get it, evaluates; None where it does not show it."""
+    """Return the network that the host's denoiser, as samplers get it, evaluates; None if it is not accessible."""
     return getattr(base_of(denoiser), "diffusion_model", None)
 
 
 def others_take_part(model_options, network=None):
-    """Return whether another pack takes part in the evaluations of a network (the host's diffusion model; None: not known) in a
-    sampling run with these model options, and may answer in its place or change what it does: by a wrapper, by a function
-    around the model, or by another `forward` of the network. What compiles it does neither.
+    """Return whether another pack takes part in evaluations of a network, and so may replace or change them.
+
+    The pack may do so by a wrapper, by a function around the model, or by another `forward` of the network. torch.compile does
+    not count. model_options: those of the sampling run. network: the host's diffusion model, None if it is not known.
     """
     wrappers = model_options.get("transformer_options", {}).get("wrappers", {})
     keys = {key for kind in BEFORE_THE_NETWORK for key, found in wrappers.get(kind, {}).items() if found}
     if any(key != "torch.compile" and not str(key).startswith(IEC) for key in keys):
         return True
-    network = getattr(network, "_orig_mod", network)  # what torch.compile has wrapped
+    network = getattr(network, "_orig_mod", network)  # the network inside torch.compile's wrapper
     return "model_function_wrapper" in model_options or "forward" in getattr(network, "__dict__", {})
 
 
 class NetworkCalls:
-    """Counts the evaluations of a run in which the network ran, by a wrapper around it, inside all others.
+    """Counts the evaluations of a run in which the network itself ran, by a wrapper inside all other wrappers.
 
-    It is put on where another pack takes part, which might answer. A network that does not call wrappers shows by the first
-    evaluation, which nothing can answer before it; its evaluations are taken as its own.
+    The wrapper is used only if another pack takes part, which may answer instead of the network. At the first evaluation
+    nothing can answer instead. If the wrapper is not called there, the network does not call wrappers, and every evaluation
+    counts as one of the network.
     """
 
     def __init__(self):
         self._calls = 0
-        self._shows = None  # whether the network calls its wrappers
+        self._shows = None  # whether the network calls its wrappers; None: not known yet
 
     def watch(self, extra_args, network):
-        """Return a sampler's extra arguments with the wrapper, where it is needed. network: as of `network_of`."""
+        """Return a sampler's extra arguments, with the wrapper if it is needed. network: as from `network_of`."""
         model_options = extra_args.get("model_options", {})
         options = model_options.get("transformer_options", {})
         wrappers = options.get("wrappers", {})
@@ -63,7 +65,7 @@ class NetworkCalls:
         return {**extra_args, "model_options": {**model_options, "transformer_options": options}}
 
     def have_been(self):
-        """Tell, after an evaluation, whether the network ran in it."""
+        """Return, after an evaluation, whether the network ran in it."""
         calls, self._calls = self._calls, 0
         if self._shows is None:
             self._shows = calls > 0
@@ -71,10 +73,10 @@ class NetworkCalls:
 
 
 def past_other_cache(transformer_options):
-    """Return the options of an evaluation that the host's EasyCache or LazyCache lets pass and learns nothing from."""
+    """Return options with which the host's EasyCache or LazyCache neither skips an evaluation nor learns from it."""
     cache = transformer_options.get("easycache")
     if not hasattr(cache, "end_t"):
         return transformer_options
     cache = copy.copy(cache)
-    cache.end_t = math.inf  # as behind the end of the schedule that it is for
+    cache.end_t = math.inf  # the cache acts as after the end of its part of the schedule
     return {**transformer_options, "easycache": cache}

@@ -1,24 +1,25 @@
-"""A sampler's noise, known before the sampler draws it, so that one draw serves every iterate of a step."""
+"""Draw a sampler's noise before the sampler does, so that all iterates of a step use the same noise."""
 
 import itertools
 
 import torch
 from comfy.k_diffusion import sampling
 
-# Samplers whose noise is a Brownian path; the host keeps it on the CPU unless the name ends in _gpu.
+# Samplers whose noise is a Brownian path. The host computes it on the CPU unless the name ends in _gpu.
 BROWNIAN = ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde")
 
 
 def sampler_name(function):
-    """Return a sampler function's name as the host's list has it."""
+    """Return the name that a sampler function has in the host's list."""
     return getattr(function, "__name__", "").removeprefix("sample_")
 
 
 def is_of_the_host(function):
-    """Tell whether a sampler function is the host's own code, which does nothing but sample. What another pack wraps around one
-    is not, though functools.wraps gives it the other's name and module.
+    """Return whether a sampler function is the host's own code, which does nothing but sampling.
+
+    A wrapper of another pack does not count, although functools.wraps gives it the name and module of the host's function.
     """
-    while _defined_in(function) == "torch.utils._contextlib":  # by torch.no_grad
+    while _defined_in(function) == "torch.utils._contextlib":  # the wrapper of torch.no_grad
         function = function.__wrapped__
     return _defined_in(function).split(".")[0] in ("comfy", "comfy_extras")
 
@@ -28,20 +29,20 @@ def _defined_in(function):
 
 
 def can_draw_ahead(function, options):
-    """Tell whether this is a sampler of the host that makes its own noise sampler."""
+    """Return whether this is a sampler function of the host that makes its own noise sampler."""
     name = getattr(function, "__name__", "")
     return getattr(sampling, name, None) is function and options.get("noise_sampler") is None
 
 
 class NoiseAhead:
-    """Draws the noise that a host sampler function is going to draw.
+    """Draws the noise that a sampler function of the host will draw.
 
-    A Brownian path gives the same noise each time that it is asked: `options` has it for the sampler function too. The other
-    samplers draw from a generator with the run's seed; twins of it draw the same numbers, in the same order.
+    A Brownian path returns the same noise each time; `options` passes it to the sampler function too. Other samplers draw from
+    a generator with the run's seed. Twins of this generator draw the same numbers in the same order.
     """
 
     def __init__(self, function, x, sigmas, seed):
-        self._x = x  # a Brownian path answers on the device of the sigmas
+        self._x = x  # for device and dtype: a Brownian path returns noise on the device of the sigmas
         self._seed = seed
         self._twins = []
         self._path = None
@@ -52,8 +53,9 @@ class NoiseAhead:
         self.options = {} if self._path is None else {"noise_sampler": self._path}
 
     def of(self, draws):
-        """Return a function that returns the noise term of a step, the sum of its draws times their factors, and may be called
-        again for the same. Steps come in order.
+        """Return a function for the noise term of a step: the sum of its draws times their factors.
+
+        Every call of the function returns the same noise. Steps must come in order.
         """
         askings = itertools.count()
 
@@ -69,7 +71,7 @@ class NoiseAhead:
     def _draw(self, draw, asking):
         if self._path is not None:
             return _without_waiting(self._path(draw.sigma, draw.sigma_next), self._x)
-        if asking == len(self._twins):  # each asking of a step has its own, since a generator does not go back
+        if asking == len(self._twins):  # each repeated call needs its own twin, since a generator cannot go back
             self._twins.append(_Twin(self._x, self._seed))
         return self._twins[asking].draw(draw)
 
@@ -88,7 +90,7 @@ class _Twin:
 
 
 def _without_waiting(noise, x):
-    """Bring noise to the device and dtype of x. From pageable memory the copy would make the host wait for the device."""
+    """Move noise to the device and dtype of x. Pinned memory is used because a copy from pageable memory blocks the CPU."""
     noise = noise.to(x.dtype)
     if x.device.type == "cuda" and noise.device.type == "cpu":
         noise = noise.pin_memory()

@@ -1,17 +1,17 @@
-"""What a sampler function of the host will do over a schedule, learned by running it once on numbers.
+"""Learn what a sampler function of the host will do over a schedule, by a rehearsal: one run of it on scalar numbers.
 
-A correction has to know, at every evaluation, which step it belongs to, whether the step is taken with it, and to where the
-step leads. The samplers do not say; and to read a sigma back from the device would stall it at every evaluation. So the
+For every evaluation a correction must know which step it belongs to, whether the step uses its prediction, and where the step
+leads. The samplers do not tell this, and reading a sigma back from the device at every evaluation would stall it. So the
 sampler function is rehearsed on the CPU before the run, with a stand-in for the network. A sampler's step is affine in its
-latent, its predictions and its noise: a rehearsal batch of unit vectors reads off the coefficients, one item each.
+latent, its predictions and its noise. A rehearsal batch of unit vectors shows the coefficients, one per item:
 
     item 0: latent 1, predictions 0, noise 0
     item 1: latent 0, predictions 1, noise 0        history and further evaluations of a step count as the step's own
-    item 2 + m: latent 0, predictions 0, draws m, m + n, m + 2 n, ... are 1, for n that no step draws more than
-    last item but one: latent 0, every other prediction 1, noise 0: tells what a prediction does by itself, without history
-    last item: three times all of them together, which a sampler that is affine takes to three times their sum
+    item 2 + m: latent 0, predictions 0, draws m, m + n, m + 2 n, ... are 1; no step draws more than n times
+    last item but one: latent 0, every other prediction 1, noise 0: shows the effect of one prediction without history
+    last item: three times all of them together; an affine sampler maps it to three times the sum of their results
 
-What a step draws is what its latent does not have of the one before, so that a draw's item may be another step's too.
+The draws of a step are read from x' - a x, which removes earlier noise, so one item can serve the draws of several steps.
 """
 
 import functools
@@ -35,25 +35,25 @@ from .noise import can_draw_ahead, is_of_the_host
 from .run_plan import RunPlan
 from .stock_samplers import MORE_THAN_ONCE, WITH_HISTORY, evaluations_of
 
-MOST_KEPT = 16  # rehearsals of a sampler function for a model's noise levels
-STOCK_DRAWS = 4  # no sampler of the host draws more often in a step
+MOST_KEPT = 16  # the most rehearsals kept for a sampler function and a model's noise levels
+STOCK_DRAWS = 4  # the most draws in a step of any sampler of the host
 
 
 class CannotRehearse(ValueError):
-    """The sampler's steps cannot be told before it runs."""
+    """The sampler's steps cannot be known before it runs."""
 
 
 class BadSchedule(CannotRehearse):
-    """The same, and it is the schedule's doing, whatever the sampler."""
+    """The steps cannot be known because of the schedule, whatever the sampler."""
 
 
 class AppliedTwice(ValueError):
-    """What is rehearsed corrects its steps itself."""
+    """The rehearsed sampler already corrects its steps."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """A draw of noise: its number among the run's draws, the two sigmas it was asked for, and its factor in the step."""
+    """A draw of noise: its number in the run, the two sigmas passed to the noise sampler, and its factor in the step."""
 
     number: int
     sigma: torch.Tensor
@@ -65,11 +65,11 @@ class Draw:
 class RehearsedStep:
     """A step and the draws of noise that enter its result.
 
-    gain: by how much the step multiplies a change of its own prediction, against a step without history: for dpmpp_2m
-    1 + h / (2 h_last), about that where the history is longer, 1 for a sampler of several evaluations a step. is_exact: whether
-    the sampler's own latent after the step is what `step` and `draws` say, with this step's prediction alone. evaluated_at: the
-    sigma that the network is given, which is another than the latent's where a sampler lies about it, as Detail Daemon does;
-    evaluated_next: that which it would be given at the step's result.
+    gain: the factor by which the step multiplies a change of its own prediction, relative to a step without history: for
+    dpmpp_2m 1 + h / (2 h_last), about that for a longer history, and 1 for a sampler with several evaluations per step.
+    is_exact: whether `step` and `draws`, with only this step's prediction, give the sampler's own latent after the step.
+    evaluated_at: the sigma that the network gets. It differs from the latent's sigma if a sampler passes a wrong one on
+    purpose, as Detail Daemon does. evaluated_next: the sigma that the network would get at the step's result.
     """
 
     step: Step
@@ -82,8 +82,10 @@ class RehearsedStep:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """steps: those of the run. evaluations: for each evaluation of the denoiser, in order, (number of its step, whether the
-    step is taken with its prediction). levels: the sigma that the denoiser is given in each.
+    """The result of a rehearsal.
+
+    steps: the steps of the run. evaluations: for each evaluation of the denoiser, in order, (number of its step, whether the
+    step uses its prediction). levels: the sigma that the denoiser gets in each evaluation.
     """
 
     steps: list[RehearsedStep]
@@ -91,17 +93,17 @@ class Rehearsal:
     levels: list[float]
 
     def plan(self):
-        """Return a RunPlan for a run of it."""
+        """Return the RunPlan for a run that goes like the rehearsal."""
         return RunPlan(self.sigmas, self.evaluations, self.why_no_end_is_known(), self)
 
     @property
     def sigmas(self):
-        """The sigmas at which the steps begin, and the last one's end: n + 1 floats."""
+        """The sigmas at which the steps begin, and the end of the last step: n + 1 floats."""
         return [rehearsed.step.sigma for rehearsed in self.steps] + [self.steps[-1].step.sigma_next]
 
     @property
     def known_ends(self):
-        """The frozenset of steps whose result is known with their prediction, and is where the sampler evaluates next, once."""
+        """The frozenset of steps whose result follows from their prediction and is where the sampler evaluates next."""
         return frozenset() if self.why_no_end_is_known() else self._ends_at_a_begin()
 
     def _ends_at_a_begin(self):
@@ -112,22 +114,22 @@ class Rehearsal:
 
     @property
     def evaluates_more_than_once(self):
-        """Whether a step takes several evaluations."""
+        """Whether any step takes several evaluations."""
         return len(self.evaluations) > len(self.steps)
 
     @property
     def has_history(self):
-        """Whether a step is taken with earlier predictions too."""
+        """Whether any step also uses earlier predictions."""
         return any(abs(rehearsed.gain - 1) > 1e-3 for rehearsed in self.steps)
 
     @property
     def noise(self):
-        """Which noise steps add: "" none, "ancestral" that of the model's own stochastic equation, "other" any else."""
+        """The noise that steps add: "" none, "ancestral" that of the model's own stochastic equation, "other" any other."""
         noisy = [rehearsed.step.is_ancestral for rehearsed in self.steps if rehearsed.draws]
         return "" if not noisy else "ancestral" if all(noisy) else "other"
 
     def why_no_end_is_known(self):
-        """Return the reason why no step's end is known beforehand, to go on after the sampler's name; None where some are."""
+        """Return why no step's end is known in advance, as a phrase after the sampler's name; None if some ends are known."""
         if self.evaluates_more_than_once:
             return MORE_THAN_ONCE
         if len(self.steps) > 1 and not self._ends_at_a_begin():
@@ -141,8 +143,9 @@ class Rehearsal:
 
 @dataclass
 class _Record:
-    """What happened in a rehearsal, in order; `final` is the sampler's result. Latents are numbers, [items] in float64.
-    draws_by_itself: whether there was noise that it did not ask the noise sampler for.
+    """What happened in a rehearsal, in order. Latents are numbers, [items] in float64.
+
+    final: the sampler's result. draws_by_itself: whether the sampler drew noise without the noise sampler.
     """
 
     evaluations: list[tuple[float, torch.Tensor]] = field(default_factory=list)  # sigma, latent
@@ -152,13 +155,13 @@ class _Record:
     draws_by_itself: bool = False
 
     def pattern(self):
-        """Return what has to be the same in every run of a sampler that does not look at its latent."""
+        """Return what must be equal in all runs of a sampler whose steps do not depend on its latent."""
         draws = [(before, float(sigma), float(sigma_next)) for before, sigma, sigma_next in self.draws]
         return [sigma for sigma, _ in self.evaluations], self.callbacks, draws
 
 
 class _StandIn:
-    """Takes the place of the host's denoiser; attributes that samplers read are the denoiser's."""
+    """Replaces the host's denoiser. Attributes that samplers read are those of the denoiser."""
 
     def __init__(self, model, record, predict, patches, look):
         self._model = model
@@ -179,7 +182,7 @@ class _StandIn:
 
 
 def _guidance_patches(model_options):
-    """Return how many functions see the parts of the guided prediction; a sampler that adds its own steps with a part."""
+    """Return how many functions get the parts of the guided prediction. A sampler that adds such a function uses a part."""
     return len((model_options or {}).get("sampler_post_cfg_function", []))
 
 
@@ -188,15 +191,15 @@ def _numbers(x):
 
 
 def _spread(numbers, x):
-    """[items] to the shape and dtype of x [items, ...]."""
+    """Expand numbers [items] to the shape and dtype of x [items, ...]."""
     return numbers.reshape(-1, *[1] * (x.ndim - 1)).expand_as(x).to(x, copy=True)
 
 
 class _OwnDraws(TorchDispatchMode):
-    """Takes what a sampler draws by itself from a generator of our own: the global one may be in use by a run, in another
-    thread, whose images must not depend on it. is_silent: zeros instead, so that what the sampler does without its noise shows.
+    """A mode in which a sampler's own random draws use a private generator.
 
-    happened: whether there was any.
+    The global generator may be in use by a run in another thread, whose images must not depend on the rehearsal. is_silent:
+    return zeros instead, to show what the sampler does without its noise. happened: whether there were such draws.
     """
 
     def __init__(self, is_silent):
@@ -211,7 +214,7 @@ class _OwnDraws(TorchDispatchMode):
             return function(*args, **kwargs)
         self.happened = True
         if kwargs.get("generator") is None:
-            takers = {"default": "generator", "low": "low_generator"}  # overloads that differ in nothing but the generator
+            takers = {"default": "generator", "low": "low_generator"}  # overloads that differ only in the generator argument
             if not any(argument.name == "generator" for argument in function._schema.arguments):
                 function = getattr(function.overloadpacket, takers[function._overloadname])
             kwargs = {**kwargs, "generator": self._generator}
@@ -224,9 +227,9 @@ class _OwnDraws(TorchDispatchMode):
 def _play(function, model, like, sigmas, extra_args, options, look, latent, predict, noise, is_silent):
     """Run the sampler function on a batch of numbers, and return the _Record.
 
-    latent: [items]; predict(x, number): the denoised prediction at x, in the evaluation of that number; noise(number): [items]
-    for each draw. like: the run's latent, for its dimensions and dtype. look(): called in every evaluation. is_silent: whether
-    the sampler's own draws are 0.
+    latent: [items]. predict(x, number): returns the denoised prediction at x in the evaluation with this number. noise(number):
+    returns [items] for the draw with this number. like: the run's latent, for its dimensions and dtype. look(): called in every
+    evaluation. is_silent: whether the sampler's own draws are 0.
     """
     record = _Record()
 
@@ -251,10 +254,10 @@ def _play(function, model, like, sigmas, extra_args, options, look, latent, pred
 
 
 def _own_evaluations(record, begins):
-    """Return the number of the evaluation that each step is taken with.
+    """Return for each step the number of its own evaluation: the one whose prediction the step uses.
 
-    A sampler calls back right after it, and before it evaluates anything else for the step. Where a second evaluation at the
-    same sigma follows (predict, evaluate, correct, evaluate), the step is taken with that one.
+    A sampler calls back right after this evaluation, before it evaluates anything else for the step. But if a second evaluation
+    at the same sigma follows (predict, evaluate, correct, evaluate), the step uses the second one.
     """
     own = []
     for number, end in zip(begins, [*begins[1:], len(record.evaluations)]):
@@ -265,7 +268,10 @@ def _own_evaluations(record, begins):
 
 
 def _factors(record, own, index):
-    """Return (a, b, [(draw, factor)], gain, whether it is so) for x' = a x + b D + sum of factor * noise of a step."""
+    """Return (a, b, [(draw, factor)], gain, is_affine) of a step x' = a x + b D + sum of factor * noise.
+
+    is_affine: whether the step has this form.
+    """
     x = record.evaluations[own[index]][1]
     is_last = index + 1 == len(own)
     x_next = record.final if is_last else record.evaluations[own[index + 1]][1]
@@ -286,22 +292,24 @@ def _are_close(values, others):
 
 
 def _leads(a, b, sigma, sigma_next):
-    """Tell whether x' = a x + b D is the Euler step between these sigmas."""
+    """Return whether x' = a x + b D is the Euler step between these sigmas."""
     euler = Step.euler(sigma, sigma_next)
     return _are_close((a, b), (euler.x_factor, euler.denoised_factor))
 
 
 def _preserves_the_image(a, b, sigma, sigma_next):
-    """Tell whether x' = a x + b D takes D + sigma noise to D + sigma' noise, or (1 - sigma) D + ... to (1 - sigma') D + ...
+    """Return whether x' = a x + b D maps D + sigma noise to D + sigma' noise, or (1 - sigma) D + ... to (1 - sigma') D + ...
 
-    It does not where a sampler adds noise of its own before it evaluates, which is in the rehearsed numbers then.
+    It does not if a sampler adds its own noise before it evaluates, because the rehearsed numbers then contain that noise.
     """
     return math.isclose(a + b, 1, abs_tol=1e-4) or math.isclose((1 - sigma) * a + b, 1 - sigma_next, abs_tol=1e-4)
 
 
 def _step(record, own, index, starts, schedule, sampling, can_draw):
-    """Return the RehearsedStep of a number. starts: the sigmas that the steps are evaluated at. schedule: the run's sigmas, if
-    its steps are those; else None. sampling: the host's model sampling.
+    """Return the RehearsedStep with the number `index`.
+
+    starts: the sigmas at which the steps are evaluated. schedule: the run's sigmas if the sampler takes one step from each
+    sigma to the next, else None. sampling: the host's model sampling.
     """
     a, b, factors, gain, is_affine = _factors(record, own, index)
     sigma, then = starts[index], starts[index + 1] if index + 1 < len(starts) else None
@@ -332,7 +340,7 @@ def _step(record, own, index, starts, schedule, sampling, can_draw):
 
 
 def check_schedule(sigmas):
-    """Raise BadSchedule for sigmas over which no sampler leads: that are not finite, or go on after 0."""
+    """Raise BadSchedule for sigmas that no sampler can follow: they are not finite, or continue after 0."""
     sigmas = sigmas.tolist()
     if not all(map(math.isfinite, sigmas)):
         raise BadSchedule("the schedule has NaN or infinity in it")
@@ -349,17 +357,17 @@ def rehearse(function, model, like, sigmas, extra_args, options, can_draw, look=
     """Return the Rehearsal of a sampler function of the host over `sigmas` (n + 1, on the CPU).
 
     model: the host's denoiser, which is not evaluated. like: the latent of the run. extra_args, options: as the host passes
-    them to the function. can_draw: whether the run can draw a step's noise ahead. If not, and for a deterministic step of
-    whatever order, the step is taken to lead where the probability-flow equation leads to first order. look(): called in every
-    evaluation; it may raise the host's InterruptProcessingException, which passes.
+    them to the function. can_draw: whether the run can draw a step's noise ahead. If it cannot, and for a deterministic step
+    of any order, the step is treated as a first-order (Euler) step of the probability-flow equation. look(): called in every
+    evaluation; if it raises the host's InterruptProcessingException, that exception is passed on.
 
-    Raises CannotRehearse where the function fails on the stand-in, picks its steps by its latent, or does not take them one
-    after the other; BadSchedule where no sampler could take these steps.
+    Raises CannotRehearse if the function fails on the stand-in, chooses its steps by its latent, or does not take them one
+    after the other; BadSchedule if no sampler can take these steps.
     """
     check_schedule(sigmas)
     try:
         sampling = model.inner_model.inner_model.model_sampling
-    except AttributeError as error:  # another pack's denoiser, around the host's
+    except AttributeError as error:  # another pack's denoiser around the host's
         raise CannotRehearse("the denoiser that it is given does not show its model") from error
 
     def play(latent, predict, noise, is_silent=False):
@@ -372,7 +380,7 @@ def rehearse(function, model, like, sigmas, extra_args, options, can_draw, look=
 
     first, noises = None, STOCK_DRAWS
     if evaluations_of(function, options, sigmas.tolist()) is None:
-        # Over a curve and far out: a sampler that looks at its latent does something else than over the unit vectors.
+        # Nonlinear predictions and a large latent: a sampler that depends on its latent acts differently than on unit vectors.
         first = play(torch.tensor([20.0, -15.0]), lambda x, _: torch.sin(3 * x), lambda _: torch.zeros(2))
         _check_callbacks(first)
         noises = _most_draws(first)
@@ -393,7 +401,7 @@ def rehearse(function, model, like, sigmas, extra_args, options, can_draw, look=
 
 
 def _on_unit_vectors(play, noises):
-    """Return the _Record of a play whose items tell the coefficients. noises: at least as many as a step draws."""
+    """Return the _Record of a play on unit vectors, for the coefficients. noises: at least as many as a step draws."""
     units = torch.eye(2 + noises, 4 + noises)
     units[:, -1] = 3
     alternating = torch.zeros(units.shape[1])
@@ -414,7 +422,7 @@ def _check_callbacks(record):
 
 
 def _most_draws(record):
-    """Return how often a step draws noise, at most; at least 1."""
+    """Return the largest number of noise draws in a step, at least 1."""
     own = _own_evaluations(record, [before - 1 for _, before in record.callbacks])
     draws = Counter(bisect(own, before - 1) for before, *_ in record.draws)
     return max(draws.values(), default=1)
@@ -425,8 +433,10 @@ _keeping = threading.Lock()
 
 
 def rehearsal_of(function, model, like, sigmas, extra_args, options, can_draw, look=_nothing):
-    """As `rehearse`, from an earlier run where that was of the same sampler of the host, options, sigmas, noise levels and kind
-    of latent. Other packs' functions may do something else each time, by what they are closed over or find in the run.
+    """Return the Rehearsal like `rehearse`, but reuse that of an earlier run if possible.
+
+    The earlier run must have had the same sampler of the host, options, sigmas, noise levels and kind of latent. Rehearsals of
+    other packs' functions are not reused, because such a function may act differently in each run.
     """
     kept, key = _kept_for(function, model, like, sigmas, options, can_draw)
     with _keeping:
@@ -441,12 +451,12 @@ def rehearsal_of(function, model, like, sigmas, extra_args, options, can_draw, l
 
 
 def _kept_for(function, model, like, sigmas, options, can_draw):
-    """Return ({key: Rehearsal}, key) for a run, ({}, None) for one whose rehearsal is not to be kept."""
+    """Return ({key: Rehearsal}, key) for a run, ({}, None) if its rehearsal must not be kept."""
     sampling = getattr(getattr(getattr(model, "inner_model", None), "inner_model", None), "model_sampling", None)
     is_plain = all(isinstance(value, (bool, int, float, str, type(None))) for value in options.values())
     if not is_of_the_host(function) or sampling is None or not is_plain:
         return {}, None
-    # The host makes dpm_fast's function anew for each run, with nothing of the run in it.
+    # The host creates the function of dpm_fast again for each run, but the function contains nothing of the run.
     function = function.__code__ if function.__closure__ is None else function
     sides = tuple(min(length, 2) for length in like.shape[1:])
     key = (tuple(sigmas.tolist()), sides, like.dtype, sigmas.dtype, frozenset(options.items()), can_draw)
@@ -455,16 +465,16 @@ def _kept_for(function, model, like, sigmas, options, can_draw):
 
 
 def input_scale(sampling, sigma):
-    """Return the host's c_in(sigma), whatever the model's parameterization."""
+    """Return the host's c_in(sigma) for any parameterization of the model."""
     return sampling.calculate_input(torch.tensor([sigma], dtype=torch.float64), torch.ones(1, dtype=torch.float64)).item()
 
 
 class Levels(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
-    """The noise levels of SD 1.5, which stand for those of a model that is not loaded yet."""
+    """The noise levels of SD 1.5, used for a model that is not loaded yet."""
 
 
 class FlowLevels(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
-    """The noise levels of SD 3, or with another shift of other flow models."""
+    """The noise levels of SD 3 or, with another shift, of other flow models."""
 
     def __init__(self, shift=3.0):
         super().__init__()
@@ -476,7 +486,7 @@ class FluxLevels(comfy.model_sampling.ModelSamplingFlux, comfy.model_sampling.CO
 
 
 class NoModel:
-    """Stands for a MODEL that is not loaded yet, in the places where the host and its samplers look for the noise levels."""
+    """Replaces a MODEL that is not loaded yet, wherever the host and its samplers look up the noise levels."""
 
     def __init__(self, levels=None):
         self.model_sampling = levels or Levels()
@@ -487,10 +497,10 @@ class NoModel:
 
 
 def plan_by_name(sampler_name, sigmas, levels=None, may_be_by_table=False):
-    """Return the RunPlan of a sampler of the host's list over `sigmas`, a tuple of n + 1 floats, on noise levels, by default
-    the `Levels`. may_be_by_table: whether the table will do for a sampler of which it says that no step's end is known.
+    """Return the RunPlan of a sampler of the host's list over `sigmas`, a tuple of n + 1 floats.
 
-    Raises CannotRehearse as `rehearse`.
+    levels: the noise levels, by default `Levels`. may_be_by_table: whether a plan by the table is enough for a sampler if the
+    table says that no step's end is known. Raises CannotRehearse like `rehearse`.
     """
     if may_be_by_table:
         check_schedule(torch.tensor(sigmas))
@@ -503,10 +513,9 @@ def plan_by_name(sampler_name, sigmas, levels=None, may_be_by_table=False):
 
 @functools.lru_cache(maxsize=64)
 def rehearse_by_name(sampler_name, sigmas, levels=None):
-    """Return the Rehearsal of a sampler of the host's list over `sigmas`, a tuple of n + 1 floats, on noise levels, by default
-    the `Levels`.
+    """Return the Rehearsal of a sampler of the host's list over `sigmas`, a tuple of n + 1 floats.
 
-    Raises CannotRehearse as `rehearse`.
+    levels: the noise levels, by default `Levels`. Raises CannotRehearse like `rehearse`.
     """
     sampler, like = comfy.samplers.sampler_object(sampler_name), torch.zeros(1, 1, 1, 1)
     function, options = sampler.sampler_function, sampler.extra_options

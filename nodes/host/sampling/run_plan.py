@@ -1,19 +1,19 @@
-"""Where in its run an evaluation of the denoiser is: told once, by the run's plan, to whatever is on the MODEL.
+"""The place of each denoiser evaluation in its run, for all nodes of the pack that act on the MODEL.
 
-A plan has the sigmas of the run's steps and knows which evaluation belongs to which step: of the host's own samplers by a
-table, of a run with corrections by a rehearsal, and of other samplers by the order in which evaluations and callbacks come.
-What an evaluation is told:
+The run's plan has the sigmas of the run's steps and knows which evaluation belongs to which step. For the host's own samplers a
+table gives this, for a run with corrections a rehearsal, and for other samplers the order of evaluations and callbacks. The
+place of an evaluation is a dict:
 
     step         the number of the step, from 0
     iteration    k in the k-th correction of the step, else 0
-    sigma        the noise level of the latent, a float; None where it is not known without a read from the device
-    position     where on the schedule that is, in steps, a float; None likewise
+    sigma        the noise level of the latent, a float; None if it cannot be known without a read from the device
+    position     the place of sigma on the schedule, in steps, a float; None in the same case
     evaluation   a number that no other evaluation has
-    latent       the shape of the latent, () where it is not known
-    schedule     the Schedule whose steps these are
+    latent       the shape of the latent, () if it is not known
+    schedule     the Schedule that has these steps
 
-An IEC sampler tells it in the transformer options, under the key `IEC`, where other packs' nodes may read it; of other samplers
-the run keeps it. `place` returns it, with its position.
+An IEC sampler puts this dict into the transformer options under the key `IEC`, where other packs' nodes may read it. For other
+samplers the FollowedRun has it. `place` returns it, always with a position.
 """
 
 import itertools
@@ -28,8 +28,8 @@ from .noise import sampler_name
 from .stock_samplers import evaluations_of
 
 KEY = "iec_run_plan"
-PICK_THEIR_OWN = ("dpm_fast_function", "dpm_adaptive_function")  # of the host; they call back for steps of their own
-SAME = 1e-3  # two sigmas that differ by less, relatively, are one: a sampler may have it in half precision
+PICK_THEIR_OWN = ("dpm_fast_function", "dpm_adaptive_function")  # of the host: their steps differ from the schedule's
+SAME = 1e-3  # sigmas whose relative difference is smaller are equal: a sampler may compute in half precision
 
 
 class Departed(RuntimeError):
@@ -43,7 +43,7 @@ class Departed(RuntimeError):
 
 
 class Schedule:
-    """A run's sigmas, a list of floats, and where on them an evaluation is."""
+    """A run's sigmas, a list of floats, and positions on them."""
 
     def __init__(self, sigmas):
         self.sigmas = sigmas
@@ -58,8 +58,9 @@ class Schedule:
         return max(len(self.sigmas) - 1, 1)
 
     def position(self, sigma):
-        """Return where on the schedule this sigma is, in steps: a step's number where it begins, and between two of them on
-        the line.
+        """Return the position of a sigma on the schedule, in steps.
+
+        It is a step's number at the start of the step, and linear in sigma between two steps.
         """
         value = self._sign * sigma
         index = min(max(bisect(self._rising, value + 1e-6 * abs(value)) - 1, 0), len(self._rising) - 1)
@@ -70,8 +71,9 @@ class Schedule:
         return float(index) if abs(share) < 1e-4 else index + min(max(share, 0.0), 1.0)
 
     def position_near(self, sigma, step):
-        """Return the position of an evaluation that begins this step, is within it, or leads to one of the next two: where a
-        schedule goes up again, its sigmas are those of other steps too.
+        """Return the position of an evaluation that is at the start of this step, within it, or at one of the next two steps.
+
+        The step is needed if a schedule goes up again, because then several steps have the same sigma.
         """
         if self.is_one_way:
             return self.position(sigma)
@@ -84,11 +86,11 @@ class Schedule:
         return float(step + 1)
 
     def has(self, sigma):
-        """Tell whether it is one of the sigmas."""
+        """Return whether sigma is one of the schedule's sigmas."""
         return any(math.isclose(sigma, other, rel_tol=SAME) for other in self.sigmas)
 
     def step_at(self, position):
-        """Return the number of the step that a position is part of."""
+        """Return the number of the step that contains a position."""
         return min(int(position), self.steps - 1)
 
 
@@ -96,7 +98,7 @@ _numbers = itertools.count()
 
 
 def _told(schedule, x, step, position, sigma, iteration=0):
-    """Return what an evaluation of x is told of its place."""
+    """Return the place of an evaluation of x, a dict as in the module's docstring."""
     return {
         "step": step, "iteration": iteration, "sigma": sigma, "position": position, "evaluation": next(_numbers),
         "latent": () if x is None else tuple(x.shape), "schedule": schedule,
@@ -104,24 +106,25 @@ def _told(schedule, x, step, position, sigma, iteration=0):
 
 
 class RunPlan:
-    """The plan of a run whose evaluations are known before.
+    """The plan of a run whose evaluations are known in advance.
 
-    sigmas: those at which the steps begin, and the last one's end: n + 1 floats. evaluations: of the sampler's own, in order,
-    (number of its step, whether the step is taken with it). why_no_end: the reason why the result of no step is known with its
-    own prediction, to go on after the sampler's name; None where some are, or nothing is known of it. rehearsal: the run's
-    Rehearsal, None for a plan by the table, by which no step can be corrected.
+    sigmas: those at which the steps begin, and the end of the last step: n + 1 floats. evaluations: (number of its step,
+    whether the step uses its prediction) for each of the sampler's own evaluations, in order. why_no_end: why no step's result
+    is known from its own prediction, as a phrase after the sampler's name; None if some results are, or if this is not known.
+    rehearsal: the run's Rehearsal; None for a plan by the table, which cannot correct any step.
     """
 
     def __init__(self, sigmas, evaluations, why_no_end=None, rehearsal=None):
         self.sigmas, self.evaluations = sigmas, evaluations
         self.why_no_end, self.rehearsal = why_no_end, rehearsal
         self.schedule = Schedule(sigmas)
-        self._begun = 0  # evaluations
+        self._begun = 0  # number of evaluations that have begun
 
     @classmethod
     def of_stock(cls, function, options, sigmas):
-        """Return the plan of a sampler function with these options over n + 1 sigmas, floats; None where it is not one of the
-        host's that are known.
+        """Return the plan, by the table, of a sampler function with these options over n + 1 sigmas, floats.
+
+        Return None if it is not a known sampler of the host.
         """
         known = evaluations_of(function, options, sigmas)
         if known is None:
@@ -135,17 +138,18 @@ class RunPlan:
 
     @property
     def known_ends(self):
-        """As of the Rehearsal."""
+        """The `known_ends` of the Rehearsal; an empty frozenset without one."""
         return frozenset() if self.rehearsal is None else self.rehearsal.known_ends
 
     @property
     def noise(self):
-        """As of the Rehearsal."""
+        """The `noise` of the Rehearsal; "" without one."""
         return "" if self.rehearsal is None else self.rehearsal.noise
 
     def begin(self):
-        """Begin the sampler's next evaluation; return (number of its step, whether the step is taken with it). Raises Departed
-        where there is none.
+        """Begin the sampler's next evaluation. Return (number of its step, whether the step uses its prediction).
+
+        Raises Departed if the plan has no further evaluation.
         """
         if self._begun == len(self.evaluations):
             raise Departed
@@ -153,7 +157,7 @@ class RunPlan:
         return self.evaluations[self._begun - 1]
 
     def place(self, x):
-        """Return what the sampler's evaluation that was begun last, of x [B, ...], is told."""
+        """Return the place of the sampler's evaluation of x [B, ...] that was begun last."""
         step, is_own = self.evaluations[self._begun - 1]
         if is_own:
             return _told(self.schedule, x, step, float(step), self.sigmas[step])
@@ -164,53 +168,56 @@ class RunPlan:
         return _told(self.schedule, x, self.schedule.step_at(position), position, level)
 
     def place_of_correction(self, x, step, iteration, sigma):
-        """Return what an evaluation for a step's correction, of x [B, ...] with the noise of sigma (a float), is told."""
+        """Return the place of a correction's evaluation of x [B, ...], whose noise level is sigma (a float)."""
         return _told(self.schedule, x, step, self.schedule.position_near(sigma, step), sigma, iteration)
 
     def called_back(self, number):
-        """Check a sampler's callback, with the number of its step. Raises Departed."""
+        """Check a sampler's callback with this step number against the plan. Raises Departed."""
         if self._begun == 0 or self.evaluations[self._begun - 1][0] != number:
             raise Departed
 
     def check_is_over(self):
-        """Raise Departed where evaluations are still to come."""
+        """Raise Departed if evaluations of the plan are missing."""
         if self._begun != len(self.evaluations):
             raise Departed
 
 
 class FollowedRun:
-    """A run that is followed as it goes on. It keeps to its plan where it has one. Without one its steps are known by sigma,
-    and by the order of evaluations where sigmas do not tell: on a schedule that goes up again, or where the sampler shows the
-    network another sigma than its own.
+    """Determines the place of each evaluation while a run goes on.
 
-    The host calls back once a step, after the step's own evaluation. What follows until the next time are the step's further
-    evaluations, and at last the next step's own: of as many as there were the time before.
+    It uses the run's plan if there is one. Without a plan it finds the step by sigma. If sigma is ambiguous, it uses the order
+    of evaluations: on a schedule that goes up again, or if the sampler passes the network another sigma than its own.
+
+    The host calls back once per step, after the step's own evaluation. The evaluations up to the next callback are the step's
+    further evaluations, followed by the next step's own evaluation. Their number is expected to be the same each time.
     """
 
     def __init__(self, sigmas, plan=None, picks_its_steps=False):
-        """sigmas: n + 1 floats. plan: a RunPlan. picks_its_steps: whether the steps are others than the schedule's."""
+        """sigmas: n + 1 floats. plan: a RunPlan. picks_its_steps: whether the steps differ from those of the schedule."""
         self.schedule = Schedule(sigmas) if plan is None else plan.schedule
-        self.told = None  # of the evaluation that the host's wrappers saw begin last
-        self._untold = None  # (sigma, what it was told) of an evaluation that they did not
+        self.told = None  # the place of the last evaluation that the host's wrappers saw begin
+        self._untold = None  # (sigma, place) of an evaluation that they did not see
         self._plan = plan
         self._picks_its_steps = picks_its_steps
-        self._step = 0  # where the last evaluation was
-        self._own = -1  # the step of the last own evaluation
+        self._step = 0  # the step of the last evaluation
+        self._own = -1  # the step of the last callback, and so of the last own evaluation
         self._since = 0  # evaluations since the last callback
-        self._usual = None  # how many there are from one to the next
+        self._usual = None  # the number of evaluations from one callback to the next
         self._callback = None
         self._seen = None  # the sigma of the last evaluation since the callback
-        self._ends_there = False  # whether that was the next step's, as Heun's second one is
-        self._shown = 1.0  # what the network is shown of the step's sigma, as a factor
+        self._ends_there = False  # whether `_seen` is the next step's sigma, as in Heun's second evaluation
+        self._shown = 1.0  # the sigma passed to the network, as a factor of the step's sigma
         self._is_honest = True
 
     def begin(self, x, sigma):
-        """Begin the sampler's evaluation of x [B, ...] at sigma, a tensor whose numbers are alike."""
+        """Begin the sampler's evaluation of x [B, ...] at sigma, a tensor whose numbers are all equal."""
         self.told = self._next(x, sigma)
 
     def untold(self, sigma):
-        """Return what an evaluation at sigma is told that the host's wrappers did not see, as of a guider that calls the
-        network in its own way. Several calls in a row at the same sigma are one evaluation.
+        """Return the place of an evaluation at sigma that the host's wrappers did not see.
+
+        A guider that calls the network in its own way makes such evaluations. Consecutive calls at the same sigma count as one
+        evaluation.
         """
         value = sigma.flatten()[0].item()
         if self._untold is None or self._untold[0] != value:
@@ -228,11 +235,11 @@ class FollowedRun:
 
     def _begin_by_plan(self):
         step, _ = self._plan.begin()
-        if step > self._own + 1:  # with no callback for the step before: a guider may be asked several times in an evaluation
+        if step > self._own + 1:  # the step before had no callback: a guider may be called several times for one evaluation
             raise Departed
 
     def _keeps_to_plan(self, check):
-        """Return whether there is a plan that the run keeps to; check(): raises Departed where it does not."""
+        """Return whether the run has a plan and still follows it. check(): raises Departed if the run does not follow it."""
         if self._plan is not None:
             try:
                 check()
@@ -241,8 +248,10 @@ class FollowedRun:
         return self._plan is not None
 
     def called_back(self, number, total=None):
-        """Take down that the host calls back for a step. number: the sampler's own, which may begin anew or count otherwise.
-        total: of how many steps, if that is told.
+        """Record a callback of the host for a step.
+
+        number: the sampler's number of the step, which may restart or count differently. total: the number of steps, if the
+        callback gives it.
         """
         if self._since == 0 and number == self._callback:
             return
@@ -275,20 +284,21 @@ class FollowedRun:
         return float(following) if is_next and not schedule.has(sigma) else position
 
     def _position_by_order(self, sigma):
-        """Return the position of a further evaluation of the step, or, with a sampler that does not call back, of the next."""
+        """Return the position of a further evaluation of the step, or of the next step if the sampler does not call back."""
         if self._ends_there:
             return float(self._own + 1)
         return self.schedule.position_near(sigma, self._own if self._own >= 0 else self._step)
 
 
 def with_place(model_options, told):
-    """Return model options in which an evaluation is told its place."""
+    """Return model options that contain the place of an evaluation, `told`."""
     return {**model_options, "transformer_options": {**model_options.get("transformer_options", {}), IEC: told}}
 
 
 def place(transformer_options):
-    """Return what the evaluation that the host's `transformer_options` belong to is told of its place, with its position; None
-    where it is told nothing.
+    """Return the place, with its position, of the evaluation that these `transformer_options` of the host belong to.
+
+    Return None if the place is not known.
     """
     told, run, sigma = (transformer_options.get(name) for name in (IEC, KEY, "sigmas"))
     if told is None and run is not None:
@@ -303,7 +313,7 @@ def place(transformer_options):
 
 
 def follow_run(model):
-    """Have the evaluations in the runs of a MODEL told their place, where an IEC sampler does not tell it."""
+    """Add wrappers to a MODEL, so that `place` also works in runs without an IEC sampler."""
     if not model.get_wrappers(WrappersMP.SAMPLER_SAMPLE, KEY):
         model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _sampler_sample)
         model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _predict_noise)
@@ -312,9 +322,9 @@ def follow_run(model):
 def _sampler_sample(executor, guider, sigmas, extra_args, callback, *args, **kwargs):
     run, options = _followed(executor.class_obj, sigmas.flatten().tolist()), extra_args["model_options"]["transformer_options"]
     options[KEY] = run
-    options.pop(IEC, None)  # of a run that this one is inside of
+    options.pop(IEC, None)  # left from an outer run that contains this run
 
-    def called_back(step, *more):  # the denoised prediction, the latent, the number of steps
+    def called_back(step, *more):  # more: the denoised prediction, the latent, the number of steps
         run.called_back(step, *more[2:3])
         if callback is not None:
             callback(step, *more)
@@ -323,7 +333,7 @@ def _sampler_sample(executor, guider, sigmas, extra_args, callback, *args, **kwa
 
 
 def _followed(sampler, sigmas):
-    """Return the FollowedRun of a SAMPLER. One of another pack that samples in its own way may do so over other sigmas."""
+    """Return the FollowedRun of a SAMPLER. It gets no plan if another pack's `sample` may use other sigmas."""
     function, options = getattr(sampler, "sampler_function", None), getattr(sampler, "extra_options", {})
     is_plain = type(sampler).sample.__module__ == comfy.samplers.__name__
     plan = RunPlan.of_stock(function, options, sigmas) if is_plain else None

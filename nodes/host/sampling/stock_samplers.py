@@ -1,8 +1,8 @@
-"""What the host's own samplers do, as data: how often each evaluates the denoiser in a step, and whether it steps with more
-than the step's own prediction.
+"""A table of the host's own samplers: how often each evaluates the denoiser per step, and whether it uses earlier predictions.
 
-Tests hold every line to the sampler itself and to its rehearsal. Other packs' samplers, those that space their steps themselves
-(dpm_fast, dpm_adaptive), and options and schedules that change how often a sampler evaluates are not here.
+Tests compare every line with the sampler itself and with its rehearsal. The table does not cover other packs' samplers,
+samplers that space their steps themselves (dpm_fast, dpm_adaptive), and options and schedules that change how often a sampler
+evaluates.
 """
 
 import itertools
@@ -10,19 +10,20 @@ from dataclasses import dataclass
 
 from .noise import is_of_the_host, sampler_name
 
-# Why the result of no step is known with its own prediction, to go on after the sampler's name.
+# Reasons why no step's result is known from its own prediction, as phrases after the sampler's name.
 MORE_THAN_ONCE = "evaluates more than once in a step"
 WITH_HISTORY = "steps with its earlier predictions too"
-SHOWS_HISTORY = 4  # steps, in which every sampler that has history shows it
+SHOWS_HISTORY = 4  # within so many steps every sampler with history uses it
 
 
 @dataclass(frozen=True)
 class Evaluations:
     """How often a sampler evaluates in its steps.
 
-    each: in a step. first: in the first one, where that is another number. last: in its last steps, in order, where the
-    schedule ends at 0; always_so: on other schedules too. own: which of a step's evaluations the step is taken with, 0 the
-    first, -1 the last; the host's callback comes after the first. has_history: whether it steps with earlier predictions too.
+    each: evaluations per step. first: those of the first step, if different. last: those of the last steps, in order, if the
+    schedule ends at 0. always_so: whether `last` holds for other schedules too. own: the index of the evaluation whose
+    prediction a step uses, 0 the first, -1 the last; the host's callback comes after the first. has_history: whether steps also
+    use earlier predictions.
     """
 
     each: int = 1
@@ -33,7 +34,7 @@ class Evaluations:
     has_history: bool = False
 
     def of_steps(self, sigmas):
-        """Return (number of the step, whether the step is taken with it) of every evaluation over n + 1 sigmas, in order."""
+        """Return (number of its step, whether the step uses its prediction) of each evaluation over n + 1 sigmas, in order."""
         steps = max(len(sigmas) - 1, 0)
         counts = [self.each] * steps
         if self.first is not None:
@@ -44,9 +45,7 @@ class Evaluations:
         return [(step, index == self.own % count) for step, count in enumerate(counts) for index in range(count)]
 
     def why_no_end_is_known(self, sigmas):
-        """Return the reason why no step's result over n + 1 sigmas is known with its prediction; None where only a rehearsal
-        tells.
-        """
+        """Return why no step's result over n + 1 sigmas is known from its prediction; None if only a rehearsal can tell."""
         steps = len(sigmas) - 1
         if len(self.of_steps(sigmas)) > steps:
             return MORE_THAN_ONCE
@@ -58,7 +57,7 @@ HISTORY = Evaluations(has_history=True)
 TWO = Evaluations(2, last=(1,))
 THREE = Evaluations(3, last=(1,))
 
-# By the name of the sampler function, without its sample_.
+# {name of the sampler function, without sample_: its Evaluations}
 EVALUATIONS = {
     "euler": ONE,
     "euler_cfg_pp": ONE,
@@ -103,20 +102,20 @@ EVALUATIONS = {
     "unipc_bh2": HISTORY,
 }
 
-# Options of the host's sampler functions that leave the number of evaluations as it is. With another `eta` a step may have so
-# much noise that nothing is left for a second evaluation.
+# Options of the host's sampler functions that do not change the number of evaluations. `eta` is harmless only for samplers with
+# one evaluation per step: with another eta a step may have so much noise that nothing is left for a second evaluation.
 HARMLESS = {
     "cfg_pp", "corrector_order", "deis_mode", "ge_gamma", "max_order", "max_stage", "noise_sampler", "noise_scaler", "order",
     "predictor_order", "s_churn", "s_noise", "s_tmax", "s_tmin", "simple_order_2", "solver_type", "tau_func",
 }  # fmt: skip
 HARMLESS_OF_ONE = HARMLESS | {"eta"}
-# Where sigma rises, or falls by more than this factor, the same happens to ancestral samplers, by rounding. Where it stands
-# still heunpp2 takes a step for the last one.
+# If sigma rises, or falls by more than this factor, ancestral samplers also lose their second evaluation, by rounding. If sigma
+# stays the same, heunpp2 treats a step as the last step.
 LARGEST_RATIO = 1000
 
 
 def evaluations_of(function, options, sigmas=()):
-    """Return the Evaluations of a sampler function with these options over n + 1 sigmas, floats; None where not known."""
+    """Return the Evaluations of a sampler function with these options over n + 1 sigmas, floats; None if not known."""
     known = EVALUATIONS.get(sampler_name(function)) if is_of_the_host(function) else None
     if known in (None, ONE, HISTORY):
         return known if HARMLESS_OF_ONE.issuperset(options) else None
