@@ -22,19 +22,16 @@ from ..errors import SettingsError
 BISECTIONS = 100  # steps that find the price
 SLACK = 1e-12  # relative rounding error allowed for sums of floating-point numbers
 
-Numbers = Sequence[int] | Sequence[float]
-
 
 class PredictionError:
     """The prediction error that one choice of one layer causes in a run, measured in some of its steps.
 
-    steps: number of steps of the run. The error of the image is the sum of the errors of all steps. Rounded weights cause nearly
-    the same error in every step. Errors that differ from step to step, as those of rounded activations, cancel out.
+    steps: number of steps of the run. The error of the image is the sum of the errors of all steps. Rounded weights cause
+    nearly the same error in every step. Errors that differ from step to step, as those of rounded activations, cancel out.
     """
 
     def __init__(self, steps: int) -> None:
-        self._steps, self._count, self._squares = steps, 0, 0.0
-        self._sum: float | torch.Tensor = 0.0
+        self._steps, self._count, self._squares, self._sum = steps, 0, 0.0, torch.zeros(())
 
     def take_up(self, change: torch.Tensor) -> None:
         """Add the error of one step's prediction, divided by the prediction's norm, float32 [n]."""
@@ -48,7 +45,7 @@ class PredictionError:
 
         The squared norm is the mean of the inner products of all pairs of steps, including each step with itself.
         """
-        if self._count < 2 or isinstance(self._sum, float):
+        if self._count < 2:
             return self._squares
         of_one = self._squares / self._count
         of_two = (self._sum.square().sum().item() - self._squares) / (self._count * (self._count - 1))
@@ -85,12 +82,12 @@ class Budget:
     error: float | None = None
 
     def spent(self, layers: list[LayerChoices]) -> "MixedPrecision":
-        """Return the best choice for all layers: with `bits` that of least error, with `error` the smallest. Raises SettingsError
-        if no choice is within the budget, or if full precision is the best choice for every layer.
+        """Return the best choice for all layers: with `bits` that of least error, with `error` the smallest. Raises
+        SettingsError if no choice is within the budget, or if full precision is the best choice for every layer.
         """
         squares, nbytes = [layer.squares for layer in layers], [layer.nbytes for layer in layers]
         if self.bits is None:
-            assert self.error is not None
+            assert self.error is not None  # one of both is given
             found = least_cost(nbytes, squares, self.error**2)
         else:
             weights = sum(layer.weights for layer in layers)
@@ -130,7 +127,9 @@ class MixedPrecision:
         return 8 * nbytes / sum(layer.weights for layer in self.layers), math.sqrt(squares)
 
     def verdict(self) -> str:
-        """Return a sentence: how many layers have what, and what that is expected to cost beside all alike."""
+        """Return a sentence: how many layers have how many bits, and the expected error compared with the same choice for all
+        layers.
+        """
         counts: dict[str, int] = {}
         for layer in self.layers:
             words = layer.words[self.chosen[layer.name]]
@@ -160,23 +159,23 @@ class MixedPrecision:
         return "\n".join([*lines, "", self.verdict()])
 
 
-def least_cost(costs: Iterable[Numbers], sizes: Iterable[Numbers], most: float) -> numpy.ndarray:
+def least_cost(costs: Iterable[Sequence[float]], sizes: Iterable[Sequence[float]], most: float) -> numpy.ndarray:
     """Return the index of each layer's choice, int64 [L], with the least summed cost and a summed size of at most `most`.
 
     costs, sizes: for each of the L layers, the costs and sizes of its choices, not negative. Raises SettingsError if the
     smallest choices together exceed `most`.
     """
-    costs = [numpy.asarray(one, dtype=numpy.float64) for one in costs]
-    sizes = [numpy.asarray(one, dtype=numpy.float64) for one in sizes]
+    all_costs = [numpy.asarray(one, dtype=numpy.float64) for one in costs]
+    all_sizes = [numpy.asarray(one, dtype=numpy.float64) for one in sizes]
     most *= 1 + SLACK
-    if sum(one.min() for one in sizes) > most:
+    if sum(one.min() for one in all_sizes) > most:
         raise SettingsError("the smallest choices of all layers are together larger than that")
-    price, known = _priced(costs, sizes, most)
-    bound = sum(_chosen(costs, known)) * (1 + SLACK) + price * most
-    least_size = _sums_from([one.min() for one in sizes])
-    least_priced = _sums_from([(cost + price * size).min() for cost, size in zip(costs, sizes)])
+    price, known = _priced(all_costs, all_sizes, most)
+    bound = sum(_chosen(all_costs, known)) * (1 + SLACK) + price * most
+    least_size = _sums_from([one.min() for one in all_sizes])
+    least_priced = _sums_from([(cost + price * size).min() for cost, size in zip(all_costs, all_sizes)])
     front, traces = (numpy.zeros(1), numpy.zeros(1)), []
-    for layer, (cost, size) in enumerate(zip(costs, sizes), 1):
+    for layer, (cost, size) in enumerate(zip(all_costs, all_sizes), 1):
         of_cost, of_size = ((one[:, None] + more).ravel() for one, more in zip(front, (cost, size)))
         priced = (of_cost + price * of_size + least_priced[layer]) * (1 - SLACK)
         left = numpy.flatnonzero((of_size + least_size[layer] <= most) & (priced <= bound))
@@ -201,8 +200,8 @@ def _traced(traces: list[tuple[numpy.ndarray, numpy.ndarray]]) -> numpy.ndarray:
 
 
 def _priced(costs: list[numpy.ndarray], sizes: list[numpy.ndarray], most: float) -> tuple[float, numpy.ndarray]:
-    """Return (price per unit of size, choices). At that price each layer's choice has the least cost plus price. The price is
-    about the lowest at which the summed size of the choices is at most `most`.
+    """Return (price per unit of size, choices). At that price, the choice of each layer has the least cost + price * size. The
+    price is about the lowest at which the summed size of the choices is at most `most`.
     """
 
     def at(price: float) -> numpy.ndarray:
