@@ -1,89 +1,102 @@
-"""Weights rounded so that what a layer puts out is kept, with a low-rank branch for what no rounding can keep.
+"""GPTQ: round a layer's weights so that the layer's output changes least. A low-rank branch holds what rounding cannot keep.
 
-With H the mean of x x^T over a layer's inputs x, and H = R R^T with R upper triangular, weights Q in place of W cost
+Let H be the mean of x x^T over a layer's inputs x, and H = R R^T with R upper triangular. Weights Q instead of W then have the
+error
 
     mean ||(W - Q) x||^2 = ||(W - Q) R||^2.
 
-Column k of (W - Q) R has (W - Q)_k R_kk and what the columns before k add. GPTQ (arXiv 2210.17323), here in the form of LDLQ
-(arXiv 2307.13304), rounds the columns in turn, each after adding sum_{j<k} (W - Q)_j R_jk / R_kk: then all that is left in
-column k is R_kk times the rounding error of what was rounded. The columns of the largest inputs come first, for the others can
-take up what they leave. In the same metric the best matrix of rank r is what the first r singular vectors span: that of W goes
-ahead, so that smaller numbers are to be rounded, and that of W - Q takes its place (SVDQuant, arXiv 2411.05007, with GPTQ).
+Column k of (W - Q) R is the sum of (W - Q)_k R_kk and the terms of the columns before k. GPTQ (arXiv 2210.17323), here in the
+form of LDLQ (arXiv 2307.13304), rounds one column after the other. Before column k is rounded,
+sum_{j<k} (W - Q)_j R_jk / R_kk is added to it. Then column k of (W - Q) R is only R_kk times the rounding error of column k.
+The columns of the largest inputs come first, because the later columns can compensate their errors.
+
+In the same metric, the first r singular vectors give the best matrix of rank r. The best matrix for W is subtracted first, so
+that smaller numbers remain to be rounded. After rounding, the best matrix for W - Q replaces it (SVDQuant, arXiv 2411.05007,
+with GPTQ).
+
+Shapes in this file: O output channels, K inputs, G groups per output channel, N samples of inputs.
 """
+
+from collections.abc import Callable, Sequence
 
 import torch
 
 from . import two_scales
-from .low_rank import balanced
-from .packing import fitting_scales, in_groups, rounded_in, stood_for
+from .low_rank import Factors, balanced
+from .packing import Packing, WeightFormat, fitting_scales, in_groups, rounded_in, stood_for
 
-# Shares of the mean of H's diagonal that are added to it: always, and times the inputs over how many samples there are of
-# them, for few samples go together as others do not.
+# Fractions of the mean of H's diagonal that are added to the diagonal: DAMPING always, and DAMPING_OF_FEW times the number of
+# inputs over the number of samples, because few samples have correlations that other samples do not have.
 DAMPING, DAMPING_OF_FEW = 0.01, 1.0
-# Shares of the largest magnitude that are tried as clipping range. To clip pays where there are few steps.
+# Fractions of the largest magnitude that are tried as clipping range. Clipping only helps formats with few steps.
 SHARES = {"int4": torch.linspace(1, 0.5, 11).tolist(), "int8": [1.0], "fp8": [1.0]}
-COLUMNS = 128  # that are rounded one by one, before the others take up what these leave in one product
-LEAST_ELEMENTS = 2**24  # of the rows that are rounded at once; beside a larger metric, half as many as that has
+COLUMNS = 128  # columns that are rounded one by one, before one product adds their errors to the later columns
+LEAST_ELEMENTS = 2**24  # elements of the rows that are rounded at once; for a larger metric, half the metric's elements
 
 
 class Moments:
-    """Sums of x x^T over what comes into a layer of K inputs, float32 on a device, in blocks of at most `most` inputs where
-    that of all of them would be too large: correlations between blocks count as none.
+    """Sums of x x^T over the inputs x of a layer, float32 on a device.
+
+    inputs: K. most: largest number of inputs in a block; a layer with more inputs has several blocks, and correlations between
+    blocks are ignored. parts: slices of the inputs, one per block. products: the sums [n, n] of the blocks. count: number of
+    samples.
     """
 
-    def __init__(self, inputs, most, device):
+    def __init__(self, inputs: int, most: int, device: torch.device | str) -> None:
         blocks = -(-inputs // most)
         self.parts = [slice(inputs * number // blocks, inputs * (number + 1) // blocks) for number in range(blocks)]
         self.products = [torch.zeros(2 * (part.stop - part.start,), device=device) for part in self.parts]
         self.device, self.count = device, 0
 
-    def take_up(self, rows):
-        """Take up rows [N, K] of any floating type."""
+    def take_up(self, rows: torch.Tensor) -> None:
+        """Add samples, rows [N, K] of any floating-point dtype, to the sums."""
         rows = rows.to(self.device, torch.float32)
         for part, product in zip(self.parts, self.products):
             product.addmm_(rows[:, part].t(), rows[:, part])
         self.count += len(rows)
 
-    def to(self, device):
-        """Bring the sums to a device."""
+    def to(self, device: torch.device | str) -> "Moments":
+        """Move the sums to a device, in place, and return self."""
         self.products, self.device = [product.to(device) for product in self.products], device
         return self
 
     @property
-    def nbytes(self):
-        """Of the sums."""
+    def nbytes(self) -> int:
+        """Size of the sums in bytes."""
         return sum(product.nbytes for product in self.products)
 
-    def is_finite(self):
-        """Tell whether all that was taken up was finite, and its sums are."""
+    def is_finite(self) -> bool:
+        """Return whether all samples and their sums are finite."""
         return all(bool(product.isfinite().all() and product.diagonal().sum().isfinite()) for product in self.products)
 
 
 class Metric:
-    """The metric of a layer's inputs, from their Moments. parts: [(columns int64 [n] by falling diagonal, R float32 [n, n])]
-    of the blocks.
+    """The metric R of a layer's inputs, from their Moments. parts: [(columns int64 [n], R float32 [n, n])], one per block. The
+    columns are sorted by descending diagonal of H.
     """
 
-    def __init__(self, moments):
-        self.parts = []
+    def __init__(self, moments: Moments) -> None:
+        self.parts: list[tuple[torch.Tensor, torch.Tensor]] = []
         for part, product in zip(moments.parts, moments.products):
             second = product / moments.count
             order = second.diagonal().argsort(descending=True, stable=True)
             damping = DAMPING + DAMPING_OF_FEW * len(order) / moments.count
             self.parts.append((order + part.start, _upper_factor(second[order][:, order], damping)))
 
-    def of(self, rows):
-        """Return rows [O, K] times R, whose sum of squares is their mean squared output; columns in the order of the parts."""
+    def of(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return rows [O, K] times R, with the columns in the order of the parts. The sum of squares of the result is the mean
+        squared output of a layer with these rows as weights.
+        """
         return torch.cat([rows[:, columns] @ factor for columns, factor in self.parts], dim=1)
 
-    def importance(self, group_size):
-        """Return float32 [G, n]: what the squared rounding error of each column costs, in groups."""
+    def importance(self, group_size: int) -> torch.Tensor:
+        """Return the weight of each column's squared rounding error in the metric, R_kk^2, float32 [G, n] by groups."""
         weights = [(columns, factor.diagonal().square()) for columns, factor in self.parts]
         columns, squares = (torch.cat(parts) for parts in zip(*weights))
         return squares[columns.argsort()].unflatten(0, (-1, group_size))
 
-    def undone(self, rows):
-        """Return the rows [O, K] of which `of` makes these."""
+    def undone(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the inverse of `of`: rows [O, K] for which `of` returns the given ones."""
         out, start = torch.empty_like(rows), 0
         for columns, factor in self.parts:
             part = rows[:, start : start + len(columns)]
@@ -92,28 +105,30 @@ class Metric:
         return out
 
 
-def _upper_factor(matrix, damping):
-    """Return R, upper triangular, of a symmetric positive semidefinite matrix, R R^T = matrix, with that share of the mean of
-    its diagonal added to this.
+def _upper_factor(matrix: torch.Tensor, damping: float) -> torch.Tensor:
+    """Return R, upper triangular, with R R^T = matrix, which is symmetric positive semidefinite. `damping` times the mean of
+    the diagonal is added to the diagonal first, in place.
     """
-    mean = matrix.diagonal().mean().clamp(min=1e-30)  # of inputs that are all zeros
+    mean = matrix.diagonal().mean().clamp(min=1e-30)  # the mean is 0 if all inputs are zeros
     while True:
         matrix.diagonal().add_(damping * mean)
         factor, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
         if not failed:
             return factor.flip(0, 1)
-        damping *= 10  # rounding has made the smallest eigenvalues negative
+        damping *= 10  # rounding errors have made the smallest eigenvalues negative
 
 
-def gptq(rows, scale, fmt, metric):
-    """Return (values float32 [O, K], squared errors float32 [O] in the metric) of rows [O, K] over scales float32 [O, G]."""
-    # What lies one after another here is a column, for they are taken one by one.
+def gptq(rows: torch.Tensor, scale: torch.Tensor, fmt: WeightFormat, metric: Metric) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (values float32 [O, K], squared errors float32 [O] in the metric) of rows [O, K] rounded by GPTQ with scales
+    float32 [O, G].
+    """
+    # Transposed, so that each column is contiguous: columns are processed one by one.
     columns_of, scales_of, meaning = rows.t().contiguous(), scale.t().contiguous(), _meaning(scale, fmt)
     values, errors = torch.empty_like(columns_of), rows.new_zeros(len(rows))
     group = rows.shape[1] // scale.shape[1]
     for columns, factor in metric.parts:
         diagonal = factor.diagonal()
-        fed = (factor / diagonal).t().contiguous()  # [k, j]: what share of column j's error column k takes up
+        fed = (factor / diagonal).t().contiguous()  # [k, j]: factor of column j's error that is added to column k
         target, places = columns_of[columns], columns.tolist()
         for start in range(0, len(places), COLUMNS):
             stop = min(start + COLUMNS, len(places))
@@ -129,8 +144,8 @@ def gptq(rows, scale, fmt, metric):
     return values.t().contiguous(), errors
 
 
-def _meaning(scale, fmt):
-    """Return what a column's values [O] and the number of its group have to be given to, for what they stand for."""
+def _meaning(scale: torch.Tensor, fmt: WeightFormat) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    """Return a function of a column's values [O] and the index of its group. It returns the weights [O] that they represent."""
     if not fmt.two_scales:
         columns = scale.t().contiguous()
         return lambda values, group: values * columns[group]
@@ -138,9 +153,9 @@ def _meaning(scale, fmt):
     return lambda values, group: two_scales.stood_for(values, shares[group], channel[0])
 
 
-def fitted(rows, fmt, metric):
-    """Return (values float32 [O, K], scale float32 [O, G]) of GPTQ, each row at the clipping range of least error. Groups of
-    two scales have theirs chosen before, each by itself; ranges of whole rows have nothing to add to that.
+def fitted(rows: torch.Tensor, fmt: WeightFormat, metric: Metric) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (values float32 [O, K], scale float32 [O, G]) of rows [O, K] rounded by GPTQ, each row with the clipping range of
+    least error. With two scales, each group's range is chosen before GPTQ; a further range for the whole row does not help.
     """
     shares = [1.0] if fmt.two_scales else SHARES[fmt.kind]
     elements = sum(factor.numel() for _, factor in metric.parts)
@@ -151,19 +166,22 @@ def fitted(rows, fmt, metric):
     else:
         widest = fitting_scales(rows, fmt).split(at_once)
     found = [_best_of(*parts, shares, fmt, metric) for parts in zip(rows.split(at_once), widest)]
-    return tuple(torch.cat(parts) for parts in zip(*found))
+    values, scale = (torch.cat(parts) for parts in zip(*found))
+    return values, scale
 
 
-def _best_of(rows, widest, shares, fmt, metric):
-    """Return what `fitted` does, of rows that are rounded at once with all scales that are tried."""
+def _best_of(
+    rows: torch.Tensor, widest: torch.Tensor, shares: list[float], fmt: WeightFormat, metric: Metric
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the same as `fitted`, for rows that are rounded at once, with every scale that is tried."""
     tried = torch.cat([widest * share for share in shares])
     values, errors = gptq(rows.repeat(len(shares), 1), tried, fmt, metric)
     best = errors.view(len(shares), -1).argmin(0) * len(rows) + torch.arange(len(rows), device=rows.device)
     return values[best], tried[best]
 
 
-def low_rank(rows, metric, rank):
-    """Return ([O, rank], [rank, K]) float32, the factors of the product that is nearest to rows [O, K] in the metric."""
+def low_rank(rows: torch.Tensor, metric: Metric, rank: int) -> Factors:
+    """Return factors ([O, rank], [rank, K]), float32, whose product is nearest to rows [O, K] in the metric."""
     seen = metric.of(rows)
     if seen.shape[0] <= seen.shape[1]:
         out = _leading(seen @ seen.t(), rank)
@@ -174,14 +192,14 @@ def low_rank(rows, metric, rank):
     return balanced(out, into)
 
 
-def _leading(gram, rank):
+def _leading(gram: torch.Tensor, rank: int) -> torch.Tensor:
     """Return the eigenvectors [n, rank] of the largest eigenvalues of a symmetric matrix."""
     return torch.linalg.eigh(gram)[1][:, -rank:]
 
 
-def calibrated_weight(weight, packing, moments):
-    """Return a weight in floating point, of `packing`, whose format is calibrated, packed as int8 [nbytes]. moments: of the
-    layer's inputs as the format quantizes them (rotated).
+def calibrated_weight(weight: torch.Tensor, packing: Packing, moments: Moments) -> torch.Tensor:
+    """Return a floating-point weight quantized by GPTQ and packed, int8 [nbytes]. packing: of the weight's shape and of a
+    calibrated format. moments: of the layer's inputs, rotated if the format is.
     """
     rows, fmt, metric = packing.rotated(packing.matrix(weight.detach().float())), packing.format, Metric(moments)
     if not fmt.rank:
@@ -189,18 +207,26 @@ def calibrated_weight(weight, packing, moments):
     out, into = low_rank(rows, metric, fmt.rank)
     values, scale = fitted(rows - out @ into, fmt, metric)
     out, into = low_rank(rows - stood_for(values, scale, fmt), metric, fmt.rank)
-    return packing.packed_rows(values, scale, (out, packing.rotated(into)))  # the branch takes inputs as they come
+    return packing.packed_rows(values, scale, (out, packing.rotated(into)))  # the branch's inputs are not rotated
 
 
-def sampled_rows(x, most, generator):
-    """Return [N, C] of x [..., C]: all rows, or `most` of them drawn by a generator of the CPU."""
+def sampled_rows(x: torch.Tensor, most: int, generator: torch.Generator) -> torch.Tensor:
+    """Return rows [N, C] of x [..., C]: all rows, or `most` rows drawn with a CPU generator if there are more."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if len(rows) <= most else rows[_drawn(len(rows), most, generator).to(x.device)]
 
 
-def sampled_windows(x, kernel_size, stride, padding, dilation, most, generator):
-    """Return [N, kh * kw * C] of what comes into a convolution (zero padding), x [B, C, H, W]: the windows at all places, or at
-    `most` of them drawn by a generator of the CPU, channels last as `Packing` has them.
+def sampled_windows(
+    x: torch.Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    most: int,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Return input windows [N, kh * kw * C] of a convolution with zero padding, for x [B, C, H, W]: all windows, or `most`
+    windows drawn with a CPU generator if there are more. Channels come last within a window, as in a packed weight.
     """
     (kh, kw), (sh, sw), (ph, pw), (dh, dw) = kernel_size, stride, padding, dilation
     x = torch.nn.functional.pad(x.permute(0, 2, 3, 1), (0, 0, pw, pw, ph, ph))
@@ -214,6 +240,6 @@ def sampled_windows(x, kernel_size, stride, padding, dilation, most, generator):
     return x[item, rows, columns].flatten(1)
 
 
-def _drawn(count, most, generator):
-    """Return int64 [most] of places below `count`, with repetition."""
+def _drawn(count: int, most: int, generator: torch.Generator) -> torch.Tensor:
+    """Return random indices below `count`, int64 [most], with repetition."""
     return torch.randint(count, (most,), generator=generator)

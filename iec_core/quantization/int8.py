@@ -1,14 +1,16 @@
 """Layers with 8-bit activations, in exact integer arithmetic.
 
-Activations are symmetric. Their scales are taken at run time: one for each row (token, or pixel of a 1 x 1 convolution), and
-one for each batch item where a convolution's window mixes pixels, so that no item depends on its neighbours in the batch; or
-one for the whole tensor. Or they are given, from a calibration. Products are summed in int32, exactly; only then are the two
-scales and the bias applied, in float32.
+Activations are quantized symmetrically. Their scales are given, from a calibration, or computed at run time. At run time there
+is one scale per row (token, or pixel of a 1 x 1 convolution). Where a convolution's window mixes pixels, there is one scale per
+batch item, so that no item depends on the other items in the batch. Or there is one scale for the whole tensor. Products are
+summed exactly, in int32. Then the scales of activations and weights and the bias are applied, in float32.
 
-No integer stands for NaN or infinity. What has one gets NaN for its scale, and so for what comes out.
+No integer represents NaN or infinity. A row or item with a non-finite value gets the scale NaN, so that its output is NaN.
 """
 
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -19,58 +21,58 @@ from .packing import LIMITS, rotate
 try:
     import comfy_kitchen
     from comfy_kitchen.registry import registry as kitchen
-except ImportError:  # without it the products are Triton's or PyTorch's
+except ImportError:  # without it, Triton or PyTorch computes the products
     kitchen = None
 
 LIMIT = LIMITS["int8"]
-EXACT = 1024  # so many products of int8 sum up to less than 2^24, below which float32 has every integer
-KITCHEN_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+EXACT = 1024  # products of int8, whose sum is less than 2^24; up to there, float32 represents every integer
+KITCHEN_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # comfy-kitchen's codes
 
 
-def _largest(x, kept):
-    """Return float32 [R, 1, ...] for x [R, ...]: the largest magnitude of each item of dimension 0, with kept; else that of all
-    of x. NaN where there is a NaN.
+def _largest(x: torch.Tensor, kept: bool) -> torch.Tensor:
+    """Return the largest magnitudes of x [R, ...] as float32: with `kept` one per item of dimension 0, [R, 1, ...]; else one of
+    the whole tensor, [1, 1, ...]. A NaN in x gives NaN.
     """
     items = x.flatten(1) if kept else x.flatten()[None]
     largest = torch.maximum(items.amax(1), -items.amin(1)) if x.numel() else items.new_zeros(len(items))
     return largest.float().reshape(-1, *[1] * (x.ndim - 1))
 
 
-def dynamic_scale(x, kept):
-    """Return float32 [R, 1, ...] for x [R, ...]: the largest magnitude of each item of dimension 0 over 127, with kept; else
-    that of all of x. Zeros get scale 1, and what is not finite NaN.
+def dynamic_scale(x: torch.Tensor, kept: bool) -> torch.Tensor:
+    """Return the scales of x [R, ...] as float32, the largest magnitudes divided by 127: with `kept` one per item of dimension
+    0, [R, 1, ...]; else one for the whole tensor, [1, 1, ...]. Zeros get the scale 1, non-finite values NaN.
     """
     largest = _largest(x, kept)
-    largest = largest + (largest - largest)  # of infinity NaN, else nothing
+    largest = largest + (largest - largest)  # infinity becomes NaN, other values stay unchanged
     return torch.where(largest == 0, torch.ones_like(largest), largest / LIMIT)
 
 
-def given_scale(x, scale):
-    """Return a scale that is given, a tensor of one number, for x [R, ...] as float32 [R, 1, ...]: NaN where an item of
-    dimension 0 is not finite throughout.
+def given_scale(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return a given scale, a tensor of one number, for x [R, ...] as float32 [R, 1, ...]: NaN for items of dimension 0 that
+    have a non-finite value.
     """
     return torch.where(_largest(x, kept=True).isfinite(), scale.float().reshape(()), torch.nan)
 
 
-def quantize_activation(x, scale):
-    """Return x over scale, which broadcasts, rounded to int8 within +-127."""
+def quantize_activation(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return x divided by the scale, which broadcasts, rounded to int8 within +-127."""
     return (x.float() / scale).round_().clamp_(-LIMIT, LIMIT).to(torch.int8)
 
 
 @once_a_device
-def has_exact_int_mm(device):
-    """Tell whether torch._int_mm on a device exists and is exact at the extremes of int8.
+def has_exact_int_mm(device: torch.device) -> bool:
+    """Return whether torch._int_mm works on a device and is exact at the extremes of int8.
 
     Some processors without a dot-product instruction sum pairs of products in 16 bits, which saturates.
     """
     a = torch.full((32, 1024), -127, dtype=torch.int8, device=device)
-    return (torch._int_mm(a, a.t()) == 127 * 127 * 1024).all()
+    return bool((torch._int_mm(a, a.t()) == 127 * 127 * 1024).all())
 
 
 @once_a_device
-def uses_int_mm(device):
-    """Tell whether products are torch._int_mm's on a device: it is exact there and, on a processor, faster than products in
-    float32. Without instructions for dot products of int8 it takes 25 times as long.
+def uses_int_mm(device: torch.device) -> bool:
+    """Return whether torch._int_mm computes the products on a device: it must be exact there and, on a CPU, faster than
+    products in float32. On a CPU without int8 dot-product instructions it takes 25 times as long.
     """
     if not has_exact_int_mm(device):
         return False
@@ -80,8 +82,8 @@ def uses_int_mm(device):
     return _seconds(lambda: torch._int_mm(a, b.t())) < _seconds(lambda: _float_matmul(a, b))
 
 
-def _seconds(compute):
-    """Return the shortest time that it takes, of a few."""
+def _seconds(compute: Callable[[], object]) -> float:
+    """Return the shortest duration of a few calls, in seconds."""
     times = []
     for _ in range(4):
         begin = time.perf_counter()
@@ -90,19 +92,19 @@ def _seconds(compute):
     return min(times)
 
 
-def _float_matmul(a, b):
-    """Return what `int_matmul` does, from products in float32, of so many at once that their sums are exact."""
+def _float_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return the same as `int_matmul`, from products in float32. Blocks of EXACT inputs keep the sums exact."""
     parts = zip(a.split(EXACT, dim=1), b.split(EXACT, dim=1))
     return sum((part_a.float() @ part_b.float().t()).to(torch.int32) for part_a, part_b in parts)
 
 
-def int_matmul(a, b):
-    """Return a @ b.T in int32, exactly: a int8 [M, K], b int8 [N, K]."""
+def int_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return a @ b.T exactly, int32 [M, N], for a int8 [M, K] and b int8 [N, K]."""
     if not uses_int_mm(a.device):
         return _float_matmul(a, b)
-    a = a.contiguous()  # cuBLASLt wants rows one after the other
+    a = a.contiguous()  # cuBLASLt needs contiguous rows
     rows, columns = a.shape[0], b.shape[0]
-    if a.device.type == "cuda":  # cuBLASLt: more than 16 rows, K and N in eights
+    if a.device.type == "cuda":  # cuBLASLt needs more than 16 rows, and K and N divisible by 8
         pad = torch.nn.functional.pad
         depth = -a.shape[1] % 8
         a = pad(a, (0, depth, 0, max(0, 17 - rows)))
@@ -110,11 +112,18 @@ def int_matmul(a, b):
     return torch._int_mm(a, b.t())[:rows, :columns]
 
 
-def conv2d_sums(x, weight, kernel_size, stride, padding, dilation):
-    """Return the convolution (groups 1, zero padding) of int8 x [B, C, H, W] and int8 weight [O, kh * kw * C], exactly, as
-    int32 [B, O, H', W'].
+def conv2d_sums(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> torch.Tensor:
+    """Return the exact convolution (groups 1, zero padding) of int8 x [B, C, H, W] with int8 weight [O, kh * kw * C], as int32
+    [B, O, H', W'].
 
-    An implicit matrix product over gathered windows. Channels come last within a window, so that memory is read in runs.
+    It is a matrix product with the gathered windows. Channels come last within a window, so that memory is read contiguously.
     """
     (kh, kw), (sh, sw), (ph, pw), (dh, dw) = kernel_size, stride, padding, dilation
     x = torch.nn.functional.pad(x.permute(0, 2, 3, 1), (0, 0, pw, pw, ph, ph))
@@ -125,26 +134,46 @@ def conv2d_sums(x, weight, kernel_size, stride, padding, dilation):
     return sums.reshape(x.shape[0], height, width, len(weight)).permute(0, 3, 1, 2)
 
 
-def _scaled(sums, activation_scale, weight_scale, bias, dtype):
-    """Apply scales and bias, which broadcast over the int32 sums, in float32; return a contiguous tensor of `dtype`."""
+def _scaled(
+    sums: torch.Tensor,
+    activation_scale: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Return int32 sums times the scales plus the bias, computed in float32, as a contiguous tensor of `dtype`. Scales and bias
+    broadcast over the sums.
+    """
     out = sums * activation_scale * weight_scale
     if bias is not None:
         out += bias.float()
     return out.to(dtype).contiguous()
 
 
-def linear_int8(x, values, weight_scale, bias, scale=None, per_tensor=False, rotation=0, backend=None):
-    """Linear layer with 8-bit activations: x float [..., C], values int8 [O, C], weight_scale float32 [O]; returns [..., O] in
-    x's dtype. scale: the activations' where it is given, a tensor of one number. rotation: size of the blocks by which x is to
-    be rotated first, as the weight is, 0 for none. backend: what `linear_backend` returns, or None to ask it.
+def linear_int8(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor | None = None,
+    per_tensor: bool = False,
+    rotation: int = 0,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Compute a Linear layer with 8-bit activations and return [..., O] in the dtype of x.
+
+    x: float [..., C]. values: int8 [O, C]. weight_scale: float32 [O]. bias: float [O] or None. scale: given scale of the
+    activations, a tensor of one number; None to compute it from x, per row or, with per_tensor, for the whole tensor. rotation:
+    block size by which x must be rotated first, as the weight is, 0 for none. backend: a result of `linear_backend`; None to
+    call it.
     """
     backend = backend or linear_backend(x.device, scale is None and not per_tensor, *values.shape)
     if backend == KITCHEN and x.numel() and x.dtype in KITCHEN_DTYPES:
         return _linear_kitchen(x, values, weight_scale, bias, rotation)
     (outputs, inputs), turned = values.shape, x
     if rotation:
-        turned = rotate(x.float(), rotation)  # sums of float16 could overflow
-    if backend == TRITON:  # a convolution of as many images of one pixel
+        turned = rotate(x.float(), rotation)  # sums in float16 could overflow
+    if backend == TRITON:  # a convolution of images of one pixel
         pixels, kernel = turned.reshape(-1, inputs, 1, 1), values.view(outputs, 1, 1, inputs)
         geometry = (1, 1), (0, 0), (1, 1)
         out = operators.conv2d_int8(pixels, scale, per_tensor, kernel, weight_scale, bias, *geometry, x.dtype)
@@ -155,29 +184,46 @@ def linear_int8(x, values, weight_scale, bias, scale=None, per_tensor=False, rot
     return out.view(*x.shape[:-1], outputs)
 
 
-def _linear_kitchen(x, values, weight_scale, bias, rotation):
-    """Its kernels turn NaN and infinity into numbers. One makes all of the output NaN here, for rows of it alone would cost
-    more. A sum sees either in a single read.
+def _linear_kitchen(
+    x: torch.Tensor, values: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None, rotation: int
+) -> torch.Tensor:
+    """Compute `linear_int8` with comfy-kitchen. Any non-finite value in x makes the whole output NaN.
+
+    The kernels turn NaN and infinity into finite numbers. So NaN is added to the weight scales here: the sum of x finds NaN and
+    infinity in a single read. NaN only in the affected rows would cost more.
     """
     weight_scale = torch.add(weight_scale, x.sum(dtype=torch.float32), alpha=0)
     turned = bool(rotation), rotation or 256
-    if torch.compiler.is_compiling():  # the operator takes 16 microseconds more
+    if torch.compiler.is_compiling():  # a call of the operator takes 16 microseconds longer
         code = KITCHEN_DTYPES[x.dtype]
         return torch.ops.comfy_kitchen.int8_linear(x.contiguous(), values, weight_scale, bias, code, *turned)
     return comfy_kitchen.int8_linear(x.contiguous(), values, weight_scale, bias, x.dtype, *turned)
 
 
-def is_pointwise(kernel_size, stride, padding):
-    """Tell whether a convolution is a Linear layer over pixels."""
+def is_pointwise(kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> bool:
+    """Return whether a convolution is the same as a Linear layer applied to each pixel."""
     return (*kernel_size, *stride, *padding) == (1, 1, 1, 1, 0, 0)
 
 
 def conv2d_int8(
-    x, values, weight_scale, bias, kernel_size, stride, padding, dilation, scale=None, per_tensor=False, backend=None
-):  # fmt: skip
-    """Conv2d (groups 1, zero padding) with 8-bit activations: x float [B, C, H, W], values int8 [O, kh * kw * C], weight_scale
-    float32 [O]; returns [B, O, H', W'] in x's dtype. scale: as in `linear_int8`. backend: what `conv_backend` returns, for a
-    pointwise layer `linear_backend`, or None to ask them.
+    x: torch.Tensor,
+    values: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    scale: torch.Tensor | None = None,
+    per_tensor: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Compute a Conv2d layer (groups 1, zero padding) with 8-bit activations and return [B, O, H', W'] in the dtype of x.
+
+    x: float [B, C, H, W]. values: int8 [O, kh * kw * C]. weight_scale: float32 [O]. bias: float [O] or None. scale: given scale
+    of the activations, a tensor of one number; None to compute it from x, per item (a pointwise layer: per pixel) or, with
+    per_tensor, for the whole tensor. backend: a result of `conv_backend`, for a pointwise layer of `linear_backend`; None to
+    call them.
     """
     if is_pointwise(kernel_size, stride, padding):
         rows = x.permute(0, 2, 3, 1)
@@ -197,29 +243,30 @@ KITCHEN, TRITON, WEIGHT_ONLY = "comfy-kitchen int8_linear", "Triton implicit GEM
 INT_MM, FLOAT_PRODUCTS = "torch._int_mm", "exact products in float32"
 
 
-def kitchen_backends():
-    """Return the names of comfy-kitchen's backends that have kernels for int8 and may be used, [] where there is none."""
-    known = {} if kitchen is None else kitchen.list_backends()
+def kitchen_backends() -> list[str]:
+    """Return the names of comfy-kitchen's enabled backends with int8 kernels; [] if there are none."""
+    known: dict[str, dict[str, Any]] = {} if kitchen is None else kitchen.list_backends()
     usable = [name for name, one in known.items() if name != "eager" and one["available"] and not one["disabled"]]
     return [name for name in usable if "int8_linear" in known[name]["capabilities"]]
 
 
 @once_a_device
-def has_kitchen(device):
-    """Tell whether comfy-kitchen has kernels for int8 on a device: its operator is there without any too, and slower then than
-    PyTorch's product.
+def has_kitchen(device: torch.device) -> bool:
+    """Return whether comfy-kitchen has int8 kernels on a device. Its operator also exists without kernels, but is then slower
+    than PyTorch's product.
     """
     return device.type == "cuda" and hasattr(torch.ops.comfy_kitchen, "int8_linear") and bool(kitchen_backends())
 
 
-def _products(device):
+def _products(device: torch.device) -> str:
     return INT_MM if uses_int_mm(device) else FLOAT_PRODUCTS
 
 
-def linear_backend(device, per_row, outputs, inputs):
-    """Return what computes a Linear layer of 8-bit activations and of these sizes in integers, or that nothing does at a speed
-    that would make up for it; per_row: with a scale for each row, taken at run time. comfy-kitchen does not look at the sizes,
-    and its kernels read 16 inputs at a time, and cuBLASLt 8 outputs.
+def linear_backend(device: torch.device, per_row: bool, outputs: int, inputs: int) -> str:
+    """Return the name of the backend that computes a Linear layer with 8-bit activations, or WEIGHT_ONLY if integer products
+    would not be faster on this device. per_row: whether each row has its own scale, computed at run time.
+
+    comfy-kitchen does not check sizes. Its kernels need inputs divisible by 16, and cuBLASLt needs outputs divisible by 8.
     """
     if per_row and inputs % 16 == 0 and outputs % 8 == 0 and has_kitchen(device):
         return KITCHEN
@@ -228,9 +275,9 @@ def linear_backend(device, per_row, outputs, inputs):
     return _products(device) if torch.device(device).type == "cpu" or uses_int_mm(device) else WEIGHT_ONLY
 
 
-def conv_backend(device):
-    """Return what computes a Conv2d layer whose window mixes pixels. Windows are gathered on a CPU alone, where that pays: they
-    take as many times the memory of an image as they have pixels.
+def conv_backend(device: torch.device) -> str:
+    """Return the name of the backend that computes a Conv2d layer whose window mixes pixels, or WEIGHT_ONLY. Gathered windows
+    are used on a CPU only, where they are worth their memory: kh * kw times that of the image.
     """
     if launch.is_available(device):
         return TRITON

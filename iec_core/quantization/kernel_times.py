@@ -1,7 +1,9 @@
-"""How long the ways to compute a quantized layer take on a GPU: timed at first use, and kept in a small file.
+"""Measure how long each way to compute a quantized layer takes on a GPU. Times are measured at first use and kept in a small
+file.
 
-Which way is the fastest is a matter of the card, the layer and the size of what comes in; no rule knows it. The file has the
-times of every card, by its driver and by all that computes there: with another one, they are taken anew.
+Which way is fastest depends on the card, the layer and the size of its input; no simple rule predicts it. The file has the
+times of each card, with the versions of its driver and of all libraries and kernels used. After a change of any version, times
+are measured again.
 """
 
 import contextlib
@@ -16,49 +18,58 @@ import statistics
 import threading
 import time
 import uuid
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 
 from ..devices import is_out_of_memory
+from ..errors import FileError
 from ..log import logger
 from . import int8
 
 FORMAT = "iec kernel times 1"
-ROUNDS, ROUND_SECONDS, MOST_CALLS = 5, 3e-4, 20  # of a way, in turn with the others; how long one lasts; its most calls
-SIGNIFICANT_BITS = 3  # of a number of rows: those that share their times differ by less than a quarter
-PAUSE = 60  # seconds without timing after memory was too short for it
+ROUNDS = 5  # rounds per way, alternating with the other ways
+ROUND_SECONDS, MOST_CALLS = 3e-4, 20  # target duration of a round, and the most calls in it
+SIGNIFICANT_BITS = 3  # of a number of rows; numbers that share their times differ by less than a quarter
+PAUSE = 60  # seconds without timing after it ran out of memory
+
+Ways = Mapping[str, Callable[[], object]]  # {name of a way: function without arguments that computes the layer}
+Cards = dict[str, dict[str, dict[str, dict[str, float]]]]  # {card: {layer: {rows: {way: microseconds}}}}
 
 
 class CudaClock:
-    """Times on CUDA devices (or ROCm's), by their events."""
+    """Measures times on CUDA devices (or ROCm's) by events of the device."""
 
-    def covers(self, device):
-        """Tell whether a torch.device is one that can be timed."""
+    def covers(self, device: torch.device) -> bool:
+        """Return whether times can be measured on a device."""
         return device.type == "cuda"
 
-    def is_free(self):
-        """Tell whether it can be timed now: not while a graph of a device's work is taken, which a wait would end."""
+    def is_free(self) -> bool:
+        """Return whether times can be measured now. While a CUDA graph is captured they cannot: waiting would end the
+        capture.
+        """
         return not torch.cuda.is_current_stream_capturing()
 
-    def card(self, device):
-        """Return in words what times on a device depend on."""
+    def card(self, device: torch.device) -> str:
+        """Return a text that names everything on which times on a device depend."""
         return _card(device)
 
-    def times(self, ways, device, rounds=ROUNDS):
-        """Return {name: microseconds a call} of ways={name: function}: medians of so many rounds in turn.
+    def times(self, ways: Ways, device: torch.device, rounds: int = ROUNDS) -> dict[str, float]:
+        """Return {name: microseconds per call} of the ways, each the median of `rounds` rounds.
 
-        The calls of a round follow each other without a wait, as in a network: where Python is slower than the GPU, its time
-        counts.
+        The calls of a round follow each other without waiting, as in a network. So if Python is slower than the GPU, Python's
+        time is measured.
         """
         with torch.cuda.device(device):
             for way in ways.values():
-                way()  # allocates
+                way()  # the first call allocates memory
             calls = {name: _calls(self._seconds(way, 1)) for name, way in ways.items()}
             seconds = [{name: self._seconds(way, calls[name]) for name, way in ways.items()} for _ in range(rounds)]
         return {name: 1e6 * statistics.median(one[name] for one in seconds) / calls[name] for name in ways}
 
     @staticmethod
-    def _seconds(way, calls):
+    def _seconds(way: Callable[[], object], calls: int) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         for _ in range(calls):
@@ -68,42 +79,43 @@ class CudaClock:
         return begin.elapsed_time(end) / 1e3
 
 
-def _calls(seconds):
+def _calls(seconds: float) -> int:
     return min(max(round(ROUND_SECONDS / max(seconds, 1e-9)), 1), MOST_CALLS)
 
 
 class KernelTimes:
-    """What was timed. path: a function that returns where the file is. clock: a CudaClock, or what has its methods."""
+    """The measured times. path: a function that returns the file's path. clock: a CudaClock, or an object with its methods."""
 
-    def __init__(self, path, clock=None):
+    def __init__(self, path: Callable[[], str | os.PathLike[str]], clock: CudaClock | None = None) -> None:
         self._path, self._clock = path, clock or CudaClock()
-        self._cards = None  # {card: {layer: {rows: {way: microseconds}}}}, read at first use
-        self._failed = {}  # {(card, layer, rows): {way: math.inf}}, of this process alone
+        self._cards: Cards | None = None  # read from the file at first use
+        # {(card, layer, rows): {way: math.inf}}, for this process only
+        self._failed: dict[tuple[str, str, str], dict[str, float]] = {}
         self._pause_until, self._lock = 0.0, threading.Lock()
 
-    def covers(self, device):
-        """Tell whether a torch.device is one that is timed."""
+    def covers(self, device: torch.device) -> bool:
+        """Return whether times are measured on a device."""
         return self._clock.covers(device)
 
-    def known(self, device, layer, rows, names):
-        """Return {name: microseconds} of the ways of these names to compute a layer for so many rows, {} where not all of them
-        were timed. layer: what kind it is, in words. A way that ended in an error takes math.inf.
+    def known(self, device: torch.device, layer: str, rows: int, names: Iterable[str]) -> dict[str, float]:
+        """Return {name: microseconds} of the ways with these names for a number of rows; {} if not all of them were measured.
+        layer: the kind of layer, as text. A way that raised an error has the time math.inf.
         """
         return self._known(device, layer, str(rounded(rows)), names) if self._clock.covers(device) else {}
 
-    def known_of_most(self, device, layer, names):
-        """Return what `known` does, for the most rows that all of the names were timed for."""
+    def known_of_most(self, device: torch.device, layer: str, names: Iterable[str]) -> dict[str, float]:
+        """Return the same as `known`, for the largest number of rows at which all these ways were measured."""
         if not self._clock.covers(device):
             return {}
         sizes = sorted(self._layers(device).get(layer, {}), key=int, reverse=True)
         return next((times for size in sizes if (times := self._known(device, layer, size, names))), {})
 
-    def of(self, device, layer, rows, ways):
-        """Return what `known` does of ways={name: function without arguments}, which are timed where they were not. {}: where
-        that cannot be done now, memory is short, or the first way ends in an error.
+    def of(self, device: torch.device, layer: str, rows: int, ways: Ways) -> dict[str, float]:
+        """Return the same as `known` for ways, and measure their times first if they are not known. Return {} if times cannot
+        be measured now, memory is short, or the first way raises an error.
 
-        The first way is one that can only fail where what comes in is wrong: then nothing is found out about the others, which
-        else are logged as failing, and not tried again for such a size by this process.
+        The first way must be one that only fails on wrong inputs. Then errors of the other ways show nothing about them. If the
+        first way works, the ways that fail are logged, and this process does not try them again for this size.
         """
         if times := self.known(device, layer, rows, ways):
             return times
@@ -122,13 +134,13 @@ class KernelTimes:
         return self.known(device, layer, rows, ways)
 
     @torch.no_grad()
-    def _measured(self, device, layer, ways, failed):
-        """Time the ways that work; take up the others in `failed`. {} where the first does not work."""
+    def _measured(self, device: torch.device, layer: str, ways: Ways, failed: dict[str, float]) -> dict[str, float]:
+        """Return the times of the ways that work, and add the others to `failed`. Return {} if the first does not work."""
         first = next(iter(ways))
         for name, way in ways.items():
             try:
-                name in failed or way()  # compiles what it needs
-            except Exception as error:  # of any kind: compilers and drivers have their own
+                name in failed or way()  # the first call compiles kernels
+            except Exception as error:  # any class: compilers and drivers have their own errors
                 if is_out_of_memory(error):
                     raise
                 if name == first:
@@ -138,23 +150,24 @@ class KernelTimes:
                 logger.warning(f"{name} does not compute a layer of the kind '{layer}': {why}.")
         return self._clock.times({name: way for name, way in ways.items() if name not in failed}, device)
 
-    def _known(self, device, layer, size, names):
+    def _known(self, device: torch.device, layer: str, size: str, names: Iterable[str]) -> dict[str, float]:
         failed = self._failed.get((self._clock.card(device), layer, size), {})
         times = failed | self._layers(device).get(layer, {}).get(size, {})
         return {name: times[name] for name in names} if all(name in times for name in names) else {}
 
-    def _layers(self, device):
+    def _layers(self, device: torch.device) -> dict[str, dict[str, dict[str, float]]]:
         with self._lock:
             if self._cards is None:
                 self._cards = _read(self._path())
             return self._cards.setdefault(self._clock.card(device), {})
 
-    def _keep(self, card, layer, size, times):
-        """Keep new times, and write them into the file beside those that are in it by now; a file that is not ours stays as it
-        is. Where nothing can be written, the next start times again.
+    def _keep(self, card: str, layer: str, size: str, times: dict[str, float]) -> None:
+        """Keep new times, and add them to those in the file, which other processes may have changed. A file of another format
+        stays unchanged. If the file cannot be written, times are measured again after the next start.
         """
-        path = os.path.realpath(self._path())  # what a link leads to
+        path = os.path.realpath(self._path())  # a link stays a link
         half = f"{path}.{uuid.uuid4().hex}.part"
+        assert self._cards is not None  # `known` has read them
         with self._lock, contextlib.suppress(OSError, ValueError):
             _put(self._cards, card, layer, size, times)
             cards = _parsed(path) if os.path.lexists(path) else {}
@@ -169,19 +182,21 @@ class KernelTimes:
                     os.remove(half)
 
 
-def _put(cards, card, layer, size, times):
+def _put(cards: Cards, card: str, layer: str, size: str, times: dict[str, float]) -> None:
     cards.setdefault(card, {}).setdefault(layer, {}).setdefault(size, {}).update(times)
 
 
-def rounded(rows):
-    """Return a number of rows, rounded down to those that share its times."""
+def rounded(rows: int) -> int:
+    """Return a number of rows rounded down to SIGNIFICANT_BITS; numbers with the same result share their times."""
     spare = max(rows.bit_length() - SIGNIFICANT_BITS, 0)
     return rows >> spare << spare
 
 
 @functools.cache
-def _card(device):
-    """The name of a CUDA device, and what computes there: versions, and settings that users change by the host's options."""
+def _card(device: torch.device) -> str:
+    """Return the name of a CUDA device, the versions of all that computes there, and settings that the host's options
+    change.
+    """
     driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: "unknown")()
     matmul = torch.backends.cuda.matmul
     settings = {
@@ -196,22 +211,22 @@ def _card(device):
     ])  # fmt: skip
 
 
-def _version(package):
+def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "none"
 
 
-def _fingerprint():
-    """Return what tells the source of our own kernels from another."""
+def _fingerprint() -> str:
+    """Return a hash of the source of this pack's kernels."""
     folder = pathlib.Path(__file__).parent
     files = [*folder.glob("kernels/*.py"), folder / "int8.py", folder / "fp8.py", folder / "packing.py"]
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:8]
 
 
-def _read(path):
-    """Return what a file has, {} where there is none, or one that is not ours, of which a warning says so."""
+def _read(path: str | os.PathLike[str]) -> Cards:
+    """Return the times in a file; {} if there is no file. A file that cannot be used gives {} too, and a warning."""
     try:
         return _parsed(path)
     except FileNotFoundError:
@@ -222,26 +237,26 @@ def _read(path):
         return {}
 
 
-def _parsed(path):
-    """Return {card: {layer: {rows: {way: microseconds}}}} of a file. Raises ValueError where it is not ours, OSError where it
+def _parsed(path: str | os.PathLike[str]) -> Cards:
+    """Return the times in a file. Raises FileError or another ValueError if it is not a file of kernel times, and OSError if it
     cannot be read.
     """
     found = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise ValueError("it is no file of kernel times")
-    cards = found.get("microseconds")
+        raise FileError("it is no file of kernel times")
+    cards: Any = found.get("microseconds")
     if not _is_nested(cards, _is_of_layer):
-        raise ValueError("its content is not that of a file of kernel times")
+        raise FileError("its content is not that of a file of kernel times")
     return cards
 
 
-def _is_of_layer(layers):
+def _is_of_layer(layers: object) -> bool:
     return _is_nested(layers, lambda sizes: _is_nested(sizes, _is_of_size) and all(map(str.isdecimal, sizes)))
 
 
-def _is_of_size(times):
+def _is_of_size(times: object) -> bool:
     return _is_nested(times, lambda one: type(one) in (int, float) and 0 < one < math.inf)
 
 
-def _is_nested(value, holds):
+def _is_nested(value: object, holds: Callable[[Any], bool]) -> bool:
     return isinstance(value, dict) and all(map(holds, value.values()))

@@ -1,17 +1,22 @@
-"""What quantization costs each layer, and which layers to leave out of it."""
+"""The error that quantization causes in each layer, and the choice of layers to leave in full precision."""
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ..errors import SettingsError
 from .mixed_precision import least_cost
 
 
 @dataclass
 class LayerError:
-    """Of one quantized layer: format: in words. backend: what computes it. nbytes, full_nbytes: of its weight, and of that in
-    full precision. signal, noise: sums of squares of its output in full precision, and of what the quantized layer's differs
-    from it by for the same input. weight_sqnr: of its weight, in dB. predicted: square of what this layer alone changes of the
-    model's predictions, relative to these.
+    """The error of one quantized layer.
+
+    format: the format, as text. backend: the name of the implementation that computes the layer. nbytes, full_nbytes: size of
+    its weight in bytes, quantized and in full precision. weight_sqnr: signal to quantization noise of its weight, in dB.
+    signal: sum of squares of its output in full precision. noise: sum of squares of the difference between the quantized
+    layer's output and the full-precision output for the same input. predicted: squared relative error of the model's
+    predictions with only this layer quantized.
     """
 
     name: str
@@ -25,30 +30,30 @@ class LayerError:
     predicted: float = 0.0
 
     @property
-    def worth(self):
-        """What full precision spares of the prediction's squared error, for each byte more."""
+    def worth(self) -> float:
+        """Reduction of the prediction's squared error by full precision, per byte that it takes more."""
         return self.predicted / max(self.full_nbytes - self.nbytes, 1)
 
     @property
-    def sqnr(self):
-        """Signal to quantization noise of the output, in dB; nan where the layer was not run."""
+    def sqnr(self) -> float:
+        """Signal to quantization noise of the output, in dB; nan if the layer was not run."""
         return decibels(self.signal, self.noise)
 
     @property
-    def relative_noise(self):
-        """Noise over signal; 0 where the layer was not run."""
+    def relative_noise(self) -> float:
+        """Noise divided by signal; 0 if the layer was not run."""
         return self.noise / self.signal if self.signal > 0 else 0.0
 
 
-def decibels(signal, noise):
+def decibels(signal: float, noise: float) -> float:
     """Return 10 log10(signal / noise): inf without noise, nan without signal."""
     if signal <= 0:
         return math.nan
     return math.inf if noise <= 0 else 10 * math.log10(signal / noise)
 
 
-def table(errors):
-    """Return a Markdown table of LayerErrors, what costs most at equal bytes first."""
+def table(errors: Sequence[LayerError]) -> str:
+    """Return a Markdown table of LayerErrors by descending `worth`, with the total size."""
     lines = [
         "| layer | format | computed by | prediction error | output SQNR, dB | weight SQNR, dB | weight, MB |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -61,19 +66,19 @@ def table(errors):
     return "\n".join(lines)
 
 
-def ranked(errors):
-    """Return LayerErrors, what costs the prediction most at equal bytes first."""
+def ranked(errors: Iterable[LayerError]) -> list[LayerError]:
+    """Return LayerErrors sorted by descending `worth`, then by descending `relative_noise`."""
     return sorted(errors, key=lambda error: (-error.worth, -error.relative_noise))
 
 
-def left_for_size(errors, budget):
-    """Return names of layers to leave in full precision, so that all weights take at most `budget` bytes, and what is left of
-    the predictions' squared errors, each layer's alone, sums up to the least. Raises ValueError where the quantized weights
-    alone take more.
+def left_for_size(errors: Sequence[LayerError], budget: float) -> list[str]:
+    """Return the names of layers to leave in full precision. The weights of all layers then take at most `budget` bytes, and
+    the sum of the remaining layers' squared prediction errors is least. Raises SettingsError if the quantized weights already
+    take more.
     """
     total = sum(error.nbytes for error in errors)
     if total > budget:
-        raise ValueError(
+        raise SettingsError(
             f"size_mb: the quantized layers take {total / 2**20:.2f} MB already; allow more, or quantize with fewer bits."
         )
     found = least_cost(
@@ -82,6 +87,8 @@ def left_for_size(errors, budget):
     return [error.name for error, choice in zip(errors, found) if choice]
 
 
-def left_for_error(errors, least):
-    """Return names of layers to leave in full precision, so that no layer's output has less than `least` dB of SQNR."""
+def left_for_error(errors: Iterable[LayerError], least: float) -> list[str]:
+    """Return the names of layers to leave in full precision, so that each quantized layer's output has at least `least` dB of
+    SQNR.
+    """
     return [error.name for error in errors if error.sqnr < least]

@@ -1,41 +1,49 @@
-"""Which layer gets how many bits, by what they change of a model's predictions, within a budget.
+"""Choose the number of bits of each layer within a budget, by the error that each choice causes in a model's predictions.
 
-What a layer's quantization changes of the predictions is measured with that layer alone; the squares of all layers are summed.
-The choice is a multiple-choice knapsack, solved exactly: layer after layer, the sums so far are carried on with each choice of
-the next one; those that another is as good as in both are dropped, so that what is left is a front (dynamic programming over
-lists, Nemhauser and Ullmann 1969). So are those that cannot come below a solution at hand, by the bound that a price on the
-size gives (Pisinger 1995), without which fronts of hundreds of layers would grow beyond all memory.
+The prediction error of a layer's quantization is measured with only that layer quantized. The squared errors of all layers are
+summed.
+
+The choice is a multiple-choice knapsack problem, solved exactly by dynamic programming over lists (Nemhauser and Ullmann 1969).
+A list has the pairs (cost, size) that the layers so far can reach. Each next layer adds each of its choices to each pair. Pairs
+that are not better than another pair in cost or size are dropped, so that a Pareto front remains. Pairs that cannot become
+better than a known solution are dropped too. Their lower bound comes from a price per unit of size (Pisinger 1995). Without
+this bound, the fronts of hundreds of layers would not fit in memory.
 """
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy
+import torch
 
-BISECTIONS = 100  # by which the price is found
-SLACK = 1e-12  # of sums of floating point numbers
+from ..errors import SettingsError
+
+BISECTIONS = 100  # steps that find the price
+SLACK = 1e-12  # relative rounding error allowed for sums of floating-point numbers
 
 
 class PredictionError:
-    """What one choice of one layer changes of the predictions of a run of so many steps, seen in some of these.
+    """The prediction error that one choice of one layer causes in a run, measured in some of its steps.
 
-    The image moves by the sum of what all steps change. Wrong weights change much the same in every step; what differs from
-    step to step, as the rounding of activations, cancels out.
+    steps: number of steps of the run. The error of the image is the sum of the errors of all steps. Rounded weights cause
+    nearly the same error in every step. Errors that differ from step to step, as those of rounded activations, cancel out.
     """
 
-    def __init__(self, steps):
-        self._steps, self._count, self._squares, self._sum = steps, 0, 0.0, 0.0
+    def __init__(self, steps: int) -> None:
+        self._steps, self._count, self._squares, self._sum = steps, 0, 0.0, torch.zeros(())
 
-    def take_up(self, change):
-        """Take up the change of one step's prediction over the prediction's norm, float32 [n]."""
+    def take_up(self, change: torch.Tensor) -> None:
+        """Add the error of one step's prediction, divided by the prediction's norm, float32 [n]."""
         self._count += 1
         self._squares += change.square().sum().item()
         self._sum = self._sum + change
 
     @property
-    def squared(self):
-        """About the squared norm of the mean of all steps' changes: that of their products, among them those of each with
-        itself. 0 where nothing was taken up.
+    def squared(self) -> float:
+        """Estimate of the squared norm of the mean error over all steps of the run; 0 if no step was measured.
+
+        The squared norm is the mean of the inner products of all pairs of steps, including each step with itself.
         """
         if self._count < 2:
             return self._squares
@@ -46,8 +54,10 @@ class PredictionError:
 
 @dataclass(frozen=True)
 class LayerChoices:
-    """Of one layer: weights: how many it has. Of each of its choices, from the smallest to that of full precision: words: its
-    bits. nbytes: of the weight. squares: what it alone changes of the predictions, as `PredictionError.squared`.
+    """The choices of one layer, from the smallest to full precision.
+
+    weights: number of weights in the layer. For each choice: words: its bits, as text. nbytes: size of the weight in bytes.
+    squares: squared prediction error with only this layer quantized, from `PredictionError.squared`.
     """
 
     name: str
@@ -57,39 +67,42 @@ class LayerChoices:
     squares: tuple[float, ...]
 
     @property
-    def worth(self):
-        """The square that full precision spares, for each byte that it takes more than the smallest choice."""
+    def worth(self) -> float:
+        """Reduction of the squared error by full precision, per byte that it takes more than the smallest choice."""
         return (self.squares[0] - self.squares[-1]) / max(self.nbytes[-1] - self.nbytes[0], 1)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a choice keeps to: bits a weight on average, scales and branches among them, or else an error of the prediction."""
+    """The limit of a choice: bits per weight on average, including scales and branches, or, if bits is None, the relative error
+    of the prediction.
+    """
 
     bits: float | None = None
     error: float | None = None
 
-    def spent(self, layers):
-        """Return the MixedPrecision of a list of LayerChoices: with bits that of least error, else the smallest. Raises
-        ValueError where there is none, or it is full precision throughout.
+    def spent(self, layers: list[LayerChoices]) -> "MixedPrecision":
+        """Return the best choice for all layers: with `bits` that of least error, with `error` the smallest. Raises
+        SettingsError if no choice is within the budget, or if full precision is the best choice for every layer.
         """
         squares, nbytes = [layer.squares for layer in layers], [layer.nbytes for layer in layers]
         if self.bits is None:
+            assert self.error is not None  # one of both is given
             found = least_cost(nbytes, squares, self.error**2)
         else:
             weights = sum(layer.weights for layer in layers)
             least = 8 * sum(map(min, nbytes)) / weights
             if self.bits < least:
-                raise ValueError(
+                raise SettingsError(
                     f"average_bits: {self.bits:g} is less than the {math.ceil(100 * least) / 100:.2f} that the smallest choice "
                     "of all layers takes with its scales and branches; allow that, or take a smaller rank or larger groups."
                 )
             found = least_cost(squares, nbytes, self.bits * weights / 8)
         if all(choice == len(layer.words) - 1 for choice, layer in zip(found, layers)):
-            raise ValueError(self._all_full())
+            raise SettingsError(self._all_full())
         return MixedPrecision(layers, dict(zip((layer.name for layer in layers), found.tolist())))
 
-    def _all_full(self):
+    def _all_full(self) -> str:
         if self.bits is None:
             return f"most_error: no layer can be quantized within {self.error:g}; allow more."
         return f"average_bits: {self.bits:g} is enough for all layers to stay as they are; write less."
@@ -97,25 +110,27 @@ class Budget:
 
 @dataclass(frozen=True)
 class MixedPrecision:
-    """What was chosen: layers: the LayerChoices. chosen: {name of a layer: number of its choice}."""
+    """The choice for all layers. layers: their LayerChoices. chosen: {name of a layer: index of its choice}."""
 
     layers: list[LayerChoices]
     chosen: dict[str, int]
 
     @property
-    def bits(self):
-        """Bits a weight on average."""
+    def bits(self) -> float:
+        """Bits per weight on average."""
         return self._of(lambda layer: self.chosen[layer.name])[0]
 
-    def _of(self, choice):
-        """Return (bits a weight, error) where choice(layer) is the number of its choice."""
+    def _of(self, choice: Callable[[LayerChoices], int]) -> tuple[float, float]:
+        """Return (bits per weight, error) if choice(layer) is the index of each layer's choice."""
         nbytes = sum(layer.nbytes[choice(layer)] for layer in self.layers)
         squares = sum(layer.squares[choice(layer)] for layer in self.layers)
         return 8 * nbytes / sum(layer.weights for layer in self.layers), math.sqrt(squares)
 
-    def verdict(self):
-        """Return a sentence: how many layers have what, and what that is expected to cost beside all alike."""
-        counts = {}
+    def verdict(self) -> str:
+        """Return a sentence: how many layers have how many bits, and the expected error compared with the same choice for all
+        layers.
+        """
+        counts: dict[str, int] = {}
         for layer in self.layers:
             words = layer.words[self.chosen[layer.name]]
             counts[words] = counts.get(words, 0) + 1
@@ -130,8 +145,8 @@ class MixedPrecision:
             f"({'; '.join(alike)})."
         )
 
-    def table(self):
-        """Return a Markdown table, what costs most at equal bytes first, and the verdict."""
+    def table(self) -> str:
+        """Return a Markdown table of the layers by descending `worth`, and the verdict."""
         words = self.layers[0].words
         lines = [
             f"| layer | chosen | {' | '.join(f'error at {one}' for one in words[:-1])} | weight, MB |",
@@ -144,23 +159,23 @@ class MixedPrecision:
         return "\n".join([*lines, "", self.verdict()])
 
 
-def least_cost(costs, sizes, most):
-    """Return int64 [L], the number of each layer's choice: those of least summed cost whose summed size is at most `most`.
+def least_cost(costs: Iterable[Sequence[float]], sizes: Iterable[Sequence[float]], most: float) -> numpy.ndarray:
+    """Return the index of each layer's choice, int64 [L], with the least summed cost and a summed size of at most `most`.
 
-    costs, sizes: for each of the L layers, sequences of as many numbers, none negative, as it has choices. Raises ValueError
-    where even the smallest choices are larger than that.
+    costs, sizes: for each of the L layers, the costs and sizes of its choices, not negative. Raises SettingsError if the
+    smallest choices together exceed `most`.
     """
-    costs = [numpy.asarray(one, dtype=numpy.float64) for one in costs]
-    sizes = [numpy.asarray(one, dtype=numpy.float64) for one in sizes]
+    all_costs = [numpy.asarray(one, dtype=numpy.float64) for one in costs]
+    all_sizes = [numpy.asarray(one, dtype=numpy.float64) for one in sizes]
     most *= 1 + SLACK
-    if sum(one.min() for one in sizes) > most:
-        raise ValueError("the smallest choices of all layers are together larger than that")
-    price, known = _priced(costs, sizes, most)
-    bound = sum(_chosen(costs, known)) * (1 + SLACK) + price * most
-    least_size = _sums_from([one.min() for one in sizes])
-    least_priced = _sums_from([(cost + price * size).min() for cost, size in zip(costs, sizes)])
+    if sum(one.min() for one in all_sizes) > most:
+        raise SettingsError("the smallest choices of all layers are together larger than that")
+    price, known = _priced(all_costs, all_sizes, most)
+    bound = sum(_chosen(all_costs, known)) * (1 + SLACK) + price * most
+    least_size = _sums_from([one.min() for one in all_sizes])
+    least_priced = _sums_from([(cost + price * size).min() for cost, size in zip(all_costs, all_sizes)])
     front, traces = (numpy.zeros(1), numpy.zeros(1)), []
-    for layer, (cost, size) in enumerate(zip(costs, sizes), 1):
+    for layer, (cost, size) in enumerate(zip(all_costs, all_sizes), 1):
         of_cost, of_size = ((one[:, None] + more).ravel() for one, more in zip(front, (cost, size)))
         priced = (of_cost + price * of_size + least_priced[layer]) * (1 - SLACK)
         left = numpy.flatnonzero((of_size + least_size[layer] <= most) & (priced <= bound))
@@ -172,8 +187,11 @@ def least_cost(costs, sizes, most):
     return _traced(traces) if len(front[0]) else known
 
 
-def _traced(traces):
-    """Return the choices that lead to the last, which is that of least cost, of what the last layer has left."""
+def _traced(traces: list[tuple[numpy.ndarray, numpy.ndarray]]) -> numpy.ndarray:
+    """Return the choices of all layers that lead to the last pair of the last front, which has the least cost.
+
+    traces: for each layer, (index of the pair that was extended, choice) of each pair on its front.
+    """
     place, found = len(traces[-1][0]) - 1, []
     for before, choice in reversed(traces):
         found.append(choice[place])
@@ -181,15 +199,15 @@ def _traced(traces):
     return numpy.array(found[::-1])
 
 
-def _priced(costs, sizes, most):
-    """Return (price of a unit of size, choices) where each layer's choice is the best at that price: about the least price at
-    which they are within `most` together.
+def _priced(costs: list[numpy.ndarray], sizes: list[numpy.ndarray], most: float) -> tuple[float, numpy.ndarray]:
+    """Return (price per unit of size, choices). At that price, the choice of each layer has the least cost + price * size. The
+    price is about the lowest at which the summed size of the choices is at most `most`.
     """
 
-    def at(price):
+    def at(price: float) -> numpy.ndarray:
         return numpy.array([numpy.lexsort((size, cost + price * size))[0] for cost, size in zip(costs, sizes)])
 
-    def fits(choices):
+    def fits(choices: numpy.ndarray) -> bool:
         return sum(_chosen(sizes, choices)) <= most
 
     low, high = 0.0, 1.0
@@ -197,7 +215,7 @@ def _priced(costs, sizes, most):
         return low, choices
     while not fits(choices := at(high)) and high < 1e300:
         low, high = high, high * 16
-    if not fits(choices):  # what is no larger costs nothing more; the smallest are within it
+    if not fits(choices):  # fall back to the smallest choices, which are known to fit, at price 0
         return 0.0, numpy.array([numpy.lexsort((cost, size))[0] for cost, size in zip(costs, sizes)])
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
@@ -208,10 +226,10 @@ def _priced(costs, sizes, most):
     return high, choices
 
 
-def _chosen(values, choices):
+def _chosen(values: list[numpy.ndarray], choices: numpy.ndarray) -> list[float]:
     return [one[choice] for one, choice in zip(values, choices)]
 
 
-def _sums_from(values):
-    """Return the sums of the values from each on, and 0 behind the last."""
+def _sums_from(values: list[float]) -> numpy.ndarray:
+    """Return, for each value, the sum of it and all later ones, and a final 0."""
     return numpy.append(numpy.cumsum(values[::-1])[::-1], 0.0)
