@@ -57,7 +57,7 @@ class Profile(ABC):
         """
         about = cls._readable(read_metadata, path)
         if about.get("format") != format_of(cls.KIND) or about.get("version") != cls.VERSION:
-            raise FileError(f"it is no {cls.KIND}, or one of another version; calibrate anew")
+            raise FileError(f"it is not a {cls.KIND}, or is one of another version; calibrate again")
         return cls.of(cls._readable(_tensors, path), about)
 
     @classmethod
@@ -69,7 +69,7 @@ class Profile(ABC):
         except (KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError):
             is_whole = False
         if not is_whole:
-            raise FileError(f"its content is not that of a {cls.KIND}; calibrate anew")
+            raise FileError(f"its content is not that of a {cls.KIND}; calibrate again")
         return profile
 
     @staticmethod
@@ -80,7 +80,7 @@ class Profile(ABC):
             why = reason(error)
         except (ValueError, KeyError, safetensors.SafetensorError) as error:
             why = str(error)
-        raise FileError(f"it cannot be read ({why}); calibrate anew")
+        raise FileError(f"it cannot be read ({why}); calibrate again")
 
 
 def _tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:

@@ -112,10 +112,8 @@ class RunReport:
         if fallen:
             size = max(len(step.fell_back) for step in self.steps)
             numbers = sorted({image for step in self.steps for image, fell in enumerate(step.fell_back) if fell})
-            images = (
-                "all images" if len(numbers) == size else f"the images {', '.join(map(str, numbers))} of the batch (from 0)"
-            )
-            named = f"step {fallen[0]}" if len(fallen) == 1 else f"steps {', '.join(map(str, fallen))}"
+            images = "all images" if len(numbers) == size else f"{_named('image', numbers)} of the batch (numbered from 0)"
+            named = _named("step", fallen)
             self.warnings.append(
                 f"{self.label}: the correction of {named} did not converge for {images}, which kept their best iterate; "
                 "try a smaller lambda_, another evaluation_point or lambda_mode, or more steps."
@@ -125,6 +123,11 @@ class RunReport:
         """Return the fields that go into JSON: all except sigmas, latents, result, source and `keep_latents`."""
         names = ("label", "correction", "choice", "nfe", "seconds", "moved", "warnings")
         return {name: getattr(self, name) for name in names} | {"steps": [asdict(step) for step in self.steps]}
+
+
+def _named(kind: str, numbers: list[int]) -> str:
+    """Return the words for the steps or images with these numbers, such as "step 3" or "steps 3, 4"."""
+    return f"{kind}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
 def to_json(reports: Iterable[RunReport]) -> str:

@@ -29,7 +29,7 @@ def parsed(text: str, what: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         named = dict(pairs)
         if len(named) != len(pairs):
-            raise FileError("a name is there twice")
+            raise FileError("a name occurs twice")
         return named
 
     try:
@@ -47,17 +47,17 @@ def read_header(file: BinaryIO) -> tuple[dict[str, str], dict[str, object], int]
     length = int.from_bytes(file.read(8), "little")
     if size < 10 or not 2 <= length <= min(size - 8, LARGEST_HEADER):
         raise FileError(
-            f"it is no .safetensors file, or a damaged one (of its {size} bytes {length} are said to be the header, which can "
-            f"have {LARGEST_HEADER} at most)"
+            f"it is not a .safetensors file, or it is damaged (its first bytes say that its header has {length} of its {size} "
+            f"bytes; a header has at most {LARGEST_HEADER})"
         )
     try:
         text = file.read(length).decode()
     except UnicodeDecodeError as error:
-        raise FileError(f"it is no .safetensors file, or its header is damaged ({error})") from error
+        raise FileError(f"it is not a .safetensors file, or its header is damaged ({error})") from error
     header = parsed(text, "header")
     if not isinstance(header, dict) or not text.startswith("{"):
-        raise FileError("it is no .safetensors file, or its header is damaged (it is no table)")
+        raise FileError("it is not a .safetensors file, or its header is damaged (it is not a table)")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise FileError("its header is damaged (the metadata are no table of texts)")
+        raise FileError("its header is damaged (the metadata are not a table of texts)")
     return metadata, header, 8 + length

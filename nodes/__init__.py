@@ -39,7 +39,7 @@ class IECExtension(ComfyExtension):
 async def comfy_entrypoint():
     if COPIES is not None:
         first, second = COPIES
-        logger.warning(f"{second} is left out, for {first} is a copy of the same nodes; remove one of them.")
+        logger.warning(f"{second} is not loaded, because {first} is a copy of the same nodes; remove one of them.")
     elif server := running_server():
         serve_step_plans(server)
         refuse_unfit_values(server, {node.define_schema().node_id: node for node in NODES})

@@ -57,13 +57,15 @@ def choose(situation: Situation) -> Choice:
         return Choice(CorrectionSteps("none", "none"), None, nothing_because(reason))
     steps = [step for step in sorted(situation.known_ends) if _is_within(situation.sigmas, step)]
     if situation.full is None:
-        why = "each by the next step's own evaluation, which costs nothing"
+        why = "each with the next step's own evaluation, at no extra cost"
     else:
         steps = [step for step in steps if step + 1 in situation.full]
-        why = "those before the steps that the cache evaluates in full, by these evaluations, which costs nothing"
+        why = "those right before a step that the cache evaluates in full, each with that evaluation, at no extra cost"
     if not steps:
         return Choice(
-            CorrectionSteps("none", "none"), None, nothing_because("the run has no step that it was measured to help")
+            CorrectionSteps("none", "none"),
+            None,
+            nothing_because("the run has no step where a correction was measured to help"),
         )
     text = f"steps:{','.join(map(str, steps))}"
     sentence = f"auto corrects {len(steps)} of {situation.steps} steps, {why}."
@@ -81,11 +83,11 @@ def _why_nothing(situation: Situation) -> str | None:
     if situation.noise == "other":
         return "the sampler adds noise in another way than euler_ancestral and ddpm"
     if situation.other_cache:
-        return f"{situation.other_cache} is on the MODEL, whose cached evaluations are not known"
+        return f"{situation.other_cache} is on the MODEL, and which evaluations it caches is not known"
     if situation.steps < LEAST_STEPS:
-        return f"runs of fewer than {LEAST_STEPS} steps are left alone, for the sake of models distilled to so few"
+        return f"runs of fewer than {LEAST_STEPS} steps are not corrected, because most are of models distilled to few steps"
     if any(then > here for here, then in itertools.pairwise(situation.sigmas)):
-        return "the schedule goes up"
+        return "sigma rises within the schedule"
     return None
 
 

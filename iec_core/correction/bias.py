@@ -100,8 +100,8 @@ def bias_warning(steps: Sequence[StepReport], run: CorrectedRun) -> str | None:
     reason = _why_harmful(run, moves, bias) if bias >= LEAST_BIAS else None
     if reason is None:
         return None
-    moved = f"which moves the result by about {max(bias, 0.01):.0%}{_where(steps, moves)}"
-    return f"{reason}, {moved}; correction_steps auto avoids that."
+    moved = f"the corrections moved the result by about {max(bias, 0.01):.0%}{_where(steps, moves)}"
+    return f"{reason}; {moved}. correction_steps auto avoids this."
 
 
 def _why_harmful(run: CorrectedRun, moves: dict[int, float], bias: float) -> str | None:
@@ -115,17 +115,17 @@ def _why_harmful(run: CorrectedRun, moves: dict[int, float], bias: float) -> str
     if not by_order and not (run.leads_away and is_large):
         return None
     if run.is_exact:
-        order = ", and the sampler is of higher order by itself" if by_order else ""
-        return f"this MODEL is neither quantized nor cached{order}, so that a correction has nothing to take back"
+        order = ", and the sampler is already of higher order" if by_order else ""
+        return f"this MODEL is neither quantized nor cached{order}, so a correction has no error to remove"
     if by_order and run.has_history:
         step = max(moves, key=lambda step: abs(run.gains[step]))
         return (
-            "this sampler extrapolates from its last predictions, and so multiplies what a correction changes (by "
+            "this sampler extrapolates from its last predictions, and so multiplies the change that a correction makes (by "
             f"{abs(run.gains[step]):.1f} in step {step})"
         )
     if run.leads_away:
-        return "a correction at evaluation_point paper has an error of its own"
-    return "this sampler is of higher order by itself, and loses that by a correction"
+        return "a correction at evaluation_point paper adds an error of its own"
+    return "this sampler is already of higher order, and a correction takes that away"
 
 
 def _where(steps: Sequence[StepReport], moves: dict[int, float]) -> str:
@@ -133,4 +133,4 @@ def _where(steps: Sequence[StepReport], moves: dict[int, float]) -> str:
     worst = max(moves, key=lambda step: moves[step])
     if len(moves) == 1 or moves[worst] < sum(moves.values()) / 2:
         return ""
-    return f", most of it in step {worst}" + (", which ends without noise" if steps[worst].sigma_next == 0 else "")
+    return f", most of it in step {worst}" + (", which ends at zero noise" if steps[worst].sigma_next == 0 else "")

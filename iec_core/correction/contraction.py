@@ -97,7 +97,7 @@ class Linearization:
             self._stack.enter_context(saved_apart())
             self._record()
             if not self._y.requires_grad:
-                raise ModelError("the function's result does not depend on its input by anything that has a derivative")
+                raise ModelError("the function's result has no derivative with respect to its input")
             self.value = self._y.detach()
             self.method = self.method or self._first_that_agrees()
         except BaseException:
@@ -168,7 +168,7 @@ class Linearization:
                 continue
             if bool(((length - other).abs() <= 0.03 * length + 1e-6).all()):
                 return method
-            reasons.append(f"{method}: J and its transpose do not agree")
+            reasons.append(f"{method}: the products with J and with its transpose do not agree")
         raise ModelError("; ".join(reasons))
 
 
@@ -321,5 +321,5 @@ def suggested_lambda(norms: torch.Tensor, lambdas: Sequence[float] = LAMBDAS) ->
     """
     worst = norms.amax(1).tolist()
     if not all(math.isfinite(value) for value in worst):
-        raise ModelError("norms: not all of them are finite.")
+        raise ModelError("norms: some are not finite.")
     return lambdas[worst.index(min(worst))]

@@ -115,7 +115,7 @@ class ContractionReport:
         if not steps:
             return ""
         named = f"step {steps[0]}" if len(steps) == 1 else f"steps {', '.join(steps)}"
-        return f"the norms of {named} are bounds from below, not known to the tolerance; allow more iterations."
+        return f"the norms of {named} did not converge to the tolerance and are only lower bounds; use more iterations."
 
     def to_json(self) -> str:
         """Return the whole report as JSON text; means and maxima are over the images."""

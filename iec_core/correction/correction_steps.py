@@ -47,7 +47,7 @@ class CorrectionSteps:
         if highest >= total:
             raise SettingsError(
                 f"correction_steps: '{self.text}' names step {highest}, but the run has {total} steps, numbered from 0 "
-                f"to {total - 1}; name steps of the run only."
+                f"to {total - 1}; name only steps of the run."
             )
         return frozenset(self.numbers)
 
@@ -56,8 +56,8 @@ class CorrectionSteps:
         if self.is_share:
             return max(1, round(total * Fraction(*self.numbers)))
         if self.numbers[0] > total:
-            count = f"asks for {self.numbers[0]} steps, and the run has {total}"
-            raise SettingsError(f"correction_steps: '{self.text}' {count}; ask for {total} at most.")
+            count = f"asks for {self.numbers[0]} steps, but the run has {total}"
+            raise SettingsError(f"correction_steps: '{self.text}' {count}; ask for at most {total}.")
         return self.numbers[0]
 
     @property

@@ -79,10 +79,11 @@ def parse_lambdas(text: str) -> tuple[float, ...]:
             lambdas.append(float(part))
         except ValueError:
             raise SettingsError(
-                f"lambdas: '{part}' of step {step} is no number; write one for each step, such as 0.5, 0.5, 0.4, or nothing."
+                f"lambdas: '{part}' of step {step} is not a number; write one number per step, such as 0.5, 0.5, 0.4, or leave "
+                "it empty."
             ) from None
         if not 0 < lambdas[-1] <= 1:
-            raise SettingsError(f"lambdas: {part} of step {step} is outside (0, 1]; the paper uses 0.5.")
+            raise SettingsError(f"lambdas: {part} of step {step} is not above 0 and at most 1; the paper uses 0.5.")
     return tuple(lambdas)
 
 
@@ -118,7 +119,7 @@ class CorrectionSettings:
     ) -> "CorrectionSettings":
         """Check a user's values. Raises SettingsError with a sentence that names the input."""
         if not 0 < lambda_ <= 1:
-            raise SettingsError(f"lambda_: {lambda_} is outside (0, 1]; the paper uses 0.5.")
+            raise SettingsError(f"lambda_: {lambda_} is not above 0 and at most 1; the paper uses 0.5.")
         if max_iterations < 0:
             raise SettingsError(f"max_iterations: {max_iterations} is negative; 0 turns the correction off.")
         if not tolerance >= 0:
@@ -134,8 +135,8 @@ class CorrectionSettings:
         """Raise SettingsError unless `lambdas` is empty or has one value for each of the run's `total` steps."""
         if self.lambdas and len(self.lambdas) != total:
             raise SettingsError(
-                f"lambdas: the number of values is {len(self.lambdas)} and the run has {total} steps; write one for each step, "
-                "or nothing."
+                f"lambdas: the number of values is {len(self.lambdas)}, but the run has {total} steps; write one number per "
+                "step, or leave it empty."
             )
 
     def at(self, step: int) -> "CorrectionSettings":

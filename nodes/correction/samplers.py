@@ -133,13 +133,13 @@ def check_is_done(option, report, after):
     """
     if isinstance(report, RunLog) and after is None:
         raise ValueError(
-            f"{option}: it is of runs that come later; wire the latent of the last sampler that it is about into 'after', so "
-            "that it is read when that is done."
+            f"{option}: its runs have not been sampled yet; connect the latent of the last sampler that it covers to 'after', "
+            "so that this node waits for it."
         )
     if not report:
         raise ValueError(
-            f"{option}: none of its runs was in this prompt; wire the latent of a sampler that it is about into 'after', and "
-            "change the seed if that sampler is done already."
+            f"{option}: it has no run in this prompt; connect the latent of a sampler that it covers to 'after', and change "
+            "that sampler's seed if ComfyUI did not run it again."
         )
 
 

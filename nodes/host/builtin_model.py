@@ -37,7 +37,10 @@ class _ClassLabel:
     def encode_adm(self, **kwargs):
         label = kwargs.get("pooled_output")
         if label is None or label.shape[-1] != len(self.model_config.classes):
-            raise ValueError("conditioning: the built-in model takes that of Class Label (IEC), and this is another.")
+            raise ValueError(
+                "conditioning: it is not from Class Label (IEC), which the built-in model needs; connect Class Label (IEC) to "
+                "positive and negative."
+            )
         return label
 
 
@@ -130,7 +133,7 @@ def class_conditioning(labels):
     classes = metadata()["classes"]
     unknown = [label for label in labels if label not in classes and label != "none"]
     if unknown or not labels:
-        named = f"'{unknown[0]}' is not a class" if unknown else "no class is named"
+        named = f"'{unknown[0]}' is not a class" if unknown else "it names no class"
         raise ValueError(f"labels: {named} of the built-in model; its classes are none, {', '.join(classes)}.")
     one_hot = torch.tensor([[float(label == name) for name in classes] for label in labels])
     return [[one_hot[:, None], {"pooled_output": one_hot}]]

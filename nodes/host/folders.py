@@ -39,9 +39,9 @@ def _fault_of_part(part):
     if not part:
         return "a part of it is empty"
     if not part.translate(JOINERS).isprintable():
-        return "it has a character that cannot be shown"
+        return "it contains a character that cannot be shown"
     if FORBIDDEN & set(part):
-        return f"it has one of {' '.join(sorted(FORBIDDEN))}"
+        return f"it contains one of {' '.join(sorted(FORBIDDEN))}"
     if part.startswith("."):
         return "a part of it begins with a dot"
     if part.endswith((".", " ")):
@@ -90,7 +90,7 @@ class ModelFolder:
         try:
             return read(self.path(name))
         except ValueError as error:
-            raise ValueError(f"{option}: '{name}' is of no use: {error}.") from error
+            raise ValueError(f"{option}: '{name}' cannot be used: {error}.") from error
 
     def write(self, name, kind, write):
         """Let write(path) write a file of a kind (as of `kind_of`), and return its name, models/<key>/<name>.safetensors.
@@ -142,7 +142,8 @@ class ModelFolder:
         """
         if fault := _fault(name):
             raise ValueError(
-                f"name: '{_shown(name)}' is no name for a file in models/{self.key}: {fault}; write one such as sd15_20_steps."
+                f"name: '{_shown(name)}' is not a valid name for a file in models/{self.key}: {fault}; write one such as "
+                "sd15_20_steps."
             )
         place = pathlib.PurePosixPath("/".join(_parts(name)) + SUFFIX)
         if taken := self._taken(place, kind):
@@ -156,10 +157,10 @@ class ModelFolder:
             if os.path.lexists(os.path.join(own, parent)) and not os.path.isdir(os.path.join(own, parent)):
                 return f"models/{self.key}/{parent} is not a folder"
         if fault := _irreplaceable(os.path.join(own, place), kind):
-            return f"models/{self.key}/{place} is {fault} and stays as it is"
+            return f"models/{self.key}/{place} is {fault} and is not replaced"
         for folder in folder_paths.get_folder_paths(self.key):
             if os.path.realpath(folder) != own and os.path.lexists(os.path.join(folder, place)):
-                return f"{_called(folder)}/{place} is there, and of two files of one name ComfyUI finds one only"
+                return f"{_called(folder)}/{place} exists, and of two files with the same name ComfyUI finds only one"
         return None
 
     def _folder(self):

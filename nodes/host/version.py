@@ -5,7 +5,7 @@ import re
 try:
     from comfyui_version import __version__ as found
 except ImportError:  # a ComfyUI from before December 2024
-    found = "0.0.0, or so old that it does not tell"
+    found = "0.0.0, or too old to tell its version"
 
 OLDEST = "0.3.75"  # as in pyproject.toml, which ComfyUI's registry reads
 
@@ -15,4 +15,4 @@ def _numbers(version):
 
 
 if _numbers(found) < _numbers(OLDEST):
-    raise ImportError(f"ComfyUI-IEC needs ComfyUI {OLDEST} or newer, and this one is {found}; update ComfyUI.")
+    raise ImportError(f"ComfyUI-IEC needs ComfyUI {OLDEST} or newer, but this one is {found}; update ComfyUI.")

@@ -61,22 +61,22 @@ def check_reports(reports, least=1):
     """Raise ValueError if there are fewer than `least` reports, or if one cannot be compared with the first."""
     if len(reports) < least:
         raise ValueError(
-            f"reports: the number of runs is {len(reports)} and has to be at least {least}, with the reference as the first; "
-            "join the reports of several KSampler (IEC) with Join Reports (IEC)."
+            f"reports: the number of runs is {len(reports)}, but must be at least {least}, with the reference first; join the "
+            "reports of several KSampler (IEC) nodes with Join Reports (IEC)."
         )
     for report in reports:
         if report.keep_latents and not report.latents:
             raise ValueError(
-                f"reports: the run '{report.label}' took no steps, as with denoise 0; compare runs that take some."
+                f"reports: the run '{report.label}' took no steps, as with denoise 0; compare runs that take steps."
             )
         if report.result is None or not report.latents:
             raise ValueError(
-                f"reports: the run '{report.label}' kept no latents; only a KSampler (IEC) can, with keep_latents."
+                f"reports: the run '{report.label}' kept no latents; only KSampler (IEC) keeps them, with keep_latents on."
             )
         if report.latents[-1].shape != reports[0].latents[-1].shape:
             raise ValueError(
                 f"reports: the run '{report.label}' has latents of shape {tuple(report.latents[-1].shape)}, the reference "
-                f"of shape {tuple(reports[0].latents[-1].shape)}; compare runs of one shape."
+                f"of shape {tuple(reports[0].latents[-1].shape)}; compare runs of the same shape."
             )
 
 

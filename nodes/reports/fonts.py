@@ -86,8 +86,8 @@ def _look_up(characters):
 @functools.cache
 def _tell_once():
     logger.warning(
-        "no font of this machine has some characters of the labels; pictures have their numbers instead, such as "
-        "U+4E2D. Fonts such as Noto Sans CJK have them."
+        "no font on this machine has some characters of the labels; pictures show their numbers instead, such as "
+        "U+4E2D. Install a font that has them, such as Noto Sans CJK."
     )
 
 

@@ -184,7 +184,7 @@ def test_strip_follows_the_graph(frontend, strip):
     [
         ("correction_steps", "some", "correction_steps: 'some' is not a known form; write auto, all, none"),
         ("correction_steps", "steps:20", "names step 20, but the run has 20 steps"),
-        ("sampler_name", "dpm_adaptive", "dpm_adaptive picks its steps by its own error estimate"),
+        ("sampler_name", "dpm_adaptive", "dpm_adaptive chooses its steps by its own error estimate"),
     ],
 )
 def test_what_would_be_refused_is_said(frontend, strip, widget, value, sentence):
@@ -203,7 +203,7 @@ def test_auto_shows_what_it_chose_and_a_click_writes_it_down(frontend, strip):
     strip.wait("auto corrects 3 of 12 steps")
     assert strip.steps("corrected") == [2, 5, 8]  # a cache's full steps are 0, 3, 6 and 9
     strip.set("IECKSampler", "sampler_name", "dpmpp_2m")
-    strip.wait("auto corrects nothing: the sampler steps with its earlier predictions too")
+    strip.wait("auto corrects nothing: the sampler also uses predictions of earlier steps")
     assert strip.steps("corrected") == [] and "12 evaluations" in strip.text()
     strip.set("IECKSampler", "sampler_name", "euler")
     strip.wait("auto corrects 3 of 12 steps")

@@ -109,7 +109,7 @@ def test_profile_is_used_by_a_later_prompt(host, output, profile):
     with pytest.raises(server.Failed, match="profile: it was calibrated for 4 steps of euler on normal"):
         host.run(other)
     load = node("IECLoadCacheProfile", profile_name="small.safetensors")
-    with pytest.raises(server.Refused, match=r"name: '\.\./x' is no name for a file in models/iec_profiles"):
+    with pytest.raises(server.Refused, match=r"name: '\.\./x' is not a valid name for a file in models/iec_profiles"):
         host.run({"load": load, "save": node("IECSaveCacheProfile", profile=["load", 0], name="../x")})
 
 

@@ -15,7 +15,7 @@ def test_a_file_that_is_no_profile_is_refused(host, profile_folder, kind):
     assert load.validate_inputs(profile_name="junk.safetensors") is True
     assert load.validate_inputs(profile_name="none.safetensors").startswith("profile_name: there is no file 'none.safetensors'")
     for name, why in (
-        ("junk", r"'junk\.safetensors' is of no use: it cannot be read"),
+        ("junk", r"'junk\.safetensors' cannot be used: it cannot be read"),
         ("none", r"there is no file 'none\.safetensors' in models/iec_profiles; there are: junk\.safetensors\."),
     ):
         with pytest.raises(ValueError, match=f"^profile_name: {why}"):

@@ -212,7 +212,7 @@ def test_server_answers_for_the_steps_of_a_run(host):
     assert (answer["corrected"], answer["full"]) == ([0, 1, 18, 19], [0, 5, 10, 15])
     assert (answer["evaluations"], answer["nfe"]) == (39, 43)
     refused = requests.post(f"{host.url}/iec/step_plan", data="nonsense", timeout=60)
-    assert refused.status_code == 400 and refused.json()["unknown"].startswith("question: it is no JSON")
+    assert refused.status_code == 400 and refused.json()["unknown"].startswith("question: it is not JSON")
 
 
 def test_report_of_a_patched_model_waits_for_its_runs(host):
@@ -289,12 +289,12 @@ FORMS = "auto, all, none, full, ends:1/10, first:1/5, first:3, last:1/5, last:3 
 BAD = [
     ({"correction_steps": "middle"}, f"correction_steps: 'middle' is not a known form; write {FORMS}."),
     ({"correction_steps": "steps:0,6"}, "correction_steps: 'steps:0,6' names step 6, but the run has 6 steps"),
-    ({"lambda_": 0.0}, "lambda_: 0.0 is outside (0, 1]"),
+    ({"lambda_": 0.0}, "lambda_: 0.0 is not above 0 and at most 1"),
     ({"lambda_": 1.5}, "lambda_: 1.5 is outside 0 to 1."),
     ({"steps": 0}, "steps: 0 is outside 1 to 10000"),
     ({"scheduler": "fast"}, "scheduler: 'fast' is none of simple"),
     ({"sampler_name": "fast"}, "sampler_name: 'fast' is none of euler"),
-    ({"sampler_name": "euler_cfg_pp"}, "sampler_name: euler_cfg_pp steps with the unguided prediction"),
+    ({"sampler_name": "euler_cfg_pp"}, "sampler_name: euler_cfg_pp uses the unguided prediction"),
     ({"evaluation_point": "middle"}, "evaluation_point: 'middle' is none of paper, next"),
     ({"lambda_": "x"}, 'lambda_: "x" is not a finite number from 0 to 1'),
     ({"steps": "x"}, 'steps: "x" is not a whole number from 1 to 10000'),

@@ -32,7 +32,7 @@ def load_in(host, tmp_path, monkeypatch, caplog):
 def test_an_older_host_is_told_the_version_that_is_needed(load_in, version):
     loaded, said = load_in(version)
     assert not loaded
-    assert "ComfyUI-IEC needs ComfyUI 0.3.75 or newer, and this one is " + (version or "") in said
+    assert "ComfyUI-IEC needs ComfyUI 0.3.75 or newer, but this one is " + (version or "") in said
 
 
 @pytest.mark.parametrize("version", ["0.3.75", "0.3.100", "0.4.0", "0.33.0", "1.0", "0.3.76-2-g1f2e3d"])

@@ -157,7 +157,7 @@ def refused(host, save, node, name, fragment, models):
 def test_what_is_not_of_the_pack_and_kind_stays(host, models, save, node, made):
     key, own = WRITERS[node]
     what = made(models / key / "taken.safetensors", own)
-    expected = f"name: 'taken' is taken: models/{key}/taken.safetensors {what} and stays as it is; choose another name."
+    expected = f"name: 'taken' is taken: models/{key}/taken.safetensors {what} and is not replaced; choose another name."
     assert refused(host, save, node, "taken", what, models) == expected
 
 
@@ -167,7 +167,7 @@ def test_another_kind_of_file_of_the_pack_stays(host, models, save, node, other)
     key = WRITERS[node][0]
     weights(models / key / "taken.safetensors", WRITERS[other][1])
     if node != other:
-        refused(host, save, node, "taken", f"is a {KINDS[other]} and stays as it is", models)
+        refused(host, save, node, "taken", f"is a {KINDS[other]} and is not replaced", models)
     else:
         assert host.nodes[node].validate_inputs(name="taken") is True
         told = save(node, "taken.safetensors")
@@ -186,7 +186,7 @@ def test_a_file_where_a_folder_is_to_be_stays(host, models, save, node):
 def test_a_name_of_the_hosts_other_folder_is_refused(host, models, save):
     """It would be written, and the other one be loaded."""
     weights(models / "unet/net.safetensors", WRITERS["IECSaveQuantizedModel"][1])
-    refused(host, save, "IECSaveQuantizedModel", "net", "is taken: models/unet/net.safetensors is there", models)
+    refused(host, save, "IECSaveQuantizedModel", "net", "is taken: models/unet/net.safetensors exists", models)
 
 
 # A write that fails
@@ -259,7 +259,7 @@ NO_NAMES = {
     "part of it is empty": ["", "/net", "sub/", "a//b", "a\\\\b", "\\net", ".safetensors"],
     "begins with a dot": ["..", "../net", "../net.safetensors", "a/../../net", "a\\..\\net", ".hidden", "./net", "a/.b"],
     "ends with a dot or a space": ["net.", "net ", "sub /net", "sub./net", "net .safetensors"],
-    "has one of": ["C:net", "C:/net", "a*", "what?", "<a>", 'a"b', "a|b", "net:stream"],
+    "contains one of": ["C:net", "C:/net", "a*", "what?", "<a>", 'a"b', "a|b", "net:stream"],
     "cannot be shown": ["n\0", "a\nb", "a\x1b[2Jb", "a\x7f", "a\u202eb", "a\tb", "\ud800"],
     "is the name of a device on Windows": [
         *("con", "NUL", "Aux", "prn", "com1", "LPT9", "COM0", "com¹", "conin$"),
@@ -275,7 +275,7 @@ NO_NAMES = {
 def test_what_is_no_name_everywhere_is_refused(host, models, save, node, why):
     for name in NO_NAMES[why]:
         sentence = refused(host, save, node, name, why, models)
-        assert f"is no name for a file in models/{WRITERS[node][0]}: " in sentence and len(sentence) < 300, name
+        assert f"is not a valid name for a file in models/{WRITERS[node][0]}: " in sentence and len(sentence) < 300, name
         assert sentence.startswith("name: '") and sentence.isprintable() and "\n" not in sentence, name
 
 

@@ -16,7 +16,7 @@ FORMATS = {"cache profile": "iec_cache_profile", "quantization profile": "iec_qu
 
 
 def refusal(path, kind):
-    with pytest.raises(ValueError, match=r"; calibrate anew$") as refused:
+    with pytest.raises(ValueError, match=r"; calibrate again$") as refused:
         KINDS[kind].load(path)
     return str(refused.value)
 
@@ -45,8 +45,8 @@ def test_what_is_no_tensor_file_is_refused(tmp_path, kind, content):
 def test_another_kind_or_version_is_refused(refusal_of, kind):
     right, (other,) = {"format": FORMATS[kind], "version": "1"}, set(FORMATS.values()) - {FORMATS[kind]}
     for about in (None, {**right, "format": other}, {**right, "version": "2"}, {"format": FORMATS[kind]}):
-        assert refusal_of(kind, about) == f"it is no {kind}, or one of another version; calibrate anew"
-    assert refusal_of(kind, right) == f"its content is not that of a {kind}; calibrate anew"
+        assert refusal_of(kind, about) == f"it is not a {kind}, or is one of another version; calibrate again"
+    assert refusal_of(kind, right) == f"its content is not that of a {kind}; calibrate again"
 
 
 def whole(kind):
@@ -63,12 +63,12 @@ def test_a_type_that_torch_cannot_compute_in_is_refused(tmp_path, kind, name):
     profile = whole(kind)
     setattr(profile, name, getattr(profile, name).to(torch.float8_e5m2))
     profile.save(tmp_path / "net.safetensors")
-    assert refusal(tmp_path / "net.safetensors", kind) == f"its content is not that of a {kind}; calibrate anew"
+    assert refusal(tmp_path / "net.safetensors", kind) == f"its content is not that of a {kind}; calibrate again"
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_that_is_not_there_is_refused_without_its_path(tmp_path, kind):
-    why = "it cannot be read (No such file or directory); calibrate anew"
+    why = "it cannot be read (No such file or directory); calibrate again"
     assert refusal(tmp_path / "none.safetensors", kind) == why
 
 

@@ -104,8 +104,8 @@ class Probe:
         schedule = sigmas.tolist()
         if full_steps(extra_args, schedule) is not None:
             raise ValueError(
-                "model: a cache is on this MODEL, by which an evaluation depends on those before it, so that it has no "
-                "Jacobian; connect the MODEL without the cache."
+                "model: a cache is on this MODEL, so an evaluation depends on earlier ones and has no Jacobian; connect the "
+                "MODEL without the cache."
             )
         network = model.inner_model.inner_model.diffusion_model
         for step, (sigma, sigma_next) in enumerate(itertools.pairwise(schedule)):
@@ -143,7 +143,7 @@ class Probe:
                 contraction = self._norms(network, noise, u_next, pairs, slope_next, step)
             except ValueError as error:
                 raise ValueError(
-                    f"model: its network has no Jacobian that could be measured in step {step} ({error}). {TRY_PRECISION}"
+                    f"model: the Jacobian of its network cannot be measured in step {step} ({error}). {TRY_PRECISION}"
                 ) from error
         suggested = suggested_lambda(contraction[0].norms)
         return StepContraction.of(
@@ -172,8 +172,8 @@ def _copied(extra_args):
 
 def _not_finite(step, total):
     return (
-        f"model: in step {step} of {total}, numbered from 0, the network returned NaN or infinity, from which nothing can be "
-        f"found out. {TRY_PRECISION}"
+        f"model: in step {step} of {total}, numbered from 0, the network returned NaN or infinity, so nothing can be measured. "
+        f"{TRY_PRECISION}"
     )
 
 
@@ -186,12 +186,11 @@ def probe_contraction(model, positive, negative, latent_image, seed, sampling, e
     """
     if model.get_wrappers(WrappersMP.OUTER_SAMPLE, IEC):
         raise ValueError(
-            "model: IEC is on this MODEL already, which the probe is to help with; connect the one before Apply IEC."
+            "model: IEC is on this MODEL already, but the probe measures a model without it; connect the MODEL that goes into "
+            "Apply IEC (model)."
         )
     if getattr(latent_image["samples"], "is_nested", False):
-        raise ValueError(
-            "latent_image: it is of several latents at once, which the probe does not measure; choose another model."
-        )
+        raise ValueError("latent_image: it consists of several latents, which the probe cannot measure; choose another model.")
     report = ContractionReport(quantization_of(model) or "not quantized")
     model = model.clone()
     model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, "torch.compile")  # a compiled network has no forward mode
@@ -204,7 +203,7 @@ def probe_contraction(model, positive, negative, latent_image, seed, sampling, e
     steps, scheduler, denoise = sampling["steps"], sampling["scheduler"], sampling["denoise"]
     sigmas = comfy.samplers.KSampler(model, steps, model.load_device, "euler", scheduler, denoise).sigmas
     if len(sigmas) < 2:
-        raise ValueError(f"denoise: at {denoise} no step is left to measure; choose more.")
+        raise ValueError(f"denoise: at {denoise} no step is left to measure; choose a larger value.")
     probe = Probe(report, every, iterations, tolerance, perturbation, seed)
     bar = Bar(len(sigmas) - 1)
     comfy.sample.sample_custom(

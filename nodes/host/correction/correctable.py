@@ -13,14 +13,14 @@ SOME_SIGMAS = (8.0, 5.0, 3.0, 1.5, 0.5, 0.0)  # an example, to see how a sampler
 def refusal(name):
     """Return why a sampler, by its name in the host's list, cannot be corrected; None if no reason is known."""
     if "cfg_pp" in name:
-        return f"{name} steps with the unguided prediction of its last evaluation, which a correction moves elsewhere"
+        return f"{name} uses the unguided prediction of its last evaluation, which with a correction belongs to another latent"
     if name in ("dpm_adaptive", "dpm_adaptive_function"):
         return (
-            "dpm_adaptive picks its steps by its own error estimate, so that no step can be named beforehand, and the estimate "
-            "takes a correction for an error"
+            "dpm_adaptive chooses its steps by its own error estimate, so the steps are not known in advance, and the estimate "
+            "mistakes a correction for an error"
         )
     if name == "ar_video":
-        return "ar_video keeps what each evaluation computed, so that a step cannot be evaluated again"
+        return "ar_video stores what each evaluation computed, so a step cannot be evaluated again"
     return None
 
 
@@ -60,6 +60,6 @@ def check_known_ends(name, settings, plan, of="sampler"):
     reason = None if settings.is_off or not settings.is_ahead else plan.why_no_end
     if reason:
         raise ValueError(
-            f"{of}: {name} {reason}, and evaluation_point ahead is for samplers that step with one prediction (euler, ddim, "
-            "euler_ancestral, ddpm, lcm); choose one of those, or evaluation_point next."
+            f"{of}: {name} {reason}, but evaluation_point ahead needs a sampler that uses one prediction per step; choose "
+            "euler, ddim, euler_ancestral, ddpm or lcm, or evaluation_point next."
         )

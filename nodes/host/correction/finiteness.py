@@ -49,21 +49,21 @@ def _fault(is_prediction, is_first, step, name, sigmas, cfg):
     try:
         check_schedule(torch.tensor(sigmas))
     except BadSchedule as reason:
-        return f"sigmas: {reason}, and {name} comes to NaN or infinity, as without IEC", "Choose another schedule."
+        return f"sigmas: {reason}, so {name} produces NaN or infinity, also without IEC", "Choose another schedule."
     if is_prediction and cfg is not None and not math.isfinite(cfg):
-        return f"cfg: {cfg} is no finite number, and so no guided prediction is", "Choose one of 0 to 100."
+        return f"cfg: {cfg} is not a finite number, so no guided prediction is finite", "Choose a number from 0 to 100."
     if is_prediction:
         return f"model:{where} the network returned NaN or infinity", TRY_PRECISION
     if is_first:
-        return "latent_image: the latent that sampling begins with has NaN or infinity in it", "Choose another."
+        return "latent_image: the latent that sampling starts from contains NaN or infinity", "Connect another latent."
     if equal:
         sigma = f"{sigmas[equal[0]]:.4g}"
         return (
-            f"sigmas: step {equal[0]}, numbered from 0, leads from {sigma} to {sigma}, over which {name} comes to NaN or "
-            "infinity, as without IEC",
-            "Leave out one of the two, or choose another sampler.",
+            f"sigmas: step {equal[0]}, numbered from 0, leads from {sigma} to {sigma}, where {name} produces NaN or infinity, "
+            "also without IEC",
+            "Remove one of the two equal sigmas, or choose another sampler.",
         )
     return (
-        f"sampler:{where} {name} came to NaN or infinity by its own doing, from finite predictions of the network",
+        f"sampler:{where} {name} itself produced NaN or infinity from finite predictions of the network",
         "Choose another sampler, or another schedule.",
     )

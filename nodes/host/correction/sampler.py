@@ -23,7 +23,10 @@ from .denoiser import CorrectedDenoiser, CountedDenoiser, tell_lost_changes
 from .progress_events import EvaluationProgress
 
 RUN = "iec_run"  # key in a run's model options for its EvaluationProgress
-APPLIED_TWICE = "sampler: IEC is applied twice to this sampling run; use only one of IECKSampler, IECApply and IECSampler."
+APPLIED_TWICE = (
+    "sampler: IEC is applied twice to this sampling run; use only one of KSampler (IEC), Apply IEC (model) and IEC Sampler "
+    "(wrap)."
+)
 
 
 class CorrectedSampler(comfy.samplers.KSAMPLER):
@@ -50,7 +53,7 @@ class CorrectedSampler(comfy.samplers.KSAMPLER):
         samples = sampler.sample(model_wrap, sigmas, extra_args, callback, noise, *args, **kwargs)
         if not progress.has_run and not self._is_off:
             raise ValueError(
-                f"sampler: {type(sampler).__name__} does not sample by its sampler function, which is what IEC corrects; "
+                f"sampler: {type(sampler).__name__} does not use its sampler function, the only part that IEC corrects; "
                 "choose a sampler of KSamplerSelect, or correction_steps none."
             )
         return samples
@@ -150,13 +153,13 @@ class CorrectedFunction:
                 return None, ""
             is_schedule = isinstance(reason, BadSchedule)
             if settings.is_auto:
-                known = reason if is_schedule else f"the steps of {self._name} are not known before, because {reason}"
+                known = reason if is_schedule else f"the steps of {self._name} are not known in advance, because {reason}"
                 return None, nothing_because(known)
             if is_schedule:
                 raise ValueError(f"sigmas: {reason}; choose another schedule, or correction_steps none.") from reason
             raise ValueError(
-                f"sampler: the steps of {self._name} cannot be corrected, because {reason}; choose a sampler of the host's "
-                "list, or correction_steps none."
+                f"sampler: the steps of {self._name} cannot be corrected, because {reason}; choose one of ComfyUI's own "
+                "samplers, or correction_steps none."
             ) from reason
 
     def _run_uncorrected(self, report, calls, model, x, sigmas, extra_args, callback, disable, options):
@@ -190,8 +193,8 @@ def with_correction(sampler, settings, begin_report):
         raise AppliedTwice(APPLIED_TWICE)
     if not isinstance(sampler, comfy.samplers.KSAMPLER):
         raise ValueError(
-            f"sampler: IEC wraps the samplers of KSamplerSelect and the like, and {type(sampler).__name__} is of another "
-            "kind; choose one of those."
+            f"sampler: IEC wraps only samplers like those of KSamplerSelect, and {type(sampler).__name__} is of another kind; "
+            "choose one of those."
         )
     check_sampler(sampler_name(sampler.sampler_function), settings)
     return CorrectedSampler(sampler, settings, begin_report)

@@ -51,7 +51,7 @@ class Sampling:
         if wrong:
             raise ValueError(wrong)
         if not 1 <= self.steps <= MOST_STEPS:
-            raise NotKnown(f"steps: 1 to {MOST_STEPS} are drawn, and these are {self.steps}.")
+            raise NotKnown(f"steps: 1 to {MOST_STEPS} steps are drawn, but the run has {self.steps}.")
         if 0 < self.denoise < LEAST_DENOISE:
             raise NotKnown(f"denoise: below {LEAST_DENOISE} the steps are not drawn.")
 
@@ -113,7 +113,7 @@ def step_plan(correction, sampling, cache=None, correction_pass="refresh", is_ca
     schedules = {name: sampling.sigmas(levels) for name, levels in MODELS.items()}
     sigmas = schedules["SD 1.5, SDXL"]
     if any(len(other) != len(sigmas) for other in schedules.values()):
-        raise NotKnown("scheduler: how many steps it makes of so many depends on the model, and is known when it runs.")
+        raise NotKnown("scheduler: how many steps it makes depends on the model, and is known when it runs.")
     if len(sigmas) < 2:
         nothing = {"corrected": [], "correctable": [], "full": None, "open": []}
         return {**about, "steps": 0, **nothing, "full_corrections": 0, "evaluations": 0, "nfe": 0}
@@ -160,7 +160,7 @@ def _chosen(settings, sampler_name, schedules, full):
     corrected, some = frozenset.intersection(*steps), frozenset.union(*steps)
     sentence, *others = sentences
     if others:
-        each = " ".join(f"As in {', '.join(names)}: {why}" for why, names in sentences.items())
+        each = " ".join(f"With those of {', '.join(names)}: {why}" for why, names in sentences.items())
         sentence = f"What auto corrects depends on the model's noise levels, and is known when it runs. {each}"
     return max(chosen, key=lambda one: one.is_ahead), corrected, some - corrected, sentence
 
@@ -171,5 +171,5 @@ def _plan(settings, sampler_name, sigmas, levels=None):
         return plan_by_name(sampler_name, tuple(sigmas.tolist()), levels, may_be_by_table)
     except CannotRehearse as reason:
         known = refusal(sampler_name) if settings.is_auto else None
-        sentence = f"sampler_name: its steps are not known before it runs, because {reason}."
+        sentence = f"sampler_name: its steps are not known in advance, because {reason}."
         raise NotKnown(nothing_because(known) if known else sentence) from reason

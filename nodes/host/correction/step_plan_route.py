@@ -48,7 +48,7 @@ def _answer(question):
         return {"unknown": str(reason)}
     except Exception as error:  # a client gets an answer whatever it sent
         logger.warning(f"no step plan for {str(question)[:500]}: {error!r}")
-        return {"unknown": "The steps cannot be told; the server's log says why."}
+        return {"unknown": "The steps cannot be determined; the server's log says why."}
 
 
 class BadQuestion(ValueError):
@@ -84,7 +84,7 @@ def read_question(text):
     try:
         question = json.loads(text)
     except (ValueError, RecursionError):
-        raise BadQuestion("question: it is no JSON; send an object with correction and sampling.") from None
+        raise BadQuestion("question: it is not JSON; send an object with correction and sampling.") from None
     question = _checked("question", question, QUESTION)
     return {name: value for name, value in question.items() if value is not None}
 
@@ -122,7 +122,7 @@ async def _text_of(request):
     try:
         return body.decode()
     except UnicodeDecodeError:
-        raise BadQuestion("question: it is no UTF-8.") from None
+        raise BadQuestion("question: it is not UTF-8.") from None
 
 
 class Planner:
@@ -148,7 +148,7 @@ class Planner:
         except BadQuestion as error:
             return web.json_response({"unknown": str(error)}, status=400)
         if client in self._asking:
-            return web.json_response({"unknown": "Another step plan is being made; ask again when it is there."}, status=429)
+            return web.json_response({"unknown": "Another step plan is being made; ask again when it is ready."}, status=429)
         self._asking.add(client)
         plan = self._thread.submit(_answer, question)
         plan.add_done_callback(lambda _: self._asking.discard(client))  # only then, even if the client has disconnected

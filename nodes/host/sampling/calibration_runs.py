@@ -98,5 +98,5 @@ def _check_finite(samples):
     parts = samples.unbind() if getattr(samples, "is_nested", False) else [samples]
     if not all(part.isfinite().all() for part in parts):
         raise ValueError(
-            f"model: it returned NaN or infinity in a calibration run, from which nothing can be found out. {TRY_PRECISION}"
+            f"model: it returned NaN or infinity in a calibration run, so nothing can be calibrated. {TRY_PRECISION}"
         )

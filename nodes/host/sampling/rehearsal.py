@@ -133,11 +133,11 @@ class Rehearsal:
         if self.evaluates_more_than_once:
             return MORE_THAN_ONCE
         if len(self.steps) > 1 and not self._ends_at_a_begin():
-            return "evaluates at other sigmas than its steps lead to"
+            return "does not evaluate at the sigmas that its steps lead to"
         if self.has_history:
             return WITH_HISTORY
         if not all(rehearsed.is_exact for rehearsed in self.steps[:-1]):
-            return "takes steps, or adds noise, that cannot be told from one prediction"
+            return "takes steps, or adds noise, that one prediction does not determine"
         return None
 
 
@@ -175,7 +175,7 @@ class _StandIn:
 
     def __call__(self, x, sigma, model_options=None, **_):
         if _guidance_patches(model_options) != self._patches:
-            raise CannotRehearse("it steps with the unguided prediction of its last evaluation")
+            raise CannotRehearse("it uses the unguided prediction of its last evaluation")
         self._look()
         self._record.evaluations.append((float(sigma.flatten()[0]), _numbers(x)))
         return self._predict(x, len(self._record.evaluations) - 1)
@@ -334,7 +334,7 @@ def _step(record, own, index, starts, schedule, sampling, can_draw):
     if is_plain and not is_euler and has_one_prediction and b:
         return RehearsedStep(Step(sigma, sigma_next, a, b, scale(sigma, sigma_next)), (), gain, False, sigma, sigma_next)
     if lies and not is_euler:
-        raise CannotRehearse("it evaluates its latents at other noise levels than they have")
+        raise CannotRehearse("it evaluates latents at noise levels other than their own")
     step = Step.euler(sigma, sigma_next, scale(sigma, sigma_next))
     return RehearsedStep(step, (), gain, is_plain and is_euler, sigma, sigma_next)
 
@@ -343,10 +343,10 @@ def check_schedule(sigmas):
     """Raise BadSchedule for sigmas that no sampler can follow: they are not finite, or continue after 0."""
     sigmas = sigmas.tolist()
     if not all(map(math.isfinite, sigmas)):
-        raise BadSchedule("the schedule has NaN or infinity in it")
+        raise BadSchedule("the schedule contains NaN or infinity")
     if 0 in sigmas[:-1]:
         step = sigmas.index(0)
-        raise BadSchedule(f"the schedule goes on after its first 0, in step {step}, numbered from 0, where no noise is left")
+        raise BadSchedule(f"the schedule continues after its first 0, in step {step}, numbered from 0, where no noise is left")
 
 
 def _nothing():
@@ -368,7 +368,7 @@ def rehearse(function, model, like, sigmas, extra_args, options, can_draw, look=
     try:
         sampling = model.inner_model.inner_model.model_sampling
     except AttributeError as error:  # another pack's denoiser around the host's
-        raise CannotRehearse("the denoiser that it is given does not show its model") from error
+        raise CannotRehearse("the denoiser that it gets does not expose its model") from error
 
     def play(latent, predict, noise, is_silent=False):
         try:
@@ -376,7 +376,7 @@ def rehearse(function, model, like, sigmas, extra_args, options, can_draw, look=
         except (CannotRehearse, AppliedTwice, comfy.model_management.InterruptProcessingException):
             raise
         except Exception as error:
-            raise CannotRehearse(f"it cannot be run on numbers ({type(error).__name__}: {error})") from error
+            raise CannotRehearse(f"it fails in a trial run on numbers ({type(error).__name__}: {error})") from error
 
     first, noises = None, STOCK_DRAWS
     if evaluations_of(function, options, sigmas.tolist()) is None:
@@ -386,14 +386,14 @@ def rehearse(function, model, like, sigmas, extra_args, options, can_draw, look=
         noises = _most_draws(first)
     record = _on_unit_vectors(play, noises)
     if first is not None and record.pattern() != first.pattern():
-        raise CannotRehearse("it picks its steps as it goes")
+        raise CannotRehearse("it chooses its steps while it runs")
     _check_callbacks(record)
     begins = [before - 1 for _, before in record.callbacks]
     own = _own_evaluations(record, begins)
     levels = [sigma for sigma, _ in record.evaluations]
     starts = [levels[number] for number in own]
     if 0 in starts:
-        raise CannotRehearse("a step of its own begins at sigma 0")
+        raise CannotRehearse("one of its steps begins at sigma 0")
     schedule = sigmas.tolist() if len(own) == len(sigmas) - 1 else None
     steps = [_step(record, own, index, starts, schedule, sampling, can_draw) for index in range(len(own))]
     evaluations = [(max(bisect(begins, number) - 1, 0), number in own) for number in range(len(levels))]
@@ -418,7 +418,7 @@ def _check_callbacks(record):
     if not record.callbacks or [step for step, _ in record.callbacks] != list(range(len(record.callbacks))):
         raise CannotRehearse("it does not take its steps one after the other")
     if record.callbacks[0][1] != 1:
-        raise CannotRehearse("it does not say that a step begins before it evaluates further")
+        raise CannotRehearse("it does not report a step right after its first evaluation")
 
 
 def _most_draws(record):

@@ -37,8 +37,8 @@ class Departed(RuntimeError):
 
     def __init__(self):
         super().__init__(
-            "sampler: it takes other steps in this run than its schedule says, so that they cannot be told; choose a sampler "
-            "of the host's list, or sample without IEC."
+            "sampler: it takes other steps in this run than its schedule says, so IEC cannot follow them; choose one of "
+            "ComfyUI's own samplers, or sample without IEC."
         )
 
 

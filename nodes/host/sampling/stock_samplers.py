@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from .noise import is_of_the_host, sampler_name
 
 # Reasons why no step's result is known from its own prediction, as phrases after the sampler's name.
-MORE_THAN_ONCE = "evaluates more than once in a step"
-WITH_HISTORY = "steps with its earlier predictions too"
+MORE_THAN_ONCE = "evaluates more than once per step"
+WITH_HISTORY = "also uses predictions of earlier steps"
 SHOWS_HISTORY = 4  # within so many steps every sampler with history uses it
 
 

@@ -250,13 +250,15 @@ def test_which_samplers_it_is_for(host):
         "seeds_2",
         "seeds_3",
     )
-    assert {reasons[name] for name in several} == {"evaluates more than once in a step"}
+    assert {reasons[name] for name in several} == {"evaluates more than once per step"}
     history = ("lms", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "ipndm", "deis", "res_multistep", "er_sde", "sa_solver")
-    assert {reasons[name] for name in history if name in reasons} == {"steps with its earlier predictions too"}
+    assert {reasons[name] for name in history if name in reasons} == {"also uses predictions of earlier steps"}
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize(("name", "reason"), [("heun", "evaluates more than once"), ("dpmpp_2m", "steps with its earlier")])
+@pytest.mark.parametrize(
+    ("name", "reason"), [("heun", "evaluates more than once"), ("dpmpp_2m", "also uses predictions of earlier")]
+)
 def test_other_samplers_are_refused_by_name_where_it_is_known(host, ahead, name, reason):
     checked = host.nodes["IECKSampler"].validate_inputs(
         steps=4, sampler_name=name, scheduler="karras", correction_steps="all", evaluation_point="ahead"
@@ -294,7 +296,7 @@ def test_other_samplers_are_refused_by_what_they_do(ahead):
         guider = ToyGuider("EPS", network=bent)
         with (
             torch.random.fork_rng(devices=[]),
-            pytest.raises(ValueError, match=r"^sampler: \w+ .*, and evaluation_point ahead is for"),
+            pytest.raises(ValueError, match=r"^sampler: \w+ .*, but evaluation_point ahead needs a sampler"),
         ):
             run(ahead(sampler)[0], guider, sigmas_of(6))
         assert not guider.calls

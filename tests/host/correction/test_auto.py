@@ -118,7 +118,7 @@ def test_the_other_nodes_choose_for_each_run(host, advanced, model, conditioning
     assert torch.equal(advanced(plain, wrapped, **run), corrected)
     assert torch.equal(advanced(guider, "dpmpp_2m", steps=4), advanced(plain, "dpmpp_2m", steps=4))
     assert [report.choice.split(":")[0] for report in runs] == [
-        "auto corrects 9 of 10 steps, each by the next step's own evaluation, which costs nothing.",
+        "auto corrects 9 of 10 steps, each with the next step's own evaluation, at no extra cost.",
         "auto corrects nothing",
     ]
     assert others[0].choice == runs[0].choice and not torch.equal(corrected, advanced(plain, "euler", **run))

@@ -65,13 +65,13 @@ def test_what_is_warned_of(host, report_of, model):
     report = report_of(quantized)
     own = " ".join(report.warnings)
     assert re.fullmatch(
-        r"run: a correction at evaluation_point paper has an error of its own, which moves the result by about \d\d%(, most of "
-        r"it in step \d)?; correction_steps auto avoids that\.",
+        r"run: a correction at evaluation_point paper adds an error of its own; the corrections moved the result by about \d\d%"
+        r"(, most of it in step \d)?\. correction_steps auto avoids this\.",
         own,
     )
     assert f"about {report.moved:.0%}" in own
-    assert "in step 7, which ends without noise" in said(scheduler="simple", correction_steps="steps:6,7")
-    assert "multiplies what a correction changes" in said(sampler_name="dpmpp_2m", evaluation_point="next")
+    assert "in step 7, which ends at zero noise" in said(scheduler="simple", correction_steps="steps:6,7")
+    assert "multiplies the change that a correction makes" in said(sampler_name="dpmpp_2m", evaluation_point="next")
     for nothing in ({"evaluation_point": "next"}, {"evaluation_point": "ahead"}, {"correction_steps": "steps:7"}):
         assert said(**nothing) == "", nothing
     assert said(steps=10, correction_steps="auto") == said(correction_steps="none") == ""
@@ -111,7 +111,8 @@ def test_a_model_with_nothing_to_correct(host, report_of, model):
     assert futile in report_of().warnings[0]
     assert report_of(evaluation_point="next").warnings == []  # makes up for coarse steps
     assert (
-        f"{futile}, and the sampler is of higher order" in report_of(evaluation_point="next", sampler_name="heun").warnings[0]
+        f"{futile}, and the sampler is already of higher order"
+        in report_of(evaluation_point="next", sampler_name="heun").warnings[0]
     )
     easy = host.run("EasyCache", model=model, reuse_threshold=0.0, start_percent=0.0, end_percent=1.0, verbose=False)[0]
     assert futile not in report_of(easy).warnings[0]

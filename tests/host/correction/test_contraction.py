@@ -249,7 +249,7 @@ def test_nothing_stays_behind(host, model, quantized, sample, probe, monkeypatch
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         probe(failing(comfy.model_management.InterruptProcessingException()))
     check()
-    with pytest.raises(ValueError, match=r"model: its network has no Jacobian that could be measured in step 0 \(it broke\)"):
+    with pytest.raises(ValueError, match=r"model: the Jacobian of its network cannot be measured in step 0 \(it broke\)"):
         probe(failing(RuntimeError("it broke")))
     check()
     with pytest.raises(KeyError):
@@ -269,7 +269,7 @@ def test_steps_between_get_the_suggestion_before_them(model, probe):
 def test_too_few_iterations_are_said(model, probe, caplog):
     found, *_ = probe(model, steps=1, iterations=2)
     assert found["warnings"] == [
-        "the norms of step 0 are bounds from below, not known to the tolerance; allow more iterations."
+        "the norms of step 0 did not converge to the tolerance and are only lower bounds; use more iterations."
     ]
     assert "contraction probe: the norms of step 0" in caplog.text
 
@@ -395,15 +395,21 @@ def test_lambdas_of_the_probe_are_taken_by_every_sampler(host, model, conditioni
 @pytest.mark.parametrize(
     ("lambdas", "sentence"),
     [
-        ("0.5, 0.5", "lambdas: the number of values is 2 and the run has 4 steps; write one for each step, or nothing."),
+        (
+            "0.5, 0.5",
+            "lambdas: the number of values is 2, but the run has 4 steps; write one number per step, or leave it empty.",
+        ),
         (
             "0.5, half, 0.5, 0.5",
-            "lambdas: 'half' of step 1 is no number; write one for each step, such as 0.5, 0.5, 0.4, or nothing.",
+            "lambdas: 'half' of step 1 is not a number; write one number per step, such as 0.5, 0.5, 0.4, or leave it empty.",
         ),
-        ("0.5, 0.5, 0.5,", "lambdas: '' of step 3 is no number; write one for each step, such as 0.5, 0.5, 0.4, or nothing."),
-        ("0.5, 0, 0.5, 0.5", "lambdas: 0 of step 1 is outside (0, 1]; the paper uses 0.5."),
-        ("0.5, 0.5, 1.5, 0.5", "lambdas: 1.5 of step 2 is outside (0, 1]; the paper uses 0.5."),
-        ("0.5, 0.5, 0.5, nan", "lambdas: nan of step 3 is outside (0, 1]; the paper uses 0.5."),
+        (
+            "0.5, 0.5, 0.5,",
+            "lambdas: '' of step 3 is not a number; write one number per step, such as 0.5, 0.5, 0.4, or leave it empty.",
+        ),
+        ("0.5, 0, 0.5, 0.5", "lambdas: 0 of step 1 is not above 0 and at most 1; the paper uses 0.5."),
+        ("0.5, 0.5, 1.5, 0.5", "lambdas: 1.5 of step 2 is not above 0 and at most 1; the paper uses 0.5."),
+        ("0.5, 0.5, 0.5, nan", "lambdas: nan of step 3 is not above 0 and at most 1; the paper uses 0.5."),
     ],
 )
 def test_wrong_lambdas_are_refused_at_validation_and_at_run(host, model, sample, lambdas, sentence):
@@ -423,7 +429,7 @@ def test_the_count_of_ddim_uniform_is_known_at_the_run(host, model, sample):
     text = ", ".join(["0.5"] * 7)
     node = host.nodes["IECKSampler"]
     assert node.validate_inputs(steps=7, scheduler="ddim_uniform", lambdas=text) is True
-    with pytest.raises(ValueError, match="lambdas: the number of values is 7 and the run has 8 steps"):
+    with pytest.raises(ValueError, match="lambdas: the number of values is 7, but the run has 8 steps"):
         sample(model, correction_steps="all", steps=7, scheduler="ddim_uniform", lambdas=text)
 
 

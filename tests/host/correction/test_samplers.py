@@ -295,7 +295,7 @@ def test_dpm_fast_is_corrected_at_the_steps_that_it_takes(host):
 def test_dpm_adaptive_is_refused_and_runs_uncorrected(host):
     import comfy.samplers
 
-    with pytest.raises(ValueError, match=r"^sampler: dpm_adaptive picks its steps"):
+    with pytest.raises(ValueError, match=r"^sampler: dpm_adaptive chooses its steps"):
         corrected(host, "dpm_adaptive")
     guider, stock = ToyGuider("EPS"), ToyGuider("EPS")
     sampler, reports = corrected(host, "dpm_adaptive", correction_steps="none")
@@ -318,7 +318,7 @@ def test_a_sampler_that_picks_its_steps_by_the_latent_is_refused(host):
     sampler = host.run("IECSampler", sampler=comfy.samplers.KSAMPLER(sample_by_size), **settings)[0]
     guider = ToyGuider("EPS")
     with pytest.raises(
-        ValueError, match=r"^sampler: the steps of by_size cannot be corrected, because it picks its steps as it goes"
+        ValueError, match=r"^sampler: the steps of by_size cannot be corrected, because it chooses its steps while it runs"
     ):
         run(sampler, guider, schedule(guider))
     assert not guider.calls
@@ -424,7 +424,7 @@ def test_guidance_plus_plus_is_known_by_what_it_does(host):
     sampler = host.run("SamplerEulerCFGpp", version="alternative")[0]
     settings = {"correction_steps": "all", "lambda_": LAMBDA, "max_iterations": 1, "tolerance": 0.0}
     guider = ToyGuider("EPS")
-    with pytest.raises(ValueError, match=r"^sampler: the steps of euler_pp .* because it steps with the unguided"):
+    with pytest.raises(ValueError, match=r"^sampler: the steps of euler_pp .* because it uses the unguided"):
         run(host.run("IECSampler", sampler=sampler, **settings)[0], guider, schedule(guider))
     assert not guider.calls
 
@@ -443,7 +443,7 @@ def test_a_step_that_is_told_after_its_further_evaluations_is_refused(host):
 
     settings = {"correction_steps": "all", "lambda_": LAMBDA, "max_iterations": 1, "tolerance": 0.0}
     guider = ToyGuider("EPS")
-    with pytest.raises(ValueError, match="because it does not say that a step begins before it evaluates further"):
+    with pytest.raises(ValueError, match="because it does not report a step right after its first evaluation"):
         run(host.run("IECSampler", sampler=comfy.samplers.KSAMPLER(sample_late), **settings)[0], guider, schedule(guider))
 
 
@@ -550,4 +550,7 @@ def test_history_that_multiplies_a_correction_is_reported(host, scheduler, multi
     for name, warned in (("dpmpp_2m", True), ("euler", False), ("heun", False)):
         sampler, reports = corrected(host, name, correction_steps="ends:1/10")
         run(sampler, ToyGuider("EPS"), sigmas)
-        assert any(f"so multiplies what a correction changes ({multiplied})" in text for text in reports[0].warnings) == warned
+        assert (
+            any(f"so multiplies the change that a correction makes ({multiplied})" in text for text in reports[0].warnings)
+            == warned
+        )

@@ -256,13 +256,13 @@ def test_plan_is_what_a_custom_sampler_does(plans, host, advanced, model, condit
     [
         ({"correction_steps": "some"}, {}, "correction_steps: 'some' is not a known form"),
         ({"correction_steps": "steps:6"}, {}, "names step 6, but the run has 6 steps"),
-        ({"lambda_": 2.0}, {}, "lambda_: 2.0 is outside"),
-        ({}, {"sampler_name": "euler_cfg_pp"}, "sampler_name: euler_cfg_pp steps with the unguided prediction"),
-        ({"correction_steps": "none"}, {"sampler_name": "dpm_adaptive"}, "not known before it runs"),
+        ({"lambda_": 2.0}, {}, "lambda_: 2.0 is not above 0 and at most 1"),
+        ({}, {"sampler_name": "euler_cfg_pp"}, "sampler_name: euler_cfg_pp uses the unguided prediction"),
+        ({"correction_steps": "none"}, {"sampler_name": "dpm_adaptive"}, "not known in advance"),
         ({}, {"sampler_name": "none_such"}, "sampler_name: 'none_such' is none of"),
         ({}, {"scheduler": "none_such"}, "scheduler: 'none_such' is none of"),
-        ({}, {"steps": 501}, "steps: 1 to 500 are drawn, and these are 501"),
-        ({}, {"steps": -5}, "steps: 1 to 500 are drawn, and these are -5"),
+        ({}, {"steps": 501}, "steps: 1 to 500 steps are drawn, but the run has 501"),
+        ({}, {"steps": -5}, "steps: 1 to 500 steps are drawn, but the run has -5"),
         ({}, {"denoise": 1e-7}, "denoise: below 0.01 the steps are not drawn"),
     ],
 )
@@ -280,7 +280,7 @@ def question(**changed):
 
 
 BAD_QUESTIONS = {
-    "question: it is no JSON": ["", "nonsense", '{"correction"', "[" * 5000, '{"sampling": {"steps": ' + "9" * 5000 + "}}"],
+    "question: it is not JSON": ["", "nonsense", '{"correction"', "[" * 5000, '{"sampling": {"steps": ' + "9" * 5000 + "}}"],
     "question: [] is not an object": ["[]"],
     "question: null is not an object": ["null"],
     "question: correction is missing": ["{}"],
@@ -343,15 +343,15 @@ def test_a_client_has_one_plan_at_a_time_and_short_questions(route, monkeypatch)
     monkeypatch.setattr(route, "_answer", slow)
     (status, plan), busy, later, long, bytes_ = asyncio.run(ask())
     assert (status, plan) == (200, {"steps": 6}) and later == (200, {"steps": 7})
-    assert busy == (429, {"unknown": "Another step plan is being made; ask again when it is there."})
+    assert busy == (429, {"unknown": "Another step plan is being made; ask again when it is ready."})
     assert long == (400, {"unknown": "question: it is longer than 16 KB."}) and bytes_[0] == 400
 
 
 def test_what_is_only_not_known_is_no_refusal(route):
     question = {"correction": {"correction_steps": "none"}, "sampling": sampling("dpm_adaptive")}
-    assert "not known before it runs" in route._answer(question)["unknown"]
+    assert "not known in advance" in route._answer(question)["unknown"]
     question["correction"] = {"correction_steps": "all"}
-    assert "dpm_adaptive picks its steps" in route._answer(question)["error"]
+    assert "dpm_adaptive chooses its steps" in route._answer(question)["error"]
 
 
 def test_planning_leaves_the_random_numbers_of_a_run_alone(route):

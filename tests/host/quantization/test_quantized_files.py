@@ -225,7 +225,7 @@ def test_scales_of_a_file_are_replaced_by_others(host, model, sample, quantize, 
 def test_damaged_scales_of_a_file_are_refused(model, quantize, calibrate, save, load):
     path, table = save(calibrate(quantize(model))[0]), "iec.activation_scales.table"
     changed(path, lambda about, tensors: {**tensors, table: -tensors[table]})
-    with pytest.raises(ValueError, match=r"^model_name: 'q.safetensors' is of no use: its scales of activations are damaged"):
+    with pytest.raises(ValueError, match=r"^model_name: 'q.safetensors' cannot be used: its scales of activations are damaged"):
         load()
 
 
@@ -584,7 +584,7 @@ def without(key):
 
 
 DAMAGED = {
-    "junk": (lambda path: path.write_bytes(b"junk"), "it is no .safetensors file, or a damaged one"),
+    "junk": (lambda path: path.write_bytes(b"junk"), "it is not a .safetensors file, or it is damaged"),
     "half": (
         lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), "it is truncated or has been added to"
     ),
@@ -641,7 +641,7 @@ def test_a_damaged_file_is_refused(network, quantize, save, load, kind):
     path = save(quantize(network("SD3"), include="joint_blocks.*"))
     damage, message = DAMAGED[kind]
     damage(path)
-    with pytest.raises(ValueError, match=rf"^model_name: 'q.safetensors' is of no use: {message}.*\.$"):
+    with pytest.raises(ValueError, match=rf"^model_name: 'q.safetensors' cannot be used: {message}.*\.$"):
         load()
 
 
@@ -659,7 +659,7 @@ def test_damaged_groups_are_refused(network, quantize, save, load, key, value, m
     name = "joint_blocks.0.x_block.mlp.fc1"
     path = save(quantize(network("SD3"), weight_bits="4", group_size="16", include="joint_blocks.*"))
     changed(path, lambda about, tensors: {**tensors, f"{name}.{key}": torch.full_like(tensors[f"{name}.{key}"], value)})
-    with pytest.raises(ValueError, match=rf"^model_name: 'q.safetensors' is of no use: {name} {message}"):
+    with pytest.raises(ValueError, match=rf"^model_name: 'q.safetensors' cannot be used: {name} {message}"):
         load()
 
 
@@ -707,7 +707,7 @@ def test_changed_networks_are_read_or_refused(network, quantize, save, load, see
             assert load().model_options["transformer_options"]["iec_quantize"] == "W8A8, only joint_blocks.*"
         except ValueError as error:
             refused.append(str(error))
-            assert refused[-1].startswith("model_name: 'q.safetensors' is of no use: ") and refused[-1].isprintable()
+            assert refused[-1].startswith("model_name: 'q.safetensors' cannot be used: ") and refused[-1].isprintable()
         assert time.perf_counter() - began < 10
     assert 50 < len(refused) < 100 and len(set(refused)) > 30
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most < 100 * 1024  # KiB
@@ -911,6 +911,6 @@ def test_numbers_of_a_file_take_no_memory(network, quantize, save, load, setting
     tensors = safetensors.torch.load_file(path)
     safetensors.torch.save_file(tensors, path, metadata | {"config": json.dumps(about)})
     largest = max(tensor.nbytes for tensor in tensors.values())
-    with Largest() as seen, pytest.raises(ValueError, match=rf"^model_name: 'q.safetensors' is of no use: {message}"):
+    with Largest() as seen, pytest.raises(ValueError, match=rf"^model_name: 'q.safetensors' cannot be used: {message}"):
         load()
     assert seen.nbytes <= max(largest, 2**20)

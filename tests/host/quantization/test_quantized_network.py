@@ -178,7 +178,7 @@ def test_float8_is_refused_where_the_device_has_none(host, quantize, model, tmp_
         quantize(elsewhere, weight_bits="fp8")
     monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: mps)
     with pytest.raises(
-        ValueError, match=r"'q.safetensors' is of no use: its weights are float8, which this device \(mps\) has"
+        ValueError, match=r"'q.safetensors' cannot be used: its weights are float8, which this device \(mps\) has"
     ):
         host.run("IECLoadQuantizedModel", model_name="q.safetensors")
 

@@ -68,7 +68,7 @@ def test_runs_of_other_schedules_keep_their_final_error(host, sample, model, rep
 
 def test_report_without_latents_is_refused(host, sample, model, reports):
     sample(model, reports, label="bare")
-    with pytest.raises(ValueError, match=r"^reports: the run 'bare' kept no latents; only a KSampler"):
+    with pytest.raises(ValueError, match=r"^reports: the run 'bare' kept no latents; only KSampler"):
         compare(host, reports)
 
 
@@ -81,10 +81,12 @@ def test_run_without_steps_is_told_as_such(host, sample, model, reports):
 def test_reports_of_runs_to_come_are_joined_when_they_are_there(host, model, stock_sample, reports):
     """Of Apply IEC: an empty log at first, which must not be copied as if the runs were none."""
     corrected, log = host.run("IECApply", model=model, correction_steps="all", lambda_=0.5, max_iterations=1, tolerance=0.0)
-    with pytest.raises(ValueError, match=r"^more_2: it is of runs that come later; wire the latent of the last sampler"):
+    with pytest.raises(
+        ValueError, match=r"^more_2: its runs have not been sampled yet; connect the latent of the last sampler"
+    ):
         host.run("IECJoinReports", reports=reports[:1], more=reports[1:], more_2=log)
     latent = {"samples": torch.zeros(1, 3, 32, 32)}
-    with pytest.raises(ValueError, match=r"^reports: none of its runs was in this prompt"):
+    with pytest.raises(ValueError, match=r"^reports: it has no run in this prompt"):
         host.run("IECJoinReports", reports=log, more=reports, after=latent)
     stock_sample(corrected, steps=3)
     joined = host.run("IECJoinReports", reports=log, more=reports, after=latent)[0]

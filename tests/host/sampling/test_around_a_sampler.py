@@ -224,10 +224,10 @@ def test_perturbed_attention_guidance_keeps_its_two_passes_apart(host, sample, m
 
 def test_samplers_that_step_with_the_unguided_prediction_are_refused(sample, model):
     sample(model, sampler_name="euler_cfg_pp")
-    with pytest.raises(ValueError, match=r"^sampler_name: euler_cfg_pp steps with the unguided prediction"):
+    with pytest.raises(ValueError, match=r"^sampler_name: euler_cfg_pp uses the unguided prediction"):
         sample(model, sampler_name="euler_cfg_pp", correction_steps="all")
 
 
 def test_foreign_conditioning_is_refused_by_the_built_in_model(sample, model):
-    with pytest.raises(ValueError, match=r"^conditioning: the built-in model takes that of Class Label"):
+    with pytest.raises(ValueError, match=r"^conditioning: it is not from Class Label"):
         sample(model, positive=[[torch.zeros(1, 77, 768), {}]])

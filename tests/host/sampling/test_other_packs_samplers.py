@@ -87,7 +87,7 @@ def test_a_sampler_that_does_not_use_its_sampler_function_is_refused(host):
             return noise
 
     own = Own(stock().sampler_function)
-    with pytest.raises(ValueError, match=r"^sampler: Own does not sample by its sampler function"):
+    with pytest.raises(ValueError, match=r"^sampler: Own does not use its sampler function"):
         run(host.run("IECSampler", sampler=own, **SETTINGS)[0], ToyGuider("EPS"), torch.tensor(SIGMAS))
     run(
         host.run("IECSampler", sampler=own, **{**SETTINGS, "correction_steps": "none"})[0],
@@ -128,9 +128,7 @@ def test_a_sampler_that_lies_about_sigma_is_corrected_at_its_own_next_latent(hos
 
 def test_a_sampler_that_lies_and_adds_noise_is_refused(host):
     guider = ToyGuider("EPS")
-    with pytest.raises(
-        ValueError, match=r"^sampler: the steps of daemon cannot be corrected, because it evaluates its latents at"
-    ):
+    with pytest.raises(ValueError, match=r"^sampler: the steps of daemon cannot be corrected, because it evaluates latents at"):
         run(host.run("IECSampler", sampler=around(stock("euler_ancestral"), 0.8), **SETTINGS)[0], guider, torch.tensor(SIGMAS))
     assert not guider.calls
 
@@ -146,7 +144,7 @@ def test_a_denoiser_that_does_not_show_its_model_is_refused(host):
 
         guider, plain = ToyGuider("EPS"), ToyGuider("EPS")
         if steps == "all":
-            with pytest.raises(ValueError, match=r"^sampler: .* because the denoiser that it is given does not show its model"):
+            with pytest.raises(ValueError, match=r"^sampler: .* because the denoiser that it gets does not expose its model"):
                 run(comfy.samplers.KSAMPLER(bare), guider, torch.tensor(SIGMAS))
             assert not guider.calls
         else:

@@ -236,7 +236,7 @@ def test_a_failure_is_not_kept(host, plays, monkeypatch):
     sampler = corrected(host, comfy.samplers.sampler_object("euler"))
     with monkeypatch.context() as patch:
         patch.setattr(comfy.k_diffusion.sampling, "to_d", None)
-        with pytest.raises(ValueError, match="the steps of euler cannot be corrected, because it cannot be run on num"):
+        with pytest.raises(ValueError, match="the steps of euler cannot be corrected, because it fails in a trial run on num"):
             run(sampler, ToyGuider("EPS"), torch.tensor(SIGMAS))
     assert run(sampler, ToyGuider("EPS"), torch.tensor(SIGMAS)).isfinite().all()
 
@@ -245,8 +245,8 @@ def test_a_failure_is_not_kept(host, plays, monkeypatch):
     ("steps", "name", "why"),
     [
         *[("none", name, "") for name in ("euler", "heun", "dpmpp_sde", "uni_pc")],
-        ("auto", "heun", "the sampler evaluates more than once in a step"),
-        ("auto", "uni_pc", "the sampler steps with its earlier predictions too"),
+        ("auto", "heun", "the sampler evaluates more than once per step"),
+        ("auto", "uni_pc", "the sampler also uses predictions of earlier steps"),
     ],
 )
 def test_nothing_is_rehearsed_of_a_sampler_of_the_host_that_is_not_corrected(host, plays, steps, name, why):

@@ -302,7 +302,7 @@ def spoil_fact(about, name, value):
 @pytest.mark.parametrize("kind", SPOILED)
 def test_a_spoiled_profile_is_refused_with_a_sentence(spoiled, kind):
     path = spoiled(profile(), SPOILED[kind])
-    with pytest.raises(ValueError, match=r"^its content is not that of a cache profile; calibrate anew$"):
+    with pytest.raises(ValueError, match=r"^its content is not that of a cache profile; calibrate again$"):
         CacheProfile.load(path)
 
 

@@ -39,11 +39,11 @@ def test_steps_to_less_than_a_quarter_of_their_sigma_are_left_alone(first):
 @pytest.mark.parametrize(
     ("situation", "reason"),
     [
-        (Situation(sigmas_of(12), why_none="steps with its earlier predictions too"), "the sampler steps with its earlier"),
+        (Situation(sigmas_of(12), why_none="also uses predictions of earlier steps"), "the sampler also uses predictions"),
         (Situation(sigmas_of(12), frozenset(range(11)), noise="other"), "the sampler adds noise in another way"),
         (Situation(sigmas_of(9), frozenset(range(8))), "fewer than 10 steps"),
-        (Situation(sigmas_of(12)[::-1], frozenset(range(11))), "the schedule goes up"),
-        (Situation((*sigmas_of(12)[:-1], 0.5, 0.2, 0.0), frozenset(range(13))), "the schedule goes up"),
+        (Situation(sigmas_of(12)[::-1], frozenset(range(11))), "sigma rises within the schedule"),
+        (Situation((*sigmas_of(12)[:-1], 0.5, 0.2, 0.0), frozenset(range(13))), "sigma rises within the schedule"),
         (Situation(sigmas_of(12), frozenset(range(11)), other_cache="EasyCache"), "EasyCache is on the MODEL"),
         (Situation(sigmas_of(12)), "no step"),
     ],

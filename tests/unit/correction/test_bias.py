@@ -30,12 +30,12 @@ def test_a_step_moves_by_lambda_times_residual_of_every_iteration_in_the_mean_of
 
 def test_the_papers_rule_is_warned_of_with_the_sum_and_the_step_that_does_most():
     assert bias_warning(run([0.01, 0.01, 0.13]), CorrectedRun("paper", FLAT[:3])) == (
-        "a correction at evaluation_point paper has an error of its own, which moves the result by about 15%, most of it in "
-        "step 2, which ends without noise; correction_steps auto avoids that."
+        "a correction at evaluation_point paper adds an error of its own; the corrections moved the result by about 15%, most "
+        "of it in step 2, which ends at zero noise. correction_steps auto avoids this."
     )
     even = bias_warning(run([0.03, 0.04, 0.03]), CorrectedRun("paper", FLAT[:3]))
-    assert "about 10%;" in even and "step" not in even.split(";")[0].replace("steps", "")
-    assert "most of it in step 1;" in bias_warning(run([0.01, 0.13, 0.01]), CorrectedRun("paper", FLAT[:3]))
+    assert "about 10%. " in even and "step" not in even.replace("steps", "")
+    assert "most of it in step 1. " in bias_warning(run([0.01, 0.13, 0.01]), CorrectedRun("paper", FLAT[:3]))
 
 
 @pytest.mark.parametrize(
@@ -76,15 +76,16 @@ def test_history_multiplies_the_estimate(point):
     said = bias_warning(run([0.02, 0.1, 0.02]), CorrectedRun(point, (1.0, 3.4, 1.5)))
     bias = (1 - 2.4) * 0.02, (3.4 - 0.5) * 0.1, 1.5 * 0.02
     assert said == (
-        "this sampler extrapolates from its last predictions, and so multiplies what a correction changes (by 3.4 in step 1), "
-        f"which moves the result by about {sum(map(abs, bias)):.0%}, most of it in step 1; correction_steps auto avoids that."
+        "this sampler extrapolates from its last predictions, and so multiplies the change that a correction makes (by 3.4 in "
+        f"step 1); the corrections moved the result by about {sum(map(abs, bias)):.0%}, most of it in step 1. correction_steps "
+        "auto avoids this."
     )
 
 
 def test_history_is_warned_of_at_any_size_but_behind_a_cache():
     gains = (1.0, *[1.5] * 10, 1.0)
     said = bias_warning(run([0.02, 0.02]), CorrectedRun("next", gains))
-    assert "by 1.5 in step 1), which moves the result by about 3%" in said
+    assert "by 1.5 in step 1); the corrections moved the result by about 3%" in said
     assert bias_warning(run([0.01, 0.01]), CorrectedRun("next", gains, full=[0, 3, 6, 9])) is None
     assert bias_warning(run([0.1, 0.1]), CorrectedRun("next", gains, full=[0, 3, 6, 9])) is not None
     assert bias_warning(run([0.1, 0.1]), CorrectedRun("next", gains, is_scaled=False)) is not None
@@ -93,18 +94,18 @@ def test_history_is_warned_of_at_any_size_but_behind_a_cache():
 def test_a_model_with_nothing_to_correct():
     said = bias_warning(run([0.04, 0.04]), CorrectedRun("paper", FLAT, is_exact=True))
     assert said.startswith(
-        "this MODEL is neither quantized nor cached, so that a correction has nothing to take back, which moves"
+        "this MODEL is neither quantized nor cached, so a correction has no error to remove; the corrections moved"
     )
     assert "by about 8%" in said
     said = bias_warning(run([0.004, 0.004]), CorrectedRun("next", FLAT, is_exact=True, evaluates_more_than_once=True))
-    assert "nor cached, and the sampler is of higher order by itself, so" in said
+    assert "nor cached, and the sampler is already of higher order, so" in said
     assert bias_warning(run([0.01, 0.01]), CorrectedRun("ahead", FLAT, is_exact=True, evaluates_more_than_once=True)) is None
 
 
 def test_a_sampler_of_several_evaluations_a_step():
     said = bias_warning(run([0.05, 0.05]), CorrectedRun("next", FLAT, evaluates_more_than_once=True))
     assert said.startswith(
-        "this sampler is of higher order by itself, and loses that by a correction, which moves the result by"
+        "this sampler is already of higher order, and a correction takes that away; the corrections moved the result by"
     )
     said = bias_warning(run([0.05, 0.05]), CorrectedRun("paper", FLAT, evaluates_more_than_once=True))
-    assert said.startswith("a correction at evaluation_point paper has an error of its own")
+    assert said.startswith("a correction at evaluation_point paper adds an error of its own")

@@ -77,5 +77,5 @@ def test_step_outside_the_run_is_refused(text, step):
 @pytest.mark.parametrize("text", ["first:11", "last:11"])
 def test_more_steps_than_the_run_has_are_refused(text):
     assert len(parse_correction_steps(text).of(11)) == 11
-    with pytest.raises(ValueError, match=r"asks for 11 steps, and the run has 10; ask for 10 at most"):
+    with pytest.raises(ValueError, match=r"asks for 11 steps, but the run has 10; ask for at most 10"):
         parse_correction_steps(text).of(10)

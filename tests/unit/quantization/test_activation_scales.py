@@ -103,7 +103,7 @@ SPOILED = {
 @pytest.mark.parametrize("kind", SPOILED)
 def test_a_spoiled_profile_is_refused_with_a_sentence(spoiled, kind):
     path = spoiled(scales(), SPOILED[kind])
-    with pytest.raises(ValueError, match=r"^its content is not that of a quantization profile; calibrate anew$"):
+    with pytest.raises(ValueError, match=r"^its content is not that of a quantization profile; calibrate again$"):
         ActivationScales.load(path)
 
 

@@ -617,7 +617,7 @@ CHANGES = {
     ),
     "an entry with more": (entry_change(A, more=1), "^'a.int8.weight' is not described by dtype, shape"),
     "metadata that are no texts": (
-        lambda header, metadata, *_: metadata.update(more=1), "^its header is damaged .the metadata are no table of texts"
+        lambda header, metadata, *_: metadata.update(more=1), "^its header is damaged .the metadata are not a table of texts"
     ),
     "another version": (
         about_change(lambda about: about.update(version=5)), "^it is of version 5, and only versions 1 to 4 can be read"
@@ -751,7 +751,7 @@ def with_description(raw, text):
     return len(whole).to_bytes(8, "little") + whole + data
 
 
-NO_FILE = "^it is no .safetensors file, or a damaged one .of its"
+NO_FILE = "^it is not a .safetensors file, or it is damaged .its first bytes say that its header has"
 BYTES = {
     "nothing": (lambda raw: b"", NO_FILE),
     "three bytes": (lambda raw: raw[:3], NO_FILE),
@@ -766,19 +766,21 @@ BYTES = {
     "half the data": (lambda raw: raw[: -len(raw) // 8], "^it is truncated or has been added to"),
     "more data": (lambda raw: raw + b"\0", "^it is truncated or has been added to"),
     "no JSON": (lambda raw: with_header(raw, b"x" * 64), "^its header is damaged"),
-    "no UTF-8": (lambda raw: with_header(raw, b'{"\xff\xfe": 1}'), "^it is no .safetensors file, or its header is damaged"),
+    "no UTF-8": (lambda raw: with_header(raw, b'{"\xff\xfe": 1}'), "^it is not a .safetensors file, or its header is damaged"),
     "UTF-16": (
-        lambda raw: with_header(raw, '{"a": 1}'.encode("utf-16")), "^it is no .safetensors file, or its header is damaged"
+        lambda raw: with_header(raw, '{"a": 1}'.encode("utf-16")), "^it is not a .safetensors file, or its header is damaged"
     ),
     "a mark of byte order": (lambda raw: with_header(raw, b"\xef\xbb\xbf{}"), "^its header is damaged"),
-    "a list": (lambda raw: with_header(raw, b"[1, 2]"), "^it is no .safetensors file, or its header is damaged"),
-    "a header after blanks": (lambda raw: with_header(raw, b"  {}"), "^it is no .safetensors file, or its header is damaged"),
+    "a list": (lambda raw: with_header(raw, b"[1, 2]"), "^it is not a .safetensors file, or its header is damaged"),
+    "a header after blanks": (
+        lambda raw: with_header(raw, b"  {}"), "^it is not a .safetensors file, or its header is damaged"
+    ),
     "deep nesting": (lambda raw: with_header(raw, b"[" * 200000), "^its header is damaged .maximum recursion depth"),
     "deep nesting in a table": (
         lambda raw: with_header(raw, b'{"a":' * 200000), "^its header is damaged .maximum recursion depth"
     ),
     "a number of very many digits": (lambda raw: with_header(raw, b'{"a": ' + b"9" * 100000 + b"}"), "^its header is damaged"),
-    "metadata twice": (lambda raw: with_header(raw, b'{"__metadata__": {}, "__metadata__": {}}'), "a name is there twice"),
+    "metadata twice": (lambda raw: with_header(raw, b'{"__metadata__": {}, "__metadata__": {}}'), "a name occurs twice"),
     "no metadata": (lambda raw: (2).to_bytes(8, "little") + b"{}", "^it was not written by Save Quantized Model"),
     "a description that is no JSON": (lambda raw: with_description(raw, "{"), "^its description is damaged"),
     "a deeply nested description": (
@@ -787,7 +789,7 @@ BYTES = {
     "a description that is a number": (lambda raw: with_description(raw, "1"), "^it is of version None"),
     "a description that is null": (lambda raw: with_description(raw, "null"), "^it is of version None"),
     "a name twice": (
-        lambda raw: with_description(raw, json.dumps(taken_apart(raw)[2])[:-1] + ', "version": 1}'), "a name is there twice"
+        lambda raw: with_description(raw, json.dumps(taken_apart(raw)[2])[:-1] + ', "version": 1}'), "a name occurs twice"
     ),
 }  # fmt: skip
 
