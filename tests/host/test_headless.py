@@ -53,8 +53,8 @@ def test_client_shows_steps_and_saves_the_images(host, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
-def test_readme_posts_the_workflow_with_curl(host):
-    text = (comfyui.ROOT / "README.md").read_text(encoding="utf-8")
+def test_headless_page_posts_the_workflow_with_curl(host):
+    text = (comfyui.ROOT / "docs/headless.md").read_text(encoding="utf-8")
     command = re.search(r"^    curl -X POST.*?\n\n", text, re.MULTILINE | re.DOTALL)[0]
     command = command.replace("127.0.0.1:8188", host.url.removeprefix("http://"))
     done = subprocess.run(["bash", "-c", command], cwd=comfyui.ROOT, capture_output=True, text=True, timeout=60)
