@@ -235,8 +235,7 @@ def row(*cells):
 
 
 def caches(nodes, architecture):
-    """Compare, for several samplers, the forecasts of the feature on cached steps with fewer uncached steps in the same time.
-    """
+    """Compare, for several samplers, the feature forecasts on cached steps with fewer uncached steps in the same time."""
     builtin, scheduler = Builtin(nodes, architecture), "simple" if architecture == "transformer" else "karras"
     print(
         f"\nForecasts. {device()[1]}; built-in {architecture}, float32, {scheduler}, batch 8, cfg 3, seeds {SEEDS}; DeepCache"
@@ -288,8 +287,8 @@ class AncestralPath:
     """Noise for euler_ancestral (and ddpm, which takes the same step) that is the same on a schedule and on any split of its
     steps.
 
-    All runs follow one path: a step's noise is a weighted sum of the noises of its split steps, which has the same effect where D
-    stays the same.
+    All runs follow one path: a step's noise is a weighted sum of the noises of its split steps, which has the same effect where
+    D stays the same.
     """
 
     def __init__(self, sigmas, split):

@@ -198,8 +198,7 @@ def draw_nodes(view):
 
 
 def folder_of_models(folder):
-    """Put a file into each folder that the pack's loaders read, so that they show a file name; return their common base folder.
-    """
+    """Put a file into each folder that the pack's loaders read, so that they show a file name; return their base folder."""
     for kind in ("diffusion_models", "iec_profiles"):
         path = pathlib.Path(folder) / kind / "example.safetensors"
         path.parent.mkdir()

@@ -111,8 +111,7 @@ def direction(shape, kind, place, conditioning):
 
 
 def disturbance(output, size, kind, place, conditionings):
-    """Return the disturbance of the network's output [B, ...]; per item, its norm is `size` times the output's Euclidean norm.
-    """
+    """Return the disturbance of the network's output [B, ...]: per item, of `size` times the output's Euclidean norm."""
     parts = [direction(part.shape, kind, place, which) for part, which in zip(output.chunk(len(conditionings)), conditionings)]
     noise = torch.cat(parts)
     norms = torch.linalg.vector_norm(output.flatten(1), dim=1) / torch.linalg.vector_norm(noise.flatten(1), dim=1)

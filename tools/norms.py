@@ -65,8 +65,7 @@ class Case:
 
 @dataclass(frozen=True)
 class TunedCase(Case):
-    """A Case of the U-Net with one of `experiment_rows.WEIGHTS`, for which the residuals of three iterations are measured too.
-    """
+    """A Case of the U-Net with one of `experiment_rows.WEIGHTS`; it also measures the residuals of three iterations."""
 
     weights: str
     file: ClassVar[str] = "smoothness_norms"
