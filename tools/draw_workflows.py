@@ -1,11 +1,11 @@
-"""Draws the example workflows and the nodes with ComfyUI's own frontend.
+"""Draw the example workflows and the nodes with ComfyUI's own frontend.
 
     python tools/draw_workflows.py [NAME ...]        workflows of these names, `nodes` or `readme`; default: everything
 
-Reads `example_workflows/api/<name>.json`, lays the nodes out as `workflow_pages.py` says, and writes
+Reads `example_workflows/api/<name>.json`, arranges the nodes as `workflow_pages.py` says, and writes
 
 - `example_workflows/<name>.json`, the workflow as the frontend saves it,
-- `example_workflows/<name>.jpg`, its picture, with results where it runs on the built-in model,
+- `example_workflows/<name>.jpg`, its picture, with results if it runs on the built-in model,
 - `example_workflows/api/<name>.json` again, with every widget's value,
 - `web/docs/images/<node id>.png`, a picture of each node,
 - `docs/images/quick_start.jpg` and `docs/images/grid.png`, the pictures of README.md (`readme`: two minutes).
@@ -36,9 +36,10 @@ MOST_BYTES_IN_README = 300_000
 
 NOTE_WIDTH, PADDING, GAP, TITLE, FRAME_TITLE = 400, 20, 20, 30, 44
 VIEWPORT = {"width": 1600, "height": 1200}
-# How a workflow opens: at this scale, its note right of and below the frontend's bars, in pixels of the window.
+# The initial view of a workflow: its scale, and the position of its note, right of and below the frontend's bars, in pixels of
+# the window.
 VIEW_SCALE, BARS = 0.75, (90, 140)
-# Sizes of nodes that show something, or hold a text; the others have the least that their widgets need.
+# Sizes of nodes that show something or hold a text; the other nodes have the minimum size of their widgets.
 SIZES = {
     "CLIPTextEncode": (380, 150),
     "LoadImage": (380, 400),
@@ -54,7 +55,7 @@ SIZES = {
 }
 LEAST_WIDTH, LEAST_NODE_WIDTH = 300, 340
 
-# Nothing but the canvas, and what widgets put over it.
+# Hide everything except the canvas and what widgets put over it.
 BARE = """
 body * { visibility: hidden !important; }
 #graph-canvas, .dom-widget, .dom-widget * { visibility: visible !important; }
@@ -69,7 +70,7 @@ def api_workflow(name):
 
 
 def write_json(path, data):
-    """Write JSON as the files in the repository are written."""
+    """Write JSON in the format of the repository's files."""
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -79,7 +80,7 @@ def call(view, function, *arguments):
 
 
 def load(view):
-    """Load the frontend anew, with nothing but the canvas, and texts drawn at every scale."""
+    """Reload the frontend, with only the canvas visible, and with texts drawn at every scale."""
     view.load(settings=SETTINGS)
     view.page.add_style_tag(content=BARE)
     view.page.add_script_tag(path=SCRIPT)
@@ -88,8 +89,8 @@ def load(view):
 def arrange(page, sizes):
     """Return ({title: (x, y, width, height)} of the nodes, [(x, y, width, height)] of the page's groups).
 
-    sizes: {title: (width, height, room below)}. Positions are LiteGraph's: a node's is below its title. Groups stand in
-    columns, nodes in columns within a group; nodes of a column have one width, groups too.
+    sizes: {title: (width, height, room below)}. Positions are LiteGraph's: a node's position is below its title. Groups stand
+    in columns, and nodes in columns within a group; all nodes of a column have one width, and so have all groups of a column.
     """
     nodes, frames, left = {}, [], 0
     for column in page.columns:
@@ -113,7 +114,7 @@ def arrange(page, sizes):
 
 
 def decorate(view, name, page):
-    """Place the nodes of the workflow that is open, and add note and groups."""
+    """Place the nodes of the open workflow, and add the note and the groups."""
     sizes = call(view, "measure", SIZES, LEAST_WIDTH)
     if sorted(sizes) != sorted(title for group in page.groups for title in group.nodes):
         raise ValueError(f"{name}: workflow_pages.py does not name its nodes' titles, each once: {', '.join(sorted(sizes))}")
@@ -125,7 +126,7 @@ def decorate(view, name, page):
 
 
 def serialized(view, name):
-    """Return the open workflow as the frontend saves it, without what differs from one run to the next."""
+    """Return the open workflow as the frontend saves it, without the parts that differ from run to run."""
     graph = json.loads(view.page.evaluate("() => JSON.stringify(app.graph.serialize())"))
     graph["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{comfyui.PACK}/{name}"))
     graph["extra"]["ds"] = {"scale": VIEW_SCALE, "offset": [NOTE_WIDTH + GAP + BARS[0] / VIEW_SCALE, BARS[1] / VIEW_SCALE]}
@@ -133,7 +134,7 @@ def serialized(view, name):
 
 
 def shoot(view, x, y, width, height, margin, results=False):
-    """Return a picture of a part of the graph, as large as the window allows, at most in its own size. results: wait for the
+    """Return a picture of a part of the graph, as large as the window allows, at most at its own size. results: wait for the
     images that the nodes show.
     """
     place = call(view, "show", x - margin, y - margin, width + 2 * margin, height + 2 * margin, 1)
@@ -143,7 +144,7 @@ def shoot(view, x, y, width, height, margin, results=False):
 
 
 def save_jpeg(picture, path, most_bytes=MOST_BYTES):
-    """Write a picture as the largest JPEG of at most this many bytes. Raises ValueError where there is none."""
+    """Write a picture as the largest JPEG of at most `most_bytes` bytes. Raises ValueError where there is none."""
     for width in (1600, 1400, 1200, 1000, 800, 600):
         smaller = picture.copy()
         smaller.thumbnail((width, width), Image.Resampling.LANCZOS)
@@ -157,18 +158,18 @@ def save_jpeg(picture, path, most_bytes=MOST_BYTES):
 
 
 def run(view):
-    """Run the open workflow in the page. Raises RuntimeError where it fails."""
+    """Run the open workflow in the page. Raises RuntimeError if it fails."""
     if problem := call(view, "run"):
         raise RuntimeError(f"the workflow failed: {problem}")
 
 
 def warm_up(view):
-    """Run the open workflow once, with other noise, so that the seconds that it shows hold the first use of nothing."""
+    """Run the open workflow once with other noise, so that the seconds it will show include no first use."""
     workflow = view.api_workflow()
     for node in workflow.values():
         if isinstance(node["inputs"].get("seed"), int):
             node["inputs"]["seed"] += 1
-        elif node["class_type"] == "PrimitiveInt":  # the seed of several samplers
+        elif node["class_type"] == "PrimitiveInt":  # the seed that several samplers share
             node["inputs"]["value"] += 1
     view.server.run(workflow)
 
@@ -238,7 +239,7 @@ def draw_grid(host):
 
 
 def folder_of_models(folder):
-    """Put a file into each folder that the pack's loaders read, so that they show a name; return the folder of them all."""
+    """Put a file into each folder that the pack's loaders read, so that they show a file name; return their base folder."""
     for kind in ("diffusion_models", "iec_profiles"):
         path = pathlib.Path(folder) / kind / "example.safetensors"
         path.parent.mkdir()
@@ -248,7 +249,7 @@ def folder_of_models(folder):
 
 @contextlib.contextmanager
 def open_frontend(scale):
-    """Yield a Frontend on a server of its own. scale: device pixels for each pixel of its window."""
+    """Yield a Frontend on its own server. scale: device pixels per pixel of its window."""
     with (
         tempfile.TemporaryDirectory(prefix="comfyui-iec-") as scratch,
         server.serve(models=folder_of_models(scratch)) as host,

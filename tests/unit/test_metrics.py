@@ -20,7 +20,7 @@ def test_psnr():
 
 
 def dominated(point, points):
-    """By the definition, one pair at a time."""
+    """Return the dominated points by the definition, one pair at a time."""
     return any(all(a <= b for a, b in zip(other, point)) and other != point for other in points)
 
 

@@ -26,7 +26,9 @@ def test_schedule_outside_the_run_is_refused(text):
 @pytest.mark.parametrize(("center", "power"), [(15, 1.4), (0, 1.2), (10, 1.6), (40, 2.0), (7.5, 1.0)])
 @pytest.mark.parametrize(("total", "interval"), [(50, 5), (100, 10), (50, 2)])
 def test_power_schedule_is_the_papers_formula(center, power, total, interval):
-    """The paper's evenly spaced roots, raised to the power again, with numpy; a root keeps its sign."""
+    """The expected schedule is the paper's, with numpy: evenly spaced roots, raised to the power again; a root keeps
+    its sign.
+    """
     count = -(-total // interval)
     ends = np.array([-center, total - center], dtype=np.float64)
     low, high = np.sign(ends) * np.abs(ends) ** (1 / power)
@@ -72,7 +74,7 @@ def test_forecast_begins_with_what_there_is():
 
 
 def auto_restated(features, position):
-    """The forecast of one item's [(position, feature)], with numpy: of the line as much as the trials say."""
+    """Return the forecast of one item's [(position, feature)], with numpy: the share of the line that the trials support."""
     (before, last), (at, held) = features[-2:]
     met = moved = 0.0
     for (p, f), (q, g), (r, true) in zip(features, features[1:], features[2:]):
@@ -111,7 +113,7 @@ def test_auto_ends_as_hold_in_noise_and_as_linear_on_a_line(trend):
 
 
 def test_auto_in_half_precision_and_with_features_that_stand_still():
-    cache, large = FeatureCache("auto"), torch.full((1, 4096), 300.0, dtype=torch.float16)  # their product is beyond 65504
+    cache, large = FeatureCache("auto"), torch.full((1, 4096), 300.0, dtype=torch.float16)  # their product is above 65504
     for at, factor in enumerate((1, 1, 1, 1, 2, 3)):
         cache.store(["a"], factor * large, at)
         found = cache.load(["a"], 1, at + 1)
@@ -183,13 +185,15 @@ def test_clear_forgets():
 
 @pytest.mark.parametrize("forecast", FORECASTS)
 def test_entries_that_no_longer_come_are_dropped(forecast):
-    """As of context windows that move: the memory in use does not grow with the steps, and who stays keeps its history."""
+    """Moving context windows have this effect: the memory in use does not grow, and the entries that stay keep their
+    history.
+    """
     coefficients = torch.randn(DEGREES[forecast] + 1, 2, 3, dtype=torch.float64)
     cache, held = FeatureCache(forecast), []
     for step in range(8):
         feature = sum(c * step**power for power, c in enumerate(coefficients))
         cache.begin(step)
-        cache.begin(step)  # as of two runs that share it
+        cache.begin(step)  # as from two runs that share the step
         cache.store([f"window {step}", "stays"], torch.cat([feature, feature]), step)
         held.append(sum(len(kept) for kept in cache._slices.values()))
         assert cache.load([f"window {step}"], 2, step, since=step) is not None
