@@ -595,7 +595,7 @@ def test_who_takes_part_in_an_evaluation_is_known_by_one_rule(host, model_option
     if replaced:
         network.forward = network.forward
     assert calls.others_take_part(model_options, network) is expected
-    assert pack_module("nodes.host.correction.known_errors").is_exact(network, model_options) is not expected
+    assert pack_module("nodes.host.correction.exactness").is_exact(network, model_options) is not expected
     extra_args = {"model_options": model_options}
     assert (calls.NetworkCalls().watch(extra_args, network) is not extra_args) is expected
 

@@ -118,7 +118,7 @@ def test_a_model_with_nothing_to_correct(host, report_of, model):
 
 
 def test_weights_in_other_types_are_no_exact_ones(host):
-    module = pack_module("nodes.host.correction.known_errors")
+    module = pack_module("nodes.host.correction.exactness")
     layer = torch.nn.Linear(2, 2)
     assert module.is_exact(layer, {})
     layer.weight = torch.nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)

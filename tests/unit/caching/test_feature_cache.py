@@ -9,18 +9,18 @@ from iec_core.caching.feature_cache import FORECASTS, REMEMBERED, UNTRIED, Featu
 
 def test_first_of_every_interval_is_full():
     uniform = parse_cache_schedule("uniform")
-    assert uniform.full_steps(12, 5) == {0, 5, 10}
-    assert uniform.full_steps(5, 1) == set(range(5))
+    assert uniform.of(12, 5) == {0, 5, 10}
+    assert uniform.of(5, 1) == set(range(5))
 
 
 def test_steps_are_taken_as_written_and_the_first_always_is():
-    assert parse_cache_schedule(" steps: 3, 7,19 ").full_steps(20, 5) == {0, 3, 7, 19}
+    assert parse_cache_schedule(" steps: 3, 7,19 ").of(20, 5) == {0, 3, 7, 19}
 
 
 @pytest.mark.parametrize("text", ["steps:3,20", "power:20,1.4", "power:40,2"])
 def test_schedule_outside_the_run_is_refused(text):
     with pytest.raises(ValueError, match=r"^schedule: it names step (20|40), and the run has 20 steps, numbered from 0 to 19"):
-        parse_cache_schedule(text).full_steps(20, 5)
+        parse_cache_schedule(text).of(20, 5)
 
 
 @pytest.mark.parametrize(("center", "power"), [(15, 1.4), (0, 1.2), (10, 1.6), (40, 2.0), (7.5, 1.0)])
@@ -34,7 +34,7 @@ def test_power_schedule_is_the_papers_formula(center, power, total, interval):
     low, high = np.sign(ends) * np.abs(ends) ** (1 / power)
     roots = np.linspace(low, high, count + 1)[:-1]
     expected = {0, *np.floor(np.sign(roots) * np.abs(roots) ** power + center + 1e-9).astype(int).tolist()}
-    found = parse_cache_schedule(f"power:{center},{power}").full_steps(total, interval)
+    found = parse_cache_schedule(f"power:{center},{power}").of(total, interval)
     assert found == expected and len(found) <= count
     if power > 1 and 0 < center < total and interval > 2:
         steps = sorted(found)
