@@ -1,1 +1,3 @@
-"""Quantization: formats and packed weights, their arithmetic and kernels, calibrated weights and activations, and the file."""
+"""Quantization: weight formats and packing, integer arithmetic and kernels, calibration of weights and activations, and
+files.
+"""
