@@ -1,3 +1,1 @@
-"""Quantization: weight formats and packing, integer arithmetic and kernels, calibration of weights and activations, and
-files.
-"""
+"""Quantization: weight formats, packing, integer arithmetic, kernels, calibration of weights and activations, and files."""

@@ -22,9 +22,7 @@ def largest(x, axis: tl.constexpr):
 
 
 def largest_interpreted(x, axis):
-    """Return the same as `largest`, in the interpreter. There `tl.max` only works if the interpreter was enabled before
-    Triton's import.
-    """
+    """Return the same as `largest`, in the interpreter. `tl.max` only works there if it was enabled before Triton's import."""
     return tl.reduce(x, axis, tl.standard._elementwise_max)
 
 

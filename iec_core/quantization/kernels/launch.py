@@ -56,9 +56,7 @@ def _maximum() -> Callable[..., Any]:
 
 
 def is_available(device: torch.device | str) -> bool:
-    """Return whether the kernels can run on a device, such as "cuda": Triton must be installed, and compile or interpret
-    them.
-    """
+    """Return whether Triton is installed and compiles or interprets the kernels for a device, such as "cuda"."""
     if _interpreted():
         return triton is not None
     return torch.device(device).type != "cpu" and compiles(device)
@@ -66,9 +64,7 @@ def is_available(device: torch.device | str) -> bool:
 
 @once_a_device
 def compiles(device: torch.device) -> bool:
-    """Return whether Triton compiles the kernels for a device, and they compute correctly. If not, log a warning with the
-    reason.
-    """
+    """Return whether Triton compiles the kernels for a device, and they compute correctly. If not, log the reason."""
     reason = _why_not(device)
     if not reason:
         try:

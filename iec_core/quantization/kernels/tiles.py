@@ -85,9 +85,7 @@ def architecture(capability: int) -> Architecture:
 
 
 def depth(channels: int) -> int:
-    """Return the size k of a block of channels: the largest that divides the number of channels, else one that wastes
-    little.
-    """
+    """Return the size k of a block of channels: the largest that divides the channels, else one that wastes little."""
     return next((block for block in (128, 64, 32) if channels % block == 0), 64 if channels > 64 else 32)
 
 
@@ -124,4 +122,4 @@ def choose(product: Product, capability: int, processors: int) -> tuple[Tile, in
     spec = architecture(capability)
     choices = itertools.product(tiles(capability, product.channels), range(1, MOST_SPLITS + 1))
     fitting = [(tile, splits) for tile, splits in choices if product.steps(tile) % splits == 0]
-    return min(fitting, key=lambda choice: clocks(product, *choice, processors=processors, spec=spec))
+    return min(fitting, key=lambda choice: clocks(product, choice[0], choice[1], processors, spec))
