@@ -304,7 +304,7 @@ class QuantizedFile:
         tensors["fingerprint"] = torch.tensor(self.about["fingerprint"], dtype=torch.float32)
         try:
             scales = ActivationScales.of(tensors, self._about_scales)
-        except ValueError as error:
+        except FileError as error:
             raise FileError("its scales of activations are damaged") from error
         of_file = scales.facts["quantization"] == self.about["name"] and self.about["activation"]["bits"] == 8
         if not of_file or not set(scales.names) <= set(self.layers):
