@@ -85,8 +85,8 @@ function isKnown(node) {
 const isFirstOfType = (input, node) => node.inputs?.find((one) => one.type === input?.type) === input;
 
 /**
- * Return the samplers that a node's outputs lead to; undefined if they lead to unknown nodes, which may sample, or pass on something
- * else.
+ * Return the samplers that a node's outputs lead to; undefined if they lead to unknown nodes, which may sample, or pass on
+ * something else.
  */
 function samplersAfter(node) {
   const [seen, queue, samplers] = [new Set([node]), [node], []];
