@@ -42,7 +42,7 @@ function linkOf(graph, id) {
 
 const isIdle = (node) => [MUTED, BYPASSED].includes(node.mode);
 
-/** Return whether a graph is a subgraph that does not run: none of its nodes in other graphs runs, or these graphs do not run. */
+/** Return whether a graph is a subgraph that does not run: no active node, in a graph that runs, contains it. */
 function isIdleGraph(graph) {
   const root = graph?.rootGraph;
   if (!root || root === graph) return false;
