@@ -42,7 +42,7 @@ class Found:
         All three are infinity where only the baseline's error is zero, and 1 where both errors are. None where there is no such
         error.
         """
-        comparable = name == "exact" or not self.run.instead_of  # other steps, other same_steps
+        comparable = name == "exact" or not self.run.instead_of  # with other steps, same_steps is another run
         if self.baseline is None or not comparable or not self.columns[f"errors_{name}"]:
             return None
         if not self.baseline.errors(name).any():  # full precision, compared with itself

@@ -13,8 +13,8 @@ uncached images of the same seeds, over 16 principal components of the network's
 With --quantized: the errors of the same caches on quantized models, with and without the paper's second correction, which
 corrects the block that consumes the feature.
 
-With --speed: how much less time DeepCache takes on U-Nets of the shapes of SD 1.5 and SDXL with random weights, next to how
-many fewer floating-point operations it needs, counted during the same run.
+With --speed: how much less time DeepCache takes on U-Nets of the shapes of SD 1.5 and SDXL with random weights. Next to this:
+how many fewer floating-point operations it needs, counted during the same run.
 """
 
 import argparse

@@ -69,7 +69,7 @@ class Real:
 
 @functools.cache
 def real():
-    """Return the Real of the repository's file."""
+    """Return the Real from the repository's file."""
     return Real()
 
 

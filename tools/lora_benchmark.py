@@ -3,8 +3,8 @@
     python tools/lora_benchmark.py [--steps 20] [--seeds 2] [--architecture transformer]
     python tools/lora_benchmark.py --speed [--networks "SD 1.5" Flux] [--repeat 9] [--latent 16]
 
-Without --speed: on a built-in model with a random LoRA of rank 16 on all quantized layers, the share of the LoRA's changes that
-the weights keep, and the images with the LoRA before and after the node that quantizes. With --speed: the time of an evaluation
+Without --speed, on a built-in model with a random LoRA of rank 16 on all quantized layers: the share of the LoRA's changes that
+the weights keep; and the images with the LoRA before and after the node that quantizes. With --speed: the time of an evaluation
 of networks of true shapes with such a LoRA after the quantized model, loaded and offloaded, over an evaluation without one.
 """
 

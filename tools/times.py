@@ -2,9 +2,9 @@
 
     python tools/times.py [--list] [--again]
 
-One process with one thread samples eight images by each run in turn, round after round; the machine must be otherwise idle. A
-run's time is the median over the rounds of its seconds divided by the seconds of the model's plain run in the same round (20
-euler steps without cache and correction). All runs are measured together: a stop loses them all. About 20 minutes on a CPU.
+One process with one thread samples eight images by each run in turn, round after round; the machine must be otherwise idle. In
+each round, a run's seconds are divided by the seconds of the model's plain run (20 euler steps without cache and correction).
+The run's time is the median of these ratios. All runs are measured together: a stop loses them all. About 20 minutes on a CPU.
 """
 
 import argparse

@@ -131,7 +131,7 @@ def empty_latent():
 def sample(host, conditioning, empty_latent):
     """Return sample(model, **settings), which gives the latents of an IECKSampler run of two images.
 
-    Its RunReport is added to `report`.
+    The run's RunReport is appended to the list `report`, if given.
     """
 
     def run(model, report=None, **settings):

@@ -41,7 +41,7 @@ def of_type(workflow, kind):
 def with_fewer_steps(workflow, steps=3):
     """Return the workflow with these steps in every run, all of them corrected if some are.
 
-    Images have half the size if there is no mask, and two layers' weights are calibrated if weights are.
+    Images have half the size if there is no mask. If weights are calibrated, only those of two layers are.
     """
     workflow = copy.deepcopy(workflow)
     if not any("mask" in node["class_type"].lower() for node in workflow.values()):

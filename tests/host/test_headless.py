@@ -47,7 +47,7 @@ def test_client_shows_steps_and_saves_the_images(host, tmp_path):
     assert len(written) == 4 and all(path.read_bytes().startswith(b"\x89PNG") for path in written)
     shown = [line.strip() for line in done.stderr.replace("\r", "\n").splitlines()]
     told = [line for line in shown if line.startswith("corrected, IEC ")]
-    # Every second step is full, and its evaluation ahead was done before the step begins.
+    # Every second step is evaluated in full, and this evaluation was already made ahead, in the step before.
     steps = [f"step {step} of 10, {step + (step % 2 == 0 and 0 < step < 10)} evaluations" for step in range(11)]
     assert [line.partition(": ")[2] for line in told] == steps
 

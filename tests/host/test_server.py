@@ -140,7 +140,7 @@ def test_events_tell_step_and_evaluations(host):
 
 
 def test_events_tell_what_corrections_did(host):
-    """They contain the batch means of the report, each step as soon as it is over, and all steps at the end."""
+    """The events contain the batch means of the report, each step as soon as it is over, and all steps at the end."""
     prompt = workflow(label="events", seed=12, correction_steps="steps:1,3", max_iterations=2)
     prompt["report"] = {"class_type": "IECReport", "inputs": {"report": ["sampler", 1]}}
     prompt["text"] = {"class_type": "PreviewAny", "inputs": {"source": ["report", 0]}}

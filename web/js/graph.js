@@ -42,7 +42,7 @@ function linkOf(graph, id) {
 
 const isIdle = (node) => [MUTED, BYPASSED].includes(node.mode);
 
-/** Return whether a graph is a subgraph that does not run: none of its nodes in other graphs runs, or these graphs do not run. */
+/** Return whether a graph is a subgraph that does not run: no active node, in a graph that runs, contains it. */
 function isIdleGraph(graph) {
   const root = graph?.rootGraph;
   if (!root || root === graph) return false;
@@ -85,8 +85,8 @@ function isKnown(node) {
 const isFirstOfType = (input, node) => node.inputs?.find((one) => one.type === input?.type) === input;
 
 /**
- * Return the samplers that a node's outputs lead to; undefined if they lead to unknown nodes, which may sample, or pass on something
- * else.
+ * Return the samplers that a node's outputs lead to; undefined if they lead to unknown nodes, which may sample, or pass on
+ * something else.
  */
 function samplersAfter(node) {
   const [seen, queue, samplers] = [new Set([node]), [node], []];

@@ -330,9 +330,9 @@ MARKS = ("skipped", "stg_self_attn_blocks", "a2v_cross_attn", "v2a_cross_attn") 
 class Restated:
     """The cache, restated over blocks that all run.
 
-    In a cached evaluation, the output of the last inner block of a list is replaced by the input of the first one plus the
-    residual of the last full evaluation. degree: of the polynomial through the residuals. added(number, sigma): None, or
-    (stream, first token, tensor) that is added to a block's output, as the host adds a ControlNet's.
+    A cached evaluation replaces the output of a list's last inner block. The replacement is the input of the first inner block
+    plus the residual of the last full evaluation. degree: of the polynomial through the residuals. added(number, sigma): None,
+    or (stream, first token, tensor) that is added to a block's output, as the host adds a ControlNet's.
     """
 
     def __init__(self, name, model, branch, full=FULL, degree=0, added=lambda number, sigma: None):
@@ -387,7 +387,7 @@ class Restated:
 
     @contextlib.contextmanager
     def patched(self, model=None):
-        """Yield a clone of the MODEL to be sampled; `model` replaces it if that has further patches."""
+        """Yield a clone of the MODEL that runs as restated here. model: the same MODEL with further patches, default none."""
         from comfy.patcher_extension import WrappersMP
 
         model = (model or self.model).clone()

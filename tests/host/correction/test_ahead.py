@@ -1,7 +1,7 @@
 """`evaluation_point: ahead`: a correction's evaluation is also the next step's own prediction.
 
-The results are compared with the predict-evaluate-correct form of the trapezoidal rule, written out here in float64, and with
-the stock sampler's own run, which has the same evaluations in the same order.
+The results are compared with the predict-evaluate-correct form of the trapezoidal rule, written out here in float64. They are
+also compared with the stock sampler's own run, which has the same evaluations in the same order.
 """
 
 import itertools

@@ -77,10 +77,9 @@ def start(seed=7):
 
 
 def paper_trajectory(eps, corrected, lambda_, iterations, evaluation_point="paper"):
-    """Run DDIM with IEC as in the paper: x'_{k+1} = (1 - lam) x'_k + lam (A_t x + B_t eps(x'_k, t)), x'_0 = A_t x + B_t eps(x,
-    t).
+    """Run DDIM with IEC as in the paper, and return the final x_0 (where the cumulative product is 1).
 
-    Returns the final x_0 (where the cumulative product is 1).
+    x'_0 = A_t x + B_t eps(x, t), and x'_{k+1} = (1 - lam) x'_k + lam (A_t x + B_t eps(x'_k, t)).
     """
     bars, steps = alpha_bars(), timesteps(STEPS)
     x = start()

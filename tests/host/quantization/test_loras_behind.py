@@ -260,8 +260,8 @@ def test_a_run_of_hooks_that_fails_leaves_nothing_on_the_layers(sample, quantize
 
 
 def patched_outputs(base, patches):
-    """Return the outputs of layers with patches, {name: [a patch in the host's form]}, loaded; offloaded they must be
-    the same.
+    """Return the outputs of layers with patches, {name: [a patch in the host's form]}; check loaded and offloaded layers are
+    equal.
     """
     patched = base.clone()
     for name, found in patches.items():
@@ -500,7 +500,7 @@ def test_a_higher_rank_than_the_branch_takes_is_as_near_as_it_can_be(quantize, m
     change = (large[0] @ large[1] + small[0] @ small[1]).double()
     found = patched_outputs(base, {LINEAR: patches})[LINEAR].double() - before
     expected = put_in(layer).double() @ change.t()
-    assert (found - expected).norm() < 0.02 * expected.norm()  # without two of eight directions, a hundredth in size
+    assert (found - expected).norm() < 0.02 * expected.norm()  # two of eight directions are lost, 1/100 in size
 
 
 def test_what_another_pack_lays_on_weights_is_computed_with_unrounded(quantize, lora):

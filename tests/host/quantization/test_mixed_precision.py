@@ -238,7 +238,7 @@ def test_samplers_of_several_evaluations_a_step(calibrate, progress_of, sampler_
 
 
 def test_numbers_that_are_none_are_refused(model, calibrate):
-    """The values are in the prediction with one layer quantized; here by a patch that detects this layer's hooks."""
+    """The NaN values are in the prediction with one layer quantized; a patch that detects this layer's hooks makes them."""
     broken = model.clone()
     layer = broken.model.diffusion_model.get_submodule("middle_block.1.proj_in")
 

@@ -713,7 +713,7 @@ def test_a_size_that_the_quantized_layers_do_not_fit_is_refused(quantize, report
 
 
 def test_report_refuses_numbers_that_are_none(quantize, report):
-    """Rounding to integers hides these values from the layers after it."""
+    """The values are NaN. A layer's rounding to integers hides them from the layers after it."""
     broken = quantize().clone()
     broken.set_model_output_block_patch(lambda h, hsp, options: (h * float("nan"), hsp))
     with pytest.raises(ValueError, match=r"^model: NaN or infinity came out of its layer output_blocks\.0\S+ or of"):

@@ -381,7 +381,7 @@ def test_what_other_clones_have_put_on_the_source_stays_theirs(host, sample, mod
 
 
 def test_a_source_that_was_offloaded_and_patched(sample, model, quantized):
-    """The source's biases are patched too, while it is quantized; what the host leaves on its layers is not copied."""
+    """The source is quantized while its biases are patched too; what the host leaves on its layers is not copied."""
     bias = PROJ_IN.replace("weight", "bias")
     clone = model.clone()
     clone.add_patches({bias: (torch.ones_like(model.model.state_dict()[bias]),)}, 1.0)

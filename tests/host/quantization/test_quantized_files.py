@@ -167,7 +167,7 @@ def test_loras_reach_a_loaded_model(model, sample, quantize, save, load):
 
 
 def test_a_cache_profile_goes_with_the_loaded_model(host, model, sample, quantize, save, load, conditioning):
-    """The fingerprint and the name make a profile be refused for another model or another quantization."""
+    """By the fingerprint and the name, a profile is refused for another model and for another quantization."""
     quantized = quantize(model, weight_bits="4")
     settings = {"steps": 4, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal"}
     profile = host.run(
@@ -880,7 +880,7 @@ def big_file(path):
     not os.access("/proc/self/clear_refs", os.W_OK), reason="this system does not tell a process's peak of memory"
 )
 def test_no_second_copy_is_in_memory(folder, save, load):
-    """The whole model would be there twice; read and written layer by layer, it is there once, plus the largest layers."""
+    """A second copy would double the memory; layer by layer, only the model and the largest layers are in memory."""
     largest = big_file(folder / "q.safetensors")
     size = (folder / "q.safetensors").stat().st_size
     assert size > 250e6 and largest < 0.03 * size
@@ -913,7 +913,7 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
     ],
 )
 def test_numbers_of_a_file_take_no_memory(network, quantize, save, load, settings, message):
-    """Layers of any kind would be made with the sizes in the file: here norms of 524288 channels."""
+    """A file's settings determine the sizes of layers of all kinds: here norms of 524288 channels."""
     path = save(quantize(network("LTXV")))
     with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata()

@@ -108,9 +108,7 @@ def test_another_lora_is_warned_of_anew(no_branch, quantize, model, sample, capl
 
 @pytest.mark.parametrize("settings", [{}, {"correction_steps": "auto"}, {"sampler_name": "dpm_adaptive"}])
 def test_the_report_of_each_run_with_it_says_so_too(no_branch, quantize, model, sample, caplog, settings):
-    """The report of a run without the LoRA does not say it, though both use the same network. dpm_adaptive's steps are
-    unknown.
-    """
+    """A run without the LoRA has no such warning, though both use the same network. dpm_adaptive's steps are not known."""
     quantized, found = quantize(weight_bits="4"), []
     patched = with_lora(quantized, model)
     for source in (patched, quantized, patched, patched.clone()):
@@ -139,7 +137,7 @@ def test_so_does_that_of_apply_iec_and_of_the_wrapped_sampler(no_branch, host, q
 
 
 def test_a_run_without_the_lora_of_another_runs_conditioning_does_not_say_it(no_branch, host, quantize, model, conditioning):
-    """The conditioning's patches are on the MODEL only during its run."""
+    """The patches of a conditioning's LoRA are on the MODEL only during the run with this conditioning."""
     import comfy.hooks
 
     name = f"diffusion_model.{CHANGED[0].removesuffix('.weight')}"

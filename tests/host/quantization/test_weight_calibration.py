@@ -222,7 +222,7 @@ def test_passes_keep_to_the_memory_and_take_each_layer_once(host):
             sizes = [4 * inputs[name] * block for name, block in blocks.items()]
             assert sum(sizes) <= memory and module.WORKSPACE * max(sizes) <= memory
         assert (len(passes) > 1) == (gigabytes < 100)
-    assert module._block(11520, 4 * 2**30) == 11520  # SDXL's usual convolution, whole; its four largest, in blocks
+    assert module._block(11520, 4 * 2**30) == 11520  # SDXL's usual convolutions whole, its four largest in blocks
     assert module._block(17280, 4 * 2**30) < 17280
 
 

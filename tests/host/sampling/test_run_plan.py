@@ -360,7 +360,7 @@ def test_runs_at_once_have_each_a_plan_of_their_own(host):
 
 
 def test_a_run_inside_a_run_has_a_plan_of_its_own(host):
-    """Another pack's sampler refines its first half by a corrected sampler's function, each time in a new run."""
+    """Another pack's sampler samples in two parts, each as a new run of a corrected sampler's function."""
     import comfy.samplers
 
     inner = corrected(host, comfy.samplers.sampler_object("euler"), evaluation_point="next")

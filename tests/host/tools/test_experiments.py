@@ -307,7 +307,7 @@ def same_environment():
 def address():
     """Return the address of a Ray cluster of two workers on this machine."""
     with same_environment():
-        # Ray gives its workers a low priority, which would starve them next to the other tests here.
+        # By default, Ray's workers yield to other processes, which here are this machine's other tests.
         os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1", "RAY_worker_niceness": "0"}
         from ray.cluster_utils import Cluster
 

@@ -185,7 +185,7 @@ def test_clear_forgets():
 
 @pytest.mark.parametrize("forecast", FORECASTS)
 def test_entries_that_no_longer_come_are_dropped(forecast):
-    """Moving context windows have this effect: the memory in use does not grow, and the entries that stay keep their
+    """Moving context windows leave such entries. The memory in use does not grow with the steps; other entries keep their
     history.
     """
     coefficients = torch.randn(DEGREES[forecast] + 1, 2, 3, dtype=torch.float64)
@@ -193,7 +193,7 @@ def test_entries_that_no_longer_come_are_dropped(forecast):
     for step in range(8):
         feature = sum(c * step**power for power, c in enumerate(coefficients))
         cache.begin(step)
-        cache.begin(step)  # as from two runs that share the step
+        cache.begin(step)  # as from two runs that share the cache
         cache.store([f"window {step}", "stays"], torch.cat([feature, feature]), step)
         held.append(sum(len(kept) for kept in cache._slices.values()))
         assert cache.load([f"window {step}"], 2, step, since=step) is not None

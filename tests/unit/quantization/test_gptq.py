@@ -40,7 +40,7 @@ def moments_of(x, most=10**6):
 
 
 def damped(x):
-    """Return the second moments of x [N, K] with damping, and the damping, float64 [K, K]."""
+    """Return the damped second moments of x [N, K], float64 [K, K]."""
     second = x.double().t() @ x.double() / len(x)
     damping = DAMPING + DAMPING_OF_FEW * len(second) / len(x)
     return second + damping * second.diagonal().mean() * torch.eye(len(second), dtype=torch.float64)
@@ -91,7 +91,7 @@ def test_errors_are_those_of_the_output():
     torch.testing.assert_close(metric.of(left).square().sum(1), errors, rtol=1e-3, atol=1e-9)
     torch.testing.assert_close(metric.undone(metric.of(left)), left, rtol=1e-3, atol=1e-5)
     output = x.double() @ left.double().t()
-    assert (output.square().mean(0) < errors).all()  # smaller without the damping
+    assert (output.square().mean(0) < errors).all()  # the errors include the damping
     assert (output.square().mean(0) > 0.8 * errors).all()
 
 
@@ -210,7 +210,7 @@ def test_large_layers_are_seen_in_blocks_between_which_nothing_is_known():
 def test_moments_tell_what_is_not_finite():
     x = inputs(10, 8)
     assert moments_of(x).is_finite()
-    for bad in (math.nan, math.inf, 1e19):  # their squares add up to more than float32 holds
+    for bad in (math.nan, math.inf, 1e19):  # squares of 1e19 add up to more than float32 holds
         x[3:7, 2] = bad
         assert not moments_of(x).is_finite()
 

@@ -370,7 +370,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(launch, "triton", triton)
         monkeypatch.setattr(launch, "_computes", compute)
-        return launch.compiles.__wrapped__  # without its memory of devices
+        return launch.compiles.__wrapped__  # without its cache of devices
 
     monkeypatch.delenv("TRITON_INTERPRET")
     return be

@@ -275,9 +275,7 @@ def test_activation_scales_do_not_depend_on_neighbours():
 @pytest.mark.parametrize("per_tensor", [False, True])
 @pytest.mark.parametrize("scale", [None, torch.tensor(0.02), torch.tensor([0.02])])
 def test_what_is_not_finite_is_seen_in_what_comes_out(scale, per_tensor, wrong):
-    """Integers cannot represent these values, so the output must be NaN; other items are affected only if they share
-    the scale.
-    """
+    """Integers have no NaN or infinity, so the output must be NaN; other items are affected only if they share the scale."""
     values, scales = quantize_rows(normal(8, 36), WeightFormat())
     apart = scale is not None or not per_tensor
     x = normal(3, 2, 36, seed=3)
