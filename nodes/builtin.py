@@ -18,22 +18,24 @@ class IECLoadBuiltinModel(CheckedNode):
             node_id="IECLoadBuiltinModel",
             display_name="Load Built-in Model (IEC)",
             category="loaders/IEC",
-            description="A small diffusion model of emoji that comes with the pack: 32 x 32 pixels, class-conditional. Wire "
-            "EmptyChromaRadianceLatentImage (32 x 32) as latent and VAELoader with pixel_space as VAE.",
+            description="Loads a small diffusion model of emoji that comes with the pack: 32 x 32 pixels, class-conditional. "
+            "Connect EmptyChromaRadianceLatentImage (32 x 32) as latent and VAELoader with pixel_space as VAE.",
             search_aliases=["emoji", "demo model", "example model", "test model", "tiny model", "without download"],
             inputs=[
                 io.Combo.Input(
                     "precision",
                     options=list(PRECISIONS),
                     default="auto",
-                    tooltip="Number type of the network. auto: the type that ComfyUI chooses for the device.",
+                    tooltip="Number type of the network. Start with auto, which lets ComfyUI choose for the device; use "
+                    "float32 for exact comparisons.",
                 ),
                 io.Combo.Input(
                     "architecture",
                     options=list(ARCHITECTURES),
                     default="unet",
                     optional=True,
-                    tooltip="unet: blocks of SD 1.5 and SDXL, predicts v. transformer: blocks of Flux, flow matching.",
+                    tooltip="unet: blocks of SD 1.5 and SDXL, predicts v; what works for it also works for these models. "
+                    "transformer: blocks of Flux, flow matching; what works for it also works for Flux and similar models.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The built-in model.")],
@@ -62,17 +64,18 @@ class IECClassLabel(CheckedNode):
             node_id="IECClassLabel",
             display_name="Class Label (IEC)",
             category="conditioning/IEC",
-            description="Class labels of the built-in model as conditioning, one for each image of the batch.",
+            description="Outputs class labels for the built-in model as CONDITIONING, one for each image of the batch.",
             search_aliases=["emoji", "class conditioning", "prompt of the built-in model"],
             inputs=[
                 io.String.Input(
                     "labels",
                     default="face, heart, fruit, clock",
-                    tooltip="Class names, separated by commas, for the images of the batch in turn; with more images than "
-                    "names they begin again. none is no label, as for the negative. The help page lists the classes.",
+                    tooltip="The class of each image of the batch, in order, separated by commas; with more images than "
+                    "names, the names start again. Start with classes that come out well, such as the four default ones. For "
+                    "the negative conditioning use none. The help page lists the classes.",
                 )
             ],
-            outputs=[io.Conditioning.Output(tooltip="Conditioning for the built-in model.")],
+            outputs=[io.Conditioning.Output(tooltip="Only for the built-in model.")],
         )
 
     @classmethod

@@ -18,51 +18,74 @@ class IECContractionProbe(CheckedNode):
             node_id="IECContractionProbe",
             display_name="Contraction Probe (IEC)",
             category="sampling/IEC",
-            description="Measures along a sampling run by how much each step amplifies errors, and how its correction "
-            "contracts for dampings 0.1 to 0.9: spectral norms of the network's Jacobian, and the best damping of each step.",
+            description="Measures, along a sampling run with Euler (DDIM), by how much each step multiplies errors, and how "
+            "fast its correction converges with dampings of 0.1 to 0.9, as spectral norms computed from the network's "
+            "Jacobian. Outputs the damping with the smallest norm for each step.",
             search_aliases=["jacobian", "spectral norm", "lipschitz", "convergence", "lambda schedule", "contraction"],
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip="The model that is measured, quantized or not; without a cache."),
+                io.Model.Input(
+                    "model", tooltip="The model to measure, quantized or not; without a cache and without Apply IEC (model)."
+                ),
                 io.Int.Input(
                     "seed",
                     default=0,
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="The seed of the run's noise and of the random directions.",
+                    tooltip="The seed of the run's noise, and of the directions that are tried. Use the sampler's seed.",
                 ),
-                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="The number of Euler (DDIM) steps, as you sample."),
+                io.Int.Input(
+                    "steps",
+                    default=20,
+                    min=1,
+                    max=10000,
+                    tooltip="Euler (DDIM) steps. Use what you sample with, so that lambdas has the same number of values.",
+                ),
                 io.Float.Input(
-                    "cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Guidance scale, as you sample."
+                    "cfg",
+                    default=8.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="Guidance. Use what you sample with: the node measures the guided prediction.",
                 ),
                 io.Combo.Input(
                     "scheduler",
                     options=comfy.samplers.KSampler.SCHEDULERS,
-                    tooltip="How the noise level falls over the steps, as you sample. ddim_uniform is the paper's.",
+                    tooltip="How the noise level falls. Use what you sample with; ddim_uniform is the paper's.",
                 ),
                 io.Conditioning.Input("positive", tooltip="What the image should have."),
                 io.Conditioning.Input("negative", tooltip="What the image should not have."),
                 io.Latent.Input(
-                    "latent_image", tooltip="The latent image to denoise. Norms are measured for each image of a batch."
+                    "latent_image",
+                    tooltip="The latent to denoise. Start with a batch of one or two: each image has its own "
+                    "norms, and adds to the time.",
                 ),
                 io.Float.Input(
-                    "denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Share of the denoising that is done."
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="How much of the denoising is done. Use what you sample with.",
                 ),
                 io.Int.Input(
                     "every",
                     default=1,
                     min=1,
                     max=10000,
-                    tooltip="Measure every n-th step, from the first; the steps between get the suggestion before them.",
+                    tooltip="Measure every n-th step, starting with the first; a step in between gets the damping of the last "
+                    "measured step before it. Start with 4 for a first look.",
                 ),
                 io.Int.Input(
                     "iterations",
                     default=24,
                     min=2,
                     max=200,
-                    tooltip="At most so many products with the Jacobian and its transpose, twice for each measured step. "
-                    "Increase it if norms do not converge.",
+                    tooltip="The largest number of products with the Jacobian and its transpose, for each of the two norms of "
+                    "a step. Start with 24, and use more if the node says that norms are only lower bounds.",
                 ),
                 io.Float.Input(
                     "tolerance",
@@ -71,7 +94,8 @@ class IECContractionProbe(CheckedNode):
                     max=0.5,
                     step=0.001,
                     round=False,
-                    tooltip="Relative error at which a norm counts as converged.",
+                    tooltip="The relative error at which a norm counts as converged. Start with 0.02, which is enough for a "
+                    "plot.",
                 ),
                 io.Float.Input(
                     "perturbation",
@@ -80,16 +104,17 @@ class IECContractionProbe(CheckedNode):
                     max=1.0,
                     step=0.001,
                     round=False,
-                    tooltip="Size of the changes by which the true map, roundings and all, is seen: a share of the latent's "
-                    "norm.",
+                    tooltip="The size of the perturbations that measure the network itself, with all roundings, as a fraction "
+                    "of the latent's norm. Start with the error that you expect in the latent.",
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="plot", tooltip="The norms of every measured step, and the suggested lambdas."),
+                io.Image.Output(display_name="plot", tooltip="The norms of every measured step, and the suggested dampings."),
                 io.String.Output(
-                    display_name="lambdas", tooltip="For every step the lambda of least norm; for lambdas of an IEC sampler."
+                    display_name="lambdas",
+                    tooltip="The damping with the smallest norm, for every step. Connect it to lambdas of an IEC sampler.",
                 ),
-                io.String.Output(display_name="json", tooltip="All numbers as JSON text, an entry for each measured step."),
+                io.String.Output(display_name="json", tooltip="All numbers as JSON text, with one entry per measured step."),
             ],
         )
 

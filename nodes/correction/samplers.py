@@ -21,10 +21,11 @@ def correction_inputs():
         io.String.Input(
             "correction_steps",
             default="auto",
-            tooltip=f"Which of the run's steps are corrected, counted from 0: {FORMS}. auto chooses steps and "
-            "evaluation_point that were measured to help and cost nothing. full: the steps that a cache evaluates in full, "
-            "or every step without a cache. ends:1/10: the first and the last tenth, as in the paper. Each corrected step "
-            "costs max_iterations more evaluations, one less at evaluation_point ahead.",
+            tooltip=f"Which steps are corrected, counted from 0: {FORMS}. Start with auto: it chooses steps and an "
+            "evaluation_point that were measured to help, and adds no evaluations. full: the steps that a cache evaluates in "
+            "full, or every step without a cache. With any text other than auto, each corrected step adds max_iterations "
+            "evaluations, or one less with evaluation_point ahead. The paper's own setting is ends:1/10, the first and the "
+            "last tenth, with evaluation_point paper.",
         ),
         io.Float.Input(
             "lambda_",
@@ -32,14 +33,16 @@ def correction_inputs():
             min=0.0,
             max=1.0,
             step=0.05,
-            tooltip="Damping of the iteration, above 0 and at most 1. The paper uses 0.5 and found 0.1 to 0.7 to converge.",
+            tooltip="Damping, above 0 and at most 1: the weight of the new prediction in the blend. Start with 0.5, the "
+            "paper's value; the paper found that 0.1 to 0.7 converge.",
         ),
         io.Int.Input(
             "max_iterations",
             default=1,
             min=0,
             max=100,
-            tooltip="Corrections of a step at most (the paper's K). 0 turns the correction off.",
+            tooltip="The largest number of corrections per step (the paper's K); 0 turns IEC off. Start with 1: each further "
+            "correction costs one more evaluation.",
         ),
         io.Float.Input(
             "tolerance",
@@ -48,25 +51,28 @@ def correction_inputs():
             max=1.0,
             step=1e-6,
             round=False,
-            tooltip="With two or more iterations: an image whose latent changes by less than this share is not iterated on.",
+            tooltip="With two or more iterations, the iteration stops for an image whose latent changes by less than this "
+            "fraction. Keep the default; with one iteration it has no effect.",
         ),
         io.Combo.Input(
             "evaluation_point",
             options=list(EVALUATION_POINTS),
             default="paper",
             optional=True,
-            tooltip="Where a step's result is evaluated again; correction_steps auto chooses its own. paper: at the step's own "
-            "timestep. next: at the timestep of the result (Heun's rule at lambda 0.5, one iteration); not for the last "
-            "step, which ends at no noise. ahead: as next, but the evaluation also serves as the next step's own, so that one "
-            "iteration costs nothing; for euler, ddim, euler_ancestral, ddpm.",
+            tooltip="The timestep at which the network evaluates a step's result. With correction_steps auto this value has "
+            "no effect: the node chooses it. paper: at the step's own timestep. next: at the timestep that the result belongs "
+            "to (Heun's rule with lambda_ 0.5 and one iteration); a last step to zero noise is not corrected. ahead: as next, "
+            "and this evaluation is also the next step's own, so that one iteration costs nothing; only for euler, ddim, "
+            "euler_ancestral, ddpm and lcm. Start with ahead; leave other samplers uncorrected, as auto does.",
         ),
         io.Combo.Input(
             "lambda_mode",
             options=list(LAMBDA_MODES),
             default="fixed",
             optional=True,
-            tooltip="How the damping is chosen. fixed: lambda_, as in the paper. contractive: at most lambda_, reduced so "
-            "that the measured iteration converges. anderson: lambda_, accelerated from the second iteration.",
+            tooltip="How the damping is chosen. fixed: always lambda_, as in the paper. contractive: at most lambda_, set "
+            "from the convergence that each iteration shows. anderson: lambda_, with Anderson acceleration from the second "
+            "iteration on. Start with fixed; the other two are for two or more iterations.",
         ),
     ]
 
@@ -77,14 +83,18 @@ def lambdas_input():
         "lambdas",
         default="",
         optional=True,
-        tooltip="The damping of each step in place of lambda_: one number per step, above 0 and at most 1, separated by "
-        "commas, as Contraction Probe (IEC) returns them. Empty: lambda_ for all steps.",
+        tooltip="One damping per step, used instead of lambda_: as many numbers as the run has steps, above 0 and at most 1, "
+        "separated by commas. Contraction Probe (IEC) outputs such a text. Leave it empty to use lambda_ for all steps.",
     )
 
 
 def later_report():
     """Return the report output of a node whose runs take place after the node itself has run."""
-    return Report.Output(display_name="report", tooltip="What the runs did and cost; for IEC Report, which waits for them.")
+    return Report.Output(
+        display_name="report",
+        tooltip="What the runs did and cost, for IEC Report. Connect the last "
+        "sampler's latent to 'after' of that node, so that it waits for the runs.",
+    )
 
 
 MOST_RUNS = 100  # the most that a RunLog keeps if no prompt groups the runs, as in a script
@@ -121,8 +131,8 @@ def after_input(option):
     return io.Latent.Input(
         "after",
         optional=True,
-        tooltip=f"With Apply IEC and IEC Sampler: the latent of the last sampler that {option} covers, so that it is read "
-        "after the run. KSampler (IEC) needs none.",
+        tooltip=f"With Apply IEC (model) and IEC Sampler (wrap): the latent of the last sampler of the {option}, so "
+        "that this node waits for it. KSampler (IEC) does not need it.",
     )
 
 
@@ -167,20 +177,27 @@ class IECKSampler(CheckedNode):
             node_id="IECKSampler",
             display_name="KSampler (IEC)",
             category="sampling/IEC",
-            description="The stock KSampler with Iterative Error Correction: evaluates the chosen steps again at their own "
-            "result, which damps the error of quantized and cached models.",
+            description="The stock KSampler with Iterative Error Correction (IEC): after a chosen step, the network also "
+            "evaluates the step's result, and the step is taken again with a blend of both predictions. This damps the error "
+            "of quantized and cached models.",
             search_aliases=["iec sampler", "iterative error correction", "error correction", "corrected sampler"],
             inputs=[
-                io.Model.Input("model", tooltip="The model used for denoising the input latent."),
+                io.Model.Input("model", tooltip="The model to sample; the node does not change it."),
                 io.Int.Input(
                     "seed",
                     default=0,
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="The random seed used for creating the noise.",
+                    tooltip="Seed of the noise. Use the same seed for runs that you compare.",
                 ),
-                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="The number of sampling steps."),
+                io.Int.Input(
+                    "steps",
+                    default=20,
+                    min=1,
+                    max=10000,
+                    tooltip="Sampling steps. Start with 20: the correction's bias shrinks with the step size.",
+                ),
                 io.Float.Input(
                     "cfg",
                     default=8.0,
@@ -188,42 +205,52 @@ class IECKSampler(CheckedNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="Classifier-free guidance scale. 1 evaluates the positive conditioning alone.",
+                    tooltip="Guidance: use what your model needs; the built-in model needs 3. At 1, only the positive "
+                    "conditioning is evaluated.",
                 ),
                 io.Combo.Input(
                     "sampler_name",
                     options=comfy.samplers.KSampler.SAMPLERS,
-                    tooltip="The sampling algorithm. For euler and ddim the correction is the paper's, exactly.",
+                    tooltip="The sampling algorithm. Start with euler or ddim: auto corrects them, and with them a correction "
+                    "at paper is exactly the paper's.",
                 ),
                 io.Combo.Input(
                     "scheduler",
                     options=comfy.samplers.KSampler.SCHEDULERS,
-                    tooltip="How the noise level falls over the steps. ddim_uniform is the paper's.",
+                    tooltip="How the noise level falls. Start with karras or beta; ddim_uniform is the paper's.",
                 ),
                 io.Conditioning.Input("positive", tooltip="What the image should have."),
                 io.Conditioning.Input("negative", tooltip="What the image should not have."),
-                io.Latent.Input("latent_image", tooltip="The latent image to denoise."),
+                io.Latent.Input("latent_image", tooltip="The latent to denoise."),
                 io.Float.Input(
                     "denoise",
                     default=1.0,
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Share of the denoising that is done; below 1, the first step that is run has number 0.",
+                    tooltip="How much of the denoising is done. Start with 1 from an empty latent. Below 1 the result keeps "
+                    "part of the input latent, and only the steps that are run are counted, from 0.",
                 ),
                 *correction_inputs(),
-                io.String.Input("label", default="", optional=True, tooltip="The run's name in reports and plots."),
+                io.String.Input(
+                    "label",
+                    default="",
+                    optional=True,
+                    tooltip="The run's name in reports and plots. Give one to each run that you compare.",
+                ),
                 io.Boolean.Input(
                     "keep_latents",
                     default=False,
                     optional=True,
-                    tooltip="Keep the latent of every step in the report, for Compare Runs (IEC).",
+                    tooltip="Keep every step's latent in the report. Switch it on for Compare Runs (IEC).",
                 ),
                 lambdas_input(),
             ],
             outputs=[
                 io.Latent.Output(tooltip="The denoised latent."),
-                Report.Output(display_name="report", tooltip="What the run did and cost; for IEC Report and Compare Runs."),
+                Report.Output(
+                    display_name="report", tooltip="What the run did and cost, for IEC Report and Compare Runs (IEC)."
+                ),
             ],
         )
 
@@ -269,10 +296,11 @@ class IECApply(CheckedNode):
             node_id="IECApply",
             display_name="Apply IEC (model)",
             category="sampling/IEC",
-            description="Iterative Error Correction for every sampler node that this MODEL is wired to.",
+            description="Gives a MODEL Iterative Error Correction (IEC): any sampler node that the model is connected to then "
+            "corrects the chosen steps.",
             search_aliases=["iterative error correction", "error correction", "correct model", "model patch"],
             inputs=[
-                io.Model.Input("model", tooltip="The model whose sampling runs are corrected."),
+                io.Model.Input("model", tooltip="The model whose sampling runs are corrected; the node does not change it."),
                 *correction_inputs(),
                 lambdas_input(),
             ],
@@ -302,10 +330,13 @@ class IECSampler(CheckedNode):
             node_id="IECSampler",
             display_name="IEC Sampler (wrap)",
             category="sampling/IEC",
-            description="Iterative Error Correction around a SAMPLER, for SamplerCustom and SamplerCustomAdvanced.",
+            description="Wraps a SAMPLER in Iterative Error Correction (IEC), for SamplerCustom and SamplerCustomAdvanced.",
             search_aliases=["iterative error correction", "error correction", "wrap sampler", "SamplerCustom"],
             inputs=[
-                io.Sampler.Input("sampler", tooltip="The sampler whose steps are corrected."),
+                io.Sampler.Input(
+                    "sampler",
+                    tooltip="The sampler whose steps are corrected; the node does not change it. Start with euler or ddim.",
+                ),
                 *correction_inputs(),
                 lambdas_input(),
             ],

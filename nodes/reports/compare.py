@@ -25,13 +25,17 @@ class IECJoinReports(CheckedNode):
             node_id="IECJoinReports",
             display_name="Join Reports (IEC)",
             category="sampling/IEC",
-            description="Puts the reports of up to eight runs into one list, for Compare Runs (IEC) and the plots. Nodes can "
-            "be chained.",
+            description="Puts the reports of up to eight runs into one list, in order, for Compare Runs (IEC) and the plots. "
+            "For more runs, chain several of these nodes.",
             search_aliases=["merge reports", "combine reports", "concatenate reports"],
             inputs=[
-                Report.Input("reports", tooltip="The first reports; the very first run is the reference of a comparison."),
+                Report.Input(
+                    "reports",
+                    tooltip="The first reports. Start with the run in full precision without IEC: the "
+                    "very first run is the reference of the comparison.",
+                ),
                 *(Report.Input(name, optional=name != MORE[0], tooltip="The reports that follow.") for name in MORE),
-                after_input("a report"),
+                after_input("reports"),
             ],
             outputs=[Report.Output(display_name="reports", tooltip="All reports, in order.")],
         )
@@ -130,19 +134,29 @@ class IECCompare(CheckedNode):
             node_id="IECCompare",
             display_name="Compare Runs (IEC)",
             category="sampling/IEC",
-            description="Measures sampling runs against the first one: images side by side, relative latent error per step, "
-            "and a table of evaluations, seconds, final error and PSNR.",
+            description="Compares sampling runs with the first one: the images side by side, the relative error of the latent "
+            "per step, and a table of evaluations, seconds, final error and PSNR.",
             search_aliases=["compare", "benchmark", "psnr", "side by side", "measure error", "reference"],
             is_output_node=True,
             inputs=[
-                Report.Input("reports", tooltip="Joined reports with latents; the first is the reference."),
-                io.Vae.Input("vae", tooltip="Decodes the final latents. For the built-in model: VAELoader, pixel_space."),
+                Report.Input(
+                    "reports",
+                    tooltip="One run or more: reports of KSampler (IEC) nodes with keep_latents on, "
+                    "joined by Join Reports (IEC). The first run is the reference. Use the same seed, size and batch for all "
+                    "runs.",
+                ),
+                io.Vae.Input(
+                    "vae", tooltip="Decodes the final latents. For the built-in model, use VAELoader with pixel_space."
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="grid", tooltip="One row of images per run."),
-                io.Image.Output(display_name="error_plot", tooltip="Relative latent error per step, log scale."),
+                io.Image.Output(
+                    display_name="error_plot",
+                    tooltip="Relative error of the latent at each step, mean over the batch, log scale.",
+                ),
                 io.String.Output(display_name="table", tooltip=f"CSV with the columns {', '.join(COLUMNS)}."),
-                io.Image.Output(display_name="table_image", tooltip="The same table, drawn."),
+                io.Image.Output(display_name="table_image", tooltip="The same table as an image."),
             ],
         )
 

@@ -19,7 +19,11 @@ COSTS = {
 
 def reports_input():
     """Return the input for the runs that a picture shows."""
-    return Report.Input("reports", tooltip="Joined reports with latents, of two runs or more; the first is the reference.")
+    return Report.Input(
+        "reports",
+        tooltip="Two runs or more: the reports of KSampler (IEC) nodes with keep_latents on, "
+        "joined by Join Reports (IEC). The first run is the reference. Use the same seed for all runs.",
+    )
 
 
 class IECErrorPlot(CheckedNode):
@@ -29,11 +33,17 @@ class IECErrorPlot(CheckedNode):
             node_id="IECErrorPlot",
             display_name="Error Plot (IEC)",
             category="sampling/IEC",
-            description="Plots how far each run's latent is from the first run's at every step, and shows it on the node.",
+            description="Plots how far the latent of each sampling run is from that of the first run at every step. The node "
+            "shows the plot and outputs it as an image.",
             search_aliases=["error growth", "plot", "drift", "trajectory error", "compare"],
             is_output_node=True,
             inputs=[reports_input()],
-            outputs=[io.Image.Output(display_name="plot", tooltip="Relative latent error over the steps, log scale.")],
+            outputs=[
+                io.Image.Output(
+                    display_name="plot",
+                    tooltip="The relative error of the latent at each step, mean over the batch, log scale.",
+                )
+            ],
         )
 
     @classmethod
@@ -50,13 +60,15 @@ class IECImageGrid(CheckedNode):
             node_id="IECImageGrid",
             display_name="Image Grid (IEC)",
             category="sampling/IEC",
-            description="Shows the runs' images side by side on the node, each above its amplified difference to the first "
-            "run.",
+            description="Shows the images of sampling runs side by side, each with its amplified difference from the first "
+            "run's image. The node shows the grid and outputs it as an image.",
             search_aliases=["compare images", "difference", "side by side", "contact sheet", "xy grid"],
             is_output_node=True,
             inputs=[
                 reports_input(),
-                io.Vae.Input("vae", tooltip="Decodes the final latents. For the built-in model: VAELoader, pixel_space."),
+                io.Vae.Input(
+                    "vae", tooltip="Decodes the final latents. For the built-in model, use VAELoader with pixel_space."
+                ),
                 io.Float.Input(
                     "difference_gain",
                     default=8.0,
@@ -64,12 +76,15 @@ class IECImageGrid(CheckedNode):
                     max=100.0,
                     step=1.0,
                     optional=True,
-                    tooltip="Factor that makes the absolute difference to the first run visible. 1: not amplified.",
+                    tooltip="The absolute difference from the reference is multiplied by this number. Start with 8; use more "
+                    "if differences are black, less if they are white, and 1 for the true differences.",
                 ),
             ],
             outputs=[
                 io.Image.Output(
-                    display_name="grid", tooltip="A column per run: its images, each above its difference to the first run."
+                    display_name="grid",
+                    tooltip="One column per run: its images, each with its difference from the reference "
+                    "to the right or below.",
                 )
             ],
         )
@@ -89,8 +104,8 @@ class IECParetoPlot(CheckedNode):
             node_id="IECParetoPlot",
             display_name="Pareto Plot (IEC)",
             category="sampling/IEC",
-            description="Plots on the node each run's final error to the first run against its cost, and marks the runs that "
-            "no other run beats in both.",
+            description="Plots the error of each sampling run's result against the cost of the run, and marks the runs that "
+            "no other run beats. The node shows the plot and outputs it as an image.",
             search_aliases=["pareto", "quality against speed", "trade-off", "benchmark", "plot"],
             is_output_node=True,
             inputs=[
@@ -99,12 +114,19 @@ class IECParetoPlot(CheckedNode):
                     "cost",
                     options=list(COSTS),
                     default="seconds",
-                    tooltip="seconds: wall time of the sampler; use it if runs are cached or quantized, since their "
-                    "evaluations cost less. The first run after a start is slower, so queue once before. evaluations: the "
-                    "same on every machine; use it if all runs use one model without a cache.",
+                    tooltip="How the cost of a run is measured. seconds: the wall time of the sampler, on your machine. Start "
+                    "with it if runs are cached or quantized, since their evaluations cost less. The first run after a start, "
+                    "or after another model, is slower: queue once, and then again with another seed. evaluations: how often "
+                    "the network was evaluated (NFE), the same on every machine. Use it if all runs use one model without a "
+                    "cache.",
                 ),
             ],
-            outputs=[io.Image.Output(display_name="plot", tooltip="Final relative latent error against cost.")],
+            outputs=[
+                io.Image.Output(
+                    display_name="plot",
+                    tooltip="The relative error of the final latent, mean over the batch, log scale, against the cost.",
+                )
+            ],
         )
 
     @classmethod

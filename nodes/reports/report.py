@@ -18,12 +18,12 @@ class IECReport(CheckedNode):
             node_id="IECReport",
             display_name="IEC Report",
             category="sampling/IEC",
-            description="What sampling runs did, step by step: sigma, corrected or not, damping, residuals, contraction, "
-            "evaluations and seconds; as JSON and as a plot.",
+            description="Shows what sampling runs did, step by step, as JSON text and as a plot: sigma, corrected or not, "
+            "damping, residuals, contraction, evaluations and seconds.",
             search_aliases=["sampling report", "convergence", "residuals", "contraction", "statistics"],
             is_output_node=True,
             inputs=[
-                Report.Input("report", tooltip="The report of KSampler (IEC), Apply IEC or IEC Sampler."),
+                Report.Input("report", tooltip="The report of KSampler (IEC), Apply IEC (model) or IEC Sampler (wrap)."),
                 after_input("report"),
             ],
             outputs=[

@@ -230,12 +230,12 @@ NODES = {"IECErrorPlot": {}, "IECImageGrid": {"vae": PixelVAE()}, "IECParetoPlot
 
 @pytest.mark.parametrize(("node", "inputs"), NODES.items())
 def test_reports_that_make_no_picture_are_refused(host, sample, model, reports, node, inputs):
-    with pytest.raises(ValueError, match=r"^reports: the number of runs is 1 and has to be at least 2"):
+    with pytest.raises(ValueError, match=r"^reports: the number of runs is 1, but must be at least 2"):
         host.run(node, reports=reports[:1], **inputs)
-    with pytest.raises(ValueError, match=r"^reports: the number of runs is 0 and has to be at least 2"):
+    with pytest.raises(ValueError, match=r"^reports: the number of runs is 0, but must be at least 2"):
         host.run(node, reports=[], **inputs)
     sample(model, reports, label="bare", steps=1)
-    with pytest.raises(ValueError, match=r"^reports: the run 'bare' kept no latents; only a KSampler"):
+    with pytest.raises(ValueError, match=r"^reports: the run 'bare' kept no latents; only KSampler"):
         host.run(node, reports=reports, **inputs)
 
 
