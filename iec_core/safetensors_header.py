@@ -47,8 +47,8 @@ def read_header(file: BinaryIO) -> tuple[dict[str, str], dict[str, object], int]
     length = int.from_bytes(file.read(8), "little")
     if size < 10 or not 2 <= length <= min(size - 8, LARGEST_HEADER):
         raise FileError(
-            f"it is not a .safetensors file, or it is damaged (its first bytes say that its header has {length} of its {size} "
-            f"bytes; a header has at most {LARGEST_HEADER})"
+            f"it is not a .safetensors file, or it is damaged (its header would have {length} of its {size} bytes, but "
+            f"can have at most {LARGEST_HEADER})"
         )
     try:
         text = file.read(length).decode()

@@ -158,7 +158,7 @@ def test_multiples_of_the_identity_and_zero():
 
 def test_a_function_of_no_derivative_is_refused():
     x = point()
-    with pytest.raises(ValueError, match="does not depend"), Linearization(lambda x: x.detach().round(), x):
+    with pytest.raises(ValueError, match="has no derivative with respect"), Linearization(lambda x: x.detach().round(), x):
         pass
 
 

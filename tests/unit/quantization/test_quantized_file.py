@@ -753,7 +753,7 @@ def with_description(raw, text):
     return len(whole).to_bytes(8, "little") + whole + data
 
 
-NO_FILE = "^it is not a .safetensors file, or it is damaged .its first bytes say that its header has"
+NO_FILE = "^it is not a .safetensors file, or it is damaged .its header would have"
 BYTES = {
     "nothing": (lambda raw: b"", NO_FILE),
     "three bytes": (lambda raw: raw[:3], NO_FILE),
