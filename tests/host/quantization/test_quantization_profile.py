@@ -253,7 +253,7 @@ def test_layers_compute_by_the_definition_with_the_profiles_scales(quantize, cal
 
 
 def test_all_kinds_of_scales_are_near_to_full_precision(quantize, calibrate, run, model, relative):
-    """The noise is different from the calibration's. Which kind is nearer depends on the noise at so few steps of so small images:
+    """The noise is not the calibration's. Which kind is nearer depends on the noise at so few steps of such small images:
     docs/quantization.md compares them at the model's own size.
     """
     quantized, exact = quantize(), run(model, seed=3)
