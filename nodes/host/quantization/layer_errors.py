@@ -79,6 +79,6 @@ def _take_up(error, reference, device, layer, inputs, output):
     error.noise += (output.float() - expected).square().sum().item()
     if not math.isfinite(error.signal + error.noise):
         raise ValueError(
-            f"model: the output of its layer {error.name}, quantized or in full precision, has NaN or infinity in a "
+            f"model: the output of its layer {error.name}, quantized or in full precision, contains NaN or infinity in a "
             f"calibration run. {TRY_PRECISION}"
         )

@@ -83,7 +83,7 @@ class _Measured:
                     change = (predict() - expected).flatten()[places].float() * scale
                 if not change.isfinite().all():
                     raise ValueError(
-                        f"model: a prediction with its layer {name} quantized, or in full precision, has NaN or infinity. "
+                        f"model: a prediction with its layer {name} quantized, or in full precision, contains NaN or infinity. "
                         f"{TRY_PRECISION}"
                     )
                 error.take_up(change.cpu())

@@ -173,7 +173,9 @@ class _Inputs:
         """Return the Moments of a layer and remove them here. Raises ValueError if they are not finite."""
         moments = self._moments.pop(name)
         if not moments.is_finite():
-            raise ValueError(f"model: the input of its layer {name} has NaN or infinity in a calibration run. {TRY_PRECISION}")
+            raise ValueError(
+                f"model: the input of its layer {name} contains NaN or infinity in a calibration run. {TRY_PRECISION}"
+            )
         return moments
 
     def _take_up(self, name, layer, inputs):

@@ -231,7 +231,7 @@ def test_consumer_statistics_map_one_network_on_the_other():
 
 @pytest.mark.parametrize("sigmas", [[10.0, 5.0, 0.0], [9.0, 8.0, 7.0], [*range(12, -1, -1)]])
 def test_another_schedule_is_refused(sigmas):
-    with pytest.raises(ValueError, match=r"^profile: it was calibrated for 6 steps of euler on even from sigma 10 to 0, and"):
+    with pytest.raises(ValueError, match=r"^profile: it was calibrated for 6 steps of euler on even from sigma 10 to 0, but"):
         CorrectedFeatures(profile()).full_steps(sigmas)
 
 
