@@ -48,7 +48,7 @@ times: setup
 answers: setup
 	$(RUN) tools/answers.py
 
-# The example workflows as ComfyUI's frontend saves them, their pictures, and one of every node: about seven minutes.
+# The example workflows as ComfyUI's frontend saves them, their pictures, and one of every node, and those of the README: about nine minutes.
 pictures: setup
 	$(RUN) tools/draw_workflows.py
 

@@ -1,4 +1,4 @@
-"""Makes the host-free core importable as `iec_core`, and holds every test to leaving the process as it was."""
+"""Make the host-free core importable as `iec_core`, and check that every test leaves the process unchanged."""
 
 import os
 
@@ -11,14 +11,14 @@ import torch
 pack.load("iec_core")
 
 
-# What pytest and torch set by themselves.
+# Variables that pytest and torch set by themselves.
 OWN_VARIABLES = (
     "PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"
 )  # fmt: skip
 
 
 def process_state():
-    """Return what tests of the same process share, by name, as far as a test could leave it changed without a trace."""
+    """Return, by name, the state that tests of the same process share and could silently change."""
     environment = {name: value for name, value in os.environ.items() if name not in OWN_VARIABLES}
     return {
         **environment,
@@ -31,13 +31,14 @@ def process_state():
     }
 
 
-# The files whose tests share a server, for which a run in several processes has one, and so one server and one browser.
+# The files whose tests share a server. A run in several processes runs them all in one process, with one server and one
+# browser.
 SHARING = ("browser/", "host/test_example_workflows.py", "host/test_headless.py", "host/test_inputs.py")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Of `--dist loadfile`: SHARING is like one file."""
+    """Change `--dist loadfile` so that the files of SHARING count as one file."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
@@ -49,8 +50,9 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(scope="session")
 def shared_server(tmp_path_factory):
-    """A server with the pack and the model files that the example workflows name, for all tests of a process that take a
-    server as they find it: it costs as much as some tens of tests.
+    """Return a server with the pack and the model files that the example workflows name.
+
+    All tests of a process that can use a server in any state share it, because a start takes as long as some tens of tests.
     """
     models = dummy_models.write(tmp_path_factory.mktemp("models"))
     with server.serve(tmp_path_factory.mktemp("output"), models=models) as running:
@@ -59,9 +61,9 @@ def shared_server(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind(request):
-    """Tests run in any order: none finds what another has left. Fixtures of more than one test begin before this.
+    """Check that no test leaves changes, because tests run in any order. Fixtures of more than one test begin before this.
 
-    On the server they share, that is its history: a prompt with NaN in it, which no browser reads as JSON, breaks every page.
+    On the shared server, the history is cleared: a prompt with NaN in it, which no browser reads as JSON, breaks every page.
     """
     before = process_state()
     yield

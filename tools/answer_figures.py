@@ -1,4 +1,4 @@
-"""The figures of docs/results.md."""
+"""Draw the figures of docs/results.md."""
 
 import numpy as np
 from answer_rows import MODELS, cache, front, grouped, norms_by_step, place_of, precision, rule, told_apart
@@ -6,37 +6,37 @@ from experiment_rows import Run
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
-# Okabe and Ito's palette, told apart with every common colour blindness, and what tells more than seven apart.
+# Okabe and Ito's palette, distinguishable with every common colour blindness; the markers distinguish more than seven kinds.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def drawing(width, height, panels=1):
-    """Return (Figure, its axes); sizes in inches."""
+    """Return (Figure, its axes); width and height in inches."""
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
     return figure, figure.subplots(1, panels, squeeze=False)[0]
 
 
 def on_lines(axes, labels):
-    """Give each of the labels, tuples of texts, a line of its own, the first one on top. That there is no cache is not said."""
+    """Give each label, a tuple of texts, its own line, the first one on top. The part "none" (no cache) is left out."""
     axes.set_yticks(range(len(labels)), [", ".join(part for part in label if part != "none") for label in labels])
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.grid(axis="x", color="0.9")
 
 
 def legend_below(figure, axes):
-    """Put the legend of the axes' points below all."""
+    """Put the legend of the axes' points below the figure."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small", frameon=False)
 
 
 def style(place):
-    """Return how the `place`-th of several kinds of points is drawn."""
+    """Return the colour and marker of the `place`-th kind of points."""
     return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[(place + place // len(COLOURS)) % len(MARKERS)]}
 
 
 def plain_numbers(axis, low, high):
-    """Let a logarithmic axis have round numbers from low to high for ticks, written out."""
+    """Give a logarithmic axis round ticks (1, 2, 5 times powers of ten) from low to high, written as plain numbers."""
     ticks = [one * 10.0**power for power in range(-4, 3) for one in (1, 2, 5)]
     axis.set_major_locator(FixedLocator([tick for tick in ticks if low / 1.5 <= tick <= high * 1.5]))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -44,8 +44,8 @@ def plain_numbers(axis, low, high):
 
 
 def ratios(rows, name=rule, subject_of=None):
-    """The error over that without a correction: a line for each subject, a marker for each name(run); None where no row has
-    such a ratio.
+    """Draw the error over the uncorrected error: a line for each subject, a marker for each name(run). Return None if no row
+    has such a ratio.
     """
     of = subject_of or told_apart(rows)[1]
     corrected = [found for found in rows if found.ratio("exact")]
@@ -69,12 +69,14 @@ def ratios(rows, name=rule, subject_of=None):
 
 
 def ratios_by_steps(rows):
-    """`ratios` with a line for each subject but for its steps, and a marker for each number of steps."""
+    """Draw `ratios` with a line for each subject (without its number of steps), and a marker for each number of steps."""
     return ratios(rows, lambda run: f"{run.steps} steps", told_apart(rows, left_out=["steps"])[1])
 
 
 def changes(rows):
-    """How the Fréchet distance and the error change by what a run does, a line for each run; None where none is compared."""
+    """Draw by how much each run changes the Fréchet distance and the error, a line for each run. Return None if no run is
+    compared with a baseline.
+    """
     _, of = told_apart(rows)
     changed = grouped([found for found in rows if found.columns["change_imagenet_frechet"]], of)
     if not changed:
@@ -102,7 +104,7 @@ def changes(rows):
 
 
 def against_damping(rows):
-    """The error over the damping of one iteration, for each precision and point; None where no row is corrected."""
+    """Draw the error over the damping of one iteration, for each precision and point. Return None if no row is corrected."""
     corrected = [found for found in rows if found.run.correction_steps != "none" and found.run.max_iterations == 1]
     if not corrected:
         return None
@@ -132,7 +134,7 @@ def kind_of_choice(run):
 
 
 def against_time(rows):
-    """The error over the time, of that of 20 plain euler steps, for each model, with the front."""
+    """Draw the error over the time (as a share of 20 plain euler steps), for each model, with the Pareto front."""
     figure, panels = drawing(11, 5.5, 2)
     kinds = list(dict.fromkeys(kind_of_choice(found.run) for found in rows))
     for axes, (model, name) in zip(panels, MODELS.items()):
@@ -154,7 +156,7 @@ def against_time(rows):
 
 
 def along_the_run(rows):
-    """For each model, the growth over the steps in each precision, and the contraction over the damping in each step."""
+    """Draw, for each model, the growth over the steps in each precision, and the contraction over the damping in each step."""
     found = norms_by_step(rows)
     models = [name for name in MODELS if any(architecture == name for architecture, _, _ in found)]
     figure = Figure(figsize=(10, 3.6 * len(models)), dpi=110, layout="constrained")
@@ -188,7 +190,7 @@ def _contractions(axes, steps):
 
 
 def of_weights(rows):
-    """The growth, the contraction and the residuals over the steps, for each of the U-Net's weights; dashed: quantized."""
+    """Draw the growth, the contraction and the residuals over the steps, for each of the U-Net's weights; dashed: quantized."""
     found = norms_by_step(rows, lambda case: case.weights)
     figure, panels = drawing(13, 4.2, 4)
     drawn = {

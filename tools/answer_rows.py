@@ -1,4 +1,4 @@
-"""The rows of docs/results as the tables and figures take them: with what they are compared with, and how runs are called."""
+"""Read the rows of docs/results for the tables and figures, each with its baseline, and name the runs."""
 
 from dataclasses import dataclass
 
@@ -10,14 +10,14 @@ import sample_distance
 import times
 from experiment_rows import CHUNK, Run
 
-LEVEL = 0.99  # of the intervals of ratios: there are hundreds of them
+LEVEL = 0.99  # confidence level of the intervals of ratios; high because there are hundreds of them
 MODELS = {"unet": "U-Net", "transformer": "transformer"}
 
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """A Run; the columns of its row, a text each, empty where there is nothing to say; the Found of its baseline, if it is not
-    one itself.
+    """A Run, the columns of its row (a text each, empty where a value is missing), and the Found of its baseline, None if the
+    run is a baseline itself.
     """
 
     run: Run
@@ -25,7 +25,7 @@ class Found:
     baseline: "Found | None" = None
 
     def number(self, name):
-        """Return a column's number; NaN where it is empty."""
+        """Return the number in a column; NaN where the column is empty."""
         return float(self.columns[name] or "nan")
 
     def interval(self, name):
@@ -33,17 +33,19 @@ class Found:
         return tuple(self.number(name + end) for end in ("", "_low", "_high"))
 
     def errors(self, name):
-        """Return the images' errors, float64 [images]."""
+        """Return the error of each image, float64 [images]."""
         return np.array([float(text) for text in self.columns[f"errors_{name}"].split(";")])
 
     def ratio(self, name):
-        """Return (value, low, high) of the error over that of the run that it is compared with, in pairs of images: infinity
-        where that alone is none, 1 where both are; None where there is no such error.
+        """Return (value, low, high) of the error over the baseline's error, in pairs of images.
+
+        All three are infinity where only the baseline's error is zero, and 1 where both errors are. None where there is no such
+        error.
         """
-        comparable = name == "exact" or not self.run.instead_of  # a baseline of other steps has another run of as many
+        comparable = name == "exact" or not self.run.instead_of  # with other steps, same_steps is another run
         if self.baseline is None or not comparable or not self.columns[f"errors_{name}"]:
             return None
-        if not self.baseline.errors(name).any():  # full precision, to itself
+        if not self.baseline.errors(name).any():  # full precision, compared with itself
             return (np.inf if self.errors(name).any() else 1.0,) * 3
         found = sample_distance.ratio_with_interval(self.errors(name), self.baseline.errors(name), LEVEL)
         return found.value, found.low, found.high
@@ -59,14 +61,14 @@ def read(folder=experiments.RESULTS):
 
 
 def with_times(columns, folder):
-    """Return {Run: its columns, with those of its time} of those runs that have one in a folder's times.csv."""
+    """Return {Run: its columns and its time's columns} for the runs that have a time in the folder's times.csv."""
     known = times.results(folder)
     timed = {row.run: found for row in times.declared()[times.TimeRow.file] if (found := known.get(row))}
     return {run: timed[run] | found for run, found in columns.items() if run in timed}
 
 
 def with_baselines(columns):
-    """Return [Found, ...] of {Run: its columns}, each with that of the run that it is compared with, if that is there."""
+    """Return [Found, ...] of {Run: its columns}, each with its baseline's Found if that row is there."""
     plain = {run: Found(run, found) for run, found in columns.items()}
     return [Found(run, found, plain.get(run.baseline) if run.baseline != run else None) for run, found in columns.items()]
 
@@ -88,7 +90,9 @@ def cache(run):
 
 
 def rule(run):
-    """Return what is corrected, and where; or the control, or the steps instead."""
+    """Return the corrected steps and the evaluation point; or the control; or the number of steps taken instead of a
+    correction.
+    """
     if run.instead_of:
         return f"{run.steps} steps"
     if run.control != "none":
@@ -103,7 +107,7 @@ def damping(run):
 
 
 def subject(run):
-    """Return what a run corrects, in words: the parts that tell the rows of a file apart."""
+    """Return, in words, what a run corrects: the parts that distinguish the rows of a file."""
     model = MODELS[run.architecture], run.weights
     return *model, run.sampler, run.scheduler, f"{run.baseline.steps} steps", precision(run), cache(run)
 
@@ -112,13 +116,13 @@ SUBJECT = ("model", "weights", "sampler", "schedule", "steps", "precision", "cac
 
 
 def grouped(rows, of):
-    """Return the rows with those of the same of(run) one after the other, in the order of the first of them."""
+    """Return the rows with equal of(run) next to each other; groups are in the order of their first rows."""
     groups = list(dict.fromkeys(of(found.run) for found in rows))
     return sorted(rows, key=lambda found: groups.index(of(found.run)))
 
 
 def told_apart(rows, left_out=()):
-    """Return (names, subject): those parts of `subject` alone in which the runs differ, but for those of names left out."""
+    """Return (names, subject) of only those parts of `subject` in which the runs differ, without the names in left_out."""
     parts = [subject(found.run) for found in rows]
     differ = [place for place in range(len(SUBJECT)) if len({part[place] for part in parts}) > 1]
     kept = [place for place in differ if SUBJECT[place] not in left_out]
@@ -126,12 +130,12 @@ def told_apart(rows, left_out=()):
 
 
 def place_of(found):
-    """Return (time, of that of the model's 20 plain euler steps; error to the exact solution)."""
+    """Return (time as a share of the model's 20 plain euler steps, error to the exact solution)."""
     return found.number("time"), found.number("error_exact")
 
 
 def front(rows):
-    """Return the rows that no other is both faster and better than, fastest first."""
+    """Return the Pareto front, fastest first: the rows for which no other row is both faster and better."""
     kept = []
     for found in sorted(rows, key=place_of):
         if not kept or found.number("error_exact") < kept[-1].number("error_exact"):
@@ -140,8 +144,10 @@ def front(rows):
 
 
 def norms_by_step(rows, of=lambda case: case.architecture):
-    """Return {(of(case), quantization, step): {column: the largest of the images' numbers}} of rows of norms; NaN where one
-    is not finite. "converged": whether all are; those that are not are bounds from below.
+    """Return {(of(case), quantization, step): {column: the largest of the images' numbers}} of rows of norms.
+
+    A number is NaN where one image's is not finite. "converged": whether all images' norms converged; if not, the numbers are
+    lower bounds.
     """
     found = {}
     for row, columns in rows:

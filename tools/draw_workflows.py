@@ -1,13 +1,14 @@
-"""Draws the example workflows and the nodes with ComfyUI's own frontend.
+"""Draw the example workflows and the nodes with ComfyUI's own frontend.
 
-    python tools/draw_workflows.py [NAME ...]        workflows of these names, or `nodes`; default: everything
+    python tools/draw_workflows.py [NAME ...]        workflows of these names, `nodes` or `readme`; default: everything
 
-Reads `example_workflows/api/<name>.json`, lays the nodes out as `workflow_pages.py` says, and writes
+Reads `example_workflows/api/<name>.json`, arranges the nodes as `workflow_pages.py` says, and writes
 
 - `example_workflows/<name>.json`, the workflow as the frontend saves it,
-- `example_workflows/<name>.jpg`, its picture, with results where it runs on the built-in model,
+- `example_workflows/<name>.jpg`, its picture, with results if it runs on the built-in model,
 - `example_workflows/api/<name>.json` again, with every widget's value,
-- `web/docs/images/<node id>.png`, a picture of each node.
+- `web/docs/images/<node id>.png`, a picture of each node,
+- `docs/images/quick_start.jpg` and `docs/images/grid.png`, the pictures of README.md (`readme`: two minutes).
 """
 
 import argparse
@@ -20,6 +21,7 @@ import tempfile
 import uuid
 
 import comfyui
+import demo
 import frontend
 import server
 from PIL import Image
@@ -27,13 +29,17 @@ from workflow_pages import PAGES
 
 WORKFLOWS = comfyui.ROOT / "example_workflows"
 NODE_PICTURES = comfyui.ROOT / "web" / "docs" / "images"
-MOST_BYTES = 60_000  # of a picture
+README_PICTURES = comfyui.ROOT / "docs" / "images"
+README_GROUPS = ("3. Corrected sampling", "4. Images")  # the groups of quick_start that README.md shows
+MOST_BYTES = 60_000  # of a picture of an example workflow
+MOST_BYTES_IN_README = 300_000
 
 NOTE_WIDTH, PADDING, GAP, TITLE, FRAME_TITLE = 400, 20, 20, 30, 44
 VIEWPORT = {"width": 1600, "height": 1200}
-# How a workflow opens: at this scale, its note right of and below the frontend's bars, in pixels of the window.
+# The initial view of a workflow: its scale, and the position of its note, right of and below the frontend's bars, in pixels of
+# the window.
 VIEW_SCALE, BARS = 0.75, (90, 140)
-# Sizes of nodes that show something, or hold a text; the others have the least that their widgets need.
+# Sizes of nodes that show something or hold a text; the other nodes have the minimum size of their widgets.
 SIZES = {
     "CLIPTextEncode": (380, 150),
     "LoadImage": (380, 400),
@@ -49,7 +55,7 @@ SIZES = {
 }
 LEAST_WIDTH, LEAST_NODE_WIDTH = 300, 340
 
-# Nothing but the canvas, and what widgets put over it.
+# Hide everything except the canvas and what widgets put over it.
 BARE = """
 body * { visibility: hidden !important; }
 #graph-canvas, .dom-widget, .dom-widget * { visibility: visible !important; }
@@ -64,7 +70,7 @@ def api_workflow(name):
 
 
 def write_json(path, data):
-    """Write JSON as the files in the repository are written."""
+    """Write JSON in the format of the repository's files."""
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -74,7 +80,7 @@ def call(view, function, *arguments):
 
 
 def load(view):
-    """Load the frontend anew, with nothing but the canvas, and texts drawn at every scale."""
+    """Reload the frontend, with only the canvas visible, and with texts drawn at every scale."""
     view.load(settings=SETTINGS)
     view.page.add_style_tag(content=BARE)
     view.page.add_script_tag(path=SCRIPT)
@@ -83,8 +89,8 @@ def load(view):
 def arrange(page, sizes):
     """Return ({title: (x, y, width, height)} of the nodes, [(x, y, width, height)] of the page's groups).
 
-    sizes: {title: (width, height, room below)}. Positions are LiteGraph's: a node's is below its title. Groups stand in
-    columns, nodes in columns within a group; nodes of a column have one width, groups too.
+    sizes: {title: (width, height, room below)}. Positions are LiteGraph's: a node's position is below its title. Groups stand
+    in columns, and nodes in columns within a group; all nodes of a column have one width, and so have all groups of a column.
     """
     nodes, frames, left = {}, [], 0
     for column in page.columns:
@@ -108,7 +114,7 @@ def arrange(page, sizes):
 
 
 def decorate(view, name, page):
-    """Place the nodes of the workflow that is open, and add note and groups."""
+    """Place the nodes of the open workflow, and add the note and the groups."""
     sizes = call(view, "measure", SIZES, LEAST_WIDTH)
     if sorted(sizes) != sorted(title for group in page.groups for title in group.nodes):
         raise ValueError(f"{name}: workflow_pages.py does not name its nodes' titles, each once: {', '.join(sorted(sizes))}")
@@ -120,7 +126,7 @@ def decorate(view, name, page):
 
 
 def serialized(view, name):
-    """Return the open workflow as the frontend saves it, without what differs from one run to the next."""
+    """Return the open workflow as the frontend saves it, without the parts that differ from run to run."""
     graph = json.loads(view.page.evaluate("() => JSON.stringify(app.graph.serialize())"))
     graph["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{comfyui.PACK}/{name}"))
     graph["extra"]["ds"] = {"scale": VIEW_SCALE, "offset": [NOTE_WIDTH + GAP + BARS[0] / VIEW_SCALE, BARS[1] / VIEW_SCALE]}
@@ -128,7 +134,7 @@ def serialized(view, name):
 
 
 def shoot(view, x, y, width, height, margin, results=False):
-    """Return a picture of a part of the graph, as large as the window allows, at most in its own size. results: wait for the
+    """Return a picture of a part of the graph, as large as the window allows, at most at its own size. results: wait for the
     images that the nodes show.
     """
     place = call(view, "show", x - margin, y - margin, width + 2 * margin, height + 2 * margin, 1)
@@ -137,33 +143,33 @@ def shoot(view, x, y, width, height, margin, results=False):
     return Image.open(io.BytesIO(view.page.screenshot(clip=place))).convert("RGB")
 
 
-def save_jpeg(picture, path):
-    """Write a picture as the largest JPEG that is no file too large. Raises ValueError where there is none."""
+def save_jpeg(picture, path, most_bytes=MOST_BYTES):
+    """Write a picture as the largest JPEG of at most `most_bytes` bytes. Raises ValueError where there is none."""
     for width in (1600, 1400, 1200, 1000, 800, 600):
         smaller = picture.copy()
         smaller.thumbnail((width, width), Image.Resampling.LANCZOS)
         for quality in (80, 70, 60, 50):
             file = io.BytesIO()
             smaller.save(file, "JPEG", quality=quality, optimize=True, progressive=True)
-            if file.tell() <= MOST_BYTES:
+            if file.tell() <= most_bytes:
                 path.write_bytes(file.getvalue())
                 return
-    raise ValueError(f"{path.name}: no JPEG of at most {MOST_BYTES} bytes; show fewer groups.")
+    raise ValueError(f"{path.name}: no JPEG of at most {most_bytes} bytes; show fewer groups.")
 
 
 def run(view):
-    """Run the open workflow in the page. Raises RuntimeError where it fails."""
+    """Run the open workflow in the page. Raises RuntimeError if it fails."""
     if problem := call(view, "run"):
         raise RuntimeError(f"the workflow failed: {problem}")
 
 
 def warm_up(view):
-    """Run the open workflow once, with other noise, so that the seconds that it shows hold the first use of nothing."""
+    """Run the open workflow once with other noise, so that the seconds it will show include no first use."""
     workflow = view.api_workflow()
     for node in workflow.values():
         if isinstance(node["inputs"].get("seed"), int):
             node["inputs"]["seed"] += 1
-        elif node["class_type"] == "PrimitiveInt":  # the seed of several samplers
+        elif node["class_type"] == "PrimitiveInt":  # the seed that several samplers share
             node["inputs"]["value"] += 1
     view.server.run(workflow)
 
@@ -196,8 +202,44 @@ def draw_nodes(view):
         picture.quantize(128, dither=Image.Dither.NONE).save(NODE_PICTURES / f"{name}.png", optimize=True)
 
 
+def draw_quick_start(view):
+    """Write README.md's picture of quick_start after a run, from the file that ComfyUI lists as a template."""
+    load(view)
+    view.open(json.loads((WORKFLOWS / "quick_start.json").read_text()), "quick_start")
+    run(view)
+    picture = shoot(view, *call(view, "area", README_GROUPS), margin=12, results=True)
+    save_jpeg(picture, README_PICTURES / "quick_start.jpg", MOST_BYTES_IN_README)
+    if view.errors:
+        raise RuntimeError(f"quick_start: the frontend complains: {view.errors}")
+
+
+def grid_workflow():
+    """Return the demonstration's workflow with four images, 20 steps, DeepCache at interval 3, and fewer runs."""
+    workflow = demo.with_settings(api_workflow("compare_variants"), steps=20)
+    workflow["positive"]["inputs"]["labels"] = "face, heart, person, vehicle"
+    workflow["latent"]["inputs"]["batch_size"] = 4
+    workflow["deepcache"]["inputs"]["interval"] = 3
+    for rule in ("none", "auto"):
+        workflow[f"sample_deepcache_{rule}"]["inputs"]["label"] = "DeepCache 3"
+    reports = ["sample_reference", 1]
+    for model in ("model", "w8a8", "w4a8", "deepcache"):
+        runs = {"more": [f"sample_{model}_none", 1], "more_2": [f"sample_{model}_auto", 1]}
+        workflow[f"join_{model}"]["inputs"] = {"reports": reports, **runs}
+        reports = [f"join_{model}", 0]
+    workflow["compare"]["inputs"]["reports"] = reports
+    return workflow
+
+
+def draw_grid(host):
+    """Write README.md's picture of a comparison, and print its table."""
+    outputs = host.run(grid_workflow())
+    picture = Image.open(io.BytesIO(host.image(outputs["grid"]["images"][0]))).convert("RGB")
+    picture.save(README_PICTURES / "grid.png", optimize=True)
+    print(outputs["table"]["text"][0])
+
+
 def folder_of_models(folder):
-    """Put a file into each folder that the pack's loaders read, so that they show a name; return the folder of them all."""
+    """Put a file into each folder that the pack's loaders read, so that they show a file name; return their base folder."""
     for kind in ("diffusion_models", "iec_profiles"):
         path = pathlib.Path(folder) / kind / "example.safetensors"
         path.parent.mkdir()
@@ -207,7 +249,7 @@ def folder_of_models(folder):
 
 @contextlib.contextmanager
 def open_frontend(scale):
-    """Yield a Frontend on a server of its own. scale: device pixels for each pixel of its window."""
+    """Yield a Frontend on its own server. scale: device pixels per pixel of its window."""
     with (
         tempfile.TemporaryDirectory(prefix="comfyui-iec-") as scratch,
         server.serve(models=folder_of_models(scratch)) as host,
@@ -218,10 +260,11 @@ def open_frontend(scale):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"nodes, {', '.join(PAGES)}")
-    names = parser.parse_args().names or [*PAGES, "nodes"]
-    if unknown := set(names) - {*PAGES, "nodes"}:
-        parser.error(f"{', '.join(sorted(unknown))}: none of nodes, {', '.join(PAGES)}")
+    others = ("nodes", "readme")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join((*others, *PAGES)))
+    names = parser.parse_args().names or [*PAGES, *others]
+    if unknown := set(names) - {*PAGES, *others}:
+        parser.error(f"{', '.join(sorted(unknown))}: none of {', '.join((*others, *PAGES))}")
     names = [*filter(None, (PAGES[name].after for name in names if name in PAGES)), *names]
     workflows = [name for name in PAGES if name in names]
     if workflows:
@@ -229,10 +272,16 @@ def main():
             for name in workflows:
                 print(name, flush=True)
                 draw_workflow(view, name)
-    if "nodes" in names:
-        print("nodes", flush=True)
+    if "nodes" in names or "readme" in names:
         with open_frontend(scale=2) as view:
-            draw_nodes(view)
+            if "nodes" in names:
+                print("nodes", flush=True)
+                draw_nodes(view)
+            if "readme" in names:
+                print("readme", flush=True)
+                README_PICTURES.mkdir(exist_ok=True)
+                draw_quick_start(view)
+                draw_grid(view.server)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What a correction consists of, each effect by itself: the controls of experiments.
+"""The controls of the experiments: each effect of a correction by itself.
 
-A correction of lambda 1/2 averages two evaluations, whose errors of quantization are not the same; and the second one is at
-another, less noisy point, which shrinks the noise that is predicted. Here the average comes without the other point
-(`Rounding`, `evaluated`), and the shrinking without an evaluation (`shrunk`). The host has a constant shrinking as a node,
-Epsilon Scaling.
+A correction with lambda 1/2 averages two evaluations, whose quantization errors differ. The second evaluation is also at
+another, less noisy point, which shrinks the predicted noise. Here the average comes without the other point (`Rounding`,
+`evaluated`), and the shrinking without a second evaluation (`shrunk`). The host has a constant shrinking as a node, Epsilon
+Scaling.
 """
 
 import contextlib
@@ -12,8 +12,9 @@ import torch
 
 
 class StochasticRounding(torch.overrides.TorchFunctionMode):
-    """Where it is entered, round_ goes up with the probability of the fraction: a rounding without bias (Gupta et al. 2015,
-    arXiv 1502.02551), whose error is drawn anew each time.
+    """A context in which round_ rounds up with the probability of the fraction.
+
+    This is rounding without bias (Gupta et al. 2015, arXiv 1502.02551); the error is drawn again each time.
     """
 
     def __init__(self, seed):
@@ -27,8 +28,9 @@ class StochasticRounding(torch.overrides.TorchFunctionMode):
 
 
 class Rounding:
-    """The weights and activations of a quantized MODEL rounded stochastically, anew in each evaluation of the network; the
-    weights come from the full-precision MODEL of the same network.
+    """Stochastic rounding of the weights and activations of a quantized MODEL, drawn again in each evaluation of the network.
+
+    The weights come from the full-precision MODEL of the same network.
     """
 
     def __init__(self, model, full, seed):
@@ -39,20 +41,20 @@ class Rounding:
 
     @contextlib.contextmanager
     def evaluation(self):
-        """Within it the weights and all activations are rounded by one more draw."""
+        """Return a context in which the weights and all activations are rounded with a new draw."""
         with self._mode:
             self.round_weights()
             yield
 
     def round_weights(self):
-        """Round the weights anew, by the rounding that is in force: outside of an evaluation, as they were."""
+        """Round the weights again by the active rounding; outside of `evaluation`, to the nearest as before."""
         for layer, weight in self._layers:
             layer.weight.data.copy_(layer.packing.quantize(weight.data))
 
 
 def evaluated(model, evaluations, rounding):
-    """Return a clone of a MODEL whose network's output is the mean of as many evaluations at the same point, each in
-    `rounding.evaluation()` where there is a rounding.
+    """Return a clone of a MODEL whose network output is the mean of this many evaluations at the same point, each in
+    `rounding.evaluation()` if there is a rounding.
     """
     from comfy.patcher_extension import WrappersMP
 
@@ -69,15 +71,18 @@ def evaluated(model, evaluations, rounding):
 
 
 def shrink_factor(sigma, sigma_next, lambda_):
-    """Return by what a correction at the paper's point shrinks the predicted noise where noise dominates: 1 - lambda (1 - r)
-    with r = sqrt((1 - abar') / (1 - abar)), the noise in x' against that in x, and abar = 1 / (1 + sigma^2).
+    """Return the factor by which a correction at the paper's point shrinks the predicted noise where noise dominates.
+
+    It is 1 - lambda (1 - r) with r = sqrt((1 - abar') / (1 - abar)), the noise in x' relative to that in x, and abar = 1 / (1 +
+    sigma^2).
     """
     return 1 - lambda_ * (1 - sigma_next / sigma * ((1 + sigma**2) / (1 + sigma_next**2)) ** 0.5)
 
 
 def shrunk(model, lambda_):
-    """Return a clone of a MODEL whose guided noise prediction is multiplied by `shrink_factor` of its step, in every step of a
-    sampler that evaluates once a step.
+    """Return a clone of a MODEL whose guided noise prediction is multiplied by `shrink_factor` of its step.
+
+    It applies to every step of a sampler with one evaluation per step.
     """
 
     def shrink(args):

@@ -15,7 +15,7 @@ from PIL import Image
 DATA_PACKAGE = "emoji-datasource-google@16.0.0"
 IMAGE_SIZE = 32
 
-# Class name -> the emoji subcategories (Unicode's, as the data package spells them) that it gathers.
+# Class name -> the emoji subcategories that it contains (Unicode's names, as the data package spells them).
 CLASSES = {
     "face": [
         "face-smiling",
@@ -58,13 +58,13 @@ CLASSES = {
     "shape": ["geometric"],
     "flag": ["country-flag"],
 }
-ASYMMETRIC = ("clock", "flag")  # classes whose mirror image is a wrong image
+ASYMMETRIC = ("clock", "flag")  # classes whose mirror image is wrong
 
-HELD_OUT = 10  # one image of so many is held out
+HELD_OUT = 10  # one image in this many is held out
 
 
 def fetch_images(cache):
-    """Return (images uint8 [N, 32, 32, 3] over white, labels int64 [N]), downloading the data package at first use."""
+    """Return (images uint8 [N, 32, 32, 3] over white, labels int64 [N]), downloading the data package on first use."""
     cache.mkdir(parents=True, exist_ok=True)
     archive = cache / (DATA_PACKAGE.replace("@", "-") + ".tgz")
     if not archive.exists():
@@ -93,7 +93,7 @@ def split(images, labels):
 
 
 def facts(images, labels):
-    """Return what a model's file says of its training data."""
+    """Return the description of the training data for a model's file."""
     digest = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
     return {"data": DATA_PACKAGE, "images": len(images), "images_sha256": digest}
 

@@ -3,13 +3,13 @@
     python tools/error_growth.py [--output FOLDER] [--steps N] [--batch B]
 
 The built-in model samples in this process through the pack's own nodes. A disturbance of known size is added to the network's
-output, at every evaluation (growth) or in one step alone (impulse), and the run is compared with the undisturbed run of the
-same settings and seed. Leaves `table.csv` (growth), `impulse.csv`, `curves.csv` (every curve, point by point) and
-`error_growth.png` in the output folder. `docs/error_growth.md` says what came out.
+output, at every evaluation (growth) or in one step only (impulse). The run is compared with the undisturbed run of the same
+settings and seed. Leaves `table.csv` (growth), `impulse.csv`, `curves.csv` (every curve, point by point) and `error_growth.png`
+in the output folder. `docs/error_growth.md` describes the results.
 
-An error curve is e_i = ||x_i - x_ref,i|| / ||x_ref,i||, the mean over the batch, for the latent x_i at the start of step i;
-e_n is the final latent's. In the paper's coordinates (VP, what the network sees) both norms are divided by
-sqrt(sigma_i^2 + 1), which cancels: the curve is the same in them and in the sampler's.
+An error curve is e_i = ||x_i - x_ref,i|| / ||x_ref,i||, the mean over the batch, for the latent x_i at the start of step i; e_n
+is the final latent's. In the paper's coordinates (VP, what the network sees) both norms are divided by sqrt(sigma_i^2 + 1),
+which cancels: the curve is the same in the paper's and in the sampler's coordinates.
 """
 
 import argparse
@@ -57,7 +57,7 @@ IMPULSES = (  # sampler, kind of disturbance, variants
     ("ddpm", "independent", FEW),
 )
 COLOURS = {"none": "#000000", "all": "#D55E00", "all, K=3": "#CC79A7", "all, next": "#0072B2", "ends:1/10": "#009E73"}
-SAMPLER_LINES = {  # ddpm and euler_ancestral lie on each other
+SAMPLER_LINES = {  # the curves of ddpm and euler_ancestral coincide
     "ddim": {"color": "#000000"},
     "ddpm": {"color": "#E69F00", "linewidth": 5, "alpha": 0.5},
     "euler_ancestral": {"color": "#0072B2"},
@@ -67,10 +67,10 @@ STEP_COLOURS = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00")
 
 
 def with_wrapper(model, wrapper):
-    """Return a clone of a MODEL whose network's output, [B, ...], is that of wrapper(network, place, conditionings).
+    """Return a clone of a MODEL whose network output, [B, ...], is that of wrapper(network, place, conditionings).
 
-    network(): the output without it. place: (step, iteration), as the pack tells it. conditionings: a number for each part
-    of the batch, 0 with the label and 1 without.
+    network(): returns the original output. place: (step, iteration), as the pack reports it. conditionings: a number for each
+    part of the batch, 0 with the label and 1 without.
     """
     from comfy.patcher_extension import WrappersMP
 
@@ -87,7 +87,7 @@ def with_wrapper(model, wrapper):
 
 
 def recording(model, record):
-    """Return a clone of a MODEL that puts the network's outputs, [B, ...], into `record` by (step, iteration)."""
+    """Return a clone of a MODEL that stores the network's outputs, [B, ...], in `record` by (step, iteration)."""
 
     def keep(network, place, conditionings):
         record[place, conditionings] = network()
@@ -97,10 +97,10 @@ def recording(model, record):
 
 
 def direction(shape, kind, place, conditioning):
-    """Return a random tensor of this shape, [B, C, H, W], the same one in every run.
+    """Return a random tensor of this shape, [B, C, H, W], the same in every run.
 
-    independent: another one at every place, (step, iteration). constant: one for all places. Both are white noise. smooth and
-    smooth constant: the same of low spatial frequency, 4 x 4 values enlarged to H x W.
+    independent: a different tensor at every place, (step, iteration). constant: one tensor for all places. Both are white
+    noise. smooth and smooth constant: the same two with low spatial frequency, 4 x 4 values enlarged to H x W.
     """
     step, iteration = (0, 0) if "constant" in kind else place
     seed = 1_000_003 + 1000 * step + 10 * iteration + conditioning  # far from the seeds of the sampler's noise
@@ -111,7 +111,7 @@ def direction(shape, kind, place, conditioning):
 
 
 def disturbance(output, size, kind, place, conditionings):
-    """Return what is added to the network's output [B, ...]: of every item, `size` times its Euclidean norm."""
+    """Return the disturbance of the network's output [B, ...]: per item, of `size` times the output's Euclidean norm."""
     parts = [direction(part.shape, kind, place, which) for part, which in zip(output.chunk(len(conditionings)), conditionings)]
     noise = torch.cat(parts)
     norms = torch.linalg.vector_norm(output.flatten(1), dim=1) / torch.linalg.vector_norm(noise.flatten(1), dim=1)
@@ -129,8 +129,10 @@ def disturbed(model, size, kind):
 
 
 def disturbed_once(model, size, kind, at, record):
-    """Return a clone of a MODEL that is disturbed at every evaluation of the step `at`, and at no other; a constant kind
-    then gives the same error with correction and without. Before that step the network's outputs are the recorded ones.
+    """Return a clone of a MODEL that is disturbed at every evaluation of the step `at`, and at no other step.
+
+    A constant kind then gives the same error with and without correction. Before step `at`, the network's outputs are the
+    recorded ones.
     """
 
     def disturb(network, place, conditionings):
@@ -154,7 +156,7 @@ def sample(known, model, sampler, cfg, variant, steps, batch):
 
 
 def error(x, reference):
-    """Return ||x - reference|| / ||reference||, the mean over the batch, of two latents [B, ...]."""
+    """Return ||x - reference|| / ||reference|| of two latents [B, ...], the mean over the batch."""
     return pack.load("iec_core.metrics").relative_error(x, reference).mean().item()
 
 
@@ -164,13 +166,13 @@ def error_curve(report, reference):
 
 
 def fell_back(report):
-    """Return the share of corrections (items of the batch, corrected steps) that did not converge and fell back."""
+    """Return the share of corrections (items of the batch times corrected steps) that did not converge and fell back."""
     flags = [flag for step in report.steps for flag in step.fell_back]
     return sum(flags) / len(flags) if flags else 0.0
 
 
 def r_squared(values, fitted):
-    """Return the share of the variance of `values` that a fit explains, both [n]."""
+    """Return the share of the variance of `values` that a fit explains; both are [n]."""
     return 1 - np.square(values - fitted).sum() / np.square(values - values.mean()).sum()
 
 
@@ -181,7 +183,9 @@ def fit_linear(i, e):
 
 
 def refine(law, i, e, start):
-    """Return ((a, b), R^2) of the least-squares fit of law(i, a, b) to e, from a start found on a log scale; i, e: [n]."""
+    """Return ((a, b), R^2) of the least-squares fit of law(i, a, b) to e, from a starting point found on a log scale; i, e:
+    [n].
+    """
     with np.errstate(over="ignore"):
         (a, b), _ = curve_fit(law, i, e, p0=start, maxfev=10_000)
     return (a, b), r_squared(e, law(i, a, b))
@@ -200,7 +204,7 @@ def fit_power(i, e):
 
 
 def fit(curve, share=1.0):
-    """Fit the laws to the first `share` of an error curve [n + 1], whose first point is 0 and left out.
+    """Fit the laws to the first `share` of an error curve [n + 1]; the first point is 0 and left out.
 
     Returns {"linear": ((a, b), R^2), "exponential": ((a, b), R^2), "power": ((a, p), R^2), "better": linear or exponential,
     whichever has the higher R^2}.
@@ -212,7 +216,7 @@ def fit(curve, share=1.0):
 
 
 def fit_columns(curve):
-    """Return the columns of the growth table that say what law an error curve [n + 1] follows, {column: value}."""
+    """Return the columns of the growth table that describe which law an error curve [n + 1] follows, {column: value}."""
     fits, early = fit(curve), fit(curve, 0.9)
     return {
         "R2 linear": fits["linear"][1],
@@ -228,7 +232,7 @@ def fit_columns(curve):
 
 def growth_row(case, curve, report, reference, uncorrected):
     """Return a row of the growth table, {column: value}. reference, uncorrected: the undisturbed runs with the variant and
-    with no correction.
+    without correction.
     """
     n = len(curve) - 1
     return {
@@ -251,7 +255,7 @@ def impulse_row(case, at, curve):
 
 
 def growth(run, reference):
-    """Measure every growth case; yields (row of the table, its curve [n + 1]). run, reference: as in `measure`."""
+    """Measure every growth case; yield (row of the table, its curve [n + 1]). run, reference: as in `measure`."""
     for *setting, variants in GROWTH:
         sampler, cfg, kind, size = setting
         for variant in variants:
@@ -262,7 +266,7 @@ def growth(run, reference):
 
 
 def impulses(run, reference, steps):
-    """Measure every disturbance in one step alone; yields (row of the table, its curve [n + 1])."""
+    """Measure every disturbance of a single step; yield (row of the table, its curve [n + 1])."""
     for sampler, kind, variants in IMPULSES:
         for variant in variants:
             undisturbed, record = reference(sampler, 1.0, variant)
@@ -290,7 +294,7 @@ def measure(steps, batch):
 
 
 def shown(results):
-    """Return the list of (row, curve), printing the rows as they come."""
+    """Return the list of (row, curve), printing each row when it is known."""
     taken = []
     for row, curve in results:
         if not taken:
@@ -314,7 +318,7 @@ def write_table(path, rows):
 
 
 def write_curves(path, results):
-    """Write curves as CSV: what was run, in the first columns of its table, then e_0 ... e_n."""
+    """Write curves as CSV: the settings, from the first columns of its table, then e_0 ... e_n."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         for row, curve in results:
@@ -324,17 +328,17 @@ def write_curves(path, results):
 
 
 def variant_lines(results, kind):
-    """Return what `draw` takes for the variants of ddim with this kind of disturbance."""
+    """Return the lines for `draw` of the variants of ddim with this kind of disturbance."""
     case = ("ddim", 1.0, kind, 0.01)
     chosen = [(row["variant"], curve) for row, curve in results if tuple(row.values())[:4] == case]
-    widths = {"none": 3.2}  # the others can lie on it
+    widths = {"none": 3.2}  # wide, because the other curves can coincide with it
     return [
         ({"label": f"IEC {name}", "color": COLOURS[name], "linewidth": widths.get(name, 1.5)}, curve) for name, curve in chosen
     ]
 
 
 def sampler_lines(results):
-    """Return what `draw` takes for the samplers with independent disturbances, with IEC and without."""
+    """Return the lines for `draw` of the samplers with independent disturbances, with and without IEC."""
     return [
         ({"label": f"{sampler}, IEC {row['variant']}", "linestyle": STYLES[row["variant"]], **style}, curve)
         for sampler, style in SAMPLER_LINES.items()
@@ -344,7 +348,7 @@ def sampler_lines(results):
 
 
 def impulse_lines(results, kind):
-    """Return what `draw` takes for the disturbances of ddim in one step alone."""
+    """Return the lines for `draw` of ddim's disturbances in one step only."""
     chosen = [(row, curve) for row, curve in results if tuple(row.values())[:2] == ("ddim", kind) and row["variant"] in FEW]
     colours = dict(zip(dict.fromkeys(row["step"] for row, _ in chosen), STEP_COLOURS))
     lines = []
@@ -355,7 +359,7 @@ def impulse_lines(results, kind):
 
 
 def draw_fits(axes, curve, colour):
-    """Draw the fits of an error curve [n + 1] thin: dashed the linear one, dotted the exponential one."""
+    """Draw the fits of an error curve [n + 1] as thin lines: the linear one dashed, the exponential one dotted."""
     i = np.arange(1, len(curve))
     fits = fit(curve)
     (a, b), (c, d) = fits["linear"][0], fits["exponential"][0]
@@ -365,8 +369,8 @@ def draw_fits(axes, curve, colour):
 
 
 def draw(axes, title, scale, lines, with_fits=False):
-    """Draw error curves with this scale of y. lines: list of (keywords of Axes.plot, curve [n + 1]). with_fits: draw the fits
-    of IEC none and all as well.
+    """Draw error curves with this scale of y. lines: list of (keywords of Axes.plot, curve [n + 1]). with_fits: also draw the
+    fits of IEC none and all.
     """
     for style, curve in lines:
         axes.plot(np.where(curve > 0, curve, np.nan), **{"linewidth": 1.8, **style})
@@ -385,7 +389,7 @@ def draw(axes, title, scale, lines, with_fits=False):
 
 
 def plot(results, impulse_results):
-    """Draw the curves; uint8 [H, W, 3]. Growth has a log scale at the left and a linear one at the right."""
+    """Return the picture of the curves, uint8 [H, W, 3]. Growth has a log scale on the left and a linear one on the right."""
     rows = [
         ("ddim, white noise, fresh at every evaluation", variant_lines(results, "independent"), True),
         ("ddim, white noise, the same at every evaluation", variant_lines(results, "constant"), True),

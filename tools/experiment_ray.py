@@ -1,8 +1,8 @@
-"""The chunks of experiments, sampled by a Ray cluster: the one that the environment variable RAY_ADDRESS names.
+"""Sample the chunks of experiments on a Ray cluster: the one that the environment variable RAY_ADDRESS names.
 
-Every machine of the cluster has this checkout in the same folder, set up with `make setup`, and runs Ray by that checkout's
-Python (`.venv/bin/ray start ...`). Each CPU has a worker of its own, or each GPU where the cluster has any. What the workers
-sample comes back and is kept where the command runs; a worker that dies is started again, and its chunk goes to another.
+Every machine of the cluster has this checkout in the same folder, set up with `make setup`, and runs Ray with that checkout's
+Python (`.venv/bin/ray start ...`). There is one worker per CPU, or one per GPU if the cluster has any. The samples are sent
+back and kept on the machine where the command runs. A worker that dies is started again, and its chunk goes to another worker.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ TOOLS = pathlib.Path(__file__).resolve().parent
 
 
 def is_wanted():
-    """Tell whether a cluster is named."""
+    """Return whether RAY_ADDRESS names a cluster."""
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
 class _Worker:
-    """Samples in a process of the cluster."""
+    """Sample in a process of the cluster."""
 
     def made(self, chunk):
         import experiment_samples
@@ -38,7 +38,7 @@ class _Worker:
 
 
 def _workers(ray, most):
-    """Return the workers of the cluster, no more than `most`. Raises ValueError where there is nothing to compute on."""
+    """Return the workers of the cluster, at most `most`. Raises ValueError if the cluster has nothing to compute on."""
     found = ray.cluster_resources()
     each = {"num_gpus": 1} if found.get("GPU") else {"num_cpus": 1}
     count = int(found.get("GPU") or found.get("CPU", 0))
@@ -49,14 +49,14 @@ def _workers(ray, most):
 
 
 def _check_that_it_answers(address):
-    """Raise OSError where nothing listens at a "host:port", for which Ray itself waits for minutes."""
+    """Raise OSError if nothing listens at a "host:port"; Ray itself would wait for minutes."""
     at = urllib.parse.urlsplit("//" + address.split("://")[-1])
     if at.port:
         socket.create_connection((at.hostname, at.port), timeout=10).close()
 
 
 def _join(ray):
-    """Connect this process to the cluster. Raises ValueError where none answers."""
+    """Connect this process to the cluster. Raises ValueError if no cluster answers."""
     address = os.environ["RAY_ADDRESS"]
     variables = {"PYTHONPATH": str(TOOLS), "OMP_NUM_THREADS": "1"}
     try:
@@ -68,14 +68,14 @@ def _join(ray):
 
 @contextlib.contextmanager
 def _cluster():
-    """Ray, connected to the cluster. Raises ValueError where Ray is not installed, and what `_join` raises."""
+    """Return Ray, connected to the cluster. Raises ValueError if Ray is not installed, and the errors of `_join`."""
     try:
         import ray
     except ImportError as error:
         raise ValueError("RAY_ADDRESS: Ray is not installed; install the extra 'ray', or unset the variable.") from error
     terminated = signal.getsignal(signal.SIGTERM)
     _join(ray)
-    signal.signal(signal.SIGTERM, terminated)  # Ray has set its own
+    signal.signal(signal.SIGTERM, terminated)  # Ray has set its own handler
     try:
         yield ray
     except ray.exceptions.RayTaskError as error:
@@ -85,8 +85,9 @@ def _cluster():
 
 
 def sampled(chunks, store):
-    """Sample Chunks into a store; yield each when it is there. Raises ValueError where the cluster does not answer or has
-    nothing to compute on, and what `Sampler.chunk` raises.
+    """Sample Chunks into a store; yield each chunk when it is there.
+
+    Raises ValueError if the cluster does not answer or has nothing to compute on, and the errors of `Sampler.chunk`.
     """
     with _cluster() as ray:
         from ray.util import ActorPool
@@ -98,9 +99,7 @@ def sampled(chunks, store):
 
 
 def at_once():
-    """Return how many images the cluster's workers sample at once: as many as each of them does, 8 where there is no GPU.
-    Raises as `sampled`.
-    """
+    """Return how many images each worker of the cluster samples at once; 8 without a GPU. Raises as `sampled`."""
     with _cluster() as ray:
         if not ray.cluster_resources().get("GPU"):
             return CHUNK

@@ -1,11 +1,11 @@
 """The experiments: which runs of the built-in models are compared, and for which question.
 
-A row is one way to sample, a `Run`, over images whose classes go round through all that the models know, with the same noise in
-every row. What a row is measured against are runs too: its baseline, the run of the same model with no correction; the
-full-precision run of as many steps, without cache and correction; and the exact solution. `experiments.py` computes them.
+A row is one way to sample, a `Run`, over images whose classes cycle through all classes of the model, with the same noise in
+every row. A row is measured against other runs: its baseline, the run of the same model without correction; the full-precision
+run of as many steps, without cache and correction; and the exact solution. `experiments.py` computes the rows.
 
-How many images a question needs follows from what it asks: an error is told from another by tens of images in pairs, a distance
-between distributions by hundreds.
+The number of images depends on the question: tens of images, compared in pairs, are enough to distinguish two errors; a
+distance between distributions needs hundreds.
 """
 
 import itertools
@@ -18,31 +18,33 @@ SCALES = ("small", "full")
 FULL_IMAGES = 2048
 CHUNK = 8  # images that are sampled at once
 EXACT_STEPS = 100  # of heun
-STOCHASTIC = ("euler_ancestral",)  # its images are no solution of an equation that has an exact one
+STOCHASTIC = ("euler_ancestral",)  # its images do not approximate the exact solution of an equation
 EVALUATIONS_A_STEP = {"heun": 2}
 CACHES = ("deepcache", "calibrated")
-CALIBRATION_RUNS, CALIBRATION_IMAGES = 8, 2  # the images of a run, one for each class of a prompt
+CALIBRATION_RUNS, CALIBRATION_IMAGES = 8, 2  # images per run, one for each class of a prompt
 EXACT_SCHEDULER = {"unet": "karras", "transformer": "simple"}
-# What the U-Net's weights are: the built-in ones, or trained on from them with or without a penalty (train_smooth.py).
+# The U-Net's weights: the built-in ones, or these trained further with or without a penalty (train_smooth.py).
 WEIGHTS = ("built-in", "longer", "smooth")
-SPLIT = 3  # a step, in steps of heun, where it has to be exact
-# An effect by itself, and about how many evaluations of the network it makes of one.
+SPLIT = 3  # heun steps per step, where a step must be exact
+# A single effect, and by about which factor it multiplies the evaluations of the network.
 CONTROLS = {
     "none": 1,
-    "shrunk": 1,  # the noise multiplied by what a correction makes of it where noise dominates, without an evaluation
+    "shrunk": 1,  # the noise times the factor by which a correction shrinks it where noise dominates, without an evaluation
     "epsilon1.005": 1,  # the noise divided by 1.005, by the host's Epsilon Scaling
-    "averaged": 2,  # at the same point, weights and activations rounded stochastically, averaged
-    "last step alone": 2 * SPLIT,  # each other step is split: the error left is the last step's, never corrected ahead
+    "averaged": 2,  # the mean of two evaluations at the same point, with stochastically rounded weights and activations
+    "last step alone": 2 * SPLIT,  # every other step is split: only the last step's error is left, which `ahead` never corrects
 }
 
 
 @dataclass(frozen=True)
 class Run:
-    """A way to sample, in the words of the nodes' inputs. quantization: "none" or such as "W8A8". interval: the cache's, 1 for
-    none. cache: of `CACHES`; "calibrated" is CacheQuant on the steps that its calibration finds. scheduler: "quadratic" is the
-    authors' timesteps. control: of `CONTROLS`. instead_of: the steps of the run that it is compared with, 0 for as many as its
-    own. ValueError for another cache or control, for a cache without an interval, and for the last step alone of another than a
-    plain run of euler.
+    """A way to sample, in the terms of the nodes' inputs.
+
+    quantization: "none" or, for example, "W8A8". interval: the cache's, 1 for no cache. cache: one of `CACHES`; "calibrated" is
+    CacheQuant on the steps that its calibration finds. scheduler: "quadratic" is the authors' timesteps. control: one of
+    `CONTROLS`. instead_of: the number of steps of the run that it is compared with, 0 for the same number. Raises ValueError
+    for another cache or control, for a cache without an interval, and for the control "last step alone" on anything but a plain
+    run of euler.
     """
 
     weights: ClassVar[str] = "built-in"
@@ -74,7 +76,7 @@ class Run:
 
     @property
     def key(self):
-        """The run in short, another for every other run."""
+        """A short text that is unique to the run."""
         words = [self.architecture, self.sampler, self.scheduler, str(self.steps), f"cfg{self.cfg:g}"]
         words += [self.quantization] if self.quantization != "none" else []
         kind = "cache" if self.cache == "deepcache" else self.cache
@@ -89,33 +91,33 @@ class Run:
 
     @property
     def sampled(self):
-        """The run by itself: what it is compared with does not change its images."""
+        """The run that is sampled: without `instead_of`, which does not change the images."""
         return replace(self, instead_of=0)
 
     @property
     def uncorrected(self):
-        """The same without a correction or a control."""
+        """The same run without correction or control."""
         plain = Run()
         correction = ("correction_steps", "evaluation_point", "lambda_", "max_iterations", "control")
         return replace(self, instead_of=0, **{name: getattr(plain, name) for name in correction})
 
     @property
     def baseline(self):
-        """What it is compared with: the same without a correction or a control, of the steps that it stands instead of."""
+        """The run that it is compared with: without correction or control, with `instead_of` steps if that is not 0."""
         return replace(self.uncorrected, steps=self.instead_of or self.steps)
 
     @property
     def same_steps(self):
-        """Full precision of as many steps, without a cache or a correction."""
+        """The full-precision run of as many steps, without cache or correction."""
         return replace(self.uncorrected, quantization="none", interval=1, cache="deepcache", forecast="hold")
 
     @property
     def exact(self):
-        """The run that stands for the exact solution from the same noise; None where the sampler draws noise of its own."""
+        """The reference run that approximates the exact solution from the same noise; None if the sampler adds noise."""
         if self.sampler in STOCHASTIC:
             return None
         scheduler, steps = EXACT_SCHEDULER[self.architecture], EXACT_STEPS
-        if self.scheduler == "quadratic":  # which begins at a sigma of its own, and where 100 steps with `next` are heun itself
+        if self.scheduler == "quadratic":  # it begins at its own sigma, and 100 of its steps with `next` are heun itself
             scheduler, steps = self.scheduler, 2 * EXACT_STEPS
         return replace(self.same_steps, sampler="heun", scheduler=scheduler, steps=steps)
 
@@ -127,21 +129,21 @@ class Run:
 
     @property
     def model(self):
-        """What tells the run's MODEL from those of other runs; a calibrated cache is of sampler, schedule and guidance too."""
+        """A key of the run's MODEL; for a calibrated cache it includes sampler, schedule, steps and guidance."""
         parts = (self.architecture, self.quantization, self.interval, self.cache, self.forecast)
         return parts + ((self.sampler, self.scheduler, self.steps, self.cfg) if self.cache == "calibrated" else ())
 
     @property
     def calibration(self):
-        """How many evaluations of the network for an image its MODEL is calibrated with."""
+        """The number of network evaluations per image that calibrate its MODEL."""
         if self.cache != "calibrated":
             return 0
         return CALIBRATION_RUNS * CALIBRATION_IMAGES * self.steps * (1 if self.cfg == 1 else 2)
 
     @property
     def evaluations(self):
-        """About how many whole evaluations of the network an image costs; those of a cache count as its interval's share, and
-        guidance counts twice.
+        """The approximate number of full network evaluations per image. An evaluation with a cache counts as a share that
+        depends on the interval, and guidance counts twice.
         """
         full = range(0, self.steps, self.interval)
         settings = pack.load("iec_core.correction.iteration").CorrectionSettings.parse(
@@ -157,7 +159,7 @@ class Run:
 
 @dataclass(frozen=True)
 class TunedRun(Run):
-    """A Run of the U-Net with weights of `WEIGHTS`, named in its row. ValueError for others, and for another model."""
+    """A Run of the U-Net with one of `WEIGHTS`, named in its row. Raises ValueError for other weights or another model."""
 
     weights: str = Run.weights
 
@@ -174,7 +176,7 @@ class TunedRun(Run):
 
     @property
     def sampled(self):
-        """With the built-in weights the plain Run, whose images are there already."""
+        """With the built-in weights this is the plain Run, whose images are already sampled."""
         if self.weights != Run.weights:
             return super().sampled
         return Run(**{one.name: getattr(self, one.name) for one in fields(Run)}).sampled
@@ -186,7 +188,7 @@ class TunedRun(Run):
 
 @dataclass(frozen=True)
 class Chunk:
-    """The images of a run that are sampled at once: `size` of them, from number * size on."""
+    """The images of a run that are sampled at once: `size` images, starting at image number * size."""
 
     run: Run
     number: int
@@ -195,7 +197,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a results file: a run over so many images, sampled so many at once."""
+    """A line of a results file: a run, its number of images, and the number of images per chunk."""
 
     file: str
     run: Run
@@ -217,13 +219,13 @@ class Row:
 
     @property
     def chunks(self):
-        """All chunks that the row needs: its own, and those of what it is measured against."""
+        """All chunks that the row needs: its own, and those of its references."""
         return [chunk for run in dict.fromkeys([self.run, *self.run.references.values()]) for chunk in self.chunks_of(run)]
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked; the name of the file that has its rows; its runs; how many images each of them needs on a CPU."""
+    """A question: its text; the name of the file of its rows; its runs; the number of images that each run needs on a CPU."""
 
     asked: str
     file: str
@@ -232,7 +234,7 @@ class Question:
 
 
 def grid(base, **values):
-    """Return the runs that differ from a Run in every combination of the values, each a list by the name of its field."""
+    """Return the runs that differ from a Run in every combination of the values; values: {name of a field: list}."""
     return [replace(base, **dict(zip(values, combination))) for combination in itertools.product(*values.values())]
 
 
@@ -246,7 +248,7 @@ def with_rules(runs, *rules):
 
 
 def with_more_steps(runs, *counts):
-    """Return each run with more steps, to be compared with itself."""
+    """Return each run with more steps, to be compared with the original run."""
     return [replace(run, steps=steps, instead_of=run.steps) for run in runs for steps in counts]
 
 
@@ -267,7 +269,7 @@ SCHEDULES = ["karras", "simple", "sgm_uniform", "exponential", "beta", "normal",
 
 
 def choices(base):
-    """Return the runs that a user of a model chooses between at full precision: steps, samplers, caches, corrections."""
+    """Return the runs among which a user of a model chooses at full precision: steps, samplers, caches, corrections."""
     few, cached = [7, 10, 14, 20, 30], {"steps": [20, 30], "interval": [2, 3]}
     calibrated = {**cached, "cache": ["calibrated"], "forecast": ["linear"]}
     return [
@@ -302,7 +304,7 @@ QUESTIONS = [
             *with_rules(grid(UNET, quantization=["none", "W8A8"]), ALL, ALL_NEXT, ALL_AHEAD),
             *with_rules(grid(UNET, quantization=["W4A8"]), ALL, ALL_AHEAD),
             *with_more_steps(grid(UNET, quantization=["none", "W8A8"]), 40),
-            UNET.exact,  # how near the solution itself is, which is sampled anyway
+            UNET.exact,  # shows how near the reference itself is; its images are sampled anyway
         ],
         images=256,
     ),
@@ -426,9 +428,10 @@ QUESTIONS = [
 
 
 def declared(scale="small", chunk=CHUNK):
-    """Return {file name without suffix: [Row, ...]} of all questions; a file has all rows of its question, each once.
+    """Return {file name without suffix: [Row, ...]} of all questions; a file has each row of its question once.
 
-    scale: "small", as many images as each question needs, or "full", `FULL_IMAGES` a row. chunk: images sampled at once.
+    scale: "small", as many images as each question needs, or "full", `FULL_IMAGES` images per row. chunk: images sampled at
+    once.
     """
     images = {question.file: question.images if scale == "small" else FULL_IMAGES for question in QUESTIONS}
     return {

@@ -1,8 +1,8 @@
-"""Images of the runs of experiments: sampled by the pack's own nodes, a chunk at a time, and kept as files.
+"""Images of the runs of experiments: sampled by the pack's own nodes, one chunk at a time, and kept as files.
 
-A chunk of eight images is less than a minute's work on one core. Its noise comes from its size and number alone, so that an
-image is the same whoever samples it and whatever was sampled before. `sampled` has chunks made by processes of their own, and
-`made` makes one. Beside the images a chunk keeps their features, which take as long as a few steps of sampling.
+A chunk of eight images takes less than a minute on one core. Its noise depends only on its size and number, so that an image
+does not depend on who samples it and on what was sampled before. `sampled` lets other processes make chunks, and `made` makes
+one chunk. A chunk also keeps the features of its images, which take as long as a few steps of sampling.
 """
 
 import concurrent.futures
@@ -34,7 +34,7 @@ from safetensors.torch import save
 from training import sha256
 
 MOST_AT_ONCE = 256  # images, on a GPU
-SEED = 1000  # of the first chunk's noise; the next one's is one more
+SEED = 1000  # of the first chunk's noise; each next chunk adds one
 ASSETS = comfyui.ROOT / "nodes/assets"
 WEIGHTS = {"unet": ASSETS / "emoji32.safetensors", "transformer": ASSETS / "emoji32_flow.safetensors"}
 STOCK = ("custom_sampler", "eps")  # node files of the host
@@ -42,7 +42,7 @@ MEASURED_BY = (classifier.WEIGHTS, imagenet.REAL_FEATURES)
 
 
 def digest_of(thing):
-    """Return 12 hexadecimal digits that tell a thing, as JSON has it, from others."""
+    """Return a digest of 12 hexadecimal digits of a thing that JSON can hold."""
     return hashlib.sha256(json.dumps(thing).encode()).hexdigest()[:12]
 
 
@@ -53,7 +53,7 @@ def calibration_runs(known, run):
 
 
 def weights_path(run):
-    """Return the file of a run's weights. Raises ValueError where it has to be made first."""
+    """Return the file of a run's weights. Raises ValueError if the weights must be trained first."""
     if run.weights == Run.weights:
         return WEIGHTS[run.architecture]
     if not train_smooth.is_there(run.weights):
@@ -62,14 +62,14 @@ def weights_path(run):
 
 
 def weights_digest(run):
-    """Return what tells a run's weights from others: of those that the repository does not have, what they are made of."""
+    """Return the digest of a run's weights; for weights outside the repository, the digest of their recipe."""
     is_builtin = run.weights == Run.weights
     return sha256(WEIGHTS[run.architecture]) if is_builtin else digest_of(train_smooth.recipe(run.weights))
 
 
 @contextlib.contextmanager
 def weights_of(architecture, path):
-    """A context in which a built-in model is loaded with the weights of a file."""
+    """Return a context in which a built-in model is loaded with the weights of a file."""
     builtin = pack.pack_module("nodes.host.builtin_model")
     config = builtin.ARCHITECTURES[architecture]
     before, config.path = config.path, path
@@ -80,15 +80,17 @@ def weights_of(architecture, path):
 
 
 def digest(run):
-    """Return what tells a run's images from others, 12 hexadecimal digits: its settings, the seeds, what a cache was calibrated
-    with, the model's weights, and the networks that make their features.
+    """Return the digest of a run's images, 12 hexadecimal digits.
+
+    It covers the run's settings, the seeds, the calibration inputs of a cache, the model's weights, and the networks that make
+    the features.
     """
     calibration = [CALIBRATION_RUNS, *benchmark.PROMPTS, benchmark.CALIBRATION_SEED] if run.calibration else []
     return digest_of([asdict(run), SEED, calibration, weights_digest(run), *map(sha256, MEASURED_BY)])
 
 
 def row_digest(row):
-    """Return what tells a row from others: its images, how many they are, and all that they are measured against."""
+    """Return the digest of a row: its images, their number, and all that they are measured against."""
     return digest_of([row.images, row.chunk, *map(digest, (row.run.sampled, *row.run.references.values()))])
 
 
@@ -98,18 +100,18 @@ def shape(chunk):
 
 
 class Sampler:
-    """Samples runs through the nodes of a ComfyUI that is loaded into this process."""
+    """Sample runs through the nodes of a ComfyUI that is loaded into this process."""
 
     def __init__(self, known, weights=weights_path):
-        """known: the nodes by id. weights(run): the file of a run's weights."""
+        """Keep the nodes. known: the nodes by id. weights(run): the file of a run's weights."""
         self._known, self._weights, self._models = known, weights, {}
 
     def run(self, node, **inputs):
-        """Return what a node gives."""
+        """Return the outputs of a node."""
         return self._known[node].execute(**inputs).result
 
     def model(self, run):
-        """Return the MODEL of a run, each made once."""
+        """Return the MODEL of a run; each MODEL is made once."""
         if run.model not in self._models:
             self._models[run.model] = self._cached(self._quantized(run), run)
         return self._models[run.model]
@@ -134,7 +136,7 @@ class Sampler:
         return self.run("IECCacheQuant", model=model, profile=profile)[0]
 
     def chunk(self, chunk):
-        """Return (latents float32 [size, 3, 32, 32], evaluations of the network, seconds) of a Chunk. Raises ValueError where a
+        """Return (latents float32 [size, 3, 32, 32], evaluations of the network, seconds) of a Chunk. Raises ValueError if a
         latent is not finite.
         """
         run, first, seed = chunk.run, chunk.number * chunk.size, SEED + chunk.number
@@ -153,14 +155,14 @@ class Sampler:
         return self._by_timesteps if run.scheduler == "quadratic" else self._by_scheduler
 
     def _labels(self, first, size):
-        """Return the conditioning of `size` images from the first on: the classes go round."""
+        """Return the conditioning of `size` images from number `first` on; the classes repeat in order."""
         classes = list(emoji.CLASSES)
         labels = ", ".join(classes[(first + place) % len(classes)] for place in range(size))
         return {name: self.run("IECClassLabel", labels=text)[0] for name, text in (("positive", labels), ("negative", "none"))}
 
     @contextlib.contextmanager
     def _controlled(self, run, seed):
-        """The MODEL of a run with its control."""
+        """Return the MODEL of a run with its control."""
         model = self.model(run)
         if run.control == "shrunk":
             yield effects.shrunk(model, run.lambda_)
@@ -191,19 +193,19 @@ class Sampler:
         return latent, reports[0].nfe * CONTROLS[run.control]
 
     def _by_timesteps(self, model, run, labels, latent, seed):
-        """The same over the authors' timesteps."""
+        """Return the same over the authors' timesteps."""
         sigmas = quadratic_sigmas(model.get_model_object("model_sampling"), run.steps)
         latent, nfe = self._by_sigmas(model, run, labels, latent, seed, sigmas)
         return latent, nfe * CONTROLS[run.control]
 
     def _but_the_last_exact(self, model, run, labels, latent, seed):
-        """The same with every step but the last split."""
+        """Return the same with every step but the last one split."""
         (sigmas,) = self.run("BasicScheduler", model=model, scheduler=run.scheduler, steps=run.steps, denoise=1.0)
         plain = replace(run.uncorrected, sampler="heun")
         return self._by_sigmas(model, plain, labels, latent, seed, split_but_last(sigmas, SPLIT))
 
     def _by_sigmas(self, model, run, labels, latent, seed, sigmas):
-        """The same by the host's SamplerCustom and IEC Sampler, over sigmas of one's own."""
+        """Return the same from the host's SamplerCustom and IEC Sampler, over the given sigmas."""
         sampler, reports = self.run(
             "IECSampler", sampler=self.run("KSamplerSelect", sampler_name=run.sampler)[0], **self._correction(run)
         )
@@ -214,8 +216,9 @@ class Sampler:
         return latent, reports[-1].nfe
 
     def at_once(self, architecture):
-        """Return how many images of a model the GPU samples at once, a power of two of 8 to 256: what the host expects them to
-        take must fit into half of the free memory.
+        """Return how many images of a model the GPU samples at once, a power of two from 8 to 256.
+
+        The memory that the host expects them to take must fit into half of the free memory.
         """
         import comfy.model_management as management
 
@@ -232,21 +235,23 @@ def _classifier():
 
 
 def quadratic_sigmas(sampling, steps):
-    """Return float32 [steps + 1], from the most noise to 0, on the timesteps of the authors' DDIM: linspace(0, sqrt(0.8 T),
-    steps)^2, T = 1000 there and here. Theirs cuts off their fractions, so that a few of its steps go nowhere.
+    """Return float32 [steps + 1], from the most noise to 0, on the timesteps of the authors' DDIM.
+
+    They are linspace(0, sqrt(0.8 T), steps)^2; T = 1000 in both implementations. The authors' code cuts off the fractions, so
+    that a few of its steps do not move.
     """
     timesteps = torch.linspace(0, (0.8 * len(sampling.sigmas)) ** 0.5, steps) ** 2
     return torch.cat([sampling.sigma(timesteps).flip(0).float(), torch.zeros(1)])
 
 
 def split_but_last(sigmas, parts):
-    """Return float32 sigmas in which every step but the last one is split into `parts` of the same width."""
+    """Return float32 sigmas in which every step but the last one is split into `parts` steps of the same width."""
     here, then = sigmas[:-2, None], sigmas[1:-1, None]
     return torch.cat([(here + (then - here) * torch.arange(parts) / parts).flatten(), sigmas[-2:]])
 
 
 def pixels(latents):
-    """Return the images in 0..1 of latents [N, 3, 32, 32] of the built-in models, which are images in -1..1."""
+    """Return the images in 0..1 of latents [N, 3, 32, 32] of the built-in models, whose latents are images in -1..1."""
     return (latents.clamp(-1, 1) + 1) / 2
 
 
@@ -258,18 +263,18 @@ def features(latents):
 
 
 def device():
-    """Return what the host computes on: a GPU's name, or CPU."""
+    """Return the name of the device that the host computes on: a GPU's name, or CPU."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 class Store:
-    """A folder of sampled chunks. What cannot be read back whole counts as not there."""
+    """A folder of sampled chunks. A file that cannot be read completely counts as missing."""
 
     def __init__(self, folder):
         self.folder = pathlib.Path(folder)
 
     def path(self, chunk):
-        """Return a chunk's file: another for other weights that came of the same recipe."""
+        """Return a chunk's file; it differs for weights that were trained twice from the same recipe."""
         told = digest(chunk.run)
         if chunk.run.weights != Run.weights and train_smooth.is_there(chunk.run.weights):
             told += "-" + sha256(train_smooth.path(chunk.run.weights))[:8]
@@ -277,7 +282,7 @@ class Store:
 
     def load(self, chunk):
         """Return ({"latents": [size, 3, 32, 32], "emoji": [size, 64], "imagenet": [size, 64]}, {"key", "nfe", "seconds",
-        "device"}), or None where there is no such chunk.
+        "device"}), or None if the chunk is missing.
         """
         try:
             with safetensors.safe_open(self.path(chunk), "pt") as file:
@@ -290,15 +295,15 @@ class Store:
         return (tensors, about) if is_whole else None
 
     def save(self, chunk, content):
-        """Write a chunk, in one move; content: what `content_of` or `made` returns."""
+        """Write a chunk in one move; content: the result of `content_of` or `made`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".partial", delete=False) as file:
             file.write(content)
         pathlib.Path(file.name).replace(self.path(chunk))
 
     def load_run(self, row, run):
-        """Return ({"latents", "emoji", "imagenet"} of all images, evaluations of the network for an image, each chunk's
-        seconds, device) of a run as a row needs it, or None where a chunk is missing.
+        """Return ({"latents", "emoji", "imagenet"} of all images, evaluations of the network per image, each chunk's seconds,
+        device) of one of a row's runs, or None if a chunk is missing.
         """
         chunks = [self.load(chunk) for chunk in row.chunks_of(run)]
         if any(chunk is None for chunk in chunks):
@@ -318,7 +323,7 @@ _ready = {}  # the Sampler of a process, once it is prepared
 
 
 def prepare():
-    """Make this process ready for `made`: one thread, ComfyUI loaded. Return its Sampler."""
+    """Prepare this process for `made`: one thread, ComfyUI loaded. Return its Sampler."""
     if not _ready:
         torch.set_num_threads(1)
         _ready["sampler"] = Sampler(comfyui.load_nodes(*STOCK, cpu=not torch.cuda.is_available()))
@@ -337,7 +342,7 @@ def at_once():
 
 
 def prepare_child():
-    """Go on where a terminal interrupts the whole group, so that the chunk at hand is not lost, and end with the parent."""
+    """Ignore a terminal's interrupt of the process group, so that the current chunk is not lost, and end with the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     processes.end_with_parent()
     prepare()
@@ -349,10 +354,10 @@ def _sample(chunk, folder):
 
 
 def sampled(chunks, store, workers):
-    """Sample Chunks into a store by as many processes, or by the workers of the Ray cluster that RAY_ADDRESS names; yield each
-    when it is there.
+    """Sample Chunks into a store; yield each chunk when it is there.
 
-    Raises what `Sampler.chunk` does. Where it is interrupted, the chunks at hand of its own processes are finished.
+    The work is done by this many processes, or by the workers of the Ray cluster that RAY_ADDRESS names. Raises the errors of
+    `Sampler.chunk`. On an interrupt, its own processes finish their current chunks.
     """
     if experiment_ray.is_wanted():
         yield from experiment_ray.sampled(chunks, store)

@@ -1,11 +1,11 @@
-"""What helps, where, at what price: the runs of `experiment_rows.py`, measured on the built-in models.
+"""Measure which corrections help, where, and at what cost: the runs of `experiment_rows.py` on the built-in models.
 
     python tools/experiments.py [--scale full] [--list] [--only TEXT] [--minutes N] [--again KEY] [--images KEY PATH]
 
-A row is a line of a CSV file in docs/results: docs/results/README.md says what is in it. Rows that are there are skipped, the
-cheapest missing ones come first, and a row is written as soon as it is known. It can be stopped at any time: what was sampled
-is kept in .cache/experiments, but for the less than a minute's work that a kill interrupts. With RAY_ADDRESS the workers of a
-Ray cluster sample: experiment_ray.py says how.
+A row is a line of a CSV file in docs/results: docs/results/README.md describes its columns. Existing rows are skipped, the
+cheapest missing rows come first, and each row is written as soon as it is known. The command can be stopped at any time:
+samples are kept in .cache/experiments, and a kill loses less than a minute of work. With RAY_ADDRESS, the workers of a Ray
+cluster sample: see experiment_ray.py.
 """
 
 import argparse
@@ -35,19 +35,19 @@ from PIL import Image
 
 RESULTS = comfyui.ROOT / "docs/results"
 CACHE = comfyui.CACHE / "experiments"
-SPEED = 100  # evaluations of a built-in network for an image, a second and CPU core, for estimates; measured: 50 to 170
+SPEED = 100  # evaluations of a built-in network per second and CPU core, for one image, for estimates; measured: 50 to 170
 RESAMPLES = 200  # of the bootstrap of a distance
-# What a repeated row may have otherwise: where and when it was computed.
+# Columns that may change when a row is repeated: where and when it was computed.
 OF_THE_MACHINE = ("seconds", "seconds_an_image", "device", "torch", "comfyui", "pack")
 
 
 def number(value):
-    """Return a number as the files have it, with four digits."""
+    """Return a number as text with four digits, as in the files."""
     return f"{value:.4g}"
 
 
 def estimate(name, found):
-    """Return the columns of an Estimate: its value, and the interval's ends; empty ones for None."""
+    """Return the columns of an Estimate: its value and the ends of its interval; empty for None."""
     if found is None:
         return dict.fromkeys((name, f"{name}_low", f"{name}_high"), "")
     return {name: number(found.value), f"{name}_low": number(found.low), f"{name}_high": number(found.high)}
@@ -55,7 +55,7 @@ def estimate(name, found):
 
 @functools.cache
 def versions():
-    """Return the versions that a row was made with."""
+    """Return the columns of the software versions that a row is made with."""
     project = tomllib.loads((comfyui.ROOT / "pyproject.toml").read_text())["project"]
     told = re.search(r"__version__ = \"(.*)\"", (comfyui.provide() / "comfyui_version.py").read_text())
     return {"torch": torch.__version__, "comfyui": told[1], "pack": project["version"]}
@@ -63,8 +63,8 @@ def versions():
 
 @functools.cache
 def real_features():
-    """Return {network: features float64 [N, 64] of real images}: the classifier's of those that it was not trained on, the
-    ImageNet network's of all.
+    """Return {network: features float64 [N, 64] of real images}: the classifier's on the images that it was not trained on, the
+    ImageNet network's on all images.
     """
     emoji = classifier.load()[0].features(classifier.real_images()[0])
     return {"emoji": emoji.numpy(), "imagenet": imagenet.real().components.numpy()}
@@ -85,8 +85,9 @@ def record(row, store):
 
 
 def _errors(run, own, references):
-    """Return the columns of the errors to the references, and of their change against the baseline, image by image. A baseline
-    of other steps has no error to a run of as many.
+    """Return the columns of the errors to the references, and of their changes from the baseline, image by image.
+
+    A baseline with another number of steps gives no change of the error to the run of as many steps.
     """
     told, baseline = {}, references.get("baseline")
     for name in ("same_steps", "exact"):
@@ -104,7 +105,7 @@ def _errors(run, own, references):
 
 
 def _distances(own, baseline):
-    """Return the columns of the distances to the real images in both networks' features, and of their change against the
+    """Return the columns of the distances to the real images in both networks' features, and of their changes from the
     baseline.
     """
     told = {}
@@ -121,8 +122,10 @@ class Results:
     """The rows in a folder of CSV files."""
 
     def __init__(self, folder, files, digest=experiment_samples.row_digest):
-        """files: {name: [row, ...]}, rows with `file` and `key`, such as `experiment_rows.declared()`. digest(row): what tells
-        what is known of it from what was computed in another way. Raises ValueError for a folder that cannot be one.
+        """Read the files. Raises ValueError if the folder cannot be one.
+
+        files: {name: [row, ...]}, rows with `file` and `key`, such as `experiment_rows.declared()`. digest(row): changes with
+        everything that changes the row's result, so that an outdated row is not used.
         """
         self._folder, self._files, self._digest = pathlib.Path(folder), files, digest
         if self._folder.exists() and not self._folder.is_dir():
@@ -135,12 +138,12 @@ class Results:
                     self._rows |= {(name, row["key"]): row for row in csv.DictReader(file)}
 
     def get(self, row):
-        """Return what is known of a row, None where there is nothing of this digest."""
+        """Return the columns of a row, None if no row with its digest is known."""
         found = self._rows.get((row.file, row.key))
         return found if found and found["digest"] == self._digest(row) else None
 
     def add(self, row, columns):
-        """Take up a row, and write its file in the order in which the rows are declared, in one move."""
+        """Add a row, and write its file in one move, in the declared order of rows."""
         self._rows[row.file, row.key] = columns
         name = row.file
         rows = [found for found in map(self.get, self._files[name]) if found]
@@ -161,30 +164,30 @@ def list_rows(rows, results):
 
 
 def minutes(rows, store, workers):
-    """Return about how many minutes of a CPU the rows still take together."""
+    """Return about how many CPU minutes the rows still take together."""
     missing = {chunk for row in rows for chunk in row.chunks if not store.path(chunk).exists()}
-    calibrations = {chunk.run.model: chunk.run.calibration for chunk in missing}  # made by each worker
+    calibrations = {chunk.run.model: chunk.run.calibration for chunk in missing}  # each worker calibrates for itself
     total = sum(chunk.run.evaluations * chunk.size for chunk in missing) + sum(calibrations.values()) * workers
     return total / SPEED / workers / 60
 
 
 def in_order(rows):
-    """Return rows cheapest first; of as cheap ones, a baseline before what is compared with it."""
+    """Return rows cheapest first; at equal cost, a baseline before the rows that are compared with it."""
     return sorted(rows, key=lambda row: (row.run.evaluations * row.images, row.run != row.run.baseline))
 
 
 def within(rows, store, workers, limit):
-    """Return the first of the rows that together take no more than about `limit` minutes."""
+    """Return the first rows that together take at most about `limit` minutes."""
     while rows and minutes(rows, store, workers) > limit:
         rows = rows[:-1]
     return rows
 
 
 def compute(rows, store, results, workers, on_row=print, again=False):
-    """Compute rows, in their order, and add each to the results as soon as it is known.
+    """Compute rows in their order, and add each row to the results as soon as it is known.
 
-    workers: how many processes sample. on_row(row): called after each. again: also of rows that are there. Raises ValueError
-    where images are not finite. An interrupt ends it when the chunks at hand are sampled.
+    workers: number of processes that sample. on_row(row): called after each row. again: also compute existing rows. Raises
+    ValueError if images are not finite. On an interrupt, the current chunks are finished first.
     """
     open_rows = [row for row in rows if again or results.get(row) is None]
     chunks = dict.fromkeys(chunk for row in open_rows for chunk in row.chunks if store.load(chunk) is None)
@@ -197,7 +200,7 @@ def compute(rows, store, results, workers, on_row=print, again=False):
 
 
 def _take_rows(waiting, store, results, on_row):
-    """Make the rows whose chunks are all there; take them off `waiting`."""
+    """Record the rows whose chunks are all there, and remove them from `waiting`."""
     for row in [row for row, needed in waiting.items() if not needed]:
         results.add(row, record(row, store))
         del waiting[row]
@@ -205,7 +208,7 @@ def _take_rows(waiting, store, results, on_row):
 
 
 def compute_again(row, results, workers):
-    """Compute a row that is there without what was sampled before, replace it, and return the columns whose digits differ."""
+    """Compute an existing row without using stored samples, replace it, and return the columns whose digits differ."""
     before = results.get(row)
     with tempfile.TemporaryDirectory() as folder:
         compute([row], Store(folder), results, workers, lambda row: None, again=True)
@@ -213,7 +216,7 @@ def compute_again(row, results, workers):
 
 
 def differing(before, after):
-    """Return the columns in which a row's digits differ from those that it had before."""
+    """Return the columns in which a row's digits differ from the earlier ones."""
     return [name for name in after if name not in OF_THE_MACHINE and before.get(name) != after[name]]
 
 
@@ -224,7 +227,7 @@ def picture(latents):
 
 
 def named(key, rows):
-    """Return the rows of a key, of every file that has it. Raises ValueError where there is none."""
+    """Return the rows with this key, from every file that has one. Raises ValueError if there is none."""
     found = [row for row in rows if row.key == key]
     if not found:
         raise ValueError(f"key: '{key}' is no row; --list has them all.")
@@ -232,7 +235,7 @@ def named(key, rows):
 
 
 def default_workers():
-    """Return how many processes sample: one for each CPU core, one alone on a GPU."""
+    """Return the number of processes that sample: one per CPU core, or a single one on a GPU."""
     return 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
 
 
@@ -256,7 +259,7 @@ def parsed(arguments):
 
 
 def main(arguments=None):
-    """Do what the command line says; return the exit status: 1 where a row came out otherwise, 2 for a wrong argument."""
+    """Run the command line; return the exit status: 1 if a repeated row has other digits, 2 for a wrong argument."""
     options = parsed(arguments)
     try:
         return _main(options)
@@ -293,16 +296,14 @@ def _main(options):
 
 
 def said(refused):
-    """Print the sentences of what could not be computed; return the exit status, 2 where there are any."""
+    """Print why some rows could not be computed, a sentence each; return the exit status, 2 if there are any."""
     for sentence in refused:
         print(sentence, file=sys.stderr)
     return 2 if refused else 0
 
 
 def without_weights(wanted):
-    """Return (those rows or other things with a `run` whose weights are there, why the others cannot be computed: a sentence
-    for each kind of weights).
-    """
+    """Return (the rows, or other things with a `run`, whose weights are there; a sentence for each missing kind of weights)."""
     kept, refused = [], {}
     for one in wanted:
         try:
@@ -314,8 +315,10 @@ def without_weights(wanted):
 
 
 def chunk_size(scale):
-    """Return how many images are sampled at once: what those who sample have room for at scale "full", else 8, so that what is
-    published from a CPU can be made again on any.
+    """Return how many images are sampled at once.
+
+    At scale "full": as many as the machine or the cluster has memory for. Otherwise 8, so that any machine can reproduce what
+    is published from a CPU.
     """
     if scale == "small":
         return experiment_rows.CHUNK
@@ -357,7 +360,7 @@ def _images(row, path, store, workers):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl+C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops like Ctrl+C
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -1,9 +1,9 @@
-"""ComfyUI's real frontend, in Chromium.
+"""Run ComfyUI's real frontend in Chromium.
 
-    python tools/frontend.py       print the path of Chromium, installing it first if need be
+    python tools/frontend.py       print the path of Chromium, installing it first if needed
 
-Chromium is the one that CHROMIUM in the environment names, else one on PATH, else one that apt (Debian and Ubuntu, as root or
-through `sudo -n`) or Playwright installs.
+Chromium is the one that the environment variable CHROMIUM names, else one on PATH, else one that apt (Debian and Ubuntu, as
+root or through `sudo -n`) or Playwright installs.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ from playwright.sync_api import sync_playwright
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 VIEWPORT = {"width": 1600, "height": 1000}
 
-# A returning user's settings: no tutorial, templates dialog, release notes or toasts over the graph, and a canvas that looks
-# the same each time.
+# A returning user's settings: no tutorial, templates dialog, release notes or toasts over the graph, and a canvas that always
+# looks the same.
 SETTINGS = {
     "Comfy.TutorialCompleted": True,
     "Comfy.InstalledVersion": "1.0.0",
@@ -41,16 +41,16 @@ SETTINGS = {
     "Comfy.Locale": "en",
 }
 DISMISSED = "for (const key of ['vueNodesBannerDismissed', 'comfy.vueNodesMigration.dismissed']) localStorage[key] = 'true';"
-# A file that is not there is the frontends' own affair (a new user has not all that they ask for), unless it is one of these.
+# The frontend also requests files that do not exist (for example a new user's). That is an error only for these paths.
 OF_THE_PACK = (f"/extensions/{comfyui.PACK}/js", f"/extensions/{comfyui.PACK}/docs/images", "/iec/")
-# What the frontends complain of by themselves, without the pack too: as they start, of what is not there yet (the last: 1.32.9,
-# of a setting), and as a subgraph is made, of what is no longer.
+# Console errors of the frontends without the pack: at start, about parts that do not exist yet (the last one: 1.32.9, about a
+# setting), and when a subgraph is made, about parts that no longer exist.
 OWN_COMPLAINTS = (
     "ComfyApp graph accessed before initialization",
     "Attempted to cleanup event listeners for graph that was never set up",
     "TypeError: Cannot read properties of undefined (reading 'id')\n    at onChange ",
 )
-# fontconfig's file of `only_dejavu`: a text in any font is in DejaVu Sans, but where a fixed width or serifs are asked for.
+# fontconfig's file of `only_dejavu`: every text is in DejaVu Sans, unless a fixed-width or serif font is asked for.
 FONTS = """<?xml version="1.0"?>
 <fontconfig>
   <dir>{folder}</dir>
@@ -60,13 +60,13 @@ FONTS = """<?xml version="1.0"?>
   <match><edit name="family" mode="append_last"><string>DejaVu Sans</string></edit></match>
 </fontconfig>
 """
-# No name is looked up. Requests could be refused one by one instead, but then none would come from the browser's cache.
+# No name is resolved. Refusing requests one by one instead would disable the browser's cache.
 ONLY_LOOPBACK = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
-# Where it keeps drafts, with the workflow that it then opens by itself: one that is opened before would be replaced.
+# A frontend that keeps drafts opens a draft's workflow by itself; a workflow that is opened earlier would be replaced.
 READY = """() => window.app?.graph && window.app.vueAppReady && window.app.extensions.length > 0 && (
     !app.extensionManager.setting.get("Comfy.Workflow.Persist") || !!app.extensionManager.workflow.activeWorkflow
 )"""
-# Opens an empty workflow, and tells after its first drawing whether it stays: a draft of an earlier page can come into it.
+# Open an empty workflow, and return after its first drawing whether it stays empty: a draft of an earlier page can replace it.
 OPEN_BLANK = """async () => {
     await app.extensionManager.command.execute("Comfy.NewBlankWorkflow");
     for (let frame = 0; frame < 3; frame++) await new Promise(requestAnimationFrame);
@@ -78,13 +78,13 @@ def _on_path():
     """Return the path of a Chromium on PATH that runs, or None."""
     for name in NAMES:
         path = shutil.which(name)
-        if path and subprocess.run([path, "--version"], capture_output=True).returncode == 0:  # a stub of snap's does not
+        if path and subprocess.run([path, "--version"], capture_output=True).returncode == 0:  # snap's stub fails here
             return path
     return None
 
 
 def _install_by_apt():
-    """Install Debian's or Ubuntu's Chromium; return its path, or None where that cannot be done."""
+    """Install Debian's or Ubuntu's Chromium; return its path, or None if that is not possible."""
     if not shutil.which("apt-get"):
         return None
     root = [] if os.geteuid() == 0 else ["sudo", "-n"]
@@ -98,7 +98,7 @@ def _install_by_apt():
 
 
 def _install_by_playwright():
-    """Install the Chromium that Playwright offers, with what it needs where that is allowed; return its path, or None."""
+    """Install Playwright's Chromium, and its system packages if allowed; return its path, or None."""
     if subprocess.run([sys.executable, "-m", "playwright", "install", "chromium"], stdout=sys.stderr).returncode:
         return None
     with sync_playwright() as playwright:
@@ -107,8 +107,9 @@ def _install_by_playwright():
 
 
 def chromium():
-    """Return the path of Chromium, after installing it where there is none, by one process at a time: package managers do not
-    wait for each other. Raises RuntimeError where that fails.
+    """Return the path of Chromium, installing it if it is missing. Raises RuntimeError if that fails.
+
+    One process installs at a time, because package managers do not wait for each other.
     """
     named = os.environ.get("CHROMIUM")
     if named and not shutil.which(named):
@@ -124,16 +125,16 @@ def chromium():
 
 
 def _installed():
-    """Install Chromium in the way that works here; return its path, or None."""
+    """Install Chromium by the first method that works; return its path, or None."""
     print("Installing Chromium, for the tests in the browser ...", file=sys.stderr)
     return _install_by_apt() or _install_by_playwright()
 
 
 def only_dejavu(folder):
-    """Return the environment in which Chromium (on Linux) finds no fonts but DejaVu's, which matplotlib brings along.
+    """Return the environment in which Chromium (on Linux) finds only DejaVu's fonts, which matplotlib brings along.
 
-    What a page measures and shows is then the same on every machine. DejaVu Sans is the widest of the usual fonts: what has
-    room in it has room in the others. folder: an empty one for the fonts.
+    What a page measures and shows is then the same on every machine. DejaVu Sans is the widest of the usual fonts: a text that
+    fits in DejaVu Sans also fits in the other fonts. folder: an empty folder for the fonts.
     """
     for font in pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf").glob("DejaVu*.ttf"):
         shutil.copy(font, folder)
@@ -145,8 +146,8 @@ def only_dejavu(folder):
 class Frontend:
     """The frontend of a running server in a browser page.
 
-    server: the Server of tools/server.py. page: a Playwright page (sync). errors: what has failed in the page since it was
-    loaded, uncaught exceptions and console errors, as texts.
+    server: the Server of tools/server.py. page: a Playwright page (sync). errors: texts of the uncaught exceptions and console
+    errors since the page was loaded.
     """
 
     def __init__(self, server, page):
@@ -161,10 +162,10 @@ class Frontend:
             self.errors.append(message.text)
 
     def load(self, vue_nodes=False, settings=None):
-        """Load the frontend anew and return when it has all extensions and an empty graph.
+        """Reload the frontend, and return when it has all extensions and an empty graph.
 
-        vue_nodes: Nodes 2.0 in place of the classic canvas. settings: more of the user's settings, by id. Raises RuntimeError
-        where it is not there, or does not come up, within two minutes.
+        vue_nodes: Nodes 2.0 instead of the classic canvas. settings: more of the user's settings, by id. Raises RuntimeError if
+        the frontend is not installed, or does not start within two minutes.
         """
         settings = {**SETTINGS, "Comfy.VueNodes.Enabled": vue_nodes, **(settings or {})}
         requests.post(f"{self.server.url}/settings", json=settings, timeout=60).raise_for_status()
@@ -184,7 +185,7 @@ class Frontend:
         raise RuntimeError(f"the frontend at {self.server.url} opens no empty workflow")
 
     def open(self, workflow, name="workflow"):
-        """Open a workflow in the form that the frontend saves."""
+        """Open a workflow that is in the form that the frontend saves."""
         self.page.evaluate("([graph, name]) => app.loadGraphData(graph, true, true, name)", [workflow, name])
 
     def open_api(self, workflow, name="workflow"):
@@ -196,7 +197,7 @@ class Frontend:
         return self.page.evaluate("async () => (await app.graphToPrompt()).output")
 
     def api_workflow(self):
-        """Return the same without what is no input of the server's nodes: widgets of the frontend alone."""
+        """Return the open workflow in API form, without the inputs that only the frontend's widgets have."""
         info, workflow = self.server.get("/object_info"), self.prompt()
         for node in workflow.values():
             known = {name for kind in info[node["class_type"]]["input"].values() for name in kind}
@@ -206,10 +207,10 @@ class Frontend:
 
 @contextlib.contextmanager
 def in_browser(server, viewport=None, scale=1):
-    """Yield a Frontend of a Server that is still to be loaded, without access to anything but this machine.
+    """Yield a Frontend of a Server, not yet loaded, with access to this machine only.
 
-    Its fonts are DejaVu's and those that the frontend itself brings. viewport: {"width", "height"}; scale: device pixels for
-    each pixel of it. Raises RuntimeError where there is no Chromium.
+    Its fonts are DejaVu's and the frontend's own. viewport: {"width", "height"}; scale: device pixels per pixel of the
+    viewport. Raises RuntimeError if there is no Chromium.
     """
     with tempfile.TemporaryDirectory() as fonts, sync_playwright() as playwright:
         arguments = ["--no-sandbox", "--disable-gpu", "--font-render-hinting=none", "--force-color-profile=srgb", ONLY_LOOPBACK]
@@ -226,8 +227,8 @@ def in_browser(server, viewport=None, scale=1):
 def show(server, vue_nodes=False, settings=None, viewport=None, scale=1):
     """Yield the loaded Frontend of a Server: no dialogs and an empty graph.
 
-    vue_nodes, settings: as of Frontend.load. viewport, scale: as of in_browser. Raises RuntimeError where there is no Chromium
-    or the frontend does not come up.
+    vue_nodes, settings: as in Frontend.load. viewport, scale: as in in_browser. Raises RuntimeError if there is no Chromium or
+    the frontend does not start.
     """
     with in_browser(server, viewport, scale) as view:
         view.load(vue_nodes, settings)

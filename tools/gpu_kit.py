@@ -2,9 +2,9 @@
 
     python tools/gpu_kit.py                      make it; then copy it to that machine and run its run.py there
 
-That machine brings Python 3.12 on x86-64 Linux with torch 2.11 and packages that are common beside it (transformers, aiohttp,
-scipy, matplotlib, pytest and so on). The kit brings the host, the pack and the few packages that are rare, in the tested
-versions. It stays below a size at which it can still be sent by most means.
+That machine has Python 3.12 on x86-64 Linux, with torch 2.11 and common packages (transformers, aiohttp, scipy, matplotlib,
+pytest and so on). The kit contains the host, the pack and the few rare packages, in the tested versions. Its size stays below a
+limit at which most ways of sending files still work.
 """
 
 import pathlib
@@ -19,15 +19,15 @@ KIT = comfyui.ROOT / "output" / "gpu-kit"
 LIMIT = 60  # MiB
 RUN = comfyui.ROOT / "tools" / "gpu_kit_run.py"
 
-# What the host, the pack and the tests cannot be imported without and a machine made for torch lacks.
+# Packages without which the host, the pack and the tests cannot be imported, and which a machine made for torch lacks.
 PACKAGES = ("comfy-kitchen", "torchsde", "trampoline", "websocket-client")
 TARGET = ("--python-version", "3.12", "--implementation", "cp")
 PLATFORMS = [f"--platform=manylinux_2_{minor}_x86_64" for minor in (28, 27, 17)] + ["--platform=manylinux2014_x86_64"]
-# comfy-kitchen's kernels for AMD: three quarters of its size, and it goes without them where they are missing.
+# comfy-kitchen's kernels for AMD: three quarters of its size. comfy-kitchen works without them.
 AMD = "comfy_kitchen/backends/hip/_C*.so"
 
-# PyAV alone would fill half of the kit. The host imports it on every start, yet calls it for video and sound only, which
-# neither the tests nor the tables have: these stand for what it imports.
+# PyAV alone would fill half of the kit. The host imports PyAV on every start, but calls it only for video and sound, which
+# neither the tests nor the tables have. These stand-ins replace the modules that the host imports.
 STAND_INS = {
     "av/__init__.py": '"""Stands for PyAV, so that the host can be imported without it."""\n',
     "av/container.py": "class InputContainer: ...\n",
@@ -35,9 +35,9 @@ STAND_INS = {
     "av/subtitles/stream.py": "class SubtitleStream: ...\n",
 }
 
-# Of the host's folder: what others have put there, and what does not run with it.
+# Parts of the host's folder that are left out: other people's files, and files that do not run with the host.
 NOT_OF_THE_HOST = {*comfyui.WRITTEN, "tests", "tests-unit", "script_examples", ".git"}
-# Of the pack: weights (the tests and tables have random ones), pictures, pages and results.
+# Parts of the pack that are left out: weights (the tests and tables use random ones), pictures, pages and results.
 NOT_OF_THE_PACK = {".safetensors", ".png", ".jpg"}
 PAGES = {"docs", "example_workflows"}
 
@@ -45,7 +45,7 @@ PAGES = {"docs", "example_workflows"}
 def requirements(packages):
     """Return `packages` as pip's requirements, each at the version that tools/constraints.txt names.
 
-    Raises LookupError for one without.
+    Raises LookupError for a package without a version there.
     """
     versions = dict(line.split("==") for line in comfyui.CONSTRAINTS.read_text().splitlines() if not line.startswith("#"))
     if unknown := sorted(set(packages) - set(versions)):
@@ -54,11 +54,11 @@ def requirements(packages):
 
 
 def tracked_files(root):
-    """Return the files below `root` that git tracks and the GPU's tests and tables can need, as relative paths."""
+    """Return the files below `root` that git tracks and that the GPU's tests and tables may need, as relative paths."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, check=True, capture_output=True, text=True).stdout
     paths = [pathlib.Path(name) for name in listed.split("\0") if name]
     kept = [path for path in paths if path.suffix not in NOT_OF_THE_PACK and path.parts[0] not in PAGES]
-    return [path for path in kept if (root / path).is_file()]  # one that was deleted is tracked until that is committed
+    return [path for path in kept if (root / path).is_file()]  # a deleted file stays tracked until the deletion is committed
 
 
 def host_files(folder):
@@ -68,7 +68,7 @@ def host_files(folder):
 
 
 def install_packages(folder):
-    """Install the packages for the other machine's Python into `folder`, and take out what no such machine uses."""
+    """Install the packages for the other machine's Python into `folder`, and remove the parts that it does not use."""
     only = ("--no-deps", "--only-binary", ":all:", "--no-compile", "--target", str(folder))
     comfyui.pip("install", "--quiet", *only, *TARGET, *PLATFORMS, *requirements(PACKAGES))
     for path in folder.glob(AMD):
@@ -89,21 +89,21 @@ def all_files(folder):
 
 
 def nameless(entry):
-    """Take the owner out of an archive's entry."""
+    """Remove the owner from an archive's entry."""
     entry.uid = entry.gid = 0
     entry.uname = entry.gname = ""
     return entry
 
 
 def write_archive(kit, name, folder, files):
-    """Write `files` of `folder` into the kit's archive `name`, in which they lie in a folder of that name."""
+    """Write `files` of `folder` into the kit's archive `name`, inside a folder of the same name."""
     with tarfile.open(kit / f"{name}.tar.xz", "w:xz", preset=9) as archive:
         for path in files:
             archive.add(folder / path, f"{name}/{path.as_posix()}", filter=nameless)
 
 
 def make(kit):
-    """Write the kit's archives and its run.py into the folder `kit`, in place of older ones."""
+    """Write the kit's archives and its run.py into the folder `kit`, replacing older ones."""
     kit.mkdir(parents=True, exist_ok=True)
     for old in kit.iterdir():
         old.unlink()
@@ -120,7 +120,7 @@ def make(kit):
 
 
 def report_size(kit):
-    """Print the size of the kit's files. Raises ValueError where they are more than LIMIT together."""
+    """Print the total size of the kit's files. Raises ValueError if it is above LIMIT."""
     sizes = {path.name: path.stat().st_size / 2**20 for path in sorted(kit.iterdir())}
     for name, size in sizes.items():
         print(f"{size:7.2f} MiB  {name}")

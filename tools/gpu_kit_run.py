@@ -1,12 +1,12 @@
-"""Do the work of `make gpu` out of a kit that `make gpu-kit` made, without a network: the GPU's tests, then its tables.
+"""Do the work of `make gpu` from a kit that `make gpu-kit` made, without a network: the GPU's tests, then its tables.
 
     python run.py                      with a Python 3.12 that has torch 2.11, transformers, aiohttp, scipy and pytest
-    python run.py --size small         options go on to tools/gpu_tables.py
+    python run.py --size small         options are passed to tools/gpu_tables.py
 
-In the kit this file is `run.py`, beside the archives that it unpacks into a temporary folder. What the tests and the tables
-say and what the tables write lies in the folder that the variable OUT names, else in `results` where this is run; it is
-written there as it comes, so that a run that is cut off leaves what it had. The tables are made even if tests fail; the exit
-status is 1 if anything failed.
+In the kit this file is `run.py`, next to the archives, which it unpacks into a temporary folder. The output of the tests and
+the tables goes to the folder that the environment variable OUT names, else to `results` in the current folder. It is written
+continuously, so that an interrupted run leaves what it had. The tables are made even if tests fail; the exit status is 1 if
+anything failed.
 """
 
 import os
@@ -20,14 +20,14 @@ KIT = pathlib.Path(__file__).resolve().parent
 
 
 def unpack(kit, folder):
-    """Unpack every archive of the kit; each holds a folder of its own name."""
+    """Unpack every archive of the kit; each contains a folder of the same name."""
     for archive in sorted(kit.glob("*.tar.xz")):
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
 
 
 def environment(folder, inherited):
-    """Return the variables under which the unpacked pack finds its host and its packages, and installs nothing."""
+    """Return the environment variables with which the unpacked pack finds its host and its packages, and installs nothing."""
     paths = [folder / "site", folder / "stand_ins", *filter(None, [inherited.get("PYTHONPATH")])]
     return {
         **inherited,
@@ -35,20 +35,20 @@ def environment(folder, inherited):
         "COMFYUI_DIR": str(folder / "host"),
         "IEC_OFFLINE": "1",
         "HF_HUB_OFFLINE": "1",  # for transformers, which the host imports
-        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # this Python may have plugins that the pack was never tested with
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # this Python may have plugins that were never tested with the pack
         "PYTHONUNBUFFERED": "1",
     }
 
 
 def lay_out(kit, folder, results):
-    """Unpack the kit into `folder`, where the pack's docs/gpu is then another name of the folder `results`."""
+    """Unpack the kit into `folder`, and make the pack's docs/gpu there a link to the folder `results`."""
     unpack(kit, folder)
     (folder / "pack" / "docs").mkdir()
     (folder / "pack" / "docs" / "gpu").symlink_to(results, target_is_directory=True)
 
 
 def run(log, command, **settings):
-    """Run Python with the arguments `command`, show what it says and write it to the file `log`; return its exit status."""
+    """Run Python with the arguments `command`, show its output and write it to the file `log`; return its exit status."""
     print(f"$ python {' '.join(command)}", flush=True)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     with log.open("w") as file, subprocess.Popen([sys.executable, *command], **pipes, **settings) as process:
@@ -59,7 +59,7 @@ def run(log, command, **settings):
 
 
 def main(options):
-    """Run the tests and then the tables, with `options` for these; return the exit status."""
+    """Run the tests and then the tables, with `options` for the tables; return the exit status."""
     results = pathlib.Path(os.environ.get("OUT") or "results").resolve()
     results.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gpu-kit-") as folder:

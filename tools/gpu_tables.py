@@ -1,11 +1,12 @@
-"""What the pack is worth on a GPU, for docs/gpu: `make gpu` runs this behind the tests.
+"""Measure the pack's benefit on a GPU, for docs/gpu: `make gpu` runs this after the tests.
 
     python tools/gpu_tables.py [--output docs/gpu] [--size full|small] [--minutes 8] [--tables networks convolutions ...]
 
-Networks of true shapes with random weights; ratios are of times measured in turn in this run, medians after a warm-up, by CUDA
-events. Each row is written to <card>.csv as soon as it is measured, and <card>.md is made of these; what cannot be measured has
-its reason there. The most telling tables come first, and none begins a row when the minutes are over. --size small is for a
-machine without a GPU, to see that all of it runs: its networks are tiny, and its times say nothing.
+The networks have true shapes and random weights. Ratios are of times measured in turn in this run: medians after a warm-up, by
+CUDA events. Each row is written to <card>.csv as soon as it is measured, and <card>.md is made from these rows; a row that
+cannot be measured gives the reason. The most informative tables come first, and no table begins a row when the minutes are
+over. --size small is for a machine without a GPU, to check that everything runs: its networks are tiny, and its times mean
+nothing.
 """
 
 import argparse
@@ -30,14 +31,14 @@ import torch
 from networks import random_model
 from torch.utils.flop_counter import FlopCounterMode
 
-STEPS, CFG = 12, 2.0  # of the runs that are timed
+STEPS, CFG = 12, 2.0  # of the timed runs
 ROUNDS = 3  # of whole runs
 CACHES = (2, 3, 5)  # intervals
 
 
 @dataclass(frozen=True)
 class Size:
-    """What is measured: networks as (kind, side of the latent, interval of the cache that goes with everything)."""
+    """What is measured: networks as (kind, side of the latent, interval of the cache in the table `together`)."""
 
     networks: tuple[tuple[str, int, int], ...]
     compiled: tuple[str, ...]  # kinds
@@ -51,9 +52,11 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement. milliseconds: of what the row is about. ratio: how many times as fast as the table's baseline it is.
-    weights: bytes, as a share of the baseline's. peak_mib: most memory that was taken at once besides the weights. operations:
-    how many times fewer than the baseline's. of_peak: share of the GPU's int8 operations a second, of its maker's data sheet.
+    """One measurement. milliseconds: the time of the row's variant. ratio: how many times as fast as the table's baseline it
+    is.
+
+    weights: bytes, as a share of the baseline's. peak_mib: peak memory without the weights. operations: by what factor fewer
+    than the baseline's. of_peak: share of the GPU's peak int8 operations per second, from its maker's data sheet.
     """
 
     table: str
@@ -78,7 +81,7 @@ class Task:
 
 
 class CpuClock:
-    """Stands in for iec_core's CudaClock where there is no GPU."""
+    """Replace iec_core's CudaClock if there is no GPU."""
 
     def times(self, ways, device, rounds=3):
         found = {name: [] for name in ways}
@@ -91,7 +94,7 @@ class CpuClock:
 
 
 class Bench:
-    """What all tables need. nodes: classes by id. device: where it is measured."""
+    """The common parts of all tables. nodes: classes by id. device: where it is measured."""
 
     def __init__(self, nodes, size):
         self.nodes, self.size, self.device = nodes, size, benchmark.device()[0]
@@ -110,13 +113,13 @@ class Bench:
         return {name: micro / 1e3 for name, micro in self.clock.times(ways, self.device, rounds).items()}
 
     def compare(self, way, baseline, rounds=5):
-        """Return the milliseconds of a function, and the ratio to another's."""
+        """Return a function's milliseconds, and how many times as fast as the baseline it is."""
         way(), baseline()
         times = self.milliseconds({"way": way, "baseline": baseline}, rounds)
         return {"milliseconds": times["way"], "ratio": times["baseline"] / times["way"]}
 
     def loaded(self, *models):
-        """Load MODELs side by side. Raises NotThere where they do not fit: one that is offloaded is no measure."""
+        """Load MODELs together. Raises NotThere if they do not fit: the time of an offloaded model is not comparable."""
         import comfy.model_management
 
         comfy.model_management.load_models_gpu(list(models), force_full_load=True)
@@ -124,7 +127,7 @@ class Bench:
             raise quantization.NotThere("the GPU has too little memory for both networks")
 
     def peak_mib(self, way):
-        """Return the MiB that a function takes at most, besides what is there already; None without a GPU."""
+        """Return the peak memory of a function in MiB, without the memory that is already taken; None without a GPU."""
         if self.device.type != "cuda":
             return None
         torch.cuda.synchronize()
@@ -135,7 +138,7 @@ class Bench:
         return (torch.cuda.max_memory_allocated() - before) / 2**20
 
     def share_of_peak(self, operations, milliseconds):
-        """Return the share of the GPU's int8 operations a second, None where its data sheet is not known."""
+        """Return the share of the GPU's peak int8 operations per second, None if its data sheet is not known."""
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else ""
         peak = next((numbers[0] for key, numbers in quantization.PEAKS.items() if key in name), None)
         return None if peak is None else operations / (milliseconds / 1e3) / peak
@@ -151,7 +154,7 @@ class Bench:
         return self.nodes["IECCacheQuant"].execute(model=model, profile=profile).result[0]
 
     def run(self, model, conditioning, side, **correction):
-        """Return a function that samples; correction: inputs of IECKSampler, without any the stock sampler does."""
+        """Return a function that samples; correction: inputs of IECKSampler, without any the stock sampler runs."""
         import nodes as stock
 
         inputs = (1, STEPS, CFG, "euler", "normal", conditioning, conditioning, _empty(model, side))
@@ -166,7 +169,7 @@ def _empty(model, side):
     return {"samples": torch.zeros(1, model.model.latent_format.latent_channels, side, side)}
 
 
-# The tables: generators of Tasks. What a network takes of the GPU is let go with the generator of its own.
+# The tables: generators of Tasks. Each network has its own generator, whose end frees the network's GPU memory.
 
 
 def networks(bench):
@@ -200,7 +203,7 @@ def _evaluated(bench, make, full, conditioning, side):
     bench.loaded(full.model, variant)
     found = bench.compare(evaluation, full) | {"peak_mib": bench.peak_mib(evaluation)}
     layers = quantization.layers(variant)
-    if not layers:  # tensors of types of their own do not tell their bytes alike
+    if not layers:  # special tensor types report their bytes differently
         return found
     eight = sum(layer.choice(bench.device).backend != bench.core.WEIGHT_ONLY for layer in layers)
     share = quantization.size_of(variant) / quantization.size_of(full.model)
@@ -220,7 +223,7 @@ def convolutions(bench):
 
 
 def _shapes(evaluation):
-    """Return {(shape of x, (outputs, window, stride, padding)): how many layers} of an evaluation's convolutions."""
+    """Return {(shape of x, (outputs, window, stride, padding)): number of layers} of an evaluation's convolutions."""
     found, hooks = Counter(), []
 
     def note(layer, inputs, _):
@@ -330,7 +333,7 @@ def compiled(bench):
 
 def _compiled(bench, make, full, conditioning, side):
     variant = make()
-    quantization.Evaluation(variant, conditioning, side, False)()  # what is to serve is timed uncompiled
+    quantization.Evaluation(variant, conditioning, side, False)()  # chooses the kernels by timing, before compiling
     evaluation = quantization.Evaluation(variant, conditioning, side, True)
     bench.loaded(full.model, evaluation.model)
     return bench.compare(evaluation, full) | {"peak_mib": bench.peak_mib(evaluation)}
@@ -344,7 +347,7 @@ HEADS = {
 
 
 class Writer:
-    """Writes rows to <card>.csv one by one, and all of them to <card>.md."""
+    """Write rows to <card>.csv one by one, and all of them to <card>.md."""
 
     def __init__(self, folder, command):
         self.about, self._command, self.rows = benchmark.device()[1], command, []
@@ -373,7 +376,7 @@ class Writer:
 
 
 def _table(rows):
-    """Return the lines of a Markdown table, of the columns that any of the rows has."""
+    """Return the lines of a Markdown table, with the columns that any of the rows has."""
     named = [name for name in HEADS if any(getattr(row, name) is not None for row in rows)]
     heads = ["of", "variant", *(HEADS[name] for name in named), "note"]
     yield from (f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}")
@@ -387,7 +390,7 @@ def _cell(value):
 
 
 def _free():
-    """Let the memory of the networks go that nothing refers to any more."""
+    """Free the memory of networks that nothing refers to any more."""
     import comfy.model_management
 
     gc.collect()
@@ -411,12 +414,12 @@ def measure(bench, writer, names, minutes):
 
 
 def _measured(table, task):
-    """Return (Row, whether an error kept it from being measured)."""
+    """Return (Row, whether an error prevented its measurement)."""
     try:
         return Row(table, task.subject, task.variant, **task.take()), False
     except quantization.NotThere as reason:
         return Row(table, task.subject, task.variant, note=f"not measured: {reason}"), False
-    except Exception as error:  # of any kind: what one row ends in must not take the others along
+    except Exception as error:  # any error: one failing row must not prevent the others
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return Row(table, task.subject, task.variant, note=f"failed: {reason}"), True
     finally:

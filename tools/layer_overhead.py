@@ -1,9 +1,9 @@
-"""What Python takes of a small layer, beside the host's own: on a GPU a layer is no faster than that.
+"""Measure the time that Python takes in a small layer, next to the host's own layer: on a GPU a layer is not faster than that.
 
     python tools/layer_overhead.py [--repeat 9] [--calls 2000]
 
-The kernels are replaced by functions that do nothing, so that any machine tells; what is around them is as on a GPU. Prints a
-table for docs/quantization.md.
+The kernels are replaced by functions that do nothing, so that any machine can measure; the code around them is the same as on a
+GPU. Prints a table for docs/quantization.md.
 """
 
 import argparse
@@ -23,14 +23,15 @@ SIZE, SIDE = 64, 2
 
 
 def modules():
-    """Return (nodes.host.quantization.quantized_layers, iec_core.quantization.int8) of the pack, as the host has loaded it."""
+    """Return the host's loaded modules (nodes.host.quantization.quantized_layers, iec_core.quantization.int8) of the pack."""
     layers = pack.pack_module("nodes.host.quantization.quantized_layers")
     return layers, sys.modules[layers.linear_int8.__module__]
 
 
 def pair(kind, weight="int8", **activation):
-    """Return (layer of the host, the same quantized, with 8-bit activations) in float16. kind: "Linear" or "Conv2d". weight:
-    the kind of a WeightFormat. activation: inputs of an ActivationFormat.
+    """Return (layer of the host, the same layer quantized, with 8-bit activations) in float16.
+
+    kind: "Linear" or "Conv2d". weight: the kind of a WeightFormat. activation: inputs of an ActivationFormat.
     """
     import comfy.ops
 
@@ -39,7 +40,7 @@ def pair(kind, weight="int8", **activation):
     plain = (
         operations.Linear(SIZE, SIZE, **like) if kind == "Linear" else operations.Conv2d(SIZE, SIZE, 3, padding=1, **like)
     ).requires_grad_(False)
-    for parameter in plain.parameters():  # the layers come without values
+    for parameter in plain.parameters():  # the layers are created without values
         torch.nn.init.normal_(parameter)
     core = pack.pack_module("iec_core.quantization.packing")
     packing = core.Packing(plain.weight.shape, core.WeightFormat(weight))
@@ -49,7 +50,7 @@ def pair(kind, weight="int8", **activation):
 
 @contextlib.contextmanager
 def stubbed(backend):
-    """Have layers computed by a backend, for as long as this lasts, all of whose kernels, and the host's, do nothing."""
+    """Return a context in which layers use `backend`, and its kernels and the host's do nothing."""
     layers, core = modules()
     rows, image = torch.zeros(4, SIZE, dtype=torch.float16), torch.zeros(1, SIZE, SIDE, SIDE, dtype=torch.float16)
     pixels = rows[..., None, None]
@@ -70,7 +71,7 @@ def stubbed(backend):
 
 
 def rows(repeat, calls):
-    """Return [(what, microseconds of the host's layer, of ours, ratio)], medians of rounds in turn."""
+    """Return [(what, microseconds of the host's layer, of the pack's layer, ratio)], medians of rounds in turn."""
     layers, core = modules()
     cases = {
         "Linear, comfy-kitchen": ("Linear", core.KITCHEN), "Linear, Triton": ("Linear", core.TRITON),
@@ -83,7 +84,7 @@ def rows(repeat, calls):
         shape = (1, 4, SIZE) if kind == "Linear" else (1, SIZE, SIDE, SIDE)
         (plain, ours), x = pair(kind, compute=layers.EIGHT_BIT), torch.zeros(shape, dtype=torch.float16)
         with stubbed(backend):
-            ours(x), plain(x)  # what is found out at first use
+            ours(x), plain(x)  # initialisation on first use
             rounds = [
                 [timeit.timeit(functools.partial(layer, x), number=calls) for layer in (plain, ours)] for _ in range(repeat)
             ]  # fmt: skip

@@ -1,11 +1,11 @@
-"""What LoRAs behind a quantized model keep and cost, for docs/quantization.md.
+"""Measure quality and cost of LoRAs after a quantized model, for docs/quantization.md.
 
     python tools/lora_benchmark.py [--steps 20] [--seeds 2] [--architecture transformer]
     python tools/lora_benchmark.py --speed [--networks "SD 1.5" Flux] [--repeat 9] [--latent 16]
 
-First, on a built-in model with a random LoRA of rank 16 on all that is quantized: what share of its changes the weights take
-up, and the images with the LoRA in front of the node that quantizes and behind it. With --speed: an evaluation of networks of
-true shapes with such a LoRA behind, loaded and offloaded, over one without.
+Without --speed, on a built-in model with a random LoRA of rank 16 on all quantized layers: the share of the LoRA's changes that
+the weights keep; and the images with the LoRA before and after the node that quantizes. With --speed: the time of an evaluation
+of networks of true shapes with such a LoRA after the quantized model, loaded and offloaded, over an evaluation without one.
 """
 
 import argparse
@@ -18,19 +18,19 @@ from quality import Quality
 from quantization_benchmark import FORMATS, OTHER_PROMPTS, Evaluation, layers, quantized, rounded
 
 NAMES = "W8A8", "fp8", "W4A8", "W4A16, groups of 64", "W4A8, GPTQ, rank 16"
-SIZES = 0.01, 0.02, 0.05  # of changes, as parts of the norms of the weights
+SIZES = 0.01, 0.02, 0.05  # norms of the changes, relative to the norms of the weights
 OF_IMAGES = 0.05
 RANK = 16
 PREFIX = "diffusion_model."
 
 
 def random_lora(model, names, size):
-    """Return the weights of a LoRA on layers of a MODEL; each change has so many parts of its weight's norm."""
+    """Return the weights of a random LoRA on layers of a MODEL; the norm of each change is `size` times its weight's norm."""
     generator, found = torch.Generator().manual_seed(0), {}
     for name in names:
         weight = model.model.get_parameter(f"{PREFIX}{name}.weight")
         out, into = (torch.randn(shape, generator=generator) for shape in ((len(weight), RANK), (RANK, *weight.shape[1:])))
-        norm = ((out.t() @ out) * (into.flatten(1) @ into.flatten(1).t())).sum().sqrt()  # of the product
+        norm = ((out.t() @ out) * (into.flatten(1) @ into.flatten(1).t())).sum().sqrt()  # norm of the product
         out = out * (size * weight.float().norm().cpu() / norm)
         found[f"{PREFIX}{name}.lora_up.weight"] = out[..., None, None] if weight.ndim == 4 else out
         found[f"{PREFIX}{name}.lora_down.weight"] = into
@@ -57,8 +57,8 @@ def weights_of(model):
 
 
 def kept(model, full, size):
-    """Return what share of a LoRA behind a quantized MODEL its weights take up: the projection of the change on what it is by
-    its definition.
+    """Return the share of a LoRA's change that the weights of a quantized MODEL keep: the actual change, projected on the
+    LoRA's exact change.
     """
     lora = random_lora(full, names_of(model), size)
     before, after = weights_of(model), weights_of(with_lora(model, lora))
@@ -71,7 +71,7 @@ def kept(model, full, size):
 
 
 def keep(nodes, steps, seeds, architecture):
-    """Print what quantized built-in models keep of a LoRA in front and behind."""
+    """Print the share of a LoRA that quantized built-in models keep, before and after quantization."""
     quality = Quality(nodes, steps, seeds, architecture)
     full, (scheduler, sampler) = quality.builtin.model, quality.sampling
     of_runs = benchmark.calibration_inputs(nodes, steps, 2, sampler, scheduler, prompts=OTHER_PROMPTS)
@@ -98,11 +98,11 @@ def keep(nodes, steps, seeds, architecture):
         benchmark.row(name, *(kept(base, full, size) for size in SIZES), *(benchmark.mean_error(*pair) for pair in errors))
 
 
-# What it costs
+# The cost
 
 
 def speed(nodes, kinds, repeat, latent):
-    """Print the time of an evaluation of each network with a LoRA behind over one without."""
+    """Print the time of an evaluation of each network with a LoRA after it over one without."""
     for kind in kinds:
         model, conditioning = random_model(kind)
         dtype = str(model.model.get_dtype()).removeprefix("torch.")

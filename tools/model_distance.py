@@ -1,9 +1,10 @@
-"""How far the images of a built-in model are from the real ones: whether to train it on.
+"""Measure how far the images of a built-in model are from the real ones, to decide whether to train it further.
 
     python tools/model_distance.py [--architecture transformer] [--model FILE] [--images N] [--cfg 1 3]
 
-Fréchet and kernel distance of images of 20 `euler` steps to all images of the training data, in the components of
-`imagenet.py`. As a floor, the Fréchet distance of as many real images to all of them. Distances of as many images compare.
+The Fréchet and kernel distances of images of 20 `euler` steps to all images of the training data, in the components of
+`imagenet.py`. As a floor, the Fréchet distance of as many real images to all real images. Only distances of equally many images
+are comparable.
 """
 
 import argparse
@@ -25,7 +26,7 @@ def components(sampler, run, images):
 
 
 def floor(images):
-    """Return the Fréchet distance of as many real images, drawn without replacement, to all of them."""
+    """Return the Fréchet distance of this many real images, drawn without replacement, to all real images."""
     real = imagenet.real().components.numpy()
     drawn = np.random.default_rng(0).permutation(len(real))[:images]
     return sample_distance.frechet_distance(real[drawn], real)

@@ -1,4 +1,4 @@
-"""Networks of true shapes with random weights, to time."""
+"""Networks of true shapes with random weights, for timing."""
 
 import benchmark
 import torch
@@ -16,9 +16,9 @@ FLUX = {
     "hidden_size": 3072, "mlp_ratio": 4.0, "num_heads": 24, "depth": 19, "depth_single_blocks": 38,
     "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": True,
 }  # fmt: skip
-FLUX_SMALL = {**FLUX, "depth": 1, "depth_single_blocks": 2}  # where there is no GPU
+FLUX_SMALL = {**FLUX, "depth": 1, "depth_single_blocks": 2}  # without a GPU
 
-TINY = {**benchmark.SD15, "model_channels": 32, "num_heads": 4}  # to see that something runs
+TINY = {**benchmark.SD15, "model_channels": 32, "num_heads": 4}  # to check that something runs
 
 # The names of the Linear layers in the blocks.
 LINEAR = {kind: "*.attn1.* *.attn2.* *.ff.net.*" for kind in ("SD 1.5", "SDXL", "tiny U-Net")} | {"Flux": "*"}
@@ -38,7 +38,7 @@ def _shape(kind, on_gpu):
 
 
 def _newer(kind):
-    """Return what newer hosts want to know of a network besides."""
+    """Return the additional settings that newer hosts need for a network."""
     import comfy.ldm.flux.model
 
     wanted = kind == "Flux" and "txt_ids_dims" in comfy.ldm.flux.model.FluxParams.__dataclass_fields__
@@ -46,9 +46,10 @@ def _newer(kind):
 
 
 def random_model(kind, float8=False):
-    """Return (MODEL, CONDITIONING) of the shape of "SD 1.5", "SDXL", "Flux" or of a "tiny U-Net", with random weights; the type
-    is float32 on a CPU, else float16, bfloat16 of Flux. float8: Linear layers in the host's float8 e4m3, computed as such.
-    Without a GPU, Flux has three of its 57 blocks.
+    """Return (MODEL, CONDITIONING) of the shape of "SD 1.5", "SDXL", "Flux" or a "tiny U-Net", with random weights.
+
+    The dtype is float32 on a CPU, else float16, and bfloat16 for Flux. float8: Linear layers in the host's float8 e4m3,
+    computed in float8. Without a GPU, Flux has three of its 57 blocks.
     """
     import comfy.model_management
     import comfy.model_patcher
@@ -62,7 +63,7 @@ def random_model(kind, float8=False):
     config.set_inference_dtype(torch.float8_e4m3fn if float8 else dtype, dtype if float8 else None)
     config.optimizations["fp8"] = float8
     model = build(config, device=at)
-    for parameter in model.parameters():  # the layers come without values
+    for parameter in model.parameters():  # the layers are created without values
         parameter.data.copy_(torch.randn(parameter.shape, device=at, dtype=dtype) * 0.02)
     patcher = comfy.model_patcher.ModelPatcher(model, at, comfy.model_management.unet_offload_device())
     return patcher, [[torch.randn(1, 77, context), {"pooled_output": torch.randn(1, pooled)}]]

@@ -1,14 +1,15 @@
-"""How errors grow and corrections contract along a run of the built-in models: docs/results/norms.csv; and of the U-Net that
-train_smooth.py trains on: smoothness_norms.csv.
+"""Measure how errors grow and corrections contract along a run of the built-in models.
 
     python tools/norms.py [--list] [--again KEY]
 
-A row is a step of one image's run, measured by Contraction Probe (IEC): ||A + B J||, by how much the step multiplies an error;
-||(1 - lambda) I + lambda B J|| for dampings of 0.1 to 0.9, by how much an iteration multiplies the distance of two iterates;
-and beside them, with `true_`, what changes of 1 % show of the network as it is, the roundings of a quantized one and all. Rows
-of smoothness_norms.csv have `residual_1` to 3 too, by how much each iteration of a correction of this step alone, at its own
-timestep, would move the result. Rows that are there are skipped. It can be stopped; what a stop loses is less than two
-minutes' work.
+The results are docs/results/norms.csv, and smoothness_norms.csv for the U-Net weights of train_smooth.py.
+
+A row is a step of one image's run, measured by Contraction Probe (IEC): ||A + B J||, the factor by which the step multiplies an
+error; and ||(1 - lambda) I + lambda B J|| for dampings of 0.1 to 0.9, the factor by which an iteration multiplies the distance
+of two iterates. Columns with `true_` are measured with changes of 1 % on the network itself, including the rounding of a
+quantized network. Rows of smoothness_norms.csv also have `residual_1` to 3: by how much each iteration of a correction of this
+step alone, at its own timestep, would move the result. Existing rows are skipped. The command can be stopped; a stop loses less
+than two minutes of work.
 """
 
 import argparse
@@ -34,7 +35,7 @@ SETTINGS = {
 }  # fmt: skip
 LABELS = ("face", "flag", "fruit")
 FORMATS = ("none", "W8A8", "W4A8")
-# Whose residuals are measured.
+# The correction whose residuals are measured.
 CORRECTION = {"evaluation_point": "paper", "lambda_": 0.5, "max_iterations": 3, "tolerance": 0.0}
 
 
@@ -58,13 +59,13 @@ class Case:
 
     @property
     def rows(self):
-        """The rows that its run gives."""
+        """The rows of its run."""
         return [StepRow(self, step) for step in range(0, STEPS, EVERY)]
 
 
 @dataclass(frozen=True)
 class TunedCase(Case):
-    """A Case of the U-Net on one of `experiment_rows.WEIGHTS`, of which the residuals of three iterations are measured too."""
+    """A Case of the U-Net with one of `experiment_rows.WEIGHTS`; it also measures the residuals of three iterations."""
 
     weights: str
     file: ClassVar[str] = "smoothness_norms"
@@ -105,7 +106,7 @@ def declared():
 
 
 def digest(row):
-    """Return what tells a row from others: settings, and the model's weights."""
+    """Return the digest of a row: settings, and the model's weights."""
     weights = experiment_samples.weights_digest(row.case.run)
     more = [CORRECTION] if isinstance(row.case, TunedCase) else []
     return experiment_samples.digest_of([row.key, SETTINGS, EXACT_SCHEDULER[row.case.architecture], weights, *more])
@@ -117,7 +118,7 @@ def results(folder=experiments.RESULTS):
 
 
 def measured(case):
-    """Return (the case, the columns of each of its rows), in a process that is prepared."""
+    """Return (the case, the columns of each of its rows), in a prepared process."""
     sampler, begin = experiment_samples.prepare(), time.perf_counter()
     positive, negative = (sampler.run("IECClassLabel", labels=text)[0] for text in (case.label, "none"))
     inputs = {
@@ -133,8 +134,10 @@ def measured(case):
 
 
 def residuals(sampler, inputs, step):
-    """Return the columns of the relative residuals of the iterations that correct this step alone, so that the run comes to it
-    as the norms' does. inputs: a MODEL, conditionings, schedule and latent, as a sampling node takes them.
+    """Return the columns of the relative residuals of the iterations that correct this step.
+
+    Only this step is corrected, so that the run reaches it as the run of the norms does. inputs: a MODEL, conditionings,
+    schedule and latent, as a sampling node takes them.
     """
     run = {"denoise": 1.0, "sampler_name": "euler"} | {name: SETTINGS[name] for name in ("seed", "steps", "cfg")}
     _, (report,) = sampler.run("IECKSampler", **inputs, **run, **CORRECTION, correction_steps=f"steps:{step}")
@@ -144,8 +147,8 @@ def residuals(sampler, inputs, step):
 
 
 def columns(row, step, jvp, seconds):
-    """Return a row as a dict of texts by column, empty for a norm that is not finite. step: of the probe's JSON. jvp: how
-    products were computed.
+    """Return a row as a dict of texts by column, empty for a norm that is not finite. step: of the probe's JSON. jvp: how the
+    Jacobian-vector products were computed.
     """
     case, number = row.case, experiments.number
     norms = {"growth": step["growth"], "true_growth": step["true_growth"]}
@@ -160,8 +163,9 @@ def columns(row, step, jvp, seconds):
 
 
 def compute(cases, found, workers, on_case=lambda case: None):
-    """Measure cases by as many processes, and add their rows to the Results `found` as soon as they are known. An interrupt
-    ends it when the cases at hand are measured.
+    """Measure cases in this many processes, and add their rows to the Results `found` as soon as they are known.
+
+    On an interrupt, the current cases are finished first.
     """
     context = multiprocessing.get_context("spawn")
     executor = concurrent.futures.ProcessPoolExecutor(workers, context, experiment_samples.prepare_child)
@@ -185,7 +189,7 @@ def _take(future, found, on_case):
 
 
 def compute_again(case, found, workers):
-    """Measure a case that is there anew; return the columns whose digits differ."""
+    """Measure an existing case again; return the columns whose digits differ."""
     with tempfile.TemporaryDirectory() as folder:
         anew = results(folder)
         compute([case], anew, workers)
@@ -225,7 +229,7 @@ def _again(key, found, workers):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl+C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops like Ctrl+C
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -1,5 +1,6 @@
-"""A built-in model's Linear layers in 4-bit formats that are not ours: comfy-kitchen's, as ComfyUI 0.33 has them, and
-torchao's, each as it rounds a weight by itself.
+"""Convert a built-in model's Linear layers to other 4-bit formats: comfy-kitchen's, as in ComfyUI 0.33, and torchao's.
+
+Each format rounds the weights by its own method.
 """
 
 import copy
@@ -9,21 +10,23 @@ import torch
 
 
 class NotThere(Exception):
-    """What there is to compare with is not on this machine; the message says why."""
+    """Something to compare with is not on this machine; the message says why."""
 
 
-logging.getLogger("comfy_kitchen").setLevel(logging.ERROR)  # its portable kernels warn of every product
+logging.getLogger("comfy_kitchen").setLevel(logging.ERROR)  # its portable kernels warn about every product
 
 
 class _InFormat(torch.nn.Module):
-    """A Linear layer whose weight is a comfy-kitchen QuantizedTensor. of_inputs: whether what comes in is of its layout too."""
+    """A Linear layer whose weight is a comfy-kitchen QuantizedTensor. of_inputs: whether the input is quantized to its layout
+    too.
+    """
 
     def __init__(self, layer, layout, of_inputs, **settings):
         super().__init__()
         from comfy_kitchen.tensor import QuantizedTensor
 
         self._made, self._layout, self._of_inputs = QuantizedTensor.from_float, layout, of_inputs
-        # Neither is a parameter: the host has nothing to move or cast here.
+        # Neither tensor is a parameter: the host must not move or cast them.
         self._quantized, self._bias = [self._made(layer.weight.data, layout, **settings)], [layer.bias]
 
     @property
@@ -52,7 +55,7 @@ class _InTorchao(torch.nn.Module):
         weights = {"weight_dtype": torch.int4, "weight_granularity": PerGroup(group_size)}
         quantize_(whole := torch.nn.Sequential(plain), Int8DynamicActivationIntxWeightConfig(**weights))
         self._layer = [whole]
-        # Its packed form is for other processors: 4 bits, and a scale in float32 a group.
+        # torchao's packed form is for other processors; counted as 4 bits, and a float32 scale per group.
         of_bias = 0 if layer.bias is None else layer.bias.nbytes
         self.nbytes = layer.weight.numel() // 2 + 4 * layer.weight.numel() // group_size + of_bias
 
@@ -81,9 +84,10 @@ OTHERS = {
 
 
 def in_other_format(nodes, full, name):
-    """Return (a MODEL like the one in full precision, the bytes of the weights that the host does not see) whose layers, those
-    that Quantize Model would take, are in one of OTHERS; those whose inputs are no multiple of 64, which these formats do not
-    have, stay as they are. Raises NotThere, also where not all are Linear.
+    """Return (a MODEL like `full` whose layers are in one of OTHERS, the bytes of the weights that the host does not count).
+
+    The layers are the ones that Quantize Model would convert. A layer whose input width is not a multiple of 64 is left
+    unchanged, because these formats do not support it. Raises NotThere, also if some of the layers are not Linear.
     """
     if full.load_device.type != "cpu":
         raise NotThere("it is compared on a CPU alone")

@@ -1,7 +1,7 @@
-"""Import of the pack's host-free core outside a ComfyUI, and the modules of a pack that a ComfyUI has loaded.
+"""Import the pack's host-free core outside a ComfyUI, and find the modules of a pack that a ComfyUI has loaded.
 
-The repository root must never be on sys.path, because the pack's folder `nodes` would hide the host's module of that
-name. So `iec_core` is registered under its own name, and its modules are imported as usual from then on.
+The repository root must never be on sys.path, because the pack's folder `nodes` would hide the host's module of that name. So
+`iec_core` is registered under its own name, and its modules can then be imported as usual.
 """
 
 import importlib
@@ -21,7 +21,8 @@ def load(name):
 
 
 def pack_module(name):
-    """Return the pack's module of a dotted name, such as "nodes.host.sampling.rehearsal", as the host has loaded it, which is
-    under a name of its own.
+    """Return the pack's module with a dotted name, such as "nodes.host.sampling.rehearsal", as the host has loaded it.
+
+    The host loads the pack under a name of its own choice.
     """
     return next(module for loaded, module in sys.modules.items() if loaded.endswith(f".{name}"))

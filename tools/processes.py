@@ -1,4 +1,4 @@
-"""What the processes that the tools start have in common."""
+"""Helpers for the processes that the tools start."""
 
 import ctypes
 import signal
@@ -6,6 +6,6 @@ import sys
 
 
 def end_with_parent():
-    """In the child: be ended by the kernel if the parent dies without ending it (Linux)."""
+    """Let the kernel end this child process if the parent dies without ending it (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

@@ -1,4 +1,4 @@
-"""What an efficient variant of the built-in model keeps of its images."""
+"""Measure how well an efficient variant of the built-in model keeps its images."""
 
 import benchmark
 import torch
@@ -8,7 +8,7 @@ COMPONENTS = 16
 
 
 class Features:
-    """What the built-in network makes of images: the mean over the picture of its innermost block's output."""
+    """The built-in network's features of images: the mean over all pixels of its innermost block's output."""
 
     def __init__(self, model):
         self._patcher, self._model = model, model.model
@@ -33,8 +33,10 @@ class Features:
 
 
 class Quality:
-    """Measures variants of a built-in model against runs of itself, eight images of each seed: `ddim` on `normal`, a flow's of
-    `euler` on `simple`. floor: the Fréchet distance of as many images of other seeds. Features are the U-Net's for both.
+    """Measure variants of a built-in model against the model's own runs, eight images per seed.
+
+    The U-Net is sampled with `ddim` on `normal`, a flow model with `euler` on `simple`. floor: the Fréchet distance of as many
+    images of other seeds. Features are the U-Net's for both models.
     """
 
     def __init__(self, nodes, steps, seeds, architecture="unet"):
@@ -51,13 +53,13 @@ class Quality:
         return self.builtin.sample(model, seed, steps or self.steps, *self.sampling, **correction)
 
     def of(self, model, **settings):
-        """Return (error, PSNR in dB, Fréchet distance); settings: steps where they are others, and inputs of IECKSampler."""
+        """Return (error, PSNR in dB, Fréchet distance); settings: `steps` if it differs, and inputs of IECKSampler."""
         latents = [self.sample(model, seed, **settings) for seed in self.seeds]
         error = benchmark.mean_error(latents, self._references)
         return error, self._psnr(latents), self._distance(latents)
 
     def _psnr(self, latents):
-        """Return the mean over images; their values are in -1..1."""
+        """Return the mean PSNR over images, whose values are in -1..1."""
         noise = [(x.clamp(-1, 1) - y.clamp(-1, 1)).square().flatten(1).mean(1) for x, y in zip(latents, self._references)]
         return (10 * torch.log10(4 / torch.cat(noise).clamp(min=1e-12))).mean().item()
 

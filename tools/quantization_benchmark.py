@@ -1,16 +1,19 @@
-"""What quantization keeps, saves and costs, for docs/quantization.md.
+"""Measure quality, savings and cost of quantization, for docs/quantization.md.
 
     python tools/quantization_benchmark.py [--steps 20] [--seeds 4]
     python tools/quantization_benchmark.py --weights [--steps 20 50] [--seeds 4] [--architecture transformer]
     python tools/quantization_benchmark.py --speed [--repeat 5] [--latent 128] [--networks "SD 1.5" SDXL Flux] [--compile]
 
-First, formats on the built-in model: error, PSNR and Fréchet distance to full precision, with activations of dynamic, static
-and timestep-wise scales, and with corrections.
+Without an option: formats on the built-in model: error, PSNR and Fréchet distance to full precision, with dynamic, static and
+timestep-wise activation scales, and with corrections.
 
-With --weights, likewise, ways to round the weights, calibrated on other classes and seeds than are drawn, and what calibrating
-takes. With --speed: one evaluation of networks of true shapes with random weights, ours against the model's own type, and
-against the host's own formats and torchao's int8 where they are there, as medians of shares measured in turn; and the memory of
-the weights as the host counts it. On a GPU also what part of the device's peak the layers reach that most of the work is in.
+With --weights: the same for ways to round the weights, and the time of calibrating. Calibration uses other classes and seeds
+than the measured images.
+
+With --speed: one evaluation of networks of true shapes with random weights. The pack's formats are compared with the model's
+own dtype, and with the host's own formats and torchao's int8 if they are installed, as medians of shares measured in turn; also
+the memory of the weights as the host counts it. On a GPU also which share of the device's peak the layers with most of the work
+reach.
 """
 
 import argparse
@@ -54,14 +57,14 @@ def quantized(nodes, model, name):
 
 
 def calibrated(nodes, model, steps, scales):
-    """Return the MODEL with activation scales from runs on four pairs of classes."""
+    """Return the MODEL with activation scales calibrated by runs on four pairs of classes."""
     return nodes["IECCalibrateQuantization"].execute(
         model=model, **benchmark.calibration_inputs(nodes, steps, runs=1), scales=scales, activation_scale="search"
     ).result[0]  # fmt: skip
 
 
 def keep(nodes, steps, seeds):
-    """Print what every format keeps of the built-in model's images."""
+    """Print how well every format keeps the built-in model's images."""
     quality = Quality(nodes, steps, seeds)
     size = size_of(quality.builtin.model)
     print(
@@ -88,10 +91,10 @@ def keep(nodes, steps, seeds):
                 row(label + correction, model, **inputs)
 
 
-# Of other classes than `benchmark.Builtin` draws.
+# Classes that `benchmark.Builtin` does not draw.
 OTHER_PROMPTS = ("hand, mammal", "bird, flower", "dish, drink", "building, tool")
 NEAREST, SEARCH = {"weight_scale": "absmax"}, {"weight_scale": "search"}
-# (weight_bits, activation_bits, other inputs of Quantize Model, where they have weight_scale, else of Calibrate Weights)
+# (weight_bits, activation_bits, other inputs: of Quantize Model if they have weight_scale, else of Calibrate Weights)
 ROUNDINGS = {
     "W8A8": ("8", "8", NEAREST),
     "W8A8, GPTQ": ("8", "8", {"rank": "0"}),
@@ -116,7 +119,7 @@ ROUNDINGS = {
 
 
 def weights(nodes, counts, seeds, architecture, names, runs=2):
-    """Print what ways to round the weights keep of a built-in model's images in so many steps."""
+    """Print how well ways to round the weights keep a built-in model's images at these numbers of steps."""
     qualities = [Quality(nodes, steps, seeds, architecture) for steps in counts]
     full, (scheduler, sampler) = qualities[0].builtin.model, qualities[0].sampling
     of_runs = benchmark.calibration_inputs(nodes, 20, runs, sampler, scheduler, prompts=OTHER_PROMPTS)
@@ -140,7 +143,7 @@ def weights(nodes, counts, seeds, architecture, names, runs=2):
 
 
 def rounded(nodes, full, name, of_runs):
-    """Return the MODEL with weights rounded in one of the ROUNDINGS. of_runs: inputs of a calibrating node."""
+    """Return the MODEL with weights rounded by one of the ROUNDINGS. of_runs: inputs of a calibrating node."""
     weight_bits, activation_bits, more = ROUNDINGS[name]
     bits = {"weight_bits": weight_bits, "activation_bits": activation_bits, "keep_sensitive_layers": True}
     if "weight_scale" in more:
@@ -178,7 +181,7 @@ def speed(nodes, kinds, repeat, latent, compiled):
 
 
 def share_of(full, evaluation, repeat):
-    """Return the share of the full-precision evaluation's time that another takes; both stay loaded."""
+    """Return an evaluation's time as a share of the full-precision evaluation's; both models stay loaded."""
     import comfy.model_management
 
     comfy.model_management.load_models_gpu([full.model, evaluation.model], force_full_load=True)
@@ -206,7 +209,7 @@ class Evaluation:
         self._x = torch.randn(2, channels, latent, latent, generator=generator).to(device)
         self._sigma = torch.full((2,), 1.0, device=device)
         cond = conditioning[0][0].to(device).expand(2, -1, -1)
-        options = {"cond_or_uncond": [0, 1], "sigmas": self._sigma, "wrappers": model.wrappers}  # torch.compile is one of these
+        options = {"cond_or_uncond": [0, 1], "sigmas": self._sigma, "wrappers": model.wrappers}  # among them torch.compile
         self._conds = {"c_crossattn": cond, "transformer_options": options}
         pooled = conditioning[0][1]["pooled_output"].to(device).expand(2, -1)
         if model.model.adm_channels:
@@ -219,7 +222,7 @@ class Evaluation:
 
 
 def others(nodes, kind, model, conditioning, latent, compiled, full, repeat):
-    """Print the lines of what is not ours: torchao's int8, and the host's float8 and int8."""
+    """Print the lines of other formats: torchao's int8, and the host's float8 and int8."""
     makers = {
         "torchao's int8 dynamic": lambda: torchao_int8(kind),
         "the host's float8": lambda: host_float8(kind),
@@ -232,10 +235,10 @@ def others(nodes, kind, model, conditioning, latent, compiled, full, repeat):
             print(f"| {name} | not measured: {reason} | | |")
             continue
         share = share_of(full, Evaluation(other, conditioning, latent, compiled), repeat)
-        print(f"| {name} | {1 / share:.2f} | | |", flush=True)  # tensors of types of their own do not tell their bytes alike
+        print(f"| {name} | {1 / share:.2f} | | |", flush=True)  # special tensor types report their bytes differently
 
 
-# Dense int8 operations and bytes a second, by the makers' data sheets.
+# Peak dense int8 operations per second and bytes per second, from the makers' data sheets.
 PEAKS = {
     "H100 80GB HBM3": (1979e12, 3.35e12), "H200": (1979e12, 4.8e12), "A100": (624e12, 2.0e12), "4090": (661e12, 1.01e12),
     "3090": (284e12, 0.94e12),
@@ -243,7 +246,7 @@ PEAKS = {
 
 
 def roofline(model, evaluation):
-    """Print, for the layers that most of an evaluation's work is in, what part of the GPU's peak they reach."""
+    """Print, for the layers with most of an evaluation's work, which share of the GPU's peak they reach."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     peak = next((numbers for key, numbers in PEAKS.items() if key in name), None)
     if peak is None:
@@ -291,7 +294,7 @@ def host_float8(kind):
 
 
 def host_int8(nodes, kind, model):
-    """The Linear layers in int8, in a file of ours that the host opens by itself."""
+    """Return the MODEL whose Linear layers the host computes in int8, from a file of the pack that the host opens by itself."""
     import comfy.quant_ops
     import comfy.sd
     import folder_paths

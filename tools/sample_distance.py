@@ -1,11 +1,11 @@
-"""How far the distribution of samples is from that of real images, in the features of some network.
+"""Measure how far the distribution of samples is from that of real images, in the features of a network.
 
-Fréchet distance: Heusel et al. 2017, arXiv 1706.08500. Kernel distance: Binkowski et al. 2018, arXiv 1801.01401. Whoever takes
-other features than Inception's must not call them FID and KID.
+Fréchet distance: Heusel et al. 2017, arXiv 1706.08500. Kernel distance: Binkowski et al. 2018, arXiv 1801.01401. With other
+features than Inception's, these distances must not be called FID and KID.
 
-The intervals are of the bootstrap (Efron 1979): samples are drawn again, with replacement, and the real images are kept, since
-all rows are compared with the same ones. A resampled row holds copies. The kernel distance leaves out pairs of an item with
-itself, and so it must leave out pairs of copies: as `_Kernel` does.
+The intervals are bootstrap intervals (Efron 1979): samples are drawn again, with replacement. The real images are kept, since
+all rows are compared with the same ones. A resampled row holds copies. The kernel distance leaves out the pairs of an item with
+itself; so it must also leave out pairs of copies, which `_Kernel` does.
 """
 
 import functools
@@ -26,8 +26,9 @@ class Estimate:
 
 
 def _checked(**features):
-    """Return the features as float64 arrays. Raises ValueError where one is no matrix of two rows and finite numbers, or where
-    the widths differ.
+    """Return the features as float64 arrays.
+
+    Raises ValueError if one is not a matrix of at least two rows and finite numbers, or if the widths differ.
     """
     arrays = {name: np.asarray(value, np.float64) for name, value in features.items()}
     for name, array in arrays.items():
@@ -42,13 +43,15 @@ def _checked(**features):
 
 
 def _square_root(matrix):
-    """Return the symmetric square root of a symmetric positive semidefinite matrix; rounding below zero counts as zero."""
+    """Return the symmetric square root of a symmetric positive semidefinite matrix; eigenvalues below zero (rounding) count as
+    zero.
+    """
     values, vectors = np.linalg.eigh(matrix)
     return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
 
 
 class _Frechet:
-    """The Fréchet distance to a real set, of samples with weights."""
+    """The Fréchet distance of weighted samples to a real set."""
 
     def __init__(self, samples, real):
         self._samples, self._mean, self._covariance = samples, real.mean(0), np.cov(real, rowvar=False)
@@ -60,7 +63,7 @@ class _Frechet:
         mean = counts @ self._samples / total
         centred = self._samples - mean
         covariance = (centred * counts[:, None]).T @ centred / (total - 1)
-        # tr (R S)^1/2 by the eigenvalues of the symmetric R^1/2 S R^1/2, which are those of R S
+        # the eigenvalues of the symmetric R^1/2 S R^1/2 are those of R S, and give tr (R S)^1/2
         product = np.linalg.eigvalsh(self._root @ covariance @ self._root)
         shift = np.square(mean - self._mean).sum()
         return shift + np.trace(covariance) + np.trace(self._covariance) - 2 * np.sqrt(product.clip(min=0)).sum()
@@ -71,7 +74,7 @@ class _Frechet:
 
 
 class _Kernel:
-    """The unbiased squared maximum mean discrepancy to a real set under the kernel (x.y / C + 1)^3, of samples with weights."""
+    """The unbiased squared maximum mean discrepancy of weighted samples to a real set, with the kernel (x.y / C + 1)^3."""
 
     def __init__(self, samples, real):
         def kernel(x, y):
@@ -101,35 +104,35 @@ MEASURES = {"frechet": _Frechet, "kernel": _Kernel}
 
 
 def frechet_distance(samples, real):
-    """Return the Fréchet distance of the Gaussians fitted to features [N, C] and [M, C]; covariances of N - 1, float64.
+    """Return the Fréchet distance of the Gaussians fitted to features [N, C] and [M, C]; covariances with N - 1, float64.
 
-    Raises ValueError for features that are no such matrices.
+    Raises ValueError for features that are not such matrices.
     """
     samples, real = _checked(samples=samples, real=real)
     return float(_Frechet(samples, real)(np.ones(len(samples), np.int64)))
 
 
 def kernel_distance(samples, real):
-    """Return the unbiased squared MMD of features [N, C] and [M, C] under (x.y / C + 1)^3; it may be below zero.
+    """Return the unbiased squared MMD of features [N, C] and [M, C] with (x.y / C + 1)^3; it may be negative.
 
-    Raises ValueError for features that are no such matrices.
+    Raises ValueError for features that are not such matrices.
     """
     samples, real = _checked(samples=samples, real=real)
     return float(_Kernel(samples, real)(np.ones(len(samples), np.int64)))
 
 
-@functools.cache  # made anew for every row of the docs, they are half of the time
+@functools.cache  # drawing them for every row of the docs would take half of the time
 def _draws(size, resamples, seed):
-    """Return how often each of `size` items is drawn, integers [resamples, size], not to be written to."""
+    """Return how often each of `size` items is drawn, integers [resamples, size], read-only because the result is cached."""
     return np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), resamples)
 
 
 def _estimate(value, resampled, level=LEVEL):
-    """Return the Estimate by the quantiles of the resampled values, moved so that their mean is the value.
+    """Return the Estimate from the quantiles of the resampled values, shifted so that their mean is the value.
 
-    The Fréchet distance of finite samples is too high by an amount that falls as 1/N, and resampling, which makes copies, adds
-    to it once more: unmoved, the quantiles would lie above the value. The interval is one for the distance at this number of
-    samples, so that rows compare only with rows of as many.
+    The Fréchet distance of finite samples is too high by an amount that falls as 1/N. Resampling makes copies, which adds this
+    amount once more: without the shift, the quantiles would lie above the value. The interval applies to the distance at this
+    number of samples, so that only rows with equally many samples are comparable.
     """
     margin = (1 - level) / 2
     low, high = np.quantile(resampled, [margin, 1 - margin]) - np.mean(resampled)
@@ -137,12 +140,12 @@ def _estimate(value, resampled, level=LEVEL):
 
 
 def measured(kind, samples, real, baseline=None, resamples=200, seed=0):
-    """Return (the Estimate of a distance of MEASURES; that of its change against a baseline's distance, None without one), with
-    their 95 % intervals.
+    """Return (the Estimate of a distance of MEASURES, the Estimate of its change from a baseline's distance), with 95 %
+    intervals.
 
-    samples, real: features [N, C] and [M, C]. baseline: [N, C] of the same seeds in the same order. The two are resampled in
-    pairs, so that what is common to them drops out. Raises ValueError for features that are no such matrices, or where samples
-    and baseline are not as many.
+    The second is None without a baseline. samples, real: features [N, C] and [M, C]. baseline: [N, C] of the same seeds in the
+    same order. Samples and baseline are resampled in pairs, so that what they have in common cancels. Raises ValueError for
+    features that are not such matrices, or if the numbers of samples and baseline differ.
     """
     samples, real = _checked(samples=samples, real=real)
     draws = _draws(len(samples), resamples, seed)
@@ -157,23 +160,23 @@ def measured(kind, samples, real, baseline=None, resamples=200, seed=0):
 
 
 def _of_all_and_draws(kind, samples, real, draws):
-    """Return the distance of the samples, and the distances [R] of what the draws [R, N] take of them."""
+    """Return the distance of the samples, and the distances [R] of the resampled ones; draws: counts [R, N]."""
     measure = MEASURES[kind](samples, real)
     return measure(np.ones(len(samples), np.int64)), measure.of_draws(draws)
 
 
 def mean_with_interval(values, resamples=1000, seed=0):
-    """Return the Estimate of the mean of values [N]. Raises ValueError where they are not two or more finite numbers."""
+    """Return the Estimate of the mean of values [N]. Raises ValueError if they are not at least two finite numbers."""
     (column,) = _checked(values=np.asarray(values, np.float64)[:, None])
     resampled = _draws(len(column), resamples, seed) @ column[:, 0] / len(column)
     return _estimate(column.mean(), resampled)
 
 
 def ratio_with_interval(values, baseline, level, resamples=2000, seed=0):
-    """Return the Estimate of the mean of values [N] over the mean of a baseline's [N], resampled in pairs: where each is the
-    same share of its own baseline, the interval has no width.
+    """Return the Estimate of the mean of values [N] over the mean of a baseline's [N], resampled in pairs.
 
-    Raises ValueError where they are not two or more finite numbers, as many of each.
+    If each value is the same multiple of its baseline value, the interval has no width. Raises ValueError if they are not at
+    least two finite numbers, equally many of each.
     """
     values, baseline = _checked(values=np.stack([values], 1), baseline=np.stack([baseline], 1))
     if len(values) != len(baseline):

@@ -1,9 +1,9 @@
-"""Compiles Triton kernels for GPUs that need not be there, and reads their machine code, by what Triton's wheel carries.
+"""Compile Triton kernels for GPUs that need not be present, and read their machine code, with the tools in Triton's wheel.
 
     python tools/sass.py
 
-prints what a warp has to issue in the loop of an 8-bit convolution, for docs/quantization.md: lower than a benchmark and no
-substitute for one, for it does not tell how long memory lets a warp wait.
+Prints how many instructions a warp must issue in the loop of an 8-bit convolution, for docs/quantization.md. This does not
+replace a benchmark: it does not show how long a warp waits for memory.
 """
 
 import collections
@@ -35,7 +35,7 @@ HOPPER = re.compile(r"IGMMA\.64x(\d+)x32")  # an instruction of four warps
 
 
 def missing():
-    """Return why nothing can be compiled, "" where it can."""
+    """Return why nothing can be compiled, "" if it can."""
     if "triton" not in globals():
         return "Triton is not installed"
     absent = [name for name in ("ptxas", "cuobjdump", "nvdisasm") if not (_tools() / name).exists()]
@@ -48,8 +48,8 @@ def _tools():
 
 @dataclass(frozen=True)
 class Compiled:
-    """registers of a thread; stack: bytes that it spills; shared: bytes of shared memory; code: the instructions, one a text;
-    labels: {name: the place in code}.
+    """A compiled kernel. registers: per thread; stack: bytes that a thread spills; shared: bytes of shared memory; code: the
+    instructions, a text each; labels: {name: index in code}.
     """
 
     registers: int
@@ -59,18 +59,18 @@ class Compiled:
     labels: dict
 
     def count(self, name):
-        """Return how many instructions there are whose name begins so."""
+        """Return the number of instructions whose name begins with `name`."""
         return sum(one.startswith(name) for one in self.code)
 
     @property
     def loop(self):
-        """The Loop that has the products: that of the longest jump back over some."""
+        """The Loop that contains the products: the body of the longest backward jump over matrix products."""
         jumps = [(self._target(one), place) for place, one in enumerate(self.code) if one.startswith("BRA")]
         bodies = [(start, end) for start, end in jumps if start is not None and start <= end]
         bodies = [body for body in bodies if any("MMA" in one for one in self.code[body[0] : body[1] + 1])]
         start, end = max(bodies, key=lambda body: body[1] - body[0])
         code = self.code[start : end + 1]
-        # The way out of a loop may be written as a call of what comes next.
+        # The exit of a loop may be written as a call of the next instruction.
         return Loop([one for one in code if not (one.startswith("CALL") and self._target(one) == end + 1)])
 
     def _target(self, instruction):
@@ -80,24 +80,24 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Loop:
-    """code: a loop's instructions, one a text."""
+    """A loop. code: its instructions, a text each."""
 
     code: list
 
     @property
     def names(self):
-        """{name without its modifiers: how many}."""
+        """{name without its modifiers: number of instructions}."""
         return collections.Counter(one.split()[0].split(".")[0] for one in self.code)
 
     @property
     def products(self):
-        """How many products of 16 x 32 by 32 x 8 a warp makes."""
+        """The number of products of 16 x 32 by 32 x 8 per warp."""
         hopper = sum(int(found[1]) // 8 for one in self.code if (found := HOPPER.match(one)))
         return hopper + sum("IMMA.16832" in one for one in self.code)
 
     @property
     def share(self):
-        """The products' share of the instructions, as if each instruction made one."""
+        """The products' share of the instructions, counting each product as one instruction."""
         others = sum("MMA" not in one for one in self.code)
         return self.products / (self.products + others)
 
@@ -105,8 +105,8 @@ class Loop:
 def compiled(kernel, signature, constants, capability, folder, warps=4, stages=3, aligned=()):
     """Return a Compiled for a compute capability such as 80.
 
-    kernel: a triton.jit function; signature: {argument: type, such as "*fp16"}, i32 where it has none; constants: {argument:
-    value}; aligned: those integers that 16 divides. folder: where files may be written.
+    kernel: a triton.jit function; signature: {argument: type, such as "*fp16"}, default i32; constants: {argument: value};
+    aligned: the integers that are divisible by 16. folder: where files may be written.
     """
     names = kernel.arg_names
     kinds = {name: "constexpr" if name in constants else signature.get(name, "i32") for name in names}
@@ -123,7 +123,7 @@ def compiled(kernel, signature, constants, capability, folder, warps=4, stages=3
     path.write_bytes(made.asm["cubin"])
     usage = _output("cuobjdump", "-res-usage", path)
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
-    text = _output("nvdisasm", "-ndf", "-c", path)  # the same text in two thirds of the time
+    text = _output("nvdisasm", "-ndf", "-c", path)  # gives the same text in two thirds of the time
     return Compiled(registers, stack, made.metadata.shared, *_read(text))
 
 
@@ -142,8 +142,9 @@ def _read(text):
 
 
 def convolution(capability, channels, window, tile, folder, sums=False, **more):
-    """Return the Compiled convolution of so many channels with a window x window kernel, in float16, in a Tile. sums: as it is
-    launched where programs share the walk. more: other constants of the kernel.
+    """Return the Compiled convolution with this many channels and a window x window kernel, in float16, in a Tile.
+
+    sums: as it is launched when several programs share the loop over channels and window. more: other constants of the kernel.
     """
     constants = {
         "CHANNELS": channels, "KERNEL_H": window, "KERNEL_W": window, "PADDED": window > 1, "WIDE": False, "GROUP": tiles.GROUP,

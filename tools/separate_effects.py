@@ -1,20 +1,20 @@
-"""An experiment: what a correction of a quantized model consists of, apart.
+"""An experiment: the separate effects of a correction of a quantized model.
 
     python tools/separate_effects.py [--output FOLDER] [--steps 10,20,50,100] [--seeds N]
 
-A correction with lambda 1/2 gives the sampler the mean of two evaluations, at the step's latent x and at the next one. Two
-things happen in it. The errors of two evaluations are averaged; the more they differ, the more that lowers them. And the second
-evaluation is another point's: full precision would be moved by it, too. In one step of the full-precision trajectory the two
-are the terms of an identity. With eps for full precision, eps_q = eps + e for the quantized model, and x_in for where the
-second evaluation is, at the same timestep (`paper`) or at the next (`next`):
+A correction with lambda 1/2 gives the sampler the mean of two evaluations, at the step's latent x and at the next latent. This
+has two effects. The errors of two evaluations are averaged; the more they differ, the more the mean lowers them. And the second
+evaluation is at another point, which would change the full-precision result too. In one step of the full-precision trajectory
+the two effects are the terms of an identity. eps is the full-precision prediction, eps_q = eps + e the quantized model's, and
+x_in the point of the second evaluation, at the same timestep (`paper`) or at the next (`next`):
 
     (eps_q(x) + eps_q(x_in)) / 2 - eps(x) = (e(x) + e(x_in)) / 2  +  (eps(x_in) - eps(x)) / 2
                                                   noise                       shift
 
-Leaves `steps.csv` (these terms in each step, relative to ||eps(x)||), `runs.csv` (whole runs: the final latent's error relative
-to full precision of the same steps and to the exact solution, for one evaluation, two at the same point, and both rules, with
-rounding to the nearest and stochastic rounding) and `separate_effects.png`. Everything is of the built-in U-Net by DDIM without
-guidance.
+Leaves `steps.csv` (these terms in each step, relative to ||eps(x)||), `runs.csv` and `separate_effects.png`. `runs.csv` has
+whole runs: the final latent's error relative to full precision of the same steps and to the exact solution, for one evaluation,
+two at the same point, and both rules, with rounding to nearest and stochastic rounding. All results are for the built-in U-Net
+with DDIM without guidance.
 """
 
 import argparse
@@ -56,8 +56,9 @@ class Experiment:
         return self._known["IECQuantizeModel"].execute(model=self.full, **inputs).result[0]
 
     def report(self, model, steps, seed, sampler="ddim", **settings):
-        """Return the RunReport of an IECKSampler run of eight images, with its latents. The scheduler begins at the same sigma
-        whatever the steps, so that runs of all numbers of steps have one exact solution.
+        """Return the RunReport of an IECKSampler run of eight images, with its latents.
+
+        The scheduler begins at the same sigma for any number of steps, so that all runs have one exact solution.
         """
         positive, negative = (self._known["IECClassLabel"].execute(labels=labels).result[0] for labels in (LABELS, "none"))
         inputs = {"lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0, **settings}
@@ -68,7 +69,7 @@ class Experiment:
         return outputs.result[1][0]
 
     def run(self, bits, rule, steps, seed, stochastic):
-        """Return the final latents, [8, 3, 32, 32], of a model of BITS by a rule of RULES."""
+        """Return the final latents, [8, 3, 32, 32], of a model of BITS with a rule of RULES."""
         settings, evaluations = RULES[rule]
         model = self.models[bits]
         rounding = Rounding(model, self.full, seed) if stochastic else None
@@ -79,7 +80,7 @@ class Experiment:
                 rounding.round_weights()
 
     def eps(self, bits, x, sigma):
-        """Return the noise that a model of BITS sees in x, [8, 3, 32, 32] in the sampler's coordinates, at sigma."""
+        """Return the noise that a model of BITS predicts for x, [8, 3, 32, 32] in the sampler's coordinates, at sigma."""
         base = self.models[bits].model
         label = self._known["IECClassLabel"].execute(labels=LABELS).result[0][0]
         at = torch.full((len(x),), sigma)
@@ -89,7 +90,7 @@ class Experiment:
 def second_point(sampling, x, eps, sigma, sigma_next, rule):
     """Return (x_in, its sigma) of a correction's second evaluation; sampling: the host's model_sampling.
 
-    paper: x_in = x' c_in(sigma') / c_in(sigma) at sigma, so that the network sees what the paper feeds it. next: x' at sigma'.
+    paper: x_in = x' c_in(sigma') / c_in(sigma) at sigma, so that the network gets the paper's input. next: x' at sigma'.
     """
     moved = x + (sigma_next - sigma) * eps
     if rule == "next":
@@ -99,7 +100,7 @@ def second_point(sampling, x, eps, sigma, sigma_next, rule):
 
 
 def norm_share(x, reference):
-    """Return ||x|| / ||reference||, each of [B, ...], the mean over the batch."""
+    """Return ||x|| / ||reference|| of two tensors [B, ...], the mean over the batch."""
     return (x.flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)).mean().item()
 
 
@@ -141,7 +142,7 @@ def measure_runs(experiment, all_steps, seeds):
         same = {seed: experiment.report(experiment.full, steps, seed, **ONCE).latents[-1] for seed in seeds}
         for bits, rule, stochastic in cases:
             if (bits == "full precision" and stochastic) or (rule == "two at the same point" and not stochastic):
-                continue  # nothing is rounded; the second evaluation is the first again
+                continue  # full precision has no rounding: the second evaluation would equal the first
             finals = {seed: experiment.run(bits, rule, steps, seed, stochastic) for seed in seeds}
             found = {
                 name: torch.cat([error(finals[seed], reference[seed]) for seed in seeds])
@@ -157,7 +158,7 @@ def measure_runs(experiment, all_steps, seeds):
 
 
 def write(path, rows):
-    """Write dicts of the same keys as CSV."""
+    """Write dicts with the same keys as CSV."""
     with path.open("w", newline="") as file:
         table = csv.DictWriter(file, rows[0])
         table.writeheader()

@@ -1,4 +1,4 @@
-"""A headless ComfyUI server on a free loopback port, and the little of its HTTP and websocket API that a client needs."""
+"""A headless ComfyUI server on a free loopback port, and the part of its HTTP and websocket API that a client needs."""
 
 import contextlib
 import json
@@ -65,9 +65,9 @@ class Server:
         return answer.content
 
     def _submit(self, workflow, client):
-        body = json.dumps({"prompt": workflow, "client_id": client})  # with NaN and all, which requests' own would refuse
+        body = json.dumps({"prompt": workflow, "client_id": client})  # requests' own encoder would refuse NaN
         answer = requests.post(self.url + "/prompt", data=body, timeout=60)
-        if answer.status_code != 200 or answer.json()["node_errors"]:  # 200 with errors: some outputs would be missing
+        if answer.status_code != 200 or answer.json()["node_errors"]:  # status 200 with errors: some outputs would be missing
             raise Refused(answer.status_code, answer.json())
         return answer.json()["prompt_id"]
 
@@ -76,18 +76,18 @@ class Server:
         requests.post(self.url + "/interrupt", timeout=60).raise_for_status()
 
     def forget(self):
-        """Let it forget what nodes gave in the last prompt, which a like one would not run again."""
+        """Clear the server's cached node outputs; otherwise an equal prompt would not run its nodes again."""
         requests.post(self.url + "/free", json={"free_memory": True}, timeout=60).raise_for_status()
 
     def clear_history(self):
-        """Let it drop its list of the prompts that have run, which every page that is opened asks for."""
+        """Clear the server's list of executed prompts, which every opened page requests."""
         requests.post(self.url + "/history", json={"clear": True}, timeout=60).raise_for_status()
 
     def run(self, workflow, on_event=lambda kind, data: None):
         """Run an API workflow to its end and return its outputs, {node id: ui output}.
 
-        on_event(kind, data) is called for every websocket message meanwhile. Raises Refused, or Failed where a node fails,
-        the run is interrupted or the server goes away.
+        on_event(kind, data) is called for every websocket message during the run. Raises Refused, or Failed if a node fails,
+        the run is interrupted or the server ends.
         """
         client = uuid.uuid4().hex
         address = f"ws://127.0.0.1:{self._port}/ws?clientId={client}"
@@ -127,7 +127,7 @@ def _wait_until_up(process, port, log, seconds):
 
 
 def _stop(process):
-    """End the server's process group: politely first, for certain after ten seconds."""
+    """End the server's process group: with a request first, and by force after ten seconds."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -146,11 +146,11 @@ def _base(folder, models):
 
 @contextlib.contextmanager
 def serve(output=None, arguments=(), models=None):
-    """Boot the provided ComfyUI with no custom nodes but this pack, yield a Server, and end it on the way out.
+    """Start the provided ComfyUI with no custom nodes but this pack, yield a Server, and end it on exit.
 
-    output: folder for what the workflows save, by default one that is removed. arguments: more command-line options. models:
-    a folder that stands for ComfyUI's own `models`. Uses the GPU where torch sees one. Raises RuntimeError, with the end of
-    the server's log, if it does not come up.
+    output: folder for what the workflows save; default: a folder that is removed. arguments: more command-line options. models:
+    a folder that replaces ComfyUI's own `models`. Uses the GPU if torch sees one. Raises RuntimeError, with the end of the
+    server's log, if it does not start.
     """
     import torch
 
@@ -178,7 +178,7 @@ def serve(output=None, arguments=(), models=None):
                     cwd=folder,
                     stdout=sink,
                     stderr=sink,
-                    start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the server
+                    start_new_session=True,  # Ctrl-C then reaches only this process, which ends the server
                     preexec_fn=processes.end_with_parent,
                 )
             _wait_until_up(process, port, log, seconds=180)

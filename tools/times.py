@@ -1,10 +1,10 @@
-"""How long the runs take that a user chooses between: docs/results/times.csv.
+"""Measure how long the runs take among which a user chooses: docs/results/times.csv.
 
     python tools/times.py [--list] [--again]
 
-One process of one thread samples eight images by each run in turn, round after round, on a machine that has nothing else to do;
-a run's time is the median over the rounds of its seconds over those of the model's plain run of the same round (20 euler steps
-without a cache and a correction). All runs are measured together, or none: a stop loses them. About 20 minutes on a CPU.
+One process with one thread samples eight images by each run in turn, round after round; the machine must be otherwise idle. In
+each round, a run's seconds are divided by the seconds of the model's plain run (20 euler steps without cache and correction).
+The run's time is the median of these ratios. All runs are measured together: a stop loses them all. About 20 minutes on a CPU.
 """
 
 import argparse
@@ -35,17 +35,17 @@ class TimeRow:
 
     @property
     def plain(self):
-        """The row of the run by whose time this one's is told."""
+        """The row of the plain run, which is the unit of this row's time."""
         return TimeRow(Run(architecture=self.run.architecture, scheduler=self.run.scheduler))
 
 
 def declared():
-    """Return {file name without suffix: [TimeRow, ...]} of the runs of the question what one should take."""
+    """Return {file name without suffix: [TimeRow, ...]} of the runs of the question which run to choose."""
     return {TimeRow.file: [TimeRow(row.run) for row in experiment_rows.declared()["choices"]]}
 
 
 def digest(row):
-    """Return what tells a row from others. Weights change no time."""
+    """Return the digest of a row. Weights do not change the time."""
     return experiment_samples.digest_of([asdict(row.run), CHUNK, ROUNDS])
 
 
@@ -55,8 +55,9 @@ def results(folder=experiments.RESULTS):
 
 
 def measured(rows, sample, rounds=ROUNDS, on_round=lambda number: None):
-    """Return {row: [seconds of each round]}. sample(run): samples a run once, and returns the seconds it took; each MODEL is
-    warmed up by its shortest run.
+    """Return {row: [seconds of each round]}.
+
+    sample(run): samples a run once, and returns the seconds it took. Each MODEL is warmed up by its shortest run.
     """
     shortest = {}
     for row in sorted(rows, key=lambda row: row.run.evaluations):
@@ -72,7 +73,7 @@ def measured(rows, sample, rounds=ROUNDS, on_round=lambda number: None):
 
 
 def columns(row, seconds):
-    """Return a row as a dict of texts by column; seconds: what `measured` returns."""
+    """Return a row as a dict of texts by column; seconds: the result of `measured`."""
     shares = np.divide(seconds[row], seconds[row.plain])
     told = {"key": row.key, "digest": digest(row)}
     told |= {"time": np.median(shares), "time_low": shares.min(), "time_high": shares.max()}

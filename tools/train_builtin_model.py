@@ -2,11 +2,11 @@
 
     python tools/train_builtin_model.py
 
-It trains the weights in tools/assets/training on by one run, about an hour on one CPU core, and begins with the built-in ones
-where there are none; a run that was stopped goes on. The network is the host's own `UNetModel` (the class behind SD 1.5 and
-SDXL), so that what the pack quantizes and caches on the built-in model are the layers that users have. It predicts v on the
-host's default discrete schedule. Everything that a loader needs (U-Net config, class names) and everything that a reader may
-ask (data package and its digest, seed, settings, loss, of every run) is written into the metadata of the safetensors file.
+One call trains the weights in tools/assets/training further by one run, about an hour on one CPU core. If there are no weights
+there, it starts from the built-in ones. A stopped run continues. The network is the host's own `UNetModel` (the class behind SD
+1.5 and SDXL), so that the pack quantizes and caches the same layers in the built-in model as in users' models. It predicts v on
+the host's default discrete schedule. The metadata of the safetensors file contain everything that a loader needs (U-Net config,
+class names) and everything that a reader may ask (data package and its digest, and of every run: seed, settings, loss).
 
 Data: all images of `emoji.py`.
 """
@@ -76,10 +76,12 @@ def build_unet():
 
 
 class Task:
-    """Random batches of images with noise of random timesteps, on the host's default discrete schedule, and their v."""
+    """Random batches of images with noise at random timesteps of the host's default discrete schedule, and their v."""
 
     def __init__(self, images, labels, generator):
-        """images, labels: as `emoji.fetch_images` returns them. generator: the torch.Generator of all that is drawn."""
+        """Set up the batches. images, labels: as `emoji.fetch_images` returns them. generator: torch.Generator of all random
+        draws.
+        """
         import comfy.model_sampling
 
         self.generator = generator
@@ -87,8 +89,8 @@ class Task:
         self._sigmas = comfy.model_sampling.ModelSamplingDiscrete().sigmas
 
     def draw(self, size):
-        """Return (alpha * (x0 + sigma * noise) [B, 3, 32, 32], what the network takes beside it, alpha and sigma
-        [B, 1, 1, 1], v like the images); alpha = 1 / sqrt(1 + sigma^2).
+        """Return (alpha * (x0 + sigma * noise) [B, 3, 32, 32], the network's other inputs, alpha and sigma [B, 1, 1, 1], v like
+        the images); alpha = 1 / sqrt(1 + sigma^2).
         """
         x0, label = self._batches.draw(size)
         timestep = torch.randint(len(self._sigmas), (size,), generator=self.generator)

@@ -1,11 +1,11 @@
-"""Train the classifier whose features measure generated images: `classifier.py` says what for.
+"""Train the classifier whose features measure generated images (see `classifier.py`).
 
     python tools/train_classifier.py --out tools/assets/emoji_classifier.safetensors
 
-It trains on the training part of `emoji.split` alone, a few minutes on one CPU core. The file's metadata tells the data
-and their digest, the settings, and the share of held-out images that its weights, as the file holds them, classify
-right. The last weights are kept, never those that were best on the held-out images, so that this share is a fair one.
-Beside it go the held-out images themselves, which generated ones are measured against: measuring needs no download.
+It trains only on the training part of `emoji.split`, a few minutes on one CPU core. The file's metadata contain the data and
+their digest, the settings, and the share of held-out images that the saved weights classify correctly. The last weights are
+kept, never those that were best on the held-out images, so that this share is unbiased. The held-out images, with which
+generated images are compared, are saved next to the file: measuring needs no download.
 """
 
 import argparse
@@ -31,15 +31,15 @@ SETTINGS = {
     "ema_decay": 0.995,
     "label_smoothing": 0.1,
     "dropout": 0.2,
-    "shift": 3,  # pixels at most, each way
-    "hue": 0.15,  # radians at most, each way
-    "saturation": 0.4,  # relative, at most, each way
+    "shift": 3,  # pixels at most, in each direction
+    "hue": 0.15,  # radians at most, in each direction
+    "saturation": 0.4,  # relative, at most, in each direction
     "contrast": 0.2,  # likewise, about white
 }
 
 
 def shift(x, most, generator):
-    """Return images [B, 3, H, W] moved by whole pixels, each by its own -most..most in both directions; white comes in."""
+    """Return images [B, 3, H, W], each moved by its own -most..most whole pixels in both directions; white fills the border."""
     batch, _, height, width = x.shape
     padded = torch.nn.functional.pad(x, (most,) * 4, value=1.0)
     by = torch.randint(2 * most + 1, (2, batch, 1, 1), generator=generator)
@@ -49,17 +49,16 @@ def shift(x, most, generator):
 
 
 def jitter(x, settings, generator):
-    """Return images [B, 3, H, W] in -1..1 with hue, saturation and contrast changed, each image in its own way.
+    """Return images [B, 3, H, W] in -1..1 with hue, saturation and contrast changed randomly for each image.
 
-    White, the background of all emoji, stays white: hue turns about the grey axis, contrast acts on the distance from
-    white.
+    White, the background of all emoji, stays white: hue turns about the grey axis, contrast scales the distance from white.
     """
     draw = torch.rand(3, len(x), 1, 1, generator=generator) * 2 - 1
     angle, saturation = draw[0] * settings["hue"], 1 + draw[1] * settings["saturation"]
     contrast = 1 + draw[2] * settings["contrast"]
     grey = torch.full((3, 3), 1 / 3)
     cross = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
-    # Rodrigues' rotation about (1, 1, 1), its part across the axis scaled.
+    # Rodrigues' rotation about (1, 1, 1), with its part perpendicular to the axis scaled.
     turn = grey + saturation * (torch.cos(angle) * (torch.eye(3) - grey) + torch.sin(angle) * cross)
     ink = torch.einsum("bij,bjhw->bihw", turn * contrast, 1 - x)
     return (1 - ink).clamp(-1, 1)
@@ -77,7 +76,7 @@ def classification_loss(network, batches, settings, generator):
 
 
 def accuracy(network, images, labels):
-    """Return the share of images (uint8 [N, 32, 32, 3]) that a network in eval mode gives their label (int64 [N])."""
+    """Return the share of images (uint8 [N, 32, 32, 3]) that a network in eval mode classifies as their label (int64 [N])."""
     return (network.classify(torch.from_numpy(images).permute(0, 3, 1, 2)) == torch.from_numpy(labels)).double().mean().item()
 
 
@@ -95,7 +94,7 @@ def main():
     classifier.save_real_images(args.out.with_name(classifier.REAL_IMAGES.name), *held_out)
 
     def snapshot(average, step, loss):
-        saved = copy.deepcopy(average).half().float()  # the weights as the file holds them
+        saved = copy.deepcopy(average).half().float()  # the weights with the precision of the file
         share = {"accuracy": accuracy(saved, images, labels), "held_out_accuracy": accuracy(saved, *held_out)}
         print({name: round(value, 4) for name, value in share.items()}, flush=True)
         told = dict(facts, step=step, loss=round(loss, 5), **share)

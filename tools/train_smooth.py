@@ -1,11 +1,12 @@
-"""Two networks, fine-tuned from the built-in U-Net, to tell whether one with a smaller Jacobian needs less correction.
+"""Fine-tune two networks from the built-in U-Net, to test whether one with a smaller Jacobian needs less correction.
 
     python tools/train_smooth.py
 
-Both are trained on from the built-in weights for as long, about half an hour of one CPU core each: `smooth` with a penalty on
-||J u|| / ||u||, J the derivative of the predicted noise by the noised image, u a random direction; `longer` without. The rows
-of docs/results/smoothness.csv and smoothness_norms.csv compare them. The files are kept in .cache/smoothness, named by what
-they are made of. It can be stopped, and goes on from the last snapshot: less than ten minutes are lost.
+Both are trained from the built-in weights for equally long, about half an hour of one CPU core each: `smooth` with a penalty on
+||J u|| / ||u||, J the derivative of the predicted noise by the noised image, u a random direction; `longer` without the
+penalty. The rows of docs/results/smoothness.csv and smoothness_norms.csv compare them. The files are kept in .cache/smoothness,
+named by the digest of their recipe. The command can be stopped, and continues from the last snapshot: less than ten minutes are
+lost.
 """
 
 import hashlib
@@ -22,35 +23,38 @@ import train_builtin_model
 import training
 
 BUILTIN = training.BUILTIN / "emoji32.safetensors"
-# Half the rate of the trainings before. Both take as long: a step of `smooth` takes 1.67 times what one of `longer` takes.
+# Half the rate of the earlier trainings. Both take equally long: a step of `smooth` takes 1.67 times as long as one of
+# `longer`.
 SETTINGS = train_builtin_model.SETTINGS | {"seed": 20261129, "learning_rate": 3e-4, "warmup_steps": 100}
 STEPS = {"longer": 2100, "smooth": 1260}
-# Of 0.02, 0.1 and 0.3 in trials of 150 steps, 0.02 changed little and 0.3 doubled the loss.
+# In trials of 150 steps with 0.02, 0.1 and 0.3: 0.02 changed little, and 0.3 doubled the loss.
 PENALTY = {"weight": 0.1, "images": 8, "difference": 0.01}
 
 
 def recipe(weights):
-    """Return what the weights of "longer" or "smooth" are made of, as JSON has it."""
+    """Return the recipe of the weights "longer" or "smooth", as JSON has it."""
     made_of = SETTINGS | {"steps": STEPS[weights], "start": training.sha256(BUILTIN), "data": emoji.DATA_PACKAGE}
     return made_of | ({"penalty": PENALTY} if weights == "smooth" else {})
 
 
 def path(weights):
-    """Return where the weights of "longer" or "smooth" are kept: another place for another recipe."""
+    """Return the path of the weights "longer" or "smooth"; another recipe gives another path."""
     told = hashlib.sha256(json.dumps(recipe(weights)).encode()).hexdigest()[:8]
     return comfyui.CACHE / "smoothness" / f"{weights}-{told}.safetensors"
 
 
 def is_there(weights):
-    """Tell whether the weights of "longer" or "smooth" are there, trained to the end by the one run that the recipe tells."""
+    """Return whether the weights "longer" or "smooth" are there, completely trained by the one run of the recipe."""
     before, history = training.history(BUILTIN), training.history(path(weights))
     return len(history) == len(before) + 1 and history[-1]["step"] == STEPS[weights]
 
 
 def penalty(unet, task):
-    """Return the mean over a small batch of ||J u|| / ||u||, scalar float32: J the derivative of the predicted noise by
-    alpha * (x0 + sigma * noise), u a random direction. That is how far a random change goes on average, where a norm of J is
-    how far the worst does. By finite differences, in float32: bfloat16 is too coarse for them.
+    """Return the mean over a small batch of ||J u|| / ||u||, scalar float32.
+
+    J is the derivative of the predicted noise by alpha * (x0 + sigma * noise), u a random direction. This measures the effect
+    of a random change on average; a norm of J would measure the worst change. It is computed by finite differences in float32,
+    because bfloat16 is too coarse for them.
     """
     noised, beside, alpha, sigma, _ = task.draw(PENALTY["images"])
     direction = torch.randn(noised.shape, generator=task.generator, dtype=noised.dtype)
@@ -62,14 +66,14 @@ def penalty(unet, task):
 
 
 def train(weights):
-    """Train "longer" or "smooth", or go on where that was stopped; in a process of its own."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a word
+    """Train "longer" or "smooth", or continue a stopped training; in its own process."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a traceback
     processes.end_with_parent()
     torch.set_num_threads(1)
     comfyui.import_comfy(cpu=True, use_pytorch_cross_attention=True)
     images, labels = emoji.fetch_images(comfyui.CACHE / "emoji")
     file = path(weights)
-    file.unlink(missing_ok=True)  # its state is what it goes on from; without one it begins anew, as the recipe says
+    file.unlink(missing_ok=True)  # the state is what it continues from; without a state it restarts, as the recipe says
 
     def loss_of(unet, generator):
         task = train_builtin_model.Task(images, labels, generator)
@@ -84,7 +88,7 @@ def train(weights):
 
 
 def main():
-    emoji.fetch_images(comfyui.CACHE / "emoji")  # by one process
+    emoji.fetch_images(comfyui.CACHE / "emoji")  # in one process, before the others start
     context = multiprocessing.get_context("spawn")
     children = [context.Process(target=train, args=(weights,)) for weights in STEPS if not is_there(weights)]
     for child in children:
@@ -95,7 +99,7 @@ def main():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl+C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops like Ctrl+C
     try:
         sys.exit(main())
     except KeyboardInterrupt:

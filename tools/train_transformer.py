@@ -2,9 +2,9 @@
 
     python tools/train_transformer.py
 
-The network is the host's own `Flux` class, 4 x 4 pixels a token. It predicts the flow's velocity, noise - image, at noise
-levels drawn as in Stable Diffusion 3 (arXiv 2403.03206: logit-normal). Every tenth image of each class is held out. It goes on
-by runs, as `train_builtin_model.py` does.
+The network is the host's own `Flux` class, 4 x 4 pixels per token. It predicts the flow's velocity, noise - image, at noise
+levels drawn as in Stable Diffusion 3 (arXiv 2403.03206: logit-normal). Every tenth image of each class is held out. It is
+trained further run by run, like `train_builtin_model.py`.
 """
 
 import copy

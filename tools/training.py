@@ -1,4 +1,4 @@
-"""What the trainings of this pack's models have in common: the loop, the averaged weights, the file, and how one goes on."""
+"""Common parts of the trainings of this pack's models: the loop, the averaged weights, the file, and the continuation."""
 
 import argparse
 import copy
@@ -14,7 +14,7 @@ import pack
 import torch
 
 BUILTIN, TRAINING = comfyui.ROOT / "nodes/assets", comfyui.ROOT / "tools/assets/training"
-SNAPSHOT = 500  # steps between two snapshots; of the built-in models, less than ten minutes on one CPU core
+SNAPSHOT = 500  # steps between two snapshots; for the built-in models, less than ten minutes on one CPU core
 
 
 @functools.cache
@@ -30,11 +30,11 @@ def learning_rate_factor(step, settings):
 
 
 def train(network, loss_of_a_batch, settings, on_snapshot, state=None):
-    """Minimise `loss_of_a_batch()`; every 500 steps and at the end call on_snapshot(averaged network, steps done, mean loss
-    of the last 500 steps).
+    """Minimise `loss_of_a_batch()`.
 
-    settings: steps, learning_rate, warmup_steps, weight_decay, gradient_clip, ema_decay. state: a `State`, which what was
-    interrupted goes on from, to the same weights bit for bit.
+    Every 500 steps and at the end, on_snapshot(averaged network, steps done, mean loss of the last 500 steps) is called.
+    settings: steps, learning_rate, warmup_steps, weight_decay, gradient_clip, ema_decay. state: a `State`, from which an
+    interrupted training continues, to the same weights bit for bit.
     """
     average = copy.deepcopy(network).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(
@@ -68,11 +68,11 @@ def train(network, loss_of_a_batch, settings, on_snapshot, state=None):
 
 
 class State:
-    """All that an interrupted training goes on from, in a file that is replaced in one move."""
+    """Everything that an interrupted training continues from, in a file that is replaced in one move."""
 
     def __init__(self, path, run, generator):
-        """run: the facts of the training run, as JSON has them; a file of another run is left aside. generator: the
-        torch.Generator that the batches are drawn with.
+        """Keep the path. run: the facts of the training run, as JSON has them; a file of another run is ignored. generator: the
+        torch.Generator that draws the batches.
         """
         self._path, self._run, self._generator = pathlib.Path(path), run, generator
         self.name = self._path.stem
@@ -84,11 +84,11 @@ class State:
         return kept if json.loads(kept["run"]) == self._run else None
 
     def is_there(self):
-        """Tell whether there is something to go on from."""
+        """Return whether there is a state to continue from."""
         return self._kept() is not None
 
     def restore(self, parts):
-        """Load the state into parts, {name: what has a state_dict}, and return how many steps are done; 0 without a file."""
+        """Load the state into parts, {name: object with a state_dict}, and return how many steps are done; 0 without a file."""
         kept = self._kept()
         if kept is None:
             return 0
@@ -99,7 +99,7 @@ class State:
         return kept["step"]
 
     def save(self, step, parts):
-        """Write the file; step: how many are done."""
+        """Write the file; step: the number of steps done."""
         kept = {name: part.state_dict() for name, part in parts.items()}
         kept |= {"run": json.dumps(self._run), "step": step, "generator": self._generator.get_state()}
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,12 +120,12 @@ def arguments(name, about):
 
 
 def run_on(path, start, build, config, classes, title, loss_of, settings, data):
-    """Train a model on by one run of settings["steps"] steps, from the weights in its file.
+    """Train a model further by one run of settings["steps"] steps, from the weights in its file.
 
-    path: the safetensors file; a run that was interrupted goes on where its last snapshot was, as long as .cache/training has
-    its state. start: the file to begin with where that is not there, None for fresh weights. build(): the network with fresh
-    weights. loss_of(network, generator): what `train` takes. settings: as `train` takes them, and "seed", to which the number
-    of earlier runs is added. data: facts of the images. The file's metadata tell all runs, the first one first: settings, data,
+    path: the safetensors file; an interrupted run continues from its last snapshot if .cache/training has its state. start: the
+    file to begin with if `path` does not exist, None for fresh weights. build(): the network with fresh weights.
+    loss_of(network, generator): the `loss_of_a_batch` of `train`. settings: as in `train`, and "seed", to which the number of
+    earlier runs is added. data: facts of the images. The file's metadata list all runs, the first one first: settings, data,
     steps done, loss.
     """
     weights, runs = read(path if path.exists() else start)
@@ -150,24 +150,24 @@ def run_on(path, start, build, config, classes, title, loss_of, settings, data):
 
 
 def state_path(path):
-    """Return where the state of an interrupted training of a file is kept: another for every file."""
+    """Return the path of the state of a file's interrupted training; it is different for every file."""
     told = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
     return comfyui.CACHE / "training" / f"{path.stem}-{told}.pt"
 
 
 def history(path):
-    """Return the list of training runs of a model's file, as its metadata tell them; [] where there is none."""
+    """Return the list of training runs from a model file's metadata; [] if there is none."""
     import safetensors
 
     if path is None or not path.exists():
         return []
     with safetensors.safe_open(path, "pt") as file:
         told = json.loads(file.metadata()["iec.training"])
-    return told if isinstance(told, list) else [told]  # files of one run have it by itself
+    return told if isinstance(told, list) else [told]  # files of a single run have it without a list
 
 
 def read(path):
-    """Return (weights in float32, the list of training runs) of a model's file; (None, []) where there is none."""
+    """Return (weights in float32, the list of training runs) of a model's file; (None, []) if there is none."""
     from safetensors.torch import load_file
 
     if path is None or not path.exists():
@@ -176,9 +176,9 @@ def read(path):
 
 
 def save(network, path, title, **facts):
-    """Write fp16 weights and metadata to `path`, through a temporary file so that a crash leaves no half file.
+    """Write fp16 weights and metadata to `path`, through a temporary file so that a crash leaves no incomplete file.
 
-    facts: what goes into the metadata as JSON, each under "iec." and its name.
+    facts: metadata, each stored as JSON under "iec." and its name.
     """
     from safetensors.torch import save_file
 

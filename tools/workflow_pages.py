@@ -1,7 +1,7 @@
 """What is drawn around the example workflows: notes, and groups with the places of the nodes.
 
-The nodes themselves are in `example_workflows/api/<name>.json`; they are named here by their titles. Notes do without code in
-backticks, which Nodes 2.0 does not show legibly on a coloured note.
+The nodes themselves are in `example_workflows/api/<name>.json`; here they are named by their titles. Notes contain no code in
+backticks, because Nodes 2.0 does not show it legibly on a coloured note.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ BLUE, GREEN, ORANGE, PURPLE = "#3f789e", "#5a8a5a", "#b06634", "#8d4a8d"
 
 @dataclass(frozen=True)
 class Group:
-    """A titled frame. columns: the titles of its nodes from left to right, in each from top to bottom."""
+    """A titled frame. columns: the titles of its nodes, as columns from left to right, each from top to bottom."""
 
     title: str
     color: str
@@ -25,9 +25,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Page:
-    """A workflow's page. note: Markdown, to the left of the rest. columns: its groups, from left to right, in each from top
-    to bottom. picture: the titles of the groups that its picture shows, all if none. runs: whether it runs without a download.
-    timed: whether it shows seconds, and is run once before. after: the workflow whose files it reads.
+    """A workflow's page. note: Markdown, to the left of everything else. columns: its groups, as columns from left to right,
+    each from top to bottom.
+
+    picture: the titles of the groups that its picture shows, default all. runs: whether it runs without a download. timed:
+    whether it shows seconds, and therefore is run once before. after: the workflow whose files it reads.
     """
 
     note: str
@@ -57,7 +59,7 @@ the correction lowered the error, and half as many steps without a cache were ab
 
 
 def checkpoint_page(title, model, size):
-    """Return the page of a text-to-image workflow with a checkpoint of one file."""
+    """Return the page of a text-to-image workflow with a one-file checkpoint."""
     note = f"""## {title}: quantized, cached, corrected
 
 Text to image with half of the steps evaluated in full. Made for {size} pixels.
@@ -385,7 +387,7 @@ samplers.
     runs=True,
 )
 
-# In the order in which they are drawn: a workflow that reads another's files after it.
+# In drawing order: a workflow that reads another workflow's files comes after it.
 PAGES = {
     "quick_start": QUICK_START,
     "sd15_text_to_image": checkpoint_page("Stable Diffusion 1.5", "v1-5-pruned-emaonly-fp16.safetensors", "512 x 512"),

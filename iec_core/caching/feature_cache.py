@@ -32,7 +32,7 @@ class CacheSchedule:
     kind: str
     numbers: tuple[float, ...] = ()
 
-    def full_steps(self, total: int, interval: int) -> frozenset[int]:
+    def of(self, total: int, interval: int) -> frozenset[int]:
         """Return the full steps of a run of `total` steps. Step 0 is always one of them.
 
         uniform: the first of every `interval` steps. power: the paper's non-uniform schedule (section 3.3), with as many steps

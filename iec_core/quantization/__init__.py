@@ -1,1 +1,1 @@
-"""Quantization: formats and packed weights, their arithmetic and kernels, calibrated weights and activations, and the file."""
+"""Quantization: weight formats, packing, integer arithmetic, kernels, calibration of weights and activations, and files."""

@@ -2,8 +2,8 @@
 
 Activations are quantized symmetrically. Their scales are given, from a calibration, or computed at run time. At run time there
 is one scale per row (token, or pixel of a 1 x 1 convolution). Where a convolution's window mixes pixels, there is one scale per
-batch item, so that no item depends on the other items in the batch. Or there is one scale for the whole tensor. Products are
-summed exactly, in int32. Then the scales of activations and weights and the bias are applied, in float32.
+batch item, so that no item depends on the other items in the batch. With `per_tensor`, there is one scale for the whole tensor
+instead. Products are summed exactly, in int32. Then the scales of activations and weights and the bias are applied, in float32.
 
 No integer represents NaN or infinity. A row or item with a non-finite value gets the scale NaN, so that its output is NaN.
 """
@@ -25,7 +25,7 @@ except ImportError:  # without it, Triton or PyTorch computes the products
     kitchen = None
 
 LIMIT = LIMITS["int8"]
-EXACT = 1024  # products of int8, whose sum is less than 2^24; up to there, float32 represents every integer
+EXACT = 1024  # number of int8 products whose sum is always below 2^24; float32 represents every integer below
 KITCHEN_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # comfy-kitchen's codes
 
 

@@ -1,9 +1,8 @@
-"""Measure how long each way to compute a quantized layer takes on a GPU. Times are measured at first use and kept in a small
-file.
+"""Measure how long each way to compute a quantized layer takes on a GPU, and keep the times in a small file.
 
-Which way is fastest depends on the card, the layer and the size of its input; no simple rule predicts it. The file has the
-times of each card, with the versions of its driver and of all libraries and kernels used. After a change of any version, times
-are measured again.
+Times are measured at first use. Which way is fastest depends on the card, the layer and the size of its input; no simple rule
+predicts it. The file has the times of each card, with the versions of its driver and of all libraries and kernels used. After
+a change of any version, times are measured again.
 """
 
 import contextlib
@@ -18,7 +17,7 @@ import statistics
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from . import int8
 
 FORMAT = "iec kernel times 1"
 ROUNDS = 5  # rounds per way, alternating with the other ways
-ROUND_SECONDS, MOST_CALLS = 3e-4, 20  # target duration of a round, and the most calls in it
+ROUND_SECONDS, MOST_CALLS = 3e-4, 20  # target duration of a round, and its largest number of calls
 SIGNIFICANT_BITS = 3  # of a number of rows; numbers that share their times differ by less than a quarter
 PAUSE = 60  # seconds without timing after it ran out of memory
 
@@ -39,16 +38,14 @@ Cards = dict[str, dict[str, dict[str, dict[str, float]]]]  # {card: {layer: {row
 
 
 class CudaClock:
-    """Measures times on CUDA devices (or ROCm's) by events of the device."""
+    """Measure times on CUDA devices (or ROCm's) by events of the device."""
 
     def covers(self, device: torch.device) -> bool:
         """Return whether times can be measured on a device."""
         return device.type == "cuda"
 
     def is_free(self) -> bool:
-        """Return whether times can be measured now. While a CUDA graph is captured they cannot: waiting would end the
-        capture.
-        """
+        """Return whether times can be measured now. During the capture of a CUDA graph, waiting would end the capture."""
         return not torch.cuda.is_current_stream_capturing()
 
     def card(self, device: torch.device) -> str:
@@ -97,13 +94,13 @@ class KernelTimes:
         """Return whether times are measured on a device."""
         return self._clock.covers(device)
 
-    def known(self, device: torch.device, layer: str, rows: int, names: Iterable[str]) -> dict[str, float]:
+    def known(self, device: torch.device, layer: str, rows: int, names: Collection[str]) -> dict[str, float]:
         """Return {name: microseconds} of the ways with these names for a number of rows; {} if not all of them were measured.
         layer: the kind of layer, as text. A way that raised an error has the time math.inf.
         """
         return self._known(device, layer, str(rounded(rows)), names) if self._clock.covers(device) else {}
 
-    def known_of_most(self, device: torch.device, layer: str, names: Iterable[str]) -> dict[str, float]:
+    def known_of_most(self, device: torch.device, layer: str, names: Collection[str]) -> dict[str, float]:
         """Return the same as `known`, for the largest number of rows at which all these ways were measured."""
         if not self._clock.covers(device):
             return {}
@@ -114,8 +111,8 @@ class KernelTimes:
         """Return the same as `known` for ways, and measure their times first if they are not known. Return {} if times cannot
         be measured now, memory is short, or the first way raises an error.
 
-        The first way must be one that only fails on wrong inputs. Then errors of the other ways show nothing about them. If the
-        first way works, the ways that fail are logged, and this process does not try them again for this size.
+        The first way must only fail on wrong inputs. If it fails, nothing is recorded about the other ways. If it works, other
+        ways that fail are logged, and this process does not try them again for this size.
         """
         if times := self.known(device, layer, rows, ways):
             return times
@@ -150,7 +147,7 @@ class KernelTimes:
                 logger.warning(f"{name} does not compute a layer of the kind '{layer}': {why}.")
         return self._clock.times({name: way for name, way in ways.items() if name not in failed}, device)
 
-    def _known(self, device: torch.device, layer: str, size: str, names: Iterable[str]) -> dict[str, float]:
+    def _known(self, device: torch.device, layer: str, size: str, names: Collection[str]) -> dict[str, float]:
         failed = self._failed.get((self._clock.card(device), layer, size), {})
         times = failed | self._layers(device).get(layer, {}).get(size, {})
         return {name: times[name] for name in names} if all(name in times for name in names) else {}

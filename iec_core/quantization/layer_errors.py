@@ -88,7 +88,5 @@ def left_for_size(errors: Sequence[LayerError], budget: float) -> list[str]:
 
 
 def left_for_error(errors: Iterable[LayerError], least: float) -> list[str]:
-    """Return the names of layers to leave in full precision, so that each quantized layer's output has at least `least` dB of
-    SQNR.
-    """
+    """Return the names of layers whose output has less than `least` dB of SQNR, to leave them in full precision."""
     return [error.name for error in errors if error.sqnr < least]

@@ -2,8 +2,8 @@
 
 Weights are quantized symmetrically. There is one scale per output channel, or one per group of consecutive inputs of an output
 channel. A low-rank branch is optional: two thin factors in 16 bits, whose product is added to the weight (SVDQuant, arXiv
-2411.05007). The integers, scales and factors of a layer are packed into one tensor of bytes, so that ComfyUI can move, back up
-and count a weight as one tensor. The weights of convolutions are stored with their channels last, as the matrix
+2411.05007). The integers, scales and factors of a layer are packed into one tensor of bytes, so that a weight is moved, backed
+up and counted as one tensor. The weights of convolutions are stored with their channels last, as the matrix
 [out, height * width * in] that the product needs.
 
 Later changes of a weight, such as a LoRA, are added to the branch, whose rank grows as needed. In the few bits of the integers,
@@ -314,8 +314,8 @@ class Packing:
         return max(packed.numel() - self._factors_at, 0) // (2 * (self.rows + self.inputs))
 
     def values(self, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (values int8 or float8 [O, K], scale float32 [O, G]) with which a packed weight is computed. With two scales,
-        the values are the expanded int8 numbers and the scale is [O, 1].
+        """Return (values int8 or float8 [O, K], scale float32 [O, G]) of a packed weight, as a matrix product uses them. With
+        two scales, the values are the expanded int8 numbers and the scale is [O, 1].
         """
         return self.unpacked(self.stored(packed))
 

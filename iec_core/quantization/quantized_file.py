@@ -6,8 +6,8 @@ rank of the low-rank branch, S timesteps, L layers.
 A quantized layer has three tensors with ComfyUI's names: `<layer>.weight`, its integers or float8 numbers [O, K], int4 with two
 numbers per byte; `<layer>.weight_scale`; and `<layer>.comfy_quant`, its description (JSON in bytes). The descriptions are also
 in the header's metadata, where older hosts look for them. A layer with a low-rank branch also has its factors,
-`<layer>.weight_out` [O, r] and `<layer>.weight_in` [r, K]. A layer with two scales has `.weight_s_channel` [O], the shares
-`.weight_s_rel` [O, G] and the levels `.weight_codebook` [16] instead of `.weight_scale`.
+`<layer>.weight_out` [O, r] and `<layer>.weight_in` [r, K]. A layer with two scales (two_scales.py) has `.weight_s_channel`
+[O], the shares `.weight_s_rel` [O, G] and the levels `.weight_codebook` [16] instead of `.weight_scale`.
 
 The host can load some layers without this pack. These are Linear layers without a branch, in one of these formats: int8,
 rotated or not; float8, not rotated; int4 with one scale per channel, rotated in blocks of 64 or 256; int4 with two scales,
@@ -18,7 +18,7 @@ Information for this pack alone is in the metadata, under the key `iec.quantized
 tensors, `iec.activation_scales.table` [S, L] and `iec.activation_scales.sigmas` [S].
 
 The header of a file is checked before anything is allocated. Then tensors are read one at a time, each into its own memory. So
-the file does not stay mapped, and never more memory is allocated than the file's size.
+the file does not stay mapped, and no more memory is allocated than the file's size.
 """
 
 import json
@@ -304,7 +304,7 @@ class QuantizedFile:
         tensors["fingerprint"] = torch.tensor(self.about["fingerprint"], dtype=torch.float32)
         try:
             scales = ActivationScales.of(tensors, self._about_scales)
-        except ValueError as error:
+        except FileError as error:
             raise FileError("its scales of activations are damaged") from error
         of_file = scales.facts["quantization"] == self.about["name"] and self.about["activation"]["bits"] == 8
         if not of_file or not set(scales.names) <= set(self.layers):

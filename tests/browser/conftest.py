@@ -1,4 +1,4 @@
-"""ComfyUI's frontend in Chromium, on a server with the pack. Where there is no Chromium, these tests fail."""
+"""ComfyUI's frontend in Chromium, on a server with the pack. Without Chromium, these tests fail."""
 
 import re
 
@@ -11,54 +11,57 @@ SCREENSHOTS = comfyui.ROOT / "output" / "browser"
 
 @pytest.fixture(scope="package")
 def view(shared_server):
-    """The Frontend, still to be loaded, that the tests of this folder share in a process.
+    """Return the Frontend, not yet loaded, that the tests of this folder share in a process.
 
-    Not longer than that: while Playwright is on, its event loop runs, and the tests in `host` need their own.
+    It is closed after this folder: while Playwright is active, its event loop runs, and the tests in `host` need their own.
     """
     with frontend_tool.in_browser(shared_server) as view:
-        view.left = None  # what the page is loaded with that a test has left for the next one, if it has
+        view.left = None  # settings of the loaded page that a test has left for the next one, if any
         yield view
 
 
 @pytest.fixture
 def vue_nodes():
-    """Whether the page is loaded with Nodes 2.0; a parameter of this name sets it, and spares the work of loading twice."""
+    """Return whether the page is loaded with Nodes 2.0. Parametrize this name to change it; this avoids loading twice."""
     return False
 
 
 @pytest.fixture
 def settings():
-    """More of the user's settings that the page is loaded with, set likewise."""
+    """Return more of the user's settings with which the page is loaded. Parametrize this name to change them."""
     return {}
 
 
 @pytest.fixture
 def shares_page():
-    """Whether the page is taken as another test that shares it has left it, with an empty workflow opened: loading takes longer
-    than many a test. A module whose tests leave nothing but open workflows sets it to "workflows", one whose tests leave more
-    that they do not mind among themselves to a name of its own.
+    """Return False, or the name of a group of tests that share a loaded page.
+
+    Such a test gets the page as the previous one left it, with an empty workflow opened, because loading takes longer than many
+    tests. A module whose tests leave only open workflows sets it to "workflows". A module whose tests leave more, without
+    affecting each other, sets it to a name of its own.
     """
     return False
 
 
 @pytest.fixture
 def fresh_page(view):
-    """For a test in such a module that needs a page as it is loaded."""
+    """Load the page again for a test in such a module that needs a fresh page."""
     view.left = None
 
 
 @pytest.fixture
 def spoils_page(view):
-    """For a test in such a module that leaves more in it."""
+    """Load the page again after a test in such a module that leaves more in it."""
     yield
     view.left = None
 
 
 @pytest.fixture
 def frontend(view, request, vue_nodes, settings, shares_page):
-    """The Frontend (`server`, `page`, `errors`, `load`, `open` …) with an empty graph, on the classic canvas or Nodes 2.0.
+    """Return the Frontend (`server`, `page`, `errors`, `load`, `open` …) with an empty graph, on the classic canvas or Nodes
+    2.0.
 
-    The test ends with a screenshot in output/browser, and fails if anything has failed in the page.
+    The test ends with a screenshot in output/browser, and fails if the page had an error.
     """
     if shares_page and view.left == (vue_nodes, settings, shares_page):
         view.errors.clear()
@@ -72,5 +75,5 @@ def frontend(view, request, vue_nodes, settings, shares_page):
     name = re.sub(r"[^\w.-]+", "_", request.node.name)
     view.page.screenshot(path=SCREENSHOTS / f"{name}.png")
     assert view.errors == []
-    if request.session.testsfailed == failed:  # or it may have left anything
+    if request.session.testsfailed == failed:  # a failed test may have left anything
         view.left = (vue_nodes, settings, shares_page)

@@ -1,4 +1,4 @@
-"""The example workflows in the real frontend: they are what the API forms say, nothing overlaps, and templates open."""
+"""The example workflows in the real frontend: they match the API forms, nothing overlaps, and templates open."""
 
 import functools
 import json
@@ -10,7 +10,7 @@ FOLDER = comfyui.ROOT / "example_workflows"
 SCREENSHOTS = comfyui.ROOT / "output" / "browser"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 
-# Places of the nodes with their titles, in the graph's units.
+# Positions and sizes of the nodes with their titles, in the graph's units.
 ON_CANVAS = """() => app.graph.nodes.map((node) => {
     const [width, height] = node.size, title = LiteGraph.NODE_TITLE_HEIGHT;
     return [node.title, node.pos[0], node.pos[1] - title, width, height + title];
@@ -27,7 +27,7 @@ SHOW_ALL = """() => {
 
 
 def overlaps(places):
-    """The titles of nodes that lie over each other."""
+    """Return the titles of nodes that overlap."""
     found = []
     for i, (title, x, y, width, height) in enumerate(places):
         for other, left, top, w, h in places[:i]:
@@ -46,7 +46,7 @@ def without_titles(prompt):
 
 @pytest.mark.parametrize("vue_nodes", [False, True], ids=["canvas", "nodes2"])
 def test_workflows_open_as_their_api_form_and_nothing_overlaps(frontend, vue_nodes, monkeypatch):
-    monkeypatch.setattr(frontend.server, "get", functools.cache(frontend.server.get))  # its nodes are asked for each time
+    monkeypatch.setattr(frontend.server, "get", functools.cache(frontend.server.get))  # it requests the nodes each time
     for name in NAMES:
         frontend.open(json.loads((FOLDER / f"{name}.json").read_text()), name)
         api = json.loads((FOLDER / "api" / f"{name}.json").read_text())
@@ -67,14 +67,14 @@ RUN = """() => new Promise((done) => {
     const refused = () => done("refused: " + JSON.stringify(app.lastNodeErrors));
     app.queuePrompt(0, 1).then(() => Object.keys(app.lastNodeErrors ?? {}).length && refused(), refused);
 })"""
-# For each sampler of ours: how many steps are corrected in the plan and in the chart, and the strip's text.
+# For each of the pack's samplers: the number of corrected steps in the plan and in the chart, and the strip's text.
 STRIPS = """() => app.graph.nodes
     .flatMap((node) => (node.widgets ?? []).filter((widget) => widget.name === "iec_steps"))
     .map(({ element }) => [element, ...[".corrected", ".iec-residual"].map((one) => element.querySelectorAll(one).length)])
     .map(([element, corrected, charted]) => [corrected, charted, element.innerText])
 """
 STEPS, SIZE = {"steps": 12}, {"width": 16, "height": 16, "batch_size": 2}  # auto corrects from 10 steps on
-# The search, and measuring every layer, take several times as long as the runs; the tests in tests/host let the search run.
+# The search, and measuring every layer, take several times as long as the runs; tests in tests/host run the search.
 LESS = {
     "IECCalibrateQuantization": {"activation_scale": "absmax"},
     "IECCalibrateWeights": {"include": "mid*.proj_in", "steps": 2},
@@ -86,7 +86,7 @@ SET = """([steps, size, less]) => app.graph.nodes.forEach((node) => {
 BUILTIN = ["quick_start", "builtin_inpaint", "compare_and_plot", "calibrate_and_save", "load_and_sample", "less_memory"]
 
 
-# Whether the frontend has a draft with all runs that are kept in the open workflow.
+# Whether the frontend has a draft with all the runs that the open workflow keeps.
 IN_DRAFT = """() => {
     const plain = (text) => text.replaceAll("\\\\", "");
     const kept = app.graph.nodes.map((node) => node.properties.iec_run).filter(Boolean);
@@ -99,12 +99,12 @@ CHARTED = f"(charted) => JSON.stringify(({STRIPS})().map((strip) => strip[1])) =
 
 @pytest.fixture(scope="module")
 def has_run():
-    """The names of the workflows that have run on the tests' server."""
+    """Return the names of the workflows that have run on the tests' server."""
     return set()
 
 
 def saved_files():
-    """calibrate_and_save in API form, with fewer steps and smaller images."""
+    """Return calibrate_and_save in API form, with fewer steps and smaller images."""
     workflow = json.loads((FOLDER / "api" / "calibrate_and_save.json").read_text())
     for node in workflow.values():
         less = STEPS | (SIZE if node["class_type"].startswith("Empty") else {})
@@ -116,8 +116,9 @@ def saved_files():
 @pytest.mark.parametrize(("settings", "shares_page"), [({"Comfy.Workflow.Persist": True}, "workflows")], ids=["drafts"])
 @pytest.mark.parametrize("name", BUILTIN)
 def test_workflow_runs_in_the_frontend_and_its_strips_show_it(frontend, has_run, name):
-    """With fewer steps and fewer, smaller images; load_and_sample loads what calibrate_and_save has saved, in its own test
-    if that came before.
+    """The workflow has fewer steps and fewer, smaller images.
+
+    load_and_sample loads the files of calibrate_and_save, from calibrate_and_save's own test if that ran before.
     """
     frontend.server.forget()
     if name == "load_and_sample" and "calibrate_and_save" not in has_run:
@@ -134,12 +135,12 @@ def test_workflow_runs_in_the_frontend_and_its_strips_show_it(frontend, has_run,
     for corrected, charted, text in strips:
         assert corrected == charted and "last run" in text, text
     assert grown == sorted(grown)
-    if sum(charted for _, charted, _ in strips) > 5:  # fewer may all come between two looks at the strips
-        assert len(set(grown)) > 2, grown  # while it ran, not at the end
+    if sum(charted for _, charted, _ in strips) > 5:  # fewer may all arrive between two looks at the strips
+        assert len(set(grown)) > 2, grown  # during the run, not at its end
     if not strips:
-        return  # nothing of ours to keep
+        return  # no IEC sampler whose run could be kept
     page.evaluate("() => document.querySelectorAll('.iec-keep').forEach((box) => box.click())")
-    page.wait_for_function(IN_DRAFT)  # which the frontend saves with a delay
+    page.wait_for_function(IN_DRAFT)  # the frontend saves it with a delay
     page.reload()
     page.wait_for_function("(count) => window.app?.graph?.nodes.length === count", arg=len(nodes_of(name)), timeout=60_000)
     page.wait_for_function(CHARTED, arg=[charted for _, charted, _ in strips])

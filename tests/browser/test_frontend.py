@@ -1,4 +1,4 @@
-"""The tests' own browser: the frontend is ready, in both modes, and what fails in it is seen; what it does with seeds."""
+"""The tests' own browser: the frontend is ready in both modes, its errors are seen, and how it handles seeds."""
 
 import concurrent.futures
 import threading
@@ -30,7 +30,7 @@ def test_frontend_is_ready_with_the_pack_and_nothing_over_the_graph(frontend, vu
 
 def test_what_fails_in_the_page_is_seen(frontend):
     frontend.page.evaluate("() => { console.error('told'); setTimeout(() => { throw new Error('thrown') }) }")
-    for _ in range(100):  # a busy machine takes its time to tell
+    for _ in range(100):  # a busy machine may report late
         if len(frontend.errors) < 2:
             frontend.page.wait_for_timeout(100)
     assert [text.splitlines()[0] for text in frontend.errors] == ["told", "uncaught: Error: thrown"]
@@ -50,7 +50,7 @@ def program(path, script):
 
 @pytest.mark.parametrize("root", [True, False])
 def test_apt_installs_a_browser_where_there_is_none(monkeypatch, tmp_path, root):
-    """The commands are stand-ins that note how they are called: apt-get leaves a chromium behind."""
+    """The commands are replaced by scripts that record their calls; apt-get's installs a chromium."""
     monkeypatch.delenv("CHROMIUM", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(tool.os, "geteuid", lambda: 0 if root else 1000)
@@ -66,7 +66,7 @@ def test_apt_installs_a_browser_where_there_is_none(monkeypatch, tmp_path, root)
 
 
 def test_two_processes_do_not_install_it_at_once(monkeypatch):
-    """The stand-in fails where it is called while it runs, as apt-get does; once it is done, the browser is there for both."""
+    """The replacement fails if it is called while it runs, like apt-get; once it is done, both processes find the browser."""
     monkeypatch.delenv("CHROMIUM", raising=False)
     running, there, calls = threading.Lock(), [], []
 
@@ -109,7 +109,7 @@ SAVED_WITH_A_CHOICE = """() => {
 
 
 def queue_twice(frontend):
-    """Queue the open workflow twice; return the seeds of each prompt as the server would get it, by kind of node."""
+    """Queue the open workflow twice; return the seeds of each prompt as sent to the server, by kind of node."""
     prompts = []
 
     def answer(route):
@@ -130,8 +130,9 @@ def queue_twice(frontend):
 
 @pytest.mark.usefixtures("spoils_page")
 def test_queueing_again_changes_the_seed_of_the_sampler_alone(frontend):
-    """Of nodes as they are added: another seed would be another calibration. What a workflow was saved with stays: it has a
-    place among the values of the widgets, and is the user's own choice.
+    """This holds for newly added nodes: another seed would make another calibration.
+
+    The setting that a workflow was saved with is kept: it is among the saved widget values, and is the user's own choice.
     """
     about = frontend.server.get("/object_info")
     ours = [kind for kind, info in about.items() if info["python_module"] == about["IECKSampler"]["python_module"]]

@@ -1,10 +1,10 @@
-"""The help pages in the panel that ComfyUI's frontend shows them in, at its default width."""
+"""The help pages in the panel of ComfyUI's frontend, at the panel's default width."""
 
 import comfyui
 import pytest
 
 PAGES = sorted(path.stem for path in (comfyui.ROOT / "web/docs").glob("*.md"))
-# What reaches over the panel's inner edge, or, scrolled in itself, has a part that is out of sight.
+# Elements that extend over the panel's inner edge, or that are scrollable and have a hidden part.
 CUT_OFF = """(panel) => {
     const right = panel.getBoundingClientRect().right - parseFloat(getComputedStyle(panel).paddingRight) + 1
     const wide = (part) => part.scrollWidth > part.clientWidth && getComputedStyle(part).display !== 'inline'
@@ -16,7 +16,7 @@ CUT_OFF = """(panel) => {
 
 @pytest.fixture
 def shares_page():
-    return "help"  # whose panel stays open
+    return "help"  # its panel stays open
 
 
 def help_of(frontend, node):
@@ -26,7 +26,7 @@ def help_of(frontend, node):
     page.evaluate("() => app.canvas.selectNode(app.graph.nodes[0])")
     button = page.locator("[data-testid=info-button]").first
     button.wait_for()
-    button.dispatch_event("click")  # the button can lie under the menu
+    button.dispatch_event("click")  # the button can be under the menu
     panel = page.locator(".node-help-content")
     panel.locator(f"img[src$='/{node}.png']").wait_for()
     page.wait_for_function("() => [...document.querySelectorAll('.node-help-content img')].every((one) => one.naturalWidth)")

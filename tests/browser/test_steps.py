@@ -1,4 +1,4 @@
-"""The strip of steps on the IEC sampler nodes, in the real frontend: what will be corrected, and what a run did."""
+"""The strip of steps on the IEC sampler nodes, in the real frontend: the planned corrections, and the results of a run."""
 
 import itertools
 
@@ -22,12 +22,13 @@ def node(kind, **inputs):
 
 AFTER_A_LOOK = 700  # milliseconds in which the page has looked at the graph twice
 
-SEEDS = itertools.count(1)  # a prompt that has been run before is not run again
+SEEDS = itertools.count(1)  # a prompt that has run before does not run again
 
 
 def workflow(sampler="IECKSampler", steps=20, size=16, **correction):
-    """A run of the built-in model with a cache, corrected by the node of this id. size: of its images; the model's own is 32,
-    at which a run takes long enough to be looked at.
+    """Return a run of the built-in model with a cache, corrected by the node of this id.
+
+    size: of its images; at 32, the model's own size, a run takes long enough to be observed.
     """
     seed = next(SEEDS)
     sampling, correction = {**SAMPLING, "steps": steps}, {**CORRECTION, **correction}
@@ -81,7 +82,7 @@ class Strip:
         return self.page.locator(".iec").first.inner_text()
 
     def show(self):
-        """Bring the node with the strip, and the strip, into view."""
+        """Scroll the node with the strip, and the strip, into view."""
         self.page.evaluate(
             """async () => {
                 const node = app.graph.nodes.find((one) => one.widgets?.some((widget) => widget.name === "iec_steps"));
@@ -112,7 +113,9 @@ class Strip:
         )
 
     def run(self):
-        """Queue the workflow and wait for the end of its run; return what the events told, and the strip's texts meanwhile."""
+        """Queue the workflow and wait for the end of its run; return the data of the events, and the strip's texts during the
+        run.
+        """
         self.page.evaluate(
             """async () => {
                 const api = window.comfyAPI.api.api;
@@ -137,7 +140,7 @@ class Strip:
 
 @pytest.fixture
 def strip(frontend):
-    """The Strip of a page, on the classic canvas, or with Nodes 2.0 too where a test is of `both`."""
+    """Return the Strip of a page, on the classic canvas, and also with Nodes 2.0 if a test is marked `both`."""
     return Strip(frontend)
 
 
@@ -146,7 +149,7 @@ def shares_page():
     return "workflows"
 
 
-# Of the module, so that pytest puts the tests of each of the two after each other, and the page is loaded twice.
+# Module scope, so that pytest groups the tests by these two, and the page is loaded only twice.
 both = pytest.mark.parametrize("vue_nodes", [False, True], ids=["canvas", "nodes2"], scope="module")
 
 
@@ -363,7 +366,7 @@ def test_linked_correction_steps_cannot_be_clicked(frontend, strip):
 
 
 def test_a_busy_server_is_asked_again_and_the_plan_before_is_marked(frontend, strip):
-    """Busy with the question of another page: one plan a client."""
+    """The server is busy with another page's question, because it makes one plan per client."""
     frontend.open_api(workflow(steps=4))
     strip.wait("4 → 6 evaluations")
     busy = {"unknown": "Another step plan is being made; ask again when it is there."}
@@ -379,7 +382,7 @@ def test_a_busy_server_is_asked_again_and_the_plan_before_is_marked(frontend, st
     strip.set("IECKSampler", "steps", 6)
     strip.wait(refusal["unknown"])
     strip.page.unroute("**/iec/step_plan")
-    frontend.errors.clear()  # the browser's own, of the statuses
+    frontend.errors.clear()  # the browser's own errors about the statuses
 
 
 def test_focus_stays_on_the_cell(frontend, strip):
@@ -418,7 +421,7 @@ def test_interrupted_run_leaves_no_running_strip(frontend, strip):
     frontend.server.interrupt()
     frontend.page.wait_for_function("() => !document.querySelector('.iec').innerText.includes('running')", timeout=60_000)
     assert "last run" not in strip.text()
-    frontend.errors.clear()  # the frontend's own, of the interrupt
+    frontend.errors.clear()  # the frontend's own error about the interrupt
 
 
 def test_strip_of_another_workflow_is_forgotten(frontend, strip):
@@ -473,7 +476,7 @@ def test_last_run_is_saved_with_the_workflow_when_asked(frontend, strip, is_kept
 
 @both
 def test_run_of_other_settings_is_marked(frontend, strip):
-    """In the text and on the chart, until the settings are the run's again; a kept one too."""
+    """The mark is in the text and on the chart until the settings are the run's again; it also applies to a kept run."""
 
     def wait(*facts):
         if facts:
@@ -551,7 +554,7 @@ def test_run_in_a_subgraph_is_shown_there(frontend):
 
 @pytest.mark.parametrize("mode", [2, 4], ids=["muted", "bypassed"])
 def test_a_subgraph_that_does_not_run_is_told(frontend, strip, mode):
-    """Of two nodes that stand for a subgraph, one that runs is enough."""
+    """If two nodes refer to one subgraph, it runs if one of them runs."""
     frontend.open_api(workflow(steps=5))
     strip.wait("5 → 7 evaluations")
     into_subgraph(frontend, "IECKSampler", "IECDeepCache")
@@ -582,7 +585,7 @@ def test_cache_outside_a_subgraph_is_told_when_it_runs(frontend):
 
 
 def test_run_of_another_workflow_is_not_shown(frontend):
-    """The same node ids in two tabs."""
+    """Two tabs contain the same node ids."""
     strip = Strip(frontend)
     frontend.open_api(workflow(steps=5), "first")
     strip.wait("5 → 7 evaluations")
@@ -594,7 +597,7 @@ def test_run_of_another_workflow_is_not_shown(frontend):
 
 
 def leave(frontend, command):
-    """Execute the frontend's command, and wait until its workflow is open in place of the one that is."""
+    """Execute the frontend's command, and wait until another workflow is open."""
     before = frontend.page.evaluate("() => app.extensionManager.workflow.activeWorkflow.path")
     frontend.page.evaluate("(command) => app.extensionManager.command.execute(command)", command)
     other = "(before) => app.extensionManager.workflow.activeWorkflow?.path !== before"
@@ -603,7 +606,7 @@ def leave(frontend, command):
 
 
 def go(frontend, there):
-    """Show the tab "Previous" or "Next" to the one that is open."""
+    """Show the tab before ("Previous") or after ("Next") the open one."""
     leave(frontend, f"Workspace.{there}OpenedWorkflow")
 
 
@@ -612,7 +615,7 @@ def graph_id(frontend):
 
 
 def test_run_in_one_of_two_tabs_of_a_workflow_is_not_shown_in_the_other(frontend, strip):
-    """The first one corrects two steps, its copy five."""
+    """The first tab corrects two steps, its copy five."""
 
     def wait_for_dots(number):
         wanted = "(number) => document.querySelectorAll('.iec-residual').length === number"
@@ -639,7 +642,10 @@ def test_run_in_one_of_two_tabs_of_a_workflow_is_not_shown_in_the_other(frontend
 
 
 def open_six_steps(frontend, form):
-    """Open a workflow of six steps and without an id, in API form or as the frontend saves it ("saved"), beside one of five."""
+    """Open a workflow of six steps, without an id, next to one of five steps.
+
+    form: the API form, or "saved", the form in which the frontend saves it.
+    """
     if form == "api":
         return frontend.open_api(workflow(steps=6), f"second {form}")
     saved = frontend.page.evaluate("(app.rootGraph ?? app.graph).serialize()")
@@ -680,7 +686,7 @@ KNOWN_LATER = "The steps are known when it runs."
 CACHE_LATER = "which steps are cached is known when it runs"
 IN_FULL = "7 of 20 steps in full, the others cached"
 
-# Nodes of other packs: those without a server's part, and those with one, as the frontend knows them by the server's list.
+# Nodes of other packs: those without a part on the server, and those with one, which the frontend knows from the server's list.
 DEFINE = """async () => {
     const define = (type, inputs, outputs, isVirtualNode) => {
         class Other extends LiteGraph.LGraphNode {
@@ -709,7 +715,7 @@ DEFINE = """async () => {
     await other("TestSampler", { model: ["MODEL", {}], steps: ["INT", {}], denoise: ["FLOAT", {}],
         sampler_name: [["euler"], {}], scheduler: [["normal"], {}] }, "LATENT");
 }"""
-# Opens a workflow and changes it: `one(class)` is its node, `put(type, from, to, input)` a new node between two.
+# Open a workflow and change it: `one(class)` is its node, `put(type, from, to, input)` inserts a new node between two.
 CHANGED = """async ([prompt, change]) => {
     await app.loadApiJson(prompt, "workflow");
     const one = (kind) => app.graph.nodes.find((node) => node.comfyClass === kind || node.type === kind);
@@ -731,7 +737,7 @@ TOLD = """([kinds, others]) => {
 }"""
 MODEL = "one('IECDeepCache'), one('IECKSampler'), 'model'"
 CASES = {
-    # name: (the workflow's sampler, change, texts that the strip has, texts that it has not)
+    # name: (the workflow's sampler, change, texts that the strip has, texts that it lacks)
     "as it is": ("IECKSampler", "", ["20 → 24 evaluations", IN_FULL], ["when it runs"]),
     "reroutes": ("IECKSampler", f"put('Reroute', {MODEL})", ["20 → 24 evaluations", IN_FULL], ["when it runs"]),
     "host's patch": ("IECKSampler", f"put('FreeU', {MODEL})", ["20 → 24 evaluations", IN_FULL], ["when it runs"]),
@@ -830,7 +836,7 @@ CASES = {
 
 @pytest.mark.usefixtures("spoils_page")
 def test_strip_says_what_the_graph_tells_and_no_more(frontend, strip):
-    """Nodes that hand on what they like, and nodes that do nothing, between and behind those of a run."""
+    """Nodes that may pass on anything, and nodes without an effect, are put between and after those of a run."""
     strip.page.evaluate(DEFINE)
     wrong = {}
     for name, (sampler, change, told, untold) in CASES.items():

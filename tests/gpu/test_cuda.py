@@ -1,4 +1,4 @@
-"""What a GPU computes, against the same definitions as on the CPU. Run with `make test-gpu`."""
+"""Computations on a GPU, compared with the same definitions as on the CPU. Run with `make test-gpu`."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def test_one_iteration_never_waits_for_the_device():
         settings = CorrectionSettings.parse("all", 0.5, iterations, 0.0)
         corrected_denoised(lambda x_in, sigma, iteration: 0.9 * x_in, x, step, settings)
 
-    iterate(2)  # whatever is set up at first use
+    iterate(2)  # initialisation on first use
     torch.cuda.set_sync_debug_mode("error")
     try:
         iterate(1)

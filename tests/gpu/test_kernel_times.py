@@ -1,4 +1,4 @@
-"""Ways to compute a layer, timed on a GPU. Run with `make test-gpu`."""
+"""Backends of a layer, timed on a GPU. Run with `make test-gpu`."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU, at the sizes of diffusion models, against sums in float64. Run with `make test-gpu`."""
+"""The Triton kernels on a GPU, at the sizes of diffusion models, compared with sums in float64. Run with `make test-gpu`."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def compiled(monkeypatch):
 
 
 def make(shape, out_channels, kernel, dtype):
-    """x [B, C, H, W], weight, weight scale, bias."""
+    """Return x [B, C, H, W], weight, weight scale, bias."""
     generator = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(shape, device="cuda", generator=generator).to(dtype)
     size = (out_channels, kernel, kernel, shape[1])
@@ -39,7 +39,7 @@ def make(shape, out_channels, kernel, dtype):
 
 
 def given_scale():
-    """A scale under which some values saturate."""
+    """Return a scale with which some values saturate."""
     return torch.tensor(0.02, device="cuda")
 
 
@@ -48,12 +48,12 @@ def dynamic_scale(x):
 
 
 def rounded(x, scale):
-    """On the CPU, which divides as the standard says."""
+    """Round on the CPU, which divides as the IEEE standard says."""
     return (x.float().cpu() / scale.cpu().reshape(-1, 1, 1, 1)).round().clamp(-127, 127).to("cuda", torch.int8)
 
 
 def reference_sums(x, scale, weight, geometry):
-    """The sums in float64, by a plain matrix product: other algorithms would round."""
+    """Return the sums in float64, by a plain matrix product: other algorithms would round."""
     with torch.backends.cudnn.flags(enabled=False):
         return torch.nn.functional.conv2d(rounded(x, scale).double(), weight.permute(0, 3, 1, 2).double(), None, *geometry)
 
@@ -96,7 +96,7 @@ def test_every_tile_and_every_share_of_the_walk_computes_the_same(channels):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_quantization_is_bit_exact(dtype):
-    """Around every multiple of half a scale, where one bit decides the rounding."""
+    """The values are around every multiple of half a scale, where one bit decides the rounding."""
     scale = torch.rand(64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 2, 64) + 1e-5
     halves = torch.arange(-260, 260) / 2 * scale[:, None]
     above, below = (torch.nextafter(halves, torch.full_like(halves, limit)) for limit in (torch.inf, -torch.inf))
@@ -109,7 +109,7 @@ def test_quantization_is_bit_exact(dtype):
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("given", [False, True])
 def test_few_rows_of_a_linear_layer(rows, given):
-    """Whose walk is shared."""
+    """The reduction loop of such a layer is shared."""
     x, weight, *_ = make((rows, 1280, 1, 1), 1280, 1, torch.float16)
     geometry = (1, 1), (0, 0), (1, 1)
     given = given_scale() if given else None

@@ -1,4 +1,4 @@
-"""LoRAs behind a quantized model on a GPU: loaded, offloaded, and of hooks. Run with `make test-gpu`."""
+"""LoRAs after a quantized model on a GPU: loaded, offloaded, and as hooks. Run with `make test-gpu`."""
 
 import comfyui
 import pytest

@@ -1,5 +1,6 @@
-"""Quantized layers on a GPU as the host uses them: what serves, where their weights are, graphs and compilers. Run with
-`make test-gpu`.
+"""Quantized layers on a GPU as the host uses them. Run with `make test-gpu`.
+
+Tested are the chosen backend, the place of the weights, graphs and compilers.
 """
 
 import gc
@@ -22,7 +23,7 @@ def layers():
 
 @pytest.fixture(autouse=True)
 def times(layers, monkeypatch, tmp_path):
-    """Times of the test's own."""
+    """Return times that only this test uses."""
     monkeypatch.setattr(layers, "TIMES", type(layers.TIMES)(lambda: str(tmp_path / "kernel_times.json")))
 
 
@@ -85,7 +86,7 @@ def test_an_offloaded_layer_is_the_same(kind):
 def test_nothing_is_kept_of_a_layer_that_leaves_the_gpu():
     x = inputs("Linear")
     layer = make("Linear")
-    layer(x)  # whatever is set up at first use
+    layer(x)  # initialisation on first use
     layer.cpu()
     gc.collect()
     before = torch.cuda.memory_allocated()

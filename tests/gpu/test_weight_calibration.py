@@ -1,4 +1,4 @@
-"""Weights that are calibrated on a GPU: the math there, and a model through the node. Run with `make test-gpu`."""
+"""Weights that are calibrated on a GPU: the computation there, and a model through the node. Run with `make test-gpu`."""
 
 import comfyui
 import pytest
@@ -26,7 +26,7 @@ def test_the_math_is_that_of_the_cpu(fmt):
         out, into = low_rank(rows.to(device), metric, 8)
         found[device] = values.cpu(), scale.cpu(), (out @ into).cpu()
     (values, scale, product), (expected, expected_scale, expected_product) = found["cuda"], found["cpu"]
-    same = (scale == expected_scale).all(1)  # where two clipping ranges are as good, sums may be in another order
+    same = (scale == expected_scale).all(1)  # if two clipping ranges are equally good, the order of the sums may decide
     assert same.float().mean() > 0.9 and (values[same] == expected[same]).float().mean() > 0.99
     torch.testing.assert_close(product, expected_product, rtol=0, atol=1e-3 * expected_product.abs().max().item())
 

@@ -20,8 +20,9 @@ EXTRAS = (
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """Run a test of this folder, its fixtures too, in inference mode, as the host's executor runs nodes; and no other test,
-    though pytest asks this of all.
+    """Run each test of this folder, with its fixtures, in inference mode, as the host's executor runs nodes.
+
+    Tests of other folders, for which pytest calls this hook too, are not affected.
     """
     with torch.inference_mode(FOLDER in item.path.parents):
         return (yield)
@@ -29,7 +30,9 @@ def pytest_runtest_protocol(item):
 
 @pytest.fixture(scope="session")
 def host(tmp_path_factory):
-    """ComfyUI on the CPU. `nodes`: all node classes by id, the pack's among them; `run(id, ...)`: one node's outputs."""
+    """Return ComfyUI on the CPU: `nodes` has all node classes by id, the pack's included; `run(id, ...)` gives one node's
+    outputs.
+    """
     known = comfyui.load_nodes(*EXTRAS, cpu=True)
     import folder_paths
     import nodes
@@ -47,8 +50,10 @@ def host(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_patch_stays_on_the_model(request):
-    """Take off what a test has patched: the host writes it into the weights and the model that all clones share, and puts these
-    back only when another clone is loaded.
+    """Undo the patches of a test.
+
+    The host writes them into the weights and the model that all clones share, and restores these only when another clone is
+    loaded.
     """
     models = [request.getfixturevalue(name) for name in SHARED_MODELS if name in request.fixturenames]
     yield
@@ -59,19 +64,19 @@ def no_patch_stays_on_the_model(request):
 
 @pytest.fixture(scope="session")
 def builtin_model(host):
-    """The built-in U-Net as MODEL, in float32."""
+    """Return the built-in U-Net as MODEL, in float32."""
     return host.run("IECLoadBuiltinModel", precision="float32")[0]
 
 
 @pytest.fixture(scope="session")
 def model(builtin_model):
-    """What the fixtures below sample, where a file names no other."""
+    """Return the MODEL that the fixtures below sample, unless a file overrides it."""
     return builtin_model
 
 
 @pytest.fixture(scope="session")
 def build_small(host):
-    """build_small(dtype): the built-in U-Net with half of its levels and random weights, the same ones each time, as MODEL."""
+    """Return build_small(dtype), which gives the built-in U-Net with half of its levels and fixed random weights, as MODEL."""
     import comfy.model_patcher
     from random_weights import randomize
 
@@ -88,7 +93,7 @@ def build_small(host):
             half = {"num_res_blocks": [1, 1], "channel_mult": [1, 2], "transformer_depth": [0, 1]}
             self.unet_config = {**self.unet_config, **half, "transformer_depth_output": [0, 0, 1, 1]}
 
-    builtin.CONFIG_OF_CLASS["SmallModel"] = Small  # by which files of it are read
+    builtin.CONFIG_OF_CLASS["SmallModel"] = Small  # for reading files of this model
 
     def build(dtype):
         model = builtin._empty_model(Small(), dtype)
@@ -100,29 +105,34 @@ def build_small(host):
 
 @pytest.fixture(scope="session")
 def small_model(build_small):
-    """That in float32, for tests that go through the layers one by one, or are of what holds for any network: a file of these
-    lets it stand for `model`.
+    """Return the model of `build_small` in float32.
+
+    It is for tests that go through single layers or that hold for any network: such a test file uses it as `model`.
     """
     return build_small(torch.float32)
 
 
 @pytest.fixture(scope="session")
 def conditioning(host):
-    """(positive, negative) for a batch of two."""
+    """Return (positive, negative) for a batch of two."""
     return host.run("IECClassLabel", labels="face, flag")[0], host.run("IECClassLabel", labels="none")[0]
 
 
 @pytest.fixture
 def empty_latent():
-    """Where `sample` and `stock_sample` begin: two images of half the model's own size, at half of the work. A file whose
-    tests are of the images themselves has its own.
+    """Return the start of `sample` and `stock_sample`: two images of half the model's own size, at half of the work.
+
+    A file whose tests are about the images themselves overrides it.
     """
     return {"samples": torch.zeros(2, 3, 16, 16)}
 
 
 @pytest.fixture
 def sample(host, conditioning, empty_latent):
-    """sample(model, **settings): the latents of an IECKSampler run of two images; `report` takes its RunReport."""
+    """Return sample(model, **settings), which gives the latents of an IECKSampler run of two images.
+
+    The run's RunReport is appended to the list `report`, if given.
+    """
 
     def run(model, report=None, **settings):
         inputs = {
@@ -151,13 +161,13 @@ def sample(host, conditioning, empty_latent):
 
 @pytest.fixture(scope="module")
 def made_reports():
-    """What `reports` returns copies of, once a test has made them."""
+    """Return the reports that `reports` copies, once a test has made them."""
     return []
 
 
 @pytest.fixture
 def reports(made_reports, sample, model):
-    """The RunReports of two runs with latents, without a correction and with one on every step."""
+    """Return the RunReports of two runs with latents, one without correction and one with all steps corrected."""
     if not made_reports:
         sample(model, made_reports, label="full", keep_latents=True, steps=4)
         sample(model, made_reports, label="other", keep_latents=True, steps=4, correction_steps="all")
@@ -166,7 +176,7 @@ def reports(made_reports, sample, model):
 
 @pytest.fixture
 def stock_sample(host, conditioning, empty_latent):
-    """stock_sample(model, **settings): the same run through the host's own KSampler."""
+    """Return stock_sample(model, **settings), which gives the same run by the host's own KSampler."""
 
     def run(model, seed=7, steps=8, cfg=2.0, sampler_name="euler", scheduler="ddim_uniform", denoise=1.0):
         run = host.common_ksampler(model, seed, steps, cfg, sampler_name, scheduler, *conditioning, empty_latent, denoise)
@@ -177,7 +187,10 @@ def stock_sample(host, conditioning, empty_latent):
 
 @pytest.fixture
 def advanced(host):
-    """advanced(guider, sampler, **settings): latents of SamplerCustomAdvanced; a sampler function stands for its SAMPLER."""
+    """Return advanced(guider, sampler, **settings), which gives latents of SamplerCustomAdvanced.
+
+    sampler: a name, a sampler function or a SAMPLER.
+    """
     import comfy.samplers
 
     def run(guider, sampler="euler", seed=7, steps=3, scheduler="ddim_uniform", denoise=1.0, latent=None):
@@ -197,7 +210,7 @@ def advanced(host):
 
 @pytest.fixture
 def count_evaluations():
-    """count_evaluations(model): a clone of it and a list that gets an entry for every call of the network."""
+    """Return count_evaluations(model), which gives a clone and a list that gets an entry for every call of the network."""
     from comfy.patcher_extension import WrappersMP
 
     def counted(model):
@@ -216,7 +229,9 @@ def count_evaluations():
 
 @pytest.fixture
 def progress_of(host, monkeypatch):
-    """progress_of(run): what run() tells the host's progress bars, of each its total, then what it moves on by."""
+    """Return progress_of(run), which gives the updates of the host's progress bars during run(): the total of each bar, then
+    its increments.
+    """
     import comfy.utils
 
     def of(run):
@@ -239,7 +254,7 @@ def progress_of(host, monkeypatch):
 
 @pytest.fixture
 def profile_folder(host, tmp_path, monkeypatch):
-    """The folder that stands for models/iec_profiles."""
+    """Return the folder that replaces models/iec_profiles."""
     import folder_paths
 
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "iec_profiles", ([str(tmp_path)], {".safetensors"}))
@@ -247,7 +262,7 @@ def profile_folder(host, tmp_path, monkeypatch):
 
 
 def relative(x, reference):
-    """Relative error of two tensors, in float64."""
+    """Return the relative error of two tensors, in float64."""
     return ((x.double() - reference.double()).norm() / reference.double().norm()).item()
 
 
@@ -258,7 +273,9 @@ def relative_fixture():
 
 @pytest.fixture
 def rounded(host):
-    """rounded(model): (a quantized MODEL of all layers, the MODEL with these weights rounded alike, by patches of the host)."""
+    """Return rounded(model), which gives (a MODEL with all layers quantized, the MODEL with the same rounded weights as
+    patches).
+    """
 
     def make(model):
         bits = {"weight_bits": "8", "activation_bits": "16", "keep_sensitive_layers": False}

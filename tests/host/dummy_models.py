@@ -1,4 +1,4 @@
-"""Files that stand for the models which the example workflows load."""
+"""Dummy files for the models that the example workflows load."""
 
 FILES = {
     "checkpoints": ["v1-5-pruned-emaonly-fp16.safetensors", "sd_xl_base_1.0.safetensors"],
@@ -9,7 +9,7 @@ FILES = {
 
 
 def write(folder):
-    """Write a file of each name into a folder of models, and return the folder. What is in them no loader takes."""
+    """Write a file of each name into a folder of models, and return the folder. No loader accepts the contents."""
     for kind, names in FILES.items():
         (folder / kind).mkdir(parents=True)
         for name in names:

@@ -1,10 +1,10 @@
-"""Networks of random weights, for what holds for any."""
+"""Networks with random weights, for tests that hold for any weights."""
 
 import torch
 
 
 def randomize(network, seed):
-    """Give a network random weights, so scaled that activations keep their size."""
+    """Give a network random weights, scaled so that activations keep their size."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in network.state_dict().items():
         scale = max(1, weight[0].numel()) ** -0.5 if weight.dim() > 1 else 0.1

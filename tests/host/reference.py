@@ -1,5 +1,6 @@
-"""What the nodes must give, with nothing of the pack: the paper's correction as a sampler function of the host, and what a
-feature is carried forward to.
+"""Expected results of the nodes, without any code of the pack.
+
+They are the paper's correction as a sampler function of the host, and the value to which a feature is extrapolated.
 """
 
 import itertools
@@ -8,11 +9,11 @@ import torch
 
 
 def iec_euler(model, x, sigmas, extra_args=None, callback=None, disable=None):
-    """Euler over a variance-preserving model, every step corrected once at its own timestep with lambda 0.5.
+    """Run Euler over a variance-preserving model, every step corrected once at its own timestep with lambda 0.5.
 
-    The network is shown the step's result at the input scale 1 / sqrt(sigma^2 + 1) that the result belongs to, and the sigma
-    that the step begins at. Outside an in-paint mask the step is Euler's, and what is shown there is the image with the noise
-    of sigma_next, as everywhere.
+    The network gets the step's result at the result's own input scale 1 / sqrt(sigma^2 + 1), and the sigma at which the step
+    begins. Outside an in-paint mask the step is Euler's, and the network gets the image with the noise of sigma_next there, as
+    everywhere.
     """
     mask, change = extra_args["denoise_mask"], extra_args["model_options"].get("denoise_mask_function")
     for sigma, sigma_next in itertools.pairwise(sigmas):
@@ -33,7 +34,9 @@ def iec_euler(model, x, sigmas, extra_args=None, callback=None, disable=None):
 
 
 def carried_forward(features, step, degree):
-    """Lagrange's polynomial through the last degree + 1 of the (step, feature), at `step`; `as_tried` where degree is None."""
+    """Evaluate Lagrange's polynomial through the last degree + 1 of the (step, feature) at `step`; use `as_tried` if degree is
+    None.
+    """
     if degree is None:
         return as_tried(features, step)
     nodes, total = features[-degree - 1 :], 0
@@ -46,8 +49,10 @@ def carried_forward(features, step, degree):
 
 
 def as_tried(features, step):
-    """The straight line through the last two features, at `step`, of whose way from the held one each row takes as much as
-    would have met the features so far best: a trial counts half as much as the next, and before there is one it is a quarter.
+    """Extrapolate each row between the held feature and the straight line through the last two features, at `step`.
+
+    The share of the way is the one that would have fitted the previous features best. A trial counts half as much as the next
+    trial, and before the first trial the share is a quarter.
     """
     if len(features) == 1:
         return features[0][1]

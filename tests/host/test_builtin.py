@@ -26,7 +26,7 @@ def test_file_is_small_half_precision_and_documented(architecture):
         facts = file.metadata()
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
     training = json.loads(facts["iec.training"])
-    for run in training if isinstance(training, list) else [training]:  # files of one run have it by itself
+    for run in training if isinstance(training, list) else [training]:  # files of a single run have it without a list
         assert {"seed", "steps", "data", "images_sha256", "loss"} <= set(run)
         assert run["step"] == run["steps"]
     width = json.loads(facts["iec.unet_config"])["context_dim" if architecture == "unet" else "context_in_dim"]
@@ -44,7 +44,7 @@ def test_it_is_the_hosts_network_and_all_weights_are_loaded(host, architecture):
     with safetensors.safe_open(FILES[architecture], "pt") as file:
         state = network.state_dict()
         named = {name if name in state else name.replace("_norm.scale", "_norm.weight"): name for name in file.keys()}  # noqa: SIM118
-        assert set(state) == set(named)  # hosts of 2026 have Flux' norms under that other name
+        assert set(state) == set(named)  # hosts of 2026 use that other name for Flux' norms
         assert all(torch.equal(state[name], file.get_tensor(stored).float()) for name, stored in named.items())
 
 
@@ -54,8 +54,9 @@ def test_unknown_architecture_is_refused(host):
 
 
 def test_transformer_predicts_the_flow_of_its_training(transformer):
-    """On images of its data the denoised prediction is far nearer to the image than the noise is, at the times it was trained
-    for: x = (1 - sigma) image + sigma noise, and velocity = noise - image.
+    """On images of its data the denoised prediction is far nearer to the image than the noise is, at the trained times.
+
+    x = (1 - sigma) image + sigma noise, and velocity = noise - image.
     """
     base, generator = transformer.model, torch.Generator().manual_seed(0)
     image = torch.ones(4, 3, 32, 32)
@@ -122,7 +123,7 @@ def test_stock_nodes_work_on_it(host, sample, stock_sample, model, relative):
 
 
 def test_lora_file_of_the_host_applies(host, model, sample):
-    """A LoRA in the host's own key form, through the code behind its LoRA loaders."""
+    """The LoRA has the host's own keys, and is loaded by the code of its LoRA loaders."""
     import comfy.sd
 
     name, generator = "diffusion_model.middle_block.1.proj_in", torch.Generator().manual_seed(0)

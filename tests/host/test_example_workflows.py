@@ -1,4 +1,4 @@
-"""The example workflows: as the template browser lists them, against the server's nodes, and run."""
+"""The example workflows: in the template browser's list, checked against the server's nodes, and run."""
 
 import copy
 import io
@@ -15,12 +15,12 @@ from ui_workflow import problems
 FOLDER = comfyui.ROOT / "example_workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 LOADERS = {"CheckpointLoaderSimple", "UNETLoader", "DualCLIPLoader", "VAELoader"}
-LAYERS = ["output_blocks.7.0.skip_connection", "middle_block.1.proj_in"]  # a small one that costs much first
+LAYERS = ["output_blocks.7.0.skip_connection", "middle_block.1.proj_in"]  # first a small one with a large error
 SAVED = ("iec_test_w8a8", "iec_test_cache")
 
 
 def read(path):
-    """The workflow in a file; what it saves and loads has names of these tests' own, on a server that others use too."""
+    """Return the workflow in a file, with names of saved and loaded files of these tests' own, because the server is shared."""
     return json.loads(path.read_text().replace("iec_example_", "iec_test_"))
 
 
@@ -33,14 +33,15 @@ def api_workflow(name):
 
 
 def of_type(workflow, kind):
-    """The (only) node id of this type."""
+    """Return the (only) node id of this type."""
     (found,) = [name for name, node in workflow.items() if node["class_type"] == kind]
     return found
 
 
 def with_fewer_steps(workflow, steps=3):
-    """The workflow with these steps in every run, all of them corrected where some are, images of half the size where it has
-    no mask, and two layers' weights where these are calibrated.
+    """Return the workflow with these steps in every run, all of them corrected if some are.
+
+    Images have half the size if there is no mask. If weights are calibrated, only those of two layers are.
     """
     workflow = copy.deepcopy(workflow)
     if not any("mask" in node["class_type"].lower() for node in workflow.values()):
@@ -60,7 +61,7 @@ def with_fewer_steps(workflow, steps=3):
 
 @pytest.fixture(scope="module")
 def host(shared_server):
-    """A server with the files that the workflows load: dummies of models, an image, and what calibrate_and_save saves."""
+    """Return a server with the files that the workflows load: dummy models, an image, and what calibrate_and_save saves."""
     picture = io.BytesIO()
     Image.new("RGB", (64, 64)).save(picture, "PNG")
     files = {"image": ("example.png", picture.getvalue())}
@@ -186,7 +187,7 @@ def test_workflow_for_a_downloaded_model_is_accepted_and_stops_at_the_dummy_file
 
 
 def images(host, outputs, node):
-    """The images that a node shows, as float arrays."""
+    """Return the images that a node shows, as float arrays."""
     return [np.asarray(Image.open(io.BytesIO(host.image(entry))).convert("RGB"), float) for entry in outputs[node]["images"]]
 
 
@@ -205,7 +206,7 @@ def test_inpainting_draws_in_the_masked_half_alone(host):
     outputs = host.run(workflow)
     before, after = (images(host, outputs, of_type(workflow, kind)) for kind in ("PreviewImage", "SaveImage"))
     for first, second in zip(before, after, strict=True):
-        assert np.abs(first[:, :128] - second[:, :128]).max() <= 1  # a rounding of the saved image
+        assert np.abs(first[:, :128] - second[:, :128]).max() <= 1  # rounding in the saved image
         assert np.abs(first[:, 128:] - second[:, 128:]).mean() > 5
 
 

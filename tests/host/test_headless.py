@@ -22,14 +22,14 @@ def host(shared_server):
 
 
 def run(host, workflow, folder):
-    """Run the client as a user does; its finished process."""
+    """Run the client as a user does; return its finished process."""
     address = host.url.removeprefix("http://")
     command = [sys.executable, str(API / "run.py"), str(workflow), str(folder), "--server", address]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def changed(tmp_path, **inputs):
-    """A copy of the example workflow with other inputs, {node: {input: value}}."""
+    """Return a copy of the example workflow with other inputs, {node: {input: value}}."""
     workflow = json.loads((API / "corrected_image.json").read_text())
     for node, values in inputs.items():
         workflow[node]["inputs"].update(values)
@@ -38,7 +38,7 @@ def changed(tmp_path, **inputs):
 
 
 def test_client_shows_steps_and_saves_the_images(host, tmp_path):
-    # Not the example's own seed, whose prompt the server may have run already, and would not run again.
+    # Not the example's own seed: the server may have run that prompt already, and would not run it again.
     fewer = changed(tmp_path, sampler={"seed": 20, "steps": 10})
     done = run(host, fewer, tmp_path / "images")
     assert done.returncode == 0, done.stderr
@@ -47,20 +47,20 @@ def test_client_shows_steps_and_saves_the_images(host, tmp_path):
     assert len(written) == 4 and all(path.read_bytes().startswith(b"\x89PNG") for path in written)
     shown = [line.strip() for line in done.stderr.replace("\r", "\n").splitlines()]
     told = [line for line in shown if line.startswith("corrected, IEC ")]
-    # Every second step is in full, and what was evaluated ahead for it is there before it begins.
+    # Every second step is evaluated in full, and this evaluation was already made ahead, in the step before.
     steps = [f"step {step} of 10, {step + (step % 2 == 0 and 0 < step < 10)} evaluations" for step in range(11)]
     assert [line.partition(": ")[2] for line in told] == steps
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
-def test_readme_posts_the_workflow_with_curl(host):
-    text = (comfyui.ROOT / "README.md").read_text(encoding="utf-8")
+def test_headless_page_posts_the_workflow_with_curl(host):
+    text = (comfyui.ROOT / "docs/headless.md").read_text(encoding="utf-8")
     command = re.search(r"^    curl -X POST.*?\n\n", text, re.MULTILINE | re.DOTALL)[0]
     command = command.replace("127.0.0.1:8188", host.url.removeprefix("http://"))
     done = subprocess.run(["bash", "-c", command], cwd=comfyui.ROOT, capture_output=True, text=True, timeout=60)
     answer = json.loads(done.stdout)
     assert answer["prompt_id"] and answer["node_errors"] == {}
-    while answer["prompt_id"] not in host.get("/history"):  # nothing of it is left for the server's next tests
+    while answer["prompt_id"] not in host.get("/history"):  # its prompt must end before the server's next tests
         host.interrupt()
         time.sleep(0.1)
 
@@ -97,7 +97,7 @@ def test_client_says_that_another_server_is_no_comfyui(tmp_path):
 
 
 def without_a_server(*arguments):
-    """Run the client where no server answers; its sentence, after which it ended."""
+    """Run the client without a server; return the sentence with which it ended."""
     address = f"127.0.0.1:{server.free_port()}"
     command = [sys.executable, str(API / "run.py"), *map(str, arguments), "--server", address]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)

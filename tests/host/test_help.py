@@ -1,4 +1,4 @@
-"""What a user is told at the node: its help page, tooltips, and the words by which the search finds it."""
+"""What a user reads at the node: its help page, tooltips, and the words with which the search finds it."""
 
 import ast
 import dataclasses
@@ -14,18 +14,18 @@ LARGEST_SEED = "2⁶⁴ \N{MINUS SIGN} 1"
 
 
 def page_of(node):
-    """The text of a node's help page."""
+    """Return the text of a node's help page."""
     return (PAGES / f"{node}.md").read_text(encoding="utf-8")
 
 
 def section(text, title):
-    """What stands under a heading of the second level."""
+    """Return the text below a heading of the second level."""
     parts = re.split(r"^## (.+)\n", text, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2])).get(title, "")
 
 
 def entries(text):
-    """{name: (what follows it on its line, the text below)} of the list in a section; an entry can have several names.
+    """Return {name: (the rest of its line, the text below)} of the list in a section; an entry can have several names.
 
     An entry is "- **`name`**: **range**, default, unit", or "- `message`", and its text on the lines below.
     """
@@ -35,30 +35,30 @@ def entries(text):
 
 
 def numbers(text):
-    """The numbers in a text."""
+    """Return the numbers in a text."""
     text = text.replace(LARGEST_SEED, str(2**64 - 1))
     return {float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", text)}
 
 
 def words(text):
-    """The choices that a cell lists."""
+    """Return the choices that a cell lists."""
     return {word.strip(" `") for word in text.split(",")}
 
 
 @pytest.fixture(scope="module")
 def infos(host):
-    """{node: what the server tells the page of it}, for the pack's nodes."""
+    """Return {node: the server's description for the page} of the pack's nodes."""
     return {name: cls.GET_NODE_INFO_V1() for name, cls in host.nodes.items() if name.startswith("IEC")}
 
 
 def inputs_of(info):
-    """{input: (type, options)} of a node, the required and the optional ones."""
+    """Return {input: (type, options)} of a node, both required and optional inputs."""
     given = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
     return {name: (spec[0], spec[1] if len(spec) > 1 else {}) for name, spec in given.items()}
 
 
 def wrong_input(kind, options, said):
-    """What the line of an input says wrongly, else None: "**range**, default …, unit", or the type of a connection."""
+    """Return what is wrong in the line of an input, else None: "**range**, default …, unit", or the type of a connection."""
     if kind not in ("INT", "FLOAT", "BOOLEAN", "STRING", "COMBO"):
         return None if said == f"`{kind}`" else f"{said}, and it is {kind}"
     parts = re.fullmatch(r"\*\*(?:one of )?(.+?)\*\*(?:[^*]*?), default (`[^`]*`|[^,]+)(?:, (.+))?", said)
@@ -130,7 +130,7 @@ def test_inputs_of_the_same_meaning_are_described_alike():
 
 
 def said_in(folder):
-    """All texts in the code of a folder, with … for what is put into them."""
+    """Return all texts in the code of a folder, with … for inserted values."""
     said = []
     for path in folder.rglob("*.py"):
         nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
@@ -143,7 +143,7 @@ def said_in(folder):
 
 
 def not_said(message, said):
-    """The parts, between what is put into it, of a message that the code does not say of that input or of any."""
+    """Return the parts of a message, split at inserted values, that the code does not say of that input or of any."""
     name, _, sentence = message.partition(": ") if ": " in message else ("", "", message)
     ours = "\n".join(text for text in said if text.startswith(f"{name}: ") or not re.match(r"[\w, ]+: ", text))
     parts = re.split(r"…|: |\b[NM]\b", re.sub(r"models/\w+", "models/…", sentence))

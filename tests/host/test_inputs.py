@@ -1,4 +1,4 @@
-"""Every input of every node takes what it is for, and refuses everything else in a sentence that names it."""
+"""Every input of every node takes its valid values, and refuses all others in a sentence that names the input."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import requests
 import server
 import torch
 
-# What a client may send for any input. A list is a link, and these lead nowhere.
+# Values that a client may send for any input. A list is a link; these links lead nowhere.
 ANY = [
     None,
     {},
@@ -32,7 +32,7 @@ WRONG = {
     "STRING": [True, math.nan, math.inf, {"__value__": []}],
     "COMBO": ["", "x", True, 77, 0.5, math.nan, "x" * 300, "全部", "../../x", "..\\x", "con"],
 }
-# Texts that are none of an input's forms; a label and the names of layers can be any text.
+# Texts that are not valid for an input; a label and the names of layers can be any text.
 NO_FORMS = ["", "x", "x" * 300, "全部", "../x", "null", "true", "nan", "steps:", "1e400", "all,none"]
 NO_NAMES = [
     "", " ", ".", "..", "../x", "..\\x", "/x", "\\x", "a/../x", "a//x", "c:x", "x" * 300, "字" * 120, "con", "NUL.safetensors",
@@ -49,7 +49,7 @@ PYTHON = re.compile(
 
 @pytest.fixture(scope="module")
 def ours(shared_server):
-    """{node: {input: (type, options)}} of the pack."""
+    """Return {node: {input: (type, options)}} of the pack."""
     info = shared_server.get("/object_info")
     return {
         name: {
@@ -62,7 +62,7 @@ def ours(shared_server):
     }
 
 
-# What the sockets of a node are wired to.
+# The nodes that the sockets are wired to.
 SOURCES = {
     "MODEL": ["model", 0], "CONDITIONING": ["label", 0], "LATENT": ["latent", 0], "VAE": ["vae", 0], "SAMPLER": ["select", 0],
     "IEC_REPORT": ["run", 1], "IEC_CACHE_PROFILE": ["cache_profile", 0], "IEC_QUANTIZATION_PROFILE": ["scales", 1],
@@ -70,7 +70,7 @@ SOURCES = {
 
 
 def made_of(ours):
-    """Return make(node, **inputs): the node in a prompt, with its inputs' defaults and sockets wired."""
+    """Return make(node, **inputs), which gives the node in a prompt, with its inputs' defaults and sockets wired."""
 
     def make(node, **inputs):
         values = {}
@@ -83,7 +83,7 @@ def made_of(ours):
 
 
 def sources(make):
-    """The nodes of SOURCES."""
+    """Return the nodes of SOURCES."""
     few = {"steps": 1, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
     nodes = {
         "model": make("IECLoadBuiltinModel"),
@@ -120,7 +120,7 @@ def post(host, prompt):
 
 
 def test_wrong_values_of_every_input_are_refused_at_validation(shared_server, ours):
-    """A prompt for each node, with a copy of it for each wrong value; the server goes on after all of them."""
+    """Each node has a prompt with a copy of the node for each wrong value; the server still works after all of them."""
     make = made_of(ours)
     around, wrong = sources(make), []
     assert len(ours) > 20
@@ -145,7 +145,7 @@ def test_wrong_values_of_every_input_are_refused_at_validation(shared_server, ou
 
 
 def test_right_values_in_other_forms_are_taken_as_what_they_are(shared_server, ours):
-    """A number as text, a whole number with a point, 0 and 1 for a switch; and any text for a label."""
+    """Such values are a number as text, a whole number with a decimal point, 0 and 1 for a switch; and any text for a label."""
     make = made_of(ours)
     few = {"steps": "1", "cfg": "1", "seed": 7.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1}
     for number, label in enumerate(["", "x" * 300, "全部 🙂", "../con", "NaN", 5]):
@@ -160,7 +160,7 @@ def test_right_values_in_other_forms_are_taken_as_what_they_are(shared_server, o
 
 
 def test_wrong_numbers_over_links_end_in_a_sentence(shared_server, ours):
-    """The host checks nothing that comes over a link; the node does, and the next prompt works."""
+    """The host does not check values that come over a link; the node does, and the next prompt works."""
     make = made_of(ours)
     base = sources(make)
     bad = {"INT": ("PrimitiveInt", sys.maxsize), "FLOAT": ("PrimitiveFloat", math.nan)}
@@ -181,7 +181,7 @@ def test_wrong_numbers_over_links_end_in_a_sentence(shared_server, ours):
 
 
 def test_a_value_is_found_behind_a_node_that_is_of_no_form(host):
-    """Some hosts run what does not lead to it."""
+    """Some hosts also run the nodes that do not lead to such a node."""
     node = host.nodes["IECKSampler"]
     prompt = {
         "odd": {"class_type": "IECKSampler", "inputs": None}, "other": 3,
@@ -193,7 +193,7 @@ def test_a_value_is_found_behind_a_node_that_is_of_no_form(host):
     assert prompt["bad"]["inputs"]["model"] == ["odd", 0]
 
 
-# What is right, though its size or number is odd.
+# Valid inputs with an odd size or number.
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_what_would_run_is_not_refused_beforehand(host, inputs):
 
 
 def test_the_largest_seed_has_a_next_one(host, model, monkeypatch):
-    """As the runs of a calibration have one each."""
+    """Each run of a calibration has its own seed."""
     import comfy.sample
 
     seeds = []
@@ -223,7 +223,7 @@ def test_the_largest_seed_has_a_next_one(host, model, monkeypatch):
 
 
 def test_a_file_whose_name_comes_over_a_link_has_no_time_yet(host):
-    """The host asks with None, and an error would let all behind the node run anew with every prompt."""
+    """The host asks with None; an error would make all nodes after it run again with every prompt."""
     for name in ("IECLoadCacheProfile", "IECLoadQuantizationProfile"):
         assert host.nodes[name].fingerprint_inputs(profile_name=None) == ""
     assert host.nodes["IECLoadQuantizedModel"].fingerprint_inputs(model_name=None) == ""
@@ -235,7 +235,7 @@ def test_an_input_that_no_node_has_is_told(host):
 
 
 def test_every_node_checks_what_comes_over_links(host):
-    """Called as the host calls it, with one value that is not in the input's type, bounds or choices."""
+    """The node is called as the host calls it, with one value that is not in the input's type, bounds or choices."""
     nodes = {name: node for name, node in host.nodes.items() if name.startswith("IEC")}
     for node in nodes.values():
         for spec in node.define_schema().inputs:

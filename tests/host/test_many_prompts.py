@@ -1,4 +1,4 @@
-"""One server over many prompts of changing kind: what it holds, and whether anything of one prompt gets into another."""
+"""One server over many prompts of changing kinds: its memory, and that no prompt affects another."""
 
 import itertools
 import random
@@ -31,7 +31,7 @@ def output(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def host(output, tmp_path_factory):
-    """A server with model folders of its own, in which there is a LoRA for the built-in model."""
+    """Return a server with its own model folders, which contain a LoRA for the built-in model."""
     models = tmp_path_factory.mktemp("models")
     name = "middle_block.1.proj_in"  # in a deep block, whose feature the cache holds
     with safe_open(comfyui.ROOT / "nodes/assets/emoji32.safetensors", "pt") as file:
@@ -114,11 +114,10 @@ def test_profile_is_used_by_a_later_prompt(host, output, profile):
 
 
 def test_prompts_do_not_touch_one_another_and_memory_stays(host, output, profile):
-    """Every configuration again in another order: both times its own latent, bit for bit, and the size of the process no larger
-    at the end than after each of them has been there.
+    """Every configuration runs twice, in another order: both times with the same latent, bit for bit.
 
-    A feature that outlived its prompt would show: sizes, batches, seeds and a LoRA of a deep block alternate, over the same
-    conditioning.
+    The process must not be larger at the end than after each configuration has run once. A feature that outlived its prompt
+    would show: sizes, batches, seeds and a LoRA of a deep block alternate, with the same conditioning.
     """
     process = psutil.Process(host.pid)
     draw, first, sizes = random.Random(0), {}, []

@@ -1,4 +1,4 @@
-"""Files of profiles, by the nodes of both kinds alike: names, what is no profile, what is written anew."""
+"""Files of profiles, for the nodes of both kinds: names, files that are not profiles, overwriting."""
 
 import os
 

@@ -46,7 +46,9 @@ def host(output):
 
 
 def workflow(**settings):
-    """The built-in model, W8A8 and DeepCache, sampled with IEC; the latent is saved. `settings` go to the sampler."""
+    """Return a prompt: the built-in model, W8A8 and DeepCache, sampled with IEC; the latent is saved. `settings` go to the
+    sampler.
+    """
     sampler = {
         "model": ["cached", 0], "seed": 5, "steps": 6, "cfg": 2.0, "sampler_name": "ddim", "scheduler": "normal",
         "positive": ["face", 0], "negative": ["none", 0], "latent_image": ["empty", 0], "denoise": 1.0,
@@ -100,7 +102,7 @@ def test_sampler_has_the_stock_inputs_then_its_own(host):
 
 
 def choices(spec):
-    """The options of a combo input: older hosts list them in the type's place."""
+    """Return the options of a combo input: older hosts list them instead of the type."""
     return spec[0] if isinstance(spec[0], list) else spec[1]["options"]
 
 
@@ -138,7 +140,7 @@ def test_events_tell_step_and_evaluations(host):
 
 
 def test_events_tell_what_corrections_did(host):
-    """The means over the batch of what the report says, a step as soon as it is over, and all of it at the end."""
+    """The events contain the batch means of the report, each step as soon as it is over, and all steps at the end."""
     prompt = workflow(label="events", seed=12, correction_steps="steps:1,3", max_iterations=2)
     prompt["report"] = {"class_type": "IECReport", "inputs": {"report": ["sampler", 1]}}
     prompt["text"] = {"class_type": "PreviewAny", "inputs": {"source": ["report", 0]}}
@@ -174,11 +176,11 @@ def test_events_name_the_node_that_asked_and_the_cached_steps(host):
         assert (event["corrected"], event["full"]) == ([0], [0, 3])
     for event in (first, *between, last):
         assert (event["node"], event["source"]) == ("sampler", "iec")
-    assert not any({"corrected", "full"} & set(event) for event in between)  # a long run's lists are sent twice, not each step
+    assert not any({"corrected", "full"} & set(event) for event in between)  # a long run's lists are sent only twice
 
 
 def test_events_name_the_node_that_is_in_the_prompt(host):
-    """Not one with the same inputs in an earlier prompt, whose result the server has still."""
+    """It must not be a node with the same inputs in an earlier prompt, whose result the server still has."""
 
     def sources(name, seed):
         prompt = workflow(seed=seed, steps=2)
@@ -237,7 +239,7 @@ def test_report_of_a_patched_model_waits_for_its_runs(host):
 
 
 def pictures(seed, **nodes):
-    """Two runs of the built-in model, joined and with a VAE, and further `nodes`: {name: (class, inputs)}."""
+    """Return two runs of the built-in model, joined and with a VAE, and further `nodes`: {name: (class, inputs)}."""
     graph = workflow(model=["model", 0], seed=seed, steps=3, correction_steps="none", keep_latents=True)
     del graph["save"]
     sampler = graph["sampler"]
@@ -258,7 +260,7 @@ def pictures(seed, **nodes):
     ],
 )
 def test_nodes_show_their_pictures_and_pass_them_on(host, node, inputs, images, text):
-    """On the node, also of a prompt with no other output and from the cache; and at what is wired to their outputs."""
+    """The pictures are on the node, also if it is the prompt's only output or cached, and at what is wired to its outputs."""
     seed = sum(map(ord, node))
     alone = host.run(pictures(seed, shown=(node, inputs)))["shown"]
     assert len(alone["images"]) == images and all(entry["type"] == "temp" for entry in alone["images"])
@@ -339,7 +341,7 @@ def test_bad_label_is_refused_at_validation(host):
 def test_other_nodes_refuse_at_validation_too(host, node):
     graph = workflow()
     source = {"model": ["model", 0]} if node == "IECApply" else {"sampler": ["select", 0]}
-    del graph["save"]  # an output that is right would be run, and the prompt accepted for its sake
+    del graph["save"]  # a valid output would be run, and the prompt accepted because of it
     graph["select"] = {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler"}}
     settings = {"correction_steps": "sometimes", "lambda_": 0.5, "max_iterations": 1, "tolerance": 1e-5}
     graph["bad"] = {"class_type": node, "inputs": {**source, **settings}}
@@ -368,14 +370,14 @@ def test_interrupted_run_leaves_the_model_as_it_was(host, output):
 
     with pytest.raises(server.Failed, match="interrupted"):
         host.run(workflow(steps=500, seed=321), interrupt)
-    again = workflow(model=["model", 0], correction_steps="none", seed=123, label="again")  # for newer hosts keep older results
+    again = workflow(model=["model", 0], correction_steps="none", seed=123, label="again")  # newer hosts keep older results
     latent = saved_latent(output, host.run(again, lambda kind, data: steps.append(data) if kind == "iec.step" else None))
     assert len(steps) == 7
     assert torch.equal(latent, expected)
 
 
 def test_a_second_copy_of_the_pack_steps_aside(tmp_path):
-    """As when an older folder was left in custom_nodes: the server starts, and has nodes, route and extension of the first."""
+    """An older folder may be left in custom_nodes: the server starts, with the nodes, route and extension of the first copy."""
     second = tmp_path / "more" / "an_older_copy"
     second.parent.mkdir()
     second.symlink_to(comfyui.ROOT, target_is_directory=True)
@@ -395,7 +397,7 @@ def test_a_second_copy_of_the_pack_steps_aside(tmp_path):
 
 
 def test_demo_makes_what_it_promises(tmp_path):
-    """Of two images of half the size, in 2 steps, with weights that are calibrated on one."""
+    """Run the demo with two images of half the size, in 2 steps, with weights that are calibrated on one image."""
     small = json.loads((comfyui.ROOT / "example_workflows/api/compare_variants.json").read_text())
     small["latent"]["inputs"].update(width=16, height=16, batch_size=2)
     small["positive"]["inputs"]["labels"] = "face, heart"
@@ -413,7 +415,7 @@ def test_demo_makes_what_it_promises(tmp_path):
     variants = ["full precision", "W8A8", "calibrated W4A8", "DeepCache 5", "W8A8 + DeepCache 5"]
     corrections = [["none", "2"], ["auto", "2"], ["ends:1/10", "4"], ["all next", "3"]]
     expected = [["heun", "none", "3"], *([variant, *correction] for variant in variants for correction in corrections)]
-    expected.remove(["full precision", "all next", "3"])  # which is heun
+    expected.remove(["full precision", "all next", "3"])  # it is heun
     assert [row[:3] for row in rows[1:]] == expected
     printed = [re.split(" {2,}", line) for line in done.stdout.splitlines()]
     assert all(row in printed for row in rows)

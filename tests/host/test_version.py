@@ -1,4 +1,4 @@
-"""A ComfyUI that is older than the pack needs: refused while the pack is loaded, by a sentence."""
+"""A ComfyUI that is older than the pack needs: refused by a sentence when the pack is loaded."""
 
 import asyncio
 import sys
@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture
 def load_in(host, tmp_path, monkeypatch, caplog):
-    """load_in(version): (whether a host of this version can load the pack, what its log says of it)."""
+    """Return load_in(version), which gives (whether a host of this version can load the pack, the host's log message)."""
     import nodes
 
     def run(version):
@@ -18,7 +18,7 @@ def load_in(host, tmp_path, monkeypatch, caplog):
         copy.symlink_to(comfyui.ROOT, target_is_directory=True)
         known = set(sys.modules)
         monkeypatch.setitem(sys.modules, "comfyui_version", version and types.SimpleNamespace(__version__=version))
-        monkeypatch.setitem(sys.modules, "comfy_api.latest", None)  # which such hosts lack
+        monkeypatch.setitem(sys.modules, "comfy_api.latest", None)  # such hosts lack it
         try:
             return asyncio.run(nodes.load_custom_node(str(copy))), caplog.messages[-1]
         finally:
@@ -37,4 +37,4 @@ def test_an_older_host_is_told_the_version_that_is_needed(load_in, version):
 
 @pytest.mark.parametrize("version", ["0.3.75", "0.3.100", "0.4.0", "0.33.0", "1.0", "0.3.76-2-g1f2e3d"])
 def test_no_other_is_refused(load_in, version):
-    assert "comfy_api" in load_in(version)[1]  # it came as far as that
+    assert "comfy_api" in load_in(version)[1]  # it got as far as this import

@@ -1,4 +1,4 @@
-"""The nodes that write files: under which names, what of the user's stays as it is, what a failed write leaves."""
+"""The nodes that write files: file names, protection of the user's files, and failed writes."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ from pack import pack_module
 
 pytestmark = pytest.mark.fast
 
-# Of each node that writes: the folder's key, and the metadata of a file of its kind.
+# For each node that writes: the folder's key, and the metadata of a file of its kind.
 WRITERS = {
     "IECSaveCacheProfile": ("iec_profiles", {"format": "iec_cache_profile", "version": "1"}),
     "IECSaveQuantizationProfile": ("iec_profiles", {"format": "iec_quantization_profile", "version": "1"}),
@@ -23,13 +23,13 @@ KINDS = dict(zip(WRITERS, ("cache profile", "quantization profile", "quantized m
 
 
 def weights(path, metadata=None):
-    """Write a .safetensors file, by default one as a user has it."""
+    """Write a .safetensors file, by default one like a user's own."""
     safetensors.torch.save_file({"weight": torch.ones(3)}, path, metadata)
 
 
 @pytest.fixture
 def models(host, tmp_path, monkeypatch):
-    """The folder that stands for the host's models; diffusion models have two of it, as in the host."""
+    """Return the folder that replaces the host's models; diffusion models have two folders in it, as in the host."""
     import folder_paths
 
     folders = {"iec_profiles": ["iec_profiles"], "diffusion_models": ["unet", "diffusion_models"]}
@@ -44,7 +44,7 @@ def models(host, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def contents(host):
-    """{node: what it is to write, as its first input}."""
+    """Return {node: the value of its first input, which it writes}."""
     cached, scales = (pack_module(f"iec_core.{name}") for name in ("caching.cachequant", "quantization.activation_scales"))
     sigmas, some = torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64), torch.ones(4)
     model = host.run("IECLoadBuiltinModel", precision="float16")[0]
@@ -60,18 +60,18 @@ def contents(host):
 
 @pytest.fixture
 def save(host, contents):
-    """save(node, name): what the node shows on itself."""
+    """Return save(node, name), which gives what the node shows on itself."""
     return lambda node, name: host.nodes[node].execute(**contents[node], name=name).ui["text"]
 
 
 def content_of(path):
-    """The tensors' bytes and the metadata of a .safetensors file, whose order is left to chance."""
+    """Return the tensors' bytes and the metadata of a .safetensors file, whose order varies."""
     with safetensors.safe_open(path, "pt") as file:
         return {key: file.get_tensor(key).numpy().tobytes() for key in file.keys()} | file.metadata()  # noqa: SIM118
 
 
 def state(folder):
-    """What is in a folder: {path: its type and mode, and the bytes of a file or where a link leads}."""
+    """Return the contents of a folder: {path: its type and mode, and a file's bytes or a link's target}."""
 
     def content(path):
         if path.is_symlink():
@@ -82,13 +82,13 @@ def state(folder):
 
 
 def test_these_are_all_nodes_that_write(host):
-    """An output node with a text to choose a name by."""
+    """The nodes are found as output nodes with a text input for a name."""
     outputs = [cls.GET_SCHEMA() for name, cls in host.nodes.items() if name.startswith("IEC")]
     texts = {one.node_id: [each.id for each in one.inputs if each.io_type == "STRING"] for one in outputs if one.is_output_node}
     assert {node: inputs for node, inputs in texts.items() if inputs} == {node: ["name"] for node in WRITERS}
 
 
-# What is there already
+# Existing files
 
 
 def users_weights(path, own):
@@ -142,7 +142,7 @@ TAKEN = [users_weights, no_metadata, junk, empty, read_only, link_to_a_file, dan
 
 
 def refused(host, save, node, name, fragment, models):
-    """Both validation and the run refuse a name with one sentence; nothing is changed, nothing is left."""
+    """Check that both validation and the run refuse a name with one sentence; nothing is changed, nothing is left."""
     before = state(models)
     sentence = host.nodes[node].validate_inputs(name=name)
     assert isinstance(sentence, str) and fragment in sentence and str(models) not in sentence
@@ -171,9 +171,9 @@ def test_another_kind_of_file_of_the_pack_stays(host, models, save, node, other)
     else:
         assert host.nodes[node].validate_inputs(name="taken") is True
         told = save(node, "taken.safetensors")
-        assert told[0] == f"models/{key}/taken.safetensors"  # on any machine, no path of this one
+        assert told[0] == f"models/{key}/taken.safetensors"  # the same on any machine, without this machine's path
         assert str(models) not in "".join(told)
-        save(node, "taken")  # which it has written itself
+        save(node, "taken")  # the node's own earlier file
         assert [path.name for path in (models / key).iterdir()] == ["taken.safetensors"]
 
 
@@ -184,12 +184,12 @@ def test_a_file_where_a_folder_is_to_be_stays(host, models, save, node):
 
 
 def test_a_name_of_the_hosts_other_folder_is_refused(host, models, save):
-    """It would be written, and the other one be loaded."""
+    """The node would write one file, and the loader would load the other."""
     weights(models / "unet/net.safetensors", WRITERS["IECSaveQuantizedModel"][1])
     refused(host, save, "IECSaveQuantizedModel", "net", "is taken: models/unet/net.safetensors is there", models)
 
 
-# A write that fails
+# A failed write
 
 
 @pytest.mark.parametrize("node", WRITERS)
@@ -201,7 +201,7 @@ def test_a_full_disk_leaves_what_was_there(host, models, save, monkeypatch, node
     before = state(models)
 
     def full(_):
-        assert len(list((models / key).glob("*.part"))) == 1  # it is in the midst of it
+        assert len(list((models / key).glob("*.part"))) == 1  # the write is in progress
         raise OSError(errno.ENOSPC, "No space left on device", str(models))
 
     monkeypatch.setattr(os, "fsync", full)

@@ -1,4 +1,4 @@
-"""A network of one formula under the host's own samplers and parameterizations, in float64."""
+"""A network of one formula, run by the host's own samplers and parameterizations, in float64."""
 
 import functools
 import types
@@ -10,7 +10,7 @@ SLOPE, OFFSET = 0.35, 0.2
 
 @functools.cache
 def _model_sampling(model_type, **settings):
-    """The host's own parameterization; it takes half a second to make Stable Cascade's."""
+    """Return the host's own parameterization (kept, because Stable Cascade's takes half a second to make)."""
     import comfy.model_base
 
     config = types.SimpleNamespace(sampling_settings=settings)
@@ -18,9 +18,9 @@ def _model_sampling(model_type, **settings):
 
 
 class ToyGuider:
-    """Stands where the host's guider does: model(x, sigma) is the denoised prediction of `network` in the host's own
-    parameterization. The default network is a line, whose fixed points are known. `calls` takes (x, sigma, iteration) of
-    every evaluation.
+    """Replace the host's guider: model(x, sigma) is the denoised prediction of `network` in the host's own parameterization.
+
+    The default network is linear, and its fixed points are known. `calls` gets (x, sigma, iteration) of every evaluation.
     """
 
     def __init__(self, model_type, settings=None, network=lambda x: SLOPE * x + OFFSET):
@@ -33,18 +33,18 @@ class ToyGuider:
         self.calls = []
 
     def denoised(self, x, sigma):
-        """The denoised prediction at x, for sigma [B]."""
+        """Return the denoised prediction at x, for sigma [B]."""
         sampling = self.inner_model.model_sampling
         return sampling.calculate_denoised(sigma, self.network(sampling.calculate_input(sigma, x)), x)
 
     def line(self, sigma):
-        """(p, q) with denoised(x) = p x + q at this sigma (a float)."""
+        """Return (p, q) with denoised(x) = p x + q at this sigma (a float)."""
         at = torch.tensor([sigma], dtype=torch.float64)
         zero, one = (self.denoised(torch.full((1, 1), value, dtype=torch.float64), at).item() for value in (0.0, 1.0))
         return one - zero, zero
 
     def input_scale(self, sigma):
-        """The host's c_in at this sigma (a float)."""
+        """Return the host's c_in at this sigma (a float)."""
         at, one = torch.tensor([sigma], dtype=torch.float64), torch.ones(1, dtype=torch.float64)
         return self.inner_model.model_sampling.calculate_input(at, one).item()
 
@@ -55,7 +55,9 @@ class ToyGuider:
 
 
 class Listener(ToyGuider):
-    """`told` takes what each evaluation is told of itself, and where it is: (step, iteration, sigma, sigma it is at)."""
+    """Record in `told` what each evaluation is told about itself, and its actual sigma: (step, iteration, sigma, actual
+    sigma).
+    """
 
     def __init__(self, *args, **settings):
         super().__init__(*args, **settings)
@@ -68,7 +70,7 @@ class Listener(ToyGuider):
 
 
 class PixelVAE:
-    """Decodes as the host's pixel-space VAE."""
+    """A VAE that decodes like the host's pixel-space VAE."""
 
     def decode(self, samples):
         return (samples.movedim(1, -1) / 2 + 0.5).clamp(0, 1)

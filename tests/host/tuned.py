@@ -1,4 +1,4 @@
-"""MODELs that differ from another by their weights alone."""
+"""MODELs that differ from another MODEL only by their weights."""
 
 import copy
 
@@ -6,7 +6,7 @@ import torch
 
 
 def with_weights(model, change):
-    """A MODEL whose network's parameters are change(parameter)."""
+    """Return a MODEL whose network's parameters are change(parameter)."""
     other = model.clone()
     other.model = type(model.model).__new__(type(model.model))
     torch.nn.Module.__init__(other.model)
@@ -19,7 +19,7 @@ def with_weights(model, change):
 
 
 def tuned(model, share=0.1):
-    """A fine-tune, whose matrices differ by a share of their spread, and whose gains and offsets do not."""
+    """Return a fine-tune: its matrices differ by a share of their spread, and its gains and offsets do not differ."""
     generator = torch.Generator().manual_seed(1)
 
     def tune(weight):

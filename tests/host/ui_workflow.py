@@ -1,13 +1,13 @@
-"""Checks a workflow in the form that the frontend saves against what the server says of its nodes."""
+"""Check a workflow in the form that the frontend saves against the server's description of its nodes."""
 
 NOTES = ("MarkdownNote", "Note")
 CONTROLS = ("fixed", "increment", "decrement", "randomize")
-SEEDS = ("seed", "noise_seed")  # to which the frontend gives a control by their name
+SEEDS = ("seed", "noise_seed")  # the frontend adds a control to inputs of these names
 WIDGETS = {"INT": (int,), "FLOAT": (int, float), "STRING": (str,), "BOOLEAN": (bool,), "COMBO": (str, int, float)}
 
 
 def _inputs(definition):
-    """Return {name: (type, options)} of a node's inputs in order, as /object_info has them; a combo's type is COMBO."""
+    """Return {name: (type, options)} of a node's inputs in order, from /object_info; a combo's type is COMBO."""
     found = {}
     for kind in ("required", "optional"):
         for name, (type_, *options) in definition["input"].get(kind, {}).items():
@@ -34,7 +34,7 @@ def _value_problems(where, value, type_, options):
 
 
 def _widget_problems(node, inputs):
-    """Yield what is wrong with a node's widget values, which stand in the inputs' order."""
+    """Yield what is wrong with a node's widget values, which are in the order of the inputs."""
     values = list(node.get("widgets_values", []))
     for name, (type_, options) in inputs.items():
         if not _is_widget(type_, options):
@@ -59,7 +59,7 @@ def _input_problems(node, inputs, required):
     slots = {slot["name"]: slot for slot in node.get("inputs", [])}
     for name, slot in slots.items():
         if slot["type"] == "IMAGEUPLOAD" and any(options.get("image_upload") for _, options in inputs.values()):
-            continue  # the button, which the frontend adds
+            continue  # the button that the frontend adds
         if name not in inputs:
             yield f"{node['type']}.{name}: no such input"
         elif slot["type"] != inputs[name][0]:

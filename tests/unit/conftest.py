@@ -1,4 +1,6 @@
-"""What the tests of both kinds of profile share. All tests of this folder are fast, but for those that compile kernels."""
+"""Fixtures that the tests of both kinds of profile share. All tests of this folder are fast, except those that compile
+kernels.
+"""
 
 import pathlib
 
@@ -15,7 +17,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def spoiled(tmp_path):
-    """spoiled(profile, spoil): the path of its file, after spoil(tensors, about) has changed what is in it."""
+    """Return spoiled(profile, spoil), which gives the path of the profile's file after spoil(tensors, about) has changed its
+    contents.
+    """
 
     def write(profile, spoil):
         profile.save(tmp_path / "whole.safetensors")

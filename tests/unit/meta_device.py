@@ -1,11 +1,11 @@
-"""Stands in for a GPU: what a computation asks of a device can be seen on the meta device, which has no numbers."""
+"""Replace a GPU by the meta device, which has no values, to see what a computation asks of a device."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Copies(TorchDispatchMode):
-    """Counts tensors that go to another device, in `count`. Who waits for a number of a meta tensor, as for a GPU's, fails."""
+    """Count tensors that are copied to another device, in `count`. Code that waits for a meta tensor's value fails."""
 
     def __init__(self):
         super().__init__()

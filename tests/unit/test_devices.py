@@ -1,4 +1,4 @@
-"""What a device can do is found out for each device, and a shortage of memory is no answer."""
+"""The abilities of a device are detected for each device, and a lack of memory is not taken as an answer."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from iec_core.quantization import fp8, int8
 
 @pytest.fixture
 def asked():
-    """(probe that is decorated, devices that it was tried on, answers by device: a bool or an error to raise)."""
+    """Return (decorated probe, devices that it was tried on, answers by device: a bool or an error to raise)."""
     tried, answers = [], {}
 
     @once_a_device

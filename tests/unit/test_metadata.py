@@ -1,4 +1,4 @@
-"""What package managers and ComfyUI's registry read of the pack: pyproject.toml and requirements.txt."""
+"""The pack's metadata for package managers and ComfyUI's registry: pyproject.toml and requirements.txt."""
 
 import importlib.metadata
 import os
@@ -33,13 +33,13 @@ def test_oldest_comfyui_is_the_one_that_is_tested_and_asked_for():
 
 
 def listed(path):
-    """Return the requirements that a file lists, one a line."""
+    """Return the requirements that a file lists, one per line."""
     lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
     return [Requirement(line) for line in lines if line]
 
 
 def needed(requirements):
-    """Return the names of the distributions that requirements bring into this environment, through those of their own too."""
+    """Return the names of the distributions that requirements install here, including their own requirements."""
     names, waiting = set(), [(requirement, "") for requirement in requirements]
     while waiting:
         wanted, extra = waiting.pop()

@@ -20,7 +20,7 @@ def test_psnr():
 
 
 def dominated(point, points):
-    """By the definition, one pair at a time."""
+    """Return whether another point dominates a point, by the definition."""
     return any(all(a <= b for a, b in zip(other, point)) and other != point for other in points)
 
 

@@ -1,5 +1,6 @@
-"""The pack's files have no syntax, and nothing of the standard library, that came after the oldest Python that pyproject.toml
-allows. Tools and tests run on a later one.
+"""The pack's files use no syntax and no standard library names newer than the oldest Python that pyproject.toml allows.
+
+Tools and tests run on a later Python.
 """
 
 import ast
@@ -12,11 +13,11 @@ import comfyui
 import pytest
 
 PROJECT = tomllib.loads((comfyui.ROOT / "pyproject.toml").read_text())
-OLDEST = "3.10"  # that ComfyUI runs on
+OLDEST = "3.10"  # the oldest that ComfyUI runs on
 PARTS = ("__init__.py", "nodes", "iec_core")
 FILES = [path for part in PARTS for path in [comfyui.ROOT / part, *(comfyui.ROOT / part).rglob("*.py")] if path.suffix == ".py"]
 
-# What came with Python 3.11 to 3.14, by "What's New" of each.
+# Additions of Python 3.11 to 3.14, from "What's New" of each.
 MODULES = {
     "annotationlib",
     "compression",
@@ -57,11 +58,13 @@ NAMES = {
     "uuid": {"uuid6", "uuid7", "uuid8"},
     "warnings": {"deprecated"},
 }  # fmt: skip
-METHODS = {"add_note"}  # of objects whose class a file does not tell
+METHODS = {"add_note"}  # of objects whose class is not visible in a file
 
 
 def newer_syntax(path):
-    """The linter's sentences for syntax that the oldest Python has not; ast.parse(feature_version=...) lets most of it pass."""
+    """Return the linter's messages for syntax newer than the oldest Python; ast.parse(feature_version=...) accepts most
+    of it.
+    """
     version = f"py{OLDEST.replace('.', '')}"
     command = [
         "-m",
@@ -80,7 +83,7 @@ def newer_syntax(path):
 
 
 def newer_names(source):
-    """What a source imports, or reads of an imported module, that the oldest Python's library has not."""
+    """Return imports, or names read from an imported module, that the oldest Python's library lacks."""
     tree = ast.parse(source)
     imported = [node for node in ast.walk(tree) if isinstance(node, ast.Import)]
     modules = {one.asname or one.name.split(".")[0]: one.asname and one.name for node in imported for one in node.names}
@@ -151,7 +154,7 @@ def test_names_that_are_not_the_librarys_are_none():
 
 
 def test_no_pattern_has_newer_syntax():
-    """Possessive quantifiers and atomic groups, in any text."""
+    """The test searches for possessive quantifiers and atomic groups, in any text."""
     texts = [
         node.value
         for path in FILES

@@ -1,4 +1,4 @@
-"""Files that are no profile, or of another kind or version, are refused with a sentence, by both kinds alike."""
+"""Both kinds of profile refuse, with a sentence, files that are not profiles or have another kind or version."""
 
 import os
 import pathlib
@@ -23,7 +23,7 @@ def refusal(path, kind):
 
 @pytest.fixture
 def refusal_of(tmp_path):
-    """refusal_of(kind, about): the sentence for a file of one tensor and these metadata."""
+    """Return refusal_of(kind, about), which gives the sentence for a file of one tensor and these metadata."""
 
     def of(kind, about):
         safetensors.torch.save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors", about)
@@ -50,7 +50,7 @@ def test_another_kind_or_version_is_refused(refusal_of, kind):
 
 
 def whole(kind):
-    """A profile of a kind."""
+    """Return a profile of a kind."""
     some, sigmas = torch.ones(4), torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64)
     if kind == "quantization profile":
         return ActivationScales({"quantization": "W8A8"}, some, ("a",), sigmas[:1], torch.ones(1, 1))
@@ -82,7 +82,7 @@ def test_a_truncated_file_is_refused(tmp_path, kind):
 @pytest.mark.skipif(not pathlib.Path("/proc/self/maps").exists(), reason="this system does not list what is mapped")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_loaded_file_is_not_mapped(tmp_path, kind):
-    """Windows replaces no file that is; the library's own reader maps it as long as a tensor of it lives."""
+    """Windows cannot replace a mapped file; the library's own reader maps a file as long as one of its tensors exists."""
     path = tmp_path / "net.safetensors"
     whole(kind).save(path)
     profile = KINDS[kind].load(path)

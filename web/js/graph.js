@@ -1,18 +1,18 @@
-// What the graph on the canvas says of a sampling run before it runs. Nothing here changes the graph.
+// Read from the graph on the canvas what a sampling run will do. Nothing here changes the graph.
 //
-// A walk ends in undefined where a value is known only when the prompt is run.
+// A search returns undefined if a value is known only when the prompt runs.
 
-const [MUTED, BYPASSED] = [2, 4]; // LiteGraph's modes of a node that does nothing, and of one that hands its inputs on
+const [MUTED, BYPASSED] = [2, 4]; // LiteGraph's modes of a node that does not run, and of one that only passes its inputs on
 
-/** The input that a bypassed node hands on as its output of a slot and type; as the frontend chooses it. */
+/** Return the input that a bypassed node passes on as its output of this slot and type, by the frontend's rule. */
 function handedOn(node, slot, type) {
   const isOfType = (one) => one?.type === type;
   return isOfType(node.inputs?.[slot]) ? node.inputs[slot] : node.inputs?.find(isOfType);
 }
 
 /**
- * The node that an input is wired to, past reroutes and bypassed nodes; null if to none, undefined if to one elsewhere, such as
- * outside the subgraph.
+ * Return the node that an input is wired to, past reroutes and bypassed nodes; null if the input is not wired, undefined if the
+ * node is elsewhere, such as outside the subgraph.
  */
 function sourceOf(node, name) {
   let input = node?.inputs?.find((one) => one.name === name);
@@ -31,7 +31,7 @@ function sourceOf(node, name) {
 
 const isWired = (input) => input?.link !== null && input?.link !== undefined;
 
-/** Whether a widget's value comes over a link. */
+/** Return whether a widget's value comes over a link. */
 export function isLinked(node, name) {
   return isWired(node.inputs?.find((one) => one.widget?.name === name));
 }
@@ -42,7 +42,7 @@ function linkOf(graph, id) {
 
 const isIdle = (node) => [MUTED, BYPASSED].includes(node.mode);
 
-/** Whether a graph is a subgraph that does not run: no node stands for it that runs, and is in one that does. */
+/** Return whether a graph is a subgraph that does not run: no active node, in a graph that runs, contains it. */
 function isIdleGraph(graph) {
   const root = graph?.rootGraph;
   if (!root || root === graph) return false;
@@ -50,7 +50,7 @@ function isIdleGraph(graph) {
   return nodes.every((one) => one.subgraph !== graph || isIdle(one) || isIdleGraph(one.graph));
 }
 
-/** The value of a widget, or of the primitive node that is wired to it. */
+/** Return the value of a widget, or of the primitive node that is wired to it. */
 function valueOf(node, name) {
   if (isLinked(node, name)) {
     const source = sourceOf(node, name);
@@ -65,13 +65,13 @@ function has(node, ...names) {
 }
 
 const CACHES = ["IECDeepCache", "IECCacheQuant"];
-const OTHER_CACHES = ["EasyCache", "LazyCache"]; // the host's, of which a plan knows nothing
+const OTHER_CACHES = ["EasyCache", "LazyCache"]; // the host's caches, which a plan does not cover
 const KSAMPLERS = ["KSampler", "KSamplerAdvanced", "IECKSampler"];
 const CUSTOM_SAMPLERS = ["SamplerCustom", "SamplerCustomAdvanced"];
 
 /**
- * Whether what a node does is known: the host's own and ours. Others, and those that only the frontend has (Set and Get nodes,
- * subgraphs), may hand on what they like; a switch hands on one of several, a merge the first.
+ * Return whether a node's effect is known: true for the host's nodes and the pack's. Other nodes, and nodes of the frontend alone
+ * (Set and Get nodes, subgraphs), may pass on anything; a switch passes on one of several inputs, a merge the first.
  */
 function isKnown(node) {
   const module = node.constructor?.nodeData?.python_module ?? "";
@@ -85,8 +85,8 @@ function isKnown(node) {
 const isFirstOfType = (input, node) => node.inputs?.find((one) => one.type === input?.type) === input;
 
 /**
- * The samplers that what a node gives out leads to; undefined where it leads to nodes that are not known, which may sample, or
- * hand on something else.
+ * Return the samplers that a node's outputs lead to; undefined if they lead to unknown nodes, which may sample, or pass on
+ * something else.
  */
 function samplersAfter(node) {
   const [seen, queue, samplers] = [new Set([node]), [node], []];
@@ -98,7 +98,7 @@ function samplersAfter(node) {
       const next = here.graph.getNodeById(link?.target_id);
       if (next?.mode === MUTED || seen.has(next)) continue;
       if (!next || !(next.mode === BYPASSED || next.type === "Reroute" || isKnown(next))) return undefined;
-      if (!isFirstOfType(next.inputs[link.target_slot], next)) continue; // such as a merge's second, of which it takes weights
+      if (!isFirstOfType(next.inputs[link.target_slot], next)) continue; // such as a merge's second, only its weights
       seen.add(next);
       const isSampler = next.mode !== BYPASSED && [...KSAMPLERS, ...CUSTOM_SAMPLERS].includes(next.comfyClass);
       (isSampler ? samplers : queue).push(next);
@@ -108,8 +108,8 @@ function samplersAfter(node) {
 }
 
 /**
- * Goes up from an input along inputs of one type, and returns the first node for which found(node) is true; null if there is
- * none, undefined if that cannot be told.
+ * Follow inputs of one type upstream, and return the first node for which found(node) is true; null if there is none, undefined
+ * if the graph does not show it.
  */
 function upstream(node, name, type, found) {
   const seen = new Set();
@@ -119,13 +119,13 @@ function upstream(node, name, type, found) {
     if (found(here)) return here;
     seen.add(here);
     const input = here.inputs?.find((one) => one.type === type);
-    if (!input) return here.inputs?.some((one) => isWired(one) && !one.widget) ? undefined : null; // a loader has none
+    if (!input) return here.inputs?.some((one) => isWired(one) && !one.widget) ? undefined : null; // a loader has no such input
     here = sourceOf(here, input.name);
   }
-  return undefined; // wired to nothing: it cannot run, or another extension wires it as it is queued
+  return undefined; // not wired: it cannot run, or another extension wires it when it is queued
 }
 
-/** The sampling inputs of a step plan: steps, sampler_name and so on. */
+/** Return the sampling inputs of a step plan: steps, sampler_name and so on. */
 function samplingOf(sampler) {
   if (KSAMPLERS.includes(sampler.comfyClass)) {
     const plain = () => ({ denoise: valueOf(sampler, "denoise") });
@@ -139,14 +139,14 @@ function samplingOf(sampler) {
   }
   const schedule = sourceOf(sampler, "sigmas");
   const named = upstream(sampler, "sampler", "SAMPLER", (node) => node.comfyClass === "KSamplerSelect");
-  if (schedule?.comfyClass !== "BasicScheduler" || !named) return undefined; // others have rules of their own
+  if (schedule?.comfyClass !== "BasicScheduler" || !named) return undefined; // other schedulers have their own rules
   const ofSchedule = values(schedule, ["steps", "scheduler", "denoise"]);
   return { ...ofSchedule, sampler_name: valueOf(named, "sampler_name"), is_custom: true };
 }
 
 const values = (node, names) => Object.fromEntries(names.map((name) => [name, valueOf(node, name)]));
 
-/** The cache inputs of a step plan; null without a cache, undefined where the graph does not tell. */
+/** Return the cache inputs of a step plan; null without a cache, undefined if the graph does not show them. */
 function cacheOf(sampler) {
   const isCache = (node) => [...CACHES, ...OTHER_CACHES].includes(node.comfyClass);
   const from = has(sampler, "guider") ? sourceOf(sampler, "guider") : sampler;
@@ -165,9 +165,9 @@ const CORRECTION = ["correction_steps", "lambda_", "max_iterations", "tolerance"
 const OPEN = { question: undefined, isCacheOpen: false };
 
 /**
- * The question for POST /iec/step_plan that belongs to an IEC sampler node, and whether a cache is there whose steps cannot be
- * told: {question, isCacheOpen}. question is undefined where the steps are known only when the prompt is run, as they are where
- * the node leads to several runs that differ; why says more then, where there is more to say.
+ * Return {question, isCacheOpen, why} for an IEC sampler node. question: for POST /iec/step_plan; undefined if the steps are
+ * known only when the prompt runs, for example if the node leads to several different runs. why: then the reason, if known.
+ * isCacheOpen: whether there is a cache whose steps are not known.
  */
 export function planOf(node) {
   if (node.mode === MUTED) return { ...OPEN, why: "The node is muted: it does not run." };
@@ -178,7 +178,7 @@ export function planOf(node) {
   return plans.size === 1 ? [...plans.values()][0] : OPEN;
 }
 
-/** The same for the run of one sampler. */
+/** Return the same as planOf, for the run of one sampler. */
 function planAt(node, sampler) {
   const sampling = samplingOf(sampler);
   const correction = values(node, CORRECTION);
@@ -192,7 +192,7 @@ function planAt(node, sampler) {
   return { question: { correction, sampling, cache: of, correction_pass }, isCacheOpen };
 }
 
-/** The node that an execution id such as "12", or "5:12" in a subgraph, is the id of. */
+/** Return the node with an execution id such as "12", or "5:12" in a subgraph. */
 export function nodeById(graph, id) {
   const [first, ...rest] = String(id).split(":");
   const node = graph?.getNodeById(/^\d+$/.test(first) ? Number(first) : first);

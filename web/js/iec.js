@@ -1,7 +1,7 @@
 // The frontend extension: on each IEC sampler node, the steps that it will correct and what its last run did.
 //
-// The steps are told by the server (POST /iec/step_plan), so that the grammar of correction_steps has one home. What happens in a
-// run is told by the events iec.step and iec.run; nodes/host/events.py says what is in them.
+// The server computes the steps (POST /iec/step_plan), so that only one place parses correction_steps. The events iec.step and
+// iec.run report a run's progress; nodes/host/events.py documents their contents.
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
@@ -9,23 +9,23 @@ import { isLinked, nodeById, planOf } from "./graph.js";
 import { StepView, costOf, fullCorrectionsOf, fullOf, textOf } from "./view.js";
 
 const NODES = ["IECKSampler", "IECApply", "IECSampler"];
-// Nodes whose seed is of a measurement: another one with each queued prompt would measure anew, and replace what was saved.
+// Nodes that measure with their seed: a new seed for each queued prompt would measure again, and replace the saved result.
 const MEASURING = [
   "IECCalibrateCacheQuant", "IECCalibrateQuantization", "IECCalibrateWeights", "IECContractionProbe", "IECQuantizationReport",
 ];
-const KEPT = "iec_run"; // the node's property that holds a run which is saved with the workflow
-const LOOK_AGAIN = 300; // milliseconds between two looks at the graph; it has no event that covers every change
-const ASK_AGAIN = 5000; // milliseconds after the server has not answered
-const ANSWERS_WITHIN = 30000; // milliseconds in which the server answers, if at all
-const SOON = 1000; // milliseconds in which a plan may be that of the settings before
-const MOST_RUNS = 200; // that are remembered
-const NO_ID = "00000000-0000-0000-0000-000000000000"; // of every workflow that was opened in API form
+const KEPT = "iec_run"; // the node's property with the run that is saved with the workflow
+const LOOK_AGAIN = 300; // milliseconds between two looks at the graph, because no event covers every change
+const ASK_AGAIN = 5000; // milliseconds until the next request after the server has not answered
+const ANSWERS_WITHIN = 30000; // milliseconds after which no answer is expected any more
+const SOON = 1000; // milliseconds for which a plan of the previous settings is shown unmarked
+const MOST_RUNS = 200; // number of runs that are kept
+const NO_ID = "00000000-0000-0000-0000-000000000000"; // the id of every workflow that was opened in API form
 
 const strips = new Set();
 const runs = new Map(); // "[workflow id, execution id of the node]": run
 const rootGraph = () => app.rootGraph ?? app.graph;
 
-/** Changes the graph so that the frontend notes it: for undo, and for the draft that a reload of the page restores. */
+/** Change the graph so that the frontend notices: for undo, and for the draft that a reload of the page restores. */
 function undoable(change) {
   app.canvas.emitBeforeChange();
   change();
@@ -33,7 +33,7 @@ function undoable(change) {
   app.canvas.setDirty(true, true);
 }
 
-/** The run that a node's property holds, if it is one, and its own: a workflow may come from anywhere, a node be a copy. */
+/** Return the run in a node's property if it is valid and the node's own: a workflow may be foreign, and a node may be a copy. */
 function keptRun(node) {
   const run = node.properties[KEPT];
   const lists = [run?.corrected, run?.warnings, Object.values(run?.iterated ?? [null])];
@@ -50,33 +50,33 @@ class Strip {
       onKeep: (isKept) => this.keep(isKept),
       onHeight: () => this.fit(),
     });
-    const getMinHeight = () => this.view.height + 2 * (this.widget?.margin ?? 0); // the canvas takes margins off
+    const getMinHeight = () => this.view.height + 2 * (this.widget?.margin ?? 0); // the canvas subtracts margins
     const options = { serialize: false, hideOnZoom: false, getMinHeight };
     this.widget = node.addDOMWidget("iec_steps", "iec_steps", this.view.element, options);
     this.widget.serialize = false;
-    this.now = undefined; // the question for the settings as they are, as JSON
-    this.asked = undefined; // the one that was asked last
-    this.answer = undefined; // to it, or to the one before until there is one
-    this.answered = undefined; // the question that the answer is to
+    this.now = undefined; // the question for the current settings, as JSON
+    this.asked = undefined; // the last question that was sent
+    this.answer = undefined; // to `asked`, or the previous answer until it arrives
+    this.answered = undefined; // the question to which `answer` belongs
     this.changedAt = 0;
     this.isWaiting = false;
     this.askedAt = 0;
   }
 
-  /** Whether the node is no longer in the workflow that is open. */
+  /** Return whether the node is no longer in the open workflow. */
   get isGone() {
     const { graph, id } = this.node;
     const isOpen = graph === rootGraph() || rootGraph()?.subgraphs?.get?.(graph?.id) === graph;
     return !isOpen || graph.getNodeById(id) !== this.node;
   }
 
-  /** Looks whether the graph asks for another plan, or whether there is news of a run; draws it if so. */
+  /** Check whether the graph needs another plan, or whether a run has progressed; draw the strip if so. */
   look(run) {
     this.run = run ?? keptRun(this.node);
     if (run && !run.isRunning && run !== this.kept && this.node.properties[KEPT]) undoable(() => this.remember());
     const { question, isCacheOpen, why } = planOf(this.node);
     this.why = why;
-    this.isCacheOpen = isCacheOpen || Boolean(question?.cache); // a profile of another schedule has no steps for this one
+    this.isCacheOpen = isCacheOpen || Boolean(question?.cache); // a profile may be of another schedule
     const asked = JSON.stringify(question ?? null);
     if (asked !== this.now) this.changedAt = Date.now();
     this.now = asked;
@@ -92,13 +92,13 @@ class Strip {
     try {
       const answer = asked === "null" ? {} : await answerTo(asked);
       if (answer) [this.answer, this.answered] = [answer, asked];
-      else this.asked = undefined; // so that the next look asks again
+      else this.asked = undefined; // the next look asks again
     } finally {
       this.isWaiting = false;
     }
   }
 
-  /** What is drawn: the run while it goes on; else the plan, with what only a run could tell of a cache. */
+  /** Return what is drawn: the current run; else the plan, completed with the cached steps of the last run. */
   state() {
     const { run, answer } = this;
     const isKept = Boolean(this.node.properties[KEPT]);
@@ -125,7 +125,7 @@ class Strip {
     return { ...common, plan: { ...answer, full }, lines: [costOf(answer), ofCache, answer.choice] };
   }
 
-  /** What is drawn while the server makes the plan of the settings as they are. */
+  /** Return what is drawn while the server makes the plan for the current settings. */
   late() {
     const isPlan = this.answer?.steps !== undefined && !this.answer.error;
     if (!isPlan) return { message: "The server is making the plan." };
@@ -134,8 +134,8 @@ class Strip {
   }
 
   /**
-   * Whether the last run had other settings of its steps than there are now: those at its begin, which the page has noted, or
-   * the correction, which the run has told and which may have been changed while it was in the queue.
+   * Return whether the last run had other step settings than the current ones. Compared are the settings at its start, which the
+   * page has stored, and the run's reported correction, because the settings may have changed while the run was queued.
    */
   isOther() {
     const { run, answer, now } = this;
@@ -144,7 +144,7 @@ class Strip {
     return isOtherNow || (answer?.correction !== undefined && run.correction !== answer.correction);
   }
 
-  /** What is drawn of a run that would be refused; where its steps are known, a click can still choose them. */
+  /** Return what is drawn for settings that would be refused; if the steps are known, a click can still choose them. */
   refusal({ error, ...plan }) {
     if (plan.steps === undefined) return { message: error, isRefused: true };
     const canMend = plan.correctable.length && !isLinked(this.node, "correction_steps");
@@ -160,7 +160,7 @@ class Strip {
     this.fit();
   }
 
-  /** Gives the node the height that it needs; what it was given before is taken back. */
+  /** Give the node the height that it needs; a height that was added earlier is removed again. */
   fit() {
     const [width, height] = this.node.size;
     const needed = this.node.computeSize()[1];
@@ -171,7 +171,7 @@ class Strip {
     }
   }
 
-  /** Adds or takes away a step. What `auto` chose is written down with it: its evaluation point too. */
+  /** Add or remove a corrected step. The choice of `auto` becomes explicit, including its evaluation point. */
   toggle(step) {
     if (!this.inputWidget("correction_steps") || this.answer?.steps === undefined) return;
     const steps = new Set(this.answer.corrected);
@@ -212,13 +212,13 @@ class Strip {
 
 let lastAsked = Promise.resolve();
 
-/** The server's answer to a question for a step plan, as JSON: it makes one at a time for all strips. */
+/** Return the server's answer to a question for a step plan, as JSON. One question is sent at a time for all strips. */
 function answerTo(question) {
   lastAsked = lastAsked.then(() => ask(question));
   return lastAsked;
 }
 
-/** The same at once; isSilence where there is no answer, and undefined where the server is busy with another page's question. */
+/** Return the same without a queue; isSilence without an answer; undefined if the server is busy with another page's question. */
 async function ask(question) {
   try {
     const signal = AbortSignal.timeout(ANSWERS_WITHIN);
@@ -231,18 +231,18 @@ async function ask(question) {
   }
 }
 
-const tabs = new Map(); // workflow id: the frontend's workflow, a tab, that has it
-const ids = new WeakMap(); // a tab: {from, to}, the id that its workflow came with, and the one that it has instead
-let [tabBefore, idBefore] = []; // at the look before
+const tabs = new Map(); // workflow id: the frontend's workflow (a tab) with this id
+const ids = new WeakMap(); // tab: {from, to}, the original id of its workflow, and its replacement
+let [tabBefore, idBefore] = []; // at the previous look
 
 /**
- * Gives the workflow that is open an id of its own, or its runs would be shown in others: one in API form has none, and a copy
- * in another tab the same. The frontend need not keep the id when it shows another tab, so it is given again.
+ * Give the open workflow a unique id; otherwise its runs would be shown in other workflows. A workflow in API form has no id, and
+ * a copy in another tab has the same id. The frontend may lose the id when it shows another tab, so it is set again.
  */
 function nameApart(graph) {
-  if (graph?.id === NO_ID) graph.id = LiteGraph.uuidv4(); // at once: it may be queued before the next look
+  if (graph?.id === NO_ID) graph.id = LiteGraph.uuidv4(); // immediately, because it may be queued before the next look
   const { activeWorkflow: tab, openWorkflows = [] } = app.extensionManager?.workflow ?? {};
-  const isSettled = tab === tabBefore && graph?.id === idBefore; // while a tab is opened, the graph may be another's
+  const isSettled = tab === tabBefore && graph?.id === idBefore; // while a tab is being opened, the graph may be another tab's
   [tabBefore, idBefore] = [tab, graph?.id];
   const from = tab?.activeState?.id;
   if (!graph || !from || !isSettled) return;
@@ -272,7 +272,7 @@ function lookAtAll() {
   }
 }
 
-/** Forgets a strip whose node is gone. Nodes 2.0 goes on showing its element where undo has put another node in its place. */
+/** Remove a strip whose node is gone. After an undo, Nodes 2.0 still shows its element for the node that replaces it. */
 function remove(strip) {
   strips.delete(strip);
   const { element } = strip.view;
@@ -281,14 +281,14 @@ function remove(strip) {
   if (heir) element.replaceWith(heir.view.element);
 }
 
-/** The question for the settings of the node that an event is of, as they are now; undefined where it is not in the graph. */
+/** Return the question for the current settings of an event's node; undefined if the node is not in the graph. */
 function askedNow({ workflow, source }) {
   const graph = rootGraph();
   const node = workflow === graph?.id && nodeById(graph, source);
   return node ? JSON.stringify(planOf(node).question ?? null) : undefined;
 }
 
-/** Takes an event of a run into what is known of it. */
+/** Add an event to the data of its run. */
 function onEvent({ detail }, isRunning) {
   const key = JSON.stringify([detail.workflow, detail.source]);
   const known = runs.get(key);
@@ -296,18 +296,18 @@ function onEvent({ detail }, isRunning) {
   const iterated = { ...(isNew ? {} : known.iterated) };
   const asked = isNew ? askedNow(detail) : known.asked;
   for (const one of detail.iterated) iterated[one.step] = one;
-  runs.delete(key); // so that it is the youngest
-  const before = isNew ? { corrected: [], full: null } : known; // an event between a run's first and last does not tell them
+  runs.delete(key); // makes it the newest
+  const before = isNew ? { corrected: [], full: null } : known; // events between a run's first and last do not contain these
   runs.set(key, { ...before, ...detail, step: detail.step ?? detail.steps, asked, iterated, isRunning });
   if (runs.size > MOST_RUNS) runs.delete(runs.keys().next().value);
 }
 
-/** Forgets runs that were cut short. */
+/** Remove runs that ended early. */
 function dropRunning(isMeant = () => true) {
   for (const [key, run] of runs) if (run.isRunning && isMeant(run)) runs.delete(key);
 }
 
-/** Leaves the seed of a node that was just added as it is after each queued prompt; a saved workflow sets its own choice later. */
+/** Keep the seed of a newly added node fixed after each queued prompt; a saved workflow sets its own choice later. */
 function fixSeed(node) {
   const seed = node.widgets?.find((one) => one.name === "seed");
   for (const control of seed?.linkedWidgets ?? []) control.value = "fixed";

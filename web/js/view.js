@@ -25,9 +25,9 @@ const STYLE = `
 .iec-run input { margin: 0 3px 0 0; vertical-align: -2px; }
 `;
 const CELLS_IN_A_ROW = 50;
-const NARROW = 35; // cells in a row, from which on they have no frames
+const NARROW = 35; // with more cells in a row, they have no frames
 const MOST_CELLS = 500;
-const LEAST_HEIGHT = 40; // before it is shown for the first time
+const LEAST_HEIGHT = 40; // before the first display
 const RESIDUAL = "#56b4e9";
 const CONTRACTION = "#e69f00";
 
@@ -47,36 +47,36 @@ function makeSvg(tag, attributes, text = "") {
 
 const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
 
-/** What corrections cost, in words. plan: as POST /iec/step_plan answers. */
+/** Return the cost of corrections, in words, for an answer of POST /iec/step_plan. */
 export function costOf({ evaluations, nfe, corrected }) {
   const share = evaluations ? Math.round((100 * (nfe - evaluations)) / evaluations) : 0;
   if (!corrected.length) return plural(nfe, "evaluation");
   return `${evaluations} → ${nfe} evaluations${nfe === evaluations ? "" : `, +${share} %`}`;
 }
 
-/** Which steps a cache evaluates in full, in words; nothing without a cache. */
+/** Return how many steps a cache evaluates in full, in words; "" without a cache. */
 export function fullOf({ full, steps }) {
   return full ? `${full.length} of ${plural(steps, "step")} in full, the others cached` : "";
 }
 
-/** What a run was, in words. */
+/** Return a run's settings, in words. */
 function settingsOf({ steps, correction, full }) {
   return [plural(steps, "step"), correction, full && `${full.length} in full`].filter(Boolean).join(", ");
 }
 
-/** How many corrections cost as much as a step in full, in words; nothing without a cache. */
+/** Return how many corrections are evaluated in full like a full step, in words; "" without a cache. */
 export function fullCorrectionsOf({ full, full_corrections, evaluations, nfe }) {
   return full && nfe > evaluations ? `${full_corrections} of ${plural(nfe - evaluations, "correction")} in full too` : "";
 }
 
-/** The text of correction_steps that corrects these steps of so many. */
+/** Return the text of correction_steps for these corrected steps, in a run of `steps` steps. */
 export function textOf(corrected, steps) {
   if (corrected.length === 0) return "none";
   return corrected.length === steps ? "all" : `steps:${[...corrected].sort((a, b) => a - b).join(",")}`;
 }
 
 export class StepView {
-  /** onToggle(step): a cell was clicked. onKeep(isKept): the box was ticked. onHeight(): the view needs another height. */
+  /** onToggle(step): a cell was clicked. onKeep(isKept): the box was ticked. onHeight(): the view's height has changed. */
   constructor({ onToggle, onKeep, onHeight }) {
     if (!document.getElementById("iec-style")) {
       const style = make("style", "", STYLE);
@@ -112,15 +112,15 @@ export class StepView {
     }).observe(this.body);
   }
 
-  /** The height that everything takes, in pixels. */
+  /** The height of all contents, in pixels. */
   get height() {
     return this.body.offsetHeight || LEAST_HEIGHT;
   }
 
   /**
-   * Draws what is known. plan: the steps that will be taken, undefined where they are not known. lines: its cost. message: a
-   * sentence. isRefused: whether it is a refusal. fixed: why no step can be chosen by a click. run: the last run, as the
-   * events tell it, or undefined. isKept: whether it is saved with the workflow. isOther: whether it had other settings.
+   * Draw the plan and the last run. plan: the steps, undefined if they are not known. lines: its cost. message: a sentence.
+   * isRefused: whether the message is a refusal. fixed: why no step can be chosen by a click. run: the last run, from the events,
+   * or undefined. isKept: whether the run is saved with the workflow. isOther: whether the run had other settings.
    */
   show({ plan, lines = [], message = "", isRefused, fixed, run, isKept, isOther }) {
     this.last = run;
@@ -147,7 +147,7 @@ export class StepView {
     this.drawChart();
   }
 
-  /** Cells stay what they are, so that the one with the keyboard's focus keeps it. */
+  /** Draw the cells. Existing cells are reused, so that the one with the keyboard's focus keeps it. */
   drawCells({ steps, corrected, full, correctable, open }, done, fixed) {
     const rows = Math.ceil(steps / CELLS_IN_A_ROW) || 1;
     this.cells.style.gridTemplateColumns = `repeat(${Math.ceil(steps / rows)}, 1fr)`;
@@ -186,7 +186,7 @@ export class StepView {
 const last = (list) => list?.[list.length - 1];
 const shown = (value) => (typeof value === "number" ? value.toPrecision(3) : "unknown");
 
-/** Residual (log, left) and contraction (right) of the last iteration of each corrected step, means over the batch. */
+/** Draw residual (log, left) and contraction (right) of the last iteration of each corrected step, means over the batch. */
 function drawChart(svg, run, width) {
   const [left, right, top, bottom, height] = [30, 26, 14, 13, 92];
   const known = Object.values(run.iterated).sort((a, b) => a.step - b.step);

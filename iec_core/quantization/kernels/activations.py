@@ -1,32 +1,35 @@
-"""Triton kernels that turn activations into int8: x over its scale, rounded half to even, within +-127.
+"""Triton kernels that convert activations to int8: x divided by its scale, rounded half to even, within +-127.
 
-Both are bound by memory. A given scale takes one read and one write of x, one that is taken from x another read. The output has
-its channels last, whichever layout x has, for that is what a product reads. LARGEST is `largest`,
-compiled or interpreted as the kernels are.
+Both kernels are limited by memory bandwidth. With a given scale, x is read once and written once. A scale computed from x needs
+one more read. The output always has its channels last, because the product reads it so. The parameter LARGEST is the function
+`largest`, or `largest_interpreted` in the interpreter.
 """
 
-from __future__ import annotations  # so that tl.constexpr is not looked up where Triton is missing
+# The functions of this file are compiled by Triton, which gives their parameters types of its own.
+# mypy: allow-untyped-defs
+
+from __future__ import annotations  # tl.constexpr is not evaluated if Triton is missing
 
 import contextlib
 
-with contextlib.suppress(ImportError):  # an optional dependency, which not every platform has
+with contextlib.suppress(ImportError):  # an optional dependency, not available on every platform
     import triton.language as tl
 
 
 def largest(x, axis: tl.constexpr):
-    """Return the largest numbers along an axis."""
+    """Return the largest numbers of x along an axis."""
     return tl.max(x, axis)
 
 
 def largest_interpreted(x, axis):
-    """Return the same in the interpreter, which runs `tl.max` only where it was asked for before Triton's import."""
+    """Return the same as `largest`, in the interpreter. `tl.max` only works there if it was enabled before Triton's import."""
     return tl.reduce(x, axis, tl.standard._elementwise_max)
 
 
 def largest_kernel(x_ptr, largest_ptr, size, blocks, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
     """Raise largest, int32 [items], to the bits of the largest magnitude in each item of x, float [items, size].
 
-    As integers, the bits of floats without a sign are ordered as the floats are, with infinity and then NaN above all.
+    As integers, the bits of nonnegative floats have the same order as the floats, with infinity and then NaN above all others.
     """
     item = tl.program_id(0) // blocks
     place = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -40,11 +43,11 @@ def quantize_kernel(
     pixels, all_pixels, channels, blocks_c, item_stride, pixel_stride, channel_stride, scale_step,
     LARGEST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Write out, int8 [all_pixels, channels], and its scales, float32 [items]; an item has `pixels` of all the pixels.
+    """Write out, int8 [all_pixels, channels], and its scales, float32 [items]. Each item has `pixels` pixels.
 
-    x: float, by its strides. Either given, float32 of one number, is the scale; then the scales hold it already, and those of
-    items that are not finite become NaN. Or largest is, as `largest_kernel` leaves it; then the scales are written. scale_step:
-    0 where all items share a scale.
+    x: float, read by its strides. There are two cases. Either `given`, float32 of one number, is the scale: then the scales
+    must already have this value, and the kernel sets those of items with non-finite values to NaN. Or `largest` has the output
+    of `largest_kernel`: then the kernel computes and writes the scales. scale_step: 0 if all items share a scale, else 1.
     """
     pixel = tl.program_id(0) // blocks_c * BLOCK_P + tl.arange(0, BLOCK_P)
     channel = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -56,7 +59,7 @@ def quantize_kernel(
     if given_ptr is not None:
         scale = tl.load(given_ptr)
         bits = LARGEST(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
-        # Stores of one number in any order: what else the item has does not matter then.
+        # Several programs may store NaN for an item, in any order: nothing else is stored there.
         nan = tl.full((BLOCK_P,), float("nan"), tl.float32)
         tl.store(scale_ptr + item * scale_step, nan, mask=is_pixel & (bits >= 0x7F800000))
         quotient = tl.div_rn(x, tl.broadcast_to(scale, (BLOCK_P, BLOCK_C)))
@@ -69,7 +72,7 @@ def quantize_kernel(
         tl.store(scale_ptr + item * scale_step, scale, mask=is_first)
         quotient = tl.div_rn(x, tl.broadcast_to(scale[:, None], (BLOCK_P, BLOCK_C)))
     quotient = tl.clamp(quotient, -127.0, 127.0)
-    # Adding 1.5 * 2^23 leaves no bits for a fraction: the sum is rounded to the nearest integer, ties to even, and its lowest
-    # byte is that integer. This needs no conversion and no library function, which the interpreter lacks.
+    # The sum with 1.5 * 2^23 has no bits for a fraction. So it is rounded to the nearest integer, ties to even, and its lowest
+    # byte is that integer. This needs no conversion, and no library function, which the interpreter does not have.
     values = (quotient + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
     tl.store(out_ptr + pixel.to(tl.int64)[:, None] * channels + channel[None, :], values, mask=inside)

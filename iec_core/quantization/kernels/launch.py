@@ -1,22 +1,25 @@
-"""Launches the Triton kernels: where they can run, on which grid, and what they are given."""
+"""Launch the Triton kernels: check where they can run, and choose their grids and arguments."""
 
 import functools
 import os
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from ...devices import is_out_of_memory, once_a_device
+from ...errors import ModelError
 from ...log import logger
 from . import activations, products, tiles
 
 try:
     import triton
-except ImportError:  # an optional dependency, which not every platform has
+except ImportError:  # an optional dependency, not available on every platform
     triton = None
 
-# What varies with the resolution and the batch: a kernel that is compiled once serves all of it, in a tile. Of the numbers of
-# pixels only whether they are multiples of 16 matters, so that memory is read and written in runs.
-NOT_SPECIALIZED = {
+# Arguments that vary with the resolution and the batch. A kernel that is compiled once for a tile works for all their values.
+# Numbers of pixels are not listed: kernels are specialized for multiples of 16, so that memory is accessed contiguously.
+NOT_SPECIALIZED: dict[Callable[..., None], tuple[str, ...]] = {
     activations.largest_kernel: ("blocks",),
     activations.quantize_kernel: ("blocks_c", "scale_step"),
     products.conv2d_kernel: (
@@ -25,46 +28,48 @@ NOT_SPECIALIZED = {
     ),
     products.add_up_kernel: ("blocks_n", "scale_step"),
 }  # fmt: skip
-LARGEST_BLOCK, QUANTIZE_BLOCK = 8192, 4096  # numbers of a program
+LARGEST_BLOCK, QUANTIZE_BLOCK = 8192, 4096  # elements per program
 ADD_UP_BLOCK = 32, 64  # rows, outputs
 
 
-def _interpreted():
+def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache
-def jitted(kernel, interpreted):
-    """Return a kernel that can be launched. Triton reads TRITON_INTERPRET here, at the first launch, and not at import."""
-    # A given scale is one of many in a table.
+def jitted(kernel: Callable[..., Any], interpreted: bool) -> Any:
+    """Return Triton's JITFunction of a kernel, which can be launched. Triton reads TRITON_INTERPRET here, at the first launch,
+    not at import.
+    """
+    # A given scale may be any element of a table, so its alignment varies.
     return triton.jit(
         kernel, do_not_specialize=list(NOT_SPECIALIZED.get(kernel, ())), do_not_specialize_on_alignment=["given_ptr"]
     )
 
 
-def _kernel(kernel):
+def _kernel(kernel: Callable[..., None]) -> Any:
     return jitted(kernel, _interpreted())
 
 
-def _maximum():
+def _maximum() -> Callable[..., Any]:
     return activations.largest_interpreted if _interpreted() else jitted(activations.largest, False)
 
 
-def is_available(device):
-    """Tell whether the kernels run on a device, such as "cuda": Triton is installed, and compiles them or interprets them."""
+def is_available(device: torch.device | str) -> bool:
+    """Return whether Triton is installed and compiles or interprets the kernels for a device, such as "cuda"."""
     if _interpreted():
         return triton is not None
     return torch.device(device).type != "cpu" and compiles(device)
 
 
 @once_a_device
-def compiles(device):
-    """Tell whether Triton compiles the kernels for a device, and it computes what it should. Else a warning says why not."""
+def compiles(device: torch.device) -> bool:
+    """Return whether Triton compiles the kernels for a device, and they compute correctly. If not, log the reason."""
     reason = _why_not(device)
     if not reason:
         try:
             reason = "" if _computes(device) else "what it compiles computes something else"
-        except Exception as error:  # of any kind: a C compiler or Python's headers may be missing
+        except Exception as error:  # any class: a C compiler or Python's headers may be missing
             if is_out_of_memory(error):
                 raise
             reason = f"{type(error).__name__}: {str(error).strip() or 'without a word'}".splitlines()[0]
@@ -76,8 +81,8 @@ def compiles(device):
     return not reason
 
 
-def _why_not(device):
-    """Return why a device is not tried, "" where it is."""
+def _why_not(device: torch.device) -> str:
+    """Return the reason why a device is not tried; "" if it is."""
     if device.type != "cuda" or torch.version.hip:
         return "they are for NVIDIA's GPUs"
     if triton is None:
@@ -86,8 +91,8 @@ def _why_not(device):
     return "" if major >= 8 else f"they need compute capability 8.0, and this GPU has {major}.{minor}"
 
 
-def _computes(device):
-    """Compute a small convolution, whose result is known, by every kernel there is."""
+def _computes(device: torch.device) -> bool:
+    """Return whether each kernel computes a small convolution correctly, whose result is known."""
     x = torch.full((1, 32, 4, 4), 1.0, dtype=torch.float16, device=device)
     weight = torch.full((32, 3, 3, 32), 2, dtype=torch.int8, device=device)
     ones, same = torch.ones(32, device=device), ((1, 1), (1, 1), (1, 1))
@@ -100,14 +105,17 @@ def _computes(device):
                 sums = (out - 1) / scale
                 if not ((sums[:, 1, 1] - expected * 2 * 32 * 9).abs() < 0.5).all():
                     return False
-                if not ((sums[:, 0, 0] - expected * 2 * 32 * 4).abs() < 0.5).all():  # a corner has four of the taps
+                if not (
+                    (sums[:, 0, 0] - expected * 2 * 32 * 4).abs() < 0.5
+                ).all():  # four taps of a corner are inside the image
                     return False
     return True
 
 
-def quantized(x, scale, per_tensor):
-    """Return (int8 [B, H, W, C], scale float32 [B], or [1] for per_tensor) for x float [B, C, H, W]: x over its scale. scale:
-    float32 of one number where it is given; then the one returned is NaN for each item that is not finite.
+def quantized(x: torch.Tensor, scale: torch.Tensor | None, per_tensor: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (values int8 [B, H, W, C], scales float32 [B]) of x, float [B, C, H, W]. If no scale is given, per_tensor makes
+    the scales [1], one for the whole tensor. scale: given scale, float32 of one number, or None to compute it from x. The
+    scale of an item with a non-finite value is NaN.
     """
     x = x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
     batch, channels, height, width = x.shape
@@ -129,13 +137,15 @@ def quantized(x, scale, per_tensor):
     return values, scales
 
 
-def quantize_blocks(channels, channels_last):
-    """Return (pixels, channels) of a program that quantizes so many channels, by which of both come last in memory."""
+def quantize_blocks(channels: int, channels_last: bool) -> tuple[int, int]:
+    """Return (pixels, channels) per program that quantizes an input. channels: of the input. channels_last: whether they are
+    last in its memory.
+    """
     block_c = min(256 if channels_last else 64, triton.next_power_of_2(channels))
     return QUANTIZE_BLOCK // block_c, block_c
 
 
-def _largest(x, items):
+def _largest(x: torch.Tensor, items: int) -> torch.Tensor:
     largest = torch.zeros(items, dtype=torch.int32, device=x.device)
     size = x.numel() // items
     block = min(LARGEST_BLOCK, triton.next_power_of_2(size))
@@ -144,8 +154,8 @@ def _largest(x, items):
     return largest
 
 
-def _plan(product, device):
-    """Return (Tile, splits) for a tiles.Product on a device."""
+def _plan(product: tiles.Product, device: torch.device) -> tuple[tiles.Tile, int]:
+    """Return (Tile, splits) for a Product on a device."""
     if _interpreted():
         return tiles.INTERPRETED, 1
     properties = torch.cuda.get_device_properties(device)
@@ -155,26 +165,45 @@ def _plan(product, device):
 _chosen = functools.cache(tiles.choose)
 
 
-def output_size(height, width, weight, stride, padding, dilation):
-    """Return (H', W') of a convolution of a [.., height, width] image with weight [O, kh, kw, C]."""
+def output_size(
+    height: int, width: int, weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, int]:
+    """Return (H', W') of the convolution of an image [.., height, width] with weight [O, kh, kw, C]."""
     sizes = zip((height, width), weight.shape[1:3], stride, padding, dilation)
-    return tuple((size + 2 * p - d * (kernel - 1) - 1) // s + 1 for size, kernel, s, p, d in sizes)
+    rows, columns = ((size + 2 * p - d * (kernel - 1) - 1) // s + 1 for size, kernel, s, p, d in sizes)
+    return rows, columns
 
 
-def empty_output(batch, channels, height, width, channels_last, like, dtype):
-    """Allocate [B, C, H, W] on the device of `like`."""
+def empty_output(
+    batch: int, channels: int, height: int, width: int, channels_last: bool, like: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return an uninitialized tensor [B, C, H, W] on the device of `like`."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty((batch, channels, height, width), dtype=dtype, device=like.device, memory_format=layout)
 
 
-def conv2d(values, scale, weight, weight_scale, bias, stride, padding, dilation, out_dtype, channels_last, plan=None):
-    """Return [B, O, H', W'] for int8 [B, H, W, C] and weight [O, kh, kw, C]; without weight_scale, the int32 sums. plan:
-    (Tile, splits) instead of the one that is chosen. Raises ValueError for shapes that do not fit together.
+def conv2d(
+    values: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    out_dtype: torch.dtype,
+    channels_last: bool,
+    plan: tuple[tiles.Tile, int] | None = None,
+) -> torch.Tensor:
+    """Return the convolution [B, O, H', W'] of values int8 [B, H, W, C], scale float32 [B] or [1], with weight int8
+    [O, kh, kw, C], weight_scale float32 [O] and bias float [O] or None. Without weight_scale, return the int32 sums.
+
+    plan: (Tile, splits) to use instead of the automatic choice. Raises ModelError for shapes that do not fit together.
     """
     (batch, height, width, channels), (outputs, kernel_h, kernel_w, deep) = values.shape, weight.shape
-    if deep != channels or scale.numel() not in (1, batch):  # the kernel would read past the end
+    if deep != channels or scale.numel() not in (1, batch):  # the kernel would read out of bounds
         shapes = [tuple(tensor.shape) for tensor in (values, weight, scale)]
-        raise ValueError(f"x {shapes[0]}, weight {shapes[1]} and activation scale {shapes[2]} do not fit together")
+        raise ModelError(f"x {shapes[0]}, weight {shapes[1]} and activation scale {shapes[2]} do not fit together")
     size = output_size(height, width, weight, stride, padding, dilation)
     out = empty_output(batch, outputs, *size, channels_last, values, out_dtype)
     product = tiles.Product(batch * size[0] * size[1], outputs, channels, kernel_h * kernel_w)
@@ -196,7 +225,17 @@ def conv2d(values, scale, weight, weight_scale, bias, stride, padding, dilation,
     return out
 
 
-def _add_up(sums, vectors, out, pixels, scale_step, channels_last):
+def _add_up(
+    sums: torch.Tensor,
+    vectors: list[torch.Tensor | None],
+    out: torch.Tensor,
+    pixels: int,
+    scale_step: int,
+    channels_last: bool,
+) -> None:
+    """Add up the sums of splits, int32 [splits, rows, O], into out. vectors: scale, weight, weight_scale and bias of
+    `conv2d`.
+    """
     (splits, rows, outputs), (block_m, block_n) = sums.shape, ADD_UP_BLOCK
     blocks_n = triton.cdiv(outputs, block_n)
     scale, _, weight_scale, bias = vectors

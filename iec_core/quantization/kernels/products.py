@@ -1,12 +1,15 @@
-"""Triton kernels that multiply int8: a Conv2d layer as an implicit matrix product, which a Linear layer is one of too.
+"""Triton kernels that multiply int8: a Conv2d layer as an implicit matrix product. A Linear layer is a special case of it.
 
-The im2col matrix is never written: every program computes a tile of out [rows, O], rows being the output's pixels, B * H' * W',
-by walking over the taps of the window and over blocks of channels. Sums are exact, in int32; scales and bias are applied in
-float32 as the tile is stored. Where a layer has too few tiles to keep a GPU busy, several programs share the walk, and a second
-kernel adds up.
+The im2col matrix is never written. Each program computes a tile of out [rows, O], where rows = B * H' * W' are the pixels of
+the output. It loops over the taps of the window and over blocks of channels. Sums are exact, in int32. Scales and bias are
+applied in float32 when the tile is stored. If a layer has too few tiles to keep a GPU busy, several programs share the loop of
+a tile, and a second kernel adds their sums up.
 """
 
-from __future__ import annotations  # so that tl.constexpr is not looked up where Triton is missing
+# The functions of this file are compiled by Triton, which gives their parameters types of its own.
+# mypy: allow-untyped-defs
+
+from __future__ import annotations  # tl.constexpr is not evaluated if Triton is missing
 
 import contextlib
 
@@ -24,25 +27,25 @@ def conv2d_kernel(
 ):  # fmt: skip
     """Compute a tile [BLOCK_M, BLOCK_N] of the output.
 
-    x: int8 [B, H, W, C]; weight: int8 [O, kh, kw, C]; scales and bias: float [B] or, with scale_step 0, [1], [O] and [O].
-    Without a weight scale, out is the int32 sums. With SPLITS, out is [SPLITS, rows, O]: each program of the second axis takes
-    its share of the walk, which they divide. pixels: of an item of the output. PADDED: whether a window may reach beyond the
-    image.
+    x: int8 [B, H, W, C]. weight: int8 [O, kh, kw, C]. activation_scale: float [B], or [1] with scale_step 0. weight_scale and
+    bias: float [O]. Without a weight scale, out gets the int32 sums. With SPLITS above 1, out is [SPLITS, rows, O]: the
+    programs of the second axis divide the loop into SPLITS equal parts. pixels: number of pixels per item of the output.
+    PADDED: whether a window may reach beyond the image.
     """
-    # Tiles in groups of GROUP rows of them, so that programs that run at once read the same parts of x and of the weight.
+    # Tiles are ordered in groups of GROUP rows of tiles, so that programs that run at once read the same parts of x and weight.
     blocks_m, blocks_n = (rows + BLOCK_M - 1) // BLOCK_M, (out_channels + BLOCK_N - 1) // BLOCK_N
     first = tl.program_id(0) // (GROUP * blocks_n) * GROUP
     within, height_of_group = tl.program_id(0) % (GROUP * blocks_n), tl.minimum(blocks_m - first, GROUP)
     row = (first + within % height_of_group) * BLOCK_M + tl.arange(0, BLOCK_M)
     channel = within // height_of_group * BLOCK_N + tl.arange(0, BLOCK_N)
 
-    # Rows and channels beyond the last are computed as the last, and not stored: nothing of them is to be masked in the loop.
+    # Rows and channels beyond the last are computed like the last and not stored, so that the loop needs no mask for them.
     source, source_channel = tl.minimum(row, rows - 1), tl.minimum(channel, out_channels - 1)
     item = source // pixels
     top = source % pixels // out_width * stride_h - padding_h
     left = source % out_width * stride_w - padding_w
     depth = tl.arange(0, BLOCK_K)
-    pixel = ((item * height + top) * width + left).to(tl.int64)  # times the channels, this may exceed 32 bits
+    pixel = ((item * height + top) * width + left).to(tl.int64)  # its product with the channels may exceed 32 bits
     a_ptrs = x_ptr + (pixel * CHANNELS)[:, None] + depth[None, :]
     b_ptrs = weight_ptr + (source_channel * (KERNEL_H * KERNEL_W * CHANNELS))[None, :] + depth[:, None]
 
@@ -55,7 +58,7 @@ def conv2d_kernel(
         down, right = tap // KERNEL_W * dilation_h, tap % KERNEL_W * dilation_w
         a_step, b_step = a_ptrs + ((down * width + right) * CHANNELS + c), b_ptrs + (tap * CHANNELS + c)
         inside = tl.full((BLOCK_M,), True, tl.int1)
-        if PADDED:  # as unsigned numbers, those below 0 are beyond the last too
+        if PADDED:  # as unsigned numbers, negative ones are above the limit too
             inside = (top + down).to(tl.uint32, bitcast=True) < height.to(tl.uint32)
             inside &= (left + right).to(tl.uint32, bitcast=True) < width.to(tl.uint32)
         if CHANNELS % BLOCK_K == 0:
@@ -89,7 +92,7 @@ def add_up_kernel(
     rows, pixels, out_channels, blocks_n, scale_step,
     CHANNELS_LAST: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Add up sums, int32 [SPLITS, rows, O], and store a tile of the output as `conv2d_kernel` does; pixels: of an item."""
+    """Add up sums, int32 [SPLITS, rows, O], and store a tile of the output like `conv2d_kernel`. pixels: number per item."""
     row = tl.program_id(0) // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)
     channel = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
     is_channel = channel < out_channels

@@ -37,7 +37,7 @@ class CacheSettings:
 
     def full_steps(self, sigmas):
         """Return the frozenset of the steps that are evaluated in full, for a schedule of n + 1 sigmas."""
-        full = self.schedule.full_steps(max(len(sigmas) - 1, 1), self.interval)
+        full = self.schedule.of(max(len(sigmas) - 1, 1), self.interval)
         outside = {step for step, sigma in enumerate(sigmas[:-1]) if not self.start >= sigma > self.end}
         return full | outside
 
@@ -149,7 +149,7 @@ def warn_once(text):
     logger.warning(f"Cache: {text}.")
 
 
-def full_steps(extra_args, sigmas):
+def full_steps_of_run(extra_args, sigmas):
     """Return the steps that the cache of a sampling run evaluates in full, None if the run has no cache.
 
     extra_args: as a sampler gets them. sigmas: n + 1 floats. Raises ValueError if the cache does not fit these sigmas.

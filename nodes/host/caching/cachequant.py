@@ -42,7 +42,7 @@ def calibrate(model, full_precision, runs, interval, branch, schedule, forecast,
         sample(cached(lambda new: new(distances, distances.full_steps)))
         distances.check_every_step_was_seen()
         schedule = CacheSchedule("steps", tuple(group_steps(distances.cost(), interval)))
-    fits = FeatureFits(lambda steps: schedule.full_steps(steps, interval), KEPT[forecast], kind.channel_dim)
+    fits = FeatureFits(lambda steps: schedule.of(steps, interval), KEPT[forecast], kind.channel_dim)
     paired = functools.partial(_PairedRun, kind, model, fits)
     sample(cached(lambda new: paired(*(new(fits, fits.full_steps) for _ in range(2)))))
     fits.check_every_step_was_seen()

@@ -11,8 +11,8 @@ from ....iec_core.run_report import Stopwatch, TraceReader
 from ..quantization.quantized_network import lost_changes
 from ..sampling.network_calls import base_of, network_of, past_other_cache
 from ..sampling.run_plan import Departed, with_place
+from .exactness import is_exact
 from .finiteness import Finiteness
-from .known_errors import is_exact
 
 
 class CountedDenoiser:

@@ -1,5 +1,7 @@
-"""Whose feature is whose, and of which step, whatever else calls the network: tiles, windows, samplers and caches of others,
-and what these leave out.
+"""Check that each evaluation reuses its own feature, of the right step, however the network is called.
+
+The network is called through tiles, windows, samplers and caches of other packs; and evaluations that these leave out are
+handled.
 """
 
 import functools
@@ -22,7 +24,7 @@ def flux(host):
 
 
 class Given:
-    """A NOISE that is given."""
+    """A NOISE with given values."""
 
     seed = 0
 
@@ -35,8 +37,9 @@ class Given:
 
 @pytest.fixture
 def draw(host):
-    """draw(model, noise, sampler="euler", cfg=2.0, sigmas=None): the latents of a run from this noise. sampler: a name, a
-    sampler function or a SAMPLER.
+    """Return draw(model, noise, sampler="euler", cfg=2.0, sigmas=None), which gives the latents of a run from this noise.
+
+    sampler: a name, a sampler function or a SAMPLER.
     """
     import comfy.samplers
 
@@ -67,7 +70,7 @@ def cached(host):
 
 @pytest.fixture(params=["U-Net", "Flux"])
 def network(request, model, flux):
-    """(MODEL, noise for two images)."""
+    """Return (MODEL, noise for two images)."""
     return (model, noise(2, 3, 16, 16)) if request.param == "U-Net" else (flux, noise(2, 16, 8, 16))
 
 
@@ -82,13 +85,13 @@ def twice(value):
 
 
 def one_after_the_other(apply_model, arguments):
-    """The left half of the latent, then the right one."""
+    """Evaluate the left half of the latent, then the right half."""
     halves = arguments["input"].chunk(2, dim=-1)
     return torch.cat([apply_model(half, arguments["timestep"], **arguments["c"]) for half in halves], dim=-1)
 
 
 def at_once(apply_model, arguments):
-    """Both halves in one batch, told as the host told one."""
+    """Evaluate both halves in one batch, with the conditioning arguments repeated for each half."""
     halves = torch.cat(arguments["input"].chunk(2, dim=-1))
     told = {name: twice(value) for name, value in arguments["c"].items()}
     return torch.cat(apply_model(halves, twice(arguments["timestep"]), **told).chunk(2), dim=-1)
@@ -96,7 +99,7 @@ def at_once(apply_model, arguments):
 
 @pytest.mark.parametrize("tiles", [one_after_the_other, at_once])
 def test_each_tile_has_its_own_feature(draw, cached, relative, network, tiles):
-    """As if each tile were a latent of its own, in a run of its own."""
+    """Each tile is cached as if it were a latent of its own, in a run of its own."""
     model, start = network
     result = draw(cached(with_function(model, tiles)), start)
     apart = torch.cat([draw(cached(model), half) for half in start.chunk(2, dim=-1)], dim=-1)
@@ -105,7 +108,7 @@ def test_each_tile_has_its_own_feature(draw, cached, relative, network, tiles):
 
 
 def test_tiles_in_other_batches_are_not_taken_for_each_other(draw, cached, relative, network):
-    """Of a step that is cached, in whose batches the tiles come otherwise, nothing is right but to evaluate it in full."""
+    """If a cached step batches the tiles differently from the full step, it must be evaluated in full."""
     model, start = network
     calls = []
 
@@ -118,7 +121,7 @@ def test_tiles_in_other_batches_are_not_taken_for_each_other(draw, cached, relat
 
 
 def test_tiles_that_move_are_refused(draw, cached, model):
-    class SpotDiffusion:  # as Tiled Diffusion and its forks have it
+    class SpotDiffusion:  # as in Tiled Diffusion and its forks
         def __call__(self, apply_model, arguments):
             return one_after_the_other(apply_model, arguments)
 
@@ -130,7 +133,7 @@ def test_tiles_that_move_are_refused(draw, cached, model):
 
 
 def test_each_window_of_animatediff_has_its_own_feature(draw, cached, relative, network):
-    """Frames are a batch's images; the second evaluation begins with the last window."""
+    """The frames are the images of a batch; every second evaluation begins with the last window."""
     import comfy.samplers
 
     model, _ = network
@@ -157,7 +160,7 @@ def test_each_window_of_animatediff_has_its_own_feature(draw, cached, relative, 
 
 
 def test_a_feature_from_before_the_last_full_step_is_not_taken_up(draw, cached, network):
-    """The negative is not there in the third step, which is full: the fourth can only be evaluated in full."""
+    """The negative is missing in the third step, which is full: so the fourth step must be evaluated in full."""
     import comfy.samplers
 
     model, start = network
@@ -204,7 +207,7 @@ def test_in_full_where_it_is_not_known_and_told_once(draw, cached, network, capl
     assert told.endswith("these evaluations are done in full.")
 
 
-# which step it is
+# to which step an evaluation belongs
 
 RISING = [14.6, 7.0, 3.0, 1.0, 5.0, 2.0, 0.5, 0.0]
 FALLING = [14.6, 9.0, 5.0, 3.0, 1.5, 0.9, 0.4, 0.0]
@@ -212,7 +215,7 @@ FALLING = [14.6, 9.0, 5.0, 3.0, 1.5, 0.9, 0.4, 0.0]
 
 @pytest.fixture
 def evaluated(draw, cached, model):
-    """evaluated(sampler, sigmas): of each of the sampler's evaluations, whether it was in full."""
+    """Return evaluated(sampler, sigmas), which tells for each of the sampler's evaluations whether it was in full."""
     middle = model.model.diffusion_model.middle_block[0]
 
     def run(sampler, sigmas):
@@ -250,7 +253,7 @@ def without_callback(name):
 
 
 def lying(name, amount):
-    """A sampler that shows the network less than its sigma, least in the middle, as Detail Daemon does."""
+    """Return a sampler that gives the network less than the actual sigma, lowest in the middle, as Detail Daemon does."""
 
     def function(model, x, sigmas, extra_args=None, callback=None, disable=None):
         steps = len(sigmas) - 1
@@ -270,8 +273,10 @@ SAMPLERS = ["euler", "dpmpp_2m", "lcm", "heun", "dpm_2"]
 
 
 def in_full(name, steps):
-    """Of a sampler's evaluations over a schedule that ends at 0, cached with an interval of 3, those that are in full. Heun's
-    second one, at the next step's sigma, is of that step; dpm_2's, between the two, of the step itself. The last step has one.
+    """Return the numbers of a sampler's full evaluations over a schedule that ends at 0, cached with an interval of 3.
+
+    Heun's second evaluation is at the next step's sigma and counts as the next step's; dpm_2's is between the two sigmas and
+    counts as its own step's. The last step has one evaluation.
     """
     at = {"heun": lambda step: {2 * step - 1, 2 * step}, "dpm_2": lambda step: {2 * step, 2 * step + 1}}
     numbers = {number for step in range(0, steps, 3) for number in at.get(name, lambda step: {step})(step)}
@@ -299,7 +304,7 @@ def test_steps_are_told_by_their_order_of_a_sampler_that_shows_another_sigma(eva
 
 
 def test_a_host_function_that_another_pack_has_changed_is_followed(evaluated):
-    """It says that it is the host's, and evaluates twice where that does once."""
+    """The function says that it is the host's, but evaluates twice where the host's evaluates once."""
     heun = sampler_of("heun")
     while hasattr(heun, "__wrapped__"):
         heun = heun.__wrapped__
@@ -309,7 +314,7 @@ def test_a_host_function_that_another_pack_has_changed_is_followed(evaluated):
 
 
 def test_a_guider_that_is_asked_several_times_in_an_evaluation(evaluated, monkeypatch):
-    """As by LanPaint, which keeps the host's sampler function, and samples by itself."""
+    """LanPaint does this: it keeps the host's sampler function, and evaluates more by itself."""
     import comfy.samplers
 
     plain = comfy.samplers.KSAMPLER.sample
@@ -333,7 +338,7 @@ def test_a_guider_that_is_asked_several_times_in_an_evaluation(evaluated, monkey
 
 
 def test_a_sampler_that_goes_on_where_another_run_stopped(evaluated):
-    """Its class samples over the last sigmas alone, and counts from 0."""
+    """Its class samples over the last sigmas only, and counts steps from 0."""
     import comfy.samplers
 
     class Resumed(comfy.samplers.KSAMPLER):
@@ -341,7 +346,7 @@ def test_a_sampler_that_goes_on_where_another_run_stopped(evaluated):
             return super().sample(model_wrap, sigmas[2:], *args, **kwargs)
 
     found = evaluated(Resumed(sampler_of("euler")), FALLING)
-    assert [number + 2 for number, full in enumerate(found) if full] == [2, 3, 6]  # the first has no feature yet
+    assert [number + 2 for number, full in enumerate(found) if full] == [2, 3, 6]  # there is no feature at first
 
 
 def test_a_wrapper_by_which_a_sampler_gets_other_sigmas(draw, cached, model):
@@ -357,12 +362,12 @@ def test_a_wrapper_by_which_a_sampler_gets_other_sigmas(draw, cached, model):
         draw(watched, noise(1, 3, 8, 8), "euler", cfg=1.0, sigmas=torch.tensor(FALLING))
     finally:
         hook.remove()
-    assert len(deep) == 3  # the first, whatever it is called, and the steps 3 and 6
+    assert len(deep) == 3  # the first evaluation, whatever its step number, and steps 3 and 6
 
 
 @pytest.mark.parametrize("name", ["euler", "dpmpp_2m"])
 def test_a_guider_that_calls_the_network_in_its_own_way(host, cached, model, name):
-    """Past the host's wrappers around a prediction: steps are known all the same."""
+    """It bypasses the host's wrappers around a prediction; the steps are known nevertheless."""
     import comfy.samplers
 
     class OwnWay(comfy.samplers.CFGGuider):
@@ -409,7 +414,7 @@ def test_a_forecast_goes_by_the_steps_that_an_iec_sampler_tells(host, draw, cach
     assert relative(draw(told, start, sigmas=sigmas), draw(model, start, sigmas=sigmas)) < 1e-6
 
 
-# other caches
+# other packs' caches
 
 
 def test_the_hosts_cache_is_refused_with_a_calibration_or_a_profile(host, model):
@@ -450,7 +455,7 @@ def test_the_hosts_cache_is_refused_in_either_order(host, draw, cached, network,
 @pytest.mark.parametrize("is_behind", [True, False])
 @pytest.mark.parametrize("left_out", [{1, 2, 4}, {0, 1, 2, 4}])
 def test_a_cache_that_leaves_out_the_network_is_let_do_so(draw, cached, network, left_out, is_behind):
-    """With all cached steps left out nothing is left for the cache to do."""
+    """If the other cache leaves out all cached steps, DeepCache has nothing to do."""
     from comfy.patcher_extension import WrappersMP
 
     model, start = network
@@ -472,13 +477,13 @@ def test_a_cache_that_leaves_out_the_network_is_let_do_so(draw, cached, network,
     assert torch.equal(result, draw(put(model), start))
 
 
-# what the cache, an IEC sampler and other packs tell each other
+# information that the cache, an IEC sampler and other packs exchange
 
 IEC = {"lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0}
 
 
 def test_cache_and_report_number_the_steps_of_a_sampler_that_spaces_its_own_alike(sample, cached, model):
-    """dpm_fast takes 5 steps where 12 are asked for; the cache ends after 60% of the noise levels."""
+    """dpm_fast takes 5 steps when 12 are requested; the cache ends after 60% of the noise levels."""
     from comfy.patcher_extension import WrappersMP
 
     reports, seen = [], []
@@ -501,7 +506,9 @@ def test_cache_and_report_number_the_steps_of_a_sampler_that_spaces_its_own_alik
 
 
 def test_a_sampler_that_samples_in_parts_has_each_part_cached_as_reported(host, cached, draw, model):
-    """As IEC tells it, each part has steps of its own, and those behind the cache's end are in full: of sigmas 0.9 and 0.4."""
+    """With the steps that IEC reports, each part counts its own steps. The steps after the cache's end (sigmas 0.9 and 0.4) are
+    full.
+    """
     import comfy.samplers
 
     plain = comfy.samplers.sampler_object("euler")
@@ -557,7 +564,7 @@ def test_windows_that_move_do_not_pile_up(draw, cached, network):
 
 
 def test_what_an_iec_sampler_tells_begins_an_evaluation_where_the_host_tells_none(host, draw, cached, network):
-    """Of a guider that has its own way to the network, the run's own numbers of evaluations are not there."""
+    """A guider that calls the network directly lacks the evaluation numbers of the run's plan."""
     model, start = network
     told = host.run("IECApply", model=cached(model), correction_steps="none", **IEC)[0]
     expected = draw(told, start)
@@ -588,7 +595,7 @@ def test_who_takes_part_in_an_evaluation_is_known_by_one_rule(host, model_option
     if replaced:
         network.forward = network.forward
     assert calls.others_take_part(model_options, network) is expected
-    assert pack_module("nodes.host.correction.known_errors").is_exact(network, model_options) is not expected
+    assert pack_module("nodes.host.correction.exactness").is_exact(network, model_options) is not expected
     extra_args = {"model_options": model_options}
     assert (calls.NetworkCalls().watch(extra_args, network) is not extra_args) is expected
 
@@ -607,7 +614,9 @@ def test_nfe_leaves_out_what_a_function_around_the_model_answers(sample, model):
 
 @pytest.mark.parametrize(("other", "is_refused"), [("iec_activation_scales", True), ("another cache", False), (None, False)])
 def test_our_own_wrapper_is_no_other_node_that_leaves_out_blocks(draw, cached, flux, monkeypatch, other, is_refused):
-    """A transformer that is deaf to replacements is refused, unless another pack may be why. other: None: a function."""
+    """A transformer that ignores block replacements is refused, unless another pack may be the cause. other: None: a
+    function.
+    """
     from comfy.patcher_extension import WrappersMP
 
     network = flux.model.diffusion_model

@@ -1,4 +1,4 @@
-"""CacheQuant's nodes: what a calibration finds against its definition restated, files, refusals."""
+"""CacheQuant's nodes: the calibration compared with a restatement of its definition, files, refusals."""
 
 import copy
 import functools
@@ -15,7 +15,7 @@ SAMPLING = {"seed": 11, "steps": STEPS, "cfg": 2.0, "sampler_name": "euler", "sc
 
 @pytest.fixture
 def empty_latent():
-    """A quarter of the model's own size, which is enough for what is tested here."""
+    """A quarter of the model's own size, which is enough for these tests."""
     return {"samples": torch.zeros(2, 3, 8, 8)}
 
 
@@ -33,7 +33,7 @@ def calibrate(host, model, conditioning):
 
 @pytest.fixture(scope="module")
 def profile_of(calibrate):
-    """As `calibrate`, which is run once for the same settings; each time another copy of the profile."""
+    """Return a cached `calibrate`: it runs once for equal settings, and returns a new copy of the profile each time."""
     made = functools.cache(calibrate)
     return lambda source=None, **settings: copy.deepcopy(made(source, **settings))
 
@@ -46,8 +46,9 @@ def quantized(host, model):
 
 @pytest.fixture
 def features(host, conditioning):
-    """features(model, runs=1): for each run, a list of what enters the last output block at each step, seen by a patch of the
-    test in a run of the host's own sampler.
+    """Return features(model, runs=1), which gives, for each run, the inputs of the last output block at each step.
+
+    A patch of the test records them in a run of the host's own sampler.
     """
 
     def run(model, runs=1):
@@ -69,7 +70,7 @@ def features(host, conditioning):
 
 
 def splits():
-    """All ways to split the steps as the paper allows."""
+    """Yield all ways to split the steps that the paper allows."""
     count, shortest, longest = math.ceil(STEPS / INTERVAL), math.ceil(INTERVAL / 2), 2 * INTERVAL
     for later in itertools.combinations(range(1, STEPS), count - 1):
         firsts = [0, *later]
@@ -79,7 +80,7 @@ def splits():
 
 @pytest.mark.fast
 def test_schedule_and_map_are_the_papers(host, calibrate, features, model):
-    """The schedule is the best of all splits for the features that the test sees; the map the least-squares one."""
+    """The schedule is the best of all splits for the recorded features; the map is the least-squares one."""
     seen = features(model, runs=2)
     profile = calibrate(runs=2)
 
@@ -124,7 +125,7 @@ def test_corrections_are_fitted_to_another_schedule(host, calibrate, features, m
 
 
 def test_calibrated_is_nearer_to_full_precision(host, calibrate, sample, model, relative):
-    """At the same number of full steps, on noise that the calibration has not seen."""
+    """The calibrated cache is nearer at the same number of full steps, on noise that the calibration has not seen."""
     latent, steps = {"samples": torch.zeros(2, 3, 16, 16)}, 8
     settings = {"steps": steps, "scheduler": "normal", "latent_image": latent, "seed": 5}
     exact = sample(model, **settings)
@@ -137,11 +138,13 @@ def test_calibrated_is_nearer_to_full_precision(host, calibrate, sample, model, 
 
 
 def test_quantized_features_are_mapped_on_full_precision(profile_of, features, model, quantized):
-    """The trajectory is that of full precision, x is of the quantized network at the same latents, y of full precision."""
+    """The trajectory is the full-precision one. x comes from the quantized network at the same latents, y from full
+    precision.
+    """
     plain, profile = profile_of(), profile_of(quantized, full_precision=model)
     assert profile.facts["quantization"] == "W4A8" and plain.facts["quantization"] == "none"
     assert profile.full_steps == plain.full_steps
-    # In a schedule where step 1 is reused, so that both networks have seen the same latent at step 0.
+    # The schedule reuses the feature at step 1, so that both networks have seen the same latent at step 0.
     plain, profile = (profile_of(source, schedule="uniform", full_precision=model) for source in (model, quantized))
     assert profile.full_steps == plain.full_steps == tuple(range(0, STEPS, INTERVAL))
     x, y = features(quantized)[0][0], features(model)[0][1]
@@ -152,7 +155,9 @@ def test_quantized_features_are_mapped_on_full_precision(profile_of, features, m
 
 
 def test_a_quantized_transformers_residuals_are_mapped_on_full_precision(host, relative):
-    """As of a U-Net: x is of the quantized blocks at step 0, y of full precision at step 1; seen by hooks of the test."""
+    """As for a U-Net: x comes from the quantized blocks at step 0, y from full precision at step 1; hooks of the test record
+    them.
+    """
     from test_transformers import FAMILIES, build, conditioning, empty_latent
 
     model = build("Flux")
@@ -169,7 +174,7 @@ def test_a_quantized_transformers_residuals_are_mapped_on_full_precision(host, r
         return host.common_ksampler(model, *inputs, *entries, latent)[0]["samples"]
 
     def residuals(model):
-        """What the double blocks but for the first add to the picture's tokens, at each evaluation."""
+        """Return what the double blocks after the first add to the picture's tokens, at each evaluation."""
         first, last = model.model.diffusion_model.double_blocks[1:]
         entered, left = [], []
         hooks = [
@@ -199,7 +204,7 @@ def test_a_quantized_model_is_calibrated_with_what_it_was_made_from(host, calibr
     for wrong in (another, quantized, eight_bits):
         with pytest.raises(ValueError, match=r"^full_precision: this is not the MODEL that the quantized one was made from; c"):
             calibrate(quantized, full_precision=wrong)
-    one, other = profile_of(), calibrate(full_precision=another)  # not looked at without a quantized model
+    one, other = profile_of(), calibrate(full_precision=another)  # full_precision is not used without a quantized model
     assert one.facts == other.facts and torch.equal(one.features[""], other.features[""])
 
 
@@ -258,20 +263,21 @@ def test_a_lora_does_not_make_it_another_model(host, profile_of, sample, model):
     settings = {"steps": STEPS, "scheduler": "normal", "latent_image": {"samples": torch.zeros(2, 3, 8, 8)}}
     cached = host.run("IECCacheQuant", model=patched, profile=profile)[0]
     one = sample(cached, **settings)
-    again = host.run("IECCacheQuant", model=patched, profile=profile)[0]  # now that the host has patched the weight in place
+    again = host.run("IECCacheQuant", model=patched, profile=profile)[0]  # the host has now patched the weight in place
     assert torch.equal(sample(again, **settings), one)
 
 
 @pytest.mark.parametrize(("sampler", "point"), [("dpm_2", "paper"), ("heun", "paper"), ("euler", "next"), ("euler", "paper")])
 def test_maps_are_used_whatever_else_is_evaluated(host, profile_of, model, sample, sampler, point):
-    """Cached steps take up the map of the feature that their full step's own evaluation left, or its correction at the same
-    sigma; not what a sampler evaluates between two steps, or a correction at the next step's sigma.
+    """Cached steps apply their map to the feature of the full step's own evaluation, or of its correction at the same sigma.
+
+    They do not use what a sampler evaluates between two steps, or a correction at the next step's sigma.
     """
     profile = profile_of(sampler_name=sampler)
     weights, own, checked = profile.features[""].double(), {}, []
 
     def see(h, hsp, options):
-        told = options.get("iec")  # of a step's own evaluation and of corrections
+        told = options.get("iec")  # set for a step's own evaluation and for corrections
         if told is None or options["block"] != ("output", 7) or abs(told["sigma"] - profile.sigmas[told["step"]]) > 1e-3:
             return h, hsp
         step = told["step"]
@@ -301,7 +307,7 @@ def test_all_layers_are_another_quantization(host, profile_of, sample, model, qu
 
 
 def test_an_entry_with_a_range_of_its_own(host, calibrate, conditioning):
-    """The first part of the denoising has another prompt than the rest: two entries, of which one comes later."""
+    """The first part of the denoising has another prompt than the rest: two entries, one of which starts later."""
     early, late = (
         host.run("ConditioningSetTimestepRange", conditioning=conditioning[0], start=start, end=end)[0]
         for start, end in ((0.0, 0.45), (0.45, 1.0))
@@ -333,7 +339,9 @@ def test_another_quantization_is_refused(host, profile_of, sample, model, quanti
 
 
 def test_the_full_steps_are_told(host, profile_folder, sample, model, conditioning):
-    """As text that other nodes take; with a correction of these steps a sampler evaluates just as many times more."""
+    """The full steps are given as text that other nodes take. With a correction of these steps, a sampler takes exactly as many
+    additional evaluations.
+    """
     inputs = {
         "positive": conditioning[0], "negative": conditioning[1], "latent_image": {"samples": torch.zeros(2, 3, 8, 8)},
         **SAMPLING, "runs": 1, "interval": INTERVAL, "branch": 0,

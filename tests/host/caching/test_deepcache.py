@@ -1,4 +1,4 @@
-"""IECDeepCache against the host's uncached run and against DeepCache restated over the host's blocks."""
+"""IECDeepCache compared with the host's uncached run and with DeepCache restated over the host's blocks."""
 
 import itertools
 import types
@@ -27,12 +27,12 @@ def test_interval_one_is_bit_identical_to_no_cache(sample, model, cached, correc
 
 @pytest.fixture(scope="module")
 def plain_runs():
-    """{cfg: the latents of the uncached run}, as far as tests have made them."""
+    """Return {cfg: the latents of the uncached run}, filled by the tests."""
     return {}
 
 
 def shallow_and_deep(unet, x, timesteps, y, branch, deep):
-    """The U-Net's forward pass as in its definition; with `deep`, that stands for all that the branch does not run.
+    """Run the U-Net's forward pass as in its definition; `deep`, if given, replaces everything that the branch does not run.
 
     Returns (output, the feature that enters the first output block of the branch).
     """
@@ -75,14 +75,14 @@ def shallow_and_deep(unet, x, timesteps, y, branch, deep):
             2.0,
             {"start_percent": 0.4, "end_percent": 0.8},
             {0, 1, 2, 4, 6, 7},
-        ),  # timesteps 876, 751 ... 1, of which those up to 599 and above 200 are cached
+        ),  # timesteps 876, 751 ... 1, of which those from 599 down to above 200 are cached
     ],
 )
 def test_equals_deepcache_restated(
     host, sample, model, cached, plain_runs, conditioning, relative, interval, branch, cfg, settings, full
 ):  # fmt: skip
     result = sample(cached(interval, branch, **settings), steps=STEPS, cfg=cfg)
-    degree = {"hold": 0, "linear": 1, "quadratic": 2}.get(settings.get("forecast"))  # the default tries the line
+    degree = {"hold": 0, "linear": 1, "quadratic": 2}.get(settings.get("forecast"))  # the default tries the straight line
 
     unet, sampling = model.model.diffusion_model, model.get_model_object("model_sampling")
     labels = [entry[0][1]["pooled_output"] for entry in conditioning]
@@ -127,7 +127,7 @@ def test_cached_steps_run_the_shallow_blocks_only(host, sample, model, cached):
 
 @pytest.mark.fast
 def test_correction_of_a_full_step_refreshes_the_feature(host, sample, model, cached):
-    """What the step after a corrected full step reuses is the deep feature of the correction, not of the first pass."""
+    """The step after a corrected full step reuses the deep feature of the correction, not of the first pass."""
     from comfy.patcher_extension import WrappersMP
 
     seen = []
@@ -149,7 +149,7 @@ def test_correction_of_a_full_step_refreshes_the_feature(host, sample, model, ca
 
 @pytest.mark.parametrize(("correction_pass", "full_passes", "fed_on"), [("refresh", 2, 1), ("keep", 2, 0), ("reuse", 1, 0)])
 def test_correction_pass(host, sample, model, correction_pass, full_passes, fed_on):
-    """How often the deep blocks run for a corrected full step, and which pass's feature the next step is fed with."""
+    """Check how often the deep blocks run for a corrected full step, and which pass's feature the next step reuses."""
     unet, entering, deep = model.model.diffusion_model, [], []
 
     def note(h, hsp, options):
@@ -180,7 +180,7 @@ def test_split_guidance_gives_what_one_batch_gives(sample, cached, relative, mon
 
 
 def test_control_reaches_the_blocks_that_are_run(model):
-    """Residuals as the host hands them over: each list's last entry belongs to the first block that pops."""
+    """The residuals are in the host's form: the last entry of each list belongs to the first block that pops."""
     module = pack_module("nodes.host.caching.unet_cache")
     unet = model.model.diffusion_model
     cache = module.UnetCache(types.SimpleNamespace(branch=1, full_steps=None), None)

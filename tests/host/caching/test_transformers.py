@@ -1,6 +1,6 @@
-"""IECDeepCache on each of the host's transformers: small networks of its own classes, with its samplers and guidances.
+"""IECDeepCache on each of the host's transformers: small networks of the host's classes, with its samplers and guidances.
 
-What a run must give is the cache written out over the network's blocks (`Restated`), with nothing of the pack.
+The expected result is the cache written out over the network's blocks (`Restated`), without any code of the pack.
 """
 
 import contextlib
@@ -19,16 +19,19 @@ FULL = {0, 3}  # of an interval of 3
 
 
 def noise(*shape, seed=0):
-    """Gaussian noise that is the same in each run of the tests."""
+    """Return Gaussian noise that is the same in each run of the tests."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @dataclass
 class Family:
-    """config: the host's class. network: its unet_config. latent: the shape, or shapes. text: the dimension of a token.
-    lists: where the blocks are, and the streams that a block hands on, in the order in which it returns them, each by the place
-    or name of the argument in which it is given. values: of the conditioning; a function takes the seed. newer: of the network
-    in later hosts only. weights: beside the network's. method: by which the host runs a block. branches: those that are tested.
+    """A kind of transformer.
+
+    config: the host's class. network: its unet_config. latent: the shape, or shapes. text: the dimension of a token. lists:
+    {path of the blocks: the streams that a block passes on}, in the order in which a block returns them; each stream is the
+    position or name of its argument. values: of the conditioning; a function gets the seed. newer: network settings for later
+    hosts only. weights: in addition to the network's. method: the method with which the host runs a block. branches: the tested
+    ones.
     """
 
     config: str
@@ -88,7 +91,7 @@ HUNYUAN_VIDEO = {
 }  # fmt: skip
 MOCHI = {
     "image_model": "mochi_preview", "in_channels": 12, "depth": 5, "hidden_size_x": 48, "hidden_size_y": 32, "num_heads": 4,
-    "mlp_ratio_x": 256.0,  # the host's class takes an MLP of this width only
+    "mlp_ratio_x": 256.0,  # the host's class accepts only an MLP of this width
     "mlp_ratio_y": 2.0, "learn_sigma": False, "t5_feat_dim": 16, "t5_token_length": 7, "use_t5": True, "qk_norm": True,
     "qkv_bias": False, "out_bias": True, "timestep_scale": 1000.0, "use_extended_posenc": True, "posenc_preserve_area": True,
 }  # fmt: skip
@@ -214,7 +217,7 @@ FAMILIES = {
 
 
 def build(name, dtype=torch.float32, **changes):
-    """A MODEL of the family with random weights and the host's own class for everything."""
+    """Return a MODEL of the family with random weights, made of the host's own classes."""
     import comfy.model_patcher
     import comfy.supported_models
 
@@ -229,7 +232,7 @@ def build(name, dtype=torch.float32, **changes):
     model = config.get_model(family.weights)
     generator = torch.Generator().manual_seed(1)
     weights = dict(model.diffusion_model.named_parameters())
-    of_checkpoint = ("inv_freq", "pos_embed")  # the buffers that are no constants of the network
+    of_checkpoint = ("inv_freq", "pos_embed")  # the buffers that are not constants of the network
     weights.update(pair for pair in model.diffusion_model.named_buffers() if pair[0].endswith(of_checkpoint))
     for key, weight in weights.items():
         scale = max(1, weight[0].numel()) ** -0.5 if weight.dim() > 1 else 0.1
@@ -240,7 +243,7 @@ def build(name, dtype=torch.float32, **changes):
 
 @pytest.fixture(scope="module")
 def models(host):
-    """models(name, **settings): the family's MODEL, made once."""
+    """Return models(name, **settings), which gives the family's MODEL, made once."""
     return functools.cache(build)
 
 
@@ -252,7 +255,7 @@ def cached(host):
 
 
 def conditioning(name, seed, tokens=7, **values):
-    """CONDITIONING for the family, as its text encoder and stock nodes give it."""
+    """Return CONDITIONING for the family in the form of its text encoder and stock nodes."""
     family = FAMILIES[name]
     values = {"pooled_output": noise(1, 8, seed=seed + 100), **family.values, **values}
     values = {key: value(seed) if callable(value) else value for key, value in values.items()}
@@ -267,14 +270,17 @@ def empty_latent(shape):
 
 
 def flat(latents):
-    """One tensor of the latents of a sampler, of which picture and sound are two."""
+    """Return one tensor for a sampler's latents; picture and sound are two latents."""
     samples = latents["samples"]
     return torch.cat([one.flatten() for one in samples.unbind()]) if getattr(samples, "is_nested", False) else samples
 
 
 @pytest.fixture(scope="module")
 def sample(host):
-    """sample(name, model, **settings): the latents of the host's own KSampler. own: what the conditionings have besides."""
+    """Return sample(name, model, **settings), which gives the latents of the host's own KSampler.
+
+    own: additional values of the conditionings.
+    """
 
     def run(name, model, cfg=2.0, sampler="euler", shape=None, tokens=(7, 7), own=(), steps=STEPS):
         entries = [conditioning(name, seed, count, **dict(own)) for seed, count in zip((1, 2), tokens)]
@@ -284,23 +290,23 @@ def sample(host):
     return run
 
 
-SHORT = 5  # steps: two full ones, each with cached ones behind it
+SHORT = 5  # steps: two full ones, each followed by cached ones
 
 
 @pytest.fixture(scope="module")
 def plain(sample, models):
-    """plain(name, steps): the latents of the family's MODEL as it is. Made once."""
+    """Return plain(name, steps), which gives the latents of the family's unchanged MODEL, made once."""
     return functools.cache(lambda name, steps=SHORT: sample(name, models(name), steps=steps))
 
 
 def blocks_of(network, family):
-    """[(block, the list it is of, its streams)] in the order of evaluation."""
+    """Return [(block, the path of its list, its streams)] in the order of evaluation."""
     return [(block, place, streams) for place, streams in family.lists.items() for block in network.get_submodule(place)]
 
 
 @contextlib.contextmanager
 def watched(blocks, method, function):
-    """Call function(number, forward, args, kwargs) in place of each block's forward pass."""
+    """Call function(number, forward, args, kwargs) instead of each block's forward pass."""
     modules = [block for block, *_ in blocks]
     for number, module in enumerate(modules):
         forward = getattr(module, method)
@@ -313,20 +319,20 @@ def watched(blocks, method, function):
 
 
 def step_of(options):
-    """The step that an evaluation is part of: of the schedule's sigmas, the last that it has reached."""
+    """Return the step of an evaluation: the last of the schedule's sigmas that it has reached."""
     reached = options["sample_sigmas"] >= options["sigmas"][0] * (1 - 1e-6)
     return min(int(reached.sum()), len(reached) - 1) - 1
 
 
-MARKS = ("skipped", "stg_self_attn_blocks", "a2v_cross_attn", "v2a_cross_attn")  # an evaluation's own, beside its entry
+MARKS = ("skipped", "stg_self_attn_blocks", "a2v_cross_attn", "v2a_cross_attn")  # distinguish evaluations of an entry
 
 
 class Restated:
-    """The cache, over blocks that all run: in a cached evaluation what the last of the inner blocks of a list returns gives way
-    to what entered the first of them with the residual of the last full evaluation added.
+    """The cache, restated over blocks that all run.
 
-    degree: of the polynomial through the residuals. added(number, sigma): None, or (stream, first token, tensor) to be added to
-    what a block returns, as the host adds a ControlNet's.
+    A cached evaluation replaces the output of a list's last inner block. The replacement is the input of the first inner block
+    plus the residual of the last full evaluation. degree: of the polynomial through the residuals. added(number, sigma): None,
+    or (stream, first token, tensor) that is added to a block's output, as the host adds a ControlNet's.
     """
 
     def __init__(self, name, model, branch, full=FULL, degree=0, added=lambda number, sigma: None):
@@ -340,19 +346,19 @@ class Restated:
         self.kept, self.entered = {}, {}
 
     def evaluate(self, executor, x, t, c_concat, c_crossattn, control, options, **kwargs):
-        """As the host's apply_model; takes down which evaluation it is."""
+        """Replace the host's apply_model; record which evaluation it is."""
         marks = tuple(options.get(mark) for mark in MARKS)
         self.entries = [(uuid, marks, frozenset(kwargs)) for uuid in options["uuids"]]
         self.step, self.sigma, self.skipped = step_of(options), options["sigmas"][0], options.get("skipped", ())
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
     def streams(self, number, args, kwargs):
-        """What the block is given of what it hands on; a tuple, as of picture and sound, as several."""
+        """Return the block's inputs of the streams that it passes on; a tuple (picture and sound) counts as several."""
         given = [kwargs[name] if isinstance(name, str) else args[name] for name in self.blocks[number][2]]
         return list(given[0]) if isinstance(given[0], (tuple, list)) else given
 
     def leave(self, place, left):
-        """What goes out of the inner blocks of a list."""
+        """Return the output of the inner blocks of a list."""
         keys = [[(*entry, place, number) for entry in self.entries] for number in range(len(left))]
         if self.step not in self.full and all(key in self.kept for key in itertools.chain(*keys)):
             residuals = [torch.cat([carried_forward(self.kept[key], self.step, self.degree) for key in own]) for own in keys]
@@ -364,7 +370,7 @@ class Restated:
         return left
 
     def block(self, number, forward, args, kwargs):
-        """In place of the block's forward pass."""
+        """Replace the block's forward pass."""
         place, given = self.blocks[number][1], self.streams(number, args, kwargs)
         if number == self.first.get(place):
             self.entered[place] = [value.clone() for value in given]
@@ -381,7 +387,7 @@ class Restated:
 
     @contextlib.contextmanager
     def patched(self, model=None):
-        """A clone of the MODEL under which this is sampled; `model` where it has more on it."""
+        """Yield a clone of the MODEL that runs as restated here. model: the same MODEL with further patches, default none."""
         from comfy.patcher_extension import WrappersMP
 
         model = (model or self.model).clone()
@@ -392,7 +398,7 @@ class Restated:
 
 @pytest.fixture
 def restated(sample, models):
-    """restated(name, branch, **settings): the latents that a cached run of the family must give."""
+    """Return restated(name, branch, **settings), which gives the expected latents of a cached run of the family."""
 
     def run(name, branch, model=None, full=FULL, degree=0, added=lambda number, sigma: None, **settings):
         model = model or models(name)
@@ -404,7 +410,7 @@ def restated(sample, models):
 
 @pytest.fixture
 def count_blocks(sample):
-    """count_blocks(name, model, **settings): (latents, {(step, block): how often it was run})."""
+    """Return count_blocks(name, model, **settings), which gives (latents, {(step, block): number of times it ran})."""
     from comfy.patcher_extension import WrappersMP
 
     def run(name, model, **settings):
@@ -447,7 +453,7 @@ def test_equals_the_cache_restated(models, plain, cached, restated, count_blocks
 @pytest.mark.parametrize(("name", "takes_skip"), [("HunyuanDiT", lambda args, kwargs: args[4]),
                                                   ("Hunyuan3D 2.1", lambda args, kwargs: kwargs["skip_tensor"])])  # fmt: skip
 def test_skip_connections_of_a_cached_step_are_its_own(sample, models, cached, name, takes_skip):
-    """The transformers that are built like a U-Net join block k to block n - 1 - k: a branch runs both or neither."""
+    """Transformers built like a U-Net join block k to block n - 1 - k: a branch runs both blocks or neither."""
     model, left, joined = models(name), {}, []
 
     def note(number, forward, args, kwargs):
@@ -477,7 +483,9 @@ def test_carried_forward(sample, models, cached, restated, relative, name, forec
 ])  # fmt: skip
 @pytest.mark.parametrize("forecast", ["hold", "linear"])
 def test_calibrated_residuals(host, sample, models, cached, relative, name, streams, forecast):
-    """A profile of the run's own noise: nearer to the uncached run than the plain cache, at as many full steps."""
+    """With a profile of the run's own noise, the result is nearer to the uncached run than the plain cache's, at as many full
+    steps.
+    """
     model, family = models(name), FAMILIES[name]
     prompt, other = conditioning(name, 1), conditioning(name, 2)
     profile = host.run(
@@ -492,7 +500,7 @@ def test_calibrated_residuals(host, sample, models, cached, relative, name, stre
 
 @pytest.mark.parametrize("sampler", ["heun", "dpm_2", "dpmpp_2m"])
 def test_samplers_with_several_evaluations_a_step(sample, models, cached, restated, relative, sampler):
-    """Heun's second evaluation is at the next step's sigma and counts as that step's, dpm_2's is between the two."""
+    """Heun's second evaluation is at the next step's sigma and counts as the next step's; dpm_2's is between the two sigmas."""
     result = sample("Flux", cached(models("Flux"), 1), sampler=sampler)
     assert relative(result, restated("Flux", 1, sampler=sampler)) < 1e-5
     assert relative(result, sample("Flux", models("Flux"), sampler=sampler)) > 1e-4
@@ -512,14 +520,14 @@ def test_batch_and_resolution_may_change_from_run_to_run(sample, models, cached,
 
 
 def test_prompts_of_different_lengths(sample, models, cached, restated, relative):
-    """The host evaluates these two apart."""
+    """The host evaluates these two prompts separately."""
     result = sample("Flux", cached(models("Flux")), tokens=(11, 7))
     assert relative(result, restated("Flux", 0, tokens=(11, 7))) < 1e-5
 
 
 @pytest.mark.parametrize("splits", [[True], [False, False, True], [True, True, False]])
 def test_split_guidance_gives_what_one_batch_gives(sample, models, cached, relative, monkeypatch, splits):
-    """Also where the host has the memory for one batch at one step and not at the next."""
+    """The result is also the same if the host has the memory for one batch at one step and not at the next."""
     import comfy.model_base
 
     together = sample("SD3", cached(models("SD3")))
@@ -544,7 +552,7 @@ def test_lora(sample, models, cached, restated, relative):
 
 @pytest.mark.parametrize(("correction_pass", "full_passes", "fed_on"), [("refresh", 2, 1), ("keep", 2, 0), ("reuse", 1, 0)])
 def test_correction_pass(host, models, cached, relative, correction_pass, full_passes, fed_on):
-    """How often the inner blocks run for a corrected full step, and which pass's residual the next step adds."""
+    """Check how often the inner blocks run for a corrected full step, and which pass's residual the next step adds."""
     model, residuals, inner = cached(models("Wan"), correction_pass=correction_pass), [], []
     left = {}
 
@@ -570,9 +578,9 @@ def test_correction_pass(host, models, cached, relative, correction_pass, full_p
 
 
 def control_for(name, shape, tokens):
-    """(control, added): the residuals as the host gets them from a ControlNet, and the same for `Restated`.
+    """Return (control, added): the residuals as the host gets them from a ControlNet, and the same for `Restated`.
 
-    They grow with the step's sigma, so that those of a full step are not those of a cached one.
+    They grow with the step's sigma, so that those of a full step differ from those of a cached step.
     """
     values = [noise(1, *shape, seed=seed) for seed in range(7)]
     if name == "SD3":
@@ -593,7 +601,7 @@ def control_for(name, shape, tokens):
 
 @pytest.fixture
 def control_net(host):
-    """control_net(control): what a conditioning has of a ControlNet that gives control(sigma)."""
+    """Return control_net(control), which gives a conditioning's ControlNet that returns control(sigma)."""
     import comfy.controlnet
 
     class Fixed(comfy.controlnet.ControlBase):
@@ -613,7 +621,9 @@ def control_net(host):
 
 @pytest.mark.parametrize(("name", "branch"), [("Flux", 0), ("Flux", 1), ("Flux", 2), ("SD3", 0), ("SD3", 1)])
 def test_control_reaches_the_blocks_that_are_run(sample, models, cached, restated, control_net, relative, name, branch):
-    """At the others the kept residual has what was added at the full step. Flux's is for the first part of the picture."""
+    """For the other blocks, the kept residual includes what was added at the full step. Flux's is for the first part of the
+    picture.
+    """
     control, added = control_for(name, (20, 32) if name == "Flux" else (35, 128), 7)
     net = control_net(control)
     own = {"control": net, "control_apply_to_uncond": True}
@@ -626,7 +636,7 @@ def test_control_reaches_the_blocks_that_are_run(sample, models, cached, restate
 
 
 def skip_layers(model, layers, scale, start, end):
-    """The host's skip-layer guidance over `Restated`, which leaves the layers out itself."""
+    """Apply the host's skip-layer guidance over `Restated`, which leaves the layers out by itself."""
     import comfy.samplers
 
     sampling = model.get_model_object("model_sampling")
@@ -649,13 +659,13 @@ def skip_layers(model, layers, scale, start, end):
     ("name", "double", "single", "layers", "start"),
     [
         ("Flux", "2", "1", {2, 4}, 0.0),
-        ("Flux", "1", "2", {1, 5}, 0.0),  # the first block of a list that is cached, and the last
-        ("Flux", "0,1", "3", {0, 1, 6}, 0.3),  # blocks that are run, and a guidance that begins on a cached step
+        ("Flux", "1", "2", {1, 5}, 0.0),  # the first block of a cached list, and the last
+        ("Flux", "0,1", "3", {0, 1, 6}, 0.3),  # blocks that run, and a guidance that begins on a cached step
         ("SD3", "1,3", None, {1, 3}, 0.0),
     ],
 )
 def test_skip_layer_guidance(sample, models, cached, relative, name, double, single, layers, start):
-    """The evaluation with skipped layers, of an entry that has another one, keeps residuals of its own."""
+    """The evaluation with skipped layers keeps its own residuals, separate from the other evaluation of the same entry."""
     from comfy_extras import nodes_sd3, nodes_slg
 
     settings = {"scale": 2.0, "start_percent": start, "end_percent": 0.8}
@@ -726,7 +736,7 @@ def test_conditions_left_out_make_another_evaluation(sample, models, cached, rel
     [("LTXVSpatioTemporalGuidance", {"scale": 3.0, "blocks": "1,2"}), ("LTXVModalityGuidance", {"modality_scale": 5.0})],
 )
 def test_guidances_of_ltxv(sample, models, cached, relative, node, settings):
-    """These evaluate an entry a second time with something of the blocks switched off."""
+    """These guidances evaluate an entry a second time with a part of the blocks switched off."""
     from comfy_extras import nodes_lt
 
     model = models("LTX with sound")
@@ -741,7 +751,7 @@ def test_guidances_of_ltxv(sample, models, cached, relative, node, settings):
 
 
 def test_an_entry_whose_text_has_grown_is_evaluated_in_full(sample, models, cached, count_blocks, restated, relative):
-    """What is kept of an entry does not fit it any more where another node has changed its text on the way."""
+    """The kept residual of an entry no longer fits after another node has changed the entry's text during the run."""
     import comfy.conds
     import comfy.samplers
 
@@ -863,13 +873,13 @@ def test_transformer_that_does_not_call_replacements_is_refused_by_its_first_eva
         sample("Wan", cached(model))
 
 
-# These take the type of what enters a layer from its weight.
+# These networks take the dtype of a layer's input from the layer's weight.
 CAST_TO_A_WEIGHT = {"Hunyuan3D 2.1": "t_embedder.mlp.0"}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_quantized(sample, models, plain, rounded, relative, name):
-    """Every family's Linear and Conv2d layers can be quantized. One step runs all of them."""
+    """Every family's Linear and Conv2d layers can be quantized. One step runs them all."""
     model = models(name)
     if name in CAST_TO_A_WEIGHT:
         quantized = rounded(model)[0]
@@ -881,11 +891,13 @@ def test_quantized(sample, models, plain, rounded, relative, name):
     assert relative(result, expected) < 1e-4 < relative(expected, plain(name, 1))
 
 
-# LoRAs that enlarge a weight, as Flux's Canny and Depth enlarge that of the first layer
+# LoRAs that enlarge a weight, as Flux's Canny and Depth LoRAs enlarge the first layer's weight
 
 
 def with_larger_input(model, source):
-    """The MODEL, made from `source`, with a LoRA that gives img_in as many input channels more, for a picture besides."""
+    """Return the MODEL, made from `source`, with a LoRA that doubles the input channels of img_in, for an additional
+    picture.
+    """
     import comfy.weight_adapter
 
     key, clone = "diffusion_model.img_in.weight", model.clone()
@@ -908,7 +920,7 @@ def test_a_lora_in_front_may_enlarge_a_weight(host, sample, models, relative, se
     assert type(quantized.model.diffusion_model.img_in) is type(model.model.diffusion_model.img_in)
     assert relative(sample("Flux", quantized, own=own), expected) < 0.02
     sample("Flux", patched, own=own)
-    # while the host has the larger weight in the network that both share
+    # meanwhile, the shared network still holds the larger weight
     plain = host.run("IECQuantizeModel", model=model, weight_bits="8", activation_bits="16", **settings)[0]
     assert relative(sample("Flux", plain), sample("Flux", model)) < 0.02
     with pytest.raises(ValueError, match=r"^model: it cannot be saved, because a LoRA enlarges its weight img_in.weight from"):

@@ -1,6 +1,6 @@
-"""IECDeepCache on each of the host's U-Nets: small networks of its own classes, under its samplers, patches and ControlNets.
+"""IECDeepCache on each of the host's U-Nets: small networks of the host's classes, with its samplers, patches and ControlNets.
 
-What a run must give is DeepCache written out over the network's blocks (`Restated`), with nothing of the pack.
+The expected result is DeepCache written out over the network's blocks (`Restated`), without any code of the pack.
 """
 
 import functools
@@ -16,7 +16,7 @@ from random_weights import randomize
 
 
 def noise(*shape, seed=0):
-    """Gaussian noise that is the same whenever it is drawn."""
+    """Return Gaussian noise that is the same whenever it is drawn."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -25,8 +25,9 @@ def noise(*shape, seed=0):
 
 @dataclass
 class Family:
-    """A kind of model. config: the host's class. unet: what its network has, on 32 channels and with short transformers.
-    values: what its conditioning carries. weights: from which the host tells the model's kind. frames: the latents' batch.
+    """A kind of model. config: the host's class. unet: the settings of its network, with 32 channels and short transformers.
+
+    values: of the conditioning. weights: the ones from which the host detects the model's kind. frames: the latents' batch.
     """
 
     config: str
@@ -93,12 +94,14 @@ FAMILIES = {
     "KOALA": Family("KOALA_700M", KOALA),
     "SVD": Family("SVD_img2vid", {**VIDEO, "adm_in_channels": 768}, {**IMAGE, "time_conditioning": noise(1, 5, 16)}, frames=3),
 }
-# Half of SD 1.5's blocks and a level less, with a transformer at every level: for what does not depend on the family.
+# Half of SD 1.5's blocks and one level less, with a transformer at every level: for tests that do not depend on the family.
 OTHERS = {"short": Family("SD15", SHORT), "shortest": Family("SD15", SHORTEST), "small": Family("SD15", SMALL)}
 
 
 def build(family, dtype=torch.float32, compute=None):
-    """A MODEL of the family, with weights in `dtype`; compute: the dtype that the host casts them to, None for none."""
+    """Return a MODEL of the family, with weights in `dtype`; compute: the dtype that the host casts them to, None for
+    no cast.
+    """
     import comfy.model_patcher
     import comfy.supported_models
 
@@ -115,8 +118,10 @@ def build(family, dtype=torch.float32, compute=None):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_attention(host):
-    """PyTorch's attention in place of the one that the host takes on a CPU. That asks for the free memory at each call, which
-    costs an evaluation a quarter of its time, and which no compiled graph holds.
+    """Use PyTorch's attention instead of the host's attention for a CPU.
+
+    The host's attention asks for the free memory at each call, which takes a quarter of an evaluation's time, and which no
+    compiled graph can contain.
     """
     import comfy.ldm.modules.attention as attention
 
@@ -128,19 +133,21 @@ def quick_attention(host):
 
 @pytest.fixture(scope="module")
 def models(host):
-    """models(name, **settings): the family's MODEL, made once."""
+    """Return models(name, **settings), which gives the family's MODEL, made once."""
     return functools.cache(lambda name, **settings: build({**FAMILIES, **OTHERS}[name], **settings))
 
 
 def conditioning(name, seed, tokens=7, **values):
-    """CONDITIONING for the family, as its text encoder and the stock nodes give it."""
+    """Return CONDITIONING for the family in the form of its text encoder and the stock nodes."""
     family = {**FAMILIES, **OTHERS}[name]
     return [[noise(1, tokens, 16, seed=seed), {"pooled_output": noise(1, 16, seed=seed + 100), **family.values, **values}]]
 
 
 @pytest.fixture(scope="module")
 def draw(host):
-    """draw(model, name, size, ...): the latents of four steps of the host's KSampler, or of another sampling node."""
+    """Return draw(model, name, size, ...), which gives the latents of four steps of the host's KSampler or another sampling
+    node.
+    """
 
     def run(model, name="SD 1.5", size=None, positive=None, negative=None, node="KSampler", steps=4, **settings):
         batch, height, width = size or ({**FAMILIES, **OTHERS}[name].frames, 8, 8)
@@ -162,8 +169,9 @@ def cached(host):
 
 @pytest.fixture(scope="module")
 def plain_draw(models, draw, cached):
-    """plain_draw(name, size, branch): what `draw` gives of the family's MODEL as it is, without the cache where branch is None,
-    else with it. Made once.
+    """Return plain_draw(name, size, branch), which gives the latents of the family's unchanged MODEL, made once.
+
+    It has no cache if branch is None, else the cache with this branch.
     """
 
     def run(name, size=None, branch=None):
@@ -176,14 +184,14 @@ def plain_draw(models, draw, cached):
 
 
 def layers(unet):
-    """The network's blocks in the order in which they are run: (kind, number, its layers)."""
+    """Yield the network's blocks in the order in which they run: (kind, number, its layers)."""
     yield from (("input", number, block) for number, block in enumerate(unet.input_blocks))
-    yield ("middle", 0, unet.middle_block or [])  # some distilled networks have none
+    yield ("middle", 0, unet.middle_block or [])  # some distilled networks have no middle block
     yield from (("output", number, block) for number, block in enumerate(unet.output_blocks))
 
 
 class Evaluation:
-    """An evaluation of a U-Net block by block, with what the host's patches and ControlNets do at each."""
+    """An evaluation of a U-Net block by block, with the effects of the host's patches and ControlNets on each block."""
 
     def __init__(self, unet, context, control, options, video):
         from comfy.ldm.modules.attention import SpatialTransformer
@@ -213,7 +221,7 @@ class Evaluation:
         return forward_timestep_embed(block, h, self.emb, self.context, self.options, shape, **self.video)
 
     def residual(self, h, kind, index):
-        """h, plus what a ControlNet has at this index of its list, if it has."""
+        """Return h plus the ControlNet's residual at this index of its list, if there is one."""
         residuals = self.control.get(kind) or []
         there = -len(residuals) <= index < len(residuals)
         return h + residuals[index] if there and residuals[index] is not None else h
@@ -224,7 +232,7 @@ class Evaluation:
         return h
 
     def down(self, h, count):
-        """The first `count` input blocks: (what leaves the last, the skip connections)."""
+        """Run the first `count` input blocks; return (the output of the last one, the skip connections)."""
         skips = []
         for number, block in enumerate(self.unet.input_blocks[:count]):
             self.at("input", number)
@@ -240,7 +248,7 @@ class Evaluation:
         return self.residual(h, "middle", -1)
 
     def up(self, h, skips, start, end):
-        """The output blocks start ... end - 1. A patch may change what it is given, so it is given copies."""
+        """Run the output blocks start ... end - 1. The inputs are copied, because a patch may change them."""
         for number in range(start, end):
             self.at("output", number)
             place = len(self.unet.output_blocks) - 1 - number
@@ -253,8 +261,10 @@ class Evaluation:
 
 
 class Restated:
-    """DeepCache around a network. Each new sigma is a step, and the step's n-th evaluation takes up what the n-th one of the
-    last full step has left: for samplers that evaluate the same conditionings in the same order in all steps.
+    """DeepCache around a network.
+
+    Each new sigma is a step, and a step's n-th evaluation reuses the feature of the n-th evaluation of the last full step. This
+    is for samplers that evaluate the same conditionings in the same order in all steps.
     """
 
     def __init__(self, interval, branch):
@@ -281,7 +291,9 @@ class Restated:
 
 @pytest.fixture
 def restated():
-    """restated(model, interval, branch): a clone of the MODEL, for one run, with DeepCache as written out here."""
+    """Return restated(model, interval, branch), which gives a clone of the MODEL, for one run, with DeepCache as written out
+    here.
+    """
     from comfy.patcher_extension import WrappersMP
 
     def wrap(model, interval=3, branch=0):
@@ -300,7 +312,9 @@ BLOCKS_OF_ANOTHER = ("SD 1.5 in-paint", "SD 2 unCLIP", "x4 upscaler", "Lotus", "
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_each_unet(models, draw, plain_draw, cached, restated, relative, name):
-    """Interval 1 is the host's run, bit for bit; interval 3 is DeepCache restated, and not the host's run."""
+    """With interval 1 the result is the host's run, bit for bit; with interval 3 it is the restated DeepCache's, not the
+    host's.
+    """
     model, plain = models(name), plain_draw(name)
     middle = len(model.model.diffusion_model.output_blocks) // 2
     assert torch.equal(draw(cached(model, 1, middle), name), plain)
@@ -311,7 +325,7 @@ def test_each_unet(models, draw, plain_draw, cached, restated, relative, name):
 
 
 def image_only(model):
-    """The MODEL told that the first frame is an image of its own, as the video networks' indicator says it."""
+    """Return the MODEL with an indicator, as in the video networks, that the first frame is an image of its own."""
 
     def tell(apply_model, arguments):
         only = torch.zeros(len(arguments["cond_or_uncond"]), FAMILIES["SVD"].frames)
@@ -332,7 +346,7 @@ def test_video_frames_of_their_own(models, draw, plain_draw, cached, restated, r
 
 @pytest.mark.parametrize("node", ["IECKSampler", "SamplerCustomAdvanced"])
 def test_each_way_to_sample(host, models, draw, cached, advanced, node):
-    """The run of KSampler, with which all else here is tested, is that of the other nodes."""
+    """KSampler, which all other tests here use, and the other nodes give the same run."""
     model = cached(models("SDXL"))
     if node == "IECKSampler":
         correction = {"correction_steps": "none", "lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0}
@@ -358,7 +372,7 @@ def control_net(model):
 
 
 def t2i_adapter(model):
-    """It has a residual for one input block of each level, and None for the others."""
+    """Return a T2I-Adapter that has a residual for one input block of each level, and None for the others."""
     import comfy.controlnet
     import comfy.t2i_adapter.adapter
 
@@ -383,7 +397,7 @@ def both(model):
     ],
 )
 def test_control(host, models, draw, plain_draw, cached, restated, relative, caplog, name, make, end):
-    """Residuals of the skipped blocks are dropped, and those of the others reach the blocks that they are for."""
+    """Residuals of the skipped blocks are dropped, and the other residuals reach their blocks."""
     model = models(name)
     positive, negative = host.run(
         "ControlNetApplyAdvanced", positive=conditioning(name, 1), negative=conditioning(name, 2), control_net=make(model),
@@ -396,20 +410,20 @@ def test_control(host, models, draw, plain_draw, cached, restated, relative, cap
         assert relative(result, draw(restated(model, branch=branch), **inputs)) < 1e-4
         assert relative(result, plain_draw(name, branch=branch)) > 1e-3
         assert relative(result, uncached) > 1e-3
-    assert "control could not be applied" not in caplog.text  # what the host says of a residual at a block of another shape
+    assert "control could not be applied" not in caplog.text  # the host's message for a residual at a block of another shape
 
 
 # patches
 
 
 def place(options):
-    """A factor near 1 that differs between the transformer blocks of a network."""
+    """Return a factor near 1 that differs between the transformer blocks of a network."""
     kind, number = options["block"]
     return 1 + 0.3 * math.sin(number + 5 * len(kind) + 0.7 * options["transformer_index"] + 0.3 * options["block_index"])
 
 
 def places(model):
-    """(kind, number, index within the block) of all transformer blocks."""
+    """Yield (kind, number, index within the block) of all transformer blocks."""
     from comfy.ldm.modules.attention import SpatialTransformer
 
     for kind, number, block in layers(model.model.diffusion_model):
@@ -418,7 +432,7 @@ def places(model):
 
 
 def image_prompt(host, model):
-    """Attention to further tokens beside the context's, as the nodes of IP-Adapter add it to each transformer block."""
+    """Add attention to further tokens next to the context's, as the IP-Adapter nodes add it to each transformer block."""
     from comfy.ldm.modules.attention import optimized_attention
 
     def attend(q, k, v, options):
@@ -485,7 +499,7 @@ DEEP_LAYER = ("middle_block.1.transformer_blocks.0.attn2.to_v", 128, 16)
 
 
 def random_lora(*layers):
-    """A LoRA for these layers (name, outputs, inputs) in the host's own key form."""
+    """Return a LoRA for these layers (name, outputs, inputs) with the host's own keys."""
     factors = {}
     for seed, (layer, out, into) in enumerate(layers):
         factors[f"diffusion_model.{layer}.lora_up.weight"] = noise(out, 4, seed=seed)
@@ -527,7 +541,9 @@ PATCHES = {
 
 @pytest.mark.parametrize("patch", PATCHES)
 def test_patches(host, models, draw, plain_draw, cached, restated, relative, patch):
-    """What a node does to the network it does to the blocks that are run as without the cache, before the cache or after it."""
+    """A node's patch affects the blocks that run exactly as without the cache, whether it is applied before or after
+    the cache.
+    """
     model, apply, size = models("small"), PATCHES[patch], (1, 16, 16)
     expected = draw(restated(apply(host, model.clone()), branch=3), size=size)
     assert relative(draw(cached(apply(host, model.clone()), branch=3), size=size), expected) < 1e-4
@@ -536,7 +552,7 @@ def test_patches(host, models, draw, plain_draw, cached, restated, relative, pat
 
 
 def lora_hook(model):
-    """Weights that are others for this conditioning than for the negative one, of blocks that are run and of skipped ones."""
+    """Return a conditioning with hooks that change weights, unlike the negative's, of blocks that run and of skipped ones."""
     import comfy.hooks
 
     hooks = comfy.hooks.create_hook_lora(random_lora(SHALLOW_LAYER, DEEP_LAYER), 1.0, 0.0)
@@ -544,7 +560,9 @@ def lora_hook(model):
 
 
 def gligen(model):
-    """Boxes, which a network with a module for each transformer, found by the transformer's number, brings in."""
+    """Return a conditioning with GLIGEN boxes. GLIGEN's network has a module per transformer, selected by the transformer's
+    number.
+    """
     import comfy.gligen
     import comfy.model_patcher
     from comfy.ldm.modules.attention import SpatialTransformer
@@ -572,7 +590,7 @@ def test_patches_of_one_conditioning(models, draw, plain_draw, cached, restated,
 
 
 def note_calls(model, calls):
-    """Make patches of all kinds write down in `calls` what they see: their kind, the block, the numbers and the shapes."""
+    """Make patches of all kinds record in `calls` what they get: their kind, the block, the numbers and the shapes."""
 
     def note(patch, options, *tensors):
         seen = [options[name] for name in ("transformer_index", "cond_or_uncond", "original_shape")]
@@ -589,7 +607,7 @@ def note_calls(model, calls):
 
 @pytest.mark.parametrize(("name", "branch"), [("SD 1.5", 0), ("SD 1.5", 6), ("SD 1.5", 11), ("SDXL", 5), ("KOALA", 3)])
 def test_patches_see_what_they_see_without_the_cache(models, draw, cached, name, branch):
-    """The calls of a cached step are those of an uncached run's step for the blocks that are run, in their order."""
+    """A cached step calls the patches of the blocks that run exactly as an uncached run's step, in the same order."""
     model, first = models(name), len(models(name).model.diffusion_model.output_blocks) - 1 - branch
     plain, expected, calls = [], [], []
     for patched, seen in ((model.clone(), plain), (cached(model, branch=branch), calls)):
@@ -603,7 +621,7 @@ def test_patches_see_what_they_see_without_the_cache(models, draw, cached, name,
 
 
 def test_patch_behind_the_middle_block_is_refused(models, draw, cached):
-    """Those of SUPIR's blocks take up what this one has left: without it they would go on silently with another step's."""
+    """SUPIR's patches of later blocks use what this one has left: without it they would silently use another step's."""
     model = cached(models("SD 1.5"))
     model.set_model_patch(lambda arguments: arguments, "middle_block_after_patch")
     with pytest.raises(ValueError, match=r"^model: .* SUPIR"):
@@ -616,7 +634,7 @@ def test_patch_behind_the_middle_block_is_refused(models, draw, cached):
 @pytest.mark.parametrize("name", ["small", "KOALA"])
 @pytest.mark.parametrize("size", [(1, 9, 11), (3, 13, 7)])
 def test_odd_sizes(models, draw, cached, restated, relative, name, size):
-    """Of transformers with convolutions and of those with Linear layers, and with each level's blocks run and skipped."""
+    """Test transformers with convolutions and with Linear layers, and with each level's blocks run and skipped."""
     model = models(name)
     plain = draw(model, name, size)
     for branch in (0, 2, 4):
@@ -630,7 +648,7 @@ def test_odd_sizes(models, draw, cached, restated, relative, name, size):
     [(torch.float16, None), (torch.bfloat16, None), (torch.float16, torch.float32), (torch.float32, torch.bfloat16)],
 )
 def test_precisions(models, draw, cached, restated, relative, dtype, compute):
-    """A feature has the precision and the place of what the network computes with, whatever the weights'."""
+    """A feature has the dtype and the device of the network's computation, whatever the weights have."""
     model, seen = models("small", dtype=dtype, compute=compute), set()
 
     def note(h, skip, options):
@@ -646,7 +664,9 @@ def test_precisions(models, draw, cached, restated, relative, dtype, compute):
 
 
 def areas(host):
-    """A prompt for the whole, and for two areas of one size and for one of another; one of them is twice as long."""
+    """Return a prompt for the whole image, for two areas of one size, and for an area of another size; one of them is twice as
+    long.
+    """
     whole = conditioning("SD 1.5", 1, tokens=77)
     for seed, tokens, (width, height, x, y) in ((4, 77, (64, 32, 0, 0)), (5, 154, (64, 32, 0, 32)), (6, 77, (40, 56, 24, 0))):
         part = conditioning("SD 1.5", seed, tokens)
@@ -657,7 +677,7 @@ def areas(host):
 
 @pytest.mark.parametrize("split", [False, True])
 def test_areas_and_prompts_of_several_lengths(host, models, draw, cached, restated, relative, monkeypatch, split):
-    """A step has several evaluations, in batches or, where memory is short, one by one: each finds its own feature again."""
+    """A step has several evaluations, batched or, if memory is short, one by one: each finds its own feature again."""
     import comfy.model_base
 
     if split:
@@ -670,8 +690,9 @@ def test_areas_and_prompts_of_several_lengths(host, models, draw, cached, restat
 
 @pytest.mark.parametrize("name", ["small", "SVD"])
 def test_context_windows(host, models, draw, cached, restated, relative, name):
-    """A batch evaluated in windows that overlap: a conditioning has a feature for each. The batch is as many as the sigmas, for
-    an older host compares the two.
+    """A batch is evaluated in overlapping windows: a conditioning has a feature for each window.
+
+    The batch is as large as the number of sigmas, because an older host compares the two.
     """
     settings = {
         "context_length": 3, "context_overlap": 1, "context_schedule": "standard_static", "context_stride": 1,
@@ -686,7 +707,7 @@ def test_context_windows(host, models, draw, cached, restated, relative, name):
 
 
 def test_runs_one_after_another(models, draw, cached, restated, relative):
-    """A run takes up nothing of the one before it, of another size or of the same."""
+    """A run reuses nothing from the run before it, whether its size is the same or not."""
     model = models("small")
     patched = cached(model)
     for size, seed, tokens in (((2, 8, 8), 1, 7), ((1, 8, 8), 1, 7), ((1, 16, 8), 1, 7), ((2, 8, 8), 4, 14), ((2, 8, 8), 1, 7)):
@@ -699,7 +720,7 @@ def test_runs_one_after_another(models, draw, cached, restated, relative):
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_low_memory(host, models, draw, cached, relative, monkeypatch, share):
-    """Weights that the host has not loaded, all or some: their layers cast and patch them at each call."""
+    """The host has not loaded all or some of the weights: their layers cast and patch them at each call."""
     import comfy.model_patcher
 
     load = comfy.model_patcher.ModelPatcher.load
@@ -737,7 +758,7 @@ def test_no_feature_outlives_its_run(models, draw, cached, end):
 
     def stop(h, skip, options):
         calls.append(options["block"])
-        if len(calls) == last and end == "error":  # in the second of the cached steps
+        if len(calls) == last and end == "error":  # in the second cached step
             raise RuntimeError("stop here")
         if len(calls) == last and end == "interrupt":
             comfy.model_management.interrupt_current_processing()
@@ -757,7 +778,7 @@ def test_no_feature_outlives_its_run(models, draw, cached, end):
 
 
 def convolutions(run, *arguments):
-    """(what run(...) returns, how many convolutions that took)."""
+    """Return (the result of run(...), the number of its convolutions)."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         result = run(*arguments)
     return result, sum(event.count for event in profile.key_averages() if event.key == "aten::convolution")
@@ -765,7 +786,7 @@ def convolutions(run, *arguments):
 
 @pytest.fixture
 def graphs():
-    """graphs(): how many graphs were compiled since the test began."""
+    """Return graphs(), which gives the number of graphs compiled since the test began."""
     import torch._dynamo
 
     torch._dynamo.reset()
@@ -775,7 +796,7 @@ def graphs():
 
 
 def test_compiled(host, models, draw, cached, relative, graphs):
-    """A network is compiled as a whole, once over all blocks and once over the shallow ones, whatever was compiled before."""
+    """A network is compiled as a whole, once with all blocks and once with the shallow ones, whatever was compiled before."""
 
     def compiled(model):
         return host.run("TorchCompileModel", model=model, backend="eager")[0]
@@ -797,7 +818,7 @@ def test_compiled(host, models, draw, cached, relative, graphs):
 
 @pytest.mark.parametrize("weight_bits", ["8", "4"])
 def test_compiled_with_quantized_layers(host, models, draw, relative, graphs, weight_bits):
-    # One block's layers, of which some are Linear and some convolutions: each takes a second to compile.
+    # The layers of one block, both Linear and convolutions: each takes a second to compile.
     bits = {"weight_bits": weight_bits, "activation_bits": "8", "keep_sensitive_layers": False, "include": "output_blocks.0.*"}
     quantized = host.run("IECQuantizeModel", model=models("shortest"), **bits)[0]
     layers = [layer for layer in quantized.model.diffusion_model.modules() if hasattr(layer, "packing")]
@@ -808,7 +829,7 @@ def test_compiled_with_quantized_layers(host, models, draw, relative, graphs, we
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_quantized(models, draw, rounded, relative, name):
-    """Every family's Linear and Conv2d layers can be quantized. One step runs all of them."""
+    """Every family's Linear and Conv2d layers can be quantized. One step runs them all."""
     model = models(name)
     quantized, reference = rounded(model)
     result, expected, plain = (draw(one, name, steps=1) for one in (quantized, reference, model))

@@ -1,7 +1,7 @@
-"""`evaluation_point: ahead`: what is evaluated for a correction is the next step's own prediction too.
+"""`evaluation_point: ahead`: a correction's evaluation is also the next step's own prediction.
 
-Against the predict-evaluate-correct form of the trapezoidal rule, written out here in float64, and against the stock sampler's
-own run, which has the same evaluations in the same order.
+The results are compared with the predict-evaluate-correct form of the trapezoidal rule, written out here in float64. They are
+also compared with the stock sampler's own run, which has the same evaluations in the same order.
 """
 
 import itertools
@@ -33,7 +33,7 @@ def sigmas_of(steps, low=0.05, high=3.0):
 
 @pytest.fixture
 def ahead(host):
-    """ahead(name_or_sampler, ...): (the SAMPLER, its reports), every step corrected ahead."""
+    """Return ahead(name_or_sampler, ...), which gives (the SAMPLER, its reports), with every step corrected ahead."""
     import comfy.samplers
 
     def make(sampler, correction_steps="all", **settings):
@@ -45,7 +45,10 @@ def ahead(host):
 
 @pytest.fixture
 def undamped(host):
-    """undamped(name): the SAMPLER with each step evaluated ahead and corrected by nothing; users cannot set a lambda of 0."""
+    """Return undamped(name), which gives the SAMPLER with each step evaluated ahead and corrected with a lambda of 0.
+
+    Users cannot set a lambda of 0.
+    """
     import comfy.samplers
 
     settings = pack_module("iec_core.correction.iteration").CorrectionSettings
@@ -61,7 +64,7 @@ def undamped(host):
 
 
 def predict_evaluate_correct(guider, x, sigmas, corrected, lambda_, iterations):
-    """Euler's run with its steps `corrected`, in terms of eps = (x - D) / sigma; the kept D is the next step's."""
+    """Run Euler with its steps `corrected`, in terms of eps = (x - D) / sigma; the kept D is the next step's."""
 
     def denoised(x, sigma):
         return guider.denoised(x, torch.full((len(x),), sigma, dtype=torch.float64))
@@ -98,7 +101,7 @@ def test_agrees_with_the_formula(ahead, model_type, steps, corrected, lambda_, i
 
 @pytest.mark.parametrize(("name", "order"), [("none", 1), ("all", 2)])
 def test_is_of_second_order(ahead, name, order):
-    """Halving the steps' widths halves the stock run's error and quarters this one's, for as many evaluations."""
+    """Halving the step widths halves the stock run's error and quarters the corrected run's, for as many evaluations."""
     errors = []
     for steps in (20, 40, 80, 1000):
         guider = ToyGuider("EPS", network=bent)
@@ -115,7 +118,9 @@ def test_is_of_second_order(ahead, name, order):
 @pytest.mark.parametrize("name", KNOWN_ENDS)
 @pytest.mark.parametrize("model_type", ["EPS", "FLOW"])
 def test_evaluations_are_the_stock_runs_in_its_order(undamped, name, model_type):
-    """With a damping of 0: bit for bit where the sampler takes Euler's step, to rounding where it adds noise."""
+    """With lambda 0 the evaluations are equal bit for bit if the sampler takes Euler's step, and up to rounding if it adds
+    noise.
+    """
     import comfy.samplers
 
     sigmas = sigmas_of(9) if model_type == "EPS" else torch.linspace(1.0, 0.0, 10, dtype=torch.float64)
@@ -123,7 +128,7 @@ def test_evaluations_are_the_stock_runs_in_its_order(undamped, name, model_type)
     expected = run(comfy.samplers.sampler_object(name), stock, sigmas)
     result = run(undamped(name), guider, sigmas)
     assert [call[1] for call in guider.calls] == [call[1] for call in stock.calls]
-    assert all(call[2] == 0 for call in guider.calls)  # none says that it is a correction
+    assert all(call[2] == 0 for call in guider.calls)  # no evaluation says that it is a correction
     same = torch.equal if name in ("euler", "ddim") else lambda x, y: torch.allclose(x, y, rtol=1e-5, atol=1e-5)
     assert all(same(call[0], other[0]) for call, other in zip(guider.calls, stock.calls))
     assert same(result, expected)
@@ -132,7 +137,7 @@ def test_evaluations_are_the_stock_runs_in_its_order(undamped, name, model_type)
 @pytest.mark.fast
 @pytest.mark.parametrize("cache", [None, {"interval": 2, "branch": 0}, {"interval": 3, "branch": 1, "forecast": "linear"}])
 def test_with_no_damping_a_run_is_the_stock_run(host, undamped, advanced, model, conditioning, cache):
-    """The built-in model with guidance, and with a cache, which is told the steps as the stock run takes them."""
+    """The built-in model runs with guidance, and with a cache, which is given the same steps as in the stock run."""
     cached = model if cache is None else host.run("IECDeepCache", model=model, **cache)[0]
     guider = host.run("CFGGuider", model=cached, positive=conditioning[0], negative=conditioning[1], cfg=2.0)[0]
     assert torch.equal(advanced(guider, undamped("euler"), steps=7), advanced(guider, "euler", steps=7))
@@ -158,8 +163,9 @@ def test_a_run_that_ends_above_zero_evaluates_nothing_past_its_end(ahead):
 
 
 def test_noise_of_a_step_is_in_what_is_evaluated_ahead(ahead):
-    """euler_ancestral: x' and the latent that the sampler goes on from have the same draw, so that only D differs. It is the
-    mean of the predictions before and after the step.
+    """euler_ancestral: x' and the latent from which the sampler continues have the same noise, so that only D differs.
+
+    The corrected D is the mean of the predictions before and after the step.
     """
     guider, seen = ToyGuider("V_PREDICTION", network=bent), []
     sampler, _ = ahead("euler_ancestral")
@@ -180,7 +186,7 @@ def test_noise_of_a_step_is_in_what_is_evaluated_ahead(ahead):
 
 
 def test_an_item_that_falls_back_has_the_stock_run(ahead):
-    """An image whose correction would not contract keeps its prediction, and what was evaluated for it is its next one."""
+    """An image whose correction would not contract keeps its prediction, and its evaluation is its next prediction."""
     import comfy.samplers
 
     def steep(x):
@@ -271,7 +277,9 @@ def test_other_samplers_are_refused_by_name_where_it_is_known(host, ahead, name,
 
 
 def test_other_samplers_are_refused_by_what_they_do(ahead):
-    """Noise before a step, noise of its own, and a latent that is evaluated at other sigmas than the steps'."""
+    """Refused are noise before a step, a sampler's own noise, and a latent that is evaluated at other sigmas than the
+    steps'.
+    """
     import comfy.samplers
 
     def sample_noisy(model, x, sigmas, extra_args=None, callback=None, disable=None):

@@ -1,4 +1,6 @@
-"""The samplers as they are added, with `correction_steps` auto: never worse than the stock sampler, and better where it can."""
+"""The corrected samplers with default inputs (`correction_steps` auto): never worse than the stock sampler, and better if
+possible.
+"""
 
 import contextlib
 
@@ -25,7 +27,7 @@ def default_of(host, node, name):
 @pytest.mark.parametrize("node", NODES)
 def test_is_the_default(host, node):
     assert {name: default_of(host, node, name) for name in AUTO} == AUTO
-    assert default_of(host, node, "evaluation_point") == "paper"  # what the other texts count with
+    assert default_of(host, node, "evaluation_point") == "paper"  # used by the other values of correction_steps
 
 
 @pytest.mark.fast
@@ -42,7 +44,7 @@ def test_euler_is_corrected_ahead_at_no_cost(sample, model, name, point):
 
 
 def of_one_formula(model):
-    """A clone of the MODEL whose denoised prediction is that of a formula, for what does not depend on the network."""
+    """Return a clone of the MODEL whose denoised prediction is a formula, for tests that do not depend on the network."""
     model = model.clone()
     model.set_model_unet_function_wrapper(lambda apply_model, given: (given["input"] + 0.2).sin() / 2)
     return model
@@ -50,7 +52,7 @@ def of_one_formula(model):
 
 @pytest.mark.filterwarnings("ignore:Should have t")
 def test_every_other_sampler_is_the_stock_sampler(host, sample, model, conditioning):
-    """Those too that are refused with any other text: dpm_adaptive, and those with cfg_pp."""
+    """This includes samplers that any other value refuses: dpm_adaptive, and those with cfg_pp."""
     import comfy.samplers
 
     names = [name for name in comfy.samplers.KSampler.SAMPLERS if name not in (*CORRECTED, "ar_video")]
@@ -67,7 +69,9 @@ def test_every_other_sampler_is_the_stock_sampler(host, sample, model, condition
 
 @pytest.mark.filterwarnings("ignore:Should have t")
 def test_which_samplers_it_corrects(host):
-    """From 10 steps on: those that take Euler's step, or that of the model's own stochastic equation, and no other."""
+    """From 10 steps on, it corrects samplers with Euler's step or the step of the model's own stochastic equation, and no
+    others.
+    """
     import comfy.samplers
 
     rehearsal, correction = (pack_module(f"nodes.host.{name}") for name in ("sampling.rehearsal", "correction.correctable"))
@@ -126,8 +130,11 @@ def test_the_other_nodes_choose_for_each_run(host, advanced, model, conditioning
 
 @pytest.fixture(scope="module")
 def as_added(host, builtin_model, conditioning):
-    """as_added(model, scheduler, steps, size): the errors, for images of this size, of the stock euler, and of IECApply as it
-    is added, to `exact_steps` of heun of the model `exact_of`, by default the one at full precision.
+    """Return as_added(model, scheduler, steps, size), which gives the errors of stock euler and of IECApply with default
+    inputs.
+
+    Errors are for images of this size, relative to `exact_steps` steps of heun on the model `exact_of`, by default the
+    full-precision one.
     """
     kept = {}
 
@@ -150,8 +157,9 @@ def as_added(host, builtin_model, conditioning):
 @pytest.mark.parametrize("scheduler", ["simple", "karras"])
 @pytest.mark.parametrize("variant", ["full precision", "W8A8", "DeepCache 3"])
 def test_no_default_hurts(host, as_added, builtin_model, variant, scheduler):
-    """Images of another seed than the ones by which the choices were made; behind a cache, where it is less by which they
-    are better, of the model's own size.
+    """The images have another seed than the ones with which the choices were made.
+
+    After a cache, where the improvement is smaller, they have the model's own size.
     """
     model, size = builtin_model, 32 if variant == "DeepCache 3" else 8
     if variant == "W8A8":
@@ -166,8 +174,9 @@ def test_no_default_hurts(host, as_added, builtin_model, variant, scheduler):
 
 @pytest.mark.parametrize("scheduler", ["normal", "sgm_uniform"])
 def test_zero_terminal_snr_is_not_hurt(host, as_added, builtin_model, scheduler):
-    """The first step goes from sigma 4518 to about 20: corrected like the others it leaves 15 times the error. Whether that of
-    the others helps this model, which was not trained for such a schedule, 96 images do not tell.
+    """The first step goes from sigma 4518 to about 20; corrected like the others, it would leave 15 times the error.
+
+    The model was not trained for such a schedule; 96 images do not show whether the correction of the other steps helps it.
     """
     patched = host.run("ModelSamplingDiscrete", model=builtin_model, sampling="v_prediction", zsnr=True)[0]
     stock, auto = as_added(patched, scheduler, 12, size=8, exact_of=patched, exact_steps=40)
@@ -176,7 +185,7 @@ def test_zero_terminal_snr_is_not_hurt(host, as_added, builtin_model, scheduler)
 
 @pytest.mark.parametrize("node", ["EasyCache", "LazyCache"])
 def test_behind_the_hosts_own_cache_it_is_the_stock_sampler(host, sample, stock_sample, model, node):
-    """Which evaluations it reuses is decided as it goes."""
+    """The host's cache decides during the run which evaluations it reuses."""
     settings = {"reuse_threshold": 0.3, "start_percent": 0.1, "end_percent": 0.9, "verbose": False}
     cached = host.run(node, model=model, **settings)[0]
     reports = []

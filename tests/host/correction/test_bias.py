@@ -1,4 +1,4 @@
-"""What a run says of the error that its corrections have by themselves."""
+"""What a run reports about the error that its corrections cause by themselves."""
 
 import re
 
@@ -16,13 +16,13 @@ def model(small_model):
 
 @pytest.fixture
 def empty_latent():
-    """A quarter of the model's own size, which is enough for what is tested here."""
+    """A quarter of the model's own size, which is enough for these tests."""
     return {"samples": torch.zeros(2, 3, 8, 8)}
 
 
 @pytest.fixture
 def report_of(sample, model):
-    """report_of(model, **settings): the report of eight euler steps on karras, all corrected at `paper`."""
+    """Return report_of(model, **settings), which gives the report of eight euler steps on karras, all corrected at `paper`."""
 
     def run(source=None, **settings):
         found = []
@@ -34,7 +34,7 @@ def report_of(sample, model):
 
 @pytest.mark.fast
 def test_the_share_of_a_step_is_by_how_much_its_result_moved(sample, model):
-    """Of a single corrected step, by the latents that it ends at with and without the correction."""
+    """For a single corrected step, the share is computed from the latents after the step with and without the correction."""
     runs = []
     for steps in ("none", "steps:3"):
         sample(model, runs, keep_latents=True, **{**PAPER, "correction_steps": steps})
@@ -109,7 +109,7 @@ def test_a_model_that_another_pack_evaluates_is_not_said_to_have_no_error(report
 def test_a_model_with_nothing_to_correct(host, report_of, model):
     futile = "this MODEL is neither quantized nor cached"
     assert futile in report_of().warnings[0]
-    assert report_of(evaluation_point="next").warnings == []  # makes up for coarse steps
+    assert report_of(evaluation_point="next").warnings == []  # `next` makes up for coarse steps
     assert (
         f"{futile}, and the sampler is of higher order" in report_of(evaluation_point="next", sampler_name="heun").warnings[0]
     )
@@ -118,7 +118,7 @@ def test_a_model_with_nothing_to_correct(host, report_of, model):
 
 
 def test_weights_in_other_types_are_no_exact_ones(host):
-    module = pack_module("nodes.host.correction.known_errors")
+    module = pack_module("nodes.host.correction.exactness")
     layer = torch.nn.Linear(2, 2)
     assert module.is_exact(layer, {})
     layer.weight = torch.nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
@@ -126,7 +126,9 @@ def test_weights_in_other_types_are_no_exact_ones(host):
 
 
 def test_on_a_flow_model_the_papers_rule_is_not_warned_of(host, sample):
-    """Its input is not scaled by the noise level; there the rule was measured to lower the error to the exact solution."""
+    """A flow model's input is not scaled by the noise level; there the rule was measured to lower the error to the exact
+    solution.
+    """
     (flow,), found = host.run("IECLoadBuiltinModel", precision="float32", architecture="transformer"), []
     sample(flow, found, evaluation_point="paper", correction_steps="all", scheduler="simple", steps=4)
     assert found[0].warnings == [] and found[0].moved > 0.05

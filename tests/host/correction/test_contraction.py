@@ -1,4 +1,4 @@
-"""IECContractionProbe through the host: its norms against exact ones, what it leaves behind, and `lambdas` of the samplers."""
+"""IECContractionProbe in the host: its norms compared with exact ones, its side effects, and `lambdas` of the samplers."""
 
 import itertools
 import json
@@ -9,8 +9,8 @@ import torch
 from torch.overrides import _get_current_function_mode_stack
 
 LAMBDAS = [f"{number / 10:g}" for number in range(1, 10)]
-MIXING = torch.tensor([[0.4, 0.9, 0.0], [0.0, 0.3, -0.7], [0.2, 0.0, 0.5]], dtype=torch.float64)  # no normal matrix
-SHARES = 1.0, -0.6  # of it, by image
+MIXING = torch.tensor([[0.4, 0.9, 0.0], [0.0, 0.3, -0.7], [0.2, 0.0, 0.5]], dtype=torch.float64)  # not a normal matrix
+SHARES = 1.0, -0.6  # factor on MIXING, per image
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def model(small_model):
 
 @pytest.fixture
 def probe(host, conditioning):
-    """probe(model, **settings): (what the JSON says, lambdas, plot) of a run on two images of 8 x 8."""
+    """Return probe(model, **settings), which gives (the parsed JSON, lambdas, plot) of a run on two images of 8 x 8."""
 
     def run(model, **settings):
         inputs = {
@@ -39,7 +39,9 @@ def quantized(host, model):
 
 
 def linear(model):
-    """A clone of the MODEL whose denoised prediction mixes the channels of image b by SHARES[b] * MIXING, whatever sigma is."""
+    """Return a clone of the MODEL whose denoised prediction mixes the channels of image b by SHARES[b] * MIXING, at every
+    sigma.
+    """
 
     def denoise(apply_model, given):
         shares = torch.tensor(SHARES).repeat_interleave(len(given["input"]) // 2)[:, None, None, None]
@@ -56,7 +58,9 @@ def norm(matrix):
 
 @pytest.mark.parametrize("kind", ["variance preserving", "flow"])
 def test_norms_of_a_linear_model_are_exact(host, model, probe, kind):
-    """u = x / sqrt(sigma^2 + 1) for the one, u = x for the other; written out in the paper's alpha bar where there is one."""
+    """u = x / sqrt(sigma^2 + 1) for variance preserving, u = x for flow; written out with the paper's alpha bar where it is
+    defined.
+    """
     if kind == "flow":
         model = host.run("ModelSamplingSD3", model=model, shift=1.0)[0]
     found, lambdas, _ = probe(linear(model), cfg=1.0, steps=4, tolerance=1e-3)
@@ -85,8 +89,9 @@ def test_norms_of_a_linear_model_are_exact(host, model, probe, kind):
 
 
 def full_jacobians(model, conditioning, sigmas, step, seed, size):
-    """(A + B J at u, J at u', B) of a step over a MODEL, one image, each number by central differences over the
-    sampler's own steps: [n, n] in float64.
+    """Return (A + B J at u, J at u', B) of a step over a MODEL, for one image: [n, n] in float64.
+
+    Each number is computed by central differences over the sampler's own steps.
     """
     import comfy.sample
     import comfy.samplers
@@ -145,7 +150,7 @@ def test_norms_of_a_network_are_those_of_its_full_jacobian(host, model, probe):
 
 
 def test_a_transformer_whose_blocks_change_tensors_in_place(host, probe):
-    """The host's Flux, of random weights."""
+    """The network is the host's Flux, with random weights."""
     flux = test_transformers.build("Flux")
     labels = [test_transformers.conditioning("Flux", seed) for seed in (1, 2)]
     latent = {"samples": torch.zeros(1, 16, 8, 8)}
@@ -166,7 +171,7 @@ def test_quantized_models_are_measured_as_if_rounding_had_slope_one(model, quant
         assert other["growth"] == pytest.approx(one["growth"], rel=0.1)
         assert other["contraction"]["0.5"] == pytest.approx(one["contraction"]["0.5"], rel=0.1)
     gap = {name: found["steps"][1]["true_growth_gap"] for name, found in (("full", gaps(full)), ("rounded", gaps(rounded)))}
-    assert gap["rounded"] > 2 * gap["full"]  # what the true map does between its roundings shows in the estimate only
+    assert gap["rounded"] > 2 * gap["full"]  # only the estimate shows the true map between its roundings
 
 
 def gaps(found):
@@ -212,7 +217,7 @@ def test_straight_through_layers_compute_the_same_and_have_the_derivative_of_the
 
 
 def test_nothing_stays_behind(host, model, quantized, sample, probe, monkeypatch):
-    """After a run, an error or an interrupt within a measurement: same weights, options and results as before."""
+    """After a run, an error or an interrupt during a measurement, weights, options and results are the same as before."""
     import comfy.model_management
 
     network = quantized.model.diffusion_model
@@ -308,7 +313,7 @@ def test_what_cannot_be_measured_is_refused_in_a_sentence(host, model, probe):
 
 
 def test_the_run_is_the_hosts_own_euler(host, model, probe, stock_sample, monkeypatch):
-    """The steps are measured where a sampler would be: the latents that the network sees between are those of `euler`."""
+    """The latents that the network gets between the measurements are those of `euler`."""
     import comfy.samplers
 
     seen, euler = {}, comfy.samplers.k_diffusion_sampling.sample_euler
@@ -330,13 +335,13 @@ def test_the_run_is_the_hosts_own_euler(host, model, probe, stock_sample, monkey
     )
     probe(watched, steps=3, every=100, latent_image={"samples": torch.zeros(2, 3, 16, 16)})
     expected = seen["stock"]
-    own = [places[0], *places[-2:]]  # every step's own evaluation; the measurement of the first is between
+    own = [places[0], *places[-2:]]  # every step's own evaluation; the first measurement is between them
     for one, other in zip(own, expected):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def written_out(lambdas):
-    """Euler corrected once a step with lambdas[i], as the paper has it; nothing of the pack."""
+    """Return Euler corrected once per step with lambdas[i], as in the paper, without any code of the pack."""
 
     def sampler(model, x, sigmas, extra_args=None, callback=None, disable=None):
         for (sigma, sigma_next), lambda_ in zip(itertools.pairwise(sigmas), lambdas):
@@ -410,7 +415,7 @@ def test_wrong_lambdas_are_refused_at_validation_and_at_run(host, model, sample,
     node = host.nodes["IECKSampler"]
     assert node.validate_inputs(steps=4, scheduler="karras", lambdas=lambdas) == sentence
     assert node.validate_inputs(steps=None, scheduler="karras", lambdas=lambdas) in (True, sentence)
-    if "number of values" not in sentence:  # the number of steps is not known there
+    if "number of values" not in sentence:  # these nodes do not know the number of steps
         assert host.nodes["IECApply"].validate_inputs(lambdas=lambdas) == sentence
         assert host.nodes["IECSampler"].validate_inputs(lambdas=lambdas) == sentence
     with pytest.raises(ValueError) as error:
@@ -419,7 +424,7 @@ def test_wrong_lambdas_are_refused_at_validation_and_at_run(host, model, sample,
 
 
 def test_the_count_of_ddim_uniform_is_known_at_the_run(host, model, sample):
-    """It takes more steps than it is asked for where they do not divide the model's timesteps."""
+    """It takes more steps than requested if the number of steps does not divide the model's number of timesteps."""
     text = ", ".join(["0.5"] * 7)
     node = host.nodes["IECKSampler"]
     assert node.validate_inputs(steps=7, scheduler="ddim_uniform", lambdas=text) is True
@@ -429,7 +434,7 @@ def test_the_count_of_ddim_uniform_is_known_at_the_run(host, model, sample):
 
 @pytest.mark.parametrize("node", ["IECKSampler", "IECApply", "IECSampler"])
 def test_workflows_made_before_lambdas_keep_their_values(host, node):
-    """Values are saved in the inputs' order: the new one is the last, and may be left out."""
+    """Values are saved in the order of the inputs: the new input is the last one, and may be missing."""
     info = host.nodes[node].GET_NODE_INFO_V1()["input"]
     assert [*info["optional"]][-1] == "lambdas" and "lambdas" not in info["required"]
     assert info["optional"]["lambdas"][1]["default"] == ""

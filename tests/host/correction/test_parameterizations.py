@@ -1,6 +1,6 @@
-"""Euler steps with IEC against the same written out in each parameterization's own coordinates, over a network that is no line.
+"""Euler steps with IEC compared with the same steps written out in each parameterization's own coordinates.
 
-Nothing of the host or the pack is in the references: they call the network as its training would.
+The network is nonlinear. The references use nothing of the host or the pack: they call the network as its training would.
 """
 
 import itertools
@@ -31,7 +31,7 @@ def iterate(x, ordinary, step):
 
 
 def variance_preserving(eps):
-    """The paper's DDIM on x_vp = sqrt(abar) x_0 + sqrt(1 - abar) noise; eps(x_vp, abar) is the predicted noise."""
+    """Return the paper's DDIM on x_vp = sqrt(abar) x_0 + sqrt(1 - abar) noise; eps(x_vp, abar) is the predicted noise."""
 
     def step(x, sigma, sigma_next):
         bar, bar_next = 1 / (1 + sigma**2), 1 / (1 + sigma_next**2)
@@ -45,10 +45,10 @@ def variance_preserving(eps):
 
 
 def preconditioned(sigma_data, sign):
-    """EDM: D = c_skip x + c_out F(c_in x), in x = x_0 + sigma noise; c_out is negative for its v-prediction."""
+    """Return EDM: D = c_skip x + c_out F(c_in x), in x = x_0 + sigma noise; c_out is negative for its v-prediction."""
 
     def slope(x_in, sigma):
-        """(x - D) / sigma where the network sees x_in = c_in x."""
+        """Return (x - D) / sigma for the network input x_in = c_in x."""
         total = sigma**2 + sigma_data**2
         x = x_in * total**0.5
         denoised = x * sigma_data**2 / total + sign * network(x_in) * sigma * sigma_data / total**0.5
@@ -63,12 +63,14 @@ def preconditioned(sigma_data, sign):
 
 
 def flow(x, sigma, sigma_next):
-    """z = (1 - t) x_0 + t noise with t = sigma, and the network is the velocity: z' = z + (t' - t) v(z'_k)."""
+    """Flow: z = (1 - t) x_0 + t noise with t = sigma, and the network is the velocity: z' = z + (t' - t) v(z'_k)."""
     return iterate(x, x + (sigma_next - sigma) * network(x), lambda y: x + (sigma_next - sigma) * network(y))
 
 
 def cosmos(x, sigma, sigma_next):
-    """The network is the velocity at z = x / (1 + sigma), t = sigma / (1 + sigma); the sampler's x is x_0 + sigma noise."""
+    """Cosmos: the network is the velocity at z = x / (1 + sigma), t = sigma / (1 + sigma); the sampler's x is x_0 + sigma
+    noise.
+    """
     t, t_next = sigma / (1 + sigma), sigma_next / (1 + sigma_next)
 
     def noise(z):
@@ -79,7 +81,7 @@ def cosmos(x, sigma, sigma_next):
 
 
 def unscaled_v(x, sigma, sigma_next):
-    """CogVideoX in the host: the network sees x itself, and D = (x - sigma v) / sqrt(sigma^2 + 1)."""
+    """CogVideoX in the host: the network input is x itself, and D = (x - sigma v) / sqrt(sigma^2 + 1)."""
 
     def slope(y):
         return (y - (y - sigma * network(y)) / (sigma**2 + 1) ** 0.5) / sigma
@@ -149,7 +151,7 @@ def test_next_at_one_half_is_the_hosts_heun(host, model_type):
     guider, stock = guider_of(model_type), guider_of(model_type)
     settings = {"correction_steps": "all", "lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0, "evaluation_point": "next"}
     sampler, reports = host.run("IECSampler", sampler=comfy.samplers.sampler_object("euler"), **settings)
-    sigmas = schedule(guider, 3 * STEPS)  # fine enough for the guard to have nothing to hold back
+    sigmas = schedule(guider, 3 * STEPS)  # fine enough for the guard to leave every correction unchanged
     expected = run(comfy.samplers.sampler_object("heun"), stock, sigmas)
     torch.testing.assert_close(run(sampler, guider, sigmas), expected, rtol=1e-9, atol=1e-9)
     assert len(guider.calls) == len(stock.calls) and not reports[0].warnings
@@ -157,7 +159,9 @@ def test_next_at_one_half_is_the_hosts_heun(host, model_type):
 
 @pytest.mark.parametrize("sampling", ["eps", "v_prediction", "x0", "lcm"])
 def test_a_nodes_parameterization_agrees_with_the_written_out_sampler(host, model, conditioning, advanced, relative, sampling):
-    """The built-in network read as what it is not: the images are none, the correction is the same rule."""
+    """The built-in network is used with wrong parameterizations: the images are meaningless, but the correction is the same
+    rule.
+    """
     read = host.run("ModelSamplingDiscrete", model=model, sampling=sampling, zsnr=False)[0]
     settings = {"correction_steps": "all", "lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0}
 
@@ -173,7 +177,7 @@ def test_a_nodes_parameterization_agrees_with_the_written_out_sampler(host, mode
 @pytest.mark.parametrize("model_type", ["EPS", "EDM", "FLOW"])
 @pytest.mark.parametrize("point", ["paper", "next"])
 def test_start_and_end_at_the_ends_of_the_range(host, model_type, point):
-    """From the sigma that stands for infinity in the host, or a flow's 1, down to 0: nothing is divided by zero."""
+    """The run goes from the host's sigma for infinity, or a flow's 1, down to 0: nothing is divided by zero."""
     import comfy.samplers
 
     guider = guider_of(model_type)
@@ -188,7 +192,7 @@ def test_start_and_end_at_the_ends_of_the_range(host, model_type, point):
 
 
 def test_zero_terminal_snr_start_does_not_blow_up(host, sample, model, relative):
-    """There the paper's rule has no finite limit: the guard keeps the ordinary prediction, and says so."""
+    """The paper's rule has no finite limit there: the guard keeps the ordinary prediction, and the report says so."""
     zsnr = host.run("ModelSamplingDiscrete", model=model, sampling="v_prediction", zsnr=True)[0]
     reports, plain = [], sample(zsnr, scheduler="simple")
     assert sample(zsnr, scheduler="simple").isfinite().all()

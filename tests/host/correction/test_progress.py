@@ -1,4 +1,4 @@
-"""What a client sees while a corrected run goes on: the host's progress bar and its previews; and how it stops a run."""
+"""What a client sees during a corrected run, the host's progress bar and its previews; and how it interrupts a run."""
 
 import itertools
 
@@ -13,7 +13,10 @@ def model(small_model):
 
 @pytest.fixture
 def bar(monkeypatch):
-    """A list that gets (value, total, preview) of every update of the host's bar, which stops an interrupted run as main's."""
+    """Return a list that gets (value, total, preview) of every update of the host's bar.
+
+    The bar stops an interrupted run, as the bar in the host's main.py does.
+    """
     import comfy.model_management
     import comfy.utils
 
@@ -23,7 +26,7 @@ def bar(monkeypatch):
         comfy.model_management.throw_exception_if_processing_interrupted()
         updates.append((value, total, preview))
 
-    for limit in ("PROGRESS_THROTTLE_MIN_INTERVAL", "PROGRESS_THROTTLE_MIN_PERCENT"):  # newer hosts leave updates out
+    for limit in ("PROGRESS_THROTTLE_MIN_INTERVAL", "PROGRESS_THROTTLE_MIN_PERCENT"):  # newer hosts skip some updates
         monkeypatch.setattr(comfy.utils, limit, 0.0, raising=False)
     before = comfy.utils.PROGRESS_BAR_HOOK
     comfy.utils.set_progress_bar_global_hook(hook)
@@ -32,7 +35,7 @@ def bar(monkeypatch):
 
 
 def check(bar, total):
-    """One bar, that moves on with every evaluation and is full at the end."""
+    """Check that there is one bar, which advances with every evaluation and is full at the end."""
     values = [value for value, *_ in bar]
     assert {known for _, known, _ in bar} == {total}
     assert values == sorted(values) and values[-1] == total
@@ -88,7 +91,7 @@ def test_bar_is_full_where_iterations_converge_early(sample, model, bar):
 
 
 def test_bar_of_a_sampler_that_picks_its_steps_is_the_hosts(sample, stock_sample, model, bar):
-    """It is not known beforehand how often it evaluates."""
+    """The number of its evaluations is not known beforehand."""
     stock = stock_sample(model, steps=STEPS, cfg=1.0, sampler_name="dpm_adaptive")
     expected = bar.copy()
     bar.clear()
@@ -98,7 +101,7 @@ def test_bar_of_a_sampler_that_picks_its_steps_is_the_hosts(sample, stock_sample
 
 @pytest.fixture
 def previews(monkeypatch, bar):
-    """previews(): the images that came with the bar's updates, as bytes; the bar forgets them."""
+    """Return previews(), which gives the images of the bar's updates as bytes, and clears the bar's list."""
     from comfy.cli_args import LatentPreviewMethod, args
 
     monkeypatch.setattr(args, "preview_method", LatentPreviewMethod.Latent2RGB)
@@ -124,7 +127,7 @@ def test_previews_arrive_at_every_step(sample, stock_sample, model, previews):
 
 
 def state(model):
-    """What a patch on a MODEL or its network would show in."""
+    """Return the state in which a patch on a MODEL or its network would be visible."""
 
     def copied(value, depth=2):
         return {name: copied(item, depth - 1) for name, item in value.items()} if isinstance(value, dict) and depth else value
@@ -135,7 +138,9 @@ def state(model):
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_interrupt_in_a_correction_stops_the_run_and_leaves_nothing(host, sample, model, bar, moment):
-    """The host looks for it before every layer and at every update of the bar: `after` is after the network's last layer."""
+    """The host checks for an interrupt before every layer and at every update of the bar. `after`: after the network's last
+    layer.
+    """
     from comfy.model_management import InterruptProcessingException, interrupt_current_processing, processing_interrupted
     from comfy.patcher_extension import WrappersMP
 

@@ -1,6 +1,6 @@
 """Every sampler of the host over every parameterization of the host, on a network whose fixed points are known.
 
-The network is a line, so that at a corrected step the iteration x'_k -> x'_{k+1} is a line too. With D(x) = p x + q at the
+The network is linear, so that at a corrected step the iteration x'_k -> x'_{k+1} is linear too. With D(x) = p x + q at the
 step's sigma, c = c_in(sigma') / c_in(sigma) and x' = a x + b D + noise, the paper's iteration contracts by
 
     1 - lam + lam J,    J = -(1 - p) c b,
@@ -16,13 +16,13 @@ from pack import pack_module
 from toy import ToyGuider, run
 
 LAMBDA, ITERATIONS, STEPS, CORRECTED = 0.5, 90, 9, (0, 3, 7)
-NO_LONGER_MOVES = 1e-13  # a thousandth of what the iterates are held to: what comes after is of no consequence
+NO_LONGER_MOVES = 1e-13  # a thousandth of the iterates' tolerance: smaller changes do not matter
 
 DETERMINISTIC = (
     "euler", "ddim", "heun", "heunpp2", "dpm_2", "lms", "dpmpp_2m", "ipndm", "ipndm_v", "deis", "res_multistep",
     "gradient_estimation", "exp_heun_2_x0", "uni_pc", "uni_pc_bh2",
 )  # fmt: skip
-ONE_PREDICTION = ("euler_ancestral", "ddpm", "lcm")  # stochastic, and no more than the step's own prediction
+ONE_PREDICTION = ("euler_ancestral", "ddpm", "lcm")  # stochastic, and using only the step's own prediction
 STOCHASTIC = (
     *ONE_PREDICTION, "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_sde_gpu", "dpmpp_2m_sde", "dpmpp_2m_sde_gpu",
     "dpmpp_2m_sde_heun", "dpmpp_2m_sde_heun_gpu", "dpmpp_3m_sde", "dpmpp_3m_sde_gpu", "res_multistep_ancestral", "er_sde",
@@ -34,8 +34,9 @@ TYPES = (
     "EPS", "V_PREDICTION", "V_PREDICTION_EDM", "STABLE_CASCADE", "EDM", "FLOW", "V_PREDICTION_CONTINUOUS", "FLUX",
     "FLOW_COSMOS", "V_PREDICTION_DDPM",
 )  # fmt: skip
-# The host's samplers tell flows from all others: each runs with a type of either kind, and with EDM, which makes the latent's
-# share of the prediction another. Each other type runs with every third sampler, so each sampler with every third of these.
+# The host's samplers treat flows differently from all other types: each sampler runs with a type of either kind, and with EDM,
+# which changes the latent's share of the prediction. Each other type runs with every third sampler, so that each sampler runs
+# with every third of these types.
 OF_ALL_SAMPLERS = ("EPS", "EDM", "FLOW")
 PAIRS = [
     (model_type, name)
@@ -46,7 +47,7 @@ PAIRS = [
 
 
 def known(host, samplers):
-    """The samplers of a list that this host has."""
+    """Return the samplers of a list that this host has."""
     import comfy.samplers
 
     return [name for name in samplers if name in comfy.samplers.KSampler.SAMPLERS]
@@ -61,7 +62,9 @@ def guider_of(model_type, **settings):
 
 
 def schedule(guider, steps=STEPS):
-    """Sigmas n + 1, in float64: the model's own of a flow, otherwise Karras's over a range in which a line contracts."""
+    """Return n + 1 sigmas in float64: for a flow the model's own, otherwise Karras's over a range in which a linear network
+    contracts.
+    """
     from comfy.k_diffusion.sampling import get_sigmas_karras
     from comfy.samplers import calculate_sigmas
 
@@ -72,7 +75,7 @@ def schedule(guider, steps=STEPS):
 
 
 def corrected(host, name, **settings):
-    """The host's sampler of this name, wrapped by IECSampler; and the list of its reports."""
+    """Return (the host's sampler of this name, wrapped by IECSampler; the list of its reports)."""
     import comfy.samplers
 
     inputs = {"correction_steps": "all", "lambda_": LAMBDA, "max_iterations": 1, "tolerance": 0.0, **settings}
@@ -80,7 +83,7 @@ def corrected(host, name, **settings):
 
 
 def groups(calls):
-    """The evaluations of each corrected step: a list of (x, sigma) for the step's own and the iterations."""
+    """Return the evaluations of each corrected step: a list of (x, sigma) for the step's own and the iterations."""
     found = []
     for number, (x, sigma, iteration) in enumerate(calls):
         if iteration == 0 and number + 1 < len(calls) and calls[number + 1][2] == 1:
@@ -122,7 +125,7 @@ def test_iteration_converges_to_the_fixed_point_at_the_predicted_rate(host, mode
     for step, evaluations in zip(CORRECTED, steps):
         (x, sigma), inputs = evaluations[0], [x_in for x_in, _ in evaluations[1:]]
         sigma_next = sigmas[step + 1].item()
-        assert 2 < len(inputs) <= ITERATIONS and all(at == sigma for _, at in evaluations)  # fewer: it no longer moved
+        assert 2 < len(inputs) <= ITERATIONS and all(at == sigma for _, at in evaluations)  # fewer if it no longer moved
         p, q = guider.line(sigma)
         scale = guider.input_scale(sigma_next) / guider.input_scale(sigma)
         a, b = sigma_next / sigma, 1 - sigma_next / sigma
@@ -140,7 +143,7 @@ def test_iteration_converges_to_the_fixed_point_at_the_predicted_rate(host, mode
             torch.testing.assert_close(denoised, closed, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(last, inputs[-2], rtol=1e-10, atol=1e-10)
         if name in ONE_PREDICTION or (step == 0 and name in FIRST_STEP_OF_ONE_PREDICTION):
-            # the latent that the run goes on with, its noise included, is the one that the iteration converged to
+            # the run continues from the latent, with its noise, to which the iteration converged
             begin = own[own.index(_number(guider.calls, x)) + 1]
             torch.testing.assert_close(last, guider.calls[begin][0] * scale, rtol=1e-6, atol=1e-6)
         if name != "sa_solver_pece":
@@ -155,7 +158,7 @@ def _number(calls, x):
 @pytest.mark.parametrize("model_type", ["EPS", "V_PREDICTION", "FLOW"])
 @pytest.mark.parametrize("iterations", [1, 2, 3])
 def test_every_schedule(host, name, model_type, iterations):
-    """After K iterations a line is at fixed point + rate^K (start - fixed point), at every step of every schedule."""
+    """After K iterations a linear network is at fixed point + rate^K (start - fixed point), at every step of every schedule."""
     import comfy.samplers
 
     for scheduler in comfy.samplers.KSampler.SCHEDULERS:
@@ -179,10 +182,10 @@ def test_every_schedule(host, name, model_type, iterations):
 
 
 class SilentGuider(ToyGuider):
-    """Predicts zero, and is content with it: what the latent becomes is the sampler's own doing, and its noise."""
+    """A guider that predicts zero and has no residual: the latents change only by the sampler's own step and its noise."""
 
     def denoised(self, x, sigma):
-        if self.calls[-1][2]:  # a correction at x_in finds no residual where D(x_in) = x_in - x
+        if self.calls[-1][2]:  # a correction at x_in has no residual if D(x_in) = x_in - x
             return x - next(call[0] for call in reversed(self.calls) if call[2] == 0)
         return torch.zeros_like(x)
 
@@ -191,7 +194,9 @@ class SilentGuider(ToyGuider):
 @pytest.mark.parametrize("name", STOCHASTIC)
 @pytest.mark.parametrize("model_type", ["EPS", "EDM", "FLOW"])
 def test_iterates_have_the_noise_that_the_step_is_taken_with(host, model_type, name):
-    """One draw a step, held through the iterations: where a step leads is known, noise included, before it is taken."""
+    """Each step draws noise once and keeps it through the iterations: the step's result, with its noise, is known before the
+    step.
+    """
     import comfy.samplers
 
     if not known(host, [name]):
@@ -232,7 +237,7 @@ ONE_EVALUATION = (
 
 @pytest.mark.parametrize("name", ONE_EVALUATION)
 def test_history_has_the_corrected_prediction(host, name):
-    """The stock sampler over a denoiser with the iteration written out, its every answer corrected, gives the same."""
+    """The stock sampler over a denoiser that corrects each prediction by the written-out iteration gives the same result."""
     import comfy.samplers
 
     class WrittenOut(ToyGuider):
@@ -325,7 +330,7 @@ def test_a_sampler_that_picks_its_steps_by_the_latent_is_refused(host):
 
 
 def test_a_sampler_of_another_pack_is_followed(host):
-    """A sampler function that is not the host's, with noise of its own: the iterates go without the noise."""
+    """The sampler function is not the host's and draws its own noise: the iterates do not include the noise."""
     import comfy.samplers
 
     def sample_foreign(model, x, sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None):
@@ -348,7 +353,7 @@ def test_a_sampler_of_another_pack_is_followed(host):
 
 
 def test_churned_noise_is_the_samplers_own(host):
-    """Noise that is added before a step is in the latent that the step begins with, at the sigma that was evaluated."""
+    """Noise that is added before a step is part of the latent with which the step begins, at the sigma that was evaluated."""
     import comfy.samplers
 
     stock = comfy.samplers.ksampler("euler", {"s_churn": 2.0})
@@ -370,7 +375,7 @@ def test_schedule_of_no_step_hands_the_latent_on(host, name):
 
     sigmas, single = torch.tensor([1.5]), {"dtype": torch.float32}
     if name == "uni_pc":
-        sigmas = torch.tensor([1.5, 0.0])  # one step is the least that it takes
+        sigmas = torch.tensor([1.5, 0.0])  # it takes at least one step
     stock = run(comfy.samplers.sampler_object(name), ToyGuider("EPS"), sigmas.clone(), **single)
     sampler, reports = corrected(host, name)
     result = run(sampler, ToyGuider("EPS"), sigmas.clone(), **single)
@@ -381,11 +386,11 @@ def test_schedule_of_no_step_hands_the_latent_on(host, name):
 @pytest.mark.parametrize("model_type", ["EPS", "V_PREDICTION", "FLOW"])
 @pytest.mark.parametrize("point", ["paper", "next"])
 def test_unsampling_goes_up_the_same_way(host, model_type, point):
-    """Flipped sigmas, as FlipSigmas gives them: from a small sigma that stands for 0 up to the highest."""
+    """The sigmas are flipped, as by FlipSigmas: from a small sigma instead of 0 up to the highest."""
     guider = guider_of(model_type)
     sigmas = schedule(guider).flip(0)
     sigmas[0] = 0.0001
-    sigmas[-1] *= 0.99  # at a flow's 1 there is no latent left that the host could hand on
+    sigmas[-1] *= 0.99  # at a flow's 1 no latent is left that the host could return
     sampler, reports = corrected(host, "euler", evaluation_point=point)
     assert run(sampler, guider, sigmas).isfinite().all()
     assert all(step.corrected and 0 < step.residuals[0][0] < 10 for step in reports[0].steps)
@@ -400,7 +405,7 @@ def test_unsampling_goes_up_the_same_way(host, model_type, point):
 
 @pytest.mark.parametrize("model_type", ["EPS", "FLOW"])
 def test_unsampling_iterates_on(host, model_type):
-    """The way up has a negative factor of the prediction: a residual is a length all the same."""
+    """When the noise increases, the factor of the prediction is negative; a residual is a norm and stays positive."""
     guider = guider_of(model_type)
     sampler, reports = corrected(host, "euler", max_iterations=4, tolerance=1e-9)
     run(sampler, guider, torch.linspace(0.3, 0.9, 7))
@@ -409,7 +414,7 @@ def test_unsampling_iterates_on(host, model_type):
 
 
 def test_dpm_adaptive_runs_uncorrected_over_any_range(host):
-    """Over a short range its error estimate is small enough to be the same for many latents."""
+    """Over a short range its error estimate is so small that it can be the same for many latents."""
     import comfy.samplers
 
     for high, low in itertools.product((0.4, 1.0, 2.0), (0.2, 0.35)):
@@ -420,7 +425,7 @@ def test_dpm_adaptive_runs_uncorrected_over_any_range(host):
 
 
 def test_guidance_plus_plus_is_known_by_what_it_does(host):
-    """A CFG++ sampler of the host that has no cfg_pp in its name."""
+    """A CFG++ sampler of the host without cfg_pp in its name is recognized."""
     sampler = host.run("SamplerEulerCFGpp", version="alternative")[0]
     settings = {"correction_steps": "all", "lambda_": LAMBDA, "max_iterations": 1, "tolerance": 0.0}
     guider = ToyGuider("EPS")
@@ -449,7 +454,7 @@ def test_a_step_that_is_told_after_its_further_evaluations_is_refused(host):
 
 @pytest.mark.parametrize("steps", ["none", "all"])
 def test_schedule_with_a_zero_inside(host, steps):
-    """lcm runs over it; no step can begin at no noise for a correction."""
+    """lcm runs over such a schedule; a step that begins at sigma 0 cannot be corrected."""
     import comfy.samplers
 
     sigmas, single = torch.tensor([5.0, 2.0, 0.0, 0.0]), {"dtype": torch.float32}
@@ -485,7 +490,7 @@ def test_options_of_a_sampler_are_in_its_steps(host, name, options):
 
 
 def test_noise_that_is_no_multiple_of_the_draw_is_left_out(host):
-    """A sampler that clips its noise: where the step leads is not known, and the iterates go without."""
+    """A sampler clips its noise: the step's result is not known, and the iterates do not include the noise."""
     import comfy.samplers
 
     def clipping(function):
@@ -514,8 +519,10 @@ def test_noise_that_is_no_multiple_of_the_draw_is_left_out(host):
 @pytest.mark.filterwarnings("ignore:Should have t")
 @pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde_gpu"])
 def test_noise_ahead_is_as_the_latent_is_and_the_same_each_time(host, name):
-    """A Brownian path answers as the sigmas are that it is asked for, and the rehearsal's are on the CPU. A step asks as often
-    as it iterates.
+    """The noise drawn ahead has the latent's dtype and is the same each time.
+
+    A Brownian path's values depend on the dtype and device of the sigmas that it gets, and the rehearsal's sigmas are on the
+    CPU. A step asks for its noise once per iteration.
     """
     import comfy.samplers
 
@@ -533,7 +540,7 @@ def test_noise_ahead_is_as_the_latent_is_and_the_same_each_time(host, name):
 
 @pytest.mark.parametrize(("scheduler", "multiplied"), [("normal", "by 3.4 in step 18"), ("karras", "by 1.5 in step 18")])
 def test_history_that_multiplies_a_correction_is_reported(host, scheduler, multiplied):
-    """dpmpp_2m takes its step with (1 + h / (2 h_last)) D - h / (2 h_last) D_last, h being the step's width in log sigma."""
+    """dpmpp_2m takes its step with (1 + h / (2 h_last)) D - h / (2 h_last) D_last, where h is the step's width in log sigma."""
     import comfy.samplers
 
     module = pack_module("nodes.host.sampling.rehearsal")

@@ -1,4 +1,4 @@
-"""What a run will do, told before it runs: held against real runs of the host's samplers."""
+"""The plan that is shown before a run, compared with real runs of the host's samplers."""
 
 import asyncio
 import json
@@ -20,19 +20,19 @@ def model(small_model):
 
 @pytest.fixture
 def empty_latent():
-    """Small, for all but the steps is the same."""
+    """A small latent, because only the steps matter."""
     return {"samples": torch.zeros(2, 3, 8, 8)}
 
 
 @pytest.fixture(scope="module")
 def plans(host):
-    """The module that plans."""
+    """Return the module that plans."""
     return pack_module("nodes.host.correction.step_plan")
 
 
 @pytest.fixture(scope="module")
 def route(host):
-    """The module that answers the frontend."""
+    """Return the module that answers the frontend."""
     return pack_module("nodes.host.correction.step_plan_route")
 
 
@@ -90,15 +90,15 @@ def test_cached_steps_of_a_profile_are_those_in_the_file(plans, host, model, con
         return plans.step_plan({"correction_steps": "all"}, sampling(**run), {"profile_name": "mine.safetensors"})["full"]
 
     assert full() == [0, 2, 5]
-    assert full(start_step=1) == [0, 1, 4]  # a part of the calibrated schedule; its first step always is
-    assert full(steps=7) is None  # only the run tells, by a refusal
+    assert full(start_step=1) == [0, 1, 4]  # a part of the calibrated schedule; its first step is always full
+    assert full(steps=7) is None  # known only at the run, which refuses it
     with pytest.raises(plans.NotKnown, match="which steps a cache evaluates in full is known when it runs"):
         plans.step_plan({"correction_steps": "full"}, sampling(steps=7), {"profile_name": "mine.safetensors"})
     assert plans.step_plan({"correction_steps": "full"}, sampling(), {"profile_name": "mine.safetensors"})["nfe"] == 9
 
 
 def test_corrections_in_full_are_those_of_full_steps(plans):
-    """What a cached run really costs: an evaluation in full is several of the others."""
+    """The plan tells the real cost of a cached run: a full evaluation costs several of the others."""
 
     def corrections(steps, **more):
         return plans.step_plan({"correction_steps": steps, "max_iterations": 2}, sampling(), **more)["full_corrections"]
@@ -132,7 +132,7 @@ def test_full_is_the_steps_that_the_cache_evaluates_in_full(plans, host, sample,
 
 @pytest.mark.parametrize("first", ["IECApply", "IECDeepCache", "IECSampler"])
 def test_full_of_the_other_nodes_is_that_of_the_cache_too(host, advanced, model, conditioning, first):
-    """With Apply IEC before and behind the cache, and around a SAMPLER."""
+    """This holds with Apply IEC before and after the cache, and around a SAMPLER."""
     correction = {"correction_steps": "full", "lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0}
     cache, sampler = {"interval": 3, "branch": 0}, "euler"
     if first == "IECApply":
@@ -155,7 +155,7 @@ def test_full_of_the_other_nodes_is_that_of_the_cache_too(host, advanced, model,
     [("euler", "simple", False), ("euler", "kl_optimal", True), ("euler_ancestral", "simple", True)],
 )
 def test_auto_is_told_where_no_model_has_another(plans, host, sample, model, name, scheduler, differs):
-    """By runs of a model with SD 1.5's noise levels and of a flow model: what differs is not promised."""
+    """`auto` runs on a model with SD 1.5's noise levels and on a flow model; steps that differ are not promised."""
     flow = host.run("IECLoadBuiltinModel", precision="float32", architecture="transformer")[0]
     auto, run = {"correction_steps": "auto"}, {"steps": 20, "sampler_name": name, "scheduler": scheduler}
     plan = plans.step_plan(auto, run)
@@ -172,7 +172,7 @@ def test_auto_is_told_where_no_model_has_another(plans, host, sample, model, nam
 
 @pytest.mark.fast
 def test_what_goes_by_the_noise_levels_of_the_model_is_not_told(plans):
-    """The part of a schedule that is cached, and schedules that have as many steps as the model has noise levels."""
+    """This applies to the cached part of a schedule, and to schedules with as many steps as the model has noise levels."""
     part = {"interval": 3, "start_percent": 0.3}
     assert plans.step_plan({"correction_steps": "all"}, sampling(steps=20, scheduler="karras"), part)["full"] is None
     assert plans.step_plan({"correction_steps": "all"}, sampling(steps=20, scheduler="karras"), {"interval": 3})["full"]
@@ -243,7 +243,7 @@ def test_plan_is_what_ksampler_advanced_does(plans, host, model, conditioning, c
 @pytest.mark.fast
 @pytest.mark.parametrize("name", ["euler", "dpm_2"])
 def test_plan_is_what_a_custom_sampler_does(plans, host, advanced, model, conditioning, count_evaluations, name):
-    """KSampler has one step more for dpm_2, which BasicScheduler has not."""
+    """KSampler has one step more for dpm_2, which BasicScheduler does not have."""
     counted, calls = count_evaluations(model)
     guider = host.run("BasicGuider", model=counted, conditioning=conditioning[0])[0]
     advanced(guider, name, steps=5, scheduler="karras", denoise=0.5)
@@ -272,7 +272,7 @@ def test_what_a_run_is_refused_for_is_said(plans, correction, run, sentence):
 
 
 def question(**changed):
-    """The JSON of a question, with values of its parts changed, such as sampling={"steps": 5}."""
+    """Return the JSON of a question, with values of its parts changed, such as sampling={"steps": 5}."""
     parts = {"correction": {"correction_steps": "all"}, "sampling": sampling(denoise=1.0), "cache": {"interval": 3}}
     for name, values in changed.items():
         parts[name] = {**parts[name], **values} if isinstance(values, dict) and name in parts else values
@@ -320,7 +320,7 @@ def test_a_question_of_another_form_gets_a_sentence(route):
 
 @pytest.mark.fast
 def test_a_client_has_one_plan_at_a_time_and_short_questions(route, monkeypatch):
-    """On a server of aiohttp's own, where a plan takes until it is let go."""
+    """The server is aiohttp's own, with a plan that takes until the test releases it."""
     started, let_go = threading.Event(), threading.Event()
 
     def slow(asked):
@@ -355,7 +355,7 @@ def test_what_is_only_not_known_is_no_refusal(route):
 
 
 def test_planning_leaves_the_random_numbers_of_a_run_alone(route):
-    """The server plans in a thread of its own while another samples."""
+    """The server plans in its own thread while another thread samples."""
     import comfy.samplers
 
     torch.manual_seed(1)

@@ -1,7 +1,7 @@
-"""Corrected trajectories through the real host against the paper's VP formula, written out here in float64.
+"""Corrected trajectories through the real host compared with the paper's VP formula, written out here in float64.
 
-Nothing of the pack is used for the expected values: the network is called directly, in its own coordinates, and the
-schedule is built from the betas.
+The expected values use nothing of the pack: the network is called directly, in its own coordinates, and the schedule is built
+from the betas.
 """
 
 import math
@@ -21,25 +21,25 @@ def model(small_model):
 
 
 def alpha_bars():
-    """Cumulative products of 1 - beta of Stable Diffusion's schedule: sqrt(beta) linear from 0.00085 to 0.012."""
+    """Return the cumulative products of 1 - beta of Stable Diffusion's schedule: sqrt(beta) linear from 0.00085 to 0.012."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     return torch.cumprod(1 - betas, 0)
 
 
 def timesteps(n):
-    """The paper's uniform DDIM timesteps (every (1000 // n)-th from 1), from high to low."""
+    """Return the paper's uniform DDIM timesteps (every (1000 // n)-th from 1), from high to low."""
     return list(range(1, 1000, 1000 // n))[:n][::-1] if n else []
 
 
 @pytest.fixture
 def empty_latent():
-    """A quarter of the model's own size, which is enough for what is tested here."""
+    """A quarter of the model's own size, which is enough for these tests."""
     return {"samples": torch.zeros(2, 3, 8, 8)}
 
 
 @pytest.fixture(scope="module")
 def guided_eps(model, host):
-    """guided_eps(x_vp, t): the classifier-free guided noise prediction of the network, from and in float64."""
+    """Return guided_eps(x_vp, t), which gives the classifier-free guided noise prediction of the network, in float64."""
     classes = _classes(host)
     labels = torch.zeros(2, len(classes))
     for i, name in enumerate(LABELS):
@@ -71,15 +71,15 @@ def _classes(host):
 
 
 def start(seed=7):
-    """x_T as the host makes it where the first timestep is below the last of the 1000: an empty latent, noised to it."""
+    """Return x_T as the host makes it if the first timestep is below the last of the 1000: an empty latent, noised to it."""
     noise = torch.randn(2, 3, 8, 8, generator=torch.manual_seed(seed)).double()
     return (1 - alpha_bars()[timesteps(STEPS)[0]]).sqrt() * noise
 
 
 def paper_trajectory(eps, corrected, lambda_, iterations, evaluation_point="paper"):
-    """DDIM with IEC as in the paper: x'_{k+1} = (1 - lam) x'_k + lam (A_t x + B_t eps(x'_k, t)), x'_0 = A_t x + B_t eps(x, t).
+    """Run DDIM with IEC as in the paper, and return the final x_0 (where the cumulative product is 1).
 
-    Returns the final x_0 (where the cumulative product is 1).
+    x'_0 = A_t x + B_t eps(x, t), and x'_{k+1} = (1 - lam) x'_k + lam (A_t x + B_t eps(x'_k, t)).
     """
     bars, steps = alpha_bars(), timesteps(STEPS)
     x = start()
@@ -102,8 +102,8 @@ def paper_trajectory(eps, corrected, lambda_, iterations, evaluation_point="pape
 CORRECTED = {"all": set(range(STEPS)), "ends:1/10": {0, STEPS - 1}}
 
 
-# The formula has damping and iterations apart, and some steps are corrected as all are: each damping and each number of
-# iterations is met with either, and most pairs of them.
+# Damping and iterations are independent in the formula, and some steps are corrected like all others: each damping and each
+# number of iterations is tested with either set of steps, and so are most pairs of both.
 SETTINGS = [("all", 0.3, 1), ("all", 0.5, 2), ("all", 0.7, 3)]
 SETTINGS += [("ends:1/10", 0.3, 3), ("ends:1/10", 0.5, 1), ("ends:1/10", 0.7, 2)]
 
@@ -120,7 +120,7 @@ def test_agrees_with_the_paper(sample, model, guided_eps, relative, steps, lambd
 
 @pytest.mark.parametrize(("steps", "lambda_", "iterations"), [("all", 0.5, 1), ("all", 0.3, 2), ("ends:1/10", 0.3, 3)])
 def test_next_evaluation_point_agrees_with_its_formula(sample, model, guided_eps, relative, steps, lambda_, iterations):
-    """Where the iterations converge: where they do not, images keep their best iterate."""
+    """This holds where the iterations converge; elsewhere, images keep their best iterate."""
     expected = paper_trajectory(guided_eps, CORRECTED[steps], lambda_, iterations, "next")
     settings = {"correction_steps": steps, "lambda_": lambda_, "max_iterations": iterations, "evaluation_point": "next"}
     assert relative(sample(model, **settings), expected) < 1e-4
@@ -134,7 +134,7 @@ def test_next_evaluation_point_at_one_half_is_the_hosts_heun(sample, stock_sampl
 
 @pytest.mark.fast
 def test_wrong_evaluation_point_is_told_apart(sample, model, guided_eps, relative, monkeypatch, host):
-    """The latent handed to the network without the c_in ratio is what a quick port does; it must not pass the test above."""
+    """A careless port gives the network the latent without the c_in ratio; it must not pass the test above."""
     expected = paper_trajectory(guided_eps, CORRECTED["all"], 0.5, 1)
     module = pack_module("nodes.host.sampling.rehearsal")
     monkeypatch.setattr(module, "input_scale", lambda sampling, sigma: 1.0)
@@ -210,7 +210,7 @@ def test_foreign_sampler_is_refused(host):
 
 
 COUNTED = [("none", 1), ("ends:1/10", 1), ("all", 1), ("first:3", 2), ("all", 3)]
-# What is counted is the same for all of these with the plain model, and with all that there is on it; with one thing, some.
+# All of these are counted with the plain model and with all patches together; with a single patch only some of them are.
 VARIANTS = [(variant, *counted) for variant in ("full", "W8A8+DeepCache") for counted in COUNTED]
 VARIANTS += [(variant, *counted) for variant in ("W8A8", "W4A8", "DeepCache") for counted in (COUNTED[1], COUNTED[4])]
 
@@ -243,7 +243,7 @@ def test_report_has_the_trajectory(sample, model):
 
 
 def test_schedule_counts_the_steps_that_are_run(host, sample, model):
-    """ddim_uniform gives seven steps where six are asked for: 1000 // 6 = 166, and 1 + 6 * 166 is below 1000."""
+    """ddim_uniform gives seven steps when six are requested: 1000 // 6 = 166, and 1 + 6 * 166 is below 1000."""
     assert host.nodes["IECKSampler"].validate_inputs(steps=6, scheduler="ddim_uniform", correction_steps="steps:6") is True
     reports = []
     sample(model, reports, steps=6, correction_steps="steps:6")

@@ -1,4 +1,4 @@
-"""What computes a quantized layer: the faster way where it can be timed, what the user asks for, and little around it."""
+"""What computes a quantized layer: the fastest backend if it can be timed, the user's choice, and little overhead."""
 
 import copy
 import sys
@@ -19,14 +19,16 @@ FORMATS = [("int8", False), ("int8", True), ("int4", False)]  # kind, rotated
 
 @pytest.fixture(scope="module")
 def layers(host):
-    """The module nodes.host.quantization.quantized_layers, as the host has loaded it."""
+    """Return the module nodes.host.quantization.quantized_layers, as the host has loaded it."""
     return pack_module("nodes.host.quantization.quantized_layers")
 
 
 @pytest.fixture
 def clock(layers, monkeypatch, tmp_path):
-    """Stands in for a GPU's: 8-bit products take clock.eight microseconds, the dequantized weight 4.0, the unquantized layer
-    3.0; clock.asked: what was timed.
+    """Replace a GPU's clock: 8-bit products take clock.eight microseconds, the dequantized weight 4.0, the unquantized layer
+    3.0.
+
+    clock.asked: what was timed.
     """
     clock = types.SimpleNamespace(eight=2.0, asked=[], free=True, covers=lambda device: True, card=lambda device: "a card")
 
@@ -46,7 +48,7 @@ def normal(*shape, seed=0, dtype=torch.float32):
 
 @pytest.fixture
 def make(layers):
-    """make(layer, kind, rotated, dtype, **activation): a quantized layer of normally distributed weights."""
+    """Return make(layer, kind, rotated, dtype, **activation), which gives a quantized layer of normally distributed weights."""
     import comfy.ops
 
     quantization = pack_module("iec_core.quantization.packing")
@@ -71,7 +73,7 @@ def inputs(layer, dtype=torch.float32, rows=6):
 
 
 def dequantized(layer, x):
-    """What the layer computes with its weight in x's type, in float64."""
+    """Return the layer's output with its dequantized weight in x's dtype, computed in float64."""
     weight = layer.packing.dequantize(layer.weight)
     if x.ndim == 2:
         return torch.nn.functional.linear(x.double(), weight.double(), layer.bias.double())
@@ -96,7 +98,7 @@ def test_the_faster_way_serves(layers, clock, make, name, kind, rotated):
     larger = inputs(name, rows=12)
     torch.testing.assert_close(layer(larger).double(), dequantized(layer, larger), rtol=1e-4, atol=1e-4)
     assert str(layer.choice("cpu")).startswith(f"dequantized weight (microseconds: {backend} 5, ") and len(clock.asked) == 2
-    assert torch.equal(layer(x), in_8_bits) and len(clock.asked) == 2  # as it was found for that size
+    assert torch.equal(layer(x), in_8_bits) and len(clock.asked) == 2  # the earlier result for this size
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -143,7 +145,7 @@ def test_no_more_sizes_are_remembered_than_come_in_turn(layers, make):
 
 
 def test_what_could_not_be_found_out_is_found_out_later(layers, clock, make):
-    """As while a graph is taken, or memory is short."""
+    """Timing is not possible while a graph is captured, or when memory is short."""
     clock.free, clock.eight = False, 5.0
     layer, x = make(), inputs(LINEAR)
     in_8_bits = make(compute="8-bit")(x)
@@ -151,7 +153,7 @@ def test_what_could_not_be_found_out_is_found_out_later(layers, clock, make):
     clock.free = True
     assert not torch.equal(layer(x), in_8_bits) and len(clock.asked) == 1
     clock.free = False
-    assert not torch.equal(make()(x), in_8_bits)  # another layer of the kind knows it too
+    assert not torch.equal(make()(x), in_8_bits)  # the result also applies to other layers of the same kind
 
 
 def test_a_wrong_input_harms_no_right_one(clock, make):
@@ -172,7 +174,7 @@ def test_activations_of_16_bits_leave_no_choice(clock, make):
 
 
 def test_where_nothing_is_faster_than_the_dequantized_weight_it_serves(layers, make, monkeypatch):
-    """As on a device that has no product of integers: no window is gathered, and activations stay as they are."""
+    """This is the case on a device without integer products: no window is gathered, and activations are not quantized."""
     monkeypatch.setattr(layers, "conv_backend", lambda *_: layers.WEIGHT_ONLY)
     monkeypatch.setattr(layers, "linear_backend", lambda *_: layers.WEIGHT_ONLY)
     for name in SHAPES:
@@ -197,7 +199,7 @@ def test_a_way_that_fails_is_passed_by(layers, clock, make, monkeypatch):
 def test_derivatives_are_of_what_serves(layers, clock, make):
     x = inputs(LINEAR)
     for eight in (2.0, 5.0):
-        clock.eight, layer = eight, make(dtype=torch.float32, rotated=eight == 5.0)  # not the same kind
+        clock.eight, layer = eight, make(dtype=torch.float32, rotated=eight == 5.0)  # another kind, which is timed again
         expected = layer(x)
         layer.passes_gradients = True
         torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
@@ -216,11 +218,11 @@ def test_a_compiled_layer_takes_what_was_timed_before(layers, clock, make, timed
     assert len(clock.asked) == bool(timed)
 
 
-# What is around the products
+# The overhead around the products
 
 
 class Operations(TorchDispatchMode):
-    """Lists what is asked of torch."""
+    """List the operations that torch is asked for."""
 
     def __init__(self):
         super().__init__()
@@ -233,7 +235,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize(("backend", "names"), [("KITCHEN", ["sum", "add"]), ("TRITON", ["reshape", "view", "view"])])
 def test_little_is_done_around_a_kernel(layers, make, monkeypatch, backend, names):
-    """A view takes as long as the launch of a kernel."""
+    """Even a view takes as long as the launch of a kernel."""
     core = sys.modules[layers.linear_int8.__module__]
     layer, x, out = make(dtype=torch.float16), normal(2, 3, 48, dtype=torch.float16), normal(2, 3, 7, dtype=torch.float16)
     monkeypatch.setattr(layers, "linear_backend", lambda *_: getattr(core, backend))
@@ -241,7 +243,7 @@ def test_little_is_done_around_a_kernel(layers, make, monkeypatch, backend, name
     monkeypatch.setattr(core.launch, "quantized", lambda x, *_: (x, x))
     pixels = out.reshape(6, 7, 1, 1)
     monkeypatch.setattr(core.launch, "conv2d", lambda *_: pixels)
-    layer(x)  # its views are made, and what computes it is looked for
+    layer(x)  # makes its views and chooses its backend
     with Operations() as asked:
         assert layer(x).shape == (2, 3, 7)
     assert asked.names == names
@@ -313,7 +315,7 @@ def test_what_the_host_has_to_cast_is_left_to_it(layers, make, monkeypatch, what
     assert calls == []
     if what == "weight function":
         layer.weight_function = [lambda weight: weight * 2]
-        twice = torch.nn.functional.linear(x, 2 * layer.convert_weight(layer.weight), layer.bias)  # with nothing rounded anew
+        twice = torch.nn.functional.linear(x, 2 * layer.convert_weight(layer.weight), layer.bias)  # without rounding again
         torch.testing.assert_close(layer(x), twice)
     elif what == "bias function":
         layer.bias_function = [lambda bias: bias + 1]

@@ -1,4 +1,4 @@
-"""LoRAs and other patches behind a quantized MODEL: they stand beside its weights, none of them is rounded."""
+"""LoRAs and other patches after a quantized MODEL: they are computed next to its weights, and none of them is rounded."""
 
 import copy
 import json
@@ -39,7 +39,7 @@ def quantize(host, model):
 
 @pytest.fixture
 def lora(model):
-    """lora(size): a LoRA of rank 4 on four layers, each change of so many parts of its weight's norm."""
+    """Return lora(size), which gives a LoRA of rank 4 on four layers; a change's norm is `size` times its weight's norm."""
 
     def make(size=0.01, seed=0):
         found = {}
@@ -56,7 +56,7 @@ def lora(model):
 
 
 def change_of(lora, name):
-    """What a LoRA adds to a weight, by its definition, in float64."""
+    """Return what a LoRA adds to a weight, by its definition, in float64."""
     out, into, alpha = (lora[f"diffusion_model.{name}.{part}"] for part in ("lora_up.weight", "lora_down.weight", "alpha"))
     product = out.double().flatten(1) @ into.double().flatten(1)
     return product.view(len(out), *into.shape[1:]) * alpha.item() / len(into)
@@ -73,7 +73,7 @@ def layer_of(model, name):
 
 
 def put_in(layer):
-    """Inputs of a layer."""
+    """Return inputs for a layer."""
     shape = layer.packing.shape
     return noise(*((2, 16, shape[1]) if len(shape) == 2 else (2, shape[1], 6, 6)), seed=3)
 
@@ -104,7 +104,7 @@ def offloaded(model):
 
 
 def added(layer, change):
-    """What a change of a layer's weight adds to what comes out, in float64."""
+    """Return what a change of a layer's weight adds to the layer's output, in float64."""
     x = put_in(layer).double()
     if change.ndim == 2:
         return x @ change.t()
@@ -112,7 +112,7 @@ def added(layer, change):
 
 
 def check_kept(before, after, model, lora, strength=1.0):
-    """Check that all of a LoRA came out, and nothing else."""
+    """Check that the outputs differ by the whole LoRA and by nothing else."""
     for name in LAYERS:
         wanted = strength * added(layer_of(model, name), change_of(lora, name))
         left = after[name].double() - before[name].double()
@@ -125,7 +125,7 @@ def check_kept(before, after, model, lora, strength=1.0):
 @pytest.mark.parametrize("size", [0.002, 0.05])
 @pytest.mark.parametrize("name", FORMATS)
 def test_all_of_a_lora_behind_arrives(quantize, lora, name, size):
-    """Where the model is loaded, and the same to the bit where it is offloaded."""
+    """It arrives when the model is loaded, and bit for bit the same when it is offloaded."""
     base, patches = quantize(name), lora(size)
     patched, packed = with_lora(base, patches, 0.7), {name: layer_of(base, name).weight.clone() for name in LAYERS}
     before, after = loaded(base), loaded(patched)
@@ -155,7 +155,7 @@ def test_what_an_offloaded_layer_is_patched_with_is_found_out_once(quantize, lor
     factors = module.lora_factors
     monkeypatch.setattr(module, "lora_factors", lambda *given: calls.append(1) or factors(*given))
     base = quantize()
-    for strength in (1.0, 0.5):  # other patches, other factors
+    for strength in (1.0, 0.5):  # other patches, other strengths
         patched, calls[:] = with_lora(base, lora(), strength), []
         check_kept(loaded(base), offloaded(patched), base, lora(), strength)
         assert len(calls) == len(LAYERS)
@@ -171,7 +171,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["W4A16", "fp8"])
 def test_a_file_has_all_of_a_lora_behind(host, sample, quantize, lora, folder, caplog, name):
-    """To the bit; what is loaded again takes another one. Nothing is warned of."""
+    """The result is the same bit for bit, without a warning; the loaded model accepts another LoRA."""
     patched = with_lora(quantize(name), lora())
     expected = sample(patched)
     host.run("IECSaveQuantizedModel", model=patched, name="q")
@@ -188,7 +188,7 @@ def test_a_file_has_all_of_a_lora_behind(host, sample, quantize, lora, folder, c
 
 
 def hooked(lora, *conditionings, strength=1.0):
-    """Conditionings with the same LoRA of hooks, which are evaluated at once."""
+    """Return the conditionings with one and the same LoRA as hooks, so that they are evaluated together."""
     import comfy.hooks
 
     hooks = comfy.hooks.create_hook_lora(lora, strength, 0.0)
@@ -208,7 +208,7 @@ def test_a_lora_of_hooks_is_as_one_behind(sample, quantize, lora, conditioning, 
 
 
 def test_hooks_of_one_conditioning_alone_beside_a_lora_behind(sample, model, quantize, lora, conditioning, relative):
-    """As the host has it of the same MODEL in full precision, with the weights that the quantized ones stand for."""
+    """The reference is the host's result with the same MODEL in full precision, with the dequantized weights."""
     base = quantize()
     layers = {name: layer for name, layer in base.model.diffusion_model.named_modules() if hasattr(layer, "packing")}
     values = {
@@ -223,7 +223,7 @@ def test_hooks_of_one_conditioning_alone_beside_a_lora_behind(sample, model, qua
 
 
 def test_hooks_on_an_offloaded_layer(quantize, lora):
-    """On one that has patches, and on one that has none."""
+    """This holds for a layer with patches and for one without."""
     base, one, other = quantize(), lora(), lora(seed=40)
     layer, key = layer_of(base, LINEAR), f"diffusion_model.{LINEAR}.weight"
     by_hooks = with_lora(base, other).patches
@@ -260,7 +260,9 @@ def test_a_run_of_hooks_that_fails_leaves_nothing_on_the_layers(sample, quantize
 
 
 def patched_outputs(base, patches):
-    """What layers put out with patches, {name: [a patch as the host has it]}, loaded; the same offloaded."""
+    """Return the outputs of layers with patches, {name: [a patch in the host's form]}; check loaded and offloaded layers are
+    equal.
+    """
     patched = base.clone()
     for name, found in patches.items():
         patched.patches[f"diffusion_model.{name}.weight"] = found
@@ -271,7 +273,7 @@ def patched_outputs(base, patches):
 
 
 def patch(out, into, strength=1.0, alpha=None, magnitudes=None, of_weight=1.0, part=None, function=None):
-    """A patch of a LoRA as the host has it."""
+    """Return a LoRA's patch in the host's form."""
     import comfy.weight_adapter
 
     return (
@@ -301,7 +303,9 @@ OF_FACTORS = {"a LoRA", "of no alpha", "of some rows", "of strength 0"}
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_patch_is_as_the_host_calculates_it(quantize, monkeypatch, kind):
-    """Alone and beside a LoRA, with a branch that takes any rank and all that is left by the first directions."""
+    """Each kind is tested alone and together with a LoRA, with a branch that takes any rank and the rest after the first
+    directions.
+    """
     import comfy.lora
 
     module = pack_module("iec_core.quantization.packing")
@@ -324,7 +328,7 @@ def test_every_kind_of_patch_is_as_the_host_calculates_it(quantize, monkeypatch,
 
 @pytest.mark.parametrize("kind", ["a difference", "of magnitudes"])
 def test_hooks_that_take_turns_are_found_out_once(quantize, monkeypatch, kind):
-    """As two conditionings have it in every step; what they are is forgotten at the end of the run."""
+    """Two conditionings alternate like this in every step; the computed changes are dropped at the end of the run."""
     packing, calls = pack_module("iec_core.quantization.packing").Packing, []
     changed = packing.changed
     monkeypatch.setattr(packing, "changed", lambda *given: calls.append(1) or changed(*given))
@@ -346,7 +350,7 @@ def test_hooks_that_take_turns_are_found_out_once(quantize, monkeypatch, kind):
 
 
 def test_a_lora_of_hooks_beside_another_behind_that_is_offloaded_is_found_out_once(quantize, monkeypatch, lora):
-    """Though that of the hooks comes and goes."""
+    """The hooks' LoRA is put on and removed again; the LoRA of the MODEL is computed once nevertheless."""
     packing, calls = pack_module("iec_core.quantization.packing").Packing, []
     changed = packing.changed
     monkeypatch.setattr(packing, "changed", lambda *given: calls.append(1) or changed(*given))
@@ -364,7 +368,9 @@ def test_a_lora_of_hooks_beside_another_behind_that_is_offloaded_is_found_out_on
 
 
 def test_a_model_as_a_lora_of_hooks(sample, model, quantize, conditioning, relative):
-    """ComfyUI's "Create Hook Model as LoRA", whose weights are taken as differences to the MODEL's own."""
+    """The hooks are those of ComfyUI's "Create Hook Model as LoRA", whose weights are taken as differences to the
+    MODEL's own.
+    """
     import comfy.hooks
 
     names = [f"diffusion_model.{name}.weight" for name in LAYERS]
@@ -377,7 +383,7 @@ def test_a_model_as_a_lora_of_hooks(sample, model, quantize, conditioning, relat
 
 
 def test_a_model_is_saved_while_the_lora_of_another_clone_is_loaded(host, sample, quantize, lora, folder):
-    """With which it shares its weights; and so is the other one, whose LoRA is on fewer layers."""
+    """The clones share their weights. The same holds for a saved clone whose own LoRA is on fewer layers."""
     base = quantize()
     some = {key: value for key, value in lora().items() if LINEAR in key}
     expected = [sample(one) for one in (base, with_lora(base, some))]
@@ -416,7 +422,7 @@ def test_the_host_counts_what_weights_become_larger_by(quantize, lora):
         left.append(source.loaded_size())
         source.detach()
     assert left[0] == left[1]
-    patched.load(CPU, lowvram_model_memory=int(0.8 * base.model_size()))  # in part, then whole
+    patched.load(CPU, lowvram_model_memory=int(0.8 * base.model_size()))  # in part, then completely
     patched.load(CPU, full_load=True)
     assert patched.loaded_size() == size
     patched.detach()
@@ -427,14 +433,14 @@ def test_the_host_counts_what_weights_become_larger_by(quantize, lora):
 
 @pytest.mark.parametrize("share", [0.6, 0.7, 0.8, 0.9])
 def test_what_is_loaded_in_part_is_patched_once_however_often_it_is_loaded(builtin_model, quantize, share):
-    """Loaded layers have become larger, and may not fit a second time into the same memory."""
+    """Loaded layers have become larger, and may not fit into the same memory a second time."""
     base = quantize(source=builtin_model)
     names = [name for name, layer in base.model.diffusion_model.named_modules() if hasattr(layer, "packing")]
     patched = base.clone()
     for name in names:
         shape = layer_of(base, name).packing.shape
         patched.patches[f"diffusion_model.{name}.weight"] = [patch(noise(shape[0], 16), noise(16, *shape[1:], seed=1) / 99)]
-    memory = int(share * base.model_size())  # of which the host keeps some for layers on their way
+    memory = int(share * base.model_size())  # the host keeps some of it for layers that are being moved
     patched.load(CPU, lowvram_model_memory=memory)
     expected, before = outputs(patched), loaded_layers(patched, names)
     assert 0 < len(before) < len(names)
@@ -443,18 +449,18 @@ def test_what_is_loaded_in_part_is_patched_once_however_often_it_is_loaded(built
         assert all(torch.equal(expected[name], out) for name, out in outputs(patched).items())
         now = loaded_layers(patched, names)
         sizes = [sum(layer_of(patched, name).weight.nbytes for name in some) for some in (before, now)]
-        assert before <= now and sizes[1] < 1.05 * sizes[0]  # not many more, in place of those that have become larger
+        assert before <= now and sizes[1] < 1.05 * sizes[0]  # only few more, replacing those that have become larger
         assert patched.loaded_size() >= sizes[1]
     patched.detach()
 
 
 def loaded_layers(model, names):
-    """Those that are patched in place."""
+    """Return the layers that are patched in place."""
     return {name for name in names if f"diffusion_model.{name}.weight" in model.backup}
 
 
 def test_hooks_by_a_patcher_of_another_pack_are_rounded_in_place(quantize, lora):
-    """Over the same network, as the host's own class does it."""
+    """The other pack's patcher uses the same network as the host's own class."""
     import comfy.model_patcher
 
     base, key = quantize("W8A8"), f"diffusion_model.{LINEAR}.weight"
@@ -477,7 +483,7 @@ def test_a_lora_that_is_being_trained_takes_no_derivatives_here(quantize, lora):
 
 
 def test_a_lora_that_does_not_fit_the_weight_is_left_to_the_host(quantize, caplog):
-    """Which logs it, and goes on without it."""
+    """The host logs the LoRA and continues without it."""
     base = quantize()
     found, before = patched_outputs(base, {LINEAR: [patch(OUT[:32], INTO)]}), loaded(base)
     assert torch.equal(found[LINEAR], before[LINEAR]) and "ERROR lora" in caplog.text
@@ -494,11 +500,11 @@ def test_a_higher_rank_than_the_branch_takes_is_as_near_as_it_can_be(quantize, m
     change = (large[0] @ large[1] + small[0] @ small[1]).double()
     found = patched_outputs(base, {LINEAR: patches})[LINEAR].double() - before
     expected = put_in(layer).double() @ change.t()
-    assert (found - expected).norm() < 0.02 * expected.norm()  # but for two directions of eight, of a hundredth
+    assert (found - expected).norm() < 0.02 * expected.norm()  # two of eight directions are lost, 1/100 in size
 
 
 def test_what_another_pack_lays_on_weights_is_computed_with_unrounded(quantize, lora):
-    """ComfyUI's weight wrappers, beside a LoRA, of hooks too."""
+    """These are ComfyUI's weight wrappers, together with a LoRA, also one of hooks."""
     base, key = quantize(), f"diffusion_model.{LINEAR}.weight"
     patched = with_lora(base, lora())
     layer = layer_of(base, LINEAR)
@@ -527,7 +533,7 @@ def test_a_copy_of_a_patched_layer_has_none_of_what_lies_on_it(quantize, lora):
     assert twin.hooked is None and twin._laid_on is None
     patched.unpatch_hooks()
     patched.detach()
-    assert layer._laid_on is None  # what has been offloaded lets go of it
+    assert layer._laid_on is None  # released when the layer is unloaded
 
 
 def test_a_source_that_patches_in_place(model, quantize, lora, sample):

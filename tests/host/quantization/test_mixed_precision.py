@@ -1,4 +1,4 @@
-"""IECCalibrateWeights with weight_bits mixed: what it measures, what it chooses, and what that keeps of the images."""
+"""IECCalibrateWeights with weight_bits mixed: what it measures, what it chooses, and how well that keeps the images."""
 
 import contextlib
 import functools
@@ -8,7 +8,8 @@ import torch
 from pack import pack_module
 
 SAMPLING = {"steps": 4, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal"}
-# A 3 x 3 layer, Linear ones, of which nothing comes of one (there is one token to attend to), and a 1 x 1 one that costs much.
+# A 3 x 3 layer, Linear layers, one of which has no effect (there is one token to attend to), and a 1 x 1 layer with large
+# errors.
 FEW = "mid*.0.in_* mid*.proj_in mid*.attn2.to_q out*.7.0.skip_*"
 
 
@@ -23,7 +24,9 @@ def inputs(host, conditioning):
 
 @pytest.fixture
 def calibrate(host, model, inputs):
-    """calibrate(source, **settings): (the MODEL, its table), by default of a few layers, with 16-bit activations."""
+    """Return calibrate(source, **settings), which gives (the MODEL, its table), by default of a few layers, with 16-bit
+    activations.
+    """
 
     def run(source=None, **settings):
         given = {
@@ -37,7 +40,9 @@ def calibrate(host, model, inputs):
 
 @pytest.fixture
 def draw(host, conditioning):
-    """draw(model): latents of the host's own sampler, from another seed and other classes than were calibrated on."""
+    """Return draw(model), which gives latents of the host's own sampler, with another seed and other classes than the
+    calibration.
+    """
 
     def run(model):
         arguments = [SAMPLING[name] for name in ("steps", "cfg", "sampler_name", "scheduler")]
@@ -63,7 +68,7 @@ def relative(x, y):
 
 @contextlib.contextmanager
 def weight_of(model, name, weight):
-    """Give a layer of a network another weight, for as long as this lasts."""
+    """Give a layer of a network another weight within the context."""
     layer = model.model.diffusion_model.get_submodule(name)
     before, layer.weight = layer.weight, torch.nn.Parameter(weight, requires_grad=False)
     try:
@@ -104,8 +109,9 @@ def predictions(host, model, inputs):
 
 @pytest.mark.fast
 def test_errors_are_those_of_guided_predictions_with_one_layer_quantized(host, model, calibrate, inputs):
-    """Against evaluations of the network by the test, with a float weight in place of one layer's. At this size what a layer
-    changes in one step is nowhere undone by another, for which the estimate is too large.
+    """The errors are compared with the test's own evaluations, in which one layer has a floating-point weight.
+
+    At this image size, no layer cancels the change of another in a step; where layers do, the estimate is too large.
     """
     inputs = {**inputs, "latent_image": {"samples": torch.zeros(2, 3, 16, 16)}}
     made, table = calibrate(average_bits=4.5, latent_image=inputs["latent_image"])
@@ -182,7 +188,7 @@ def test_budgets_that_cannot_be_are_refused(calibrate, host):
 
 
 def test_caches_in_front_do_not_answer_what_is_measured(host, model, calibrate):
-    """Neither the pack's nor the host's, which would repeat what they have kept."""
+    """Neither the pack's cache nor the host's may repeat its kept results."""
     from comfy_extras.nodes_easycache import EasyCacheNode
 
     small = {"average_bits": 5.0, "include": "mid*.proj_in out*.7.0.skip_*"}
@@ -232,7 +238,7 @@ def test_samplers_of_several_evaluations_a_step(calibrate, progress_of, sampler_
 
 
 def test_numbers_that_are_none_are_refused(model, calibrate):
-    """In what is predicted with a layer quantized; here by a patch that sees which one is."""
+    """The NaN values are in the prediction with one layer quantized; a patch that detects this layer's hooks makes them."""
     broken = model.clone()
     layer = broken.model.diffusion_model.get_submodule("middle_block.1.proj_in")
 
@@ -260,7 +266,7 @@ def test_it_comes_back_from_a_file_to_the_bit(host, calibrate, draw, tmp_path, m
 
 
 def test_a_transformer(host):
-    """Flux, whose first and last blocks a budget finds."""
+    """The transformer is Flux; the budget also covers its first and last blocks."""
     from test_transformers import FAMILIES, build, conditioning, empty_latent
 
     model = build("Flux")
@@ -274,7 +280,7 @@ def test_a_transformer(host):
 
 
 def test_the_report_ranks_by_what_the_prediction_costs(host, model, inputs, calibrate):
-    """Its errors are those that the calibration has measured of the same choice."""
+    """Its errors are the ones that the calibration measured for the same choice."""
     made, table = calibrate(weight_bits="4", rank="0")
     assert table == f"4 layers: W4A16, GPTQ, only {FEW}"
     measured = rows_of(calibrate()[1])

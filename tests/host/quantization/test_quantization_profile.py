@@ -1,4 +1,6 @@
-"""Calibrated activations and the quantization report on the host's network, against hooks of the test."""
+"""Calibrated activations and the quantization report on the host's network, compared with the values that the test's
+hooks see.
+"""
 
 import contextlib
 import copy
@@ -15,7 +17,7 @@ from tuned import tuned
 STEPS = 4
 SAMPLING = {"steps": STEPS, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal"}
 LINEAR, PIXELS, WINDOW = "Linear", "1x1", "3x3"
-SOME = "input_blocks.2.* input_blocks.3.* middle_block.* output_blocks.0.*"  # of each of these several, of stride 1 and 2
+SOME = "input_blocks.2.* input_blocks.3.* middle_block.* output_blocks.0.*"  # several of each kind, of stride 1 and 2
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ def model(small_model):
 
 @pytest.fixture
 def empty_latent():
-    """A quarter of the model's own size, which is enough for what is tested here."""
+    """A quarter of the model's own size, which is enough for these tests."""
     return {"samples": torch.zeros(2, 3, 8, 8)}
 
 
@@ -40,15 +42,16 @@ def quantize(host, model):
 
 @pytest.fixture
 def inputs(conditioning):
-    """What the calibrating nodes want to know of their runs."""
+    """Return the inputs of the calibrating nodes' runs."""
     latent = {"samples": torch.zeros(2, 3, 8, 8)}
     return {"positive": conditioning[0], "negative": conditioning[1], "latent_image": latent, "seed": 11, "runs": 1, **SAMPLING}
 
 
 @pytest.fixture
 def calibrate(host, inputs):
-    """calibrate(model, **settings): the calibrated MODEL and its profile. By the largest magnitude, where a test does not ask
-    for more: the search costs several times that.
+    """Return calibrate(model, **settings), which gives the calibrated MODEL and its profile.
+
+    Scales come from the largest magnitude unless a test asks for the search, which costs several times as much.
     """
     inputs = {**inputs, "activation_scale": "absmax"}
     return lambda model, **settings: host.run("IECCalibrateQuantization", model=model, **{**inputs, **settings})
@@ -61,7 +64,7 @@ def apply(host):
 
 @pytest.fixture
 def run(host, conditioning):
-    """run(model, ...): the latents of a run of the host's own sampler."""
+    """Return run(model, ...), which gives the latents of a run of the host's own sampler."""
 
     def sample(model, seed=11, steps=STEPS, positive=None, sampler_name="euler"):
         latent, conditions = {"samples": torch.zeros(2, 3, 8, 8)}, (positive or conditioning[0], conditioning[1])
@@ -77,8 +80,9 @@ def layers_of(model):
 
 @contextlib.contextmanager
 def watched(model, note):
-    """Let note(name, layer, x, output, sigma) see all evaluations of quantized layers of this MODEL's network; yields a clone
-    of the MODEL to sample, whose sigma it is.
+    """Let note(name, layer, x, output, sigma) see all evaluations of quantized layers of this MODEL's network.
+
+    Yields a clone of the MODEL to sample; `sigma` is the clone's.
     """
     from comfy.patcher_extension import WrappersMP
 
@@ -110,8 +114,10 @@ def kind_of(layer):
 
 
 def rotated(x, size):
-    """Rotate the last dimension by the regular Hadamard matrix of ConvRot in float64: the Kronecker power of the block that is
-    minus one where row and column sum to three, over the square root of its size.
+    """Rotate the last dimension by the regular Hadamard matrix of ConvRot in float64.
+
+    The matrix is the Kronecker power of the block that is minus one where row and column sum to three, over the square root of
+    its size.
     """
     block = np.array([[-1 if row + column == 3 else 1 for column in range(4)] for row in range(4)], dtype=np.float64)
     matrix = np.ones((1, 1))
@@ -121,7 +127,7 @@ def rotated(x, size):
 
 
 def entering(layer, x):
-    """Return what comes in as it is to be quantized."""
+    """Return a layer's input in the form that is quantized (rotated if the layer rotates)."""
     size = layer.packing.format.rotation
     return rotated(x, size) if size else x
 
@@ -131,7 +137,7 @@ def sigmas_of(host, model, steps=STEPS):
 
 
 def largest_inputs(model, runs):
-    """Return {sigma: {name: largest magnitude that has entered}} of what runs(model) samples."""
+    """Return {sigma: {name: largest input magnitude}} of what runs(model) samples."""
     seen = {}
 
     def note(name, layer, x, output, sigma):
@@ -145,7 +151,9 @@ def largest_inputs(model, runs):
 
 @pytest.mark.parametrize("rotate", [False, True])
 def test_scales_are_the_largest_that_the_runs_have(host, quantize, calibrate, run, model, rotate):
-    """Over two prompts with two seeds each, as hooks of the test see them in runs of the host's own sampler."""
+    """The largest inputs over two prompts with two seeds each, as the test's hooks see them in runs of the host's own
+    sampler.
+    """
     quantized, other = quantize(rotate=rotate), host.run("IECClassLabel", labels="flag")[0]
     seen = largest_inputs(
         quantized, lambda model: [run(model, seed, positive=prompt) for prompt in (None, other) for seed in (11, 12)]
@@ -168,7 +176,7 @@ def test_scales_are_the_largest_that_the_runs_have(host, quantize, calibrate, ru
 
 @pytest.mark.fast
 def test_searched_scales_have_the_least_squared_error(host, quantize, inputs, run):
-    """As a calibration makes them that is told nothing of them."""
+    """The calibration runs with default inputs, which search the scales."""
     quantized, taken = quantize(), {}
 
     def note(name, layer, x, output, sigma):
@@ -195,8 +203,9 @@ def test_searched_scales_have_the_least_squared_error(host, quantize, inputs, ru
 
 
 def by_definition(layer, full, x, scale):
-    """The output of a full-precision layer with 8-bit weights and activations of this scale: integer sums, exactly, for float64
-    holds them, then float64 scales.
+    """Return the output of a full-precision layer with 8-bit weights and activations of this scale.
+
+    The integer sums are exact, because float64 holds them; then float64 scales are applied.
     """
     weight = rotated(full.weight, size) if (size := layer.packing.format.rotation) else full.weight.double()
     weight_scale = (weight.flatten(1).abs().amax(1) / 127).float().double().reshape(-1, *[1] * (weight.ndim - 1))
@@ -213,8 +222,10 @@ def by_definition(layer, full, x, scale):
 @pytest.mark.parametrize("rotate", [False, True])
 @pytest.mark.parametrize("steps", [STEPS, 3])
 def test_layers_compute_by_the_definition_with_the_profiles_scales(quantize, calibrate, run, model, steps, rotate):
-    """In a run of the calibration's steps with their scales, in one of another number with those on the line between. A rotated
-    weight's integers, and an interpolated scale's, may differ from the test's where a value lies between two of them.
+    """With the calibration's number of steps its scales are used, with another number the scales are interpolated linearly.
+
+    A rotated weight's integers, and the integers of an interpolated scale, may differ from the test's where a value lies
+    between two integers.
     """
     quantized = quantize(rotate=rotate, include=SOME)
     calibrated, profile = calibrate(quantized, activation_scale="search")  # so that there are values to clamp
@@ -242,7 +253,7 @@ def test_layers_compute_by_the_definition_with_the_profiles_scales(quantize, cal
 
 
 def test_all_kinds_of_scales_are_near_to_full_precision(quantize, calibrate, run, model, relative):
-    """On noise that the calibration has not seen."""
+    """The noise is other than the calibration's."""
     quantized, exact = quantize(), run(model, seed=3)
     errors = {"dynamic": relative(run(quantized, seed=3), exact)}
     for scales in ("timestep-wise", "static"):
@@ -323,7 +334,7 @@ def test_progress_counts_the_steps_of_all_runs(quantize, calibrate, conditioning
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_steps_at_which_a_layer_was_not_run_have_the_scale_of_the_step_before(host, quantize, calibrate, model, cached):
-    """Because a cache left the layer out. Of a layer that the cache runs, every step has a scale of its own."""
+    """A cache left the layer out at these steps. A layer that the cache runs has its own scale for every step."""
     quantized = quantize()
     if cached:
         quantized = host.run("IECDeepCache", model=quantized, interval=2, branch=0)[0]
@@ -338,7 +349,7 @@ def test_steps_at_which_a_layer_was_not_run_have_the_scale_of_the_step_before(ho
 
 
 def test_a_layer_that_was_never_run_goes_on_with_scales_of_its_own(quantize, calibrate, apply, run):
-    """Here by a profile that does not have it, as of a network which the calibration has run without it."""
+    """The profile does not contain the layer, as when the calibration ran the network without it."""
     quantized = quantize()
     profile, seen = copy.deepcopy(calibrate(quantized)[1]), {}
     name = profile.names[3]
@@ -364,7 +375,7 @@ def test_profile_is_saved_loaded_and_applied(host, profile_folder, quantize, cal
     expected = run(calibrated)
     for each in (profile, loaded):
         assert torch.equal(run(apply(quantized, each)), expected)
-    assert torch.equal(run(apply(quantize(), loaded)), expected)  # made anew, as after a restart
+    assert torch.equal(run(apply(quantize(), loaded)), expected)  # made again, as after a restart
 
 
 def test_the_same_model_in_another_precision_has_the_profile(build_small, quantize, calibrate, apply, run):
@@ -394,7 +405,7 @@ def test_a_profile_of_another_model_or_quantization_is_refused(quantize, calibra
 
 
 def test_scales_that_are_on_a_model_are_replaced(quantize, calibrate, apply, run):
-    """As by those of a file; a calibration does not see them."""
+    """They may come from a file; a calibration ignores them."""
     quantized = quantize()
     static, others = calibrate(quantized, scales="static")
     expected, profile = calibrate(quantized)
@@ -424,8 +435,9 @@ def test_a_calibration_that_gives_no_numbers_is_refused(quantize, calibrate):
 
 
 def test_a_schedule_that_repeats_a_sigma(host, profile_folder, quantize, calibrate, run, monkeypatch):
-    """As schedulers give one for more steps than there are timesteps. The profile has a row for each that there is, and can be
-    read again.
+    """Schedulers give such a schedule for more steps than there are timesteps.
+
+    The profile has a row for each distinct sigma, and can be loaded again.
     """
     import comfy.samplers
 
@@ -454,13 +466,14 @@ def compiled(source):
 def test_a_compiled_model_is_calibrated_and_reported_as_it_is_without(
     host, quantize, calibrate, apply, report, inputs, monkeypatch
 ):
-    """Compiled before the calibration, after a run; and after the calibration. A small network, for each of these is compiled
-    anew.
+    """The model is compiled before the calibration, after a run; and after the calibration.
+
+    The network is small, because each of these compiles it again.
     """
     import comfy.ldm.modules.attention as attention
     from test_unets import OTHERS, build, conditioning
 
-    # Not the one that asks for the free memory, which takes a graph for each call, and a minute for all.
+    # The host's attention asks for the free memory, which needs a graph for each call, and a minute in total.
     monkeypatch.setattr(attention, "optimized_attention", attention.attention_pytorch)
     small = build(OTHERS["short"])
     sampled = {"positive": conditioning("short", 1), "negative": conditioning("short", 2)}
@@ -484,7 +497,7 @@ def test_a_compiled_model_is_calibrated_and_reported_as_it_is_without(
 
 
 def test_layers_that_are_not_seen_are_told(quantize, calibrate):
-    """As where another node runs a copy of the network."""
+    """Another node that runs a copy of the network has this effect."""
     quantized = quantize()
     hidden = quantized.clone()
     hidden.add_object_patch("diffusion_model", copy.deepcopy(quantized.model.diffusion_model))
@@ -547,7 +560,7 @@ def test_cachequant_on_a_calibrated_model(host, quantize, calibrate, run, inputs
 
 
 def test_cachequant_of_a_calibrated_model_maps_what_its_network_computes(host, quantize, calibrate, run, inputs, model):
-    """At step 1, which holds the feature of step 0, where both networks have seen the same latent."""
+    """The map is checked at step 1, which reuses the feature of step 0, where both networks have seen the same latent."""
     calibrated, features = calibrate(quantize(weight_bits="4"))[0], []
 
     def see(h, hsp, options):
@@ -568,15 +581,20 @@ def test_cachequant_of_a_calibrated_model_maps_what_its_network_computes(host, q
 
 @pytest.fixture
 def is_drawn():
-    """Whether the report's plot is: that takes longer than all of its runs. A parameter of this name sets it."""
+    """Return whether the report's plot is drawn, which takes longer than all of its runs. Parametrize this name to
+    change it.
+    """
     return False
 
 
 @pytest.fixture
 def report(host, inputs, model, is_drawn, monkeypatch):
-    """report(model, **settings): (rows {layer: [format, backend, prediction error, SQNR, weight SQNR, MB]}, plot, exclude)."""
+    """Return report(model, **settings), which gives (rows, plot, exclude).
+
+    rows: {layer: [format, backend, prediction error, SQNR, weight SQNR, MB]}.
+    """
     plots = pack_module("nodes.reports.plots")
-    # In one step of the run, for time: test_mixed_precision.py has what is measured in more.
+    # Only one step is measured, to save time: test_mixed_precision.py tests the measurement of several.
     monkeypatch.setattr(pack_module("nodes.host.quantization.prediction_errors"), "EVALUATIONS", 1)
     if not is_drawn:
         monkeypatch.setattr(plots, "_picture", lambda figure: np.zeros((8, 8, 3), np.uint8))
@@ -634,7 +652,7 @@ def test_report_has_every_layers_errors_what_costs_most_at_equal_bytes_first(hos
     changes = {name: float(row[2]) for name, row in rows.items()}
     spared = [changes[name] ** 2 / (full[name][0].nbytes - layer.weight.nbytes) for name, layer in layers_of(quantized).items()]
     by_worth = dict(zip(layers_of(quantized), spared))
-    worth = [by_worth[name] for name in rows if changes[name] > 1e-4]  # of more than the table's last digits
+    worth = [by_worth[name] for name in rows if changes[name] > 1e-4]  # above the table's last digits
     assert len(worth) > 20 and all(then < 1.02 * here for here, then in itertools.pairwise(worth))
     limit = {"8": 127, "4": 7}[bits[0]]
     for name, (fmt, backend, _, sqnr, weight_sqnr, size) in rows.items():
@@ -652,7 +670,7 @@ def test_report_has_every_layers_errors_what_costs_most_at_equal_bytes_first(hos
 
 
 def test_report_tells_what_computes_calibrated_layers(quantize, calibrate, report, model, monkeypatch):
-    """A backend with scales of its own, one for each row, is not what calibrated activations have."""
+    """Calibrated activations cannot use a backend that takes its own scale for each row."""
     layers = sys.modules[type(next(iter(layers_of(quantize()).values()))).__module__]
     monkeypatch.setattr(layers, "linear_backend", lambda device, per_row, *_: f"rows: {per_row}")
     quantized = quantize()
@@ -689,7 +707,7 @@ def test_a_size_budget_is_kept_and_used(quantize, report, model, share):
     sizes = {name: full[name] if name in exclude else layers_of(mixed)[name].weight.nbytes for name in packed}
     assert sum(sizes.values()) / 2**20 <= size
     unused = size - sum(sizes.values()) / 2**20
-    of_use = {name for name, row in rows.items() if float(row[2]) > 0}  # queries of a context of one token change nothing
+    of_use = {name for name, row in rows.items() if float(row[2]) > 0}  # queries of a one-token context change nothing
     assert all((full[name] - packed[name]) / 2**20 > unused for name in of_use - set(exclude))
     assert (len(exclude) == 0) == (share == 0.0)
 
@@ -700,7 +718,7 @@ def test_a_size_that_the_quantized_layers_do_not_fit_is_refused(quantize, report
 
 
 def test_report_refuses_numbers_that_are_none(quantize, report):
-    """Which a layer's integers hide from those behind it."""
+    """The values are NaN. A layer's rounding to integers hides them from the layers after it."""
     broken = quantize().clone()
     broken.set_model_output_block_patch(lambda h, hsp, options: (h * float("nan"), hsp))
     sentence = (
@@ -727,7 +745,9 @@ def test_report_refuses_other_models(host, quantize, report, model):
 
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_report_of_models_with_a_lora_on_both(quantize, report, run, model, order):
-    """Weight patches, as the host's LoRA loaders make them, on some layers; before the model is quantized, or after."""
+    """The patches are weight patches, as from the host's LoRA loaders, on some layers, before or after the model is
+    quantized.
+    """
     generator, parameters = torch.Generator().manual_seed(0), dict(model.model.named_parameters())
     keys = ["diffusion_model.middle_block.1.proj_in.weight", "diffusion_model.middle_block.0.in_layers.2.weight"]
     patches = {key: (0.3 * torch.randn(parameters[key].shape, generator=generator),) for key in keys}
@@ -754,7 +774,7 @@ def test_report_of_models_with_a_lora_on_both(quantize, report, run, model, orde
     for name, row in rows.items():
         assert float(row[3]) == pytest.approx(expected[name], abs=0.06), name
         weight, original = (value.double().flatten(1) for value in (full[name][0], originals[name]))
-        ours = weight if order == "before" else rounded(original) + weight - original  # the patch lies on the quantized one
+        ours = weight if order == "before" else rounded(original) + weight - original  # the patch is on the quantized weight
         assert float(row[4]) == pytest.approx(decibels(weight, rounded(ours)), abs=0.06), name
     assert min(expected.values()) > 15
     assert torch.equal(run(model), before)
@@ -781,12 +801,12 @@ def test_report_of_a_calibrated_model_sees_its_scales(quantize, calibrate, repor
 def test_report_counts_the_steps_of_all_runs(quantize, report, conditioning, progress_of):
     quantized = quantize()
     told = progress_of(lambda: report(quantized, runs=2, positive_3=conditioning[0], steps=2))
-    total = 2 * 2 * 2 + 2 + len(layers_of(quantized))  # runs, one more, in a step of which each layer is measured
+    total = 2 * 2 * 2 + 2 + len(layers_of(quantized))  # the runs, and one more run, in one step of which each layer is measured
     assert told == [total, *[1] * total]
 
 
 def test_a_transformer_is_calibrated_and_reported(host, quantize, apply):
-    """Flux, whose layers are Linear ones, with guidance: scales, and errors of layers, as the test's hooks see them."""
+    """Scales and errors of Flux, with only Linear layers and with guidance, are compared with what the test's hooks see."""
     from test_transformers import FAMILIES, build, conditioning, empty_latent
 
     model = build("Flux")

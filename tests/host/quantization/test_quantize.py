@@ -36,7 +36,7 @@ def layers_of(model):
 
 
 def evaluated_layers(model, run):
-    """Return {name: (input, output)} of the first call of every Linear and Conv2d while run() runs."""
+    """Return {name: (input, output)} of the first call of every Linear and Conv2d during run()."""
     seen, hooks = {}, []
     for name, layer in layers_of(model).items():
 
@@ -60,8 +60,10 @@ def symmetric(x, limit):
 
 
 def in_two_scales(weight, group):
-    """A weight [O, K] rounded to 4 bits in groups, by the definition: a group's scale, its largest number, is a float8 number
-    of at most 128 times its channel's, and a weight the nearest of sixteen levels of it, which is an int8; in float64.
+    """Round a weight [O, K] to 4 bits in groups, by the definition, in float64.
+
+    A group's scale, from its largest magnitude, is a float8 number of at most 128 times its channel's scale. A weight is the
+    nearest of sixteen levels of the group's scale, and each level is an int8.
     """
     positive = torch.tensor([0.0529, 0.1597, 0.2696, 0.3850, 0.5089, 0.6451, 0.7995, 0.9815])
     levels = torch.cat([-positive.flip(0), positive])
@@ -74,7 +76,7 @@ def in_two_scales(weight, group):
 
 
 def reference(layer, x, weight_bits, activation_bits, group=None, per_tensor=False):
-    """A full-precision layer's output, quantized by the definition: int64 sums, then float64 scales."""
+    """Return a full-precision layer's output, quantized by the definition: int64 sums, then float64 scales."""
     weight = layer.weight.flatten(1) if layer.weight.ndim == 2 else layer.weight.permute(0, 2, 3, 1).flatten(1)
     if group and weight.shape[1] % group == 0 and activation_bits == 8:
         matrix = in_two_scales(weight, group)
@@ -128,7 +130,7 @@ def test_every_layer_computes_by_the_definition(model, sample, quantized, weight
 
 @pytest.mark.fast
 def test_integer_sums_of_every_layer_equal_int64_bit_for_bit(sample, quantized, monkeypatch):
-    """What the integer kernels are given and give in a real run, before any scale is applied."""
+    """The test compares inputs and outputs of the integer kernels in a real run, before any scale is applied."""
     core = pack_module("iec_core.quantization.int8")
     int_matmul, conv2d_sums, seen = core.int_matmul, core.conv2d_sums, []
 
@@ -174,7 +176,7 @@ def test_fewer_bits_cost_more_error(sample, model, quantized, relative):
 
 @pytest.mark.fast
 def test_memory_is_what_the_formats_say(model, quantized):
-    """As the host counts it; the source is in float32 here."""
+    """The sizes are the host's count; the source is in float32 here."""
     from comfy.model_management import module_size as size
 
     full = layers_of(model)
@@ -203,7 +205,7 @@ def test_source_model_and_other_clones_stay_as_they_are(sample, model, quantized
 
 @pytest.fixture
 def with_lora(model):
-    """with_lora(source): a clone with a weight patch as stock LoRA loaders make it."""
+    """Return with_lora(source), which gives a clone with a weight patch as from the stock LoRA loaders."""
     shape = model.model.state_dict()[PROJ_IN].shape
     patch = {PROJ_IN: (torch.randn(shape, generator=torch.Generator().manual_seed(0)),)}
 
@@ -216,7 +218,7 @@ def with_lora(model):
 
 
 def test_lora_before_is_quantized_with_the_weight(sample, model, quantized, relative, with_lora):
-    """The weight that is quantized is the patched one, once."""
+    """The patched weight is quantized, and the patch is applied once."""
     patched = with_lora(model)
     variant = quantized(source=patched)
     layer = variant.model.get_submodule(PROJ_IN.removesuffix(".weight"))
@@ -230,7 +232,7 @@ def test_lora_before_is_quantized_with_the_weight(sample, model, quantized, rela
 
 
 def test_lora_after_reaches_the_quantized_weight_and_goes_again(sample, model, quantized, relative, with_lora):
-    """Alternating with the MODEL without it, which shares the weights; by the host's own patching of a packed weight."""
+    """Runs alternate with the MODEL without the LoRA, which shares the weights; the host itself patches the packed weight."""
     base = quantized()
     plain = sample(base)
     before, after = sample(quantized(source=with_lora(model))), sample(with_lora(base))
@@ -239,16 +241,16 @@ def test_lora_after_reaches_the_quantized_weight_and_goes_again(sample, model, q
     assert relative(after, before) < 0.25 * effect and relative(after, plain) > 0.5 * effect
     assert torch.equal(sample(with_lora(base)), after)
     layer = base.model.get_submodule(PROJ_IN.removesuffix(".weight"))
-    assert layer.weight.dtype == torch.int8 and not layer.weight_function  # patched once, at no cost in the steps
+    assert layer.weight.dtype == torch.int8 and not layer.weight_function  # patched once, without a cost in the steps
 
 
 def test_lora_on_an_offloaded_layer_is_the_same(sample, quantized, with_lora):
-    """In low VRAM the host leaves the weight as it is and patches it in every evaluation."""
+    """In low VRAM the host leaves the weight unchanged and patches it in every evaluation."""
     base = quantized()
     patched = with_lora(base)
     key = PROJ_IN.removesuffix(".weight")
     expected = sample(patched)
-    sample(base)  # the host takes the LoRA off again
+    sample(base)  # the host removes the LoRA
     patched.load(torch.device("cpu"), lowvram_model_memory=1)
     layer = patched.model.get_submodule(key)
     assert len(layer.weight_function) == 1
@@ -263,7 +265,7 @@ def test_lora_on_an_offloaded_layer_is_the_same(sample, quantized, with_lora):
 
 
 def test_merging_quantized_models(sample, model, quantized, relative, with_lora):
-    """The host's ModelMergeSimple of two quantized MODELs, and of one with full precision."""
+    """The host's ModelMergeSimple merges two quantized MODELs, and one with a full-precision MODEL."""
     from comfy_extras.nodes_model_merging import ModelMergeSimple
 
     merge = ModelMergeSimple().merge
@@ -276,7 +278,7 @@ def test_merging_quantized_models(sample, model, quantized, relative, with_lora)
 
 
 def test_rotation_is_of_use_where_there_are_outliers(sample, model, quantized, relative):
-    """In the layer that has them, the others at full precision."""
+    """The layer with outliers is quantized, and the others are in full precision."""
     spiked = model.clone()
     layer = "input_blocks.3.1.transformer_blocks.0.ff.net.2"
     key = f"diffusion_model.{layer}.weight"
@@ -343,7 +345,7 @@ def test_choices_are_validated(host):
 
 def test_every_layer_says_what_computes_it(quantized):
     said = {str(layer.choice("cpu")) for name, layer in layers_of(quantized()).items() if layer.weight.dtype == torch.int8}
-    product = next(one for one in ("torch._int_mm", "exact products in float32") if one in said)  # by the processor
+    product = next(one for one in ("torch._int_mm", "exact products in float32") if one in said)  # depends on the processor
     assert said == {product, f"gathered windows, {product}"}
     fp8 = {str(layer.choice("cpu")) for layer in layers_of(quantized("fp8", 8)).values() if layer.weight.dtype == torch.int8}
     assert fp8 == {"dequantized weight"}
@@ -379,7 +381,7 @@ def test_what_other_clones_have_put_on_the_source_stays_theirs(host, sample, mod
 
 
 def test_a_source_that_was_offloaded_and_patched(sample, model, quantized):
-    """In its biases too, while it is quantized; what the host leaves on its layers is not taken along."""
+    """The source is quantized while its biases are patched too; what the host leaves on its layers is not copied."""
     bias = PROJ_IN.replace("weight", "bias")
     clone = model.clone()
     clone.add_patches({bias: (torch.ones_like(model.model.state_dict()[bias]),)}, 1.0)
@@ -392,11 +394,11 @@ def test_a_source_that_was_offloaded_and_patched(sample, model, quantized):
     patched_in_place = quantized(source=clone)
     assert torch.equal(sample(patched_in_place), expected)
     assert torch.equal(sample(quantized(source=clone)), expected)
-    sample(model)  # by which the host takes the patch off again
+    sample(model)  # the host then removes the patch
 
 
 def test_the_source_is_let_go(host, model, quantized):
-    """Nothing of the quantized MODEL leads back to its network."""
+    """The quantized MODEL has no reference to the source's network."""
     from comfy import model_management
 
     source = host.run("IECLoadBuiltinModel", precision="float32")[0]
@@ -409,7 +411,7 @@ def test_the_source_is_let_go(host, model, quantized):
 
 
 def test_what_others_have_left_on_the_sources_layers_is_not_taken_along(sample, model, quantized):
-    """A bypass LoRA of ComfyUI 0.33 leaves each layer's own forward on it when it goes."""
+    """A removed bypass LoRA of ComfyUI 0.33 leaves an instance attribute `forward` on each layer."""
     expected = sample(quantized())
     found = list(layers_of(model).values())
     try:
@@ -424,7 +426,7 @@ def test_what_others_have_left_on_the_sources_layers_is_not_taken_along(sample, 
 
 
 def test_weights_kept_are_of_the_type_that_the_host_loads_them_in(sample, model, quantized):
-    """ComfyUI 0.33's dynamic loader keeps a file's type until a layer is loaded, and notes the model's on the layer."""
+    """ComfyUI 0.33's dynamic loader keeps a file's dtype until a layer is loaded, and stores the model's dtype on the layer."""
     layer = model.model.diffusion_model.out[2]
     layer.weight_comfy_model_dtype = torch.bfloat16
     try:

@@ -1,5 +1,6 @@
-"""IECSaveQuantizedModel and IECLoadQuantizedModel on the host: what comes back, what ComfyUI's own loader makes of a file, what
-is refused, and what memory it takes.
+"""IECSaveQuantizedModel and IECLoadQuantizedModel on the host.
+
+Tested are the loaded model, what ComfyUI's own loader does with a file, refusals, and memory.
 """
 
 import ctypes
@@ -95,7 +96,7 @@ def assert_same_weights(one, other):
         assert torch.equal(tensor.reshape(-1).view(torch.uint8), other[name].reshape(-1).view(torch.uint8)), name
 
 
-# What comes back
+# The loaded model
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -128,7 +129,7 @@ def test_a_loaded_model_is_saved_as_the_same_file(model, quantize, save, load):
 
 
 def lora(model, seed=0):
-    """Patches of a quantized layer, of its bias, and of layers that are not quantized."""
+    """Return patches of a quantized layer, of its bias, and of layers that are not quantized."""
     generator, weights = torch.Generator().manual_seed(seed), model.model.state_dict()
     names = ("middle_block.1.proj_in.weight", "middle_block.1.proj_in.bias", "input_blocks.0.0.weight", "out.0.bias")
     keys = [f"diffusion_model.{name}" for name in names]
@@ -138,7 +139,7 @@ def lora(model, seed=0):
 @pytest.mark.parametrize("sampled_before", [False, True])
 @pytest.mark.parametrize("settings", [{}, {"weight_bits": "4"}, {"weight_bits": "fp8", "rotate": True}])
 def test_loras_are_in_the_file(model, sample, quantize, save, load, settings, sampled_before):
-    """Also where the host has put them into the weights already."""
+    """The LoRAs are saved even if the host has already merged them into the weights."""
     quantized = quantize(model, **settings)
     plain, patched = sample(quantized, **SMALL), quantized.clone()
     patch = lora(model)
@@ -166,7 +167,7 @@ def test_loras_reach_a_loaded_model(model, sample, quantize, save, load):
 
 
 def test_a_cache_profile_goes_with_the_loaded_model(host, model, sample, quantize, save, load, conditioning):
-    """A profile is refused for another model and for another quantization, by the fingerprint and the name."""
+    """By the fingerprint and the name, a profile is refused for another model and for another quantization."""
     quantized = quantize(model, weight_bits="4")
     settings = {"steps": 4, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal"}
     profile = host.run(
@@ -184,7 +185,7 @@ def test_a_cache_profile_goes_with_the_loaded_model(host, model, sample, quantiz
 
 @pytest.fixture
 def calibrate(host, conditioning):
-    """calibrate(model, **settings): the MODEL with calibrated activations, and their profile."""
+    """Return calibrate(model, **settings), which gives the MODEL with calibrated activations, and their profile."""
     runs = {"steps": 3, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal", "runs": 1, "seed": 5}
     runs |= {"positive": conditioning[0], "negative": conditioning[1], "latent_image": {"samples": torch.zeros(1, 3, 8, 8)}}
     runs["activation_scale"] = "absmax"
@@ -208,7 +209,7 @@ def test_calibrated_activations_are_in_the_file(model, sample, quantize, calibra
     assert torch.equal(sample(loaded, **SMALL), expected)
     assert not torch.equal(sample(quantized, **SMALL), expected)
     assert save(loaded, "again").read_bytes() == first.read_bytes()
-    save(quantized)  # in its place, without them
+    save(quantized)  # replaces the file by one without them
     assert torch.equal(sample(load(), **SMALL), sample(quantized, **SMALL))
 
 
@@ -244,7 +245,7 @@ def test_the_node_tells_the_name_and_lists_the_file(host, folder, model, quantiz
     assert host.nodes["IECLoadQuantizedModel"].fingerprint_inputs(listed[0]) > 0
 
 
-# Networks that the host finds out about by itself
+# Networks that the host detects by itself
 
 
 def noise(*shape, seed=0):
@@ -267,7 +268,7 @@ UNET = {
     "transformer_depth_output": [1, 1], "channel_mult": [1], "transformer_depth_middle": 1, "use_linear_in_transformer": False,
     "context_dim": 768, "use_temporal_resblock": False, "use_temporal_attention": False,
 }  # fmt: skip
-NETWORKS = {  # (the host's class, unet_config, latent, tokens' size)
+NETWORKS = {  # (the host's class, unet_config, latent, dimension of a token)
     "SD3": ("SD3", SD3, (1, 16, 8, 8), 12),
     "LTXV": ("LTXV", LTXV, (1, 128, 2, 4, 6), 12),
     "UNet": ("SD15", UNET, (1, 4, 8, 8), 768),
@@ -275,7 +276,7 @@ NETWORKS = {  # (the host's class, unet_config, latent, tokens' size)
 
 
 def build(name, dtype=torch.float32):
-    """A MODEL of the host's own class with random weights."""
+    """Return a MODEL of the host's own class with random weights."""
     import comfy.model_patcher
     import comfy.supported_models
 
@@ -292,13 +293,13 @@ def build(name, dtype=torch.float32):
 
 @pytest.fixture(scope="module")
 def network(host):
-    """network(name, dtype=float32): its MODEL, made once."""
+    """Return network(name, dtype=float32), which gives its MODEL, made once."""
     return functools.cache(build)
 
 
 @pytest.fixture
 def sampled(host):
-    """sampled(name, model): latents of the host's own KSampler."""
+    """Return sampled(name, model), which gives latents of the host's own KSampler."""
 
     def run(name, model):
         latent, tokens = NETWORKS[name][2:]
@@ -325,7 +326,7 @@ def test_networks_are_found_out_from_the_file(network, sampled, quantize, save, 
     loaded = load()
     assert type(loaded.model) is type(quantized.model) and loaded.model.model_type == quantized.model.model_type
     kinds = [{type(module) for module in each.model.diffusion_model.modules()} for each in (loaded, quantized)]
-    assert kinds[0] == kinds[1]  # no class of the loader's own is left
+    assert kinds[0] == kinds[1]  # no class of the loader is left
     assert_same_weights(quantized, loaded)
     expected = sampled(name, quantized)
     assert expected.isfinite().all()
@@ -348,7 +349,7 @@ def test_a_bfloat16_network_is_found_out(network, quantize, save, load):
 
 
 def test_marks_tell_the_host_how_a_model_is_sampled(host):
-    """As its SDXL class reads them."""
+    """The marks are read by the host's SDXL class."""
     import comfy.model_base
     import comfy.supported_models
 
@@ -368,7 +369,7 @@ def test_marks_tell_the_host_how_a_model_is_sampled(host):
 
 
 def test_weights_are_not_made_twice(network, model, quantize, save, load, monkeypatch):
-    """Also where the host makes weights only when it loads them."""
+    """This also holds if the host makes weights only when it loads them."""
     management = pytest.importorskip("comfy.memory_management", reason="this host always makes weights at once")
     for source in (network("SD3"), model):
         quantized = quantize(source)
@@ -390,7 +391,7 @@ def stock(path, with_metadata=True):
         return comfy.sd.load_diffusion_model(str(path))
     model = comfy.sd.load_diffusion_model_state_dict(comfy.utils.load_torch_file(str(path)))
     if model is None:
-        raise RuntimeError("no model is known")  # as who calls it has to say
+        raise RuntimeError("no model is known")  # the caller must raise this
     return model
 
 
@@ -402,12 +403,14 @@ OPENED = [
 
 @pytest.mark.parametrize("settings", OPENED, ids=str)
 def test_stock_loader_opens_linear_8_bit_files(network, sampled, quantize, save, relative, settings):
-    """Every layer is the same there; over a network a number that is rounded the other way shows in what comes after."""
+    """Each layer gives the same output there; over a whole network, a value rounded in the other direction changes later
+    layers.
+    """
     if not has_quantized_loader() and settings.get("weight_bits") != "fp8":
         pytest.skip("the stock loader of ComfyUI before 0.33 does not read these files")
     quantized = quantize(network("SD3"), **settings)
     opened = stock(save(quantized))
-    # The host quantizes what enters an int8 layer in any case.
+    # The host always quantizes the input of an int8 layer.
     like = quantize(network("SD3"), **{**settings, "activation_bits": "8"})
     layers = pack_module("nodes.host.quantization.quantized_layers").quantized_layers(like.model.diffusion_model)
     assert len(layers) > 5
@@ -422,7 +425,9 @@ def test_stock_loader_opens_linear_8_bit_files(network, sampled, quantize, save,
 
 
 def in_four_bits(x, layer):
-    """What the host's portable kernel makes of x and a rotated int4 layer, in float64: x is rotated, and rounded to 4 bits."""
+    """Return the output of the host's portable kernel for x and a rotated int4 layer, in float64: x is rotated and rounded to 4
+    bits.
+    """
     rotation, rows = layer.packing.format.rotation, layer.convert_weight(layer.weight).double()
     digits = torch.arange(rotation)[:, None], torch.arange(rotation)
     minuses = sum(digits[0] // 4**place % 4 + digits[1] // 4**place % 4 == 3 for place in range(round(math.log(rotation, 4))))
@@ -435,12 +440,14 @@ def in_four_bits(x, layer):
 
 @pytest.mark.parametrize("bits", ["8", "16"])
 def test_stock_loader_opens_linear_rotated_4_bit_files(network, sampled, quantize, save, relative, bits):
-    """Its kernels for CUDA take activations of 8 bits as the file says, its portable one rounds them to 4; in any case."""
+    """The host's CUDA kernels take activations of 8 bits if the file says so; its portable kernel always rounds them to
+    4 bits.
+    """
     if not has_quantized_loader():
         pytest.skip("the stock loader of ComfyUI before 0.33 does not read these files")
     quantized = quantize(
         network("SD3"), weight_bits="4", rotate=True, activation_bits=bits, exclude="context_embedder"
-    )  # which has too few inputs to rotate
+    )  # it has too few inputs to rotate
     opened = stock(save(quantized))
     layers = pack_module("nodes.host.quantization.quantized_layers").quantized_layers(quantized.model.diffusion_model)
     assert len(layers) > 5
@@ -456,7 +463,7 @@ def test_stock_loader_opens_linear_rotated_4_bit_files(network, sampled, quantiz
 
 @pytest.mark.parametrize("group", ["16", "32", "128"])
 def test_stock_loader_opens_linear_rotated_groups_of_4_bits(network, sampled, quantize, save, relative, group):
-    """Which its portable kernel too computes as we do."""
+    """The host's portable kernel computes them as the pack does."""
     if not has_quantized_loader():
         pytest.skip("the stock loader of ComfyUI before 0.33 does not read these files")
     settings = {"weight_bits": "4", "rotate": True, "group_size": group, "include": "*.mlp.fc2"}  # of 512 inputs
@@ -475,7 +482,7 @@ def test_stock_loader_opens_linear_rotated_groups_of_4_bits(network, sampled, qu
 
 
 def test_stock_loader_opens_files_with_scales_of_activations(network, sampled, quantize, save, host):
-    """It does not know them, and takes scales while it samples."""
+    """The stock loader ignores these scales, and computes scales while it samples."""
     if not has_quantized_loader():
         pytest.skip("the stock loader of ComfyUI before 0.33 does not read these files")
     quantized = quantize(network("SD3"))
@@ -489,7 +496,7 @@ def test_stock_loader_opens_files_with_scales_of_activations(network, sampled, q
 
 
 def test_the_node_tells_what_opens_the_file(host, folder, network, quantize):
-    """As the tests above and below find it."""
+    """The statements agree with the tests above and below."""
     opens = "ComfyUI's own Load Diffusion Model opens it too, from 0.33 on."
     alone = "Only Load Quantized Model (IEC) opens it: ComfyUI has no such format for its layer {}."
     for settings, sentence in [
@@ -540,7 +547,7 @@ UNOPENED = [
 @pytest.mark.parametrize("with_metadata", [True, False])
 @pytest.mark.parametrize(("name", "settings"), UNOPENED, ids=str)
 def test_stock_loader_fails_on_all_others(network, quantize, save, name, settings, with_metadata):
-    """At loading, not with a wrong picture; so do nodes that do not give it the metadata."""
+    """It fails at loading, not with a wrong picture; nodes that do not pass the metadata fail too."""
     if not with_metadata and not has_quantized_loader():
         pytest.skip("hosts before 0.33 find quantized layers by the metadata only")
     path = save(quantize(network(name), **settings))
@@ -548,7 +555,7 @@ def test_stock_loader_fails_on_all_others(network, quantize, save, name, setting
         stock(path, with_metadata)
 
 
-# What is refused
+# Refusals
 
 
 def test_a_model_that_is_not_quantized_is_refused(save, model, folder):
@@ -570,7 +577,7 @@ def test_a_file_that_is_not_there_is_refused(host, folder, load):
 
 
 def changed(path, change):
-    """Rewrite a file whose description and tensors change(description, tensors) changes; what it returns are the tensors."""
+    """Rewrite a file with change(description, tensors) applied, which may return new tensors."""
     tensors = safetensors.torch.load_file(path)
     with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata()
@@ -664,7 +671,7 @@ def test_damaged_groups_are_refused(network, quantize, save, load, key, value, m
 
 
 def change_of_network(rng, about, tensors):
-    """Change one thing in a file whose header stays in order."""
+    """Change one thing in a file whose header stays valid."""
     keys, names = sorted(tensors), sorted(about["layers"])
     key, name, kind = rng.choice(keys), rng.choice(names) if names else "", rng.randrange(8)
     if kind == 0:
@@ -692,7 +699,7 @@ def change_of_network(rng, about, tensors):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_changed_networks_are_read_or_refused(network, quantize, save, load, seed):
-    """100 files of each seed that are in order for themselves: the host's detection, and what is filled into its network."""
+    """Each seed gives 100 valid files, which test the host's detection and the filling of its network."""
     path, rng, refused = save(quantize(network("SD3"), include="joint_blocks.*")), random.Random(seed), []
     whole = path.read_bytes()
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -714,7 +721,7 @@ def test_changed_networks_are_read_or_refused(network, quantize, save, load, see
 
 
 def test_a_model_that_would_come_back_otherwise_is_refused(network, quantize, save, folder, monkeypatch):
-    """What the host does not find out from the weights, and what is not of the network."""
+    """Refused is what the host cannot detect from the weights, and what is not part of the network."""
     quantized = quantize(network("SD3"))
     base, config = quantized.model, quantized.model.model_config
     with monkeypatch.context() as patch:
@@ -747,7 +754,7 @@ def test_a_network_that_the_host_does_not_know_is_refused(quantize, save, folder
     import comfy.model_patcher
     import comfy.supported_models
 
-    config = comfy.supported_models.SD3({**SD3, "num_blocks": 3})  # which weights do not tell: the host counts by the width
+    config = comfy.supported_models.SD3({**SD3, "num_blocks": 3})  # not in the weights: the host counts by the width
     config.set_inference_dtype(torch.float32, None)
     base = config.get_model({})
     for weight in base.diffusion_model.state_dict().values():
@@ -758,11 +765,13 @@ def test_a_network_that_the_host_does_not_know_is_refused(quantize, save, folder
     assert list(folder.iterdir()) == []
 
 
-# Half-written files
+# Incomplete files
 
 
 def fail_at(monkeypatch, number, fail):
-    """Let the reading of the so-many-th weight for a file fail; before, each is read once to describe it."""
+    """Let the reading of the weight with this number fail; each weight is first read once to describe it, which is not
+    counted.
+    """
     module, described, calls = pack_module("nodes.host.quantization.save_file"), set(), []
     original = module.patched_packed
 
@@ -783,7 +792,7 @@ def test_a_save_that_fails_leaves_the_older_file(monkeypatch, model, quantize, s
 
     def fail():
         half = [name for name in os.listdir(folder) if name.endswith(".part")]
-        assert len(half) == 1 and (folder / half[0]).stat().st_size > 0  # it is in the midst of it
+        assert len(half) == 1 and (folder / half[0]).stat().st_size > 0  # the write is in progress
         raise error
 
     with monkeypatch.context() as patch:
@@ -799,7 +808,7 @@ def test_a_save_that_fails_leaves_the_older_file(monkeypatch, model, quantize, s
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_a_crash_leaves_the_older_file(monkeypatch, model, quantize, save, load, folder):
-    """A process that ends at once in the midst of it."""
+    """The process ends abruptly during the write."""
     path, other = save(quantize(model)), quantize(model, weight_bits="4")
     before, child = path.read_bytes(), os.fork()
     if child == 0:
@@ -811,7 +820,7 @@ def test_a_crash_leaves_the_older_file(monkeypatch, model, quantize, save, load,
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert path.read_bytes() == before and len(list(folder.iterdir())) == 2
     names = pack_module("nodes.host.quantization.load_file").FILES.names()
-    assert names == ["q.safetensors"]  # what is half written is not listed
+    assert names == ["q.safetensors"]  # the incomplete file is not listed
     assert load().model_options["transformer_options"]["iec_quantize"] == "W8A8"
 
 
@@ -819,22 +828,24 @@ def test_a_crash_leaves_the_older_file(monkeypatch, model, quantize, save, load,
 
 
 def peak_of(run):
-    """(result, bytes by which the process grew at most while run() ran)."""
+    """Return (result, peak growth of the process in bytes while run() ran)."""
     status = pathlib.Path("/proc/self/status")
 
     def read(name):
         return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(name))
 
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier tests have freed would be used anew, and nothing would grow
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    ctypes.CDLL(None).malloc_trim(0)  # memory freed by earlier tests would be reused, and nothing would grow
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = read("VmRSS")
     result = run()
     return result, read("VmHWM") - before
 
 
 def big_file(path):
-    """Write a file of an SD3 network of 254 million random 8-bit weights; nothing of it is held."""
+    """Write a file of an SD3 network of 254 million random 8-bit weights, without keeping them in memory; return the largest
+    layer.
+    """
     import comfy.supported_models
 
     core, quantization = pack_module("iec_core.quantization.quantized_file"), pack_module("iec_core.quantization.packing")
@@ -867,19 +878,19 @@ def big_file(path):
     not os.access("/proc/self/clear_refs", os.W_OK), reason="this system does not tell a process's peak of memory"
 )
 def test_no_second_copy_is_in_memory(folder, save, load):
-    """Both at once would be two; read and written layer by layer it is one, and what the largest layers take."""
+    """A second copy would double the memory; layer by layer, only the model and the largest layers are in memory."""
     largest = big_file(folder / "q.safetensors")
     size = (folder / "q.safetensors").stat().st_size
     assert size > 250e6 and largest < 0.03 * size
     loaded, growth = peak_of(load)
-    assert 0.9 * size < growth < 1.5 * size  # the model itself, and what the process keeps of earlier tests
+    assert 0.9 * size < growth < 1.5 * size  # the model itself, and what earlier tests left in the process
     _, growth = peak_of(lambda: save(loaded, "again"))
-    assert growth < 0.1 * size  # beside the model, which is there already
+    assert growth < 0.1 * size  # in addition to the model, which is already there
     assert_same_weights(loaded, load("again.safetensors"))
 
 
 class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-    """Notes the bytes of the largest tensor that is made in memory."""
+    """Record the bytes of the largest tensor that is made in memory."""
 
     nbytes = 0
 
@@ -900,7 +911,7 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
     ],
 )
 def test_numbers_of_a_file_take_no_memory(network, quantize, save, load, settings, message):
-    """Layers of all kinds are as large as they say: here norms of 524288 channels."""
+    """A file's settings determine the sizes of layers of all kinds: here norms of 524288 channels."""
     path = save(quantize(network("LTXV")))
     with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata()

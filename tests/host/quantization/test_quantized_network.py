@@ -1,4 +1,4 @@
-"""What the rest of the host makes of a quantized MODEL: LoRAs behind it, its own save nodes, a Control-LoRA."""
+"""A quantized MODEL in the rest of the host: LoRAs after it, the host's own save nodes, a Control-LoRA."""
 
 import pathlib
 
@@ -28,19 +28,19 @@ def quantize(host, model):
     return run
 
 
-# Changes that no branch can take
+# Changes that no branch can hold
 
 
 @pytest.fixture
 def no_branch(monkeypatch):
-    """As if changes of these sizes were of too high a rank for the branch."""
+    """Treat changes of these sizes as of too high a rank for the branch."""
     packing = pack_module("iec_core.quantization.packing").Packing
     monkeypatch.setattr(packing, "most_rank", 0)
     monkeypatch.setattr(packing, "most_rank_found", 0)
 
 
 def changes(model, size):
-    """{name: change}, each of so many parts of the weight's norm."""
+    """Return {name: change}; a change's norm is `size` times the weight's norm."""
     weights = {name: model.model.get_parameter(f"diffusion_model.{name}") for name in CHANGED}
     found = {name: noise(*weight.shape, seed=len(name)) for name, weight in weights.items()}
     return {name: change * (size * weights[name].norm() / change.norm()) for name, change in found.items()}
@@ -54,8 +54,10 @@ def with_lora(source, model, size=0.01):
 
 
 def kept(model, size, limit):
-    """What is left of the changes, projected on them, when a rounded weight takes them up and is rounded again over the same
-    scales, one for each output channel; by the definition of the format, in float64.
+    """Return the kept share of the changes when they are added to a rounded weight, which is then rounded again.
+
+    It is the projection on the changes. The scales, one per output channel, stay the same; by the definition of the format, in
+    float64.
     """
     asked = left = 0
     for name, change in changes(model, size).items():
@@ -91,7 +93,7 @@ def test_a_lora_that_is_rounded_away_is_warned_of_once(no_branch, quantize, mode
 def test_a_lora_that_arrives_is_no_warning(quantize, model, sample, caplog):
     assert kept(model, 0.01, 127) > 0.9
     sample(with_lora(quantize(), model), **SMALL)
-    sample(quantize(with_lora(model, model), weight_bits="4"), **SMALL)  # in front
+    sample(quantize(with_lora(model, model), weight_bits="4"), **SMALL)  # before quantization
     sample(quantize(weight_bits="4"), **SMALL)
     assert warnings(caplog) == []
 
@@ -106,7 +108,7 @@ def test_another_lora_is_warned_of_anew(no_branch, quantize, model, sample, capl
 
 @pytest.mark.parametrize("settings", [{}, {"correction_steps": "auto"}, {"sampler_name": "dpm_adaptive"}])
 def test_the_report_of_each_run_with_it_says_so_too(no_branch, quantize, model, sample, caplog, settings):
-    """And that of a run without it does not, though both have the same network. By dpm_adaptive no step is known."""
+    """A run without the LoRA has no such warning, though both use the same network. dpm_adaptive's steps are not known."""
     quantized, found = quantize(weight_bits="4"), []
     patched = with_lora(quantized, model)
     for source in (patched, quantized, patched, patched.clone()):
@@ -135,7 +137,7 @@ def test_so_does_that_of_apply_iec_and_of_the_wrapped_sampler(no_branch, host, q
 
 
 def test_a_run_without_the_lora_of_another_runs_conditioning_does_not_say_it(no_branch, host, quantize, model, conditioning):
-    """Its patches are on the MODEL only as long as that run goes on."""
+    """The patches of a conditioning's LoRA are on the MODEL only during the run with this conditioning."""
     import comfy.hooks
 
     name = f"diffusion_model.{CHANGED[0].removesuffix('.weight')}"
@@ -163,7 +165,7 @@ def test_saving_warns_too(no_branch, host, quantize, model, caplog, tmp_path, mo
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="for a probe that fails this needs a device that is not there")
 def test_float8_is_refused_where_the_device_has_none(host, quantize, model, tmp_path, monkeypatch):
-    """As on MPS."""
+    """MPS is such a device."""
     import comfy.model_management
     import folder_paths
 
@@ -219,11 +221,11 @@ def test_the_source_can_still_be_saved(quantize, model, tmp_path, monkeypatch):
     assert [pathlib.Path(path).stat().st_size > 1e6 for path in tmp_path.rglob("*.safetensors")] == [True]
 
 
-# Weights that others take
+# Weights that other nodes take
 
 
 def control_lora(model):
-    """A Control-LoRA of the built-in U-Net: low-rank changes of its encoder, and the layers of its own."""
+    """Return a Control-LoRA of the built-in U-Net: low-rank changes of its encoder, and its own layers."""
     import comfy.cldm.cldm
     import comfy.controlnet
 
@@ -243,7 +245,7 @@ def control_lora(model):
 def test_a_control_lora_is_as_on_the_weights_that_the_quantized_ones_stand_for(
     host, model, sample, rounded, conditioning, relative
 ):
-    """It takes the MODEL's weights for its own network."""
+    """A Control-LoRA takes the MODEL's weights for its own network."""
     quantized, reference = rounded(model)
 
     def controlled(source):
@@ -260,7 +262,7 @@ def test_a_control_lora_is_as_on_the_weights_that_the_quantized_ones_stand_for(
 
 
 def test_the_state_of_a_network_or_a_part_is_weights_to_compute_with(model, quantize):
-    """And the bytes that the host counts are those of the packed ones."""
+    """The host's byte count remains that of the packed weights."""
     import comfy.model_management
 
     quantized = quantize(keep_sensitive_layers=False)

@@ -1,4 +1,4 @@
-"""IECCalibrateWeights on the host's networks: what it sees, what its layers compute, and what it keeps of the images."""
+"""IECCalibrateWeights on the host's networks: its inputs, the outputs of its layers, and how well it keeps the images."""
 
 import copy
 import functools
@@ -12,7 +12,7 @@ from pack import pack_module
 from tuned import tuned
 
 SAMPLING = {"steps": 4, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal"}
-# A 3 x 3 layer, which takes most of the time, two Linear ones, of which one has few inputs, and behind them a 1 x 1 one.
+# A 3 x 3 layer, which takes most of the time, two Linear layers, one of which has few inputs, and after them a 1 x 1 layer.
 FEW = "mid*.0.in_* mid*.proj_in mid*.attn2.to_k out*.0.0.skip_*"
 
 
@@ -23,7 +23,9 @@ def model(small_model):
 
 @pytest.fixture
 def calibrate(host, model, conditioning):
-    """calibrate(source, **settings): the quantized MODEL, by default of a few layers, with 16-bit activations."""
+    """Return calibrate(source, **settings), which gives the quantized MODEL, by default of a few layers, with 16-bit
+    activations.
+    """
     label = functools.partial(host.run, "IECClassLabel")
 
     def run(source=None, **settings):
@@ -39,13 +41,13 @@ def calibrate(host, model, conditioning):
 
 @pytest.fixture(scope="module")
 def kept():
-    """What `calibrated` has made, by its settings."""
+    """Return the results of `calibrated`, by its settings."""
     return {}
 
 
 @pytest.fixture
 def calibrated(calibrate, kept):
-    """calibrate(**settings) for tests that leave it as it is: made once."""
+    """Return calibrate(**settings) for tests that do not change its result; each result is made once."""
 
     def made(**settings):
         key = frozenset(settings.items())
@@ -58,7 +60,9 @@ def calibrated(calibrate, kept):
 
 @pytest.fixture
 def draw(host, conditioning):
-    """draw(model): latents of the host's own sampler, from another seed and other classes than were calibrated on."""
+    """Return draw(model), which gives latents of the host's own sampler, with another seed and other classes than the
+    calibration.
+    """
 
     def run(model, seed=31, side=16, **more):
         latent, settings = {"samples": torch.zeros(2, 3, side, side)}, {**SAMPLING, **more}
@@ -78,7 +82,7 @@ def layers_of(model):
 
 
 def taken(model, source, x_of):
-    """Return {name: (output of a quantized layer, the same of the source's in float64 with the dequantized weight)}."""
+    """Return {name: (output of a quantized layer, the source layer's output in float64 with the dequantized weight)}."""
     full, found = dict(source.model.diffusion_model.named_modules()), {}
     for name, layer in layers_of(model).items():
         reference = copy.deepcopy(full[name]).double()
@@ -133,7 +137,7 @@ def test_layers_compute_with_integers_and_branch(model, calibrate, rotate, activ
     assert kinds == {("QuantizedLinear", ()), ("QuantizedConv2d", (1, 1)), ("QuantizedConv2d", (3, 3))}
     for name, (out, expected) in found.items():
         assert relative(out.double(), expected) < limit, name
-    for name, layer in layers_of(made).items():  # 8 bits round what is multiplied with the integers, not what the branch gets
+    for name, layer in layers_of(made).items():  # 8 bits round the integers' input, not the branch's
         without = copy.copy(layer.packing)
         without.factors = lambda packed: None
         x, (out, _) = random_input(dict(model.model.diffusion_model.named_modules())[name]), found[name]
@@ -149,7 +153,7 @@ def test_layers_compute_with_integers_and_branch(model, calibrate, rotate, activ
 
 
 def test_sees_all_that_comes_into_the_layers(monkeypatch, model, calibrate):
-    """Its moments are those of all inputs of the runs, as hooks of the test see them."""
+    """Its moments are those of all inputs during the runs, as the test's hooks see them."""
     module = pack_module("nodes.host.quantization.weight_calibration")
     monkeypatch.setattr(module, "POSITIONS", 10**6)
     seen, names = {}, {"middle_block.1.proj_in", "middle_block.2.in_layers.2"}
@@ -218,7 +222,7 @@ def test_passes_keep_to_the_memory_and_take_each_layer_once(host):
             sizes = [4 * inputs[name] * block for name, block in blocks.items()]
             assert sum(sizes) <= memory and module.WORKSPACE * max(sizes) <= memory
         assert (len(passes) > 1) == (gigabytes < 100)
-    assert module._block(11520, 4 * 2**30) == 11520  # SDXL's usual convolution, whole; the largest four, in blocks
+    assert module._block(11520, 4 * 2**30) == 11520  # SDXL's usual convolutions whole, its four largest in blocks
     assert module._block(17280, 4 * 2**30) < 17280
 
 
@@ -260,13 +264,15 @@ def test_loras_in_front_are_part_of_the_weight_and_of_the_runs(host, model, cali
     assert key not in made.patches
     layer = layers_of(made)["middle_block.1.proj_in"]
     assert relative(layer.packing.dequantize(layer.weight), weight + change) < 0.2
-    behind = "output_blocks.0.0.skip_connection"  # is fed with what the LoRA has changed
+    behind = "output_blocks.0.0.skip_connection"  # its input is changed by the LoRA
     assert not torch.equal(layers_of(made)[behind].weight, layers_of(plain)[behind].weight)
     assert relative(draw(made), draw(patched)) < relative(draw(plain), draw(patched))
 
 
 def test_a_lora_behind_stands_beside_the_branch(calibrate, draw):
-    """On what is loaded, offloaded, and taken off again; one that changes nothing leaves the layer as it was, to the bit."""
+    """Tested on the loaded, the offloaded and the unpatched model; a LoRA without effect leaves the layer the same bit
+    for bit.
+    """
     name = "middle_block.1.proj_in"
     made, key = calibrate(include=f"{name} middle_block.0.in_layers.2"), f"diffusion_model.{name}.weight"
     layer, plain = layers_of(made)[name], draw(made)
@@ -325,7 +331,7 @@ def test_the_report_says_how_a_layer_was_made(host, model, calibrated, condition
 
 
 def test_further_nodes_take_the_model(host, model, calibrated, conditioning, draw):
-    """Scales of activations are calibrated on it, a cache lies on it, corrections run with it."""
+    """Activation scales are calibrated on it, a cache is applied to it, and corrections run with it."""
     made = calibrated(activation_bits="8")
     inputs = {"positive": conditioning[0], "negative": conditioning[1], "latent_image": {"samples": torch.zeros(2, 3, 16, 16)}}
     scaled, profile = host.run("IECCalibrateQuantization", model=made, **inputs, seed=1, runs=1, **SAMPLING)
@@ -351,7 +357,7 @@ def test_a_compiled_layer_with_a_branch_is_one_graph(calibrate):
 
 @torch.inference_mode(False)
 def test_derivatives_pass_a_branch(model, calibrate):
-    """They are those of the dequantized weight, which is the whole weight."""
+    """The derivatives are those of the dequantized weight, which is the whole weight."""
     straight_through, normal_tensors = (
         pack_module("nodes.host.quantization.quantized_layers").straight_through,
         pack_module("nodes.host.correction.contraction").NormalTensors,

@@ -79,7 +79,7 @@ def test_run_without_steps_is_told_as_such(host, sample, model, reports):
 
 
 def test_reports_of_runs_to_come_are_joined_when_they_are_there(host, model, stock_sample, reports):
-    """Of Apply IEC: an empty log at first, which must not be copied as if the runs were none."""
+    """Apply IEC's report log is empty at first, and must not be copied as if there were no runs."""
     corrected, log = host.run("IECApply", model=model, correction_steps="all", lambda_=0.5, max_iterations=1, tolerance=0.0)
     with pytest.raises(ValueError, match=r"^more_2: it is of runs that come later; wire the latent of the last sampler"):
         host.run("IECJoinReports", reports=reports[:1], more=reports[1:], more_2=log)

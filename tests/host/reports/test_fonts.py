@@ -1,4 +1,4 @@
-"""Labels in scripts that the plots' own font has not: in another font of the machine, or as numbers where there is none."""
+"""Labels in scripts that the plots' own font lacks: in another font of the machine, or as code points if there is none."""
 
 import itertools
 import logging
@@ -11,20 +11,20 @@ import pytest
 from pack import pack_module
 from PIL import Image, ImageDraw, ImageFont
 
-FONTS = f"{matplotlib.get_data_path()}/fonts/ttf"  # which matplotlib brings
-STIX = ("STIXGeneral", f"{FONTS}/STIXGeneral.ttf", 0)  # its letters ⌚ and ⌽ the plots' own font has not
+FONTS = f"{matplotlib.get_data_path()}/fonts/ttf"  # matplotlib's own fonts
+STIX = ("STIXGeneral", f"{FONTS}/STIXGeneral.ttf", 0)  # the plots' own font lacks its letters ⌚ and ⌽
 LABELS = ["运行一", "运行二", "実行", "실행", "👩\u200d🚀", "\U00013000 é", "⌚⌽", "نموذج", "\ud800"]
 
 
 @pytest.fixture
 def module(host):
-    """module(name): a module of the pack's nodes."""
+    """Return module(name), which gives a module of the pack's nodes."""
     return lambda name: pack_module(f"nodes.reports.{name}")
 
 
 @pytest.fixture
 def fonts(module, monkeypatch):
-    """fonts(faces): the module of fonts, on a machine that has these beside the plots' own."""
+    """Return fonts(faces), which gives the module of fonts, on a machine with these fonts in addition to the plots' own."""
 
     def on(*faces):
         fonts = module("fonts")
@@ -37,7 +37,7 @@ def fonts(module, monkeypatch):
 
 
 def entry(name, weight=400, style="normal", fname="a.ttf"):
-    """What matplotlib knows of a font."""
+    """Return matplotlib's record of a font."""
     return types.SimpleNamespace(name=name, weight=weight, style=style, fname=fname, index=1)
 
 
@@ -72,13 +72,13 @@ def test_without_a_font_characters_are_numbers(fonts, caplog):
     with caplog.at_level(logging.WARNING):
         assert drawable("W8A8 é ж ش") == "W8A8 é ж ش" and caplog.messages == []
         assert drawable("运行 2\n⌚") == "U+8FD0+884C 2\nU+231A"
-        assert drawable("👩\u200d🚀\ufe0f!").encode("ascii", "ignore") == b"U+1F469U+1F680!"  # joiners are not seen
+        assert drawable("👩\u200d🚀\ufe0f!").encode("ascii", "ignore") == b"U+1F469U+1F680!"  # joiners are not visible
         assert drawable("a\tb\x07\ud800") == "a   bU+D800"
-    assert len(caplog.messages) == 1 and "U+4E2D" in caplog.messages[0]  # one sentence for all
+    assert len(caplog.messages) == 1 and "U+4E2D" in caplog.messages[0]  # one message for all
 
 
 def pictures(module, labels):
-    """Every kind of picture that has labels."""
+    """Return every kind of picture that has labels."""
     plots, white, grids = module("plots"), [np.ones((1, 16, 16, 3), np.float32)] * len(labels), module("grids")
     step = {"step": 0, "sigma": 1.0, "corrected": False, "nfe": 1, "residuals": [], "contraction": [], "fell_back": []}
     run = {"correction": "none", "nfe": 1, "seconds": 1.0, "steps": [types.SimpleNamespace(**step)]}
@@ -92,7 +92,7 @@ def pictures(module, labels):
 
 
 def test_pictures_have_no_boxes_and_no_warnings(module, fonts, caplog, monkeypatch):
-    """matplotlib warns of each glyph that it draws a box for; Pillow's letters are looked at before they are drawn."""
+    """matplotlib warns of each glyph that it draws as a box; Pillow's letters are checked before they are drawn."""
     fonts, drawn, write = fonts(STIX), [], ImageDraw.ImageDraw.text
 
     def text(self, place, text, *args, **more):
@@ -119,7 +119,7 @@ def test_labels_that_no_font_has_make_different_pictures(module, fonts):
 
 @pytest.mark.parametrize("text", ["⌚", "a⌚b⌽c"])
 def test_another_fonts_letters_are_its_own(fonts, text):
-    """The picture is that of the letters in the fonts themselves, side by side."""
+    """The picture equals that of the letters drawn in the fonts themselves, side by side."""
     letters = fonts(STIX).Letters(40)
     own, other = (ImageFont.truetype(path, 40) for path in (f"{FONTS}/DejaVuSans.ttf", STIX[1]))
     picture, expected, x = Image.new("L", (240, 80), "white"), Image.new("L", (240, 80), "white"), 5
@@ -142,7 +142,7 @@ def test_labels_that_are_alike_when_shortened_get_a_number(module, fonts):
 
 @pytest.mark.parametrize("letter", ["W", "i", "a", "中", "⌚", "é "])
 def test_no_label_is_wider_than_its_column(module, fonts, letter):
-    """The width is taken of what the fonts have, not of the number of characters."""
+    """The width is measured in the fonts' letters, not by the number of characters."""
     fonts(STIX)
     measure = ImageFont.truetype(STIX[1] if letter == "⌚" else f"{FONTS}/DejaVuSans.ttf", 100).getlength
     for count in (1, 10, 300):

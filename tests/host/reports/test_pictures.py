@@ -1,4 +1,4 @@
-"""The pictures of runs against a reference: what is in their cells, on their axes and on the nodes."""
+"""Pictures of runs compared with a reference: the contents of their cells and axes, and how nodes show them."""
 
 import math
 import random
@@ -13,12 +13,12 @@ from toy import PixelVAE
 
 @pytest.fixture
 def module(host):
-    """module(name): a module of the pack's nodes."""
+    """Return module(name), which gives a module of the pack's nodes."""
     return lambda name: pack_module(f"nodes.reports.{name}")
 
 
 def images(runs, batch, height, width):
-    """Random images [B, H, W, 3] a run, the others near the first."""
+    """Return random images [B, H, W, 3] per run, the others near the first."""
     draw = np.random.default_rng(runs)
     first = draw.random((batch, height, width, 3)).astype(np.float32)
     return [first, *(first + draw.normal(scale=0.05, size=first.shape).astype(np.float32) for _ in range(runs - 1))]
@@ -55,7 +55,7 @@ def test_grid_holds_the_images_and_their_differences(module, runs, batch, height
     assert rest == 0
 
     def cell(number, row, column):
-        """The pixels in the row of cells that is the `row`-th from the end of a band."""
+        """Return the pixels in the row of cells that is the `row`-th from the end of a band."""
         top, left = (number + 1) * band - (row + 1) * down, gap + column * right
         pixels = picture[top : top + down - gap, left : left + right - gap]
         assert np.array_equal(pixels, pixels[::times, ::times].repeat(times, 0).repeat(times, 1))
@@ -77,7 +77,7 @@ def test_grid_holds_the_images_and_their_differences(module, runs, batch, height
 
 @pytest.mark.parametrize("gain", [2.0, 64.0])
 def test_grid_says_the_gain(module, gain):
-    """With images that are white, everything black is a letter."""
+    """The images are white, so that everything black is a letter."""
     grids, white = module("grids"), [np.ones((1, 32, 32, 3), np.float32)] * 3
 
     def letters(**more):
@@ -121,7 +121,7 @@ def test_no_two_curves_look_alike(module, pairs):
     assert len(set(looks)) == len(pairs)
     if len({label for label, _ in pairs}) > 1:
         styles = {style for (_, correction), (_, style, _) in zip(pairs, looks) if correction == "none"}
-        assert styles <= {"-"}  # solid is uncorrected
+        assert styles <= {"-"}  # a solid line is uncorrected
 
 
 def test_runs_of_one_name_are_told_apart(module, reports):
@@ -133,7 +133,7 @@ def test_runs_of_one_name_are_told_apart(module, reports):
 
 
 def caught(monkeypatch, module, name):
-    """Let the plot be drawn as ever; returns the list that its arguments come into."""
+    """Draw the plot as usual, and return a list that gets its arguments."""
     arguments, draw = [], getattr(module("plots"), name)
 
     def drawn(*args):
@@ -246,7 +246,7 @@ def test_gain_that_comes_over_a_link_is_looked_at_too(host, reports, gain):
 
 
 def shown(node):
-    """The pictures that a node's result shows on it, uint8."""
+    """Return the pictures that a node shows on itself, uint8."""
     import folder_paths
 
     assert all(entry["type"] == "temp" for entry in node.ui["images"])

@@ -1,4 +1,4 @@
-"""What a run reports, and what it does when the network fails."""
+"""What a run reports, and how it handles a failing network."""
 
 import json
 
@@ -16,7 +16,7 @@ def model(small_model):
 
 @pytest.mark.fast
 def test_report_says_what_the_iteration_did(host):
-    """On a line: every number of the report against the network's own inputs and the closed form."""
+    """On a linear network, every number of the report is compared with the network's own inputs and the closed form."""
     import comfy.samplers
 
     guider = ToyGuider("V_PREDICTION")
@@ -71,8 +71,9 @@ def test_report_of_no_run_is_refused(host, model):
 
 @pytest.fixture
 def failing(model):
-    """failing(where, value): the model, whose network returns `value` in one pixel of the first image at the evaluations
-    (step, iteration) in `where`.
+    """Return failing(where, value), which gives the model with a failing network.
+
+    The network returns `value` in one pixel of the first image at the evaluations (step, iteration) in `where`.
     """
     from comfy.patcher_extension import WrappersMP
 
@@ -126,7 +127,7 @@ def test_modes_leave_less_of_the_residual_than_fixed_damping(sample, model, mode
 
 
 class Unread(ToyGuider):
-    """A guider that reads nothing back itself."""
+    """A guider that reads nothing from the device itself."""
 
     def __call__(self, x, sigma, model_options=None, seed=None):
         self.calls.append(1)
@@ -134,9 +135,9 @@ class Unread(ToyGuider):
 
 
 def test_loop_reads_nothing_back_at_one_iteration(host):
-    """On torch's meta device there is nothing to read: a run of one iteration gets through to its end, of two it does not.
+    """On torch's meta device nothing can be read: a run with one iteration reaches its end, a run with two does not.
 
-    The schedule stays on the CPU; dpmpp_2m is a sampler that works so.
+    The schedule stays on the CPU, which dpmpp_2m supports.
     """
     import comfy.samplers
 
@@ -151,13 +152,13 @@ def test_loop_reads_nothing_back_at_one_iteration(host):
         return len(guider.calls)
 
     assert evaluations(1) == 8
-    assert evaluations(2) == 2  # the first step's own and one correction, then it asks whether to go on
+    assert evaluations(2) == 2  # the first step's own and one correction, then it reads whether to continue
 
 
 @pytest.mark.parametrize("name", ["euler", "euler_ancestral", "heun", "lcm"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_reads_of_a_run_do_not_grow_with_its_corrections(host, name, masked):
-    """Scalars that are read while the sampler runs: as many with every step corrected as with none."""
+    """The number of scalars read while the sampler runs is the same with every step corrected as with none."""
     import comfy.samplers
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -187,7 +188,7 @@ def test_reads_of_a_run_do_not_grow_with_its_corrections(host, name, masked):
 
 
 def test_a_log_without_prompts_keeps_its_last_runs(host):
-    """A script that samples all day has no prompt, whose end would drop the runs before."""
+    """A script that samples continuously has no prompts, whose end would drop the earlier runs."""
     import comfy.samplers
 
     log = host.run("IECSampler", sampler=comfy.samplers.sampler_object("euler"), **SETTINGS)[1]
@@ -198,7 +199,7 @@ def test_a_log_without_prompts_keeps_its_last_runs(host):
 
 
 class Failing(ToyGuider):
-    """Predicts `value` from its `begin`-th evaluation on."""
+    """A guider that predicts `value` from its `begin`-th evaluation on."""
 
     def __init__(self, begin, value=float("nan")):
         super().__init__("EPS")

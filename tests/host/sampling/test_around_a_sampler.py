@@ -1,4 +1,4 @@
-"""What sits around a sampler in a user's graph: masks, start and end steps, hooks, guidance that evaluates more."""
+"""What surrounds a sampler in a user's graph: masks, start and end steps, hooks, guidance with additional evaluations."""
 
 import pytest
 import torch
@@ -18,8 +18,9 @@ def latent_image():
 
 @pytest.fixture(params=["hard", "soft", "soft, thresholded"])
 def masked(request, host, model):
-    """(MODEL, LATENT, where the mask is 0) of an in-painting graph; DifferentialDiffusion makes a threshold of a soft mask,
-    which falls from step to step.
+    """Return (MODEL, LATENT, where the mask is 0) of an in-painting graph.
+
+    DifferentialDiffusion applies a threshold to a soft mask, which falls from step to step.
     """
     mask = torch.zeros(1, 16, 16)
     mask[:, 4:12, 4:12] = 1
@@ -64,8 +65,9 @@ def test_inpainting_agrees_with_the_correction_written_out(host, sample, advance
 @pytest.mark.fast
 @pytest.mark.parametrize("model_type", ["EPS", "EDM", "FLOW"])
 def test_what_a_correction_evaluates_has_one_noise_level(host, model_type):
-    """At `paper` the network is given the step's result, c_in(sigma) x_in = c_in(sigma') x': also outside the in-paint mask,
-    where x' is the image with the run's own noise at sigma'.
+    """At `paper` the network's input is the step's result, c_in(sigma) x_in = c_in(sigma') x'.
+
+    This also holds outside the in-paint mask, where x' is the image with the run's own noise at sigma'.
     """
     import comfy.samplers
 
@@ -131,7 +133,7 @@ def test_start_and_end_step_count_from_the_first_step_that_is_run(host, model, c
 
 @pytest.mark.fast
 def test_start_and_end_step_agree_with_the_correction_written_out(host, model, conditioning, relative):
-    """A run that begins after the schedule's first step, and leaves noise in its latent."""
+    """The run begins after the schedule's first step, and leaves noise in its latent."""
     import comfy.samplers
 
     settings = {"correction_steps": "all", "lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0}
@@ -151,7 +153,7 @@ def test_start_and_end_step_agree_with_the_correction_written_out(host, model, c
 
 @pytest.mark.parametrize("correction_steps", ["none", "ends:1/10", "all"])
 def test_run_of_no_steps_is_the_stock_run(host, model, conditioning, correction_steps):
-    """What SplitSigmas leaves before its step 0, the node's default: one sigma."""
+    """The schedule is the part before SplitSigmas' step 0, the node's default: one sigma."""
     settings = {"correction_steps": correction_steps, "lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0}
     sigmas = host.run("BasicScheduler", model=model, scheduler="normal", steps=4, denoise=1.0)[0]
     wiring = {
@@ -168,7 +170,7 @@ def test_run_of_no_steps_is_the_stock_run(host, model, conditioning, correction_
 
 @pytest.mark.parametrize(("mode", "tolerance"), [("fixed", 0.035), ("anderson", 0.029)])
 def test_items_of_a_batch_are_iterated_as_if_alone(host, sample, model, relative, mode, tolerance):
-    """The tolerance is one that the two reach at different iterations."""
+    """The two items reach the tolerance at different iterations."""
     settings = {"steps": 4, "correction_steps": "all", "max_iterations": 3, "tolerance": tolerance, "lambda_mode": mode}
     reports, batch = [], {"samples": torch.zeros(2, 3, 16, 16)}
     together = sample(model, reports, latent_image=batch, **settings)
@@ -184,7 +186,7 @@ def test_items_of_a_batch_are_iterated_as_if_alone(host, sample, model, relative
 
 
 def test_weight_hooks_reach_quantized_layers(host, sample, model, conditioning, relative):
-    """A LoRA on the positive conditioning alone: the two halves of guidance are evaluated with different weights."""
+    """A LoRA is on the positive conditioning only: the two halves of guidance are evaluated with different weights."""
     import comfy.hooks
 
     name, generator = "diffusion_model.middle_block.1.proj_in", torch.Generator().manual_seed(0)
@@ -205,7 +207,7 @@ def test_weight_hooks_reach_quantized_layers(host, sample, model, conditioning, 
 
 
 def test_perturbed_attention_guidance_keeps_its_two_passes_apart(host, sample, model):
-    """It evaluates the positive conditioning a second time, with another attention: each pass has a feature of its own."""
+    """The guidance evaluates the positive conditioning a second time, with another attention: each pass has its own feature."""
     features = {False: [], True: []}
 
     def note(h, hsp, options):

@@ -1,5 +1,6 @@
-"""What a report counts is what the network ran, and corrections are the network's: also behind the host's own caches, which
-answer evaluations in its place.
+"""A report counts the evaluations that the network ran, and corrections are evaluated by the network.
+
+This also holds after the host's own caches, which answer evaluations instead of the network.
 """
 
 import pytest
@@ -17,7 +18,9 @@ def model(small_model):
 
 @pytest.fixture
 def seen(model):
-    """seen(model): a clone of it, and a list that gets (step, iteration) of each evaluation that reaches the network itself."""
+    """Return seen(model), which gives a clone and a list of (step, iteration) of each evaluation that reaches the network
+    itself.
+    """
     from comfy.patcher_extension import WrappersMP
 
     def watched(model):
@@ -49,7 +52,7 @@ def test_corrections_are_the_networks_and_nfe_is_what_it_ran(host, sample, model
         return
     corrections = [step for step, iteration in calls if iteration == 1]
     assert corrections == list(range(STEPS - (point == "next")))
-    assert len(calls) - len(corrections) < STEPS  # the cache does answer the steps' own
+    assert len(calls) - len(corrections) < STEPS  # the cache does answer some of the steps' own evaluations
 
 
 @pytest.mark.parametrize("node", ["EasyCache", "LazyCache"])

@@ -1,7 +1,8 @@
-"""IEC under all that makes a step's prediction in a user's graph: guiders, ControlNet, areas, LoRA, hooks, attention patches.
+"""IEC with everything that makes a prediction in a user's graph: guiders, ControlNet, areas, LoRA, hooks, attention patches.
 
-Each graph is run by SamplerCustomAdvanced, without the pack, with IECApply and with IECSampler. With no step corrected they
-are the stock run, bit for bit; with all, they agree with the correction written out as a sampler function of its own.
+Each graph is run by SamplerCustomAdvanced, without the pack, with IECApply and with IECSampler. With no step corrected, the
+runs equal the stock run bit for bit; with all steps corrected, they agree with the correction written out as a sampler
+function.
 """
 
 import itertools
@@ -49,7 +50,7 @@ def perpendicular(host, model, positive, negative):
 
 
 def control_net(model):
-    """A ControlNet of random weights for the network's configuration."""
+    """Return a ControlNet of random weights for the network's configuration."""
     import comfy.cldm.cldm
     import comfy.controlnet
 
@@ -65,7 +66,7 @@ def control_net(model):
 
 
 def controlled(host, model, positive, negative):
-    """ControlNet on both conditionings, until half of the denoising is done."""
+    """Apply a ControlNet to both conditionings, until half of the denoising is done."""
     image = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(1))
     positive, negative = host.run(
         "ControlNetApplyAdvanced", positive=positive, negative=negative, control_net=control_net(model), image=image,
@@ -75,14 +76,14 @@ def controlled(host, model, positive, negative):
 
 
 def area(host, model, positive, negative):
-    """Another class on the left half: areas are in pixels, eight to one of the latent."""
+    """Use another class on the left half: areas are in pixels, and a latent element is eight pixels."""
     other = host.run("IECClassLabel", labels="clock, fruit")[0]
     left = host.run("ConditioningSetArea", conditioning=other, width=64, height=128, x=0, y=0, strength=2.0)[0]
     return cfg(host, model, host.run("ConditioningCombine", conditioning_1=positive, conditioning_2=left)[0], negative)
 
 
 def timestep_range(host, model, positive, negative):
-    """Another class from the middle of the denoising on."""
+    """Use another class from the middle of the denoising on."""
     other = host.run("IECClassLabel", labels="clock, fruit")[0]
     first = host.run("ConditioningSetTimestepRange", conditioning=positive, start=0.0, end=0.5)[0]
     then = host.run("ConditioningSetTimestepRange", conditioning=other, start=0.5, end=1.0)[0]
@@ -99,14 +100,14 @@ def random_lora(model, name="diffusion_model.middle_block.1.proj_in"):
 
 
 def lora(host, model, positive, negative):
-    """As Load LoRA does, once it has read its file."""
+    """Apply a LoRA like Load LoRA once it has read its file."""
     import comfy.sd
 
     return cfg(host, comfy.sd.load_lora_for_models(model, None, random_lora(model), 1.0, 0.0)[0], positive, negative)
 
 
 def hook(host, model, positive, negative):
-    """A LoRA on the positive conditioning alone."""
+    """Apply a LoRA to the positive conditioning only."""
     import comfy.hooks
 
     hooks = comfy.hooks.create_hook_lora(random_lora(model), 1.0, 0.0)
@@ -130,13 +131,13 @@ GUIDERS = {
 
 @pytest.fixture(params=GUIDERS)
 def guider(request, host, conditioning):
-    """guider(model): the host's guider over the graph's conditionings."""
+    """Return guider(model), which gives the host's guider over the graph's conditionings."""
     return lambda model: GUIDERS[request.param](host, model, *conditioning)
 
 
 @pytest.fixture
 def with_iec(host, model, advanced):
-    """with_iec(guider, correction_steps): [(latents, RunReport)] with IECApply and with IECSampler."""
+    """Return with_iec(guider, correction_steps), which gives [(latents, RunReport)] with IECApply and with IECSampler."""
 
     def run(guider, correction_steps):
         settings = {"correction_steps": correction_steps, **SETTINGS}
@@ -166,7 +167,7 @@ def test_no_graph_is_another_one_in_disguise(advanced, host, model, conditioning
 
 
 def test_at_cfg_1_the_positive_alone_is_evaluated(host, sample, model, conditioning, count_evaluations):
-    """Also by the corrections; the negative has no say."""
+    """Corrections, too, evaluate only the positive; the negative has no effect."""
     counted, sizes = count_evaluations(model)
     alone = sample(counted, steps=3, cfg=1.0, correction_steps="all")
     assert sizes == [2] * 6
@@ -178,7 +179,7 @@ def test_at_cfg_1_the_positive_alone_is_evaluated(host, sample, model, condition
 
 
 def test_guidance_in_split_batches(sample, stock_sample, model, count_evaluations, relative, monkeypatch):
-    """Positive and negative are evaluated apart, for lack of memory for both at once."""
+    """Positive and negative are evaluated separately, because the memory does not suffice for both at once."""
     import comfy.model_base
 
     together = sample(model, steps=3, correction_steps="all")

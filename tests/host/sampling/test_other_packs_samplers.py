@@ -1,4 +1,4 @@
-"""SAMPLERs of other packs, with one of ours inside, or inside ours; written out here as such packs write them."""
+"""SAMPLERs of other packs that contain the pack's, or that the pack's contains; written out here as such packs write them."""
 
 import itertools
 
@@ -21,7 +21,9 @@ def stock(name="euler"):
 
 
 def around(inner, share=1.0):
-    """Detail Daemon's way: a sampler function that calls that of another SAMPLER, with a denoiser that lies about sigma."""
+    """Return a SAMPLER like Detail Daemon's: its function calls another SAMPLER's function with a denoiser that changes
+    sigma.
+    """
     import comfy.samplers
 
     def daemon(model, x, sigmas, *, wrapped, **kwargs):
@@ -35,7 +37,7 @@ def around(inner, share=1.0):
 
 
 def by_sample(inner):
-    """A SAMPLER of a kind of its own that calls another's `sample`."""
+    """Return a SAMPLER of its own class that calls another SAMPLER's `sample`."""
     import comfy.samplers
 
     class Passing(comfy.samplers.Sampler):
@@ -46,7 +48,7 @@ def by_sample(inner):
 
 
 def by_copy(inner):
-    """A SAMPLER made of what another shows."""
+    """Return a SAMPLER made from another SAMPLER's public attributes."""
     import comfy.samplers
 
     return comfy.samplers.KSAMPLER(inner.sampler_function, dict(inner.extra_options), dict(inner.inpaint_options))
@@ -75,7 +77,7 @@ def test_applied_twice_is_found_inside_of_another_sampler(host):
             run(host.run("IECSampler", sampler=wrapped, **SETTINGS)[0], guider, torch.tensor(SIGMAS))
         assert not guider.calls
     guider = ToyGuider("EPS")
-    run(ours, guider, torch.tensor(SIGMAS))  # and what was refused leaves nothing behind
+    run(ours, guider, torch.tensor(SIGMAS))  # and the refusal has no side effects
     assert len(guider.calls) == 10
 
 
@@ -101,8 +103,9 @@ def test_a_sampler_that_does_not_use_its_sampler_function_is_refused(host):
 @pytest.mark.parametrize("point", ["paper", "next"])
 @pytest.mark.parametrize("model_type", ["EPS", "V_PREDICTION", "FLOW"])
 def test_a_sampler_that_lies_about_sigma_is_corrected_at_its_own_next_latent(host, share, point, model_type):
-    """The step leads by the schedule's sigmas, x' = x + (sigma' - sigma) (x - D) / sigma; the network is given share * sigma.
-    At `paper` it sees x' as the sampler's next evaluation would show it, share * sigma' being that one's sigma.
+    """The step follows the schedule's sigmas, x' = x + (sigma' - sigma) (x - D) / sigma; the network gets share * sigma.
+
+    At `paper` it sees x' as in the sampler's next evaluation, whose sigma is share * sigma'.
     """
     guider = ToyGuider(model_type, network=bent)
     sigmas = torch.linspace(1, 0, 6).double() if model_type == "FLOW" else torch.tensor(SIGMAS).double()

@@ -1,4 +1,4 @@
-"""The plan of a run: what is known of the host's samplers, what is rehearsed and when, and that each run has its own."""
+"""The plan of a run: the table of the host's samplers, what is rehearsed and when, and that each run has its own plan."""
 
 import collections
 import dataclasses
@@ -16,12 +16,12 @@ SETTINGS = {"correction_steps": "all", "lambda_": 0.5, "max_iterations": 1, "tol
 SIGMAS = [14.6, 8.0, 5.0, 3.0, 1.5, 0.5, 0.0]
 STANDING = [14.6, 7.0, 7.0, 1.0, 0.0]
 RISING = [14.6, 7.0, 3.0, 1.0, 5.0, 2.0, 0.5, 0.0]
-OF_THEIR_OWN = {"dpm_fast", "dpm_adaptive"}  # steps
+OF_THEIR_OWN = {"dpm_fast", "dpm_adaptive"}  # samplers that choose their own steps
 
 
 @pytest.fixture
 def module(host):
-    """module(name): one of the pack's modules under nodes/host/sampling."""
+    """Return module(name), which gives one of the pack's modules under nodes/host/sampling."""
     return lambda name: pack_module(f"nodes.host.sampling.{name}")
 
 
@@ -32,7 +32,7 @@ def known_samplers():
 
 
 class Recorder(ToyGuider):
-    """Takes down in which evaluation each callback comes."""
+    """Record in which evaluation each callback comes."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -60,7 +60,7 @@ SCHEDULES = {
 
 
 def test_the_hosts_samplers_evaluate_as_the_table_says(host, module):
-    """As each one does by itself, over schedules that end at 0, that do not, that are short, and that rise again."""
+    """The table is compared with runs over schedules that end at 0, that do not, that are short, and that rise again."""
     import comfy.samplers
 
     seen = set()
@@ -76,7 +76,7 @@ def test_the_hosts_samplers_evaluate_as_the_table_says(host, module):
                 try:
                     found = Recorder(kind).record(sampler, sigmas)
                 except (RecursionError, torch.linalg.LinAlgError):
-                    continue  # dpmpp_sde and sa_solver do not run over a step of no width
+                    continue  # dpmpp_sde and sa_solver cannot take a step of zero width
                 first = [number for number, (step, _) in enumerate(expected) if step not in dict(expected[:number])]
                 case = f"{name} on {sigmas}"
                 assert (len(found.calls), found.callbacks) == (len(expected), [number + 1 for number in first]), case
@@ -85,8 +85,10 @@ def test_the_hosts_samplers_evaluate_as_the_table_says(host, module):
 
 
 def test_the_table_agrees_with_rehearsals(host, module, monkeypatch):
-    """Also in which evaluation a step is taken with, and in the reason why no step's result is known with its prediction; the
-    rehearsals are those of a sampler that nothing is known of.
+    """The rehearsals treat each sampler as unknown.
+
+    They also agree on the evaluation with which a step is taken, and on the reason why a step's result is not known from its
+    prediction.
     """
     import comfy.samplers
 
@@ -134,7 +136,7 @@ def test_what_may_change_the_number_of_evaluations_is_not_in_the_table(host, mod
 
 
 def test_a_rehearsal_has_as_many_items_whatever_is_drawn_and_the_factors_of_the_formula(host, module, monkeypatch):
-    """Of euler_ancestral: sigma_up = min(s', sqrt(s'^2 (s^2 - s'^2) / s^2)), in each of 60 steps."""
+    """euler_ancestral: sigma_up = min(s', sqrt(s'^2 (s^2 - s'^2) / s^2)), in each of 60 steps."""
     rehearsal, sizes = module("rehearsal"), []
     play = rehearsal._play
 
@@ -159,7 +161,7 @@ def test_a_rehearsal_has_as_many_items_whatever_is_drawn_and_the_factors_of_the_
 
 @pytest.fixture
 def plays(module, monkeypatch):
-    """How often sampler functions were rehearsed, and with how many: a Counter of function names."""
+    """Return how often each sampler function was rehearsed: a Counter of function names."""
     rehearsal, counted = module("rehearsal"), collections.Counter()
     play = rehearsal._play
 
@@ -203,11 +205,11 @@ def test_a_function_that_the_host_makes_for_every_run_is_rehearsed_once(host, pl
             torch.tensor(SIGMAS),
             dtype=torch.float32,
         )
-    assert plays["dpm_fast_function"] == 2  # a sampler that is not in the table is played twice
+    assert plays["dpm_fast_function"] == 2  # a sampler that is not in the table is rehearsed twice
 
 
 def test_another_packs_function_is_rehearsed_each_time(host, plays):
-    """It may do something else, by what it is closed over: here how it steps, in which the callable's rehearsal must follow."""
+    """The function may change through its closure: here its steps do, and the rehearsal must follow."""
     import comfy.samplers
 
     factors = {}
@@ -271,11 +273,11 @@ def test_an_interrupt_passes_in_the_middle_of_a_stock_samplers_rehearsal(host, p
         run(corrected(host, comfy.samplers.sampler_object("euler")), guider, torch.tensor(SIGMAS))
     assert not processing_interrupted() and not guider.calls and plays["sample_euler"] == 1
     run(corrected(host, comfy.samplers.sampler_object("euler")), guider, torch.tensor(SIGMAS))
-    assert plays["sample_euler"] == 2 and guider.calls  # what was interrupted is not kept
+    assert plays["sample_euler"] == 2 and guider.calls  # an interrupted rehearsal is not kept
 
 
 def as_of_the_host(function, name):
-    """The function as if the host's module of samplers had defined it under this name."""
+    """Return the function as if the host's module of samplers had defined it under this name."""
     found = types.FunctionType(function.__code__, {**function.__globals__, "__name__": "comfy.k_diffusion.sampling"}, name)
     found.__kwdefaults__, found.__defaults__ = function.__kwdefaults__, function.__defaults__
     return found
@@ -293,7 +295,7 @@ def twice_a_step(model, x, sigmas, extra_args=None, callback=None, disable=None)
 
 @pytest.mark.parametrize(("steps", "name"), [("none", "sample_euler"), ("auto", "sample_heun"), ("auto", "sample_dpmpp_2m")])
 def test_where_nothing_is_corrected_a_plan_that_is_wrong_stops_no_run(host, steps, name):
-    """As of a host's sampler that another release has changed: it samples, and the report has no steps."""
+    """A host's sampler that another release has changed has a wrong plan: it samples, and the report has no steps."""
     import comfy.samplers
 
     plain = comfy.samplers.KSAMPLER(as_of_the_host(twice_a_step, name))
@@ -322,7 +324,7 @@ def test_what_another_pack_wraps_around_a_sampler_of_the_host_is_its_own(host, m
 
 
 def test_runs_at_once_have_each_a_plan_of_their_own(host):
-    """One SAMPLER in four threads that take turns at every evaluation, each over a schedule of another length."""
+    """One SAMPLER runs in four threads that alternate at every evaluation, each over a schedule of another length."""
     import comfy.samplers
 
     lengths, turn = (4, 5, 6, 7), threading.Barrier(4)
@@ -358,7 +360,7 @@ def test_runs_at_once_have_each_a_plan_of_their_own(host):
 
 
 def test_a_run_inside_a_run_has_a_plan_of_its_own(host):
-    """A sampler of another pack refines by its first half, each time anew, by a corrected sampler's function."""
+    """Another pack's sampler samples in two parts, each as a new run of a corrected sampler's function."""
     import comfy.samplers
 
     inner = corrected(host, comfy.samplers.sampler_object("euler"), evaluation_point="next")

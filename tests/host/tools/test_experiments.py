@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from experiment_rows import Chunk, Run, TunedRun
 
-IMAGES = 2  # of a chunk here; those of the experiments are larger
+IMAGES = 2  # of a chunk here; the experiments' chunks are larger
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_every_declared_run_is_accepted_by_the_nodes(host):
             "lambda_": run.lambda_,
             "evaluation_point": run.evaluation_point,
         }
-        scheduler = run.scheduler if run.scheduler != "quadratic" else "simple"  # that goes by SamplerCustom
+        scheduler = run.scheduler if run.scheduler != "quadratic" else "simple"  # quadratic uses SamplerCustom
         valid = host.nodes["IECKSampler"].validate_inputs(
             steps=run.steps, sampler_name=run.sampler, scheduler=scheduler, **correction
         )
@@ -51,13 +51,13 @@ def label_of(host, text):
     [
         (Run(steps=2), 2),
         (Run(steps=2, quantization="W8A8", correction_steps="all"), 4),
-        (Run(steps=3, interval=2, correction_steps="full", evaluation_point="next"), 4),  # at sigma 0 there is nothing ahead
+        (Run(steps=3, interval=2, correction_steps="full", evaluation_point="next"), 4),  # no correction at sigma 0
         (Run(steps=2, interval=2, cache="calibrated", forecast="linear"), 2),
         (Run(steps=2, architecture="transformer", scheduler="simple", correction_steps="all", lambda_=0.3), 4),
     ],
 )
 def test_a_chunk_is_what_the_nodes_make(host, sampler, run, nfe):
-    """The same nodes wired by hand, the images one class after the other."""
+    """The same nodes are wired by hand, with the images one class after the other."""
     label = partial(label_of, host)
     (model,) = host.run("IECLoadBuiltinModel", precision="float32", architecture=run.architecture)
     if run.quantization == "W8A8":
@@ -91,7 +91,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def denoised(host, model):
-    """A function of (x float32 [IMAGES, 3, 32, 32], sigma) that evaluates the built-in U-Net for the first classes."""
+    """Return a function of (x float32 [IMAGES, 3, 32, 32], sigma) that evaluates the built-in U-Net for the first classes."""
     label = host.run("IECClassLabel", labels="face, heart")[0][0]
 
     def of(x, sigma):
@@ -102,14 +102,14 @@ def denoised(host, model):
 
 
 def authors_sigmas(model):
-    """On the timesteps of the authors' DDIM, from the model's own betas."""
+    """Return sigmas on the timesteps of the authors' DDIM, from the model's own betas."""
     timesteps = np.linspace(0, np.sqrt(0.8 * 1000), STEPS) ** 2
     log_sigmas = model.model.model_sampling.sigmas.double().log().numpy()
     return [*np.exp(np.interp(timesteps, np.arange(1000), log_sigmas))[::-1], 0.0]
 
 
 def ddim(denoised, sigmas, noise_factor=lambda sigma, sigma_next: 1.0):
-    """DDIM without noise from the host's noise of seed 1000; each predicted noise is multiplied by its step's factor."""
+    """Run DDIM without noise from the host's noise of seed 1000; each predicted noise is multiplied by its step's factor."""
     x = torch.randn(IMAGES, 3, 32, 32, generator=torch.Generator().manual_seed(1000)) * sigmas[0]
     for sigma, sigma_next in itertools.pairwise(sigmas):
         eps = (x - denoised(x, sigma)) / sigma * noise_factor(sigma, sigma_next)
@@ -138,7 +138,7 @@ def test_a_correction_over_the_authors_timesteps_counts_its_evaluations(sampler)
 
 
 def test_the_last_step_alone_is_eulers_after_a_third_of_each_other_step_by_heun(host, sampler, model, denoised, relative):
-    """Heun's method written out, over the schedule's sigmas."""
+    """The reference is Heun's method written out, over the schedule's sigmas."""
     run = Run(scheduler="karras", steps=STEPS, cfg=1.0, control="last step alone")
     latents, nfe, _ = sampler.chunk(Chunk(run, 0, IMAGES))
     sigmas = host.run("BasicScheduler", model=model, scheduler="karras", steps=STEPS, denoise=1.0)[0].double().tolist()
@@ -199,13 +199,15 @@ def test_a_tuned_run_has_the_weights_of_its_file(sampler, model, tmp_path):
     found = halved.model(TunedRun(weights="smooth")).model.diffusion_model.state_dict()
     assert found.keys() == weights.keys()
     assert all(torch.equal(found[name], weights[name].float()) for name in found)
-    (builtin,) = sampler.run("IECLoadBuiltinModel", precision="float32")  # and no other model has them
+    (builtin,) = sampler.run("IECLoadBuiltinModel", precision="float32")  # no other model has these weights
     before = model.model.diffusion_model.state_dict()
     assert all(torch.equal(tensor, before[name]) for name, tensor in builtin.model.diffusion_model.state_dict().items())
 
 
 def test_residuals_are_those_of_the_papers_iteration(host, sampler, model):
-    """In the third of 20 euler steps: x' = x + (sigma' - sigma) eps(y), y the last x' at its step's own timestep."""
+    """They are checked in the third of 20 euler steps: x' = x + (sigma' - sigma) eps(y), y the last x' at its step's own
+    timestep.
+    """
     label, none = (host.run("IECClassLabel", labels=text)[0] for text in ("flag", "none"))
     (sigmas,) = host.run("BasicScheduler", model=model, scheduler="karras", steps=20, denoise=1.0)
 
@@ -258,7 +260,7 @@ def test_an_image_that_is_not_finite_is_told_with_its_row(host):
 
 
 def check(chunks, store, sampler):
-    """What was sampled elsewhere is what is sampled here, and its features are those of its images."""
+    """Check that samples from elsewhere equal samples made here, and that their features are those of their images."""
     for chunk in chunks:
         tensors, about = store.load(chunk)
         run = chunk.run
@@ -282,7 +284,7 @@ def test_without_a_gpu_chunks_are_small(monkeypatch):
 
 @pytest.mark.parametrize("free, size", [(2**40, 256), (300, 64), (0, 8)])
 def test_on_a_gpu_they_are_as_many_as_fit_into_half_of_what_is_free(sampler, monkeypatch, free, size):
-    """Where guidance doubles a batch, and an image takes one byte."""
+    """Guidance doubles a batch here, and an image takes one byte."""
     import comfy.model_base
     import comfy.model_management as management
 
@@ -294,7 +296,7 @@ def test_on_a_gpu_they_are_as_many_as_fit_into_half_of_what_is_free(sampler, mon
 
 @contextlib.contextmanager
 def same_environment():
-    """Ray sets variables of its own."""
+    """Restore the environment afterwards, because Ray sets variables."""
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -303,15 +305,15 @@ def same_environment():
 
 @pytest.fixture(scope="module")
 def address():
-    """A Ray cluster of two workers on this machine."""
+    """Return the address of a Ray cluster of two workers on this machine."""
     with same_environment():
-        # Ray's workers are nice to others, which are this machine's other tests here.
+        # By default, Ray's workers yield to other processes, which here are this machine's other tests.
         os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1", "RAY_worker_niceness": "0"}
         from ray.cluster_utils import Cluster
 
         built = Cluster()
         for _ in range(2):
-            memory = 80 * 2**20  # the least that Ray takes
+            memory = 80 * 2**20  # Ray's minimum
             built.add_node(num_cpus=1, num_gpus=0, object_store_memory=memory, include_dashboard=False)
         yield built.address
         built.shutdown()
@@ -319,7 +321,7 @@ def address():
 
 @pytest.fixture
 def ray_address():
-    """A function that names the cluster in the environment."""
+    """Return a function that sets the cluster's address in the environment."""
     with same_environment():
         yield lambda address: os.environ.update(RAY_ADDRESS=address)
 

@@ -1,4 +1,4 @@
-"""The tables of `make gpu`, on a CPU and tiny networks: each kind of row is measured, and no row takes the others along."""
+"""The tables of `make gpu`, on a CPU and tiny networks: each kind of row is measured, and no failing row stops the others."""
 
 import csv
 
@@ -15,7 +15,7 @@ def bench(host):
 
 @pytest.fixture
 def short(monkeypatch):
-    """Runs of three steps; everything that is timed is done once, and takes 2 ms, but for what it is compared with."""
+    """Shorten runs to three steps; everything that is timed runs once and takes 2 ms, except the baseline."""
     monkeypatch.setattr(gpu_tables, "STEPS", 3)
     monkeypatch.setattr(gpu_tables.Bench, "milliseconds", lambda self, ways, rounds=5: dict.fromkeys(ways, 2.0) | run(ways))
 
@@ -78,7 +78,9 @@ def test_everything_together_and_corrections_alone(bench, short):
 
 @pytest.fixture
 def written(bench, monkeypatch, tmp_path):
-    """written(tasks, minutes): (rows that failed, CSV's rows, the page) of a table of these."""
+    """Return written(tasks, minutes), which gives (number of failed rows, the CSV's rows, the page) of a table of these
+    tasks.
+    """
 
     def write(given, minutes=1):
         def table(bench):

@@ -1,4 +1,4 @@
-"""The experiment that takes a correction apart: its controls are what they say."""
+"""The experiment that separates the effects of a correction: its controls do what they claim."""
 
 import effects
 import pytest
@@ -36,7 +36,9 @@ def test_terms_are_an_identity(experiment):
 
 
 def test_averaging_at_the_same_point_lowers_independent_noise(experiment):
-    """Stochastic rounding's mean over evaluations goes to that without rounding as one over the square root of their number."""
+    """The mean over stochastically rounded evaluations converges to the unrounded one with one over the square root of their
+    number.
+    """
     full, model = experiment.full, experiment.models["W8A8"]
     x, sigma = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.full((4,), 1.0)
     label = torch.eye(28)[:4]
@@ -52,6 +54,6 @@ def test_averaging_at_the_same_point_lowers_independent_noise(experiment):
             errors.append(network(model.model) - network(full.model))
     rounding.round_weights()
     single, mean = torch.stack([error.norm() for error in errors]).mean(), (sum(errors) / 16).norm()
-    assert 0.2 < mean / single < 0.4  # 1/4, and what rounding moves on average for the network is not linear
+    assert 0.2 < mean / single < 0.4  # 1/4, plus the network's nonlinear response to the mean rounding
     after = model.model.diffusion_model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)

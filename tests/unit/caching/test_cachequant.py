@@ -1,4 +1,4 @@
-"""Cache profiles: the schedule against brute force, the correction against least squares written out, files."""
+"""Cache profiles: the schedule compared with brute force, the correction with written-out least squares, and files."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ from iec_core.errors import ProfileError
 
 
 def cost_of(cost, firsts, total):
-    """The sum of |F_s - F_start| over all steps."""
+    """Return the sum of |F_s - F_start| over all steps."""
     ends = [*firsts[1:], total]
     return sum(cost[first][step] for first, end in zip(firsts, ends) for step in range(first + 1, end))
 
@@ -52,7 +52,7 @@ def test_grouping_is_the_best_of_all(total, interval, seed):
 def test_grouping_crowds_full_steps_where_features_change():
     place = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 2.0, 4.0, 6.0, 8.0, 8.1, 8.2])
     cost = (place[:, None] - place).abs().tolist()
-    assert group_steps(cost, 3) == [0, 3, 7, 9]  # 4.6 in all; every third step costs 6.9
+    assert group_steps(cost, 3) == [0, 3, 7, 9]  # 4.6 in total; every third step costs 6.9
 
 
 def channels(x, channel_dim):
@@ -86,19 +86,19 @@ def test_fit_of_what_does_not_vary_holds_and_moves_it():
     fit.add([constant], y)
     assert fit.solve().tolist() == [[1.0, 1.0]]
     twice = ChannelFit(1)
-    twice.add([y, y], 3 * y)  # which of the two it is from cannot be told
+    twice.add([y, y], 3 * y)  # the two terms cannot be distinguished
     weights = twice.solve()
     torch.testing.assert_close(weights[:, :2].sum(1), torch.tensor([3.0], dtype=torch.float64))
 
 
 def feature(step, scale=1.0):
-    """A feature of two conditioning entries with three channels, each on its own line over the steps."""
+    """Return a feature of two conditioning entries with three channels, each linear in the step."""
     base = torch.arange(24.0).reshape(2, 3, 4) / 10 + 1
     return base * (1 + 0.1 * step) * scale + torch.tensor([0.0, 0.2, -0.1])[:, None] * step
 
 
 def curve(step):
-    """A feature that no map of one other step's gives: two patterns, each with a course of its own."""
+    """Return a feature that no map of a single other step gives: two patterns, each with its own course over the steps."""
     one, other = torch.arange(24.0).reshape(2, 3, 4) / 10, torch.arange(24.0).reshape(2, 3, 4).sin()
     return one * (1 + 0.1 * step) + other * (1 + 0.3 * step) ** 0.5
 
@@ -142,7 +142,7 @@ def test_distances_are_means_and_reach_no_further_than_twice_the_interval():
 @pytest.mark.parametrize("quantized", [None, lambda x: 0.9 * x - 0.3])
 @pytest.mark.parametrize(("of", "terms", "error"), [(feature, 1, 1e-4), (feature, 2, 1e-4), (curve, 2, 1e-4), (curve, 1, None)])
 def test_corrected_features_are_those_of_the_step(quantized, of, terms, error):
-    """What the map can express comes out exactly, whatever of the network's errors it can express too."""
+    """A feature that the map can express is exact; the map also corrects errors of the network that it can express."""
     full_steps = (0, 1, 3)
     cache, worst = CorrectedFeatures(profile(full_steps=full_steps, of=of, terms=terms, quantized=quantized)), 0.0
     assert cache.full_steps(torch.linspace(10, 0, 7, dtype=torch.float64).tolist()) == {*full_steps}
@@ -178,7 +178,9 @@ def test_a_run_that_ends_early_may_take_its_last_step_to_zero():
 
 
 def test_only_features_of_the_profiles_full_steps_are_taken():
-    """A sampler's evaluation between two steps, and a correction at the next step's sigma, leave the step's own feature."""
+    """A sampler's evaluation between two steps, or a correction at the next step's sigma, does not replace the step's own
+    feature.
+    """
     cache = CorrectedFeatures(profile())
     cache.full_steps(torch.linspace(10, 0, 7, dtype=torch.float64).tolist())
     cache.store(["cond"], feature(2)[:1], 2.0)
@@ -196,13 +198,13 @@ def test_an_entry_that_comes_later_is_left_out_until_its_full_steps_are_there(te
         fits.full_steps(range(7))
         for step in range(6):
             fits.store(["cond"], feature(step)[:1], float(step))
-            if "late" in entries and step >= 3:  # not there at step 2, whose feature step 3 would take up
+            if "late" in entries and step >= 3:  # missing at step 2, whose feature step 3 would reuse
                 fits.store(["late"], 5 - feature(step)[1:] ** 2, float(step))
         return fits.maps()[""]
 
     alone, both = fit([]), fit(["late"])
     assert torch.equal(alone[:5], both[:5])
-    assert torch.equal(alone[5], both[5]) == (terms == 2)  # of step 4 alone there is one, of steps 2 and 4 there is none
+    assert torch.equal(alone[5], both[5]) == (terms == 2)  # it has the feature of step 4, but not of both steps 2 and 4
 
 
 def test_steps_that_a_sampler_never_evaluates_are_told():

@@ -9,30 +9,32 @@ from iec_core.caching.feature_cache import FORECASTS, REMEMBERED, UNTRIED, Featu
 
 def test_first_of_every_interval_is_full():
     uniform = parse_cache_schedule("uniform")
-    assert uniform.full_steps(12, 5) == {0, 5, 10}
-    assert uniform.full_steps(5, 1) == set(range(5))
+    assert uniform.of(12, 5) == {0, 5, 10}
+    assert uniform.of(5, 1) == set(range(5))
 
 
 def test_steps_are_taken_as_written_and_the_first_always_is():
-    assert parse_cache_schedule(" steps: 3, 7,19 ").full_steps(20, 5) == {0, 3, 7, 19}
+    assert parse_cache_schedule(" steps: 3, 7,19 ").of(20, 5) == {0, 3, 7, 19}
 
 
 @pytest.mark.parametrize("text", ["steps:3,20", "power:20,1.4", "power:40,2"])
 def test_schedule_outside_the_run_is_refused(text):
     with pytest.raises(ValueError, match=r"^schedule: it names step (20|40), but the run has 20 steps, numbered from 0 to 19"):
-        parse_cache_schedule(text).full_steps(20, 5)
+        parse_cache_schedule(text).of(20, 5)
 
 
 @pytest.mark.parametrize(("center", "power"), [(15, 1.4), (0, 1.2), (10, 1.6), (40, 2.0), (7.5, 1.0)])
 @pytest.mark.parametrize(("total", "interval"), [(50, 5), (100, 10), (50, 2)])
 def test_power_schedule_is_the_papers_formula(center, power, total, interval):
-    """The paper's evenly spaced roots, raised to the power again, with numpy; a root keeps its sign."""
+    """The expected schedule is the paper's, with numpy: evenly spaced roots, raised to the power again; a root keeps
+    its sign.
+    """
     count = -(-total // interval)
     ends = np.array([-center, total - center], dtype=np.float64)
     low, high = np.sign(ends) * np.abs(ends) ** (1 / power)
     roots = np.linspace(low, high, count + 1)[:-1]
     expected = {0, *np.floor(np.sign(roots) * np.abs(roots) ** power + center + 1e-9).astype(int).tolist()}
-    found = parse_cache_schedule(f"power:{center},{power}").full_steps(total, interval)
+    found = parse_cache_schedule(f"power:{center},{power}").of(total, interval)
     assert found == expected and len(found) <= count
     if power > 1 and 0 < center < total and interval > 2:
         steps = sorted(found)
@@ -72,7 +74,7 @@ def test_forecast_begins_with_what_there_is():
 
 
 def auto_restated(features, position):
-    """The forecast of one item's [(position, feature)], with numpy: of the line as much as the trials say."""
+    """Return the forecast of one item's [(position, feature)], with numpy: the share of the line that the trials support."""
     (before, last), (at, held) = features[-2:]
     met = moved = 0.0
     for (p, f), (q, g), (r, true) in zip(features, features[1:], features[2:]):
@@ -111,7 +113,7 @@ def test_auto_ends_as_hold_in_noise_and_as_linear_on_a_line(trend):
 
 
 def test_auto_in_half_precision_and_with_features_that_stand_still():
-    cache, large = FeatureCache("auto"), torch.full((1, 4096), 300.0, dtype=torch.float16)  # their product is beyond 65504
+    cache, large = FeatureCache("auto"), torch.full((1, 4096), 300.0, dtype=torch.float16)  # their product is above 65504
     for at, factor in enumerate((1, 1, 1, 1, 2, 3)):
         cache.store(["a"], factor * large, at)
         found = cache.load(["a"], 1, at + 1)
@@ -183,13 +185,15 @@ def test_clear_forgets():
 
 @pytest.mark.parametrize("forecast", FORECASTS)
 def test_entries_that_no_longer_come_are_dropped(forecast):
-    """As of context windows that move: the memory in use does not grow with the steps, and who stays keeps its history."""
+    """Moving context windows leave such entries. The memory in use does not grow with the steps; other entries keep their
+    history.
+    """
     coefficients = torch.randn(DEGREES[forecast] + 1, 2, 3, dtype=torch.float64)
     cache, held = FeatureCache(forecast), []
     for step in range(8):
         feature = sum(c * step**power for power, c in enumerate(coefficients))
         cache.begin(step)
-        cache.begin(step)  # as of two runs that share it
+        cache.begin(step)  # as from two runs that share the cache
         cache.store([f"window {step}", "stays"], torch.cat([feature, feature]), step)
         held.append(sum(len(kept) for kept in cache._slices.values()))
         assert cache.load([f"window {step}"], 2, step, since=step) is not None

@@ -1,4 +1,4 @@
-"""What `auto` chooses, for the situations that were measured."""
+"""The choices of `auto` in the situations that were measured."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from iec_core.correction.iteration import CorrectionSettings
 
 
 def chosen(situation):
-    """(numbers of the steps, evaluation point)."""
+    """Return (numbers of the steps, evaluation point)."""
     choice = choose(situation)
     return sorted(choice.steps.of(situation.steps)), choice.evaluation_point
 
@@ -31,7 +31,7 @@ def test_behind_a_cache_the_step_before_each_full_one_is():
 
 @pytest.mark.parametrize("first", [4518.0, 999999999.9])
 def test_steps_to_less_than_a_quarter_of_their_sigma_are_left_alone(first):
-    """From where there is no signal, and the last but one of schedules that end in a leap."""
+    """Such steps begin where there is no signal, or are the last but one of a schedule that ends in a large step."""
     assert chosen(Situation((first, *(20 * sigma for sigma in sigmas_of(12))), frozenset(range(12))))[0] == list(range(1, 12))
     assert chosen(Situation((*sigmas_of(12)[:-1], 0.02, 0.0), frozenset(range(12))))[0] == list(range(11))
 
@@ -57,7 +57,7 @@ def test_nothing_is_corrected_where_nothing_was_measured_to_help(situation, reas
 def test_settings_take_the_choice_and_keep_the_rest():
     settings = CorrectionSettings.parse("auto", 0.4, 2, 1e-3, "next", "contractive")
     assert settings.is_auto and not settings.is_off and settings.summary() == "auto contractive lambda 0.4 K 2"
-    assert settings.corrected_steps([3.0, 2.0, 1.0, 0.0]) == frozenset()  # it is chosen for a run
+    assert settings.corrected_steps([3.0, 2.0, 1.0, 0.0]) == frozenset()  # chosen for each run
     taken = settings.with_choice(choose(Situation(sigmas_of(12), frozenset(range(11)))))
     assert (taken.evaluation_point, taken.lambda_, taken.max_iterations) == ("ahead", 0.4, 2)
     assert taken.corrected_steps(sigmas_of(12), None, frozenset(range(11))) == set(range(11))

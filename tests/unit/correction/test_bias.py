@@ -1,4 +1,4 @@
-"""By how much a correction moves a run's result by itself, and of what a user is told."""
+"""By how much a correction itself moves a run's result, and the warnings about it."""
 
 import pytest
 
@@ -9,13 +9,13 @@ FLAT = (1.0,) * 12  # a sampler without history
 
 
 def step(number, *iterations, sigma_next=1.0):
-    """A corrected step; iterations: (lambdas, residuals), each a list over the images."""
+    """Return a corrected step; iterations: (lambdas, residuals), each a list over the images."""
     lambdas, residuals = ([list(pair[k]) for pair in iterations] for k in (0, 1))
     return StepReport(number, 2.0, sigma_next, True, lambdas=lambdas, residuals=residuals)
 
 
 def run(moves, last_ends_without_noise=True):
-    """StepReports of one image with lambda 0.5 that move it by these shares, step by step."""
+    """Return StepReports of one image with lambda 0.5 that move it by these shares, step by step."""
     ends = [1.0] * (len(moves) - 1) + [0.0 if last_ends_without_noise else 1.0]
     return [step(number, ([0.5], [2 * move]), sigma_next=end) for number, (move, end) in enumerate(zip(moves, ends))]
 
@@ -49,7 +49,7 @@ def test_the_papers_rule_is_warned_of_with_the_sum_and_the_step_that_does_most()
         ([0.02, 0.02], {"evaluation_point": "next", "is_scaled": False, "gains": (1.0, *[1.5] * 11)}),
         ([0.2, 0.2], {"evaluation_point": "next", "is_scaled": False, "is_exact": True, "evaluates_more_than_once": True}),
         ([0.02, 0.02], {"evaluation_point": "next", "evaluates_more_than_once": True}),
-        ([0.2, 0.2], {"evaluation_point": "paper", "full": [0, 5, 10]}),  # behind a wide cache the paper's rule helped
+        ([0.2, 0.2], {"evaluation_point": "paper", "full": [0, 5, 10]}),  # the paper's rule helped with a wide cache
         ([0.2, 0.2], {"evaluation_point": "paper", "full": [0, 1, 7]}),  # its last full step is the 8th of 12
         ([0.2, 0.2], {"evaluation_point": "next", "is_exact": True}),  # makes up for coarse steps
         ([0.02, 0.02], {"evaluation_point": "paper", "is_exact": True}),
@@ -72,7 +72,7 @@ def test_a_narrow_cache_changes_nothing():
 
 @pytest.mark.parametrize("point", ["paper", "next"])
 def test_history_multiplies_the_estimate(point):
-    """dpmpp_2m: of what step 1 changes 3.4 times go into step 1, and step 2 takes off 0.5 times that."""
+    """dpmpp_2m: a change in step 1 enters step 1 3.4 times, and step 2 subtracts 0.5 times the change."""
     said = bias_warning(run([0.02, 0.1, 0.02]), CorrectedRun(point, (1.0, 3.4, 1.5)))
     bias = (1 - 2.4) * 0.02, (3.4 - 0.5) * 0.1, 1.5 * 0.02
     assert said == (

@@ -1,4 +1,4 @@
-"""Spectral norms of Jacobians against the exact singular values of the full matrix, in float64."""
+"""Spectral norms of Jacobians compared with the exact singular values of the full matrix, in float64."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ IMAGES, SHAPE = 3, (2, 4, 4)
 
 
 class Matrices:
-    """A linear map of every image, [B, n, n], by its products."""
+    """A linear map of every image, [B, n, n], with its Jacobian-vector products."""
 
     def __init__(self, matrices):
         self._matrices = matrices
@@ -33,7 +33,7 @@ class Matrices:
 
 
 class Network(torch.nn.Module):
-    """Convolutions with a residual and a normalization, which changes its own tensors in place, as the host's do."""
+    """Convolutions with a residual and a normalization, which changes its own tensors in place, like the host's networks."""
 
     def __init__(self):
         super().__init__()
@@ -57,13 +57,13 @@ def point(seed=0):
 
 
 def full_jacobian(function, x):
-    """[B, n, n], each image for itself."""
+    """Return the Jacobian [B, n, n] of each image separately."""
     rows = [torch.autograd.functional.jacobian(lambda one: function(one[None])[0], item) for item in x]
     return torch.stack([matrix.reshape(x[0].numel(), -1) for matrix in rows])
 
 
 def exact(matrices, pairs=PAIRS):
-    """[P, B]: the largest singular value of alpha I + beta J."""
+    """Return [P, B]: the largest singular value of alpha I + beta J."""
     identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype)
     return torch.stack([torch.linalg.svd(alpha * identity + beta * matrices)[1][:, 0] for alpha, beta in pairs])
 
@@ -80,7 +80,7 @@ def test_norms_of_a_network_are_those_of_its_full_jacobian(method):
 
 
 def test_one_subspace_serves_all_dampings():
-    """Together they take less than two of them alone."""
+    """All together take fewer products than 0.6 times the sum of the separate ones."""
     network, x = Network(), point()
     with Linearization(network, x) as jacobian:
         alone = [spectral_norms(jacobian, x, [pair], iterations=200) for pair in PAIRS]
@@ -100,7 +100,7 @@ def test_the_vectors_are_stretched_by_the_norms():
 
 
 def non_normal():
-    """Matrices whose eigenvalues say nothing about their norms: one is nilpotent, with eigenvalues 0 only."""
+    """Return matrices whose eigenvalues do not determine their norms: one is nilpotent, with only zero eigenvalues."""
     generator = torch.Generator().manual_seed(2)
     nilpotent = torch.triu(torch.randn(32, 32, generator=generator, dtype=torch.float64), 1)
     jordan = 0.5 * torch.eye(32, dtype=torch.float64) + torch.diag(torch.full((31,), 2.0, dtype=torch.float64), 1)
@@ -115,7 +115,7 @@ def test_non_normal_matrices():
 
 
 def test_wrong_formulas_differ_by_far_more_than_the_tolerance():
-    """What a slip would compute: eigenvalues for singular values, B lost, lambda on one term, one norm for the batch."""
+    """Possible mistakes: eigenvalues instead of singular values, B missing, lambda on one term only, one norm for the batch."""
     matrices, x = non_normal(), point()
     right = spectral_norms(Matrices(matrices), x, PAIRS, iterations=100).norms
     identity = torch.eye(32, dtype=torch.float64)
@@ -147,7 +147,7 @@ def test_too_few_iterations_give_a_bound_from_below_and_say_so():
 
 
 def test_multiples_of_the_identity_and_zero():
-    """One product is all there is to know, and nothing is divided by zero."""
+    """One product determines everything, and nothing is divided by zero."""
     identity = torch.eye(32, dtype=torch.float64).expand(IMAGES, -1, -1)
     for share in (0.0, -0.4):
         found = spectral_norms(Matrices(share * identity), point(), PAIRS)
@@ -163,7 +163,7 @@ def test_a_function_of_no_derivative_is_refused():
 
 
 def test_rounding_between_has_a_derivative_that_no_difference_agrees_with():
-    """A straight-through estimate: its products agree with each other in forward mode, so that differences are not taken."""
+    """With a straight-through estimate, forward-mode products are consistent, so that finite differences are not used."""
 
     def rounding(x):
         return 2 * (x + (x.round() - x).detach())
@@ -186,7 +186,7 @@ def test_lipschitz_of_a_linear_map_is_its_stretch():
 
 
 def test_lipschitz_sees_what_a_straight_through_derivative_does_not():
-    """A map that rounds to a grid of 1/8 has derivative 0 or none, and looks like the identity from afar only."""
+    """A map that rounds to a grid of 1/8 has derivative 0 or none, and resembles the identity only over large distances."""
 
     def rounded(x):
         return (8 * x).round() / 8
@@ -203,7 +203,7 @@ def test_lipschitz_sees_what_a_straight_through_derivative_does_not():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_norms_and_stretches_of_16_bits_do_not_overflow(dtype):
-    """Of x -> 3 x at a latent whose norm is beyond float16."""
+    """The map is x -> 3 x at a latent whose norm is above float16's largest number."""
     x = (600 * torch.ones(2, 16384)).to(dtype)
     assert x.double().norm(dim=1).min() > torch.finfo(torch.float16).max
     directions = [torch.ones_like(x)]
@@ -220,14 +220,14 @@ def test_suggested_lambda_is_the_least_of_the_worst_image():
     norms[6] = 0.5
     assert suggested_lambda(norms) == 0.7
     norms[3] = 0.5
-    assert suggested_lambda(norms) == 0.4  # of equal ones the smallest
+    assert suggested_lambda(norms) == 0.4  # the smallest of equal ones
     norms[0, 0] = torch.nan
     with pytest.raises(ValueError, match="finite"):
         suggested_lambda(norms)
 
 
 def test_suggestion_for_a_map_that_is_known():
-    """B J = s I: |1 - lam (1 - s)| is least at 1 / (1 - s)."""
+    """B J = s I: |1 - lam (1 - s)| is smallest at 1 / (1 - s)."""
     identity = torch.eye(32, dtype=torch.float64).expand(IMAGES, -1, -1)
     for slope, best in ((-4.0, 0.2), (-1.0, 0.5), (0.5, 0.9)):
         pairs = [iteration_pair(lambda_, slope) for lambda_ in LAMBDAS]

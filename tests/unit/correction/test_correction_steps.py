@@ -8,7 +8,7 @@ from iec_core.correction.correction_steps import parse_correction_steps, steps_w
     [
         ("all", 3, {0, 1, 2}),
         ("none", 3, set()),
-        (" Full ", 3, {0, 1, 2}),  # without a cache every step is
+        (" Full ", 3, {0, 1, 2}),  # without a cache every step is full
         ("ends:1/10", 50, {0, 1, 2, 3, 4, 45, 46, 47, 48, 49}),
         ("ends:1/20", 100, {0, 1, 2, 3, 4, 95, 96, 97, 98, 99}),
         ("ends:1/10", 4, {0, 3}),  # max(1, round(0.4)) steps at each end

@@ -1,4 +1,4 @@
-"""The iteration against closed forms of a linear denoiser, in float64."""
+"""The iteration compared with closed forms of a linear denoiser, in float64."""
 
 import gc
 import math
@@ -20,7 +20,7 @@ def eps(x):
 
 
 def run(settings, x=X):
-    """Return (x' after an Euler step with the corrected prediction, list of inputs that the network saw)."""
+    """Return (x' after an Euler step with the corrected prediction, list of the network's inputs)."""
     seen = []
 
     def evaluate(x_in, sigma, iteration):
@@ -85,7 +85,7 @@ def test_evaluations_that_a_corrected_step_adds(point, iterations, added):
 
 
 def ahead(settings, evaluate, x=X, step=STEP):
-    """Return (denoised, trace, what is kept for the next step)."""
+    """Return (denoised, trace, the prediction that is kept for the next step)."""
     kept = []
     denoised, trace = corrected_denoised(evaluate, x, step, settings, keep=kept.append)
     (prediction,) = kept
@@ -109,7 +109,7 @@ def test_ahead_is_next_and_keeps_its_last_prediction(iterations):
 
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_ahead_keeps_the_prediction_at_the_iterate_that_an_item_falls_back_to(at):
-    """Item 1 is broken in one iteration: it ends at the iterate before, and the prediction there is its next step's."""
+    """Item 1 breaks in one iteration: it ends at the previous iterate, whose prediction becomes its next step's."""
     seen = []
 
     def evaluate(x_in, sigma, iteration):
@@ -122,14 +122,14 @@ def test_ahead_keeps_the_prediction_at_the_iterate_that_an_item_falls_back_to(at
     denoised, trace, kept = ahead(CorrectionSettings.parse("all", 0.5, 4, 0, "ahead"), evaluate)
     assert trace.fell_back.tolist() == [False, True]
     assert torch.equal(kept[0], seen[-1][1][0])
-    assert torch.equal(kept[1], seen[max(at - 1, 1)][1][1])  # a first correction that fails leaves D_0, whose x' it was at
+    assert torch.equal(kept[1], seen[max(at - 1, 1)][1][1])  # if the first correction fails, D_0 stays, whose x' was the input
     ends_at = STEP.x_factor * X[1] + STEP.denoised_factor * denoised[1]
     torch.testing.assert_close(seen[max(at - 1, 1)][0][1], ends_at, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_is_evaluated_ahead_is_eulers_own_latent(dtype):
-    """As k-diffusion computes it, with the sigmas in the latent's dtype, bit for bit."""
+    """The latent equals k-diffusion's bit for bit, with the sigmas in the latent's dtype."""
     x, denoised = (torch.randn(2, 500, generator=torch.Generator().manual_seed(1), dtype=dtype) for _ in range(2))
     sigmas = torch.tensor([2.7, 1.9], dtype=dtype)
     expected = x + (x - denoised) / sigmas[0].reshape(1, 1) * (sigmas[1] - sigmas[0])
@@ -170,9 +170,9 @@ def test_items_of_a_batch_stop_each_for_itself():
 
 
 def iterate(slope, lambda_=0.5, iterations=1, mode="fixed", x=X, broken=None):
-    """Iterate a line x' -> slope x' + ..., whose slope may differ between items: (predictions D_0, D after, trace).
+    """Iterate a linear map x' -> slope x' + ..., whose slope may differ between items: (predictions D_0, D after, trace).
 
-    broken: {iteration: value}, what the network returns instead at that iteration.
+    broken: {iteration: value}, the network's output at that iteration.
     """
     slope = torch.as_tensor(slope, dtype=torch.float64).reshape(-1, 1) * torch.ones_like(x)
     reach, first = STEP.denoised_factor * SCALE, []
@@ -180,7 +180,7 @@ def iterate(slope, lambda_=0.5, iterations=1, mode="fixed", x=X, broken=None):
     def evaluate(x_in, sigma, iteration):
         if iteration in (broken or {}):
             return torch.full_like(x_in, broken[iteration])
-        # G(D) = x - x_in + D(x_in) is to have the slope d G / d D = slope, by x_in = ... + reach D
+        # G(D) = x - x_in + D(x_in) must have the slope d G / d D = slope, through x_in = ... + reach D
         denoised = x_in + slope / reach * x_in - 0.3
         first.append(denoised)
         return denoised
@@ -191,7 +191,7 @@ def iterate(slope, lambda_=0.5, iterations=1, mode="fixed", x=X, broken=None):
 
 
 def fixed_point(slope, x=X):
-    """D = x - x_in + D(x_in) of the line in `iterate`, solved for D."""
+    """Return D = x - x_in + D(x_in) of the linear map in `iterate`, solved for D."""
     reach = STEP.denoised_factor * SCALE
     start = x - 0.3 + slope / reach * SCALE * STEP.x_factor * x
     return start / (1 - slope)
@@ -199,7 +199,7 @@ def fixed_point(slope, x=X):
 
 @pytest.mark.parametrize("slope", [-4.0, -0.8, 0.3, 0.95])
 def test_anderson_solves_a_line_in_two_iterations(slope):
-    damping = 0.1  # a damping with which every one of them converges
+    damping = 0.1  # all of them converge with this damping
     _, denoised, trace = iterate(slope, damping, 2, "anderson")
     torch.testing.assert_close(denoised, fixed_point(slope), rtol=1e-10, atol=0)
     assert not trace.fell_back.any()
@@ -222,7 +222,7 @@ def test_contractive_never_takes_more_than_lambda_and_nothing_where_nothing_cont
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("mode", "iterations"), [("contractive", 1), ("anderson", 2), ("fixed", 3)])
 def test_latents_of_16_bits_are_measured_in_32(dtype, mode, iterations):
-    """A latent whose square overflows in float16: a line of slope -1, which the damping 1 / 2 solves."""
+    """The square of the latent overflows in float16; the linear map has slope -1, which the damping 1 / 2 solves."""
     x = 14 * torch.randn(2, 4096, generator=torch.Generator().manual_seed(0))
     assert x.square().sum(1).min() > 2 * torch.finfo(torch.float16).max
     reach = STEP.denoised_factor * SCALE
@@ -291,7 +291,9 @@ def test_device_is_read_at_most_once_an_iteration_and_not_at_one(iterations):
 
 @pytest.fixture
 def objects_of_the_test():
-    """objects_of_the_test(): what Python holds and did not hold before; a loaded ComfyUI has a million things more."""
+    """Return objects_of_the_test(), which gives the Python objects made since the test began; a loaded ComfyUI has a million
+    more.
+    """
 
     def made():
         gc.collect()
@@ -338,7 +340,7 @@ def test_noise_of_a_step_is_in_every_iterate(iterations):
 
 @pytest.mark.parametrize("iterations", [1, 3])
 def test_mask_is_how_much_of_a_number_is_corrected(iterations):
-    """Each iteration moves D by mask * lambda * (G(D) - D); where the mask is 0 the prediction stays, bit for bit."""
+    """Each iteration moves D by mask * lambda * (G(D) - D); where the mask is 0 the prediction is unchanged, bit for bit."""
     mask = torch.tensor([[1.0, 0.0], [0.25, 0.0]], dtype=torch.float64)
     plain = X - SIGMA * eps(X)
     expected = plain
@@ -357,7 +359,7 @@ def test_mask_is_how_much_of_a_number_is_corrected(iterations):
 
 @pytest.mark.parametrize("iterations", [2, 3, 5])
 def test_anderson_is_the_mixture_of_depth_one_written_out(iterations):
-    """A map of four unequal slopes. The mixture goes on by the damping of the last move, as its docstring says."""
+    """The map has four unequal slopes. The mixture continues with the damping of its last move, as its docstring says."""
     slopes = torch.tensor([-0.7, -0.1, 0.2, 0.6], dtype=torch.float64)
     x = torch.tensor([[1.0, -0.5, 0.8, 0.3]], dtype=torch.float64)
     reach = STEP.denoised_factor * SCALE

@@ -1,4 +1,4 @@
-"""Calibrated activations: interpolation against NumPy's, statistics against their definition in float64, files."""
+"""Calibrated activations: interpolation compared with NumPy's, statistics with their definition in float64, and files."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def scales(steps=5, layers=3):
 
 
 def interpolated(profile, sigma):
-    """The scales at sigma in float64."""
+    """Return the scales at sigma in float64."""
     sigmas, table = profile.sigmas.numpy()[::-1], profile.table.double().numpy()[::-1]
     return torch.tensor([np.interp(sigma, sigmas, table[:, layer]) for layer in range(table.shape[1])])
 
@@ -108,7 +108,7 @@ def test_a_spoiled_profile_is_refused_with_a_sentence(spoiled, kind):
 
 
 def heavy(seed):
-    """Activations [2, 100, 150], evenly within +-1, with an outlier; clipping it pays, by a share of the seed's own."""
+    """Return uniform activations [2, 100, 150] within +-1, with an outlier; the best clipping range depends on the seed."""
     x = torch.rand(2, 100, 150, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     x[0, 0, 0] = 1 + 0.1 * (seed % 4)
     return x
@@ -129,7 +129,7 @@ def squared_error(xs, scale, kind):
 
 
 def gathered(kinds, steps, is_timestep_wise, what=("largest", "search")):
-    """Statistics of two runs, and {name: for each step, what it has entered}."""
+    """Return the statistics of two runs, and {name: the inputs at each step}."""
     statistics, seen = ScaleStatistics(kinds, steps, is_timestep_wise), {name: [[] for _ in range(steps)] for name in kinds}
     for method in what:
         for run in range(2):

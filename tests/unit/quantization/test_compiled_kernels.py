@@ -1,4 +1,4 @@
-"""The Triton kernels as they are compiled for GPUs that need not be there: what a warp has to issue."""
+"""The Triton kernels compiled for GPUs that need not be present: the instructions that a warp must issue."""
 
 import pytest
 import sass
@@ -8,7 +8,7 @@ from iec_core.quantization.kernels import activations, launch, products, tiles
 
 pytestmark = pytest.mark.skipif(bool(sass.missing()), reason=f"needs Triton's compiler: {sass.missing()}")
 SLOW = ("CALL", "MUFU", "LDL", "STL")  # calls, divisions and roots, spilled registers
-LAYERS = {  # channels, size of the window, and how many of the tiles are tried
+LAYERS = {  # channels, size of the window, and number of tiles that are tried
     "3x3, 320": (320, 3, 5),
     "3x3, 1280": (1280, 3, 5),
     "1x1, 5120": (5120, 1, 2),
@@ -17,7 +17,7 @@ LAYERS = {  # channels, size of the window, and how many of the tiles are tried
 
 @pytest.fixture
 def unread(monkeypatch):
-    """For a test that looks at no instruction: to write one kernel's out takes half a second."""
+    """Skip the disassembly, which takes half a second per kernel, for a test that reads no instruction."""
     output = sass._output
     monkeypatch.setattr(sass, "_output", lambda tool, *arguments: "" if tool == "nvdisasm" else output(tool, *arguments))
 
@@ -25,14 +25,14 @@ def unread(monkeypatch):
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(("channels", "window", "tried"), LAYERS.values(), ids=LAYERS)
 def test_a_product_keeps_the_tensor_cores_busy(capability, channels, window, tried, tmp_path):
-    """No spill, no division and no call in the loop, and at least a fifth of it products, in every tile there is."""
+    """In every tile, the loop has no spill, no division and no call, and at least a fifth of it are products."""
     for tile in tiles.tiles(capability, channels)[:tried]:
         found = convolution(capability, channels, window, tile, tmp_path)
         assert found.stack == 0, tile
         assert not {name: count for name, count in found.loop.names.items() if name in SLOW}, tile
         assert found.loop.share >= 0.2, (tile, found.loop.share, found.loop.names)
         assert found.shared <= tiles.architecture(capability).shared, tile
-        assert found.loop.names["LDGSTS"] or tile.stages == 1, tile  # copied to shared memory while products are made
+        assert found.loop.names["LDGSTS"] or tile.stages == 1, tile  # copied to shared memory during the products
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -58,7 +58,7 @@ MAXIMUM = {"LARGEST": launch.jitted(activations.largest, False)} if not sass.mis
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("given", [False, True])
 def test_activations_are_read_and_written_in_runs(capability, channels_last, given, tmp_path):
-    """16 bytes at once, whichever dimension comes last; one read and one write of each."""
+    """16 bytes are read at once, whichever dimension comes last; each value is read and written once."""
     block_p, block_c = launch.quantize_blocks(640, channels_last)
     absent, present = ("largest_ptr", "given_ptr")[:: 1 if given else -1]
     constants = {absent: None, "channel_stride" if channels_last else "pixel_stride": 1}
@@ -85,7 +85,7 @@ ONE = {"rows": 1, "pixels": 1, "out_channels": 1}  # an integer that is 1 is a c
 
 
 def test_what_is_one_is_compiled_too(tmp_path, unread):
-    """As for a single row of a Linear layer, whose walk is shared."""
+    """A single row of a Linear layer has this, and its reduction loop is shared."""
     tile = tiles.tiles(90, 1280)[-1]
     assert convolution(90, 1280, 1, tile, tmp_path, sums=True, **ONE).stack == 0
     assert convolution(90, 1280, 1, tile, tmp_path, **ONE).stack == 0
@@ -110,7 +110,7 @@ def test_adding_up_spills_nothing(capability, tmp_path):
 
 
 def test_what_is_read_from_machine_code():
-    """A loop whose way out is written as a call, as ptxas does, and one with a call in it."""
+    """The text has a loop whose exit is written as a call, as ptxas does, and which also contains a call."""
     text = """
 .L_x_2:
         /*0000*/                   IMMA.16832.S8.S8 R8, R140.ROW, R10.COL, R148 ;

@@ -1,4 +1,4 @@
-"""GPTQ and the low-rank branch, against the published recurrence, brute force, and singular values in float64."""
+"""GPTQ and the low-rank branch, compared with the published recurrence, brute force, and singular values in float64."""
 
 import itertools
 import math
@@ -27,7 +27,7 @@ def normal(*shape, seed=0):
 
 
 def inputs(count, size, seed=1):
-    """Return x [count, size], float32, of channels that go together and are of unlike sizes, with a mean."""
+    """Return x [count, size], float32, with a mean, of correlated channels of different sizes."""
     mixed = normal(count, size, seed=seed) @ (torch.eye(size) + 0.5 * normal(size, size, seed=seed + 1) / math.sqrt(size))
     return (mixed + 0.3) * torch.linspace(0.2, 2, size)
 
@@ -40,20 +40,22 @@ def moments_of(x, most=10**6):
 
 
 def damped(x):
-    """Return the second moments of x [N, K] and their damping, float64 [K, K]."""
+    """Return the damped second moments of x [N, K], float64 [K, K]."""
     second = x.double().t() @ x.double() / len(x)
     damping = DAMPING + DAMPING_OF_FEW * len(second) / len(x)
     return second + damping * second.diagonal().mean() * torch.eye(len(second), dtype=torch.float64)
 
 
 def cost(rows, matrix):
-    """Return the squared errors [O] that rows [O, K] make in a metric."""
+    """Return the squared errors [O] of rows [O, K] in a metric."""
     rows = rows.double()
     return (rows @ matrix * rows).sum(1)
 
 
 def published(rows, scale, limit, matrix):
-    """GPTQ as in its Algorithm 1 (arXiv 2210.17323), one column at a time, by the Cholesky factor of the inverse; float64."""
+    """Run GPTQ as in its Algorithm 1 (arXiv 2210.17323), one column at a time, by the Cholesky factor of the inverse;
+    float64.
+    """
     order = matrix.diagonal().argsort(descending=True, stable=True)
     weight, inverse = rows.double()[:, order].clone(), torch.linalg.inv(matrix[order][:, order])
     upper = torch.linalg.cholesky(inverse).t()
@@ -89,7 +91,7 @@ def test_errors_are_those_of_the_output():
     torch.testing.assert_close(metric.of(left).square().sum(1), errors, rtol=1e-3, atol=1e-9)
     torch.testing.assert_close(metric.undone(metric.of(left)), left, rtol=1e-3, atol=1e-5)
     output = x.double() @ left.double().t()
-    assert (output.square().mean(0) < errors).all()  # but for the damping
+    assert (output.square().mean(0) < errors).all()  # the errors include the damping
     assert (output.square().mean(0) > 0.8 * errors).all()
 
 
@@ -148,7 +150,7 @@ def test_low_rank_leaves_what_the_other_singular_values_are(shape):
 
 
 def output_error(weight, packing, packed, x):
-    """Return the mean squared error of a packed weight's output over x [N, K], relative."""
+    """Return the relative mean squared error of a packed weight's output over x [N, K]."""
     rows, full = packing.matrix(packing.dequantize(packed)).double(), packing.matrix(weight).double()
     return ((x.double() @ (rows - full).t()).square().mean() / (x.double() @ full.t()).square().mean()).item()
 
@@ -208,7 +210,7 @@ def test_large_layers_are_seen_in_blocks_between_which_nothing_is_known():
 def test_moments_tell_what_is_not_finite():
     x = inputs(10, 8)
     assert moments_of(x).is_finite()
-    for bad in (math.nan, math.inf, 1e19):  # whose squares add up to more than float32 has
+    for bad in (math.nan, math.inf, 1e19):  # squares of 1e19 add up to more than float32 holds
         x[3:7, 2] = bad
         assert not moments_of(x).is_finite()
 
@@ -279,7 +281,7 @@ def test_what_is_rounded_again_keeps_its_scale_unless_it_would_clip_too_much(kin
     rows, limit = normal(6, 32), LIMITS[kind]
     scale = rows.abs().amax(1, keepdim=True) * 0.9 / limit
     scale = scale.amax().expand_as(scale) if kind == "fp8" else scale
-    rows[0, 3] = 1.3 * limit * scale[0, 0]  # one number of a row, for which a step more for the others does not pay
+    rows[0, 3] = 1.3 * limit * scale[0, 0]  # one value of a row, for which a larger step for all others does not pay
     rows[1] *= 5
     values, found = rounded_like(rows, scale, WeightFormat(kind, calibrated=True))
 

@@ -1,4 +1,4 @@
-"""Ways to compute a layer are timed once on each card, and what was found out is kept in a file that harms nobody else's."""
+"""Backends of a layer are timed once on each card, and the times are kept in a file, without overwriting foreign files."""
 
 import json
 import math
@@ -14,7 +14,7 @@ DEVICE, LAYER = torch.device("cpu"), "Linear 64 to 32"
 
 
 class Clock:
-    """Stands in for a GPU's: the times that are written into it, in microseconds."""
+    """Replace a GPU's clock: it returns the times that are given to it, in microseconds."""
 
     def __init__(self, card="a card", **times):
         self.name, self.known, self.asked, self.free = card, times or {"fast": 1.5, "slow": 4.0}, [], True
@@ -44,7 +44,7 @@ def file(tmp_path):
 
 @pytest.fixture
 def kept(file):
-    """kept(clock): a KernelTimes on the test's file."""
+    """Return kept(clock), which gives a KernelTimes on the test's file."""
     return lambda clock: KernelTimes(lambda: str(file), clock)
 
 
@@ -88,7 +88,7 @@ def test_two_processes_write_one_file(kept):
 
 
 def test_a_way_that_is_not_known_yet_is_timed(kept):
-    """As after an installation of what was not there."""
+    """This happens after a missing backend has been installed."""
     clock = Clock(fast=1.0, slow=2.0, new=0.5)
     times = kept(clock)
     times.of(DEVICE, LAYER, 1, ways())
@@ -96,7 +96,7 @@ def test_a_way_that_is_not_known_yet_is_timed(kept):
 
 
 def test_ways_are_timed_together(kept):
-    """One that was timed another day, when something else was going on, is no measure for a new one."""
+    """An older time may come from a machine under load, and is not comparable with a new one."""
     clock = Clock(fast=1.0, slow=2.0, new=0.5)
     times = kept(clock)
     times.of(DEVICE, LAYER, 1, ways())
@@ -136,7 +136,7 @@ def test_while_a_graph_is_taken_known_times_serve_and_nothing_is_timed(kept):
 
 @pytest.mark.parametrize("where", ["way", "clock"])
 def test_a_shortage_of_memory_is_no_answer(kept, file, monkeypatch, where):
-    """And nothing is tried for a while."""
+    """Nothing is tried again for a while."""
     clock, called, now = Clock(), [], [0.0]
     monkeypatch.setattr(kernel_times.time, "monotonic", lambda: now[0])
     now[0] = 1000.0
@@ -170,15 +170,15 @@ def test_a_way_that_fails_is_the_slowest_and_said_once(kept, file, caplog):
     why = "RuntimeError: out of resource: shared memory."
     assert [record.message for record in caplog.records] == [
         f"[ComfyUI-IEC] fast does not compute a layer of the kind '{LAYER}': {why}"
-    ] * 2  # a size each
+    ] * 2  # once per size
     assert clock.asked == [["slow"], ["slow"]] and "fast" not in file.read_text()
     assert times.known_of_most(DEVICE, LAYER, ("fast", "slow")) == {"fast": math.inf, "slow": 4.0}
-    again = kept(Clock())  # another start tries again
+    again = kept(Clock())  # a restart tries again
     assert again.known_of_most(DEVICE, LAYER, ("fast", "slow")) == {} and again.of(DEVICE, LAYER, 1, ways())["fast"] == 1.5
 
 
 def test_where_what_comes_in_is_wrong_nothing_is_found_out(kept, file, caplog):
-    """As where the conditioning of another model comes in: the user sees that error, and mends it."""
+    """The conditioning of another model causes this: the user sees that error, and fixes it."""
     clock = Clock()
     times = kept(clock)
     assert times.of(DEVICE, LAYER, 96, {"slow": broken, "fast": broken}) == {} and not file.exists() and caplog.records == []
@@ -198,7 +198,7 @@ def test_what_was_deleted_is_timed_anew_by_the_next_start(kept, file):
 
 def test_newer_times_of_another_process_stay(kept):
     one, other = kept(Clock()), kept(Clock(fast=9.0, slow=9.0))
-    assert other.known(DEVICE, "both", 1, ("fast",)) == {}  # it has read the file, where nothing is
+    assert other.known(DEVICE, "both", 1, ("fast",)) == {}  # it has read the empty file
     one.of(DEVICE, "both", 1, ways()), other.of(DEVICE, "both", 1, ways()), one.of(DEVICE, "another", 1, ways())
     assert kept(Clock()).known(DEVICE, "both", 1, ("fast",)) == {"fast": 9.0}
 
@@ -256,11 +256,11 @@ def test_where_nothing_can_be_written_times_are_kept_in_memory(kept, file):
 
 
 class TestCudaClock:
-    """Its arithmetic, on events that tell a time of the test's."""
+    """Its arithmetic, with events whose times the test sets."""
 
     @pytest.fixture
     def now(self, monkeypatch):
-        """now[0]: the time in seconds."""
+        """Return now; now[0] is the time in seconds."""
         now = [0.0]
 
         class Event:
@@ -286,13 +286,13 @@ class TestCudaClock:
         def way(name, seconds):
             def call():
                 calls.append(name)
-                now[0] += 10 if calls.count(name) in (1, 7) else seconds  # a first call that compiles, and a hiccup
+                now[0] += 10 if calls.count(name) in (1, 7) else seconds  # a first call that compiles, and a single slow call
 
             return call
 
         found = CudaClock().times({"short": way("short", 50e-6), "long": way("long", 0.02)}, DEVICE)
         assert found == pytest.approx({"short": 50, "long": 20_000})
-        assert calls[:4] == ["short", "long"] * 2  # to compile, and to see how long they last
+        assert calls[:4] == ["short", "long"] * 2  # to compile, and to measure how long they take
         in_a_round = [*["short"] * 6, "long"]  # 0.3 ms, or once
         assert calls[4:] == in_a_round * 5
 

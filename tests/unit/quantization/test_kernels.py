@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter, against sums of integers in float64."""
+"""The Triton kernels in Triton's interpreter, compared with integer sums in float64."""
 
 import dataclasses
 import functools
@@ -42,7 +42,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 def interpreter(monkeypatch, request):
     if request.node.name != "test_imports_without_triton":
         builder = pytest.importorskip("triton.runtime.interpreter").interpreter_builder
-        # It works out at every addition whether it overflows, for which it takes half of its time, and says nothing of it.
+        # The interpreter checks every addition for overflow, which takes half of its time, and reports nothing.
         monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
@@ -52,7 +52,7 @@ def random(*shape, seed=0):
 
 
 def random_weight(out_channels, kernel, channels):
-    """int8 [O, kh, kw, C], with the extremes among its values."""
+    """Return int8 [O, kh, kw, C] that contains the extreme values."""
     generator = torch.Generator().manual_seed(channels)
     return torch.randint(-127, 128, (out_channels, *kernel, channels), dtype=torch.int8, generator=generator)
 
@@ -62,12 +62,12 @@ def quantized(x, scale):
 
 
 def dynamic(x):
-    """The scale of each item."""
+    """Return the scale of each item."""
     return x.float().flatten(1).abs().amax(1) / 127
 
 
 def reference_sums(x, scale, weight, geometry):
-    """The sums in float64, whose 53 bits hold them exactly."""
+    """Return the sums in float64, whose 53 bits hold them exactly."""
     values = [tensor.double() for tensor in (quantized(x, scale), weight.permute(0, 3, 1, 2))]
     return torch.nn.functional.conv2d(*values, None, *geometry).long()
 
@@ -86,7 +86,7 @@ def assert_exact(x, weight, geometry, **more):
 
 @pytest.mark.parametrize(("case", "dtype"), zip(SHAPES.values(), itertools.cycle(DTYPES)), ids=SHAPES)
 def test_sums_are_exact(case, dtype):
-    """A sum knows nothing of the type that was quantized: each shape has one of the three."""
+    """A sum does not depend on the dtype before quantization: each shape is tested with one of the three."""
     shape, out_channels, kernel, geometry = case
     assert_exact(random(*shape).to(dtype), random_weight(out_channels, kernel, shape[1]), geometry)
 
@@ -96,7 +96,7 @@ SMALL_TILE = Tile(32, 32, 32, 4, 1)
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_several_programs_may_share_the_walk(channels_last):
-    """Six steps, two for each row of the window: shared within a row, a row each, and a step each."""
+    """The loop has six steps, two for each row of the window. It is split within a row, by rows, and by steps."""
     x, weight, geometry = random(2, 40, 5, 4), random_weight(37, (3, 1), 40), ((1, 1), (1, 0), (1, 1))
     assert Product(40, 37, 40, 3).steps(SMALL_TILE) == 6
     values, scale = launch.quantized(x, None, False)
@@ -111,7 +111,7 @@ def test_several_programs_may_share_the_walk(channels_last):
 
 
 def test_tiles_in_groups_are_all_computed():
-    """More rows of tiles than a group has, and not in whole groups."""
+    """There are more rows of tiles than one group holds, and the last group is incomplete."""
     assert Product(25 * 23, 40, 8, 1).programs(SMALL_TILE) == (2 * GROUP + 2) * 2
     assert_exact(random(1, 8, 25, 23), random_weight(40, (1, 1), 8), UNIT, plan=(SMALL_TILE, 1))
 
@@ -137,7 +137,7 @@ def test_what_is_quantized_and_by_which_scale(shape, channels_last, given, dtype
 @pytest.mark.parametrize("given", [None, torch.tensor(0.1)])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_what_is_not_finite_comes_out_as_nan(given, broken, channels_last):
-    """Of the item that has it alone, as on every other backend; next to numbers of every size."""
+    """Only the item with the value becomes NaN, as on every other backend; the other values have all sizes."""
     x, weight = random(4, 70, 9, 8) * 1e30, random_weight(8, (1, 1), 70)
     x[1, 3, 4, 5] = broken
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
@@ -169,7 +169,7 @@ def test_sums_at_the_extremes(sign):
 
 
 def rounding_cases():
-    """Scales, and values around every multiple of half a scale, where one bit decides the rounding; and the extremes."""
+    """Return scales, and values around every multiple of half a scale, where one bit decides the rounding; and the extremes."""
     scale = torch.cat([random(15).abs() + 0.01, torch.tensor([0.5])]) * torch.logspace(-6, 6, 16)
     halves = torch.arange(-260, 261) / 2 * scale[:, None]
     above, below = (torch.nextafter(halves, torch.full_like(halves, limit)) for limit in (torch.inf, -torch.inf))
@@ -199,7 +199,7 @@ def test_output_is_the_sums_times_both_scales(dtype, per_tensor, with_bias):
     expected = expected * weight_scale.double()[:, None, None]
     if with_bias:
         expected += bias.double()[:, None, None]
-    # the interpreter cuts float32 off to bfloat16, where a GPU rounds
+    # the interpreter truncates float32 to bfloat16, where a GPU rounds
     rtol = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
     torch.testing.assert_close(out.double(), expected, rtol=rtol, atol=1e-5)
 
@@ -271,7 +271,7 @@ LAYERS = list(itertools.product([None, torch.tensor(0.02)], [False, True]))  # s
 @pytest.mark.parametrize(("scale", "per_tensor"), LAYERS)
 @pytest.mark.parametrize("rotation", [0, 16])
 def test_layers_are_what_they_are_without_triton(monkeypatch, scale, per_tensor, rotation):
-    """Linear and Conv2d layers, by the kernels and by PyTorch's products of the same integers."""
+    """Linear and Conv2d layers are computed by the kernels and by PyTorch's products of the same integers."""
     rows, image, bias = random(2, 5, 48), random(2, 5, 7, 6), random(20, seed=5)
     matrix, window = random_weight(20, (), 48), random_weight(20, (3, 3), 5).flatten(1)
     weight_scale = random(20, seed=4).abs() / 500
@@ -317,7 +317,7 @@ def test_compiles_to_one_operator():
 
 
 def test_second_import_shares_the_operator(monkeypatch):
-    """A host imports the pack under a name of its own; replacing the operator would crash calls through the first."""
+    """A host imports the pack under another name; replacing the operator would crash calls through the first import."""
     arguments = operator_arguments(None)
     expected, operator = conv2d_int8(*arguments), torch.ops.iec.conv2d_int8.default
     folder = pathlib.Path(metrics.__file__).parent
@@ -340,7 +340,7 @@ def test_is_available_in_the_interpreter(monkeypatch):
     assert not launch.is_available("cpu")
 
 
-REASONS = {  # the device, what is there, and why its kernels are not used
+REASONS = {  # the device, the installed software, and why its kernels are not used
     "old": ("cuda:0", {"capability": (7, 5)}, "they need compute capability 8.0, and this GPU has 7.5"),
     "AMD": ("cuda:0", {"hip": "6.4"}, "they are for NVIDIA's GPUs"),
     "Apple": ("mps", {}, "they are for NVIDIA's GPUs"),
@@ -356,7 +356,9 @@ REASONS = {  # the device, what is there, and why its kernels are not used
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """gpu(capability, hip, triton, error, computes): what a GPU that is asked for is, and what its kernels do."""
+    """Return gpu(capability, hip, triton, error, computes), which sets the properties of a GPU and the results of its
+    kernels.
+    """
 
     def be(capability=(9, 0), hip=None, triton=launch.triton, error=None, computes=True):
         def compute(device):
@@ -368,7 +370,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(launch, "triton", triton)
         monkeypatch.setattr(launch, "_computes", compute)
-        return launch.compiles.__wrapped__  # without what it remembers of devices
+        return launch.compiles.__wrapped__  # without its cache of devices
 
     monkeypatch.delenv("TRITON_INTERPRET")
     return be
@@ -390,7 +392,7 @@ def test_where_they_can_be_used_nothing_is_said(gpu, caplog):
 
 
 def test_what_a_gpu_is_asked_to_compute():
-    """By the interpreter, which computes it right."""
+    """The interpreter computes it correctly."""
     assert launch._computes(torch.device("cpu"))
 
 

@@ -1,4 +1,4 @@
-"""What quantization costs each layer: the table, and the layers to leave out against all ways to choose them."""
+"""The errors of quantization per layer: the table, and the excluded layers compared with all possible choices."""
 
 import itertools
 import math
@@ -9,7 +9,7 @@ from iec_core.quantization.layer_errors import LayerError, decibels, left_for_er
 
 
 def layer(name, noise, nbytes=100, full_nbytes=400, signal=1.0):
-    """Of which a tenth of the noise reaches the prediction."""
+    """Return a layer of which a tenth of the noise reaches the prediction."""
     words = "int8, activations 8 bits", "torch._int_mm"
     return LayerError(name, *words, nbytes, full_nbytes, 40.0, signal, noise, 0.1 * noise)
 
@@ -54,7 +54,7 @@ def noise_left(errors, left):
 
 
 def best(errors, budget):
-    """The least noise that any choice within the budget leaves."""
+    """Return the least noise of any choice within the budget."""
     names = [error.name for error in errors]
     choices = [set(left) for count in range(len(names) + 1) for left in itertools.combinations(names, count)]
     return min(noise_left(errors, left) for left in choices if total(errors, left) <= budget)

@@ -1,4 +1,6 @@
-"""Factors of matrices of low rank, against the singular value decomposition; and what a change makes of a packed weight."""
+"""Factors of low-rank matrices compared with the singular value decomposition; and the effect of a change on a packed
+weight.
+"""
 
 import pytest
 import torch
@@ -70,7 +72,7 @@ def test_what_is_not_finite_stays_so(value):
 
 
 def test_factors_are_balanced_so_that_half_precision_holds_them():
-    """Such as those of a LoRA with a small alpha, one of whose directions is not used."""
+    """A LoRA with a small alpha and one unused direction has such factors."""
     out, into = 1e-6 * normal(20, 3), 1e3 * normal(3, 30, seed=1)
     out[:, 1] = 0
     halves = [factor.half() for factor in balanced(out, into)]
@@ -136,7 +138,7 @@ def test_what_changes_nothing_leaves_every_bit(fmt):
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_a_large_change_of_high_rank_goes_to_the_integers_alone(monkeypatch, fmt):
-    """As if the weight were quantized with it; a calibrated one on its scales, where these do not clip it."""
+    """The result is as if the changed weight were quantized; a calibrated weight keeps its scales, unless they clip it."""
     monkeypatch.setattr(Packing, "most_rank_found", 8)
     packing, packed = packed_weight((24, 64), fmt)
     wanted = packing.dequantize(packed) + 3 * normal(24, 64, seed=4)
@@ -158,7 +160,7 @@ def test_of_a_small_change_of_high_rank_the_branch_takes_what_it_can_and_integer
     assert packing.rank(changed) == packing.format.rank + 8
     error = packing.matrix(before + change - packing.dequantize(changed))
     tail = torch.linalg.svdvals(change)[8:].square().sum().sqrt()
-    assert error.norm() < 1.1 * tail  # what no branch of this rank can take, less what integers do
+    assert error.norm() < 1.1 * tail  # what no branch of this rank can hold, minus what the integers hold
     kept = (change * (change - error)).sum() / change.square().sum()
     assert kept > 0.6
 
@@ -198,6 +200,6 @@ def test_a_branch_has_no_higher_rank_than_a_matrix_of_its_shape():
         before, packed = before + out @ into, packing.with_branch(packed, packing.thin(out, into))
     assert packing.rank(packed) == 24
     assert (packing.dequantize(packed) - before).norm() < 2e-3 * before.norm()
-    high = 0.1 * normal(24, 64, seed=9)  # which integers lose, and the branch has no room for
+    high = 0.1 * normal(24, 64, seed=9)  # the integers lose it, and the branch has no room for it
     changed = packing.changed(before + high, packed)
     assert packing.rank(changed) <= 24 and (packing.dequantize(changed) - before - high).norm() < high.norm()

@@ -1,4 +1,4 @@
-"""Which layer gets how many bits: against all ways to choose, and against an integer program of scipy's."""
+"""The number of bits per layer, compared with all possible choices and with an integer program of scipy."""
 
 import itertools
 import math
@@ -18,7 +18,9 @@ def of(values, choices):
 
 @pytest.mark.parametrize("seed", range(60))
 def test_small_problems_against_all_ways_to_choose(seed):
-    """Among them equal sizes and costs, layers of one choice, choices that another beats, and budgets that none meets."""
+    """The cases include equal sizes and costs, layers with one choice, choices worse than another, and budgets that
+    none meets.
+    """
     draw = numpy.random.default_rng(seed)
     counts = draw.integers(1, 5, draw.integers(1, 7))
     whole = seed % 2
@@ -128,7 +130,10 @@ def test_the_table_has_what_costs_most_at_equal_bytes_first():
 
 
 def test_the_error_of_a_run_is_that_of_its_steps_mean():
-    """Of all steps seen exactly; of some it is what these say of all: 0 without any, and no less than steps that go apart."""
+    """If all steps are seen, the error is exact; otherwise it is estimated from the seen steps.
+
+    It is 0 without any, and at least the error of steps that differ independently.
+    """
     changes = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)) + 0.7
     exact = PredictionError(4)
     assert exact.squared == 0.0
@@ -145,7 +150,7 @@ def test_the_error_of_a_run_is_that_of_its_steps_mean():
 
 
 def test_some_steps_tell_of_all():
-    """Of 200 draws of a part that stays and one that does not, in 4 of 20 steps: right on average."""
+    """200 draws with a constant part and a varying part, seen in 4 of 20 steps: the estimate is right on average."""
     draw = torch.Generator().manual_seed(1)
     stays, told, true = torch.randn(40, generator=draw) / 3, [], []
     for _ in range(200):

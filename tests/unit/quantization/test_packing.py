@@ -1,4 +1,4 @@
-"""The integer arithmetic against int64, and the quantizer against its definition."""
+"""The integer arithmetic compared with int64, and the quantizer with its definition."""
 
 import types
 
@@ -62,16 +62,16 @@ def test_the_faster_exact_way_is_used(monkeypatch, exact, seconds, used):
     monkeypatch.setattr(int8, "has_exact_int_mm", lambda device: exact)
     monkeypatch.setattr(int8, "_seconds", lambda compute: next(taken))
     assert int8.uses_int_mm.__wrapped__(torch.device("cpu")) == used
-    assert int8.uses_int_mm.__wrapped__(torch.device("cuda")) == exact  # where a clock would have to wait for the device
+    assert int8.uses_int_mm.__wrapped__(torch.device("cuda")) == exact  # a clock would have to wait for the device
 
 
 def rows(kernel):
-    """A kernel [O, C, kh, kw] as the matrix that it is computed with, channels last."""
+    """Return a kernel [O, C, kh, kw] as the matrix with which it is computed, channels last."""
     return kernel.permute(0, 2, 3, 1).flatten(1).contiguous()
 
 
 def convolution_int64(x, w, stride, padding, dilation):
-    """The definition of a convolution, written as its sums."""
+    """Compute a convolution by its definition, written as sums."""
     x = torch.nn.functional.pad(x.long(), (padding[1],) * 2 + (padding[0],) * 2)
     kh, kw = w.shape[2:]
     height = (x.shape[2] - dilation[0] * (kh - 1) - 1) // stride[0] + 1
@@ -131,7 +131,7 @@ def test_groups_have_scales_of_their_own():
 
 
 def test_search_finds_the_scale_of_least_error():
-    """Against a search in float64 over many more clipping ranges; heavy tails make clipping worth it."""
+    """The reference is a search in float64 over many more clipping ranges; with heavy tails, clipping pays."""
     weight = normal(8, 400) ** 3
     searched, plain = (quantize_rows(weight, WeightFormat("int4", search=search)) for search in (True, False))
     rows64 = weight.double()
@@ -152,11 +152,11 @@ def test_fp8_is_the_nearest_e4m3_with_one_scale():
     values, scale = quantize_rows(weight, WeightFormat("fp8"))
     assert values.dtype == torch.float8_e4m3fn and scale.unique().tolist() == [pytest.approx(weight.abs().max().item() / 448)]
     error = (values.double() * scale.double() - weight).abs()
-    assert (error <= weight.abs() / 16 + scale * 2**-10).all()  # three bits of mantissa; the least step is 2^-9
+    assert (error <= weight.abs() / 16 + scale * 2**-10).all()  # three bits of mantissa; the smallest step is 2^-9
 
 
 def test_hadamard_is_orthogonal_and_rotations_cancel():
-    """The regular Hadamard matrix: entries of one magnitude, all rows of the same sum, H H = 1 for it is symmetric."""
+    """The regular Hadamard matrix has entries of one magnitude and equal row sums; H H = 1, because it is symmetric."""
     for size in (4, 16, 64, 256):
         matrix = hadamard(size).double()
         torch.testing.assert_close(matrix @ matrix.t(), torch.eye(size, dtype=torch.float64))
@@ -243,7 +243,7 @@ def test_linear_is_the_integer_sum_times_both_scales():
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize(("kernel", "stride", "padding", "dilation"), CONVOLUTIONS)
 def test_convolution_is_the_integer_sum_times_both_scales(kernel, stride, padding, dilation, given):
-    """A window of one pixel has a scale for each pixel, a larger one for each batch item; or it is given."""
+    """A 1 x 1 window has a scale for each pixel, a larger window one for each batch item; or the scale is given."""
     x, weight, bias = normal(2, 5, 11, 9), normal(7, 5, kernel, kernel, seed=1), normal(7, seed=2)
     values, scale = quantize_rows(rows(weight), WeightFormat("int4"))
     sx = (x.abs().amax(1, keepdim=True) if kernel == 1 else x.abs().amax((1, 2, 3), keepdim=True)) / 127
@@ -275,7 +275,7 @@ def test_activation_scales_do_not_depend_on_neighbours():
 @pytest.mark.parametrize("per_tensor", [False, True])
 @pytest.mark.parametrize("scale", [None, torch.tensor(0.02), torch.tensor([0.02])])
 def test_what_is_not_finite_is_seen_in_what_comes_out(scale, per_tensor, wrong):
-    """In full precision it would be, and integers know of none: it must come out as NaN, of other items only with one scale."""
+    """Integers have no NaN or infinity, so the output must be NaN; other items are affected only if they share the scale."""
     values, scales = quantize_rows(normal(8, 36), WeightFormat())
     apart = scale is not None or not per_tensor
     x = normal(3, 2, 36, seed=3)
@@ -299,7 +299,7 @@ def test_a_scale_of_float8_is_not_finite_where_what_comes_in_is_not(wrong):
 
 
 def test_an_infinity_in_half_precision_is_seen():
-    """And the largest finite numbers, whose differences would overflow, are none."""
+    """The largest finite numbers, whose differences would overflow, are not treated as infinity."""
     values, scale = quantize_rows(normal(8, 16), WeightFormat())
     x = torch.full((2, 16), -65504.0).half()
     x[0, 0], x[1, 0] = 65504, torch.inf
@@ -315,7 +315,7 @@ def test_half_precision_stays_half():
 @pytest.mark.parametrize("rotation", [0, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kitchen_computes_the_same(monkeypatch, dtype, rotation):
-    """comfy-kitchen's eager kernel, which serves on a GPU where it has no faster one."""
+    """The kernel is comfy-kitchen's eager one, which is used on a GPU if there is no faster one."""
     monkeypatch.setattr(int8, "linear_backend", lambda *_: int8.KITCHEN)
     x, bias = normal(2, 5, 64).to(dtype), normal(24, seed=2).to(dtype)
     values, scale = quantize_rows(normal(24, 64, seed=1), WeightFormat())
@@ -331,7 +331,7 @@ def test_kitchen_computes_the_same(monkeypatch, dtype, rotation):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """gpu(kitchen, triton): what computes a layer is asked for on a GPU that has both, or one of them."""
+    """Return gpu(kitchen, triton), which sets which of the two a GPU has."""
 
     def has(kitchen, triton):
         monkeypatch.setattr(int8, "has_kitchen", lambda device: kitchen and torch.device(device).type == "cuda")
@@ -343,7 +343,7 @@ def gpu(monkeypatch):
 
 @pytest.mark.parametrize(("triton", "else_"), [(True, int8.TRITON), (False, "torch._int_mm")])
 def test_kitchen_is_given_only_what_its_kernels_take(gpu, triton, else_):
-    """Its CUDA kernels are called without a look at the sizes."""
+    """Its CUDA kernels do not check the sizes."""
     gpu(kitchen=True, triton=triton)
     taken = {(outputs, inputs): linear_backend("cuda", True, outputs, inputs) for outputs in (8, 17, 24) for inputs in (48, 40)}
     assert {sizes for sizes, name in taken.items() if name == int8.KITCHEN} == {(8, 48), (24, 48)}
@@ -354,7 +354,7 @@ def test_kitchen_is_given_only_what_its_kernels_take(gpu, triton, else_):
 
 
 def test_products_in_float32_are_a_cpus_alone(monkeypatch):
-    """Anywhere else the dequantized weight is faster, and is multiplied in half precision."""
+    """On other devices the dequantized weight is faster, and is multiplied in half precision."""
     monkeypatch.setattr(int8, "uses_int_mm", lambda device: False)
     assert linear_backend("cpu", True, 8, 48) == int8.FLOAT_PRODUCTS and linear_backend("mps", True, 8, 48) == int8.WEIGHT_ONLY
 
@@ -371,12 +371,12 @@ def test_windows_are_gathered_on_a_cpu_alone(gpu):
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_a_layer_waits_for_no_device(kind, given):
-    """Nor copies anything to it."""
+    """It also copies nothing to the device."""
     packing = Packing((8, 5, 3, 3), WeightFormat(kind))
     values, scale = packing.values(packing.quantize(normal(8, 5, 3, 3)).to("meta"))
     given = torch.tensor(0.1, device="meta") if given else None
     x, rows, bias = normal(2, 5, 6, 6).to("meta"), normal(7, 45).to("meta"), normal(8).to("meta")
-    int8.conv_backend("meta"), int8.linear_backend("meta", given is None, 8, 45)  # are found out at first use
+    int8.conv_backend("meta"), int8.linear_backend("meta", given is None, 8, 45)  # decided on first use
     with Copies() as copies:
         for per_tensor in (False, True):
             more = given, per_tensor
@@ -388,7 +388,7 @@ def test_a_layer_waits_for_no_device(kind, given):
 
 
 class TestKitchen:
-    """What is asked of comfy-kitchen's registry, which knows what is installed and what the host has switched off."""
+    """Queries to comfy-kitchen's registry, which knows what is installed and what the host has disabled."""
 
     BACKENDS = {
         "eager": {"available": True, "disabled": False, "capabilities": ["int8_linear"]},
@@ -416,7 +416,7 @@ class TestKitchen:
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
 def test_a_packed_weight_may_be_part_of_a_larger_buffer(kind):
-    """As in the host's buffers for weights that are moved to a GPU when they are needed."""
+    """The host has such buffers for weights that are moved to a GPU on demand."""
     packing = Packing((7, 48), WeightFormat(kind, group_size=16))
     packed = packing.quantize(normal(7, 48))
     buffer = torch.full((packed.numel() + 64,), 77, dtype=torch.int8)
@@ -451,7 +451,7 @@ def test_kitchen_is_not_given_nothing_nor_float64(monkeypatch):
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
 def test_nan_is_seen_behind_a_kernel_that_takes_no_notice_of_it(monkeypatch, wrong):
-    """As comfy-kitchen's for CUDA, which turns it and infinity into numbers."""
+    """comfy-kitchen's CUDA kernel does this: it turns NaN and infinity into numbers."""
     kernel = int8.comfy_kitchen.int8_linear
     blind = types.SimpleNamespace(int8_linear=lambda rows, *more: kernel(rows.nan_to_num(0), *more))
     monkeypatch.setattr(int8, "linear_backend", lambda *_: int8.KITCHEN)
@@ -465,7 +465,7 @@ def test_nan_is_seen_behind_a_kernel_that_takes_no_notice_of_it(monkeypatch, wro
 
 
 def test_a_compiled_layer_asks_for_comfy_kitchens_operator(monkeypatch):
-    """In one graph, for the compiler does not look into it."""
+    """The layer is one graph, because the compiler does not trace into the operator."""
     monkeypatch.setattr(int8, "linear_backend", lambda *_: int8.KITCHEN)
     values, scale = quantize_rows(normal(8, 16), WeightFormat())
     compiled = torch.compile(linear_int8, backend="eager", fullgraph=True)

@@ -1,5 +1,6 @@
-"""Files of quantized models: what is in them, by the safetensors library and by the format's definition; what is refused; and
-thousands of damaged ones.
+"""Files of quantized models: contents, refusals, and thousands of damaged files.
+
+The contents are checked with the safetensors library and with the format's definition.
 """
 
 import json
@@ -55,7 +56,7 @@ HOSTS_INT4 = {  # of version 4
 }
 TWO_SCALES = {  # of version 4
     "g.rotated": ((6, 512), WeightFormat("int4", 32, rotation=256, two_scales=True)),
-    "g.small_blocks": ((6, 128), WeightFormat("int4", 32, rotation=64, two_scales=True)),  # the host's kernels have no such
+    "g.small_blocks": ((6, 128), WeightFormat("int4", 32, rotation=64, two_scales=True)),  # unsupported by the host's kernels
     "g.calibrated": ((5, 256), WeightFormat("int4", 16, rotation=256, calibrated=True, two_scales=True)),
     "g.plain": ((6, 64), WeightFormat("int4", 16, two_scales=True)),
     "g.conv": ((4, 8, 2, 2), WeightFormat("int4", 16, two_scales=True)),
@@ -116,11 +117,11 @@ def path(tmp_path):
     return tmp_path / "model.safetensors"
 
 
-# What is in a file
+# Contents of a file
 
 
 def hadamard(size):
-    """By its definition: every pair of digits to base 4 that sums to 3 gives a minus."""
+    """Return the matrix by its definition: every pair of base-4 digits that sums to 3 gives a minus."""
     matrix, places = torch.ones(size, size, dtype=torch.float64), torch.arange(size)
     for digit in range(round(math.log(size, 4))):
         at = places // 4**digit % 4
@@ -129,13 +130,13 @@ def hadamard(size):
 
 
 def rows_of(weight, rotation):
-    """A weight as the matrix of float64 that is quantized."""
+    """Return a weight as the float64 matrix that is quantized."""
     rows = (weight if weight.ndim == 2 else weight.permute(0, 2, 3, 1)).double().flatten(1)
     return (rows.unflatten(1, (-1, rotation)) @ hadamard(rotation)).flatten(1) if rotation else rows
 
 
 def numbers_of(name, stored):
-    """What is stored of a layer, as float64 [O, K]."""
+    """Return a layer's stored numbers as float64 [O, K]."""
     shape, fmt = LAYERS[name]
     if fmt.kind != "int4":
         return stored.double()
@@ -146,7 +147,7 @@ def numbers_of(name, stored):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_library_reads_what_the_weights_were(path, name):
-    """By the format's definition: numbers times scales, with the rotation undone, are the weight to the kind's precision."""
+    """Numbers times scales, with the rotation undone, are the weight, with the precision of its kind."""
     (shape, fmt), weight = LAYERS[name], weight_of(name)
     with safetensors.safe_open(save(path), "pt") as file:
         stored, scale = file.get_tensor(f"{name}.weight"), file.get_tensor(f"{name}.weight_scale")
@@ -161,7 +162,7 @@ def test_the_library_reads_what_the_weights_were(path, name):
     error = numbers_of(name, stored) * wide - rows
     if fmt.kind == "fp8":
         assert (error.abs() <= rows.abs() / 16 + wide / 512).all()
-    else:  # a share of one is among those that a search tries, so that it is no worse
+    else:  # the search also tries a share of one, so that it is not worse
         largest = rows.unflatten(1, (groups, -1)).abs().amax(2) / {"int8": 127, "int4": 7}[fmt.kind]
         bound = largest / 2 * math.sqrt(inputs // groups) * (1 + 1e-5)
         assert (error.unflatten(1, (groups, -1)).norm(dim=2) <= bound).all()
@@ -197,7 +198,7 @@ def test_layers_are_described_as_the_host_has_it(path, bits):
 
 
 def test_only_hosts_layers_have_the_shape_of_their_weight(path):
-    """A host that does not know the format of another must not be able to take it for a weight."""
+    """A host that does not know the format of another layer must not be able to use it as a weight."""
     with safetensors.safe_open(save(path), "pt") as file:
         for name, (shape, fmt) in LAYERS.items():
             found = tuple(file.get_slice(f"{name}.weight").get_shape())
@@ -249,7 +250,7 @@ def test_layers_that_were_changed_afterwards_come_back_from_a_file_of_version_3(
     with safetensors.safe_open(path, "pt") as file:
         about, hosts = (json.loads(file.metadata()[key]) for key in ("iec.quantized", "_quantization_metadata"))
     assert about["version"] == 3
-    assert [hosts["layers"][name]["format"] for name in CHANGED] == ["iec_int4", "iec_fp8"]  # which no host takes for its own
+    assert [hosts["layers"][name]["format"] for name in CHANGED] == ["iec_int4", "iec_fp8"]  # unknown to the host
     with QuantizedFile(path) as file:
         for name in (*ALL, *CHANGED):
             assert file.layers[name] == LayerFile(*EVERY[name]) and torch.equal(file.packed(name), packed_of(name)), name
@@ -257,7 +258,7 @@ def test_layers_that_were_changed_afterwards_come_back_from_a_file_of_version_3(
 
 @pytest.mark.parametrize("bits", [8, 16])
 def test_rotated_int4_layers_are_written_as_the_host_has_them(path, bits):
-    """Version 4: signed bytes, the lower half first, one dimension of scales; activations in 8 bits, not in its 4."""
+    """Version 4: signed bytes, the lower half first, one dimension of scales; activations in 8 bits, not in the host's 4."""
     save(path, names=tuple(EVERY), activation={"bits": bits, "per_tensor": False})
     with safetensors.safe_open(path, "pt") as file:
         about, hosts = (json.loads(file.metadata()[key]) for key in ("iec.quantized", "_quantization_metadata"))
@@ -279,8 +280,9 @@ def test_rotated_int4_layers_are_written_as_the_host_has_them(path, bits):
 
 
 def test_groups_of_two_scales_are_written_as_the_host_has_them(path):
-    """Version 4: numbers from 0 to 15, levels, the bits of float8 shares and scales of channels; rotated Linear layers
-    without a branch by the host's name.
+    """Version 4: numbers from 0 to 15, levels, the bits of the float8 shares, and scales of channels.
+
+    Rotated Linear layers without a branch have the host's format name.
     """
     save(path, names=tuple(EVERY))
     hosts = {"g.rotated", "g.calibrated"}
@@ -316,7 +318,7 @@ def test_other_levels_are_refused(path):
 
 
 def test_rotated_int4_layers_of_older_files_are_read(path):
-    """Version 3 had them in a format of its own."""
+    """Version 3 stored them in its own format."""
     layers = {name: LayerFile(*layer, version=3) for name, layer in HOSTS_INT4.items()}
     tensors = {}
     for name, layer in layers.items():
@@ -432,7 +434,7 @@ def test_a_changed_file_of_calibrated_layers_is_refused_with_a_sentence(path, ki
 
 
 def test_a_file_of_a_file_is_the_same(path, tmp_path):
-    """Writing what was read gives the same bytes."""
+    """Writing the contents of a file gives the same bytes."""
     with QuantizedFile(save(path)) as file:
         tensors = {key: file.tensor(key) for key in file._tensors}
         sources = {key: (tensor.dtype, tensor.shape, lambda tensor=tensor: tensor) for key, tensor in tensors.items()}
@@ -445,7 +447,7 @@ def test_tensors_are_aligned(path):
     header = taken_apart(save(path).read_bytes())[0]
     sizes = {"F64": 8, "I64": 8, "F32": 4, "BF16": 2, "F16": 2}
     odd = [name for name, entry in header.items() if math.prod(entry["shape"]) % 2]
-    assert len(odd) > 3  # so that an order as they come would not do
+    assert len(odd) > 3  # so that unsorted writing would not pass
     assert all(entry["data_offsets"][0] % sizes.get(entry["dtype"], 1) == 0 for entry in header.values())
     assert (int.from_bytes(path.read_bytes()[:8], "little") + 8) % 8 == 0
 
@@ -494,11 +496,11 @@ def test_settings_that_could_not_be_read_are_not_written(path, value):
         save(path, settings={"x": value})
 
 
-# What is refused
+# Refusals
 
 
 def taken_apart(raw):
-    """(header without metadata, metadata, description, data) of a file."""
+    """Return (header without metadata, metadata, description, data) of a file."""
     length = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + length])
     metadata = header.pop("__metadata__")
@@ -512,7 +514,7 @@ def put_together(header, metadata, about, data):
 
 
 def moved(header, data):
-    """The data for a header, each tensor at its place: offsets and length are made right."""
+    """Return the data for a header, each tensor at its place: offsets and length are corrected."""
     parts, at = [], 0
     sizes = {"F64": 8, "I64": 8, "F32": 4, "BF16": 2, "F16": 2}
     for entry in header.values():
@@ -525,7 +527,7 @@ def moved(header, data):
 
 
 def header_change(change):
-    """A change of the header after which all offsets are right again."""
+    """Return a change of the header after which all offsets are correct again."""
 
     def run(header, metadata, about, data):
         change(header)
@@ -535,7 +537,7 @@ def header_change(change):
 
 
 def entry_change(key, **fields):
-    """A change of an entry, with offsets as they were."""
+    """Return a change of an entry that leaves the offsets unchanged."""
     return lambda header, metadata, about, data: header[key].update(fields)
 
 
@@ -717,7 +719,7 @@ CHANGES = {
 
 
 def refusal(path):
-    """The sentence with which a file is refused."""
+    """Return the sentence with which a file is refused."""
     with pytest.raises(ValueError) as refused:
         QuantizedFile(path)
     sentence = str(refused.value)
@@ -729,7 +731,7 @@ def refusal(path):
 def test_a_changed_file_is_refused_with_a_sentence(path, kind):
     header, metadata, about, data = taken_apart(save(path).read_bytes())
     path.write_bytes(put_together(header, metadata, about, data))
-    QuantizedFile(path).close()  # so that the change is what is refused
+    QuantizedFile(path).close()  # so that only the change can be the reason
     change, message = CHANGES[kind]
     changed = change(header, metadata, about, data)
     path.write_bytes(put_together(header, metadata, about, changed if isinstance(changed, bytes) else data))
@@ -836,7 +838,7 @@ JUNK = [
 
 
 def places_in(node, path=()):
-    """All paths to what is in nested tables and lists."""
+    """Return all paths to the values in nested tables and lists."""
     found = []
     for key, value in node.items() if isinstance(node, dict) else enumerate(node):
         found.append((*path, key))
@@ -878,7 +880,7 @@ def damaged_json(rng, raw):
     tree = {"header": header, "about": about, "metadata": metadata}
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         change_of_json(rng, tree)
-    if rng.random() < 0.5:  # so that what is behind the checks of places is reached
+    if rng.random() < 0.5:  # so that later checks than that of the offsets are reached
         try:
             if sum(math.prod(entry["shape"]) for entry in tree["header"].values()) < 1e5:
                 data = moved(tree["header"], data)
@@ -891,7 +893,7 @@ def damaged_json(rng, raw):
 
 
 def damaged_text(rng, raw):
-    """A name or a value twice, or two of them swapped, in the header's text."""
+    """Duplicate a name or a value, or swap two of them, in the header's text."""
     length = int.from_bytes(raw[:8], "little")
     text = raw[8 : 8 + length].decode()
     parts = re.split("([,:{}\\[\\]])", text)
@@ -922,7 +924,7 @@ def damaged_bytes(rng, raw):
 
 
 class Allocations(TorchDispatchMode):
-    """Sums the bytes of new tensors."""
+    """Sum the bytes of new tensors."""
 
     def __init__(self):
         super().__init__()
@@ -937,7 +939,7 @@ class Allocations(TorchDispatchMode):
 
 
 def check_what_was_read(path, file, tensors, packed):
-    """An accepted file holds what the library finds in it, and weights of the shapes that are told."""
+    """Check that an accepted file gives the library's tensors, and weights of the described shapes."""
     with safetensors.safe_open(path, "pt") as library:
         for key, tensor in tensors.items():
             assert torch.equal(as_bytes(tensor), as_bytes(library.get_tensor(key)))
@@ -951,7 +953,7 @@ def check_what_was_read(path, file, tensors, packed):
 
 
 def has_other_levels(file, name):
-    """Which a sentence refuses where the layer is read."""
+    """Return whether a layer has other levels; then reading it must be refused."""
     if not file.layers[name].format.two_scales or torch.equal(file.tensor(f"{name}.weight_codebook"), LEVELS):
         return False
     with pytest.raises(ValueError, match="other levels"):
@@ -960,7 +962,7 @@ def has_other_levels(file, name):
 
 
 def check_scales(file):
-    """They are there, not there, or refused with a sentence."""
+    """Check that the scales are valid, missing, or refused with a sentence."""
     try:
         scales = file.scales()
     except ValueError as error:
@@ -970,13 +972,14 @@ def check_scales(file):
 
 
 def outcome(path, raw, traced=True):
-    """Read a file whole: None, or the sentence with which it was refused. What that may take is checked; of Python's own memory
-    where it is traced.
+    """Read a file completely; return None, or the sentence with which it was refused.
+
+    The memory and time of reading are checked; Python's own memory only if it is traced.
     """
     path.write_bytes(raw)
     began, taken = time.perf_counter(), Allocations()
     if traced:
-        tracemalloc.start()  # for this alone: all else takes twice its time under it
+        tracemalloc.start()  # only here, because it doubles the time of everything else
     try:
         try:
             with taken:
@@ -992,11 +995,11 @@ def outcome(path, raw, traced=True):
                     {name: file.packed(name) for name in file.layers if not has_other_levels(file, name)},
                 )
                 check_scales(file)
-        peak = tracemalloc.get_traced_memory()[1]  # 0 where it is not traced
+        peak = tracemalloc.get_traced_memory()[1]  # 0 if it is not traced
     finally:
         tracemalloc.stop()
     if sentence is None:
-        assert taken.bytes <= 3 * len(raw)  # what is read, and a layer's parts beside what is packed of them
+        assert taken.bytes <= 3 * len(raw)  # what is read, and a layer's parts in addition to their packed form
         check_what_was_read(path, file, tensors, packed)
     else:
         assert taken.bytes == 0 and 10 < len(sentence) < 900 and sentence.isprintable(), sentence
@@ -1022,11 +1025,12 @@ def whole_files(tmp_path_factory):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_damaged_files_are_read_or_refused(path, whole_files, seed):
-    """400 files of each seed: every one is read whole, as the library reads it, or refused with a sentence; no memory is taken
-    for what is refused, and for what is read no more than the file has.
+    """Each of 400 files per seed is read completely, as the library reads it, or refused with a sentence.
+
+    A refused file takes no memory, and an accepted file not more than it contains.
     """
     for raw in whole_files:
-        assert outcome(path, raw, traced=False) is None  # so that what is imported at the first use does not count
+        assert outcome(path, raw, traced=False) is None  # so that imports on first use are not counted
     rng, sentences, most = random.Random(seed), [], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in range(400):
         damage = (damaged_json, damaged_json, damaged_text, damaged_bytes)[number % 4]

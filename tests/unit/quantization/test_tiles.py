@@ -1,4 +1,4 @@
-"""In which tiles a product is computed: what is counted is counted right, and every GPU is kept busy."""
+"""The choice of tiles for a product: the estimated clocks are correct, and every GPU is kept busy."""
 
 import math
 
@@ -26,7 +26,9 @@ def test_programs_and_steps():
 
 
 def test_clocks_of_a_product_worked_out():
-    """Two rounds of programs; a step is bound by its loads (384 * 64 / 26 = 945 > 128 * 256 * 64 / 4096 = 512)."""
+    """There are two rounds of programs; loads determine the time of a step (384 * 64 / 26 = 945 > 128 * 256 * 64 / 4096
+    = 512).
+    """
     spec, tile = tiles.architecture(90), Tile(128, 256, 64, 8, 4)
     product = Product(rows=128 * 20, outputs=256 * 10, channels=320, taps=9)
     expected = 2 * (45 * 384 * 64 / 26 + tiles.OVERHEAD)
@@ -39,7 +41,7 @@ def test_clocks_of_a_product_worked_out():
 @pytest.mark.parametrize("capability", MULTIPROCESSORS)
 @pytest.mark.parametrize("product", LAYERS.values(), ids=LAYERS)
 def test_large_layers_keep_all_multiprocessors_busy(capability, product):
-    """With what is wanted: little of the last round is idle, and little of the tiles lies beyond the output."""
+    """Useful work dominates: little of the last round is idle, and little of the tiles is outside the output."""
     tile, splits = tiles.choose(product, capability, MULTIPROCESSORS[capability])
     programs = product.programs(tile)
     rounds = math.ceil(programs * splits / MULTIPROCESSORS[capability])
@@ -68,7 +70,7 @@ def test_a_choice_is_the_best_of_all():
 @pytest.mark.parametrize("channels", [1, 3, 4, 32, 77, 96, 100, 320, 640, 960, 1280, 2560])
 @pytest.mark.parametrize("capability", tiles.ARCHITECTURES)
 def test_tiles_fit(capability, channels):
-    """Into shared memory, with a pipeline; what divides the channels is preferred, and little is wasted elsewhere."""
+    """They fit into shared memory, with a pipeline. Divisors of the channels are preferred; otherwise little is wasted."""
     spec = tiles.architecture(capability)
     for tile in tiles.tiles(capability, channels):
         held = tile.stages if spec.keeps_all else tile.stages - 1

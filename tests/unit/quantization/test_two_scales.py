@@ -1,4 +1,4 @@
-"""Groups of 4-bit numbers over scales of output channels, against the definition in float64."""
+"""Groups of 4-bit numbers with scales of output channels, compared with the definition in float64."""
 
 import itertools
 
@@ -19,25 +19,25 @@ def normal(*shape, seed=0):
 
 
 def e4m3():
-    """All numbers above 0 of float8 e4m3, by its definition, float64, rising."""
+    """Return all numbers above 0 of float8 e4m3, by its definition, float64, increasing."""
     least = [mantissa / 8 * 2.0**-6 for mantissa in range(1, 8)]
     others = [(1 + mantissa / 8) * 2.0 ** (exponent - 7) for exponent in range(1, 16) for mantissa in range(8)]
     return torch.tensor(least + others[:-1], dtype=torch.float64)  # the last bits are NaN
 
 
 def meant(values, shares, channel):
-    """What values -8 to 7 stand for, by the definition: [O, K] float64 of shares [O, G] and channel [O]."""
+    """Return the dequantized values of -8 to 7, by the definition: [O, K] float64 of shares [O, G] and channel [O]."""
     groups = LEVELS[values.long() + 8].unflatten(1, (shares.shape[1], -1)) * shares.double()[..., None]
     return (groups.round() * channel.double()[:, None, None]).flatten(1)
 
 
 def nearest(x):
-    """The value -8 to 7 of the nearest level, by looking at all."""
+    """Return the value -8 to 7 of the nearest level, by comparing all levels."""
     return (x.double()[..., None] - LEVELS).abs().argmin(-1) - 8
 
 
 def unlike_rows(seed=0):
-    """Rows [7, 96] whose groups are of unlike sizes; one group, and one row, of zeros."""
+    """Return rows [7, 96] whose groups have different sizes; one group, and one row, are zero."""
     rows = normal(7, 96, seed=seed) * torch.logspace(-3, 1, 7)[:, None]
     rows *= torch.logspace(-1, 1, 6).repeat_interleave(16)
     rows[2, 32:48] = 0
@@ -46,7 +46,7 @@ def unlike_rows(seed=0):
 
 
 def test_levels_are_lloyd_and_maxs():
-    """Each is the mean of the numbers that are nearest to it, of normal ones over the largest of their 16."""
+    """Each level is the mean of the numbers nearest to it, for normal numbers divided by the largest of their 16."""
     x = normal(40_000, 16).double()
     x = (x / x.abs().amax(1, keepdim=True)).flatten()
     of = torch.bucketize(x, (LEVELS[1:] + LEVELS[:-1]) / 2)
@@ -95,7 +95,10 @@ def test_scales_are_the_nearest_shares_of_a_channel():
 
 
 def test_a_search_finds_the_scale_of_least_error():
-    """Before it is rounded to a share: against many more, in float64; with an importance of the inputs, of that error."""
+    """The scale, before it is rounded to a share, is compared with many more scales in float64.
+
+    With an importance of the inputs, the weighted error is compared.
+    """
     groups, importance = normal(1, 200, 16, seed=3), torch.linspace(0.1, 3, 16) ** 2
     for weight in (torch.ones(16), importance):
         scale = two_scales.searched(groups, weight)[0].double()
@@ -162,7 +165,7 @@ def test_no_more_than_a_part_is_in_32_bits():
     with pytest.MonkeyPatch.context() as patch, Largest():
         patch.setattr(two_scales, "AT_ONCE", 2**18)
         two_scales.integers(values, shares)
-    assert max(made) == values.nbytes  # which is what comes out
+    assert max(made) == values.nbytes  # the result itself
 
 
 def test_shapes_without_groups_have_one_scale():
@@ -178,7 +181,9 @@ def moments_of(x):
 
 
 def test_gptq_is_the_recurrence_over_what_values_stand_for():
-    """LDLQ in float64: each column in turn, by falling diagonal, with what those before it have left."""
+    """The reference is LDLQ in float64: each column in turn, by decreasing diagonal, with the remainders of the columns before
+    it.
+    """
     x = normal(400, 48, seed=2) @ (torch.eye(48) + 0.3 * normal(48, 48, seed=3) / 7) * torch.linspace(0.3, 2, 48)
     rows, metric = unlike_rows(seed=5)[:, :48], Metric(moments_of(x))
     scale = fitting_scales(rows, GROUPS) * 0.9
@@ -194,7 +199,7 @@ def test_gptq_is_the_recurrence_over_what_values_stand_for():
         stands_for = (LEVELS[expected[:, place] + 8] * of_group).round() * channel[:, 0]
         left[:, k] = rows.double()[:, place] - stands_for
         cost += ((wanted - stands_for) * factor[k, k]) ** 2
-    assert (values.long() == expected).float().mean() > 0.99  # a tie is broken by rounding
+    assert (values.long() == expected).float().mean() > 0.99  # a tie is decided by rounding
     same = (values.long() == expected).all(1)
     assert same.sum() >= 5
     torch.testing.assert_close(errors.double()[same], cost[same], rtol=1e-4, atol=1e-12)
@@ -203,7 +208,7 @@ def test_gptq_is_the_recurrence_over_what_values_stand_for():
 
 
 def test_it_is_near_the_optimum_that_brute_force_finds():
-    """Of two groups of two inputs."""
+    """The weights have two groups of two inputs."""
     x = normal(300, 4, seed=1) @ (torch.eye(4) + 0.5 * normal(4, 4, seed=2)) * torch.tensor([0.3, 1.0, 0.6, 2.0])
     rows, fmt, metric = normal(12, 4, seed=6), WeightFormat("int4", 2, two_scales=True), Metric(moments_of(x))
     scale = fitting_scales(rows, fmt)
@@ -224,7 +229,7 @@ def test_it_is_near_the_optimum_that_brute_force_finds():
 @pytest.mark.parametrize("shape", [(24, 64), (10, 16, 2, 2)])
 @pytest.mark.parametrize("rank", [0, 4])
 def test_groups_keep_more_than_channels(shape, rank):
-    """In the metric, also with a branch; and a weight that is patched with nothing stays to the bit."""
+    """The error in the metric is smaller, also with a branch. A weight with an empty patch is unchanged, bit for bit."""
     weight, x = normal(*shape), normal(300, 64, seed=4) * torch.linspace(0.2, 2, 64)
     metric, errors = Metric(moments_of(x)), []
     for fmt in (
@@ -238,7 +243,7 @@ def test_groups_keep_more_than_channels(shape, rank):
 
 
 def test_importance_is_the_metrics_of_each_column():
-    """Also where it is of several blocks."""
+    """This also holds if the metric has several blocks."""
     x = normal(300, 64, seed=4) * torch.linspace(0.2, 2, 64)
     for most in (10**6, 20):
         moments = Moments(64, most, "cpu")
@@ -250,7 +255,7 @@ def test_importance_is_the_metrics_of_each_column():
 
 
 def test_calibrated_groups_have_the_scales_of_a_search(monkeypatch):
-    """By what their columns cost, of rows in several parts."""
+    """The scales minimize the cost of their columns, for rows in several parts."""
     monkeypatch.setattr("iec_core.quantization.gptq.LEAST_ELEMENTS", 1000)
     x, rows = normal(300, 64, seed=4) * torch.linspace(0.2, 2, 64), normal(40, 64)
     metric = Metric(moments_of(x))

@@ -1,4 +1,4 @@
-"""The tables and figures of docs/results.md, against rows that are written down here."""
+"""The tables and figures of docs/results.md, compared with rows that are written out here."""
 
 import csv
 import re
@@ -20,14 +20,15 @@ from experiment_rows import AUTHORS, Run
 
 PLAIN = Run()
 ALL = replace(PLAIN, correction_steps="all")
-IMAGES = np.linspace(0.8, 1.2, 16)  # each one's error, as a share of the mean
+IMAGES = np.linspace(0.8, 1.2, 16)  # each image's error, as a share of the mean
 NOISE = 1 + 0.3 * np.random.default_rng(0).normal(size=16)
 LOWER, HIGHER, UNSURE = (-0.02, -0.03, -0.01), (0.02, 0.01, 0.03), (0.01, -0.01, 0.03)
 
 
 def columns_of(run, error, change=None, time=1.0, errors=None):
-    """The columns of a row that the answers read. change: (value, low, high) of its distances. time: of a choice. errors: of
-    the images.
+    """Return the columns of a row that the answers read.
+
+    change: (value, low, high) of its distances. time: of a choice. errors: of the images.
     """
     error = None if run.exact is None else error
     is_itself = run.sampled == run.same_steps
@@ -49,7 +50,7 @@ def columns_of(run, error, change=None, time=1.0, errors=None):
 
 
 def found(**rows):
-    """Found of runs, in their order: name=(run, what `columns_of` takes besides)."""
+    """Return Found of runs, in their order: name=(run, further arguments of `columns_of`)."""
     return answer_rows.with_baselines({run: columns_of(run, *more) for run, *more in rows.values()})
 
 
@@ -59,7 +60,7 @@ def test_what_lowers_the_error_is_bold_and_what_raises_it_in_italics():
     for name, each in errors.items():
         plain, corrected = found(plain=(PLAIN, 0.1), corrected=(ALL, 0.07, LOWER, 1.0, each))
         assert answer_tables.error(plain) == "0.100" and answer_tables.error(corrected) == wanted[name], name
-    assert answer_tables.error(found(corrected=(ALL, 0.07))[0]) == "0.070"  # there is no run without a correction yet
+    assert answer_tables.error(found(corrected=(ALL, 0.07))[0]) == "0.070"  # the uncorrected run is not there yet
 
 
 def test_a_ratio_is_that_to_the_run_without_a_correction():
@@ -193,7 +194,7 @@ def test_a_page_without_the_right_places_is_refused(page, sentence):
 
 @pytest.fixture
 def results(written_results, tmp_path):
-    """A folder with every declared row, of the test's own."""
+    """Return the test's own folder with every declared row."""
     return shutil.copytree(written_results, tmp_path / "results")
 
 
@@ -219,7 +220,7 @@ def written_results(tmp_path_factory):
 
 
 def texts_of(step, more=0.0, converged=True):
-    """The norms of a step, as a row has them."""
+    """Return the norms of a step, as texts of a row."""
     values = {"growth": 1 + step / 10 + more, "true_growth": 1 + step / 5}
     for number in range(1, 10):
         values |= {f"contraction_0.{number}": 1 - number / 20, f"true_contraction_0.{number}": 1 - number / 40}
@@ -246,7 +247,7 @@ def test_norms_and_residuals_are_told_for_each_of_the_weights():
 
 
 def test_the_repository_has_every_row_and_the_page_their_tables():
-    """Of the weights and settings that there are: where either has changed, `make experiments` and its like are due."""
+    """The rows must belong to the current weights and settings: if these change, run `make experiments` and similar targets."""
     sources = [(experiment_rows, experiment_samples.row_digest), (norms, norms.digest), (times, times.digest)]
     for source, digest in sources:
         files = source.declared()

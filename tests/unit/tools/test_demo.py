@@ -1,4 +1,4 @@
-"""What the demonstration asks of its server."""
+"""The demonstration's requests to its server."""
 
 import json
 
@@ -9,7 +9,7 @@ WORKFLOW = json.loads((comfyui.ROOT / "example_workflows/api/compare_variants.js
 
 
 class Recorder:
-    """Stands where the server does; `prompts`: what it was to run."""
+    """Replace the server; `prompts`: the prompts that it was given."""
 
     def __init__(self):
         self.prompts = []
@@ -27,8 +27,9 @@ class Recorder:
 
 
 def test_what_the_warm_up_calibrates_is_what_the_runs_take(tmp_path):
-    """ComfyUI keeps what a node has made for as long as its inputs, and those of the nodes behind them, are the same: what is
-    calibrated for the warm-up alone is calibrated twice.
+    """ComfyUI keeps a node's result as long as the inputs of the node, and of the nodes before it, are unchanged.
+
+    A calibration made only for the warm-up would be made twice.
     """
     host = Recorder()
     demo.run(host, WORKFLOW, tmp_path)

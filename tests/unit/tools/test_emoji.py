@@ -1,4 +1,4 @@
-"""The training data's split, and the loop that the trainings share."""
+"""The split of the training data, and the loop that the trainings share."""
 
 import functools
 import json
@@ -22,7 +22,7 @@ def test_every_tenth_image_of_each_class_is_held_out():
 
 
 def test_batches_are_mirrored_dropped_and_balanced():
-    """Classes come with weight sqrt(size); asymmetric ones are never mirrored; labels are dropped at the rate asked for."""
+    """Classes are drawn with weight sqrt(size); asymmetric ones are never mirrored; labels are dropped at the given rate."""
     sizes = {"face": 100, "clock": 25}
     names = [name for name, size in sizes.items() for _ in range(size)]
     labels = np.array([list(emoji.CLASSES).index(name) for name in names])
@@ -38,7 +38,7 @@ def test_batches_are_mirrored_dropped_and_balanced():
 
 
 def test_training_minimises_and_its_file_tells_of_it(tmp_path):
-    """A linear layer learns a known map; what is saved is the average of the weights."""
+    """A linear layer learns a known map; the saved weights are the averaged ones."""
     torch.manual_seed(0)
     layer, wanted = torch.nn.Linear(3, 2), torch.randn(2, 3)
     settings = {
@@ -69,7 +69,9 @@ SETTINGS = {
 
 @pytest.fixture
 def run_on(tmp_path, monkeypatch):
-    """A function that trains the layer of a file on, with a snapshot every three steps; it dies after `snapshots` of them."""
+    """Return a function that trains the layer in a file further, with a snapshot every three steps; it stops after
+    `snapshots`.
+    """
     monkeypatch.setattr(training, "SNAPSHOT", 3)
     monkeypatch.setattr(comfyui, "CACHE", tmp_path / "cache")
     save = training.save
@@ -132,7 +134,7 @@ def test_a_run_goes_on_from_the_file_and_the_history_tells_all(run_on, tmp_path)
     run_on(path, steps=3, learning_rate=1e-9, weight_decay=0.0)
     second, history = told(path)
     assert [(run["seed"], run["steps"], run["step"]) for run in history] == [(7, 9, 9), (8, 3, 3)]
-    assert all(torch.allclose(first[name], second[name], atol=1e-3) for name in first)  # it did not begin anew
+    assert all(torch.allclose(first[name], second[name], atol=1e-3) for name in first)  # it did not start again
 
 
 def test_an_interrupted_run_whose_state_is_lost_is_told_as_such(run_on, tmp_path):

@@ -1,4 +1,4 @@
-"""The fits of tools/error_growth.py: a line and an exponential are told apart, and their parameters found."""
+"""The fits of tools/error_growth.py: a line and an exponential are distinguished, and their parameters found."""
 
 import error_growth
 import numpy as np
@@ -38,7 +38,7 @@ def test_a_fit_to_the_first_share_does_not_see_the_rest():
 
 
 def test_the_exponential_is_fitted_on_the_errors_own_scale():
-    """As the line is: a log-linear fit would let the smallest errors decide."""
+    """The line is fitted on this scale too; in a log-linear fit, the smallest errors would dominate."""
     errors = 1e-3 * np.exp(0.04 * I)
     errors[:5] = 1e-9
     (a, b), _ = error_growth.fit_exponential(I, errors)

@@ -1,4 +1,4 @@
-"""The runner of experiments, with made-up images in place of sampled ones."""
+"""The runner of experiments, with synthetic images instead of sampled ones."""
 
 import contextlib
 import csv
@@ -34,7 +34,7 @@ def row_of(run, name="first"):
 
 
 def images_of(run, number, salt="", size=8):
-    """Made-up latents of a chunk: the same content for all runs, and noise of the run's own."""
+    """Return synthetic latents of a chunk: the same content for all runs, plus noise that depends on the run."""
     shape = (size, 3, 32, 32)
     content = torch.randn(shape, generator=torch.Generator().manual_seed(number))
     seed = int(hashlib.sha256(f"{run.key} {number} {salt}".encode()).hexdigest()[:8], 16)
@@ -43,12 +43,12 @@ def images_of(run, number, salt="", size=8):
 
 
 def features_of(latents):
-    """Made-up features: in place of the networks', 64 pixels of each image."""
+    """Return synthetic features: 64 pixels of each image instead of the networks' features."""
     return {"emoji": latents[:, 0, 16, :].repeat(1, 2), "imagenet": latents[:, 1, 12:14, :].reshape(-1, 64).contiguous()}
 
 
 class Fake:
-    """Stands for `experiment_samples.sampled`. told: the chunks that it was to make; after `stop` of them it is interrupted."""
+    """Replace `experiment_samples.sampled`. told: the chunks that it was asked for; after `stop` chunks it is interrupted."""
 
     def __init__(self):
         self.told, self.stop, self.salt = [], None, ""
@@ -111,7 +111,7 @@ def test_at_full_scale_those_who_sample_say_how_many_at_once(monkeypatch):
 
 
 def test_the_gpus_of_a_cluster_say_how_many_each(monkeypatch):
-    """By a stand-in for Ray: there is no cluster with a GPU here."""
+    """Ray is replaced, because there is no cluster with a GPU here."""
     found = iter([128, 64])
     workers = [SimpleNamespace(at_once=SimpleNamespace(remote=lambda: next(found))) for _ in range(2)]
     ray = SimpleNamespace(cluster_resources=lambda: {"CPU": 8.0, "GPU": 2.0}, get=list)
@@ -138,7 +138,7 @@ def test_the_whole_list_takes_less_than_four_hours(tmp_path):
         (Run(interval=5, correction_steps="full"), 2 * (20 * 0.28 + 4)),
         (Run(correction_steps="all", evaluation_point="ahead"), 40),
         (Run(control="averaged"), 80),
-        (Run(control="last step alone"), 2 * (20 * 3 * 2)),  # but for the last step, which is one evaluation
+        (Run(control="last step alone"), 2 * (20 * 3 * 2)),  # except the last step, which is one evaluation
     ],
 )
 def test_costs_are_counted(run, evaluations):
@@ -168,7 +168,7 @@ def test_runs_that_mean_nothing_are_refused(settings, sentence):
 
 
 def test_a_calibration_is_counted_once_a_worker(tmp_path):
-    """Its eight runs are of two images each, with guidance."""
+    """Its eight runs have two images each, with guidance."""
     run = Run(interval=2, cache="calibrated", steps=10)
     row, store = Row("first", run, 16), experiment_samples.Store(tmp_path)
     of_images = sum(chunk.run.evaluations * 8 for chunk in row.chunks)
@@ -190,7 +190,7 @@ def test_references_are_full_precision_without_cache_and_correction():
 
 
 def relative(run, reference):
-    """The relative error of every image, in float64, written out."""
+    """Return the relative error of every image, in float64, written out."""
     pairs = [(images_of(run, number).double(), images_of(reference, number).double()) for number in (0, 1)]
     return np.concatenate([((x - y).flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1)).numpy() for x, y in pairs])
 
@@ -204,7 +204,7 @@ def test_numbers_are_those_of_the_images(fake, tmp_path):
     assert float(row["error_exact_low"]) < each.mean() < float(row["error_exact_high"])
     assert float(row["change_exact"]) == pytest.approx((each - before).mean(), rel=0.02)
     assert float(row["error_same_steps"]) == pytest.approx(relative(CORRECTED, PLAIN).mean(), rel=1e-3)
-    # Two standard errors of the pairs: what is common to the runs is not in it.
+    # Two standard errors of the pairs: what the runs have in common cancels.
     width = float(row["change_exact_high"]) - float(row["change_exact_low"])
     assert width == pytest.approx(2 * 1.96 * (each - before).std() / 4, rel=0.3)
     assert (row["images"], row["chunk"]) == ("16", "8")
@@ -330,7 +330,7 @@ def test_a_row_is_computed_again_on_request(fake, tmp_path, capsys):
 
 def test_a_part_of_the_list(fake, tmp_path):
     assert run_all(tmp_path, "--only", "all paper") == 0
-    assert list(rows_of(tmp_path)) == [CORRECTED.key, PLAIN.key]  # with what it is compared with
+    assert list(rows_of(tmp_path)) == [CORRECTED.key, PLAIN.key]  # together with its baseline
     assert run_all(tmp_path / "none", "--minutes", "0") == 0 and not (tmp_path / "none").exists()
     assert run_all(tmp_path / "file", "--only", "first unet") == 0
     assert {path.stem for path in (tmp_path / "file").iterdir()} == {"first"}

@@ -1,4 +1,4 @@
-"""The kit for a GPU machine without a network: what is packed, and the script that runs there."""
+"""The kit for a GPU machine without a network: its contents, and the script that runs there."""
 
 import os
 import pathlib
@@ -13,7 +13,7 @@ import pytest
 
 
 def write(folder, *names):
-    """Write files of these names below `folder`; return it."""
+    """Write files of these names below `folder`; return the folder."""
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,7 +28,7 @@ def names(archive):
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A small checkout of the pack in place of this one, with files that git tracks, ignores and does not know."""
+    """Replace this checkout by a small one, with files that git tracks, ignores and does not know."""
     packed = ("nodes/types.py", "tests/gpu/test_gpu.py", "tools/gpu_tables.py", "web/docs/Node.md", "requirements.txt")
     left_out = ("nodes/assets/model.safetensors", "docs/gpu/card.csv", "docs/page.md", "example_workflows/one.json", "a.png")
     root = write(tmp_path / "checkout", *packed, *left_out, "gone.py", "tools/__pycache__/a.pyc", "output/old")
@@ -43,7 +43,7 @@ def checkout(tmp_path, monkeypatch):
 
 @pytest.fixture
 def kit(tmp_path, checkout, monkeypatch):
-    """A kit of the small checkout, of a small host and of what a stand-in for pip installs; and pip's arguments."""
+    """Return (a kit of the small checkout, a small host and the packages of a replaced pip; pip's arguments)."""
     host = write(tmp_path / "host", "main.py", "comfy/ops.py", "comfy/__pycache__/ops.pyc", "models/a.ckpt", "tests/a.py")
     (host / "custom_nodes").mkdir()
     (host / "custom_nodes/pack").symlink_to(checkout[0])
@@ -110,7 +110,7 @@ def test_unpacked_pack_finds_the_host_and_installs_nothing(tmp_path):
     assert gpu_kit_run.environment(tmp_path, {})["PYTHONPATH"].endswith("stand_ins")
 
 
-# a test, then a stand-in for tools/gpu_tables.py: it writes a table, and what it was told
+# a test, and a replacement of tools/gpu_tables.py, which writes a table and its own arguments
 TEST = "import os\n\ndef test_kit():\n    assert os.environ['IEC_OFFLINE'] and {passes}\n"
 TABLES = "import sys, pathlib\npathlib.Path(sys.argv[2], 'card.md').write_text('a table')\nprint(sys.argv[1:])\n"
 
@@ -129,4 +129,4 @@ def test_script_runs_the_tests_and_the_tables(tmp_path, checkout, kit, passes):
     assert (out / "card.md").read_text() == "a table"
     assert "['--output', 'docs/gpu', '--size', 'small']" in (out / "tables.log").read_text()
     assert ("1 passed" if passes else "1 failed") in (out / "tests.log").read_text()
-    assert not list(tmp_path.glob("gpu-kit-*"))  # where it was unpacked
+    assert not list(tmp_path.glob("gpu-kit-*"))  # the temporary folder is removed

@@ -1,4 +1,4 @@
-"""The features of the ImageNet network, and the components that images are compared in."""
+"""The features of the ImageNet network, and the components in which images are compared."""
 
 import classifier
 import imagenet
@@ -15,7 +15,7 @@ def held_out():
 
 
 def test_the_network_knows_clocks_when_it_sees_them(held_out):
-    """Weights, enlargement and the scale of the pixels are those that it was trained with, or it would not."""
+    """Weights, enlargement and pixel scale must be those of its training for this."""
     images, labels = held_out
     clocks = images[labels == list(classifier.emoji.CLASSES).index("clock")]
     (part,) = classifier.parts(clocks)
@@ -37,7 +37,7 @@ def test_features_are_the_mean_of_the_last_layer_over_the_picture(held_out):
 
 
 def test_components_are_those_of_the_real_images(held_out):
-    """The file's images are told by a held-out one among them: its components are in the file."""
+    """They are checked with a held-out image: its components are in the file."""
     real = imagenet.real()
     assert real.components.shape[1] == imagenet.COMPONENTS and len(real.components) > 1000
     found = real.of(held_out[0][:3])
@@ -45,7 +45,7 @@ def test_components_are_those_of_the_real_images(held_out):
     assert (nearest < 0.01 * found.norm(dim=1)).all()
     covariance = np.cov(real.components.numpy(), rowvar=False)
     spread = np.diag(covariance)
-    assert np.abs(covariance - np.diag(spread)).max() < 1e-4 * spread.max()  # principal: not correlated, the widest first
+    assert np.abs(covariance - np.diag(spread)).max() < 1e-4 * spread.max()  # uncorrelated, the largest variance first
     assert (np.diff(spread) <= 1e-6).all()
     assert torch.allclose(real.basis.T @ real.basis, torch.eye(imagenet.COMPONENTS), atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""Distances of sample distributions, against their formulas in float64, and what their intervals promise."""
+"""Distances of sample distributions compared with their formulas in float64, and the coverage of their intervals."""
 
 import re
 
@@ -41,7 +41,7 @@ def test_frechet_distance_is_the_papers():
 
 
 def test_frechet_distance_of_fewer_rows_than_columns():
-    """Singular covariances, of which the general square root is ill-conditioned."""
+    """The covariances are singular, for which the general matrix square root is ill-conditioned."""
     x, y = features(6, 20), features(7, 20, seed=1)
     expected = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(np.cov(x.T)) + np.trace(np.cov(y.T))
     a, b = (x - x.mean(0)) / np.sqrt(5), (y - y.mean(0)) / np.sqrt(6)
@@ -55,7 +55,7 @@ def test_kernel_distance_is_the_papers():
 
 
 def test_kernel_distance_has_no_bias():
-    """Of two sets of one distribution it is zero in the mean, while the Fréchet distance is above."""
+    """For two sets of one distribution its mean is zero, while the Fréchet distance is above zero."""
     generator = np.random.default_rng(2)
     pairs = [generator.normal(size=(2, 50, 4)) for _ in range(200)]
     kernel = np.array([kernel_distance(x, y) for x, y in pairs])
@@ -65,7 +65,7 @@ def test_kernel_distance_has_no_bias():
 
 @pytest.mark.parametrize("kind", ["frechet", "kernel"])
 def test_interval_covers_as_it_says(kind):
-    """The mean over seeds of the distance of as many samples lies in 95 % of the intervals."""
+    """95 % of the intervals contain the mean, over seeds, of the distance of as many samples."""
     generator = np.random.default_rng(3)
     real = generator.normal(size=(60, 3)) + 0.7
     measure = {"frechet": frechet_distance, "kernel": kernel_distance}[kind]

@@ -1,4 +1,4 @@
-"""What the weights of a smaller Jacobian are trained for, and which they are."""
+"""The training of weights with a smaller Jacobian, and how these weights are identified."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ from experiment_rows import Chunk, Run, TunedRun
 
 
 def test_the_penalty_is_the_norm_of_the_predicted_noises_derivative():
-    """Of a network that is linear, v = W x at each pixel: eps = alpha (v + sigma x), so J = alpha (W + sigma I)."""
+    """For a linear network, v = W x at each pixel: eps = alpha (v + sigma x), so J = alpha (W + sigma I)."""
     assert train_smooth.PENALTY["images"] == 8
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(8, 3, 4, 4, generator=generator, dtype=torch.float64)
@@ -56,7 +56,7 @@ def test_weights_are_there_when_they_are_trained_to_the_end(kept):
     assert not train_smooth.is_there("smooth")
     write("smooth", train_smooth.STEPS["smooth"])
     assert train_smooth.is_there("smooth") and not train_smooth.is_there("longer")
-    write("smooth", train_smooth.STEPS["smooth"], earlier=2)  # of another number of runs
+    write("smooth", train_smooth.STEPS["smooth"], earlier=2)  # with another number of runs
     assert not train_smooth.is_there("smooth")
 
 
