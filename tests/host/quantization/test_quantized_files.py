@@ -593,13 +593,13 @@ def without(key):
 DAMAGED = {
     "junk": (lambda path: path.write_bytes(b"junk"), "it is no .safetensors file, or a damaged one"),
     "half": (
-        lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), "it is truncated or has been added to"
+        lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), "it is truncated or too long"
     ),
     "another program's": (
         lambda path: safetensors.torch.save_file({"weight": torch.zeros(2)}, path), "it was not written by Save Quantized Model"
     ),
     "another version": (
-        lambda path: changed(path, lambda about, tensors: about.update(version=9)), "it is of version 9, and only versions 1"
+        lambda path: changed(path, lambda about, tensors: about.update(version=9)), "it is of version 9, but only versions 1"
     ),
     "no bias": (
         lambda path: changed(path, without("joint_blocks.0.x_block.mlp.fc1.bias")), "joint_blocks.0.x_block.mlp.fc1.bias is"
@@ -659,7 +659,7 @@ def test_a_damaged_file_is_refused(network, quantize, save, load, kind):
         ("weight_s_rel", 0x71, "has a group whose scale is out of its range"),
         ("weight_s_rel", 0x84, "has a group whose scale is out of its range"),  # below 0
         ("weight_s_channel", math.nan, "has a scale or a factor that is not finite"),
-        ("weight_codebook", 0.5, "has other levels for its 4 bits than these nodes know"),
+        ("weight_codebook", 0.5, "has levels for its 4 bits that these nodes do not know"),
     ],
 )
 def test_damaged_groups_are_refused(network, quantize, save, load, key, value, message):
