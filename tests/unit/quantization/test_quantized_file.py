@@ -399,12 +399,14 @@ CALIBRATED_CHANGES = {
         lambda header, *_: header[f"{BRANCH}.weight_in"].update(shape=[20, 3]), f"^{BRANCH}.weight_in has shape"
     ),
     "a factor of another type": (
-        lambda header, *_: header[f"{BRANCH}.weight_out"].update(dtype="BF16"), f"^{BRANCH}.weight_out is BF16, and"
+        lambda header, *_: header[f"{BRANCH}.weight_out"].update(dtype="BF16"), f"^{BRANCH}.weight_out is BF16, but should"
     ),
     "a huge rank": (lambda *given: layer_change(BRANCH, {"rank": 2**61})(*given), "^its description has a layer whose format"),
     "another rank": (lambda *given: layer_change(BRANCH, {"rank": 4})(*given), f"^{BRANCH}.weight_out has shape"),
     "a negative rank": (lambda *given: layer_change(BRANCH, {"rank": -3})(*given), "^its description has an invalid layer"),
-    "a rank with a fraction": (lambda *given: layer_change(BRANCH, {"rank": 3.0})(*given), "^its description has an invalid layer"),
+    "a rank with a fraction": (
+        lambda *given: layer_change(BRANCH, {"rank": 3.0})(*given), "^its description has an invalid layer"
+    ),
     "a rank without calibration": (
         lambda *given: layer_change(BRANCH, {"calibrated": False})(*given), "^its description has an invalid layer"
     ),
@@ -601,7 +603,9 @@ CHANGES = {
         entry_change("x.pos_embed", shape=[True, 3, 2]), "^'x.pos_embed' has an invalid shape or place"
     ),
     "a size that is text": (entry_change(A, shape="620"), "^'a.int8.weight' has an invalid shape or place"),
-    "a huge size": (entry_change(A, shape=[2**40, 2**20]), "^'a.int8.weight' has shape .* and type I8, which do not match its bytes"),
+    "a huge size": (
+        entry_change(A, shape=[2**40, 2**20]), "^'a.int8.weight' has shape .* and type I8, which do not match its bytes"
+    ),
     "a size beyond any": (entry_change(A, shape=[2**63, 0]), "^'a.int8.weight' has an invalid shape or place"),
     "nine dimensions": (entry_change(A, shape=[6, 20] + [1] * 7), "^'a.int8.weight' has an invalid shape or place"),
     "a hundred thousand dimensions": (
