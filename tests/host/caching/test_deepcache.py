@@ -238,7 +238,7 @@ def test_second_cache_is_refused(cached):
 def test_model_that_is_no_unet_is_refused(host, model):
     clone = model.clone()
     clone.add_object_patch("diffusion_model", torch.nn.Linear(1, 1))
-    with pytest.raises(ValueError, match=r"^model: caching needs a U-Net .* this MODEL is a Linear"):
+    with pytest.raises(ValueError, match=r"^model: caching needs a U-Net, .* this MODEL is a Linear"):
         host.run("IECDeepCache", model=clone, interval=2, branch=0)
 
 
