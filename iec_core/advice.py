@@ -1,3 +1,3 @@
 """Advice for the user, with which several error messages end."""
 
-TRY_PRECISION = "Try another precision of the model, or fewer patches on it."
+TRY_PRECISION = "Load the model in another precision, or remove patches from it."

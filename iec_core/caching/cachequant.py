@@ -120,14 +120,14 @@ class _AllSteps:
         """
         if not len(self.sigmas):
             raise ModelError(
-                "model: another node on it calls the network without telling the step or the conditioning, so no cache can be "
-                "calibrated; calibrate without that node."
+                "model: another node on it calls the network without passing the step or the conditioning, so no cache can "
+                "be calibrated; calibrate without that node."
             )
         missing = sorted(set(range(len(self.sigmas) - 1)) - self._visited)
         if missing:
             raise SettingsError(
-                f"sampler_name: it does not evaluate the network where step {missing[0]} of the schedule begins, so that "
-                "nothing can be found out for that step; calibrate with another, such as euler."
+                f"sampler_name: it does not evaluate the network at the start of step {missing[0]} of the schedule, so that "
+                "step cannot be calibrated; calibrate with another sampler, such as euler."
             )
 
     def load(self, keys: Sequence[Hashable], items: int, position: float, stream: str = "", since: float = 0.0) -> None:
@@ -354,10 +354,9 @@ class CacheProfile(Profile):
                 return first
         raise ProfileError(
             f"profile: it was calibrated for {len(self.sigmas) - 1} steps of {self.facts['sampler_name']} on "
-            f"{self.facts['scheduler']} from sigma "
-            f"{self.sigmas[0]:.4g} to {self.sigmas[-1]:.4g}, and this run has {len(own) - 1} steps from {own[0]:.4g} to "
-            f"{own[-1]:.4g}{self._difference(own)}; sample with the calibrated sampler, scheduler and steps, or "
-            "calibrate for these."
+            f"{self.facts['scheduler']} from sigma {self.sigmas[0]:.4g} to {self.sigmas[-1]:.4g}, but this run has "
+            f"{len(own) - 1} steps from {own[0]:.4g} to {own[-1]:.4g}{self._difference(own)}; sample with the calibrated "
+            "sampler, scheduler and steps, or calibrate for these."
         )
 
     def _difference(self, sigmas: torch.Tensor) -> str:
@@ -365,7 +364,7 @@ class CacheProfile(Profile):
         if len(sigmas) != len(self.sigmas) or _differ(self.sigmas, sigmas)[[0, -1]].any():
             return ""
         step = int(_differ(self.sigmas, sigmas).nonzero()[0])
-        return f", whose step {step} begins at {sigmas[step]:.4g} instead of {self.sigmas[step]:.4g}"
+        return f", and its step {step} begins at {sigmas[step]:.4g} instead of {self.sigmas[step]:.4g}"
 
 
 def _differ(calibrated: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
@@ -405,8 +404,8 @@ class CorrectedFeatures(FeatureCache):
         channels = tensor.shape[self._profile.channel_dim]
         if weights is not None and weights.shape[1] != channels:
             raise ProfileError(
-                f"profile: its corrections are for {weights.shape[1]} channels, and this model has {channels} there; calibrate "
-                "for this model."
+                f"profile: its corrections are for {weights.shape[1]} channels, but this model has {channels}; calibrate for "
+                "this model."
             )
 
     def _forecast(self, slot: Slot, kept: Kept, position: float) -> torch.Tensor:

@@ -46,8 +46,8 @@ class CacheSchedule:
         outside = max(self.numbers if self.kind == "steps" else self.numbers[:1])
         if outside >= total:
             raise SettingsError(
-                f"schedule: it names step {outside:g}, and the run has {total} steps, numbered from 0 to {total - 1}; name "
-                "steps of the run only."
+                f"schedule: it names step {outside:g}, but the run has {total} steps, numbered from 0 to {total - 1}; name "
+                "only steps of the run."
             )
         if self.kind == "steps":
             return frozenset({0, *map(int, self.numbers)})
@@ -70,7 +70,7 @@ def parse_cache_schedule(text: str) -> CacheSchedule:
         center, power = float(match[1]), float(match[2])
         if power >= 1:
             return CacheSchedule("power", (center, power))
-        raise SettingsError(f"schedule: '{text}' has a power below 1; the paper uses 1.2 to 1.6.")
+        raise SettingsError(f"schedule: '{text}' has a power below 1; write 1 or more (the paper uses 1.2 to 1.6).")
     raise SettingsError(f"schedule: '{text}' is not a known form; write {SCHEDULE_FORMS}.")
 
 

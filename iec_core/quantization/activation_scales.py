@@ -105,8 +105,7 @@ class ScaleStatistics:
         place, largest = self._place(name), x.abs().amax().float().cpu()
         if not largest.isfinite():
             raise ModelError(
-                f"model: NaN or infinity came into its layer {name} in a calibration run, from which nothing can be found out. "
-                f"{TRY_PRECISION}"
+                f"model: the input of its layer {name} contains NaN or infinity in a calibration run. {TRY_PRECISION}"
             )
         self._largest[place] = torch.maximum(self._largest[place], largest)
 

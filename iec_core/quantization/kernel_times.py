@@ -143,8 +143,8 @@ class KernelTimes:
                 if name == first:
                     return {}
                 failed[name] = math.inf
-                why = f"{type(error).__name__}: {str(error).strip() or 'without a word'}".splitlines()[0]
-                logger.warning(f"{name} does not compute a layer of the kind '{layer}': {why}.")
+                why = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
+                logger.warning(f"{name} cannot compute a layer of the kind '{layer}': {why}.")
         return self._clock.times({name: way for name, way in ways.items() if name not in failed}, device)
 
     def _known(self, device: torch.device, layer: str, size: str, names: Collection[str]) -> dict[str, float]:
@@ -230,7 +230,7 @@ def _read(path: str | os.PathLike[str]) -> Cards:
         return {}
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        logger.warning(f"{os.path.basename(path)}, beside the profiles, is not used and stays as it is: {why}.")
+        logger.warning(f"{os.path.basename(path)} in the folder of the profiles is not used and not changed: {why}.")
         return {}
 
 
@@ -240,7 +240,7 @@ def _parsed(path: str | os.PathLike[str]) -> Cards:
     """
     found = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise FileError("it is no file of kernel times")
+        raise FileError("it is not a file of kernel times")
     cards: Any = found.get("microseconds")
     if not _is_nested(cards, _is_of_layer):
         raise FileError("its content is not that of a file of kernel times")

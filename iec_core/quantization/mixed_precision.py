@@ -94,8 +94,8 @@ class Budget:
             least = 8 * sum(map(min, nbytes)) / weights
             if self.bits < least:
                 raise SettingsError(
-                    f"average_bits: {self.bits:g} is less than the {math.ceil(100 * least) / 100:.2f} that the smallest choice "
-                    "of all layers takes with its scales and branches; allow that, or take a smaller rank or larger groups."
+                    f"average_bits: {self.bits:g} is less than the smallest possible, {math.ceil(100 * least) / 100:.2f} "
+                    "with scales and branches; allow that, or choose a smaller rank or larger groups."
                 )
             found = least_cost(squares, nbytes, self.bits * weights / 8)
         if all(choice == len(layer.words) - 1 for choice, layer in zip(found, layers)):
@@ -104,8 +104,8 @@ class Budget:
 
     def _all_full(self) -> str:
         if self.bits is None:
-            return f"most_error: no layer can be quantized within {self.error:g}; allow more."
-        return f"average_bits: {self.bits:g} is enough for all layers to stay as they are; write less."
+            return f"most_error: no layer can be quantized within {self.error:g}; allow a larger error."
+        return f"average_bits: {self.bits:g} is enough for all layers to stay unquantized; choose a smaller number."
 
 
 @dataclass(frozen=True)
@@ -137,11 +137,11 @@ class MixedPrecision:
         counted = ", ".join(f"{counts[words]} at {words}" for words in sorted(counts, key=lambda words: int(words.split()[0])))
         bits, error = self._of(lambda layer: self.chosen[layer.name])
         alike = [
-            f"all at {words}: {{1:.4f}} with {{0:.2f}}".format(*self._of(lambda layer: number))  # noqa: B023
+            f"all at {words}: error {{1:.4f}} at {{0:.2f}} bits per weight".format(*self._of(lambda layer: number))  # noqa: B023
             for number, words in enumerate(self.layers[0].words[:-1])
         ]
         return (
-            f"Mixed precision: {counted}; {bits:.2f} bits a weight, expected error of a prediction {error:.4f} "
+            f"Mixed precision: {counted}; {bits:.2f} bits per weight, expected error of a prediction {error:.4f} "
             f"({'; '.join(alike)})."
         )
 

@@ -81,7 +81,7 @@ def hadamard(size: int) -> torch.Tensor:
     while len(matrix) < size:
         matrix = torch.kron(matrix, block)
     if len(matrix) != size:
-        raise SettingsError(f"rotation: {size} is no power of 4.")
+        raise SettingsError(f"rotation: {size} is not a power of 4.")
     return matrix / math.sqrt(size)
 
 

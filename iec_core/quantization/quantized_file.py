@@ -209,7 +209,7 @@ def _bytes(key: str, dtype: torch.dtype, shape: Sequence[int], get: Callable[[],
     """Return the bytes of the tensor get(), in CPU memory."""
     tensor = get()
     if tensor.dtype != dtype or tensor.shape != torch.Size(shape):
-        raise ModelError(f"{key} is {tensor.dtype} {tuple(tensor.shape)}, and was to be {dtype} {tuple(shape)}")
+        raise ModelError(f"{key} is {tensor.dtype} {tuple(tensor.shape)}, but should be {dtype} {tuple(shape)}")
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -220,7 +220,7 @@ def _header_bytes(keys: list[str], sources: Mapping[str, Source], sizes: dict[st
         dtype, shape, _ = sources[key]
         if dtype not in NAMES or not NAME.fullmatch(key) or len(shape) > LARGEST_DIMENSIONS:
             raise ModelError(
-                f"model: its weight {key} ({dtype}, {len(shape)} dimensions) cannot be kept in a file of this kind."
+                f"model: its weight {key} ({dtype}, {len(shape)} dimensions) cannot be stored in a file of this kind."
             )
         header[key] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + sizes[key]]}
         at += sizes[key]
@@ -276,7 +276,7 @@ class QuantizedFile:
         data = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
         self._file.seek(self._start + entry.start)
         if self._file.readinto(data.numpy().data) != len(data):
-            raise FileError(f"it has become shorter; {key} is not whole")
+            raise FileError(f"it has become shorter; {key} is incomplete")
         return data.view(entry.dtype).view(entry.shape)
 
     def packed(self, name: str) -> torch.Tensor:
@@ -286,7 +286,7 @@ class QuantizedFile:
         layer = self.layers[name]
         packing = Packing(layer.shape, layer.format)
         if layer.format.two_scales and not torch.equal(self.tensor(_codebook_name(name)), LEVELS):
-            raise FileError(f"{name} has other levels for its 4 bits than these nodes know")
+            raise FileError(f"{name} has levels for its 4 bits that these nodes do not know")
         values = _hosts_nibbles(layer, self.tensor(f"{name}.weight").view(STORED[layer.format.kind]))
         scales = (self.tensor(f"{name}.{key}") for key in _scales_of(layer))
         scales = (scale if scale.ndim == 2 else scale.reshape(-1, 1) for scale in scales)
@@ -334,9 +334,9 @@ class QuantizedFile:
             raise FileError(f"{short(key)} is missing")
         found = self._tensors[key]
         if found.dtype != dtype:
-            raise FileError(f"{key} is {NAMES[found.dtype]}, and should be {NAMES[dtype]}")
+            raise FileError(f"{key} is {NAMES[found.dtype]}, but should be {NAMES[dtype]}")
         if found.shape != tuple(shape):
-            raise FileError(f"{key} has shape {found.shape}, and should have {tuple(shape)}")
+            raise FileError(f"{key} has shape {found.shape}, but should have {tuple(shape)}")
 
 
 @dataclass(frozen=True)
@@ -360,16 +360,16 @@ def _read_tensors(file: BinaryIO) -> tuple[dict[str, str], dict[str, _Tensor], i
 def _tensor(key: str, entry: object) -> _Tensor:
     """Return the _Tensor of an entry in a header. Raises FileError if the entry is damaged."""
     if not NAME.fullmatch(key):
-        raise FileError(f"it has a tensor of the name {short(key)}, which is no name of a weight")
+        raise FileError(f"it has a tensor named {short(key)}, which is not a name of a weight")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise FileError(f"{short(key)} is not described by dtype, shape and data_offsets")
     dtype, shape, places = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise FileError(f"{short(key)} has a type that is not known ({short(dtype)})")
+        raise FileError(f"{short(key)} has an unknown type ({short(dtype)})")
     if not _are_sizes(shape, LARGEST_DIMENSIONS) or not _are_sizes(places, 2) or len(places) != 2:
-        raise FileError(f"{short(key)} has a shape or a place that cannot be ({short(shape)}, {short(places)})")
+        raise FileError(f"{short(key)} has an invalid shape or place ({short(shape)}, {short(places)})")
     if places[1] - places[0] != math.prod(shape) * DTYPES[dtype].itemsize:
-        raise FileError(f"{short(key)} has shape {tuple(shape)} and type {dtype}, and not the bytes {places} for it")
+        raise FileError(f"{short(key)} has shape {tuple(shape)} and type {dtype}, which do not match its bytes {places}")
     return _Tensor(DTYPES[dtype], tuple(shape), *places)
 
 
@@ -385,21 +385,21 @@ def _check_places(tensors: dict[str, _Tensor], size: int) -> None:
     end = 0
     for key, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if tensor.start != end:
-            raise FileError(f"{short(key)} does not begin where what is before it ends")
+            raise FileError(f"{short(key)} has a gap or an overlap before it")
         end = tensor.stop
     if end != size:
-        raise FileError(f"it is truncated or has been added to (its tensors have {end} bytes, and it has {size} for them)")
+        raise FileError(f"it is truncated or too long (its tensors take {end} bytes, but it has {size} bytes for them)")
 
 
 def _description(metadata: dict[str, str]) -> dict[str, Any]:
     """Return the description in a file's metadata. Raises FileError if it has none, or one of an unknown version."""
     if QUANTIZED_KEY not in metadata:
-        raise FileError("it was not written by Save Quantized Model (IEC); load it with the host's own node")
+        raise FileError("it was not written by Save Quantized Model (IEC); load it with ComfyUI's own node")
     about = parsed(metadata[QUANTIZED_KEY], "description")
     version = about.get("version") if isinstance(about, dict) else None
     if type(version) is not int or version not in VERSIONS:
         known = f"{VERSIONS[0]} to {VERSIONS[-1]}"
-        raise FileError(f"it is of version {short(version)}, and only versions {known} can be read; save the model anew")
+        raise FileError(f"it is of version {short(version)}, but only versions {known} can be read; save the model again")
     return about
 
 
@@ -408,7 +408,7 @@ def _settings(metadata: dict[str, str]) -> dict[str, Any]:
     about = parsed(metadata.get(CONFIG_KEY, '{"transformer": {}}'), "settings of the network")
     settings = about.get("transformer") if isinstance(about, dict) else None
     if not isinstance(settings, dict) or not all(map(_is_setting_or_list, settings.values())):
-        raise FileError(f"its settings of the network cannot be ({short(about)})")
+        raise FileError(f"its settings of the network are invalid ({short(about)})")
     return settings
 
 
@@ -446,7 +446,7 @@ def _layer(entry: Any, version: int) -> LayerFile:
     """
     names = {one.name for one in fields(WeightFormat)} - _unknown_to(version)
     if set(entry) != {"shape", "format"} or set(entry["format"]) != names:
-        raise FileError(f"its description has a layer of other words than shape and format ({short(entry)})")
+        raise FileError(f"its description has a layer with other entries than shape and format ({short(entry)})")
     shape, fmt = entry["shape"], WeightFormat(**entry["format"])
     whole = _are_sizes(shape, 4) and len(shape) in (2, 4) and 0 not in shape
     numbers = _are_sizes([fmt.group_size, fmt.rotation, fmt.rank], 3)
@@ -455,9 +455,9 @@ def _layer(entry: Any, version: int) -> LayerFile:
     rotation = fmt.rotation if numbers else 0
     known = fmt.kind in LIMITS and fmt.factors in FACTOR_DTYPES
     if not (whole and numbers and switches and known) or (rotation and rotation_size(rotation) != rotation):
-        raise FileError(f"its description has a layer that cannot be ({short(entry)})")
+        raise FileError(f"its description has an invalid layer ({short(entry)})")
     if Packing(shape, fmt).format != fmt:
-        raise FileError(f"its description has a layer whose format does not go with its shape ({short(entry)})")
+        raise FileError(f"its description has a layer whose format does not fit its shape ({short(entry)})")
     return LayerFile(tuple(shape), fmt, version)
 
 
@@ -466,11 +466,11 @@ def _check_about(about: dict[str, Any]) -> None:
     activation = about["activation"]
     known = set(activation) == {"bits", "per_tensor"} and type(activation["bits"]) is int and activation["bits"] in (8, 16)
     if not known or type(activation["per_tensor"]) is not bool:
-        raise FileError(f"its description has activations that cannot be ({short(activation)})")
+        raise FileError(f"its description has invalid activations ({short(activation)})")
     if not all(isinstance(about[key], str) and about[key].isprintable() for key in ("name", "dtype", "network")):
-        raise FileError("its description has a name that is no text")
+        raise FileError("its description has a name that is not text")
     if about["dtype"] not in ("float32", "float16", "bfloat16"):
-        raise FileError(f"its description has a type of network that cannot be ({short(about['dtype'])})")
+        raise FileError(f"its description has an invalid type of network ({short(about['dtype'])})")
     numbers = about["fingerprint"]
     whole = isinstance(numbers, list) and len(numbers) <= LARGEST_FINGERPRINT
     if not whole or not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
@@ -532,7 +532,7 @@ def description(
         config = {CONFIG_KEY: json.dumps({"transformer": settings})} if settings else {}
         _settings(config)
     except (TypeError, ValueError) as error:
-        raise ModelError(f"model: it cannot be saved, for {error}.") from error
+        raise ModelError(f"model: it cannot be saved, because {error}.") from error
     return config | {
         QUANTIZED_KEY: json.dumps(about, separators=(",", ":")),
         HOST_KEY: json.dumps({"format_version": "1.0", "layers": hosts}, separators=(",", ":")),

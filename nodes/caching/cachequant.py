@@ -42,12 +42,14 @@ class IECCalibrateCacheQuant(CheckedNode):
             display_name="Calibrate CacheQuant (IEC)",
             category="advanced/model/IEC",
             description="Runs the full-precision model on your prompts, and finds which steps a cache should evaluate in "
-            "full and how to correct the features that it reuses on the others. Also corrects quantization errors of a "
+            "full and how to correct the feature that the other steps reuse. Also corrects quantization errors of a "
             "quantized model.",
             search_aliases=["calibrate cache", "cache schedule", "cache calibration", "deepcache"],
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="The model to cache; quantized, if you sample with it quantized; without DeepCache."
+                    "model",
+                    tooltip="The model to cache, without a cache on it; quantized, if you sample with a quantized model. "
+                    "The node does not change it.",
                 ),
                 *run_inputs(" The profile is for this schedule."),
                 io.Int.Input(
@@ -55,45 +57,49 @@ class IECCalibrateCacheQuant(CheckedNode):
                     default=3,
                     min=1,
                     max=1000,
-                    tooltip="As many steps are evaluated in full as with a uniform interval of this length.",
+                    tooltip="As many steps are evaluated in full as with a uniform interval of this length. Start with 2 or 3.",
                 ),
                 io.Int.Input(
                     "branch",
                     default=0,
                     min=0,
                     max=100,
-                    tooltip="How much is evaluated on the other steps, as in DeepCache (IEC); 0 is the cheapest.",
+                    tooltip="How much is evaluated on the other steps, as in DeepCache (IEC). Start with 0, the cheapest.",
                 ),
                 io.String.Input(
                     "schedule",
                     default="dps",
                     optional=True,
-                    tooltip="Which steps are evaluated in full. dps: the calibration finds them by dynamic programming, as "
-                    f"in the paper; or {SCHEDULE_FORMS}, as in DeepCache (IEC).",
+                    tooltip="Which steps are evaluated in full. dps: found by dynamic programming, as in the paper; or "
+                    f"{SCHEDULE_FORMS}, as in DeepCache (IEC). Start with dps.",
                 ),
                 io.Combo.Input(
                     "forecast",
                     options=CALIBRATED_FORECASTS,
                     default="linear",
                     optional=True,
-                    tooltip="What a step's feature is computed from. hold: the last full step's, the paper's. linear: the last "
-                    "two full steps', which is more exact and keeps a second feature.",
+                    tooltip="Which features a step's feature is computed from. hold: from the last full step's, as in the "
+                    "paper. linear: from those of the last two full steps, which is more exact and keeps a second feature. "
+                    "Start with linear.",
                 ),
                 io.Boolean.Input(
                     "correct_consumer",
                     default=False,
                     optional=True,
-                    tooltip="With a quantized U-Net: also correct the output of the block that consumes the feature, as the "
-                    "paper does. The calibration takes 1.5 times as long.",
+                    tooltip="With a quantized U-Net: also correct the output of the block that consumes the feature, as in "
+                    "the paper. The calibration takes 1.5 times as long. Leave it off.",
                 ),
                 io.Model.Input(
                     "full_precision",
                     optional=True,
-                    tooltip="With a quantized model: the model that it was made from, which the calibration runs use.",
+                    tooltip="With a quantized model: the full-precision model that it was made from; the calibration runs "
+                    "use it.",
                 ),
             ],
             outputs=[
-                CacheProfileSocket.Output(display_name="profile", tooltip="What the calibration found, for CacheQuant (IEC)."),
+                CacheProfileSocket.Output(
+                    display_name="profile", tooltip="The steps to evaluate in full, and the corrections, for CacheQuant (IEC)."
+                ),
                 full_steps_output(),
             ],
         )
@@ -136,8 +142,13 @@ class IECSaveCacheProfile(CheckedNode):
             is_output_node=True,
             search_aliases=["save calibration", "save cache schedule"],
             inputs=[
-                CacheProfileSocket.Input("profile", tooltip="The profile of Calibrate CacheQuant (IEC)."),
-                io.String.Input("name", default="profile", tooltip="Name of the file; a file of the same name is replaced."),
+                CacheProfileSocket.Input("profile", tooltip="The profile from Calibrate CacheQuant (IEC)."),
+                io.String.Input(
+                    "name",
+                    default="profile",
+                    tooltip="The file's name; it can contain folders, such as sdxl/karras_20. A cache profile of the same "
+                    "name is replaced.",
+                ),
             ],
             outputs=[CacheProfileSocket.Output(display_name="profile", tooltip="The same profile.")],
         )
@@ -190,20 +201,27 @@ class IECCacheQuant(CheckedNode):
             node_id="IECCacheQuant",
             display_name="CacheQuant (IEC)",
             category="advanced/model/IEC",
-            description="DeepCache by a calibrated profile: its schedule, and its corrections of the reused features.",
+            description="DeepCache with a calibrated profile: the profile's steps are evaluated in full, and on the other "
+            "steps the reused feature is corrected as the calibration found.",
             search_aliases=["calibrated cache", "deepcache", "cache", "feature cache", "faster", "speed up", "accelerate"],
             inputs=[
-                io.Model.Input("model", tooltip="The model that the profile is for; it stays as it is."),
-                CacheProfileSocket.Input("profile", tooltip="Of Calibrate CacheQuant (IEC) or Load Cache Profile (IEC)."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The model that the profile was calibrated on, with the same quantization. The node does not "
+                    "change it.",
+                ),
+                CacheProfileSocket.Input(
+                    "profile", tooltip="The profile from Calibrate CacheQuant (IEC) or Load Cache Profile (IEC)."
+                ),
                 io.Combo.Input(
                     "correction_pass",
                     options=list(CORRECTION_PASSES),
                     default="refresh",
                     optional=True,
-                    tooltip="What IEC's correction of a full step does, as in DeepCache (IEC).",
+                    tooltip="How IEC corrects a full step, as in DeepCache (IEC). Start with refresh.",
                 ),
             ],
-            outputs=[io.Model.Output(tooltip="A clone of the model that caches by the profile.")],
+            outputs=[io.Model.Output(tooltip="A clone of the model that caches as the profile says.")],
         )
 
     @classmethod

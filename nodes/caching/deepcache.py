@@ -17,43 +17,46 @@ class IECDeepCache(CheckedNode):
             node_id="IECDeepCache",
             display_name="DeepCache (IEC)",
             category="advanced/model/IEC",
-            description="Evaluates a network's deep blocks on every interval-th step only, and reuses their feature on the "
-            "steps between. A correction of a full step refreshes the feature, or reuses it.",
+            description="Evaluates the deep blocks of a network only on every interval-th step; the steps between reuse the "
+            "deep feature and run only the outermost blocks. Faster and less exact.",
             search_aliases=["cache", "feature cache", "block cache", "faster", "speed up", "accelerate", "skip blocks"],
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="A U-Net (SD 1.5, SDXL …) or a transformer (Flux, SD3, Wan …); it stays as it is."
+                    "model",
+                    tooltip="A U-Net (SD 1.5, SDXL …) or a transformer (Flux, SD3, Wan …); the node does not change it.",
                 ),
                 io.Int.Input(
                     "interval",
                     default=2,
                     min=1,
                     max=1000,
-                    tooltip="Every interval-th step is evaluated in full, from the first on. 1 is no caching.",
+                    tooltip="Every interval-th step is evaluated in full, starting with the first; 1 means no caching. Start "
+                    "with 2.",
                 ),
                 io.Int.Input(
                     "branch",
                     default=0,
                     min=0,
                     max=100,
-                    tooltip="How much is evaluated on the other steps: one more than this number of outermost skip connections "
-                    "(U-Net), or of blocks at each end (transformer). 0 is cheapest and least exact.",
+                    tooltip="How much of the network is evaluated on the other steps. Branch b: the b + 1 outermost skip "
+                    "connections (U-Net), or the first b + 1 and the last b + 1 blocks (transformer). Start with 0, the "
+                    "cheapest and the least exact.",
                 ),
                 io.Combo.Input(
                     "correction_pass",
                     options=list(CORRECTION_PASSES),
                     default="refresh",
                     optional=True,
-                    tooltip="What IEC's correction of a full step does. refresh: evaluates in full; later steps reuse the new "
-                    "feature. keep: evaluates in full; later steps reuse the step's first feature. reuse: evaluates as cheaply "
-                    "as a cached step, with the step's own feature.",
+                    tooltip="How IEC corrects a full step. refresh: evaluated in full; the following steps reuse the new "
+                    "feature. keep: evaluated in full; the following steps reuse the feature of the step's own evaluation. "
+                    "reuse: as cheap as a cached step, with the step's own feature. Start with refresh.",
                 ),
                 io.String.Input(
                     "schedule",
                     default="uniform",
                     optional=True,
-                    tooltip=f"Which steps are evaluated in full: {SCHEDULE_FORMS}. power takes as many as uniform at this "
-                    "interval, closer together around the center. The first step is always evaluated in full.",
+                    tooltip=f"Which steps are evaluated in full: {SCHEDULE_FORMS}. power: as many as with uniform at this "
+                    "interval, crowded around the center. The first step is always evaluated in full. Start with uniform.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -62,7 +65,7 @@ class IECDeepCache(CheckedNode):
                     max=1.0,
                     step=0.001,
                     optional=True,
-                    tooltip="Share of the denoising before which every step is evaluated in full.",
+                    tooltip="A fraction of the denoising: before this point, every step is evaluated in full. Start with 0.",
                 ),
                 io.Float.Input(
                     "end_percent",
@@ -71,16 +74,16 @@ class IECDeepCache(CheckedNode):
                     max=1.0,
                     step=0.001,
                     optional=True,
-                    tooltip="Share of the denoising after which every step is evaluated in full.",
+                    tooltip="A fraction of the denoising: from this point on, every step is evaluated in full. Start with 1.",
                 ),
                 io.Combo.Input(
                     "forecast",
                     options=list(FORECASTS),
                     default="auto",
                     optional=True,
-                    tooltip="What stands for the deep feature on the other steps. hold: that of the last full evaluation. "
-                    "linear, quadratic: extrapolated from the last two, three. auto: between hold and linear, by how well "
-                    "linear predicted the full steps so far.",
+                    tooltip="How the deep feature of the other steps is computed. hold: that of the last full evaluation. "
+                    "linear, quadratic: extrapolated from the last two, three. auto: between hold and linear, depending on "
+                    "how well linear has predicted the full steps so far. Start with auto.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="A clone of the model that caches.")],
@@ -91,7 +94,8 @@ class IECDeepCache(CheckedNode):
     def validate_inputs(cls, correction_pass=None, schedule=None, forecast=None, start_percent=None, end_percent=None):
         if None not in (start_percent, end_percent) and start_percent >= end_percent:
             return (
-                f"end_percent: {end_percent:g} is not above start_percent, {start_percent:g}; caching needs some steps between."
+                f"end_percent: {end_percent:g} is not above start_percent, {start_percent:g}; choose a larger end_percent, "
+                "because caching happens between the two."
             )
         try:
             if schedule is not None:

@@ -27,14 +27,17 @@ class IECCalibrateWeights(CheckedNode):
             "little (GPTQ), and a small low-rank branch adds what 4 bits cannot represent.",
             search_aliases=["gptq", "svdquant", "int4", "4-bit", "w4a8", "w4a16", "low-rank", "quantize", "ptq", "less memory"],
             inputs=[
-                io.Model.Input("model", tooltip="The model to quantize, in full precision, with its LoRAs; it stays as it is."),
+                io.Model.Input(
+                    "model", tooltip="The model to quantize, in full precision, with its LoRAs; the node does not change it."
+                ),
                 *(inputs[name] for name in ("weight_bits", "activation_bits", "keep_sensitive_layers")),
                 io.Combo.Input(
                     "rank",
                     options=RANKS,
                     default="auto",
-                    tooltip="Rank of the 16-bit low-rank branch of each weight. A higher rank is more exact, and takes memory "
-                    "and time. 0: no branch. auto: 16 with 4 bits, else none.",
+                    tooltip="The rank of the 16-bit low-rank branch next to each weight. A higher rank keeps more of the "
+                    "image, and takes memory and time. 0: no branch. auto: 16 with 4 bits, otherwise no branch. Start with "
+                    "auto.",
                 ),
                 *run_inputs(""),
                 inputs["group_size"],
@@ -46,8 +49,9 @@ class IECCalibrateWeights(CheckedNode):
                     max=1024.0,
                     step=0.1,
                     optional=True,
-                    tooltip="About how much of the device's memory, in 2^30 bytes, the calibration may take in addition to the "
-                    "model. If that is too little for all layers, the runs are repeated for one part of the layers at a time.",
+                    tooltip="About how much memory of the device, in 2^30 bytes, the calibration may take in addition to the "
+                    "model. If all layers together need more, the runs are repeated for one part of the layers after the "
+                    "other. Start with 4.",
                 ),
                 io.Combo.Input(
                     "budget",
@@ -55,7 +59,7 @@ class IECCalibrateWeights(CheckedNode):
                     default="bits",
                     optional=True,
                     tooltip="With weight_bits mixed. bits: the least error within average_bits. error: the smallest model "
-                    "within most_error.",
+                    "within most_error. Start with bits.",
                 ),
                 io.Float.Input(
                     "average_bits",
@@ -64,8 +68,8 @@ class IECCalibrateWeights(CheckedNode):
                     max=32.0,
                     step=0.1,
                     optional=True,
-                    tooltip="With budget bits: average bits per weight, including scales and branches, over the layers that "
-                    "may be quantized.",
+                    tooltip="With budget bits: the average bits per weight, including scales and branches, over the layers "
+                    "that may be quantized. Start with 5.",
                 ),
                 io.Float.Input(
                     "most_error",
@@ -75,16 +79,16 @@ class IECCalibrateWeights(CheckedNode):
                     step=0.001,
                     round=0.0001,
                     optional=True,
-                    tooltip="With budget error: the largest relative change of a prediction. Errors of images are several "
-                    "times as large.",
+                    tooltip="With budget error: the largest relative change of a prediction. Images change several times as "
+                    "much. Start with 0.01.",
                 ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The quantized model."),
                 io.String.Output(
                     display_name="layers",
-                    tooltip="With weight_bits mixed a table in Markdown: the error and the chosen bits of each layer. Layers "
-                    "with the largest error at equal bytes come first.",
+                    tooltip="With weight_bits mixed, a table in Markdown: the error and the chosen bits of each layer. "
+                    "Layers with the largest error at equal bytes come first.",
                 ),
             ],
         )

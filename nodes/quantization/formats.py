@@ -21,16 +21,16 @@ def _wrong_group(group_size, weight_bits, activation_bits):
     if group_size in (None, "none"):
         return None
     if weight_bits == "fp8":
-        return f"group_size: {group_size} goes with integers only, and weight_bits is fp8; write none."
+        return f"group_size: {group_size} works only with integers, and weight_bits is fp8; choose none."
     if weight_bits == "8" and activation_bits == "8":
-        return f"group_size: {group_size} goes with weight_bits 8 where activation_bits is 16 only; write none."
+        return f"group_size: {group_size} works with weight_bits 8 only if activation_bits is 16; choose none."
     return None
 
 
 def _wrong_compute(compute, activation_bits):
     """Return the error message for a `compute` choice that the bits do not allow, else None."""
     if compute == EIGHT_BIT and activation_bits == "16":
-        return f"compute: {compute} goes with activation_bits 8 only; write {FASTEST}, or other bits."
+        return f"compute: {compute} works only with activation_bits 8; choose {FASTEST}, or other bits."
 
 
 def wrong_format(weight_bits, activation_bits, group_size, activation_scale, compute, mixed=False):
@@ -72,54 +72,60 @@ def format_inputs(weight_bits="8", mixed=False):
 
     weight_bits: the default of that input. mixed: whether "mixed" is one of its choices.
     """
-    tip = "8, 4: symmetric integers, one scale per output channel. fp8: float8 e4m3, one scale per weight."
+    tip = "8, 4: symmetric integers with one scale per output channel. fp8: float8 e4m3 with one scale per layer."
+    of_mixed = (
+        " mixed: each layer gets 4 bits or 8 bits or stays unquantized, depending on its error and the budget. Start with "
+        "mixed if you can wait for it."
+    )
     inputs = [
         io.Combo.Input(
             "weight_bits",
             options=[*KINDS, MIXED] if mixed else list(KINDS),
             default=weight_bits,
-            tooltip=tip + mixed * " mixed: 4 bits, 8 bits or none for each layer, chosen by their error within the budget.",
+            tooltip=tip + (of_mixed if mixed else " Start with 8."),
         ),
         io.Combo.Input(
             "activation_bits",
             options=ACTIVATION_BITS,
             default="8",
-            tooltip="8: quantized at run time, and products summed exactly. 16: left in the model's compute type; this "
-            "saves memory, not time.",
+            tooltip="8: activations are quantized while sampling, and products are in 8 bits. 16: activations stay in the "
+            "model's compute type; this saves memory, but no time. Start with 8 for speed, 16 for exactness.",
         ),
         io.Boolean.Input(
             "keep_sensitive_layers",
             default=True,
-            tooltip="Leave the first and the last layer and the embeddings of timestep and label unquantized.",
+            tooltip="Leave the embeddings of timestep and label, the first and the last layer unquantized. Leave it on: it "
+            "costs little memory.",
         ),
         io.Combo.Input(
             "group_size",
             options=GROUP_SIZES,
             default="none",
             optional=True,
-            tooltip="How many weights share a scale; for 4 bits or activation_bits 16. Smaller groups are more exact and take "
-            "more memory. none: one scale per output channel.",
+            tooltip="How many weights share a scale; for 4 bits, or for 8 bits with activation_bits 16. Smaller groups are "
+            "more exact and take more memory. none: one scale per output channel. Start with 32 for 4 bits.",
         ),
         io.Boolean.Input(
             "rotate",
             default=False,
             optional=True,
-            tooltip="Rotate the inputs of Linear layers by a Hadamard matrix (ConvRot), which spreads outliers. It "
-            "adds a small product per layer.",
+            tooltip="Rotate the inputs of Linear layers by a Hadamard matrix (ConvRot), which spreads outliers. It costs one "
+            "more small product per layer. Start with off.",
         ),
         io.Combo.Input(
             "activation_scale",
             options=ACTIVATION_SCALES,
             default="token",
             optional=True,
-            tooltip="With activation_bits 8. token: a scale for each token or pixel, of larger convolutions for each "
-            "image. tensor: one for all of it.",
+            tooltip="With activation_bits 8. token: one scale per token or pixel; in larger convolutions one scale per "
+            "image. tensor: one scale for the whole tensor. Start with token.",
         ),
         io.Boolean.Input(
             "keep_output_projections",
             default=False,
             optional=True,
-            tooltip="Leave the last layers of attention and of feed-forward networks unquantized too.",
+            tooltip="Also leave the last layers of attention and of feed-forward networks unquantized, which takes memory. "
+            "Start with off.",
         ),
         io.String.Input(
             "include",
@@ -132,11 +138,13 @@ def format_inputs(weight_bits="8", mixed=False):
             "exclude",
             default="",
             optional=True,
-            tooltip="Do not quantize layers whose name matches one of these patterns, such as *.proj_in middle_block.*",
+            tooltip="Leave layers unquantized whose name matches one of these, such as *.proj_in middle_block.*; * is any "
+            "part of a name. Empty: none.",
         ),
         compute_input(
             "With activation_bits 8. 8-bit: products in 8 bits. dequantized: products in the model's compute type, with "
-            "unquantized activations. fastest: on a GPU the faster of both per layer, timed at its first use; else 8-bit."
+            "unquantized activations. fastest: on a GPU the faster of the two, timed for each kind of layer at its first "
+            "use; on a CPU 8-bit. Start with fastest."
         ),
     ]
     return {one.id: one for one in inputs}

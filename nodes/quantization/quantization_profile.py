@@ -26,23 +26,27 @@ class IECCalibrateQuantization(CheckedNode):
             "timestep, as in the paper, or one per layer.",
             search_aliases=["activation scales", "static quantization", "ptq", "int8 calibration", "timestep-wise"],
             inputs=[
-                io.Model.Input("model", tooltip="A model from Quantize Model or Calibrate Weights with activation_bits 8."),
+                io.Model.Input(
+                    "model",
+                    tooltip="A model from Quantize Model (IEC) or Calibrate Weights (IEC) with activation_bits 8; the node "
+                    "does not change it.",
+                ),
                 *run_inputs(""),
                 io.Combo.Input(
                     "scales",
                     options=SCALES,
                     default="timestep-wise",
                     optional=True,
-                    tooltip="timestep-wise: a scale for each layer and step; between steps they are interpolated. static: one "
-                    "for each layer.",
+                    tooltip="timestep-wise: one scale for each layer and step, interpolated between steps. static: one scale "
+                    "for each layer, for all steps. Start with timestep-wise, whose error is smaller.",
                 ),
                 io.Combo.Input(
                     "activation_scale",
                     options=SCALE_BY,
                     default="search",
                     optional=True,
-                    tooltip="search: the scale of least squared error, which clips the largest values; runs are done twice. "
-                    "absmax: the scale at which the largest value fits.",
+                    tooltip="search: the scale with the least squared error, which clips the largest values; all runs are "
+                    "done twice. absmax: the largest value that was seen still fits. Start with search.",
                 ),
             ],
             outputs=[
@@ -75,8 +79,13 @@ class IECSaveQuantizationProfile(CheckedNode):
             is_output_node=True,
             search_aliases=["save calibration", "save activation scales"],
             inputs=[
-                QuantizationProfileSocket.Input("profile", tooltip="The profile of Calibrate Quantization (IEC)."),
-                io.String.Input("name", default="quantization", tooltip="Name of the file; one of the same name is replaced."),
+                QuantizationProfileSocket.Input("profile", tooltip="The profile from Calibrate Quantization (IEC)."),
+                io.String.Input(
+                    "name",
+                    default="quantization",
+                    tooltip="The file's name; it can contain folders, such as sd15/w8a8_20. A quantization profile of the "
+                    "same name is replaced.",
+                ),
             ],
             outputs=[QuantizationProfileSocket.Output(display_name="profile", tooltip="The same profile.")],
         )
@@ -101,7 +110,11 @@ class IECLoadQuantizationProfile(CheckedNode):
             description="Reads calibrated scales of activations from models/iec_profiles.",
             search_aliases=["load calibration", "load activation scales"],
             inputs=[profile_name_input()],
-            outputs=[QuantizationProfileSocket.Output(display_name="profile", tooltip="For Apply Quantization Profile (IEC).")],
+            outputs=[
+                QuantizationProfileSocket.Output(
+                    display_name="profile", tooltip="The profile, for Apply Quantization Profile (IEC)."
+                )
+            ],
         )
 
     @classmethod
@@ -125,11 +138,18 @@ class IECApplyQuantizationProfile(CheckedNode):
             node_id="IECApplyQuantizationProfile",
             display_name="Apply Quantization Profile (IEC)",
             category="advanced/model/IEC",
-            description="Gives a quantized model's activations the scales of a calibration.",
+            description="Gives a quantized model's activations the scales of a calibration, instead of scales computed while "
+            "sampling.",
             search_aliases=["apply calibration", "activation scales", "static quantization"],
             inputs=[
-                io.Model.Input("model", tooltip="The quantized model that the profile is for; it stays as it is."),
-                QuantizationProfileSocket.Input("profile", tooltip="From Calibrate or Load Quantization Profile (IEC)."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The quantized model that the profile was calibrated on, with the same quantization; the node "
+                    "does not change it.",
+                ),
+                QuantizationProfileSocket.Input(
+                    "profile", tooltip="The profile from Calibrate Quantization (IEC) or Load Quantization Profile (IEC)."
+                ),
             ],
             outputs=[io.Model.Output(tooltip="A clone of the model with calibrated activations.")],
         )

@@ -28,15 +28,18 @@ class IECQuantizationReport(CheckedNode):
             is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip="A model from Quantize Model or Calibrate Weights (IEC)."),
-                io.Model.Input("full_precision", tooltip="The model that it was made from."),
+                io.Model.Input(
+                    "full_precision",
+                    tooltip="The full-precision model that it was made from. Put LoRAs on both models or on neither.",
+                ),
                 *run_inputs(""),
                 io.Combo.Input(
                     "budget",
                     options=BUDGETS,
                     default="none",
                     optional=True,
-                    tooltip="What the suggestion keeps to. size: the weights of the table's layers together take at most "
-                    "size_mb. error: every layer has at least least_sqnr.",
+                    tooltip="Which limit the suggestion keeps to. size: the weights of all layers in the table together take "
+                    "at most size_mb. error: every layer's output has at least least_sqnr. Start with none.",
                 ),
                 io.Float.Input(
                     "size_mb",
@@ -45,7 +48,8 @@ class IECQuantizationReport(CheckedNode):
                     max=1e6,
                     step=0.1,
                     optional=True,
-                    tooltip="With budget size: how many megabytes, of 2^20 bytes, the weights of the table's layers may take.",
+                    tooltip="With budget size: how many megabytes, of 2^20 bytes, the weights of all layers in the table may "
+                    "take together. Start with a tenth more than they take now.",
                 ),
                 io.Float.Input(
                     "least_sqnr",
@@ -54,7 +58,8 @@ class IECQuantizationReport(CheckedNode):
                     max=200.0,
                     step=0.5,
                     optional=True,
-                    tooltip="With budget error: the least signal to noise ratio of each layer's output, in dB.",
+                    tooltip="With budget error: the least signal-to-noise ratio that every layer's output should have, in "
+                    "dB. Start with 30, an error of 3 %.",
                 ),
             ],
             outputs=[
@@ -62,9 +67,13 @@ class IECQuantizationReport(CheckedNode):
                     display_name="table", tooltip="Markdown table, one row per layer; the largest error at equal bytes first."
                 ),
                 io.Image.Output(
-                    display_name="plot", tooltip="What each layer costs the prediction; of many layers those that cost most."
+                    display_name="plot",
+                    tooltip="By how much each layer changes the prediction; with more than 60 layers, only the first 60.",
                 ),
-                io.String.Output(display_name="exclude", tooltip="The layers to leave out, for Quantize Model's exclude."),
+                io.String.Output(
+                    display_name="exclude",
+                    tooltip="The layers to leave unquantized, for the exclude input of Quantize Model (IEC).",
+                ),
             ],
         )
 

@@ -28,19 +28,21 @@ class IECQuantizeModel(CheckedNode):
             display_name="Quantize Model (IEC)",
             category="advanced/model/IEC",
             description="Quantizes the Linear and Conv2d layers of a model, so that it takes less memory and computes in "
-            "integers. LoRAs before this node cost nothing; LoRAs after it are kept next to the weights and cost their own "
-            "products.",
+            "integers. LoRAs before this node take no extra time; LoRAs after it are kept next to the weights, and their own "
+            "products take time.",
             search_aliases=ALIASES,
             inputs=[
-                io.Model.Input("model", tooltip="The model to quantize; it stays as it is."),
+                io.Model.Input(
+                    "model", tooltip="The model to quantize, in float16, bfloat16 or float32; the node does not change it."
+                ),
                 *(inputs[name] for name in ("weight_bits", "activation_bits", "keep_sensitive_layers", "group_size")),
                 io.Combo.Input(
                     "weight_scale",
                     options=SCALES,
                     default="absmax",
                     optional=True,
-                    tooltip="absmax: the scale at which the largest weight fits. search: the scale of least squared error, as "
-                    "in the paper; it clips the largest weights, and takes longer to quantize.",
+                    tooltip="absmax: the largest weight fits. search: the scale with the least squared error, as in the "
+                    "paper, which clips the largest weights; this takes longer to make. Start with absmax.",
                 ),
                 *(inputs[name] for name in OF_LAYERS),
             ],
@@ -73,7 +75,12 @@ class IECSaveQuantizedModel(CheckedNode):
             search_aliases=["save int8", "save fp8", "export quantized", "write checkpoint"],
             inputs=[
                 io.Model.Input("model", tooltip="A model from Quantize Model or Calibrate Weights (IEC)."),
-                io.String.Input("name", default="quantized", tooltip="Name of the file; a file of the same name is replaced."),
+                io.String.Input(
+                    "name",
+                    default="quantized",
+                    tooltip="The file's name; it can contain folders, such as sdxl/w8a8. A quantized model of the same name "
+                    "is replaced.",
+                ),
             ],
             outputs=[],
         )
@@ -101,12 +108,12 @@ class IECLoadQuantizedModel(CheckedNode):
                 io.Combo.Input(
                     "model_name",
                     options=FILES.names(),
-                    tooltip="A file in models/diffusion_models that Save Quantized Model (IEC) wrote. Refresh the page (R) to "
-                    "list a file that was just saved.",
+                    tooltip="A file in models/diffusion_models that Save Quantized Model (IEC) wrote. Press R to list a file "
+                    "that was just saved.",
                 ),
                 compute_input(
-                    "What multiplies activations of 8 bits, as in Quantize Model (IEC). A file does not keep it: it is for "
-                    "the GPU to tell."
+                    "How 8-bit activations are multiplied, as in Quantize Model (IEC). A file does not store this setting, "
+                    "because the best choice depends on the GPU. Start with fastest."
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The quantized model.")],

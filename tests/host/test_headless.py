@@ -75,7 +75,7 @@ def test_client_says_what_was_refused_once(host, tmp_path):
 def test_client_says_what_went_wrong(host, tmp_path):
     done = run(host, changed(tmp_path, fast={"branch": 50}), tmp_path / "images")
     assert done.returncode != 0 and not (tmp_path / "images").exists()
-    assert done.stderr.strip() == "IECDeepCache (fast): branch: this U-Net has branches 0 to 7, and 50 is none of them."
+    assert done.stderr.strip() == "IECDeepCache (fast): branch: 50 is not possible with this U-Net; choose 0 to 7."
 
 
 def test_client_takes_an_address_as_in_a_browser_and_says_what_a_node_is_missing(host, tmp_path):

@@ -68,15 +68,15 @@ def compiles(device: torch.device) -> bool:
     reason = _why_not(device)
     if not reason:
         try:
-            reason = "" if _computes(device) else "what it compiles computes something else"
+            reason = "" if _computes(device) else "its compiled kernels compute wrong results"
         except Exception as error:  # any class: a C compiler or Python's headers may be missing
             if is_out_of_memory(error):
                 raise
-            reason = f"{type(error).__name__}: {str(error).strip() or 'without a word'}".splitlines()[0]
+            reason = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
     if reason:
         logger.warning(
             f"On {device}, convolutions with 8-bit activations are computed in the model's own type, from their "
-            f"8-bit weights: as small, and not faster. Triton's int8 kernels cannot be used: {reason}."
+            f"8-bit weights: as small, but not faster. Triton's int8 kernels cannot be used: {reason}."
         )
     return not reason
 
@@ -84,7 +84,7 @@ def compiles(device: torch.device) -> bool:
 def _why_not(device: torch.device) -> str:
     """Return the reason why a device is not tried; "" if it is."""
     if device.type != "cuda" or torch.version.hip:
-        return "they are for NVIDIA's GPUs"
+        return "they are only for NVIDIA's GPUs"
     if triton is None:
         return "Triton is not installed"
     major, minor = torch.cuda.get_device_capability(device)

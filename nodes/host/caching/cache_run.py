@@ -97,7 +97,10 @@ class CacheRun:
         """
         told, entries = place(transformer_options), _entries(x, transformer_options)
         if told is None or entries is None:
-            warn_once("another node calls the network without telling it the step or the conditioning; it is evaluated in full")
+            warn_once(
+                "another node calls the network without passing the step or the conditioning; these evaluations are done in "
+                "full"
+            )
             return UNKNOWN
         where = _where(x, transformer_options, told["latent"], len(entries))
         keys = self._numbered(told["evaluation"], [(*entry, where, variant) for entry in entries])

@@ -28,7 +28,7 @@ def with_cache(model, settings, make_run, node):
     ValueError if the MODEL got another cache later, or has tiles that move.
     """
     if any(KEY in wrappers for wrappers in model.wrappers.values()):
-        raise ValueError("model: this MODEL has a cache already; use one IECDeepCache or IECCacheQuant node only.")
+        raise ValueError("model: this MODEL has a cache already; use only one DeepCache (IEC) or CacheQuant (IEC) node.")
     _check_other_cache(model.model_options, node)
     network, kind = model.get_model_object("diffusion_model"), cache_kind(model)
     kind.check(network, settings.branch)
@@ -43,7 +43,7 @@ def with_cache(model, settings, make_run, node):
         kwargs.pop(KEY, None)
         run = transformer_options.get(KEY)
         if run is None:
-            warn_once("another node calls the network outside of a sampling run; it is evaluated in full")
+            warn_once("another node calls the network outside of a sampling run; these evaluations are done in full")
             return executor(x, t, c, y, control, transformer_options, **kwargs)
         return run.evaluate(executor, x, t, c, y, control, transformer_options, **kwargs)
 
@@ -98,8 +98,8 @@ def _check_tiles(model_options, node):
     """Raise ValueError if another pack's node evaluates tiles of the latent whose places change from step to step."""
     if (name := type(model_options.get("model_function_wrapper")).__name__) == "SpotDiffusion":
         raise ValueError(
-            f"model: {name} moves its tiles from step to step, and {node} reuses what was computed for a tile; use tiles that "
-            "stay, such as MultiDiffusion's, or no cache."
+            f"model: {name} moves its tiles from step to step, but {node} reuses the feature of a tile; use tiles that do not "
+            "move, such as MultiDiffusion's, or no cache."
         )
 
 

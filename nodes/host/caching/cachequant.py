@@ -87,7 +87,7 @@ def apply_profile(model, profile, correction_pass):
     if is_for_another or not is_same(fingerprint(model), profile.fingerprint):
         raise ValueError(
             f"profile: it was calibrated for another model, a {profile.facts['network']} with other weights; calibrate for "
-            "this model, or load its own profile."
+            "this model, or load its profile."
         )
 
     def make_run(new):
@@ -156,8 +156,8 @@ class _ProfiledRun:
         bits, calibrated = transformer_options.get(quantize.KEY, "none"), self._profile.facts["quantization"]
         if bits != calibrated:
             raise ValueError(
-                f"profile: it was calibrated with quantization {calibrated}, and this model is sampled with quantization "
-                f"{bits}; quantize it likewise, or calibrate anew."
+                f"profile: it was calibrated with quantization {calibrated}, but this MODEL has quantization {bits}; "
+                "quantize the MODEL as in the calibration, or calibrate again."
             )
         return self._run.evaluate(executor, x, t, c, y, control, transformer_options, **kwargs)
 

@@ -145,14 +145,13 @@ class TransformerCache(CacheRun):
         blocks = find_blocks(network)
         if not blocks or not lets_blocks_be_replaced(network):
             raise ValueError(
-                "model: caching needs a U-Net such as those of SD 1.5 or SDXL, or a transformer whose blocks the host lets be "
-                f"replaced, such as Flux, SD3 or Wan; this MODEL is a {type(network).__name__}."
+                "model: caching needs a U-Net, such as SD 1.5 or SDXL, or a transformer whose blocks ComfyUI can replace, "
+                f"such as Flux, SD3 or Wan; this MODEL is a {type(network).__name__}."
             )
         if branch < 0 or not spans(blocks, branch):
             total = sum(map(len, blocks.values()))
             raise ValueError(
-                f"branch: of this transformer's {total} blocks, branches 0 to {(total - 1) // 2 - 1} leave some to cache, and "
-                f"{branch} is none of these."
+                f"branch: {branch} is not possible with this transformer's {total} blocks; choose 0 to {(total - 1) // 2 - 1}."
             )
 
     def evaluate(self, executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
@@ -181,10 +180,10 @@ class TransformerCache(CacheRun):
         options = {**self._model_options, "transformer_options": transformer_options}
         if not self._are_replaced and not others_take_part(options, network):
             raise ValueError(
-                f"model: this transformer ({type(network).__name__}) does not let its blocks be "
-                "replaced, so that they cannot be cached; sample without it."
+                f"model: this transformer ({type(network).__name__}) does not let its blocks be replaced, so they cannot be "
+                "cached; sample without the cache."
             )
-        warn_once("another node on the MODEL leaves out evaluations of the network, or of its blocks; these are not cached")
+        warn_once("another node on the MODEL skips evaluations of the network or of its blocks; these are not cached")
 
 
 class _SpanPass:

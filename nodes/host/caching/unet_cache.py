@@ -51,7 +51,7 @@ class UnetCache(CacheRun):
         """Raise ValueError if the U-Net has no such branch."""
         blocks = len(unet.output_blocks)
         if not 0 <= branch < blocks:
-            raise ValueError(f"branch: this U-Net has branches 0 to {blocks - 1}, and {branch} is none of them.")
+            raise ValueError(f"branch: {branch} is not possible with this U-Net; choose 0 to {blocks - 1}.")
 
     @torch.compiler.disable(recursive=False)
     def evaluate(self, executor, x, timesteps, context, y, control, transformer_options, **kwargs):
@@ -71,8 +71,8 @@ class UnetCache(CacheRun):
         """Return (Plan, network, control, options, list that receives the feature to keep) for the evaluation of x."""
         if options.get("patches", {}).get("middle_block_after_patch"):
             raise ValueError(
-                "model: a cache leaves out the middle block, and this MODEL has a patch behind it on which others depend, as "
-                "SUPIR's do; use one of the two."
+                "model: a cache leaves out the middle block, but a patch of another node, such as SUPIR, needs that block in "
+                "every step; use either that node or the cache."
             )
         self.first = len(unet.output_blocks) - 1 - self.branch
         plan, network, kept = self.plan(x, options), unet, []

@@ -50,12 +50,12 @@ def apply_scales(model, scales):
     """
     _check(model)
     if not is_same(fingerprint(model), scales.fingerprint):
-        raise ValueError("profile: it was calibrated for another model; calibrate for this model, or load its own profile.")
+        raise ValueError("profile: it was calibrated for another model; calibrate for this model, or load its profile.")
     layers = quantized_layers(model.model.diffusion_model)
     if scales.facts["quantization"] != quantization_of(model) or not set(scales.names) <= set(layers):
         raise ValueError(
-            f"profile: it was calibrated for {scales.facts['quantization']}, and this MODEL is {quantization_of(model)}; "
-            "quantize it likewise, or calibrate anew."
+            f"profile: it was calibrated with quantization {scales.facts['quantization']}, but this MODEL has quantization "
+            f"{quantization_of(model)}; quantize the MODEL as in the calibration, or calibrate again."
         )
 
     def apply_model(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
@@ -116,7 +116,9 @@ def _layers_of(network, sigmas):
 def _check(model):
     layers = quantized_layers(model.model.diffusion_model).values()
     if not any(layer.activation.bits == 8 for layer in layers):
-        raise ValueError("model: its activations are not quantized; put Quantize Model (IEC) with activation_bits 8 in front.")
+        raise ValueError(
+            "model: its activations are not quantized; put Quantize Model (IEC) with activation_bits 8 before this node."
+        )
 
 
 class _Observed:
@@ -147,8 +149,8 @@ class _Observed:
         names, scales = self._statistics.scales(searched)
         if not names:
             raise ValueError(
-                "model: nothing was seen to enter its quantized layers; another node runs copies of them, as one that compiles "
-                "does: put that behind this one."
+                "model: none of its quantized layers ran in the calibration; another node, such as one that compiles, runs "
+                "copies of them: put that node after this one."
             )
         if len(scales) == 1:
             return names, self._sigmas[:1], scales

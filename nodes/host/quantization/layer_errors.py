@@ -22,7 +22,7 @@ def layer_errors(model, full_precision, runs):
     ValueError if the MODEL is not quantized, if `full_precision` is not its source, or if an output is not finite.
     """
     if quantization_of(model) is None:
-        raise ValueError("model: this MODEL is not quantized; put Quantize Model (IEC) in front.")
+        raise ValueError("model: this MODEL is not quantized; put Quantize Model (IEC) before this node.")
     source = source_of(model, full_precision)
     layers, device = quantized_layers(model.model.diffusion_model), model.load_device
     references = dict(source.model.diffusion_model.named_modules())
@@ -79,6 +79,6 @@ def _take_up(error, reference, device, layer, inputs, output):
     error.noise += (output.float() - expected).square().sum().item()
     if not math.isfinite(error.signal + error.noise):
         raise ValueError(
-            f"model: NaN or infinity came out of its layer {error.name} or of that in full precision, from which nothing can "
-            f"be found out. {TRY_PRECISION}"
+            f"model: the output of its layer {error.name}, quantized or in full precision, contains NaN or infinity in a "
+            f"calibration run. {TRY_PRECISION}"
         )

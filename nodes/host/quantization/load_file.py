@@ -49,7 +49,9 @@ def _read(compute, path):
     with QuantizedFile(path) as file:
         device = comfy.model_management.get_torch_device()
         if any(layer.format.kind == "fp8" for layer in file.layers.values()) and not has_float8(device):
-            raise ValueError(f"its weights are float8, which this device ({device}) has not; save one with weight_bits 8 or 4")
+            raise ValueError(
+                f"its weights are float8, and this device ({device}) has no float8; save a model with weight_bits 8 or 4"
+            )
         weights, scales = {key: file.tensor(key) for key in file.plain}, file.scales()
         make = functools.partial(
             made, file.about["network"], getattr(torch, file.about["dtype"]), weights, file.layers, file.settings
@@ -81,7 +83,7 @@ def _check_before_memory(make, weights, file):
 def _check_network(base, weights, file):
     """Raise ValueError if a BaseModel does not match a file."""
     if type(base).__name__ != file.about["network"]:
-        raise ValueError(f"it is of a {file.about['network']}, and this ComfyUI would make a {type(base).__name__} of it")
+        raise ValueError(f"it is a {file.about['network']}, but this ComfyUI would load it as a {type(base).__name__}")
     wanted = {name: tuple(tensor.shape) for name, tensor in network_state(base).items()}
     missing = set(wanted) - set(weights) - {f"{name}.weight" for name in file.layers}
     if missing:
@@ -108,18 +110,18 @@ def made(network, dtype, weights, layers, settings):
         return _from_config(config, dtype, weights)
     except Exception as error:  # the host's code may raise anything for an arbitrary file
         words = " ".join(str(error).split())[:200]
-        raise ValueError(f"this ComfyUI cannot make a network of it ({type(error).__name__}: {words})") from error
+        raise ValueError(f"this ComfyUI cannot make a network from it ({type(error).__name__}: {words})") from error
 
 
 def _detected(weights, settings):
     """Return the host's config for these weights. settings: dict of settings that cannot be detected from the weights."""
     detection = comfy.model_detection
     if settings and set(settings) & set(detection.detect_unet_config(weights, "") or {}):
-        raise ValueError(f"the weights tell otherwise than the settings {', '.join(settings)}")
+        raise ValueError(f"its weights contradict its settings {', '.join(settings)}")
     about = {"config": json.dumps({"transformer": settings})} if settings else None
     config = detection.model_config_from_unet(weights, "", metadata=about)
     if config is None:
-        raise ValueError("its weights are of no model that it knows")
+        raise ValueError("ComfyUI knows no model with such weights")
     return config
 
 

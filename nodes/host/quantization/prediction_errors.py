@@ -83,8 +83,8 @@ class _Measured:
                     change = (predict() - expected).flatten()[places].float() * scale
                 if not change.isfinite().all():
                     raise ValueError(
-                        f"model: NaN or infinity was predicted with its layer {name} quantized, or in full precision, from "
-                        f"which nothing can be found out. {TRY_PRECISION}"
+                        f"model: a prediction with its layer {name} quantized, or in full precision, contains NaN or infinity. "
+                        f"{TRY_PRECISION}"
                     )
                 error.take_up(change.cpu())
                 self._bar.advance()

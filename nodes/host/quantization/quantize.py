@@ -67,8 +67,8 @@ class LayerRules:
             for pattern in getattr(self, option):
                 if not any(fnmatchcase(name, pattern) for name in names):
                     raise ValueError(
-                        f"{option}: '{pattern}' fits none of this MODEL's {len(names)} Linear and Conv2d layers, which have "
-                        f"names such as {names[len(names) // 2]}; write names, with * for any part of one."
+                        f"{option}: '{pattern}' matches none of this MODEL's {len(names)} Linear and Conv2d layers, which "
+                        f"have names such as {names[len(names) // 2]}; write such names, with * for any part of a name."
                     )
         kept = self._kept(names)
         return [
@@ -171,20 +171,22 @@ def quantize_model(model, quantization):
 def layers_to_quantize(model, quantization):
     """Return {name: layer} of a MODEL's layers to quantize. Raises ValueError like `quantize_model`."""
     if quantization_of(model):
-        raise ValueError("model: this MODEL is quantized already; connect the one from before the node that quantized it.")
+        raise ValueError("model: this MODEL is quantized already; connect the MODEL from before the node that quantized it.")
     if quantization.weight.kind == "fp8" and not has_float8(model.load_device):
         raise ValueError(
-            f"weight_bits: fp8 cannot be on this device ({model.load_device}), which has no float8; choose 8 or 4."
+            f"weight_bits: fp8 does not work on this device ({model.load_device}), which has no float8; choose 8 or 4."
         )
     bound = [key for key in model.object_patches if key.split(".")[0] == "diffusion_model"]
     if bound or model.injections:
         raise ValueError(
-            f"model: this MODEL has a patch on {bound[0] if bound else 'the calls of its layers'} that is of its own network, "
-            "such as a compiled block or a bypass LoRA; put the node that makes it behind this one."
+            f"model: this MODEL has a patch on {bound[0] if bound else 'the calls of its layers'} that belongs to the "
+            "unquantized network, such as a compiled block or a bypass LoRA; put the node that makes the patch after this "
+            "one."
         )
     if "torch.compile" in model.wrappers.get(WrappersMP.APPLY_MODEL, {}):
         raise ValueError(
-            "model: this MODEL is compiled, and what is compiled cannot be quantized; compile it after quantizing."
+            "model: this MODEL is compiled, and a compiled MODEL cannot be quantized; put the node that compiles after this "
+            "one."
         )
     # Object patches of other clones do not belong to this MODEL. Each run applies its own.
     model.unpatch_model(unpatch_weights=False)
@@ -194,7 +196,8 @@ def layers_to_quantize(model, quantization):
     chosen = _without_enlarged(model, layers, quantization.rules.select(list(layers)))
     if not chosen:
         raise ValueError(
-            "include, exclude, keep_sensitive_layers: together they leave no layer to quantize; let some be quantized."
+            "include, exclude, keep_sensitive_layers: together they leave no layer to quantize; change them so that some "
+            "layers can be quantized."
         )
     return {name: layers[name] for name in chosen}
 
@@ -241,7 +244,7 @@ def _without_enlarged(model, layers, names):
 
     enlarged = [name for name in names if is_enlarged(name)]
     if enlarged:
-        logger.info(f"{', '.join(enlarged)} stays unquantized, for a LoRA enlarges its weight.")
+        logger.info(f"Not quantized, because a LoRA enlarges the weight: {', '.join(enlarged)}.")
     return [name for name in names if name not in enlarged]
 
 
@@ -252,10 +255,10 @@ def source_of(quantized, full_precision):
     """
     if full_precision is None:
         raise ValueError(
-            "full_precision: this model is quantized, and what it was made from is needed too; connect that MODEL here."
+            "full_precision: the model is quantized, so the MODEL that it was made from is needed too; connect that MODEL here."
         )
     if quantization_of(full_precision) or not is_same(fingerprint(full_precision), fingerprint(quantized)):
-        raise ValueError("full_precision: this is not the MODEL that the quantized one was made from; connect that.")
+        raise ValueError("full_precision: this is not the MODEL that the quantized one was made from; connect that MODEL.")
     source = full_precision.clone()
     source.set_additional_models(KEY, [quantized])
     return source

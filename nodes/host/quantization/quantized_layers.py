@@ -177,8 +177,8 @@ class _QuantizedLayer:
         """Evaluate the layer on x. Raises ValueError if the network has cast x to the dtype of the packed weight."""
         if not x.is_floating_point():
             raise ValueError(
-                f"model: its network takes the type of what enters {self.name} from that layer's weight, so that it cannot be "
-                "quantized; name it in exclude of the node that quantizes."
+                f"model: its network takes the dtype of the input of {self.name} from that layer's weight, so the layer "
+                "cannot be quantized; name it in exclude of the node that quantizes."
             )
         compute = self._compute_straight if self.passes_gradients else self._compute
         weight, bias = self._parameters["weight"], self._parameters["bias"]  # faster than the module's attributes

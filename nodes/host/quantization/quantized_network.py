@@ -173,7 +173,7 @@ def network_state(base):
 
 def _refuse_saving(*_, **__):
     raise ValueError(
-        "model: this MODEL is quantized, and what ComfyUI's own nodes would write of it nothing could open; save it with Save "
+        "model: this MODEL is quantized, and nothing could open a file that ComfyUI's own nodes write of it; save it with Save "
         "Quantized Model (IEC)."
     )
 
@@ -214,9 +214,9 @@ def check_shapes(model):
         shape = patched_shape(patches.get(f"{PREFIX}{name}.weight"), layer.packing.shape)
         if shape != tuple(layer.packing.shape):
             raise ValueError(
-                f"model: a LoRA enlarges the weight of {name} from {tuple(layer.packing.shape)} to {shape}, which a "
-                "quantized layer cannot take up; put the LoRA in front of the node that quantizes, or name that layer in "
-                "its exclude."
+                f"model: a LoRA enlarges the weight of {name} from {tuple(layer.packing.shape)} to {shape}, and a quantized "
+                "layer cannot be enlarged; put the LoRA before the node that quantizes, or name that layer in the exclude of "
+                "that node."
             )
 
 
@@ -234,9 +234,9 @@ def warn_of_lost_changes(model):
     share = kept_share(model)
     if share < LEAST_SHARE:
         warnings[key] = warning = (
-            f"Of what LoRAs or other patches on this quantized MODEL change, its weights ({quantization_of(model)}) keep a "
-            f"share of {max(share, 0):.2f}, for they are of too high a rank to stand beside the weights, and smaller than "
-            "their steps; put the LoRA in front of the node that quantizes."
+            f"This quantized MODEL ({quantization_of(model)}) keeps a share of {max(share, 0):.2f} of the changes that LoRAs "
+            "or other patches make to its weights: their rank is too high for a low-rank branch, and they are smaller than "
+            "the rounding steps of the weights; put the LoRA before the node that quantizes."
         )
         logger.warning(f"{warning}")
 

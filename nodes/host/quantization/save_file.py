@@ -36,7 +36,8 @@ def save_quantized_model(model, name):
     """
     if quantization_of(model) is None:
         raise ValueError(
-            "model: this MODEL is not quantized; put Quantize Model (IEC) in front, or save it with the host's nodes."
+            "model: this MODEL is not quantized; put Quantize Model (IEC) before this node, or save it with ComfyUI's own "
+            "nodes."
         )
     base = model.model
     check_shapes(model)
@@ -82,8 +83,8 @@ def _check_patches(model):
         larger = patched_shape(model.patches.get(PREFIX + name), shape)
         if larger != shape:
             raise ValueError(
-                f"model: it cannot be saved, for a LoRA enlarges its weight {name} from {shape} to {larger}, and ComfyUI would "
-                "make another network of the file; keep the workflow that quantizes it."
+                f"model: it cannot be saved, because a LoRA enlarges its weight {name} from {shape} to {larger}, and ComfyUI "
+                "would load another network from the file; keep the workflow that quantizes it."
             )
 
 
@@ -135,7 +136,7 @@ def _marks(base):
 def _dtype_name(base):
     name = str(base.get_dtype()).removeprefix("torch.")
     if name not in ("float32", "float16", "bfloat16"):
-        raise ValueError(f"model: its network is in {name}; one in float32, float16 or bfloat16 can be saved.")
+        raise ValueError(f"model: its network is in {name}; only float32, float16 and bfloat16 can be saved.")
     return name
 
 
@@ -147,9 +148,10 @@ def _settings_to_keep(base, layers):
     apart = [name for name, _ in base.named_parameters() if not name.startswith(PREFIX)]
     kept = [name for name, weight in base.named_parameters() if type(weight.data) is not torch.Tensor]
     if apart or kept:
-        why = "is not of its diffusion network" if apart else "is quantized by ComfyUI"
+        why = "is not part of its diffusion network" if apart else "is quantized by ComfyUI"
         raise ValueError(
-            f"model: it cannot be saved, for its weight {[*apart, *kept][0]} {why}, and the file has no place for it."
+            f"model: it cannot be saved, because its weight {[*apart, *kept][0]} {why}, and the file cannot store such a "
+            "weight."
         )
     if type(base).__name__ in CONFIG_OF_CLASS:
         return {}
@@ -160,12 +162,12 @@ def _settings_to_keep(base, layers):
         settings = _untold_settings(base, again)
         again = make(base.get_dtype(), weights, layers, settings) if settings else again
     except ValueError as error:
-        raise ValueError(f"model: it cannot be saved, for it could not be loaded: {error}.") from error
+        raise ValueError(f"model: it cannot be saved, because it could not be loaded again: {error}.") from error
     difference = _difference(base, again, layers)
     if difference:
         raise ValueError(
-            f"model: it cannot be saved, for its weights do not tell ComfyUI its {difference}, and another model would be "
-            "loaded."
+            f"model: it cannot be saved, because ComfyUI cannot detect its {difference} from the weights and would load "
+            "another model."
         )
     return settings
 

@@ -129,7 +129,8 @@ def _enough_memory():
         yield
     except comfy.model_management.OOM_EXCEPTION as error:
         raise ValueError(
-            "memory_gb: the device has less memory left than the calibration takes; allow less, or close what else uses it."
+            "memory_gb: the device has less free memory than the calibration takes; choose a smaller memory_gb, or close "
+            "other programs that use the device."
         ) from error
 
 
@@ -173,8 +174,7 @@ class _Inputs:
         moments = self._moments.pop(name)
         if not moments.is_finite():
             raise ValueError(
-                f"model: NaN or infinity came into its layer {name} in a calibration run, from which nothing can be found out. "
-                f"{TRY_PRECISION}"
+                f"model: the input of its layer {name} contains NaN or infinity in a calibration run. {TRY_PRECISION}"
             )
         return moments
 
@@ -206,9 +206,9 @@ def _check_seen(layers):
     missed = [layer.name for layer in layers if not layer.packing.format.calibrated]
     if len(missed) == len(layers):
         raise ValueError(
-            "model: nothing was seen to enter its layers; another node runs copies of them, as one that compiles does, or "
-            "include names only some that do not run: put that node behind this one, or include others."
+            "model: none of its layers ran in the calibration; another node, such as one that compiles, runs copies of them, "
+            "or include names only layers that do not run: put that node after this one, or include other layers."
         )
     if missed:
         some = ", ".join(missed[:8]) + (", …" if len(missed) > 8 else "")
-        logger.info(f"Layers that did not run are rounded to the nearest: {len(missed)} ({some}).")
+        logger.info(f"Layers that did not run are rounded to nearest: {len(missed)} ({some}).")

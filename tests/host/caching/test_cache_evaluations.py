@@ -128,7 +128,7 @@ def test_tiles_that_move_are_refused(draw, cached, model):
     start = noise(1, 3, 8, 8)
     tiled = with_function(model, SpotDiffusion())
     assert draw(tiled, start).isfinite().all()
-    with pytest.raises(ValueError, match=r"^model: SpotDiffusion moves its tiles from step to step, and IECDeepCache reuses"):
+    with pytest.raises(ValueError, match=r"^model: SpotDiffusion moves its tiles from step to step, but IECDeepCache reuses"):
         draw(cached(tiled), start)
 
 
@@ -204,7 +204,7 @@ def test_in_full_where_it_is_not_known_and_told_once(draw, cached, network, capl
     model, start = network
     assert torch.equal(draw(cached(with_function(model, leaving_out(names))), start), draw(model, start))
     (told,) = [record.message for record in caplog.records if "another node calls the network" in record.message]
-    assert told.endswith("it is evaluated in full.")
+    assert told.endswith("these evaluations are done in full.")
 
 
 # to which step an evaluation belongs

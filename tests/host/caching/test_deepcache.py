@@ -210,7 +210,7 @@ def test_quantized_and_cached(host, sample, model, cached, relative):
 
 def test_a_schedule_outside_the_run_is_refused(host, sample, model):
     cached = host.run("IECDeepCache", model=model, interval=2, branch=0, schedule="steps:0,8")[0]
-    with pytest.raises(ValueError, match=r"^schedule: it names step 8, and the run has 8 steps, numbered from 0 to 7"):
+    with pytest.raises(ValueError, match=r"^schedule: it names step 8, but the run has 8 steps, numbered from 0 to 7"):
         sample(cached)
 
 
@@ -222,7 +222,9 @@ def test_a_window_without_steps_is_refused(host):
     assert node.validate_inputs(start_percent=0.2, end_percent=0.8) is True
 
 
-@pytest.mark.parametrize(("branch", "why"), [(-1, "-1 is outside 0 to 100"), (8, "this U-Net has branches 0 to 7")])
+@pytest.mark.parametrize(
+    ("branch", "why"), [(-1, "-1 is outside 0 to 100"), (8, "8 is not possible with this U-Net; choose 0 to 7")]
+)
 def test_unknown_branch_is_refused(cached, branch, why):
     with pytest.raises(ValueError, match=rf"^branch: {why}"):
         cached(2, branch)
@@ -236,7 +238,7 @@ def test_second_cache_is_refused(cached):
 def test_model_that_is_no_unet_is_refused(host, model):
     clone = model.clone()
     clone.add_object_patch("diffusion_model", torch.nn.Linear(1, 1))
-    with pytest.raises(ValueError, match=r"^model: caching needs a U-Net .* this MODEL is a Linear"):
+    with pytest.raises(ValueError, match=r"^model: caching needs a U-Net, .* this MODEL is a Linear"):
         host.run("IECDeepCache", model=clone, interval=2, branch=0)
 
 

@@ -351,6 +351,6 @@ def test_what_cannot_be_is_refused(host):
         assert node.validate_inputs(compute="4-bit") == "compute: '4-bit' is none of fastest, 8-bit, dequantized."
         assert node.validate_inputs(compute=None) is True
     assert quantize.validate_inputs(activation_bits="16", compute="8-bit") == (
-        "compute: 8-bit goes with activation_bits 8 only; write fastest, or other bits."
+        "compute: 8-bit works only with activation_bits 8; choose fastest, or other bits."
     )
     assert quantize.validate_inputs(activation_bits="16", compute="dequantized") is True

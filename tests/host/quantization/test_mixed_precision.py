@@ -146,7 +146,7 @@ def test_the_budget_is_kept_and_spent_where_it_counts(model, calibrate):
             assert chosen == (kinds[layers[name].packing.format.kind] if name in layers else "32 bits")
             assert float(megabytes) == pytest.approx(sizes[name] / 2**20, abs=6e-4)
         assert next(iter(rows)) == "output_blocks.7.0.skip_connection" and rows[next(iter(rows))][0] == of_skip
-        assert f"{bits:.2f} bits a weight, expected error of a prediction" in table.splitlines()[-1]
+        assert f"{bits:.2f} bits per weight, expected error of a prediction" in table.splitlines()[-1]
 
 
 def test_images_are_nearer_than_with_all_at_4_bits_at_little_more(host, model, calibrate, draw, monkeypatch):
@@ -175,9 +175,9 @@ def test_a_branch_is_of_the_layers_with_4_bits(calibrate):
 
 def test_budgets_that_cannot_be_are_refused(calibrate, host):
     for settings, message in (
-        ({"average_bits": 3.0}, r"^average_bits: 3 is less than the 4\.\d\d that the smallest choice of all layers takes"),
-        ({"average_bits": 32.0}, r"^average_bits: 32 is enough for all layers to stay as they are; write less\.$"),
-        ({"budget": "error", "most_error": 0.0}, r"^most_error: no layer can be quantized within 0; allow more\.$"),
+        ({"average_bits": 3.0}, r"^average_bits: 3 is less than the smallest possible, 4\.\d\d with scales and branches"),
+        ({"average_bits": 32.0}, r"^average_bits: 32 is enough for all layers to stay unquantized; choose a smaller number\.$"),
+        ({"budget": "error", "most_error": 0.0}, r"^most_error: no layer can be quantized within 0; allow a larger error\.$"),
     ):
         with pytest.raises(ValueError, match=message):
             calibrate(include="mid*.proj_in out*.7.0.skip_*", **settings)
@@ -246,7 +246,8 @@ def test_numbers_that_are_none_are_refused(model, calibrate):
         return h * float("nan") if layer._forward_hooks else h
 
     broken.set_model_output_block_patch(lambda h, hsp, options: (put_in(h, options), hsp))
-    with pytest.raises(ValueError, match=r"^model: NaN or infinity was predicted with its layer middle_block\.1\.proj_in quan"):
+    sentence = r"^model: a prediction with its layer middle_block\.1\.proj_in quantized, or in full precision, contains NaN"
+    with pytest.raises(ValueError, match=sentence):
         calibrate(broken, include="mid*.proj_in")
 
 

@@ -398,7 +398,10 @@ def test_a_profile_of_another_model_or_quantization_is_refused(quantize, calibra
         apply(quantize(tuned(model)), profile)
     others = {"W4A8": {"weight_bits": "4"}, "W8A8, rotated": {"rotate": True}, r"W8A8, not \*\.0": {"exclude": "*.0"}}
     for name, settings in others.items():
-        with pytest.raises(ValueError, match=rf"^profile: it was calibrated for W8A8, and this MODEL is {name}; quantize it"):
+        sentence = (
+            rf"^profile: it was calibrated with quantization W8A8, but this MODEL has quantization {name}; quantize the MODEL"
+        )
+        with pytest.raises(ValueError, match=sentence):
             apply(quantize(**settings), profile)
 
 
@@ -425,7 +428,9 @@ def test_models_without_quantized_activations_are_refused(quantize, calibrate, a
 def test_a_calibration_that_gives_no_numbers_is_refused(quantize, calibrate):
     broken = quantize().clone()
     broken.set_model_output_block_patch(lambda h, hsp, options: (h * float("nan"), hsp))
-    with pytest.raises(ValueError, match=r"^model: NaN or infinity came into its layer output_blocks\.0\S+ in a calib"):
+    with pytest.raises(
+        ValueError, match=r"^model: the input of its layer output_blocks\.0\S+ contains NaN or infinity in a calib"
+    ):
         calibrate(broken)
     assert hooks_left(broken) == []
 
@@ -497,7 +502,7 @@ def test_layers_that_are_not_seen_are_told(quantize, calibrate):
     quantized = quantize()
     hidden = quantized.clone()
     hidden.add_object_patch("diffusion_model", copy.deepcopy(quantized.model.diffusion_model))
-    with pytest.raises(ValueError, match=r"^model: nothing was seen to enter its quantized layers; another node runs copies"):
+    with pytest.raises(ValueError, match=r"^model: none of its quantized layers ran in the calibration; another node, such"):
         calibrate(hidden)
 
 
@@ -717,14 +722,17 @@ def test_report_refuses_numbers_that_are_none(quantize, report):
     """The values are NaN. A layer's rounding to integers hides them from the layers after it."""
     broken = quantize().clone()
     broken.set_model_output_block_patch(lambda h, hsp, options: (h * float("nan"), hsp))
-    with pytest.raises(ValueError, match=r"^model: NaN or infinity came out of its layer output_blocks\.0\S+ or of"):
+    sentence = (
+        r"^model: the output of its layer output_blocks\.0\S+, quantized or in full precision, contains NaN or infinity in a c"
+    )
+    with pytest.raises(ValueError, match=sentence):
         report(broken)
     assert hooks_left(broken) == []
 
 
 def test_report_refuses_other_models(host, quantize, report, model):
     quantized = quantize()
-    with pytest.raises(ValueError, match=r"^model: this MODEL is not quantized; put Quantize Model \(IEC\) in front"):
+    with pytest.raises(ValueError, match=r"^model: this MODEL is not quantized; put Quantize Model \(IEC\) before"):
         report(model)
     for other in (tuned(model), quantized, quantize(weight_bits="4")):
         with pytest.raises(ValueError, match=r"^full_precision: this is not the MODEL that the quantized one was made from"):

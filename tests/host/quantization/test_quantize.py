@@ -302,7 +302,7 @@ def compiled(source):
 
 
 def test_a_compiled_model_is_refused(model, quantized):
-    with pytest.raises(ValueError, match=r"^model: this MODEL is compiled, and what is compiled cannot be quantized"):
+    with pytest.raises(ValueError, match=r"^model: this MODEL is compiled, and a compiled MODEL cannot be quantized"):
         quantized(source=compiled(model))
 
 
@@ -324,11 +324,11 @@ def test_layers_are_chosen_by_patterns(quantized):
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"include": "nothing.*"}, r"^include: 'nothing\.\*' fits none of this MODEL's \d+ Linear and Conv2d layers"),
-        ({"exclude": "*.proj_in, out"}, r"^exclude: 'out' fits none"),
+        ({"include": "nothing.*"}, r"^include: 'nothing\.\*' matches none of this MODEL's \d+ Linear and Conv2d layers"),
+        ({"exclude": "*.proj_in, out"}, r"^exclude: 'out' matches none"),
         ({"include": "out.2"}, r"^include, exclude, keep_sensitive_layers: together they leave no layer"),
-        ({"group_size": "32"}, r"^group_size: 32 goes with weight_bits 8 where activation_bits is 16 only; write none"),
-        ({"group_size": "32", "weight_bits": "fp8"}, r"^group_size: 32 goes with integers only, and weight_bits is fp8; write"),
+        ({"group_size": "32"}, r"^group_size: 32 works with weight_bits 8 only if activation_bits is 16; choose none"),
+        ({"group_size": "32", "weight_bits": "fp8"}, r"^group_size: 32 works only with integers, and weight_bits is fp8; ch"),
     ],
 )
 def test_rules_that_cannot_be_are_refused(quantized, inputs, message):
@@ -368,7 +368,7 @@ def test_model_without_layers_is_refused(model, quantized):
 def test_a_patch_of_the_sources_own_network_is_refused(model, quantized, key):
     clone = model.clone()
     clone.add_object_patch(key, torch.nn.Identity())
-    with pytest.raises(ValueError, match=rf"^model: this MODEL has a patch on {key} that is of its own network"):
+    with pytest.raises(ValueError, match=rf"^model: this MODEL has a patch on {key} that belongs to the unquantized network"):
         quantized(source=clone)
 
 

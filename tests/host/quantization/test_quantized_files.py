@@ -179,7 +179,7 @@ def test_a_cache_profile_goes_with_the_loaded_model(host, model, sample, quantiz
     one, other = (sample(host.run("IECCacheQuant", model=each, profile=profile)[0], **settings) for each in (quantized, load()))
     assert torch.equal(one, other)
     save(quantize(model), "w8")
-    with pytest.raises(ValueError, match="calibrated with quantization W4A8, and this model is sampled with quantization W8A8"):
+    with pytest.raises(ValueError, match="calibrated with quantization W4A8, but this MODEL has quantization W8A8"):
         sample(host.run("IECCacheQuant", model=load("w8.safetensors"), profile=profile)[0], **settings)
 
 
@@ -559,7 +559,7 @@ def test_stock_loader_fails_on_all_others(network, quantize, save, name, setting
 
 
 def test_a_model_that_is_not_quantized_is_refused(save, model, folder):
-    with pytest.raises(ValueError, match=r"^model: this MODEL is not quantized; put Quantize Model .IEC. in front"):
+    with pytest.raises(ValueError, match=r"^model: this MODEL is not quantized; put Quantize Model .IEC. before this node"):
         save(model)
     assert list(folder.iterdir()) == []
 
@@ -593,13 +593,13 @@ def without(key):
 DAMAGED = {
     "junk": (lambda path: path.write_bytes(b"junk"), "it is not a .safetensors file, or it is damaged"),
     "half": (
-        lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), "it is truncated or has been added to"
+        lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), "it is truncated or too long"
     ),
     "another program's": (
         lambda path: safetensors.torch.save_file({"weight": torch.zeros(2)}, path), "it was not written by Save Quantized Model"
     ),
     "another version": (
-        lambda path: changed(path, lambda about, tensors: about.update(version=9)), "it is of version 9, and only versions 1"
+        lambda path: changed(path, lambda about, tensors: about.update(version=9)), "it is of version 9, but only versions 1"
     ),
     "no bias": (
         lambda path: changed(path, without("joint_blocks.0.x_block.mlp.fc1.bias")), "joint_blocks.0.x_block.mlp.fc1.bias is"
@@ -622,19 +622,19 @@ DAMAGED = {
         "its network has no weight joint_blocks.0.x_block.mlp.fc1.bias of shape .512,. and type torch.int64",
     ),
     "a network that the host does not know": (
-        lambda path: changed(path, without("x_embedder.proj.weight")), "this ComfyUI cannot make a network of it .KeyError"
+        lambda path: changed(path, without("x_embedder.proj.weight")), "this ComfyUI cannot make a network from it .KeyError"
     ),
     "a network of another class": (
         lambda path: changed(path, lambda about, tensors: about.update(network="Flux")),
-        "it is of a Flux, and this ComfyUI would make a SD3 of it",
+        "it is a Flux, but this ComfyUI would load it as a SD3",
     ),
     "the built-in network's class": (
         lambda path: changed(path, lambda about, tensors: about.update(network="BuiltinModel")),
-        "this ComfyUI cannot make a network of it",
+        "this ComfyUI cannot make a network from it",
     ),
     "a network of very many layers": (  # the host counts the blocks by the width
         lambda path: changed(path, lambda about, tensors: tensors | {"x_embedder.proj.weight": torch.zeros(639936, 16, 1, 1)}),
-        "this ComfyUI cannot make a network of it .ValueError: its network would have more layers than the file has weights.",
+        "this ComfyUI cannot make a network from it .ValueError: its network would have more layers than the file has weights.",
     ),
     "a network of another size": (
         lambda path: changed(path, lambda about, tensors: tensors | {"x_embedder.proj.weight": torch.zeros(192, 16, 2, 2)}),
@@ -659,7 +659,7 @@ def test_a_damaged_file_is_refused(network, quantize, save, load, kind):
         ("weight_s_rel", 0x71, "has a group whose scale is out of its range"),
         ("weight_s_rel", 0x84, "has a group whose scale is out of its range"),  # below 0
         ("weight_s_channel", math.nan, "has a scale or a factor that is not finite"),
-        ("weight_codebook", 0.5, "has other levels for its 4 bits than these nodes know"),
+        ("weight_codebook", 0.5, "has levels for its 4 bits that these nodes do not know"),
     ],
 )
 def test_damaged_groups_are_refused(network, quantize, save, load, key, value, message):
@@ -727,21 +727,21 @@ def test_a_model_that_would_come_back_otherwise_is_refused(network, quantize, sa
     with monkeypatch.context() as patch:
         patch.setitem(config.unet_config, "learn_sigma", True)
         with pytest.raises(
-            ValueError, match=r"^model: it cannot be saved, for its weights do not tell ComfyUI its settings learn_sigma"
+            ValueError, match=r"^model: it cannot be saved, because ComfyUI cannot detect its settings learn_sigma"
         ):
             save(quantized)
     with monkeypatch.context() as patch:
         patch.setattr(config, "sampling_settings", {"shift": 9.0})
-        with pytest.raises(ValueError, match=r"do not tell ComfyUI its sampling \(FLOW, {'shift': 9.0}\)"):
+        with pytest.raises(ValueError, match=r"cannot detect its sampling \(FLOW, {'shift': 9.0}\)"):
             save(quantized)
     with monkeypatch.context() as patch:
         patch.setattr(base, "__class__", type("Other", (type(base),), {}))
-        with pytest.raises(ValueError, match="do not tell ComfyUI its class Other"):
+        with pytest.raises(ValueError, match="cannot detect its class Other from the weights and would load another model"):
             save(quantized)
     base.register_parameter("embedder", torch.nn.Parameter(torch.zeros(2)))
     try:
         with pytest.raises(
-            ValueError, match=r"^model: it cannot be saved, for its weight embedder is not of its diffusion network"
+            ValueError, match=r"^model: it cannot be saved, because its weight embedder is not part of its diffusion network"
         ):
             save(quantized)
     finally:
@@ -760,9 +760,7 @@ def test_a_network_that_the_host_does_not_know_is_refused(quantize, save, folder
     for weight in base.diffusion_model.state_dict().values():
         weight.fill_(0.5)
     cpu = torch.device("cpu")
-    with pytest.raises(
-        ValueError, match=r"^model: it cannot be saved, for its weights do not tell ComfyUI its settings num_blocks"
-    ):
+    with pytest.raises(ValueError, match=r"^model: it cannot be saved, because ComfyUI cannot detect its settings num_blocks"):
         save(quantize(comfy.model_patcher.ModelPatcher(base, cpu, cpu)))
     assert list(folder.iterdir()) == []
 
@@ -909,7 +907,7 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
     [
         ({"num_attention_heads": 65536}, "its network has no"),
         ({"num_attention_heads": 65536, "caption_channels": 12, "in_channels": 65536}, "its network has no"),
-        ({"num_attention_heads": -1}, "this ComfyUI cannot make a network of it"),
+        ({"num_attention_heads": -1}, "this ComfyUI cannot make a network from it"),
     ],
 )
 def test_numbers_of_a_file_take_no_memory(network, quantize, save, load, settings, message):

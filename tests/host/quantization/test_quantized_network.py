@@ -71,7 +71,7 @@ def kept(model, size, limit):
 
 
 def warnings(caplog):
-    return [text for text in caplog.messages if text.startswith("[ComfyUI-IEC] Of what LoRAs")]
+    return [text for text in caplog.messages if text.startswith("[ComfyUI-IEC] This quantized MODEL (")]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_a_lora_that_is_rounded_away_is_warned_of_once(no_branch, quantize, mode
     sample(patched, **SMALL)
     (said,) = warnings(caplog)
     share = kept(model, size, limit)
-    assert share < 0.9 and f"({name}) keep a share of {share:.2f}" in said and "in front of the node that quantizes" in said
+    assert share < 0.9 and f"({name}) keeps a share of {share:.2f}" in said and "before the node that quantizes" in said
 
 
 def test_a_lora_that_arrives_is_no_warning(quantize, model, sample, caplog):
@@ -103,7 +103,7 @@ def test_another_lora_is_warned_of_anew(no_branch, quantize, model, sample, capl
     for size in (0.01, 0.02):
         sample(with_lora(quantized, model, size), **SMALL)
     one, other = warnings(caplog)
-    assert "(FP8 W8A16) keep a share of 0." in one and one != other
+    assert "(FP8 W8A16) keeps a share of 0." in one and one != other
 
 
 @pytest.mark.parametrize("settings", [{}, {"correction_steps": "auto"}, {"sampler_name": "dpm_adaptive"}])
@@ -133,7 +133,7 @@ def test_so_does_that_of_apply_iec_and_of_the_wrapped_sampler(no_branch, host, q
         )  # fmt: skip
     for (report,) in (of_model, of_sampler):
         (said,) = report.warnings
-        assert "(W4A16) keep a share of 0." in said
+        assert "(W4A16) keeps a share of 0." in said
 
 
 def test_a_run_without_the_lora_of_another_runs_conditioning_does_not_say_it(no_branch, host, quantize, model, conditioning):
@@ -149,7 +149,7 @@ def test_a_run_without_the_lora_of_another_runs_conditioning_does_not_say_it(no_
     for positive in (conditioning[0], hooked, conditioning[0], hooked):
         latent = SMALL["latent_image"]
         host.common_ksampler(applied, 7, 2, 2.0, "euler", "karras", positive, conditioning[1], latent, 1.0)
-    assert ["keep a share of 0." in " ".join(run.warnings) for run in found] == [False, True, False, True]
+    assert ["keeps a share of 0." in " ".join(run.warnings) for run in found] == [False, True, False, True]
 
 
 def test_saving_warns_too(no_branch, host, quantize, model, caplog, tmp_path, monkeypatch):
@@ -175,12 +175,12 @@ def test_float8_is_refused_where_the_device_has_none(host, quantize, model, tmp_
     elsewhere = model.clone()
     elsewhere.load_device = mps
     with pytest.raises(
-        ValueError, match=r"^weight_bits: fp8 cannot be on this device \(mps\), which has no float8; choose 8 or"
+        ValueError, match=r"^weight_bits: fp8 does not work on this device \(mps\), which has no float8; choose 8 or"
     ):
         quantize(elsewhere, weight_bits="fp8")
     monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: mps)
     with pytest.raises(
-        ValueError, match=r"'q.safetensors' cannot be used: its weights are float8, which this device \(mps\) has"
+        ValueError, match=r"'q.safetensors' cannot be used: its weights are float8, and this device \(mps\) has no float8"
     ):
         host.run("IECLoadQuantizedModel", model_name="q.safetensors")
 

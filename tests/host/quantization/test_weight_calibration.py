@@ -386,7 +386,7 @@ def test_what_does_not_run_is_rounded_to_the_nearest_and_said(model, calibrate, 
             made = calibrate(include="middle_block.0.*")
     finally:
         del idle.extra
-    assert "did not run are rounded to the nearest: 1 (middle_block.0.extra.unused)" in caplog.text
+    assert "did not run are rounded to nearest: 1 (middle_block.0.extra.unused)" in caplog.text
     layer = layers_of(made)["middle_block.0.extra.unused"]
     assert not layer.packing.format.calibrated and layer.packing.format.rank == 0
     scale = unused["unused"].weight.abs().amax(1, keepdim=True) / 7
@@ -409,10 +409,10 @@ def test_what_is_quantized_already_is_refused(model, calibrate, calibrated):
     ("settings", "sentence"),
     [
         ({"rank": "12"}, "^rank: '12' is none of auto, 0, 8, 16, 32, 64"),
-        ({"group_size": "64", "activation_bits": "8", "weight_bits": "8"}, "^group_size: 64 goes with"),
-        ({"compute": "8-bit"}, "^compute: 8-bit goes with activation_bits 8"),
+        ({"group_size": "64", "activation_bits": "8", "weight_bits": "8"}, "^group_size: 64 works with weight_bits 8 only if"),
+        ({"compute": "8-bit"}, "^compute: 8-bit works only with activation_bits 8"),
         ({"memory_gb": 0.0}, "^memory_gb: 0.0 is outside"),
-        ({"include": "nowhere.*"}, r"^include: 'nowhere\.\*' fits none"),
+        ({"include": "nowhere.*"}, r"^include: 'nowhere\.\*' matches none"),
         ({"sampler_name": "best"}, "^sampler_name"),
     ],
 )

@@ -212,7 +212,7 @@ def test_steps_that_a_sampler_never_evaluates_are_told():
     distances.full_steps(range(5))
     for position in (0.0, 0.7, 1.4, 2.0):
         distances.store(["cond"], feature(0)[:1], position)
-    with pytest.raises(ValueError, match=r"^sampler_name: it does not evaluate the network where step 1 of"):
+    with pytest.raises(ValueError, match=r"^sampler_name: it does not evaluate the network at the start of step 1 of"):
         distances.check_every_step_was_seen()
 
 
@@ -233,7 +233,7 @@ def test_consumer_statistics_map_one_network_on_the_other():
 
 @pytest.mark.parametrize("sigmas", [[10.0, 5.0, 0.0], [9.0, 8.0, 7.0], [*range(12, -1, -1)]])
 def test_another_schedule_is_refused(sigmas):
-    with pytest.raises(ValueError, match=r"^profile: it was calibrated for 6 steps of euler on even from sigma 10 to 0, and"):
+    with pytest.raises(ValueError, match=r"^profile: it was calibrated for 6 steps of euler on even from sigma 10 to 0, but"):
         CorrectedFeatures(profile()).full_steps(sigmas)
 
 
@@ -241,7 +241,8 @@ def test_another_schedule_of_the_same_ends_is_told_apart():
     sigmas = profile().sigmas.tolist()
     sigmas[3] *= 1.1
     with pytest.raises(
-        ValueError, match=rf"from {sigmas[0]:g} to 0, whose step 3 begins at {sigmas[3]:.4g} instead of {sigmas[3] / 1.1:.4g};"
+        ValueError,
+        match=rf"from {sigmas[0]:g} to 0, and its step 3 begins at {sigmas[3]:.4g} instead of {sigmas[3] / 1.1:.4g};",
     ):
         CorrectedFeatures(profile()).full_steps(sigmas)
 
@@ -250,7 +251,7 @@ def test_a_schedule_at_the_edge_of_rounding_is_refused_in_words():
     """The tolerance is relative to the run's sigma; by the calibrated one, which is larger, this sigma would be the same."""
     sigmas = profile().sigmas.tolist()
     sigmas[3] -= 0.9995e-3 * sigmas[3] + 1e-4
-    with pytest.raises(ProfileError, match="whose step 3 begins"):
+    with pytest.raises(ProfileError, match="and its step 3 begins"):
         CorrectedFeatures(profile()).full_steps(sigmas)
 
 
@@ -311,10 +312,10 @@ def test_a_spoiled_profile_is_refused_with_a_sentence(spoiled, kind):
 def test_maps_for_another_number_of_channels_are_refused():
     spoiled = profile()
     spoiled.features = {"": torch.ones(6, 5, 2)}
-    with pytest.raises(ValueError, match=r"^profile: its corrections are for 5 channels, and this model has 3 there;"):
+    with pytest.raises(ValueError, match=r"^profile: its corrections are for 5 channels, but this model has 3;"):
         CorrectedFeatures(spoiled).store(["cond"], feature(0), 0.0)
     spoiled.consumer = torch.ones(6, 4, 2)
-    with pytest.raises(ValueError, match=r"^profile: its corrections are for 4 channels, and this model has 3 there;"):
+    with pytest.raises(ValueError, match=r"^profile: its corrections are for 4 channels, but this model has 3;"):
         CorrectedFeatures(spoiled).consumed(feature(0), 0.0)
 
 

@@ -19,7 +19,7 @@ def test_steps_are_taken_as_written_and_the_first_always_is():
 
 @pytest.mark.parametrize("text", ["steps:3,20", "power:20,1.4", "power:40,2"])
 def test_schedule_outside_the_run_is_refused(text):
-    with pytest.raises(ValueError, match=r"^schedule: it names step (20|40), and the run has 20 steps, numbered from 0 to 19"):
+    with pytest.raises(ValueError, match=r"^schedule: it names step (20|40), but the run has 20 steps, numbered from 0 to 19"):
         parse_cache_schedule(text).of(20, 5)
 
 

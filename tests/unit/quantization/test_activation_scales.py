@@ -179,7 +179,9 @@ def test_searched_scales_are_those_of_least_squared_error(is_timestep_wise):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_is_refused(value):
-    with pytest.raises(ValueError, match=r"^model: NaN or infinity came into its layer a\.b in a calibration run, from which"):
+    with pytest.raises(
+        ValueError, match=r"^model: the input of its layer a\.b contains NaN or infinity in a calibration run\. L"
+    ):
         ScaleStatistics({"a.b": "int8"}, 2, True).largest("a.b", torch.tensor([1.0, value]))
 
 

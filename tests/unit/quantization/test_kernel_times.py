@@ -169,7 +169,7 @@ def test_a_way_that_fails_is_the_slowest_and_said_once(kept, file, caplog):
         assert times.of(DEVICE, LAYER, rows, given) == {"fast": math.inf, "slow": 4.0}
     why = "RuntimeError: out of resource: shared memory."
     assert [record.message for record in caplog.records] == [
-        f"[ComfyUI-IEC] fast does not compute a layer of the kind '{LAYER}': {why}"
+        f"[ComfyUI-IEC] fast cannot compute a layer of the kind '{LAYER}': {why}"
     ] * 2  # once per size
     assert clock.asked == [["slow"], ["slow"]] and "fast" not in file.read_text()
     assert times.known_of_most(DEVICE, LAYER, ("fast", "slow")) == {"fast": math.inf, "slow": 4.0}
@@ -238,7 +238,9 @@ def test_a_file_that_is_not_ours_stays_as_it_is(kept, file, caplog, content):
         assert times.of(DEVICE, LAYER, rows, ways()) == {"fast": 1.5, "slow": 4.0}
     assert len(clock.asked) == 2 and file.read_text() == content and os.listdir(file.parent) == [file.name]
     (record,) = caplog.records
-    assert record.message.startswith("[ComfyUI-IEC] kernel_times.json, beside the profiles, is not used and stays as it is: ")
+    assert record.message.startswith(
+        "[ComfyUI-IEC] kernel_times.json in the folder of the profiles is not used and not changed: "
+    )
 
 
 def test_a_folder_of_that_name_does_no_harm(kept, file):

@@ -342,15 +342,15 @@ def test_is_available_in_the_interpreter(monkeypatch):
 
 REASONS = {  # the device, the installed software, and why its kernels are not used
     "old": ("cuda:0", {"capability": (7, 5)}, "they need compute capability 8.0, and this GPU has 7.5"),
-    "AMD": ("cuda:0", {"hip": "6.4"}, "they are for NVIDIA's GPUs"),
-    "Apple": ("mps", {}, "they are for NVIDIA's GPUs"),
+    "AMD": ("cuda:0", {"hip": "6.4"}, "they are only for NVIDIA's GPUs"),
+    "Apple": ("mps", {}, "they are only for NVIDIA's GPUs"),
     "no Triton": ("cuda:0", {"triton": None}, "Triton is not installed"),
     "no compiler": (
         "cuda:0", {"error": RuntimeError("Failed to find C compiler.\nPlease specify via CC")},
         "RuntimeError: Failed to find C compiler",
     ),
     "too old": ("cuda:0", {"error": AttributeError("module 'triton.language' has no attribute 'clamp'")}, "AttributeError"),
-    "wrong": ("cuda:0", {"computes": False}, "what it compiles computes something else"),
+    "wrong": ("cuda:0", {"computes": False}, "its compiled kernels compute wrong results"),
 }  # fmt: skip
 
 

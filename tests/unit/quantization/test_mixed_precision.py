@@ -103,9 +103,9 @@ def test_budgets(budget, chosen, bits):
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        ({"bits": 3.9}, r"^average_bits: 3\.9 is less than the 4\.00 that the smallest choice of all layers takes with its"),
-        ({"bits": 16}, r"^average_bits: 16 is enough for all layers to stay as they are; write less\.$"),
-        ({"error": 1e-5}, r"^most_error: no layer can be quantized within 1e-05; allow more\.$"),
+        ({"bits": 3.9}, r"^average_bits: 3\.9 is less than the smallest possible, 4\.00 with scales and branches; allow"),
+        ({"bits": 16}, r"^average_bits: 16 is enough for all layers to stay unquantized; choose a smaller number\.$"),
+        ({"error": 1e-5}, r"^most_error: no layer can be quantized within 1e-05; allow a larger error\.$"),
     ],
 )
 def test_budgets_that_cannot_be(budget, message):
@@ -123,9 +123,9 @@ def test_the_table_has_what_costs_most_at_equal_bytes_first():
     ]  # fmt: skip
     expected = math.sqrt(4e-4 + 1e-6)
     assert verdict == found.verdict() == (
-        f"Mixed precision: 2 at 4 bits, 1 at 16 bits; 4.57 bits a weight, expected error of a prediction {expected:.4f} "
-        f"(all at 4 bits: {math.sqrt(4e-4 + 1e-6 + 9e-4):.4f} with 4.00; all at 8 "
-        f"bits: {math.sqrt(1e-6 + 1e-8 + 3e-4):.4f} with 8.00)."
+        f"Mixed precision: 2 at 4 bits, 1 at 16 bits; 4.57 bits per weight, expected error of a prediction {expected:.4f} "
+        f"(all at 4 bits: error {math.sqrt(4e-4 + 1e-6 + 9e-4):.4f} at 4.00 bits per weight; all at 8 "
+        f"bits: error {math.sqrt(1e-6 + 1e-8 + 3e-4):.4f} at 8.00 bits per weight)."
     )  # fmt: skip
 
 
