@@ -85,7 +85,7 @@ def _why_nothing(situation: Situation) -> str | None:
     if situation.other_cache:
         return f"{situation.other_cache} is on the MODEL, and which evaluations it caches is not known"
     if situation.steps < LEAST_STEPS:
-        return f"runs of fewer than {LEAST_STEPS} steps are not corrected, because most are of models distilled to few steps"
+        return f"runs of fewer than {LEAST_STEPS} steps are not corrected, as a precaution for models distilled to few steps"
     if any(then > here for here, then in itertools.pairwise(situation.sigmas)):
         return "sigma rises within the schedule"
     return None
