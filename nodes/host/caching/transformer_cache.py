@@ -150,9 +150,10 @@ class TransformerCache(CacheRun):
             )
         if branch < 0 or not spans(blocks, branch):
             total = sum(map(len, blocks.values()))
-            raise ValueError(
-                f"branch: {branch} is not possible with this transformer's {total} blocks; choose 0 to {(total - 1) // 2 - 1}."
-            )
+            most = (total - 1) // 2 - 1
+            if most < 0:
+                raise ValueError(f"model: this transformer has only {total} blocks; caching needs at least 3.")
+            raise ValueError(f"branch: {branch} is not possible with this transformer's {total} blocks; choose 0 to {most}.")
 
     def evaluate(self, executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
         """Evaluate like the host's apply_model, but run the blocks of the spans or add their residuals."""

@@ -52,10 +52,15 @@ def apply_scales(model, scales):
     if not is_same(fingerprint(model), scales.fingerprint):
         raise ValueError("profile: it was calibrated for another model; calibrate for this model, or load its profile.")
     layers = quantized_layers(model.model.diffusion_model)
-    if scales.facts["quantization"] != quantization_of(model) or not set(scales.names) <= set(layers):
+    if scales.facts["quantization"] != quantization_of(model):
         raise ValueError(
             f"profile: it was calibrated with quantization {scales.facts['quantization']}, but this MODEL has quantization "
             f"{quantization_of(model)}; quantize the MODEL as in the calibration, or calibrate again."
+        )
+    if missing := sorted(set(scales.names) - set(layers)):
+        raise ValueError(
+            f"profile: it has a scale for {missing[0]}, which is not quantized in this MODEL; quantize the MODEL as in the "
+            "calibration, or calibrate again."
         )
 
     def apply_model(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):

@@ -4,6 +4,7 @@ The expected result is the cache written out over the network's blocks (`Restate
 """
 
 import contextlib
+import copy
 import functools
 import gc
 import itertools
@@ -830,6 +831,15 @@ def test_unknown_branch_is_refused(models, cached, name, branch):
     sentence = rf"^branch: {branch} is not possible with this transformer's {total} blocks; choose 0 to {(total - 3) // 2}\.$"
     with pytest.raises(ValueError, match=sentence):
         cached(models(name), branch)
+
+
+def test_a_transformer_with_too_few_blocks_is_refused(models, cached):
+    model = models("Wan").clone()
+    network = copy.copy(model.model.diffusion_model)
+    network._modules = {**network._modules, "blocks": network.blocks[:2]}
+    model.add_object_patch("diffusion_model", network)
+    with pytest.raises(ValueError, match=r"^model: this transformer has only 2 blocks; caching needs at least 3\.$"):
+        cached(model)
 
 
 def test_second_cache_is_refused(models, cached):

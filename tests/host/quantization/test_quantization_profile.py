@@ -403,6 +403,10 @@ def test_a_profile_of_another_model_or_quantization_is_refused(quantize, calibra
         )
         with pytest.raises(ValueError, match=sentence):
             apply(quantize(**settings), profile)
+    other = copy.copy(profile)
+    other.names = (*profile.names[:-1], "another.layer")
+    with pytest.raises(ValueError, match=r"^profile: it has a scale for another\.layer, which is not quantized in this MODEL;"):
+        apply(quantize(), other)
 
 
 def test_scales_that_are_on_a_model_are_replaced(quantize, calibrate, apply, run):
