@@ -161,7 +161,7 @@ def test_strip_shows_what_will_be_corrected_and_cached(frontend, strip, sampler)
     assert len(strip.steps()) == 20
     assert strip.steps("corrected") == [0, 1, 18, 19]
     assert strip.steps("cached") == [step for step in range(20) if step % 3]
-    assert "7 of 20 steps in full" in strip.text() and "2 of 4 corrections in full too" in strip.text()
+    assert "7 of 20 steps in full" in strip.text() and "2 of 4 corrections also in full" in strip.text()
 
 
 @both
@@ -259,11 +259,11 @@ def test_steps_outside_the_run_are_mended_by_a_click(frontend, strip):
 @pytest.mark.parametrize("sampler", ["IECKSampler", "IECApply", "IECSampler"])
 def test_full_follows_the_cache(frontend, strip, sampler):
     frontend.open_api(workflow(sampler, correction_steps="full"))
-    strip.wait("7 of 7 corrections in full too")
+    strip.wait("7 of 7 corrections also in full")
     strip.show()
     assert strip.steps("corrected") == list(range(0, 20, 3))
     strip.set("IECDeepCache", "interval", 5)
-    strip.wait("4 of 4 corrections in full too")
+    strip.wait("4 of 4 corrections also in full")
     assert strip.steps("corrected") == [0, 5, 10, 15]
     strip.page.evaluate("() => { app.graph.nodes.find((one) => one.comfyClass === 'IECDeepCache').mode = 4; }")  # bypassed
     strip.wait("20 → 40 evaluations")
@@ -372,7 +372,7 @@ def test_a_busy_server_is_asked_again_and_the_plan_before_is_marked(frontend, st
     busy = {"unknown": "Another step plan is being made; ask again when it is there."}
     strip.page.route("**/iec/step_plan", lambda route: route.fulfill(status=429, json=busy))
     strip.set("IECKSampler", "steps", 5)
-    strip.wait("The server is making the plan; this is the one of the settings before.")
+    strip.wait("The server is making the plan; until then, this is the plan of the previous settings.")
     assert "4 → 6 evaluations" in strip.text()
     strip.page.unroute("**/iec/step_plan")
     strip.wait("5 → 7 evaluations")
@@ -480,7 +480,7 @@ def test_run_of_other_settings_is_marked(frontend, strip):
 
     def wait(*facts):
         if facts:
-            strip.wait(f"This run had {', '.join(facts)}; above are the settings as they are now.")
+            strip.wait(f"This run had {', '.join(facts)}; the strip above shows the current settings.")
         else:
             strip.page.wait_for_function("() => !document.querySelector('.iec').innerText.includes('This run had')")
         assert strip.page.locator(".iec-chart.iec-other").count() == bool(facts)
@@ -578,9 +578,9 @@ def test_cache_outside_a_subgraph_is_told_when_it_runs(frontend):
     frontend.open_api(workflow(steps=5))
     strip.wait("5 → 7 evaluations")
     into_subgraph(frontend, "IECKSampler")
-    strip.wait("which steps are cached is known when it runs")
+    strip.wait("which steps are cached is known when the node runs")
     strip.run()
-    assert "2 of 5 steps in full, the others cached: so it was in the last run" in strip.text()
+    assert "in the last run: 2 of 5 steps in full, the others cached" in strip.text()
     assert strip.steps("cached") == [1, 2, 4]
 
 
@@ -682,8 +682,8 @@ def test_a_frontend_that_tells_no_tabs_shows_runs(frontend, strip):
     assert "last run" in strip.text()
 
 
-KNOWN_LATER = "The steps are known when it runs."
-CACHE_LATER = "which steps are cached is known when it runs"
+KNOWN_LATER = "The steps are known when the node runs."
+CACHE_LATER = "which steps are cached is known when the node runs"
 IN_FULL = "7 of 20 steps in full, the others cached"
 
 # Nodes of other packs: those without a part on the server, and those with one, which the frontend knows from the server's list.

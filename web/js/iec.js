@@ -112,16 +112,16 @@ class Strip {
     if (!answer) return common;
     if (answer.error) return { ...common, ...this.refusal(answer) };
     if (answer.steps === undefined) {
-      const message = this.why ?? answer.unknown ?? "The steps are known when it runs.";
+      const message = this.why ?? answer.unknown ?? "The steps are known when the node runs.";
       if (!run) return { ...common, message };
       const plan = { steps: run.steps, corrected: run.corrected, full: run.full };
-      return { ...common, plan, lines: [fullOf(run)], message: `${message} These are the last run's.` };
+      return { ...common, plan, lines: [fullOf(run)], message: `${message} These are the steps of the last run.` };
     }
     if (answer.full || !this.isCacheOpen) {
       return { ...common, plan: answer, lines: [costOf(answer), fullOf(answer), fullCorrectionsOf(answer), answer.choice] };
     }
     const full = run?.steps === answer.steps ? run.full : null;
-    const ofCache = full ? `${fullOf(run)}: so it was in the last run` : "which steps are cached is known when it runs";
+    const ofCache = full ? `in the last run: ${fullOf(run)}` : "which steps are cached is known when the node runs";
     return { ...common, plan: { ...answer, full }, lines: [costOf(answer), ofCache, answer.choice] };
   }
 
@@ -129,7 +129,7 @@ class Strip {
   late() {
     const isPlan = this.answer?.steps !== undefined && !this.answer.error;
     if (!isPlan) return { message: "The server is making the plan." };
-    const message = "The server is making the plan; this is the one of the settings before.";
+    const message = "The server is making the plan; until then, this is the plan of the previous settings.";
     return { plan: this.answer, lines: [costOf(this.answer)], message };
   }
 
@@ -225,7 +225,7 @@ async function ask(question) {
     const response = await api.fetchApi("/iec/step_plan", { method: "POST", body: question, signal });
     if (response.status === 429) return undefined;
     if (response.ok || response.status === 400) return await response.json();
-    return { unknown: `The server cannot tell the steps (status ${response.status}).`, isSilence: true };
+    return { unknown: `The server cannot determine the steps (status ${response.status}).`, isSilence: true };
   } catch {
     return { unknown: "The server does not answer.", isSilence: true };
   }

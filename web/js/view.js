@@ -66,7 +66,7 @@ function settingsOf({ steps, correction, full }) {
 
 /** Return how many corrections are evaluated in full like a full step, in words; "" without a cache. */
 export function fullCorrectionsOf({ full, full_corrections, evaluations, nfe }) {
-  return full && nfe > evaluations ? `${full_corrections} of ${plural(nfe - evaluations, "correction")} in full too` : "";
+  return full && nfe > evaluations ? `${full_corrections} of ${plural(nfe - evaluations, "correction")} also in full` : "";
 }
 
 /** Return the text of correction_steps for these corrected steps, in a run of `steps` steps. */
@@ -97,7 +97,7 @@ export class StepView {
     this.box.addEventListener("change", () => onKeep(this.box.checked));
     this.run = make("div", "iec-run iec-quiet");
     const label = make("label", "", "keep with workflow");
-    label.title = "Save this run's chart with the workflow, so that it is there when that is opened again.";
+    label.title = "Save the chart of this run in the workflow, so that it is shown when the workflow is opened again.";
     label.prepend(this.box);
     this.run.append(this.summary, label);
     this.caption = make("div", "iec-sentence iec-quiet iec-caption");
@@ -137,7 +137,7 @@ export class StepView {
       this.box.checked = isKept;
       this.box.disabled = run.isRunning;
     }
-    this.caption.textContent = isOther ? `This run had ${settingsOf(run)}; above are the settings as they are now.` : "";
+    this.caption.textContent = isOther ? `This run had ${settingsOf(run)}; the strip above shows the current settings.` : "";
     this.chart.classList.toggle("iec-other", Boolean(isOther));
     const warnings = (run?.warnings ?? []).map((text) => `⚠ ${text}`);
     const shown = [...this.warnings.children].map((one) => one.textContent);
