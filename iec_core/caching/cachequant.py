@@ -369,7 +369,7 @@ class CacheProfile(Profile):
 
 def _differ(calibrated: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
     """Return bool [n]: where the sigmas of a run are not those of a calibration, beyond rounding."""
-    return (sigmas - calibrated).abs() > 1e-3 * sigmas + 1e-4
+    return ~torch.isclose(calibrated, sigmas, rtol=1e-3, atol=1e-4)
 
 
 class CorrectedFeatures(FeatureCache):

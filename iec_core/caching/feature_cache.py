@@ -64,9 +64,9 @@ def parse_cache_schedule(text: str) -> CacheSchedule:
     compact = re.sub(r"\s+", "", text).lower()
     if compact == "uniform":
         return CacheSchedule("uniform")
-    if match := re.fullmatch(r"steps:(\d+(?:,\d+)*)", compact):
+    if match := re.fullmatch(r"steps:(\d{1,9}(?:,\d{1,9})*)", compact):
         return CacheSchedule("steps", tuple(int(part) for part in match[1].split(",")))
-    if match := re.fullmatch(r"power:(\d+(?:\.\d+)?),(\d+(?:\.\d+)?)", compact):
+    if match := re.fullmatch(r"power:(\d{1,9}(?:\.\d{1,9})?),(\d{1,9}(?:\.\d{1,9})?)", compact):
         center, power = float(match[1]), float(match[2])
         if power >= 1:
             return CacheSchedule("power", (center, power))

@@ -279,8 +279,10 @@ class _Subspace:
 
 def _combined(vectors: list[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
     """Return the sum of vectors [B, ...] with weights [B, m]."""
-    terms = [one * _over(weight, one) for one, weight in zip(vectors, weights.unbind(1))]
-    return sum(terms[1:], terms[0])
+    total = torch.zeros_like(vectors[0])
+    for one, weight in zip(vectors, weights.unbind(1)):
+        total = total + one * _over(weight, one)
+    return total
 
 
 def lipschitz(

@@ -71,18 +71,18 @@ def parse_correction_steps(text: str) -> CorrectionSteps:
     compact = re.sub(r"\s+", "", text).lower()
     if compact in ("auto", "all", "none", "full"):
         return CorrectionSteps(compact, compact)
-    if match := re.fullmatch(r"(ends|first|last):(\d+)/(\d+)", compact):
+    if match := re.fullmatch(r"(ends|first|last):(\d{1,9})/(\d{1,9})", compact):
         kind, over, under = match[1], int(match[2]), int(match[3])
         if under > 0 and 0 < Fraction(over, under) <= LARGEST_SHARE[kind]:
             return CorrectionSteps(compact, kind, (over, under))
         raise SettingsError(
             f"correction_steps: '{text}' needs a share above 0 and at most {LARGEST_SHARE[kind]}, such as {kind}:1/10."
         )
-    if match := re.fullmatch(r"(first|last):(\d+)", compact):
+    if match := re.fullmatch(r"(first|last):(\d{1,9})", compact):
         if int(match[2]) > 0:
             return CorrectionSteps(compact, match[1], (int(match[2]),))
         raise SettingsError(f"correction_steps: '{text}' asks for 0 steps; write none, or a count of at least 1.")
-    if match := re.fullmatch(r"steps:(\d+(?:,\d+)*)", compact):
+    if match := re.fullmatch(r"steps:(\d{1,9}(?:,\d{1,9})*)", compact):
         return CorrectionSteps(compact, "steps", tuple(int(part) for part in match[1].split(",")))
     raise SettingsError(f"correction_steps: '{text}' is not a known form; write {FORMS}.")
 

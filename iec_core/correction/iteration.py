@@ -83,7 +83,9 @@ def parse_lambdas(text: str) -> tuple[float, ...]:
                 "it empty."
             ) from None
         if not 0 < lambdas[-1] <= 1:
-            raise SettingsError(f"lambdas: {part} of step {step} is not above 0 and at most 1; the paper uses 0.5.")
+            raise SettingsError(
+                f"lambdas: {part} of step {step} is out of range; write one above 0 and at most 1, such as 0.5."
+            )
     return tuple(lambdas)
 
 
@@ -119,7 +121,7 @@ class CorrectionSettings:
     ) -> "CorrectionSettings":
         """Check a user's values. Raises SettingsError with a sentence that names the input."""
         if not 0 < lambda_ <= 1:
-            raise SettingsError(f"lambda_: {lambda_} is not above 0 and at most 1; the paper uses 0.5.")
+            raise SettingsError(f"lambda_: {lambda_} is out of range; write one above 0 and at most 1, such as 0.5.")
         if max_iterations < 0:
             raise SettingsError(f"max_iterations: {max_iterations} is negative; 0 turns the correction off.")
         if not tolerance >= 0:
@@ -302,9 +304,8 @@ class _Iteration:
         self.kept = denoised
         self._settings = settings
         self._active = torch.ones(denoised.shape[0], dtype=torch.bool, device=denoised.device)
-        self._last: tuple[torch.Tensor, torch.Tensor] | None = (
-            None  # the residual's norm and the damping, of the last iteration
-        )
+        # The residual's norm and the damping of the last iteration.
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
         self._fell_back = torch.zeros_like(self._active)
         self.trace = StepTrace(fell_back=self._fell_back)
 

@@ -369,14 +369,14 @@ def test_a_busy_server_is_asked_again_and_the_plan_before_is_marked(frontend, st
     """The server is busy with another page's question, because it makes one plan per client."""
     frontend.open_api(workflow(steps=4))
     strip.wait("4 → 6 evaluations")
-    busy = {"unknown": "Another step plan is being made; ask again when it is there."}
+    busy = {"unknown": "Another step plan is being made; ask again when it is ready."}
     strip.page.route("**/iec/step_plan", lambda route: route.fulfill(status=429, json=busy))
     strip.set("IECKSampler", "steps", 5)
     strip.wait("The server is making the plan; until then, this is the plan of the previous settings.")
     assert "4 → 6 evaluations" in strip.text()
     strip.page.unroute("**/iec/step_plan")
     strip.wait("5 → 7 evaluations")
-    assert "settings before" not in strip.text()
+    assert "previous settings" not in strip.text()
     refusal = {"unknown": "steps: null is not a whole number of at least 0."}
     strip.page.route("**/iec/step_plan", lambda route: route.fulfill(status=400, json=refusal))
     strip.set("IECKSampler", "steps", 6)

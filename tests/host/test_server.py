@@ -291,7 +291,7 @@ FORMS = "auto, all, none, full, ends:1/10, first:1/5, first:3, last:1/5, last:3 
 BAD = [
     ({"correction_steps": "middle"}, f"correction_steps: 'middle' is not a known form; write {FORMS}."),
     ({"correction_steps": "steps:0,6"}, "correction_steps: 'steps:0,6' names step 6, but the run has 6 steps"),
-    ({"lambda_": 0.0}, "lambda_: 0.0 is not above 0 and at most 1"),
+    ({"lambda_": 0.0}, "lambda_: 0.0 is out of range"),
     ({"lambda_": 1.5}, "lambda_: 1.5 is outside 0 to 1."),
     ({"steps": 0}, "steps: 0 is outside 1 to 10000"),
     ({"scheduler": "fast"}, "scheduler: 'fast' is none of simple"),

@@ -15,7 +15,7 @@ NAMES = {
 
 def anchors(path):
     """Return the anchors of a page's headings, as GitHub makes them: the second of equal headings ends in -1."""
-    headings = re.findall(r"^#+ (.*)$", path.read_text(), flags=re.M)
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), flags=re.M)
     plain = (re.sub(r"\[(.*?)\]\(.*?\)", r"\1", heading) for heading in headings)
     found = []
     for heading in plain:
@@ -27,7 +27,7 @@ def anchors(path):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_to_a_page_and_a_heading(document):
-    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
         if re.match(r"[a-z]+:", target):
             continue
         file, _, anchor = target.partition("#")
@@ -38,7 +38,7 @@ def test_links_lead_to_a_page_and_a_heading(document):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_that_are_named_exist(document):
-    text = document.read_text()
+    text = document.read_text(encoding="utf-8")
     for name in re.findall(r"`([\w./-]+\.(?:py|js|md|csv|json|toml|txt|ini|yml))`", text):
         is_path = "/" in name
         if name.split("/")[0] in WRITTEN or (not is_path and name.endswith((".csv", ".json"))):

@@ -36,6 +36,8 @@ def test_import_needs_torch_alone():
         lambda: CorrectionSettings.parse(lambda_=2),
         lambda: parse_cache_schedule("sometimes"),
         lambda: CorrectionSettings.parse("x"),
+        lambda: CorrectionSettings.parse("steps:" + "9" * 5000),
+        lambda: parse_cache_schedule("power:" + "9" * 5000 + ",1"),
     ],
 )
 def test_settings_are_refused_by_class(refused):
@@ -45,5 +47,5 @@ def test_settings_are_refused_by_class(refused):
 
 
 def test_the_core_raises_errors_of_its_own_classes_only():
-    sources = {path: path.read_text() for path in (ROOT / "iec_core").rglob("*.py")}
+    sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "iec_core").rglob("*.py")}
     assert [str(path) for path, text in sources.items() if "raise ValueError(" in text] == []

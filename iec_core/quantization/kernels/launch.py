@@ -105,9 +105,8 @@ def _computes(device: torch.device) -> bool:
                 sums = (out - 1) / scale
                 if not ((sums[:, 1, 1] - expected * 2 * 32 * 9).abs() < 0.5).all():
                     return False
-                if not (
-                    (sums[:, 0, 0] - expected * 2 * 32 * 4).abs() < 0.5
-                ).all():  # four taps of a corner are inside the image
+                # Four taps of a corner are inside the image.
+                if not ((sums[:, 0, 0] - expected * 2 * 32 * 4).abs() < 0.5).all():
                     return False
     return True
 

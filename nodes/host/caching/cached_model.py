@@ -22,7 +22,7 @@ def with_cache(model, settings, make_run, node):
     """Return a clone of a MODEL with a cache; each sampling run gets a new cache run.
 
     settings: CacheSettings. make_run(new): returns the cache run; new(features, full_steps=None, consumed=None) makes a
-    CacheRun. node: the node's name, for messages.
+    CacheRun. node: the node's display name, for messages.
 
     Raises ValueError if the MODEL cannot be cached, has no such branch, or has a cache already. A sampling run raises
     ValueError if the MODEL got another cache later, or has tiles that move.
@@ -114,4 +114,4 @@ def _mark(executor, *args, **kwargs):
 
 def apply_cache(model, settings):
     """Return a clone of a MODEL that caches as CacheSettings say. Raises ValueError like `with_cache`."""
-    return with_cache(model, settings, lambda new: new(FeatureCache(settings.forecast)), "IECDeepCache")
+    return with_cache(model, settings, lambda new: new(FeatureCache(settings.forecast)), "DeepCache (IEC)")

@@ -34,7 +34,7 @@ def calibrate(model, full_precision, runs, interval, branch, schedule, forecast,
     source = model if bits == "none" else quantize.source_of(model, full_precision)
     correct_consumer = correct_consumer and bits != "none" and kind.has_consumer
     passes = 1 + (schedule is None) + correct_consumer
-    cached = functools.partial(with_cache, source, settings, node="IECCalibrateCacheQuant")
+    cached = functools.partial(with_cache, source, settings, node="Calibrate CacheQuant (IEC)")
     sample = functools.partial(runs.sample, Bar(passes * runs.steps))
 
     if schedule is None:
@@ -97,7 +97,7 @@ def apply_profile(model, profile, correction_pass):
 
     interval, branch = int(profile.facts["interval"]), int(profile.facts["branch"])
     settings = CacheSettings(interval, branch, correction_pass=correction_pass)
-    return with_cache(model, settings, make_run, "IECCacheQuant")
+    return with_cache(model, settings, make_run, "CacheQuant (IEC)")
 
 
 class _PairedRun:

@@ -128,7 +128,9 @@ def test_tiles_that_move_are_refused(draw, cached, model):
     start = noise(1, 3, 8, 8)
     tiled = with_function(model, SpotDiffusion())
     assert draw(tiled, start).isfinite().all()
-    with pytest.raises(ValueError, match=r"^model: SpotDiffusion moves its tiles from step to step, but IECDeepCache reuses"):
+    with pytest.raises(
+        ValueError, match=r"^model: SpotDiffusion moves its tiles from step to step, but DeepCache \(IEC\) reuses"
+    ):
         draw(cached(tiled), start)
 
 
@@ -426,10 +428,10 @@ def test_the_hosts_cache_is_refused_with_a_calibration_or_a_profile(host, model)
         "positive": positive, "negative": negative, "latent_image": {"samples": torch.zeros(1, 3, 8, 8)}, "seed": 0, "steps": 3,
         "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal", "runs": 1, "interval": 2, "branch": 0,
     }  # fmt: skip
-    with pytest.raises(ValueError, match=r"^model: both EasyCache and IECCalibrateCacheQuant are on this MODEL"):
+    with pytest.raises(ValueError, match=r"^model: both EasyCache and Calibrate CacheQuant \(IEC\) are on this MODEL"):
         host.run("IECCalibrateCacheQuant", model=both, **settings)
     profile = host.run("IECCalibrateCacheQuant", model=model, **settings)[0]
-    with pytest.raises(ValueError, match=r"^model: both EasyCache and IECCacheQuant are on this MODEL"):
+    with pytest.raises(ValueError, match=r"^model: both EasyCache and CacheQuant \(IEC\) are on this MODEL"):
         host.run("IECCacheQuant", model=both, profile=profile)
     profile.channel_dim = -1
     with pytest.raises(ValueError, match=r"^profile: it was calibrated for another model"):
@@ -443,7 +445,9 @@ def test_the_hosts_cache_is_refused_in_either_order(host, draw, cached, network,
     settings = {"reuse_threshold": 0.2, "start_percent": 0.15, "end_percent": 0.95, "verbose": False}
     put = functools.partial(host.run, other, **settings)
     expected = draw(model, start)
-    sentence = rf"^model: both {other} and IECDeepCache are on this MODEL, and neither knows what the other leaves out; use"
+    sentence = (
+        rf"^model: both {other} and DeepCache \(IEC\) are on this MODEL, and neither knows what the other leaves out; use"
+    )
     with pytest.raises(ValueError, match=sentence):
         cached(put(model=model)[0])
     both = put(model=cached(model))[0]

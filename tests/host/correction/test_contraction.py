@@ -412,9 +412,9 @@ def test_lambdas_of_the_probe_are_taken_by_every_sampler(host, model, conditioni
             "0.5, 0.5, 0.5,",
             "lambdas: '' of step 3 is not a number; write one number per step, such as 0.5, 0.5, 0.4, or leave it empty.",
         ),
-        ("0.5, 0, 0.5, 0.5", "lambdas: 0 of step 1 is not above 0 and at most 1; the paper uses 0.5."),
-        ("0.5, 0.5, 1.5, 0.5", "lambdas: 1.5 of step 2 is not above 0 and at most 1; the paper uses 0.5."),
-        ("0.5, 0.5, 0.5, nan", "lambdas: nan of step 3 is not above 0 and at most 1; the paper uses 0.5."),
+        ("0.5, 0, 0.5, 0.5", "lambdas: 0 of step 1 is out of range; write one above 0 and at most 1, such as 0.5."),
+        ("0.5, 0.5, 1.5, 0.5", "lambdas: 1.5 of step 2 is out of range; write one above 0 and at most 1, such as 0.5."),
+        ("0.5, 0.5, 0.5, nan", "lambdas: nan of step 3 is out of range; write one above 0 and at most 1, such as 0.5."),
     ],
 )
 def test_wrong_lambdas_are_refused_at_validation_and_at_run(host, model, sample, lambdas, sentence):

@@ -256,9 +256,13 @@ def test_plan_is_what_a_custom_sampler_does(plans, host, advanced, model, condit
     [
         ({"correction_steps": "some"}, {}, "correction_steps: 'some' is not a known form"),
         ({"correction_steps": "steps:6"}, {}, "names step 6, but the run has 6 steps"),
-        ({"lambda_": 2.0}, {}, "lambda_: 2.0 is not above 0 and at most 1"),
+        ({"lambda_": 2.0}, {}, "lambda_: 2.0 is out of range"),
         ({}, {"sampler_name": "euler_cfg_pp"}, "sampler_name: euler_cfg_pp uses the unguided prediction"),
-        ({"correction_steps": "none"}, {"sampler_name": "dpm_adaptive"}, "not known in advance"),
+        (
+            {"correction_steps": "none"},
+            {"sampler_name": "dpm_adaptive"},
+            "sampler_name: its steps are not known in advance, because",
+        ),
         ({}, {"sampler_name": "none_such"}, "sampler_name: 'none_such' is none of"),
         ({}, {"scheduler": "none_such"}, "scheduler: 'none_such' is none of"),
         ({}, {"steps": 501}, "steps: 1 to 500 steps are drawn, but the run has 501"),
@@ -349,7 +353,7 @@ def test_a_client_has_one_plan_at_a_time_and_short_questions(route, monkeypatch)
 
 def test_what_is_only_not_known_is_no_refusal(route):
     question = {"correction": {"correction_steps": "none"}, "sampling": sampling("dpm_adaptive")}
-    assert "not known in advance" in route._answer(question)["unknown"]
+    assert "sampler_name: its steps are not known in advance, because" in route._answer(question)["unknown"]
     question["correction"] = {"correction_steps": "all"}
     assert "dpm_adaptive chooses its steps" in route._answer(question)["error"]
 

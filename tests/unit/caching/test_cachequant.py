@@ -255,6 +255,15 @@ def test_a_schedule_at_the_edge_of_rounding_is_refused_in_words():
         CorrectedFeatures(profile()).full_steps(sigmas)
 
 
+@pytest.mark.parametrize("step", range(7))
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_sigmas_that_are_not_finite_are_refused(step, value):
+    sigmas = profile().sigmas.tolist()
+    sigmas[step] = value
+    with pytest.raises(ProfileError, match=r"^profile: it was calibrated for"):
+        CorrectedFeatures(profile()).full_steps(sigmas)
+
+
 def test_profile_survives_its_file(tmp_path):
     before = profile(terms=2)
     before.consumer = torch.ones(6, 3, 2)
