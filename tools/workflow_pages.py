@@ -334,9 +334,9 @@ LESS_MEMORY = Page(
 Makes a model small: each layer gets 4 or 8 bits or stays unchanged, according to the error that this causes. It uses the
 model that comes with the pack. Press **Run**; it takes about two minutes on a CPU.
 
-1. **Calibrate Weights** runs the model on four prompts, rounds every layer to 4 and to 8 bits with the help of the layer's inputs
-in these runs, and measures the error that each rounding alone causes. Then it chooses the bits with the least error at 5 bits
-per weight on average.
+1. **Calibrate Weights** runs the model on four prompts, rounds every layer to 4 and to 8 bits with the help of the layer's
+inputs in these runs, and measures the error that each rounding alone causes. Then it chooses the bits with the least error at
+5 bits per weight on average.
 2. **Two runs** from the same noise, on prompts not used for calibration: full precision, and mixed. In both correction_steps is
 none, so that they differ by the bits alone.
 3. **Layers**: layers whose quantization costs the most error per saved byte come first; a layer that is not quantized has 32
