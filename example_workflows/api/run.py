@@ -21,11 +21,11 @@ Outputs = dict[str, Any]  # {node id: what the node shows, such as {"images": [.
 
 
 class RunError(Exception):
-    """The file is no workflow, the server refused it, or the run did not come to its end."""
+    """The file is not a workflow, the server refused it, or the run did not finish."""
 
 
 def read_workflow(path: pathlib.Path) -> Workflow:
-    """Return the workflow of a file. Raises RunError where it is not in API form, OSError where it cannot be read."""
+    """Return the workflow of a file. Raises RunError if it is not in API form, OSError if it cannot be read."""
     try:
         workflow = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -40,12 +40,12 @@ def read_workflow(path: pathlib.Path) -> Workflow:
 
 
 def refusal(answer: dict[str, Any]) -> str:
-    """Return what a server says on a workflow that it refuses, a line a mistake."""
+    """Return the server's reasons for refusing a workflow, one line per mistake."""
     lines = []
     for name, node in answer.get("node_errors", {}).items():
         for error in node["errors"]:
             sentence = f"{error['message']}: {error['details']}"
-            if error["type"] == "custom_validation_failed":  # the node's own sentence, which the server says of each input
+            if error["type"] == "custom_validation_failed":  # the node's own sentence, repeated for each input
                 sentence = error["details"].partition(" - ")[2]
             lines.append(f"{node['class_type']} ({name}): {sentence}")
     if not lines:
@@ -55,7 +55,7 @@ def refusal(answer: dict[str, Any]) -> str:
 
 
 async def submit(session: aiohttp.ClientSession, workflow: Workflow, client: str) -> str:
-    """Queue a workflow and return the id of its prompt. Raises RunError where it is refused."""
+    """Queue a workflow and return the id of its prompt. Raises RunError if it is refused."""
     async with session.post("/prompt", json={"prompt": workflow, "client_id": client}) as response:
         answer = await response.json()
     if response.status != 200 or answer["node_errors"]:
@@ -69,8 +69,11 @@ def show(line: str) -> None:
 
 
 async def follow(connection: aiohttp.ClientWebSocketResponse, prompt: str) -> None:
-    """Show a prompt's progress until it is done. Raises RunError where it is not."""
-    in_steps = set()  # nodes that tell their steps
+    """Show a prompt's progress until it is done.
+
+    Raises RunError if the run fails or is interrupted, or if the server closes the connection.
+    """
+    in_steps = set()  # nodes that report their steps
     async for message in connection:
         if message.type is not aiohttp.WSMsgType.TEXT:  # previews of the image
             continue
@@ -89,7 +92,7 @@ async def follow(connection: aiohttp.ClientWebSocketResponse, prompt: str) -> No
             raise RunError(f"{data['node_type']} ({data['node_id']}): {data['exception_message'].strip()}")
         elif kind == "execution_interrupted":
             raise RunError("the run was interrupted")
-        elif kind == "executing" and data["node"] is None:  # sent when the outputs can be asked for
+        elif kind == "executing" and data["node"] is None:  # sent when the outputs can be requested
             return
     raise RunError("the server closed the connection")
 
@@ -127,7 +130,7 @@ async def run(workflow: Workflow, folder: pathlib.Path, server: str) -> list[pat
 
 
 def address(text: str) -> str:
-    """Return host:port of a text that may be an address as in a browser."""
+    """Return host:port from a text, which may also be a URL such as http://host:port/."""
     return text.removeprefix("http://").rstrip("/")
 
 
