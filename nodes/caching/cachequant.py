@@ -17,13 +17,13 @@ CALIBRATED_FORECASTS = ["hold", "linear"]
 
 
 def parse_calibrated_schedule(text):
-    """Return the CacheSchedule of a `schedule` text, None for "dps". Raise ValueError, with a message that lists the forms."""
+    """Return the CacheSchedule of a `schedule` text, None for "dps". Raise ValueError for a text of another form."""
     if text.strip().lower() == "dps":
         return None
     try:
         return parse_cache_schedule(text)
     except ValueError as error:
-        raise ValueError(str(error).replace("write ", "write dps, ")) from error
+        raise ValueError(str(error).replace(f"write {SCHEDULE_FORMS}", f"write dps, {SCHEDULE_FORMS}")) from error
 
 
 def full_steps_output():

@@ -22,10 +22,10 @@ def correction_inputs():
             "correction_steps",
             default="auto",
             tooltip=f"Which steps are corrected, counted from 0: {FORMS}. Start with auto: it chooses steps and an "
-            "evaluation_point that were measured to help, and adds no evaluations. full: the steps that a cache evaluates in "
-            "full, or every step without a cache. With any text other than auto, each corrected step adds max_iterations "
-            "evaluations, or one less with evaluation_point ahead. The paper's own setting is ends:1/10, the first and the "
-            "last tenth, with evaluation_point paper.",
+            "evaluation_point that were measured to help. full: the steps that a cache evaluates in full, or every step "
+            "without a cache. Each corrected step adds max_iterations evaluations, or one less with auto or with "
+            "evaluation_point ahead; so auto adds none with max_iterations 1. The paper's own setting is ends:1/10, the first "
+            "and the last tenth, with evaluation_point paper.",
         ),
         io.Float.Input(
             "lambda_",

@@ -32,7 +32,8 @@ def resolved(settings, plan, full, other_cache=""):
     """
     if not settings.is_auto:
         return settings, ""
-    choice = choose(Situation(tuple(plan.sigmas), plan.known_ends, plan.why_no_end, plan.noise, full, other_cache))
+    sigmas, iterations = tuple(plan.sigmas), settings.max_iterations
+    choice = choose(Situation(sigmas, plan.known_ends, plan.why_no_end, plan.noise, full, other_cache, iterations))
     return settings.with_choice(choice), choice.why
 
 
