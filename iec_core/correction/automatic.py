@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from .correction_steps import CorrectionSteps
 
-# Shorter runs are mostly of models distilled to a few steps. Their steps do not solve an equation, so they are not corrected.
+# Shorter runs mostly use models distilled to a few steps. The steps of such models do not solve an equation, so shorter runs
+# are not corrected.
 LEAST_STEPS = 10
 # Steps in which sigma falls by more than this factor are not corrected. Such a step starts where the latent holds almost
 # nothing of the image (zero terminal SNR), or is the last but one of a schedule such as normal. A correction there is large: it

@@ -15,9 +15,9 @@ ROUTE = "/iec/step_plan"
 
 
 def _mended(correction, **question):
-    """Return the step plan of a refused run with only those of its correction_steps that exist.
+    """If a run is refused because its correction_steps name steps that it does not have, return its plan without these steps.
 
-    A client can offer these steps. Return {} if the run is refused for another reason too.
+    A client can offer the other steps. Return {} if the run is refused for another reason too.
     """
     try:
         steps = step_plan({**correction, "correction_steps": "none"}, **question)["steps"]
