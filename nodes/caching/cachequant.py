@@ -58,7 +58,8 @@ class IECCalibrateCacheQuant(CheckedNode):
                     default=3,
                     min=1,
                     max=1000,
-                    tooltip="As many steps are evaluated in full as with a uniform interval of this length. Start with 2 or 3.",
+                    tooltip="With schedule dps, as many steps are evaluated in full as with a uniform interval of this length. "
+                    "Start with 2 or 3.",
                 ),
                 io.Int.Input(
                     "branch",

@@ -340,9 +340,10 @@ def layer_errors(errors, left):
     most = max([*costs, 10 * least])
     axes.set_xlim(least, most * (most / least) ** 0.15)  # leaves room for the numbers
     axes.set_xlabel("prediction error by this layer alone")
-    title = f"{len(shown)} of {len(errors)} quantized layers; first those where full precision removes\nthe most squared error per added byte"
+    title = f"{len(shown)} of {len(errors)} quantized layers; first those where full precision removes\n"
+    title += "the most squared error per additional byte"
     if left:
-        title += f"\norange, hatched: suggested to stay unquantized ({len(left)} layers, {sum(is_left)} of them shown here)"
+        title += f"\norange, hatched: suggested to stay unquantized ({len(left)} in all, {sum(is_left)} of them shown here)"
     figure.suptitle(title, fontsize=10)
     axes.set_axisbelow(True)
     axes.grid(axis="x", alpha=0.3)
