@@ -15,7 +15,7 @@ ROUTE = "/iec/step_plan"
 
 
 def _mended(correction, **question):
-    """If a run is refused because its correction_steps name steps that it does not have, return its plan without these steps.
+    """Return the step plan of a refused run, without the steps in its correction_steps that the run does not have.
 
     A client can offer the other steps. Return {} if the run is refused for another reason too.
     """
