@@ -1,4 +1,4 @@
-"""Iterative Error Correction (IEC, arXiv 2511.06250), caches and quantization for diffusion models, in torch alone.
+"""Iterative Error Correction (IEC, arXiv 2511.06250), caches and quantization for diffusion models, in torch.
 
 `iec_step` is the paper's method. In a DDIM loop of diffusers it replaces `scheduler.step`:
 
@@ -24,9 +24,10 @@
     torch.Size([2])
 
 `corrected_denoised` is the general form, for every sampler whose step is affine in the denoised prediction. The folders
-`correction`, `caching` and `quantization` hold the methods. Next to them is what they share: `metrics` the error measures,
-`run_report` the record of a run, `profile_file` the file of a calibration, `errors` the errors, `log` the logger, `devices`
-the abilities of a device. Importing the package imports no kernels and no Triton.
+`correction`, `caching` and `quantization` hold the methods. Next to them are the modules that they share, such as `metrics`
+with the error measures, `run_report` with the record of a run, `profile_file` with the file of a calibration, and `errors`.
+Besides torch, calibration files need safetensors, and the choice of mixed precision needs numpy. Importing the package imports
+no kernels and no Triton.
 """
 
 from .caching.feature_cache import FeatureCache, parse_cache_schedule

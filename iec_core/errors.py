@@ -1,4 +1,4 @@
-"""The errors that `iec_core` raises by itself. Each has one sentence that names what was wrong and what is accepted.
+"""The errors that `iec_core` raises by itself. Each message names what was wrong; most also say what is accepted.
 
 All are ValueErrors, so that a caller who does not need to distinguish them can catch that.
 """

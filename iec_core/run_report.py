@@ -67,7 +67,8 @@ class RunReport:
 
     label: the name of the run in tables and plots. correction: `CorrectionSettings.summary`. steps: one StepReport per step.
     sigmas: the n + 1 noise levels at the start of each step and the end of the last. nfe: evaluations of the denoiser.
-    seconds: wall time of the sampler function. warnings: sentences that the user should read.
+    seconds: the run's time from its first evaluation on (without steps: the time of the sampler function), on CUDA by the
+    device's clock. warnings: sentences that the user should read.
 
     latents: with `keep_latents`, the latent at the start of each step and the final one, n + 1 float32 CPU tensors [B, ...] in
     the coordinates of the network; otherwise None each. result: the output of the run as the host returns it, for a VAE to

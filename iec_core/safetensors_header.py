@@ -45,10 +45,12 @@ def read_header(file: BinaryIO) -> tuple[dict[str, str], dict[str, object], int]
     """
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
-    if size < 10 or not 2 <= length <= min(size - 8, LARGEST_HEADER):
+    limit = min(size - 8, LARGEST_HEADER)
+    if not 2 <= length <= limit:
+        possible = f"can have 2 to {limit}" if limit >= 2 else "a file of this size has no header"
         raise FileError(
             f"it is not a .safetensors file, or it is damaged (its header would have {length} of its {size} bytes, but "
-            f"can have at most {LARGEST_HEADER})"
+            f"{possible})"
         )
     try:
         text = file.read(length).decode()

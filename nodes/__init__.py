@@ -1,4 +1,4 @@
-"""The nodes that a user wires: thin V3 nodes, one folder per capability. Code that touches ComfyUI's internals is in `host`."""
+"""The nodes that a user wires: thin V3 nodes, one folder per capability. Code that needs ComfyUI's internals is in `host`."""
 
 from .host import version  # noqa: F401 - first: it refuses a ComfyUI that lacks what the other modules import
 

@@ -72,7 +72,7 @@ class IECClassLabel(CheckedNode):
                     default="face, heart, fruit, clock",
                     tooltip="The class of each image of the batch, in order, separated by commas; with more images than "
                     "names, the names start again. Start with classes that come out well, such as the four default ones. For "
-                    "the negative conditioning use none. The help page lists the classes.",
+                    "the negative conditioning, write the word none. The help page lists the classes.",
                 )
             ],
             outputs=[io.Conditioning.Output(tooltip="Only for the built-in model.")],

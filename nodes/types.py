@@ -7,10 +7,10 @@ from comfy_api.latest import io, ui
 # A list of iec_core.run_report.RunReport.
 Report = io.Custom("IEC_REPORT")
 
-# An iec_core.cachequant.CacheProfile.
+# An iec_core.caching.cachequant.CacheProfile.
 CacheProfileSocket = io.Custom("IEC_CACHE_PROFILE")
 
-# An iec_core.activation_scales.ActivationScales.
+# An iec_core.quantization.activation_scales.ActivationScales.
 QuantizationProfileSocket = io.Custom("IEC_QUANTIZATION_PROFILE")
 
 

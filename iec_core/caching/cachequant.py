@@ -3,8 +3,8 @@
 Both are learned from calibration runs. F_s is the feature of step s, and F_start that of the first step of its group.
 
 DPS, the schedule: the steps are split into contiguous groups, and each group reuses the feature of its first step. There are as
-many groups as with a uniform interval N, and each is between ceil(N / 2) and 2 N steps long. Of all these splits, dynamic
-programming finds the one with the least sum of |F_s - F_start|.
+many groups as with a uniform interval N, and each is between ceil(N / 2) and 2 N steps long; a run of fewer than
+ceil(N / 2) steps is one group. Of all these splits, dynamic programming finds the one with the least sum of |F_s - F_start|.
 
 DEC, the correction: the reused feature F_start is mapped to F_s by an affine map a F + b per channel, the least-squares fit
 a = cov / var over all prompts, positions and conditioning entries. With a quantized model, F_start comes from the quantized
@@ -35,7 +35,7 @@ def group_steps(cost: Sequence[Sequence[float]], interval: int) -> list[int]:
     """Return the first steps of the groups with the least total cost, in ascending order. The minimum is exact.
 
     cost: a square table over the steps; cost[i][s], for i < s, is the cost if step s reuses the feature of step i. There are
-    ceil(steps / interval) groups, each between ceil(interval / 2) and 2 * interval steps long.
+    ceil(steps / interval) groups, each between ceil(interval / 2) and 2 * interval steps long; a shorter run is one group.
     """
     total, count = len(cost), math.ceil(len(cost) / interval)
     shortest, longest = min(math.ceil(interval / 2), total // count), 2 * interval
@@ -201,8 +201,8 @@ class FeatureFits(_AllSteps):
         """Add the feature of a step [len(keys) * b, ...] to the fits.
 
         The arguments are those of FeatureCache.store. The feature of the full-precision network comes first. With a quantized
-        network, its feature at the same position comes second. An entry whose range of the denoising has just begun does not
-        count until it has features at all full steps that the map combines.
+        network, its feature at the same position comes second. A conditioning entry may begin in the middle of a run (start
+        percent). It does not count until it has features at all full steps that the map combines.
         """
         step = self._own_step(position)
         for key, part in zip(keys, feature.detach().chunk(len(keys))):
@@ -349,7 +349,7 @@ class CacheProfile(Profile):
         own = torch.as_tensor(sigmas, dtype=torch.float64)
         for first in range(len(self.sigmas) - len(own) + 1):
             part = self.sigmas[first : first + len(own)]
-            compared = len(own) - int(own[-1] == 0)  # not a last sigma of 0, to which a run that stops early may go
+            compared = len(own) - int(own[-1] == 0)  # a run that stops early may end at 0, so a last 0 is not compared
             if not _differ(part[:compared], own[:compared]).any():
                 return first
         raise ProfileError(
@@ -360,7 +360,9 @@ class CacheProfile(Profile):
         )
 
     def _difference(self, sigmas: torch.Tensor) -> str:
-        """Describe the first step at which a schedule with the calibrated length and ends differs; return "" for others."""
+        """Describe the first step at which a schedule differs if its length, first sigma and last sigma are the calibrated
+        ones; otherwise return "".
+        """
         if len(sigmas) != len(self.sigmas) or _differ(self.sigmas, sigmas)[[0, -1]].any():
             return ""
         step = int(_differ(self.sigmas, sigmas).nonzero()[0])

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from .correction_steps import CorrectionSteps
 
-# Shorter runs are mostly of models distilled to a few steps. Their steps do not solve an equation, so they are not corrected.
+# Shorter runs mostly use models distilled to a few steps. The steps of such models do not solve an equation, so shorter runs
+# are not corrected.
 LEAST_STEPS = 10
 # Steps in which sigma falls by more than this factor are not corrected. Such a step starts where the latent holds almost
 # nothing of the image (zero terminal SNR), or is the last but one of a schedule such as normal. A correction there is large: it
@@ -25,7 +26,8 @@ class Situation:
     (see `CorrectionSettings.corrected_steps`). why_none: the reason why there are none, which continues "the sampler …"; None
     where there are some. noise: "" where no step adds noise; "ancestral" where every step with noise is the step of the model's
     own stochastic equation, as in euler_ancestral and ddpm; else "other". full: the steps that this pack's cache evaluates in
-    full; None without a cache. other_cache: the name of another pack's cache, "" without one.
+    full; None without a cache. other_cache: the name of another pack's cache, "" without one. max_iterations: the largest
+    number of corrections per step, at least 1.
     """
 
     sigmas: tuple[float, ...]
@@ -34,6 +36,7 @@ class Situation:
     noise: str = ""
     full: Collection[int] | None = None
     other_cache: str = ""
+    max_iterations: int = 1
 
     @property
     def steps(self) -> int:
@@ -57,10 +60,10 @@ def choose(situation: Situation) -> Choice:
         return Choice(CorrectionSteps("none", "none"), None, nothing_because(reason))
     steps = [step for step in sorted(situation.known_ends) if _is_within(situation.sigmas, step)]
     if situation.full is None:
-        why = "each with the next step's own evaluation, at no extra cost"
+        why = "each with the next step's own evaluation"
     else:
         steps = [step for step in steps if step + 1 in situation.full]
-        why = "those right before a step that the cache evaluates in full, each with that evaluation, at no extra cost"
+        why = "those right before a step that the cache evaluates in full, each with that evaluation"
     if not steps:
         return Choice(
             CorrectionSteps("none", "none"),
@@ -68,7 +71,9 @@ def choose(situation: Situation) -> Choice:
             nothing_because("the run has no step where a correction was measured to help"),
         )
     text = f"steps:{','.join(map(str, steps))}"
-    sentence = f"auto corrects {len(steps)} of {situation.steps} steps, {why}."
+    added = situation.max_iterations - 1
+    cost = f" and at most {added} more" if added else ", at no extra cost"
+    sentence = f"auto corrects {len(steps)} of {situation.steps} steps, {why}{cost}."
     return Choice(CorrectionSteps(text, "steps", tuple(steps)), "ahead", sentence)
 
 

@@ -6,8 +6,8 @@ measured to lead away from the exact solution. On a flow model, whose input is n
 `next` does. A sampler with history multiplies every change that a correction makes.
 
 The size of the move is estimated from the run's own residuals: a correction moves x' by lambda times the residual, relative to
-x', and a relative change of the latent is assumed to reach the image. (For normally distributed images of any variance s^2 this
-is exact: of a change at sigma, and of the latent itself, the share s / sqrt(s^2 + sigma^2) remains at the end.) The moves of
+x', and a relative change of the latent is assumed to reach the image. (This is exact for normally distributed images of any
+variance s^2: a change at sigma and the latent itself both shrink to the share s / sqrt(s^2 + sigma^2) by the end.) The moves of
 all steps are added as if they had the same direction. docs/benchmarks.md, "What a correction does by itself", compares the
 estimate with measurements.
 """
@@ -18,10 +18,10 @@ from dataclasses import dataclass
 
 from ..run_report import StepReport
 
-# From this share on, the paper's rule raised the error of a first-order sampler in most of the measured rows, and below it in
-# none. It is twice the change that 8-bit quantization makes.
+# From this share on, corrections at evaluation_point `paper` raised the error of a first-order sampler in most measured runs;
+# below it they raised it in none. It is twice the change that 8-bit quantization makes.
 LARGE_BIAS = 0.05
-# With a cache that skips the full evaluation for this many steps, corrections helped in spite of their bias.
+# With a cache that goes this many steps from one full evaluation to the next, corrections helped in spite of their bias.
 WIDE_CACHE = 5
 # Below this share there is no warning.
 LEAST_BIAS = 0.002
@@ -94,7 +94,9 @@ def moved_in_all(steps: Sequence[StepReport], run: CorrectedRun) -> float:
 
 
 def bias_warning(steps: Sequence[StepReport], run: CorrectedRun) -> str | None:
-    """Return a sentence, which continues the run's label, where such corrections were measured to hurt; None elsewhere."""
+    """Return a sentence that follows the run's label, if corrections like those of this run were measured to hurt; otherwise
+    None.
+    """
     moves = _moves(steps, run)
     bias = sum(moves.values())
     reason = _why_harmful(run, moves, bias) if bias >= LEAST_BIAS else None
@@ -129,7 +131,7 @@ def _why_harmful(run: CorrectedRun, moves: dict[int, float], bias: float) -> str
 
 
 def _where(steps: Sequence[StepReport], moves: dict[int, float]) -> str:
-    """Return the words that name the step with most of the move, if one has at least half; else ""."""
+    """Return the words that name the step with most of the move, if several steps moved and one has at least half; else ""."""
     worst = max(moves, key=lambda step: moves[step])
     if len(moves) == 1 or moves[worst] < sum(moves.values()) / 2:
         return ""

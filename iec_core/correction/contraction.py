@@ -177,7 +177,8 @@ class SpectralNorms:
     """The result of `spectral_norms` for P pairs and B images.
 
     norms: [P, B], float64. converged: [P, B], whether each norm is within the tolerance of a singular value. vectors:
-    [P, B, ...], the unit vectors that K stretches by these norms. products: the number of products J v, and of J^T w.
+    [P, B, ...], the unit vectors that K stretches by these norms. products: the number of products J v; those with J^T
+    are not counted.
     """
 
     norms: torch.Tensor
@@ -196,9 +197,9 @@ def spectral_norms(
 ) -> SpectralNorms:
     """Return the SpectralNorms of alpha I + beta J for every (alpha, beta) of `pairs`.
 
-    like: a tensor [B, ...] with the shape, dtype and device of the vectors. iterations: the largest number of products with J,
-    and with its transpose. tolerance: relative, of the norms. generator: of the first vector, on the CPU. Raises ModelError
-    where a product is not finite.
+    like: a tensor [B, ...] with the shape, dtype and device of the vectors. iterations: the largest number of products with J;
+    there may be more products with its transpose. tolerance: relative, of the norms. generator: of the first vector, on the
+    CPU. Raises ModelError where a product is not finite.
 
     The method is Rayleigh-Ritz on K^T K over one subspace V for all pairs. Once V and J V are known, ||K v||^2 on the subspace
     is a quadratic form for every alpha and beta, so each product serves all pairs. V grows by the residuals

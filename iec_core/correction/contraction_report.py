@@ -9,7 +9,7 @@ import torch
 
 from .contraction import SpectralNorms
 
-Norms = tuple[SpectralNorms, torch.Tensor]  # of the Jacobian, and as measured on the network itself [P, B]
+Norms = tuple[SpectralNorms, torch.Tensor]  # from the Jacobian; the same by perturbing the network itself, [P, B]
 
 
 def _shown(values: Iterable[float]) -> list[float | None]:
@@ -24,7 +24,7 @@ class StepContraction:
     growth: ||a I + b J|| of each image, J at x. contraction: {lam: ||(1 - lam) I + lam b J|| of each image}, J at x'.
     true_growth, true_contraction: the same, measured by perturbations of the network itself with its rounding; lower bounds.
     lambda_: the lam of the smallest norm. converged: whether every norm is within the tolerance. products: the number of
-    products J v, and of J^T w.
+    products J v; those with J^T are not counted.
     """
 
     step: int
@@ -54,7 +54,10 @@ class StepContraction:
         contraction: Norms,
         products: int,
     ) -> "StepContraction":
-        """Return the step of what was measured. growth: of one pair. contraction: of one pair for each lam."""
+        """Return the StepContraction made from these measurements.
+
+        growth: of one pair. contraction: of one pair for each lam.
+        """
         names = [f"{value:g}" for value in lambdas]
         tables = [dict(zip(names, map(_shown, table.tolist()))) for table in (contraction[0].norms, contraction[1])]
         converged = all(bool(found.converged.all()) for found, _ in (growth, contraction))

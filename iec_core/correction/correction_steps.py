@@ -67,7 +67,7 @@ class CorrectionSteps:
 
 
 def parse_correction_steps(text: str) -> CorrectionSteps:
-    """Parse a `correction_steps` text. Raises SettingsError with a sentence that lists the forms."""
+    """Parse a `correction_steps` text. Raises SettingsError with a sentence that says what is accepted."""
     compact = re.sub(r"\s+", "", text).lower()
     if compact in ("auto", "all", "none", "full"):
         return CorrectionSteps(compact, compact)

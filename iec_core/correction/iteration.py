@@ -9,7 +9,7 @@ A k-diffusion sampler works with the denoised prediction D instead of eps. Its s
     x' = a x + b D + noise,        Euler: a = sigma' / sigma, b = 1 - a, no noise,
 
 so an iteration on x' is an iteration on D. `corrected_denoised` iterates on D and returns the D that leads to the corrected x'.
-The sampler uses this D for its own step and needs no change. The iteration searches the fixed point of the map
+The sampler uses this D for its own step and needs no change. The iteration searches for the fixed point of the map
 
     G(D) = x - sigma eps_k,        eps_k = (x_in - D(x_in, place)) / place,        x_in from x' = a x + b D + noise,
 
@@ -18,7 +18,7 @@ once: every iterate has the same noise.
 
 The `evaluation_point` says where x'_k is evaluated:
 
-- `paper`: at the step's own noise level sigma. The network must see x'_k in its own input coordinates, so
+- `paper`: at the step's own noise level sigma. The network must see x'_k scaled for the noise level sigma' of x'_k, so
   c_in(sigma) x_in = c_in(sigma') x'_k.
 - `next`: at sigma', the noise level of x'_k; x_in is x'_k. With lam = 1/2 and K = 1 this is Heun's method: the trapezoidal rule
   with an explicit predictor, of second order in the step. At sigma' = 0 there is nothing to evaluate.
@@ -70,7 +70,7 @@ def iec_step(
 def parse_lambdas(text: str) -> tuple[float, ...]:
     """Return the dampings of a `lambdas` text, one per step. An empty text gives (): lambda_ then holds for all steps.
 
-    Raises SettingsError for any other text.
+    Raises SettingsError if the text is neither empty nor a list of numbers above 0 and at most 1.
     """
     parts = re.split(r"\s*,\s*", text.strip()) if text.strip() else []
     lambdas: list[float] = []
@@ -160,7 +160,10 @@ class CorrectionSettings:
         return self.steps.kind == "none" or self.max_iterations == 0
 
     def summary(self) -> str:
-        """Return a short label of the correction for tables: the steps, and the values that differ from the paper's."""
+        """Return a short label of the correction for tables: the steps, and the values that differ from the paper's.
+
+        The label never names the tolerance, and with `auto` it does not name evaluation_point.
+        """
         if self.is_off:
             return "none"
         paper = CorrectionSettings(self.steps)
@@ -193,7 +196,7 @@ class CorrectionSettings:
 
     @property
     def is_ahead(self) -> bool:
-        """Whether a corrected step's first evaluation is the next step's own."""
+        """Whether a corrected step's first corrective evaluation takes the place of the next step's own evaluation."""
         return self.evaluation_point == "ahead" and self.max_iterations > 0
 
     @property

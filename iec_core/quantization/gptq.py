@@ -173,7 +173,7 @@ def fitted(rows: torch.Tensor, fmt: WeightFormat, metric: Metric) -> tuple[torch
 def _best_of(
     rows: torch.Tensor, widest: torch.Tensor, shares: list[float], fmt: WeightFormat, metric: Metric
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the same as `fitted`, for rows that are rounded at once, with every scale that is tried."""
+    """Round all these rows at once with each share of `widest`, and return (values, scale) with the least error per row."""
     tried = torch.cat([widest * share for share in shares])
     values, errors = gptq(rows.repeat(len(shares), 1), tried, fmt, metric)
     best = errors.view(len(shares), -1).argmin(0) * len(rows) + torch.arange(len(rows), device=rows.device)

@@ -111,8 +111,8 @@ class KernelTimes:
         """Return the same as `known` for ways, and measure their times first if they are not known. Return {} if times cannot
         be measured now, memory is short, or the first way raises an error.
 
-        The first way must only fail on wrong inputs. If it fails, nothing is recorded about the other ways. If it works, other
-        ways that fail are logged, and this process does not try them again for this size.
+        The first way must be one that fails only if its inputs are wrong. If it fails, nothing is recorded about the other
+        ways. If it works, other ways that fail are logged, and this process does not try them again for this size.
         """
         if times := self.known(device, layer, rows, ways):
             return times

@@ -31,7 +31,7 @@ class LayerError:
 
     @property
     def worth(self) -> float:
-        """Reduction of the prediction's squared error by full precision, per byte that it takes more."""
+        """How much full precision reduces the prediction's squared error, per additional byte."""
         return self.predicted / max(self.full_nbytes - self.nbytes, 1)
 
     @property

@@ -68,7 +68,7 @@ class LayerChoices:
 
     @property
     def worth(self) -> float:
-        """Reduction of the squared error by full precision, per byte that it takes more than the smallest choice."""
+        """How much full precision reduces the squared error, compared with the smallest choice, per additional byte."""
         return (self.squares[0] - self.squares[-1]) / max(self.nbytes[-1] - self.nbytes[0], 1)
 
 

@@ -207,8 +207,8 @@ def unpack_nibbles(packed: torch.Tensor, inputs: int) -> torch.Tensor:
 def scaled_values(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return values times float32 scales, which broadcast over them, in `dtype`: the float32 product, rounded.
 
-    The values are int8 or float8 numbers, also in a larger dtype, which float16 and bfloat16 hold exactly. On a GPU no float32
-    copy of the product is allocated.
+    The values are int8 or float8 numbers, possibly stored in a larger dtype. float16 and bfloat16 hold such numbers exactly. On
+    a GPU no float32 copy of the product is allocated.
     """
     return values.to(dtype, copy=True).mul_(scale)
 
@@ -333,8 +333,9 @@ class Packing:
         """Return a packed weight changed so that it represents another floating-point weight of `shape`.
 
         A change of low rank is added to the branch; integers and scales stay unchanged. A change of higher rank is rounded into
-        the integers, if they keep enough of it (ENOUGH): the result is the same as a change before quantization. Otherwise the
-        branch gets the largest part that `most_rank_found` allows, and the rest is rounded into the integers.
+        the integers, if they keep enough of it (ENOUGH). The result is then the same as a change before quantization, unless
+        the format is calibrated or the weight has a branch. Otherwise the branch gets the largest part that `most_rank_found`
+        allows, and the rest is rounded into the integers.
         """
         wanted, packed = self.matrix(weight.detach().float()), packed.to(weight.device)
         change = wanted - self.matrix(self.dequantize(packed))

@@ -38,8 +38,8 @@ from .activation_scales import ActivationScales
 from .packing import FACTOR_DTYPES, LIMITS, Packing, WeightFormat, rotation_size
 from .two_scales import LEVELS
 
-# A file has the lowest version that can describe it. Added by version 2: calibrated layers; by version 3: layers with a branch
-# that are not calibrated; by version 4: scales of activations, groups of two scales, and int4 layers in the host's format.
+# A file has the lowest version that can describe it. Version 2 added calibrated layers. Version 3 added layers with a branch
+# that are not calibrated. Version 4 added scales of activations, groups of two scales, and int4 layers in the host's format.
 VERSIONS = 1, 2, 3, 4
 HOST_KEY = "_quantization_metadata"  # ComfyUI's key
 CONFIG_KEY = "config"  # ComfyUI's key: {"transformer": settings of the network that its weights do not show}
@@ -47,7 +47,7 @@ HOST_FORMATS = {"int8": "int8_tensorwise", "fp8": "float8_e4m3fn", "int4": "conv
 HOST_TWO_SCALES = "asym_w4a8_int8"
 # Block sizes of rotations for which the host has kernels, and can quantize a weight again after a LoRA.
 HOST_ROTATIONS = {"convrot_w4a4": (64, 256), HOST_TWO_SCALES: (256,)}
-SCALES_KEY = "activation_scales"  # of the description: the metadata of the activation scales
+SCALES_KEY = "activation_scales"  # the description's key for the metadata of the activation scales
 SCALES = "iec.activation_scales"
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
@@ -155,7 +155,10 @@ def _codebook_name(name: str) -> str:
 
 
 def _in_shape(scale: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return the first scales in a shape. A float8 layer has the same scale in all rows, and the file stores one."""
+    """Return as many of the first scales as this shape holds, in this shape.
+
+    A float8 layer has the same scale in all rows, and the file stores one.
+    """
     return scale.flatten()[: math.prod(shape)].view(shape)
 
 
@@ -237,7 +240,7 @@ class QuantizedFile:
     {name: number, text, None, or list of these}. layers: {name: LayerFile}. plain: keys of the other tensors, which belong to
     no quantized layer and are not scales of activations.
 
-    Raises FileError, with a sentence, for a file that cannot be read, is damaged, or was written by another program.
+    Raises FileError for a file that cannot be read, is damaged, or was written by another program. The message says why.
     """
 
     about: About

@@ -17,20 +17,21 @@ CALIBRATED_FORECASTS = ["hold", "linear"]
 
 
 def parse_calibrated_schedule(text):
-    """Return the CacheSchedule of a `schedule` text, None for "dps". Raise ValueError, with a message that lists the forms."""
+    """Return the CacheSchedule of a `schedule` text, None for "dps". Raise ValueError for a text of another form."""
     if text.strip().lower() == "dps":
         return None
     try:
         return parse_cache_schedule(text)
     except ValueError as error:
-        raise ValueError(str(error).replace("write ", "write dps, ")) from error
+        raise ValueError(str(error).replace(f"write {SCHEDULE_FORMS}", f"write dps, {SCHEDULE_FORMS}")) from error
 
 
 def full_steps_output():
     """Return the output that lists the steps which a profile's cache evaluates in full."""
     return io.String.Output(
         display_name="full_steps",
-        tooltip="The steps that are evaluated in full. A sampler after the cache corrects them with correction_steps full.",
+        tooltip="The steps that are evaluated in full. To correct these steps, set correction_steps to full in a sampler "
+        "after the cache.",
     )
 
 
@@ -57,7 +58,8 @@ class IECCalibrateCacheQuant(CheckedNode):
                     default=3,
                     min=1,
                     max=1000,
-                    tooltip="As many steps are evaluated in full as with a uniform interval of this length. Start with 2 or 3.",
+                    tooltip="With schedule dps, as many steps are evaluated in full as with a uniform interval of this length. "
+                    "Start with 2 or 3.",
                 ),
                 io.Int.Input(
                     "branch",
@@ -87,7 +89,8 @@ class IECCalibrateCacheQuant(CheckedNode):
                     default=False,
                     optional=True,
                     tooltip="With a quantized U-Net: also correct the output of the block that consumes the feature, as in "
-                    "the paper. The calibration takes 1.5 times as long. Leave it off.",
+                    "the paper. The calibration then runs the prompts once more: 3 times instead of 2 with schedule dps, "
+                    "otherwise 2 instead of 1. Leave it off.",
                 ),
                 io.Model.Input(
                     "full_precision",

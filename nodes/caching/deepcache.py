@@ -55,8 +55,9 @@ class IECDeepCache(CheckedNode):
                     "schedule",
                     default="uniform",
                     optional=True,
-                    tooltip=f"Which steps are evaluated in full: {SCHEDULE_FORMS}. power: as many as with uniform at this "
-                    "interval, crowded around the center. The first step is always evaluated in full. Start with uniform.",
+                    tooltip=f"Which steps are evaluated in full: {SCHEDULE_FORMS}. power: at most as many as with uniform "
+                    "at this interval, crowded around the center. The first step is always evaluated in full. Start with "
+                    "uniform.",
                 ),
                 io.Float.Input(
                     "start_percent",

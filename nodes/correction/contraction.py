@@ -18,8 +18,8 @@ class IECContractionProbe(CheckedNode):
             node_id="IECContractionProbe",
             display_name="Contraction Probe (IEC)",
             category="sampling/IEC",
-            description="Measures, along a sampling run with Euler (DDIM), by how much each step multiplies errors, and how "
-            "fast its correction converges with dampings of 0.1 to 0.9, as spectral norms computed from the network's "
+            description="Measures two things along a run with Euler (DDIM): how much each step multiplies errors, and how fast "
+            "its correction converges with dampings of 0.1 to 0.9. Both are spectral norms computed from the network's "
             "Jacobian. Outputs the damping with the smallest norm for each step.",
             search_aliases=["jacobian", "spectral norm", "lipschitz", "convergence", "lambda schedule", "contraction"],
             is_output_node=True,
@@ -84,8 +84,8 @@ class IECContractionProbe(CheckedNode):
                     default=24,
                     min=2,
                     max=200,
-                    tooltip="The largest number of products with the Jacobian and its transpose, for each of the two norms of "
-                    "a step. Start with 24, and use more if the node says that norms are only lower bounds.",
+                    tooltip="The largest number of products with the Jacobian, for each of the two norms of a step. Start with "
+                    "24, and use more if the node says that norms are only lower bounds.",
                 ),
                 io.Float.Input(
                     "tolerance",

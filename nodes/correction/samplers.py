@@ -22,10 +22,10 @@ def correction_inputs():
             "correction_steps",
             default="auto",
             tooltip=f"Which steps are corrected, counted from 0: {FORMS}. Start with auto: it chooses steps and an "
-            "evaluation_point that were measured to help, and adds no evaluations. full: the steps that a cache evaluates in "
-            "full, or every step without a cache. With any text other than auto, each corrected step adds max_iterations "
-            "evaluations, or one less with evaluation_point ahead. The paper's own setting is ends:1/10, the first and the "
-            "last tenth, with evaluation_point paper.",
+            "evaluation_point that were measured to help. full: the steps that a cache evaluates in full, or every step "
+            "without a cache. Each corrected step adds max_iterations evaluations, or one less with auto or with "
+            "evaluation_point ahead; so auto adds none with max_iterations 1. The paper's own setting is ends:1/10, the first "
+            "and the last tenth, with evaluation_point paper.",
         ),
         io.Float.Input(
             "lambda_",
@@ -63,7 +63,8 @@ def correction_inputs():
             "no effect: the node chooses it. paper: at the step's own timestep. next: at the timestep that the result belongs "
             "to (Heun's rule with lambda_ 0.5 and one iteration); a last step to zero noise is not corrected. ahead: as next, "
             "and this evaluation is also the next step's own, so that one iteration costs nothing; only for euler, ddim, "
-            "euler_ancestral, ddpm and lcm. Start with ahead; leave other samplers uncorrected, as auto does.",
+            "euler_ancestral, ddpm and lcm. Start with ahead for these samplers. Leave any other sampler uncorrected, as auto "
+            "does.",
         ),
         io.Combo.Input(
             "lambda_mode",
@@ -211,8 +212,8 @@ class IECKSampler(CheckedNode):
                 io.Combo.Input(
                     "sampler_name",
                     options=comfy.samplers.KSampler.SAMPLERS,
-                    tooltip="The sampling algorithm. Start with euler or ddim: auto corrects them, and with them a correction "
-                    "at paper is exactly the paper's.",
+                    tooltip="The sampling algorithm. Start with euler or ddim: auto corrects their steps, and with "
+                    "evaluation_point paper their correction is exactly the paper's.",
                 ),
                 io.Combo.Input(
                     "scheduler",
@@ -263,8 +264,8 @@ class IECKSampler(CheckedNode):
         known = comfy.samplers.KSampler
         wrong_choice = unknown_choice(known.SAMPLERS, sampler_name=sampler_name)
         wrong_choice = wrong_choice or unknown_choice(known.SCHEDULERS, scheduler=scheduler)
-        # Two schedulers may not make `steps` steps: ddim_uniform takes every (timesteps // steps)-th timestep of the model,
-        # which can be more; beta takes each timestep at most once, which can be fewer.
+        # Two schedulers can make a number of steps other than `steps`: ddim_uniform takes every (timesteps // steps)-th
+        # timestep of the model, which can be more; beta takes each timestep at most once, which can be fewer.
         total = None if scheduler in (None, "ddim_uniform", "beta") else steps
         return wrong_choice or check(
             total, sampler_name, correction_steps=correction_steps, lambda_=lambda_, max_iterations=max_iterations,

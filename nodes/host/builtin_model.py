@@ -134,6 +134,6 @@ def class_conditioning(labels):
     unknown = [label for label in labels if label not in classes and label != "none"]
     if unknown or not labels:
         named = f"'{unknown[0]}' is not a class" if unknown else "it names no class"
-        raise ValueError(f"labels: {named} of the built-in model; its classes are none, {', '.join(classes)}.")
+        raise ValueError(f"labels: {named} of the built-in model; write none or one of its classes: {', '.join(classes)}.")
     one_hot = torch.tensor([[float(label == name) for name in classes] for label in labels])
     return [[one_hot[:, None], {"pooled_output": one_hot}]]

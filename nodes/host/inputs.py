@@ -39,7 +39,7 @@ def _plain(value):
         raise TypeError
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError
-    return value  # a number as a choice is refused later by the node, with the right spelling
+    return value  # a choice that is given as a number is refused later by the node, whose message shows the right spelling
 
 
 def _whole(value):

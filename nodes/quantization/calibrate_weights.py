@@ -87,8 +87,8 @@ class IECCalibrateWeights(CheckedNode):
                 io.Model.Output(tooltip="The quantized model."),
                 io.String.Output(
                     display_name="layers",
-                    tooltip="With weight_bits mixed, a table in Markdown: the error and the chosen bits of each layer. "
-                    "Layers with the largest error at equal bytes come first.",
+                    tooltip="With weight_bits mixed, a table in Markdown: the error and the chosen bits of each layer. The "
+                    "layers come first for which full precision removes the most squared error per additional byte.",
                 ),
             ],
         )

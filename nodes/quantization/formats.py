@@ -72,7 +72,10 @@ def format_inputs(weight_bits="8", mixed=False):
 
     weight_bits: the default of that input. mixed: whether "mixed" is one of its choices.
     """
-    tip = "8, 4: symmetric integers with one scale per output channel. fp8: float8 e4m3 with one scale per layer."
+    tip = (
+        "8, 4: integers with one scale per output channel, or per group with group_size; with 4, group_size and 8-bit "
+        "activations, each weight has one of sixteen unevenly spaced values. fp8: float8 e4m3 with one scale per layer."
+    )
     of_mixed = (
         " mixed: each layer gets 4 bits or 8 bits or stays unquantized, depending on its error and the budget. Start with "
         "mixed if you can wait for it."
@@ -94,8 +97,8 @@ def format_inputs(weight_bits="8", mixed=False):
         io.Boolean.Input(
             "keep_sensitive_layers",
             default=True,
-            tooltip="Leave the embeddings of timestep and label, the first and the last layer unquantized. Leave it on: it "
-            "costs little memory.",
+            tooltip="Leave these layers unquantized: the embeddings of timestep and label, the first and the last of the other "
+            "layers, and a transformer's final layer. Leave it on: it costs little memory.",
         ),
         io.Combo.Input(
             "group_size",

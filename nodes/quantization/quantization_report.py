@@ -21,9 +21,9 @@ class IECQuantizationReport(CheckedNode):
             node_id="IECQuantizationReport",
             display_name="Quantization Report (IEC)",
             category="advanced/model/IEC",
-            description="Compares every quantized layer with full precision on your prompts. Gives a table and a plot of the "
-            "layers, the largest prediction error at equal bytes first, and suggests which layers to leave unquantized under a "
-            "budget of size or error.",
+            description="Compares every quantized layer with full precision on your prompts. Gives a table and a plot, in "
+            "which the layers come first for which full precision removes the most squared error per additional byte. Suggests "
+            "which layers to leave unquantized under a budget of size or error.",
             search_aliases=["sqnr", "quantization error", "layer sensitivity", "sensitive layers", "mixed precision"],
             is_output_node=True,
             inputs=[
@@ -64,7 +64,9 @@ class IECQuantizationReport(CheckedNode):
             ],
             outputs=[
                 io.String.Output(
-                    display_name="table", tooltip="Markdown table, one row per layer; the largest error at equal bytes first."
+                    display_name="table",
+                    tooltip="Markdown table, one row per layer. The layers come first for which full precision removes the "
+                    "most squared error per additional byte.",
                 ),
                 io.Image.Output(
                     display_name="plot",

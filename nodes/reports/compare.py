@@ -25,8 +25,8 @@ class IECJoinReports(CheckedNode):
             node_id="IECJoinReports",
             display_name="Join Reports (IEC)",
             category="sampling/IEC",
-            description="Puts the reports of up to eight runs into one list, in order, for Compare Runs (IEC) and the plots. "
-            "For more runs, chain several of these nodes.",
+            description="Puts the reports of up to eight inputs into one list, in order, for Compare Runs (IEC) and the plots. "
+            "For more inputs, chain several of these nodes.",
             search_aliases=["merge reports", "combine reports", "concatenate reports"],
             inputs=[
                 Report.Input(

@@ -129,7 +129,8 @@ def run_steps(report):
 
 def _looks(pairs):
     """Return (colour, line style, marker) for each (label, correction). Colour and marker show the label, the line style the
-    correction. No two are alike for up to 7 labels, or up to 4 corrections for each of the 7 markers.
+    correction. With a single label the colour shows the correction; with more than 4 corrections the marker depends on the
+    correction too. No two are alike for up to 7 labels with up to 28 corrections, or up to 49 labels with up to 4 corrections.
     """
     labels = list(dict.fromkeys(label for label, _ in pairs))
     corrections = sorted(dict.fromkeys(correction for _, correction in pairs), key=lambda name: name != "none")
@@ -317,9 +318,10 @@ def pareto(runs, front, reference, cost):
 
 
 def layer_errors(errors, left):
-    """Draw the prediction error that each layer causes alone, the largest at equal bytes first; uint8 [H, W, 3].
+    """Draw the prediction error that each layer causes alone; uint8 [H, W, 3].
 
-    errors: LayerErrors. left: names of the layers that are suggested to stay in full precision. At most 60 layers are drawn.
+    The layers come first for which full precision removes the most squared error per additional byte. errors: LayerErrors.
+    left: names of the layers that are suggested to stay in full precision. At most 60 layers are drawn.
     """
     shown = ranked(errors)[:60]
     figure = _figure(1.3 + 0.17 * len(shown))
@@ -338,9 +340,10 @@ def layer_errors(errors, left):
     most = max([*costs, 10 * least])
     axes.set_xlim(least, most * (most / least) ** 0.15)  # leaves room for the numbers
     axes.set_xlabel("prediction error by this layer alone")
-    title = f"{len(shown)} of {len(errors)} quantized layers, what costs most at equal bytes first"
+    title = f"{len(shown)} of {len(errors)} quantized layers; first those where full precision removes\n"
+    title += "the most squared error per additional byte"
     if left:
-        title += f"\norange, hatched: suggested to leave out ({len(left)} in all, {sum(is_left)} of these here)"
+        title += f"\norange, hatched: suggested to stay unquantized ({len(left)} in all, {sum(is_left)} of them shown here)"
     figure.suptitle(title, fontsize=10)
     axes.set_axisbelow(True)
     axes.grid(axis="x", alpha=0.3)

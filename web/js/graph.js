@@ -70,8 +70,9 @@ const KSAMPLERS = ["KSampler", "KSamplerAdvanced", "IECKSampler"];
 const CUSTOM_SAMPLERS = ["SamplerCustom", "SamplerCustomAdvanced"];
 
 /**
- * Return whether a node's effect is known: true for the host's nodes and the pack's. Other nodes, and nodes of the frontend alone
- * (Set and Get nodes, subgraphs), may pass on anything; a switch passes on one of several inputs, a merge the first.
+ * Return whether a node's effect is known. It is known for the host's nodes and the pack's, except a switch, which passes on one
+ * of several inputs, and other nodes with several wired MODELs. Of these a merge counts as known: it passes on its first. Other
+ * packs' nodes, and nodes of the frontend alone (Set and Get nodes, subgraphs), may pass on anything.
  */
 function isKnown(node) {
   const module = node.constructor?.nodeData?.python_module ?? "";
@@ -98,7 +99,7 @@ function samplersAfter(node) {
       const next = here.graph.getNodeById(link?.target_id);
       if (next?.mode === MUTED || seen.has(next)) continue;
       if (!next || !(next.mode === BYPASSED || next.type === "Reroute" || isKnown(next))) return undefined;
-      if (!isFirstOfType(next.inputs[link.target_slot], next)) continue; // such as a merge's second, only its weights
+      if (!isFirstOfType(next.inputs[link.target_slot], next)) continue; // a merge uses only its second's weights
       seen.add(next);
       const isSampler = next.mode !== BYPASSED && [...KSAMPLERS, ...CUSTOM_SAMPLERS].includes(next.comfyClass);
       (isSampler ? samplers : queue).push(next);

@@ -1,7 +1,7 @@
 // The frontend extension: on each IEC sampler node, the steps that it will correct and what its last run did.
 //
 // The server computes the steps (POST /iec/step_plan), so that only one place parses correction_steps. The events iec.step and
-// iec.run report a run's progress; nodes/host/events.py documents their contents.
+// iec.run report a run's progress; nodes/host/correction/progress_events.py documents their contents.
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
@@ -134,8 +134,9 @@ class Strip {
   }
 
   /**
-   * Return whether the last run had other step settings than the current ones. Compared are the settings at its start, which the
-   * page has stored, and the run's reported correction, because the settings may have changed while the run was queued.
+   * Return whether the last run had other step settings than the current ones. The current settings are compared with the
+   * settings at the run's start, which the page has stored, and with the correction that the run reported, because the settings
+   * may have changed while the run was queued.
    */
   isOther() {
     const { run, answer, now } = this;
@@ -236,8 +237,9 @@ const ids = new WeakMap(); // tab: {from, to}, the original id of its workflow, 
 let [tabBefore, idBefore] = []; // at the previous look
 
 /**
- * Give the open workflow a unique id; otherwise its runs would be shown in other workflows. A workflow in API form has no id, and
- * a copy in another tab has the same id. The frontend may lose the id when it shows another tab, so it is set again.
+ * Give the open workflow a unique id; otherwise its runs would be shown in other workflows. All workflows in API form have the
+ * same id, NO_ID, and a copy in another tab has the id of its original. The frontend may lose the id when it shows another tab,
+ * so it is set again.
  */
 function nameApart(graph) {
   if (graph?.id === NO_ID) graph.id = LiteGraph.uuidv4(); // immediately, because it may be queued before the next look
@@ -272,7 +274,10 @@ function lookAtAll() {
   }
 }
 
-/** Remove a strip whose node is gone. After an undo, Nodes 2.0 still shows its element for the node that replaces it. */
+/**
+ * Remove a strip whose node is gone. After an undo, Nodes 2.0 shows the removed strip's element on the new node that replaces the
+ * removed one; the new node's element is put there instead.
+ */
 function remove(strip) {
   strips.delete(strip);
   const { element } = strip.view;

@@ -64,7 +64,7 @@ function settingsOf({ steps, correction, full }) {
   return [plural(steps, "step"), correction, full && `${full.length} in full`].filter(Boolean).join(", ");
 }
 
-/** Return how many corrections are evaluated in full like a full step, in words; "" without a cache. */
+/** Return how many corrections are evaluated in full like a full step, in words; "" without a cache or added evaluations. */
 export function fullCorrectionsOf({ full, full_corrections, evaluations, nfe }) {
   return full && nfe > evaluations ? `${full_corrections} of ${plural(nfe - evaluations, "correction")} also in full` : "";
 }
@@ -76,7 +76,7 @@ export function textOf(corrected, steps) {
 }
 
 export class StepView {
-  /** onToggle(step): a cell was clicked. onKeep(isKept): the box was ticked. onHeight(): the view's height has changed. */
+  /** onToggle(step): a cell was clicked. onKeep(isKept): the box was ticked or unticked. onHeight(): the height has changed. */
   constructor({ onToggle, onKeep, onHeight }) {
     if (!document.getElementById("iec-style")) {
       const style = make("style", "", STYLE);
@@ -118,7 +118,8 @@ export class StepView {
   }
 
   /**
-   * Draw the plan and the last run. plan: the steps, undefined if they are not known. lines: its cost. message: a sentence.
+   * Draw the plan and the last run. plan: the steps, undefined if they are not known. lines: its cost, its full steps with a
+   * cache, and what `auto` chose. message: a sentence.
    * isRefused: whether the message is a refusal. fixed: why no step can be chosen by a click. run: the last run, from the events,
    * or undefined. isKept: whether the run is saved with the workflow. isOther: whether the run had other settings.
    */
@@ -157,7 +158,7 @@ export class StepView {
     const [isCorrected, isFull, canBe, isOpen] = lists.map((list) => new Set(list));
     for (const [step, cell] of [...this.cells.children].entries()) {
       const whether = isCorrected.has(step) ? "corrected" : "not corrected";
-      const words = [`step ${step}`, isOpen.has(step) ? "corrected or not, by the model" : whether];
+      const words = [`step ${step}`, isOpen.has(step) ? "corrected or not, depending on the model" : whether];
       if (full) words.push(isFull.has(step) ? "in full" : "cached");
       cell.classList.toggle("corrected", isCorrected.has(step));
       cell.classList.toggle("open", isOpen.has(step));

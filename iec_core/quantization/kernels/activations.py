@@ -27,8 +27,9 @@ def largest_interpreted(x, axis):
 
 
 def largest_kernel(x_ptr, largest_ptr, size, blocks, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
-    """Raise largest, int32 [items], to the bits of the largest magnitude in each item of x, float [items, size].
+    """Raise each number of `largest`, int32 [items], to the bits of the largest magnitude in its item of x, if they are higher.
 
+    x: float [items, size].
     As integers, the bits of nonnegative floats have the same order as the floats, with infinity and then NaN above all others.
     """
     item = tl.program_id(0) // blocks
@@ -43,7 +44,7 @@ def quantize_kernel(
     pixels, all_pixels, channels, blocks_c, item_stride, pixel_stride, channel_stride, scale_step,
     LARGEST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Write out, int8 [all_pixels, channels], and its scales, float32 [items]. Each item has `pixels` pixels.
+    """Store the tensor `out`, int8 [all_pixels, channels], and its scales, float32 [items]. Each item has `pixels` pixels.
 
     x: float, read by its strides. There are two cases. Either `given`, float32 of one number, is the scale: then the scales
     must already have this value, and the kernel sets those of items with non-finite values to NaN. Or `largest` has the output

@@ -75,8 +75,9 @@ def compiles(device: torch.device) -> bool:
             reason = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
     if reason:
         logger.warning(
-            f"On {device}, convolutions with 8-bit activations are computed in the model's own type, from their "
-            f"8-bit weights: as small, but not faster. Triton's int8 kernels cannot be used: {reason}."
+            f"On {device}, convolutions with 8-bit activations are computed in the model's own type, from dequantized "
+            "weights. The stored weights stay small, but these convolutions are not faster than unquantized ones. Triton's "
+            f"int8 kernels cannot be used: {reason}."
         )
     return not reason
 
@@ -92,7 +93,7 @@ def _why_not(device: torch.device) -> str:
 
 
 def _computes(device: torch.device) -> bool:
-    """Return whether each kernel computes a small convolution correctly, whose result is known."""
+    """Return whether the kernels compute correctly a small convolution whose result is known."""
     x = torch.full((1, 32, 4, 4), 1.0, dtype=torch.float16, device=device)
     weight = torch.full((32, 3, 3, 32), 2, dtype=torch.int8, device=device)
     ones, same = torch.ones(32, device=device), ((1, 1), (1, 1), (1, 1))

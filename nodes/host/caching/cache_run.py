@@ -23,7 +23,7 @@ class CacheSettings:
     """The settings of a cache.
 
     interval, branch: as in DeepCache. schedule: a CacheSchedule. start, end: only steps at sigmas between these (start
-    inclusive, end exclusive) are cached. forecast: one of iec_core.caching.FORECASTS. correction_pass: one of
+    inclusive, end exclusive) are cached. forecast: one of `feature_cache.FORECASTS`. correction_pass: one of
     CORRECTION_PASSES.
     """
 
@@ -124,7 +124,10 @@ class CacheRun:
         self._schedule, self._full = schedule, self.full_steps(schedule.sigmas)
 
     def _begin_full_step(self, step, position):
-        """Begin a step that is evaluated in full. From now on no feature from before this step is reused."""
+        """Begin a step that is evaluated in full. From now on an entry without a feature since this step is evaluated in full.
+
+        A forecast still uses older kept features of an entry that has one since this step.
+        """
         self._full_step, self._since = step, position
         self.features.begin(position)
 

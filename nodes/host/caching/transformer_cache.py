@@ -1,8 +1,8 @@
 """Caching in the host's diffusion transformers, through the block replacements that they offer.
 
-Branch b runs the b + 1 outermost blocks at each end. A full evaluation keeps the residual that the blocks between add to their
-input, and a cached evaluation adds this residual instead of running them. If a transformer has two kinds of blocks that pass on
-different tensors, such as the double and single blocks of Flux, each kind has its own residual.
+Branch b runs the b + 1 outermost blocks at each end. A full evaluation keeps the residual that the blocks between these two
+ends add to their input, and a cached evaluation adds this residual instead of running these blocks. If a transformer has two
+kinds of blocks that pass on different tensors, such as the double and single blocks of Flux, each kind has its own residual.
 """
 
 import inspect

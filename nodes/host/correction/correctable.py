@@ -13,7 +13,10 @@ SOME_SIGMAS = (8.0, 5.0, 3.0, 1.5, 0.5, 0.0)  # an example, to see how a sampler
 def refusal(name):
     """Return why a sampler, by its name in the host's list, cannot be corrected; None if no reason is known."""
     if "cfg_pp" in name:
-        return f"{name} uses the unguided prediction of its last evaluation, which with a correction belongs to another latent"
+        return (
+            f"{name} uses the unguided prediction of its last evaluation, and after a correction that evaluation was at "
+            "another latent"
+        )
     if name in ("dpm_adaptive", "dpm_adaptive_function"):
         return (
             "dpm_adaptive chooses its steps by its own error estimate, so the steps are not known in advance, and the estimate "
@@ -32,7 +35,8 @@ def resolved(settings, plan, full, other_cache=""):
     """
     if not settings.is_auto:
         return settings, ""
-    choice = choose(Situation(tuple(plan.sigmas), plan.known_ends, plan.why_no_end, plan.noise, full, other_cache))
+    sigmas, iterations = tuple(plan.sigmas), settings.max_iterations
+    choice = choose(Situation(sigmas, plan.known_ends, plan.why_no_end, plan.noise, full, other_cache, iterations))
     return settings.with_choice(choice), choice.why
 
 
@@ -48,12 +52,12 @@ def check_sampler(name, settings, of="sampler"):
     if settings.is_ahead and name in comfy.samplers.KSampler.SAMPLERS:
         try:
             check_known_ends(name, settings, plan_by_name(name, SOME_SIGMAS), of)
-        except CannotRehearse:  # the run will raise an error that says so
+        except CannotRehearse:  # the run will raise an error that says why its steps cannot be corrected
             return
 
 
 def check_known_ends(name, settings, plan, of="sampler"):
-    """Raise ValueError if steps are to be corrected `ahead`, but by its RunPlan the sampler has no step that can be.
+    """Raise ValueError if the settings correct steps `ahead`, but the sampler's RunPlan shows that none can be corrected so.
 
     of: the input that names the sampler, for the message.
     """

@@ -191,7 +191,7 @@ class CorrectedDenoiser(CountedDenoiser):
         self._warn()
 
     def _warn(self):
-        """Add the bias of the corrections to the report, with a warning if it is too large, and log the report's warnings.
+        """Add the bias of the corrections to the report, with the `bias_warning` if there is one, and log all its warnings.
 
         Then add the warning about lost patches, which is already in the log.
         """

@@ -32,8 +32,8 @@ APPLIED_TWICE = (
 class CorrectedSampler(comfy.samplers.KSAMPLER):
     """A host SAMPLER whose steps are corrected.
 
-    Both its `sample` and its sampler function correct, because another pack's SAMPLER may contain it and call only the
-    function.
+    Steps are corrected whether `sample` or only the sampler function is called, because another pack's SAMPLER may contain this
+    one and call only the function.
     """
 
     def __init__(self, sampler, settings, begin_report):
@@ -132,8 +132,9 @@ class CorrectedFunction:
         """Return (RunPlan, ""), or (None, reason) if the run has no plan and needs none.
 
         A run has no plan if it has no step, or if its steps are not known and none must be corrected. reason: why `auto`
-        corrects nothing, otherwise "". rehearsal(): returns the Rehearsal over these sigmas. It is not called if nothing can be
-        corrected, because it takes a moment, and another pack's sampler function may do more than sampling.
+        corrects nothing, otherwise "". rehearsal(): returns the Rehearsal over these sigmas. If nothing can be corrected,
+        it is called only for a sampler of the host whose evaluations the table in `stock_samplers` does not give, because it
+        takes a moment, and another pack's sampler function may do more than sampling.
 
         Raises ValueError if steps must be corrected but are not known.
         """

@@ -160,7 +160,7 @@ def _chosen(settings, sampler_name, schedules, full):
     corrected, some = frozenset.intersection(*steps), frozenset.union(*steps)
     sentence, *others = sentences
     if others:
-        each = " ".join(f"With those of {', '.join(names)}: {why}" for why, names in sentences.items())
+        each = " ".join(f"With the noise levels of {', '.join(names)}: {why}" for why, names in sentences.items())
         sentence = f"What auto corrects depends on the model's noise levels, and is known when it runs. {each}"
     return max(chosen, key=lambda one: one.is_ahead), corrected, some - corrected, sentence
 

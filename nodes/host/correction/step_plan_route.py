@@ -15,9 +15,9 @@ ROUTE = "/iec/step_plan"
 
 
 def _mended(correction, **question):
-    """Return the step plan of a refused run with only those of its correction_steps that exist.
+    """Return the step plan of a refused run, without the steps in its correction_steps that the run does not have.
 
-    A client can offer these steps. Return {} if the run is refused for another reason too.
+    A client can offer the other steps. Return {} if the run is refused for another reason too.
     """
     try:
         steps = step_plan({**correction, "correction_steps": "none"}, **question)["steps"]

@@ -21,8 +21,8 @@ _layers = weakref.WeakKeyDictionary()  # {network: (reference to a run's sigmas,
 def calibrate_activations(model, runs, timestep_wise, search):
     """Return the ActivationScales of a quantized MODEL, from Runs with it. Scales that the MODEL already has are ignored.
 
-    timestep_wise: whether each step gets its own scales. search: whether to search the scales of least squared error, for which
-    all runs are done twice.
+    timestep_wise: whether each step gets its own scales. search: whether to search for the scales of least squared error; all
+    runs are then done twice.
 
     Raises ValueError if the MODEL has no quantized activations.
     """
@@ -134,7 +134,7 @@ class _Observed:
         self._statistics = self._sigmas = None
 
     def observing(self, model, what):
-        """Return a clone of the MODEL whose layer inputs are added to the statistics, by their method `what`, in its runs."""
+        """Return a clone of the MODEL. Its runs add the inputs of the layers to the statistics, by the method named `what`."""
 
         def watch(transformer_options):
             if not self._locate(transformer_options):

@@ -156,7 +156,8 @@ def _without_memory(operations, most):
                     raise ValueError("its network would have more layers than the file has weights")
                 super().__init__(*args, **{**kwargs, "device": "meta"})
 
-            def _load_from_state_dict(self, *args):  # with its own method the host creates weights at once
+            # Because this class overrides the method, the host creates the weights in the constructor, not only when it loads.
+            def _load_from_state_dict(self, *args):
                 super()._load_from_state_dict(*args)
 
         return WithoutMemory

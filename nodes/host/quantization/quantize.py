@@ -249,7 +249,7 @@ def _without_enlarged(model, layers, names):
 
 
 def source_of(quantized, full_precision):
-    """Return a clone of the source of a quantized MODEL that loads the quantized MODEL together with itself.
+    """Return a clone of the MODEL that a quantized MODEL was made from. The host loads the quantized MODEL together with it.
 
     full_precision: the source. Raises ValueError if it is None, or not the MODEL that the quantized one was made from.
     """

@@ -499,7 +499,7 @@ def quantized_class(layer):
 
 
 def class_for(layer):
-    """Return the quantized class for a layer with this geometry, None if there is none."""
+    """Return the quantized class for the type and geometry of a layer, None if there is none."""
     if isinstance(layer, torch.nn.Linear):
         return QuantizedLinear
     plain = isinstance(layer, torch.nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros"

@@ -28,7 +28,8 @@ def quantization_of(model):
 
 
 class _PatchesBeside:
-    """A mixin for a ModelPatcher that puts patches on quantized layers into their branches; LoRAs keep their own factors.
+    """A mixin for a ModelPatcher. It adds the patches of a quantized layer to that layer's low-rank branch; a LoRA keeps its
+    own factors.
 
     Patches of hooks are kept next to the weights, which are not changed.
     """
@@ -173,8 +174,8 @@ def network_state(base):
 
 def _refuse_saving(*_, **__):
     raise ValueError(
-        "model: this MODEL is quantized, and nothing could open a file that ComfyUI's own nodes write of it; save it with Save "
-        "Quantized Model (IEC)."
+        "model: this MODEL is quantized, and ComfyUI's own save nodes would write a file that nothing can open; save it with "
+        "Save Quantized Model (IEC)."
     )
 
 

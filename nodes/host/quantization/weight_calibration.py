@@ -206,8 +206,8 @@ def _check_seen(layers):
     missed = [layer.name for layer in layers if not layer.packing.format.calibrated]
     if len(missed) == len(layers):
         raise ValueError(
-            "model: none of its layers ran in the calibration; another node, such as one that compiles, runs copies of them, "
-            "or include names only layers that do not run: put that node after this one, or include other layers."
+            "model: none of its layers ran in the calibration. If another node, such as one that compiles, runs copies of "
+            "them, put that node after this one. If include names only layers that do not run, name other layers there."
         )
     if missed:
         some = ", ".join(missed[:8]) + (", …" if len(missed) > 8 else "")

@@ -182,7 +182,10 @@ class _StandIn:
 
 
 def _guidance_patches(model_options):
-    """Return how many functions get the parts of the guided prediction. A sampler that adds such a function uses a part."""
+    """Return the number of functions that get the conditional and the unconditional prediction after guidance.
+
+    A sampler that adds one (sampler_post_cfg_function) uses such a prediction.
+    """
     return len((model_options or {}).get("sampler_post_cfg_function", []))
 
 
@@ -256,8 +259,8 @@ def _play(function, model, like, sigmas, extra_args, options, look, latent, pred
 def _own_evaluations(record, begins):
     """Return for each step the number of its own evaluation: the one whose prediction the step uses.
 
-    A sampler calls back right after this evaluation, before it evaluates anything else for the step. But if a second evaluation
-    at the same sigma follows (predict, evaluate, correct, evaluate), the step uses the second one.
+    A sampler calls back right after the first evaluation of a step, which is usually the step's own. If further evaluations at
+    the same sigma follow (predict, evaluate, correct, evaluate), the last of them is the step's own.
     """
     own = []
     for number, end in zip(begins, [*begins[1:], len(record.evaluations)]):
@@ -357,9 +360,11 @@ def rehearse(function, model, like, sigmas, extra_args, options, can_draw, look=
     """Return the Rehearsal of a sampler function of the host over `sigmas` (n + 1, on the CPU).
 
     model: the host's denoiser, which is not evaluated. like: the latent of the run. extra_args, options: as the host passes
-    them to the function. can_draw: whether the run can draw a step's noise ahead. If it cannot, and for a deterministic step
-    of any order, the step is treated as a first-order (Euler) step of the probability-flow equation. look(): called in every
-    evaluation; if it raises the host's InterruptProcessingException, that exception is passed on.
+    them to the function. can_draw: whether the run can draw a step's noise ahead. look(): called in every evaluation; if it
+    raises the host's InterruptProcessingException, that exception is passed on.
+
+    A step whose noise cannot be drawn ahead is treated as a first-order (Euler) step of the probability-flow equation. So is a
+    deterministic step, unless one prediction alone determines it with other coefficients.
 
     Raises CannotRehearse if the function fails on the stand-in, chooses its steps by its latent, or does not take them one
     after the other; BadSchedule if no sampler can take these steps.

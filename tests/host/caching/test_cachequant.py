@@ -122,6 +122,8 @@ def test_corrections_are_fitted_to_another_schedule(host, calibrate, features, m
     node = host.nodes["IECCalibrateCacheQuant"]
     assert [node.validate_inputs(schedule=text) for text in ("dps", "uniform", "power:3,1.4")] == [True] * 3
     assert node.validate_inputs(schedule="best").startswith("schedule: 'best' is not a known form; write dps, uniform")
+    wrong = "schedule: 'power:3,0.5' has a power below 1; write 1 or more (the paper uses 1.2 to 1.6)."
+    assert node.validate_inputs(schedule="power:3,0.5") == wrong
 
 
 def test_calibrated_is_nearer_to_full_precision(host, calibrate, sample, model, relative):

@@ -43,6 +43,15 @@ def test_euler_is_corrected_ahead_at_no_cost(sample, model, name, point):
     assert reports[0].as_dict()["choice"] == reports[0].choice
 
 
+def test_further_iterations_are_counted_in_the_sentence(sample, model):
+    reports = []
+    sample(
+        model, reports, sampler_name="euler", steps=12, scheduler="karras", **{**AUTO, "tolerance": 0.0, "max_iterations": 3}
+    )
+    assert reports[0].nfe == 12 + 2 * 11
+    assert reports[0].choice.endswith("own evaluation and at most 2 more.")
+
+
 def of_one_formula(model):
     """Return a clone of the MODEL whose denoised prediction is a formula, for tests that do not depend on the network."""
     model = model.clone()

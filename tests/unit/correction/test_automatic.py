@@ -54,6 +54,13 @@ def test_nothing_is_corrected_where_nothing_was_measured_to_help(situation, reas
     assert why.startswith("auto corrects nothing: ") and reason in why and why.endswith(".")
 
 
+@pytest.mark.parametrize(("iterations", "cost"), [(1, ", at no extra cost."), (3, " and at most 2 more.")])
+def test_the_sentence_says_what_a_corrected_step_costs(iterations, cost):
+    run = {"sigmas": sigmas_of(12), "known_ends": frozenset(range(11)), "max_iterations": iterations}
+    assert choose(Situation(**run)).why == f"auto corrects 11 of 12 steps, each with the next step's own evaluation{cost}"
+    assert choose(Situation(**run, full=frozenset({0, 6}))).why.endswith(f"in full, each with that evaluation{cost}")
+
+
 def test_settings_take_the_choice_and_keep_the_rest():
     settings = CorrectionSettings.parse("auto", 0.4, 2, 1e-3, "next", "contractive")
     assert settings.is_auto and not settings.is_off and settings.summary() == "auto contractive lambda 0.4 K 2"

@@ -819,11 +819,21 @@ def test_somebody_elses_files_are_refused(path, tmp_path):
     assert refusal(tmp_path / "none") == "it cannot be opened (No such file or directory)"  # without its path
 
 
+def test_a_header_larger_than_its_file_is_refused_with_the_limit_of_this_file(path):
+    raw = save(path).read_bytes()
+    path.write_bytes(with_length(raw, len(raw)))
+    assert refusal(path).endswith(
+        f"(its header would have {len(raw)} of its {len(raw)} bytes, but can have 2 to {len(raw) - 8})"
+    )
+    path.write_bytes(raw[:9])
+    assert refusal(path).endswith(" of its 9 bytes, but a file of this size has no header)")
+
+
 def test_a_header_larger_than_any_networks_is_not_parsed(path, monkeypatch):
     save(path)
     for module in (quantized_file, safetensors_header):
         monkeypatch.setattr(module, "LARGEST_HEADER", 1000)
-    assert re.search(NO_FILE, refusal(path))
+    assert re.search(NO_FILE, refusal(path)) and refusal(path).endswith("but can have 2 to 1000)")
     with pytest.raises(ValueError, match=r"^model: it has too many layers for a file of this kind"):
         save(path)
 
