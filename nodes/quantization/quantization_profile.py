@@ -38,7 +38,8 @@ class IECCalibrateQuantization(CheckedNode):
                     default="timestep-wise",
                     optional=True,
                     tooltip="timestep-wise: one scale for each layer and step, interpolated between steps. static: one scale "
-                    "for each layer, for all steps. Start with timestep-wise, whose error is smaller.",
+                    "for each layer, for all steps. Start with timestep-wise; with 4-bit weights static was no worse where "
+                    "measured.",
                 ),
                 io.Combo.Input(
                     "activation_scale",
