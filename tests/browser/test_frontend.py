@@ -66,7 +66,9 @@ def test_apt_installs_a_browser_where_there_is_none(monkeypatch, tmp_path, root)
 
 
 def test_two_processes_do_not_install_it_at_once(monkeypatch):
-    """The replacement fails if it is called while it runs, like apt-get; once it is done, both processes find the browser."""
+    """Two threads stand in for the processes. The function that replaces the installation by apt fails if it is called while it
+    is still running, as apt-get does; afterwards both threads find the browser.
+    """
     monkeypatch.delenv("CHROMIUM", raising=False)
     running, there, calls = threading.Lock(), [], []
 

@@ -366,7 +366,9 @@ def test_linked_correction_steps_cannot_be_clicked(frontend, strip):
 
 
 def test_a_busy_server_is_asked_again_and_the_plan_before_is_marked(frontend, strip):
-    """The server is busy with another page's question, because it makes one plan per client."""
+    """The page's requests get a busy answer (429) and then a refusal (400), both from the test; while the server is busy, the
+    previous plan stays and is marked.
+    """
     frontend.open_api(workflow(steps=4))
     strip.wait("4 → 6 evaluations")
     busy = {"unknown": "Another step plan is being made; ask again when it is there."}

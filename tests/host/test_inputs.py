@@ -181,7 +181,9 @@ def test_wrong_numbers_over_links_end_in_a_sentence(shared_server, ours):
 
 
 def test_a_value_is_found_behind_a_node_that_is_of_no_form(host):
-    """Some hosts also run the nodes that do not lead to such a node."""
+    """A malformed node in a prompt must not stop the check of the others, because some hosts run the nodes that do not depend
+    on it.
+    """
     node = host.nodes["IECKSampler"]
     prompt = {
         "odd": {"class_type": "IECKSampler", "inputs": None}, "other": 3,

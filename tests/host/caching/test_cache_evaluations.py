@@ -506,8 +506,9 @@ def test_cache_and_report_number_the_steps_of_a_sampler_that_spaces_its_own_alik
 
 
 def test_a_sampler_that_samples_in_parts_has_each_part_cached_as_reported(host, cached, draw, model):
-    """With the steps that IEC reports, each part counts its own steps. The steps after the cache's end (sigmas 0.9 and 0.4) are
-    full.
+    """The IEC sampler numbers the steps of each part from 0, and the cache uses these numbers.
+
+    The steps after the cache's end (sigmas 0.9 and 0.4) are full.
     """
     import comfy.samplers
 
@@ -614,8 +615,9 @@ def test_nfe_leaves_out_what_a_function_around_the_model_answers(sample, model):
 
 @pytest.mark.parametrize(("other", "is_refused"), [("iec_activation_scales", True), ("another cache", False), (None, False)])
 def test_our_own_wrapper_is_no_other_node_that_leaves_out_blocks(draw, cached, flux, monkeypatch, other, is_refused):
-    """A transformer that ignores block replacements is refused, unless another pack may be the cause. other: None: a
-    function.
+    """A transformer that ignores block replacements is refused, unless another pack may be the cause.
+
+    other: the key of an additional wrapper; None: a function around the model is set instead.
     """
     from comfy.patcher_extension import WrappersMP
 

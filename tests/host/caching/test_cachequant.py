@@ -339,8 +339,8 @@ def test_another_quantization_is_refused(host, profile_of, sample, model, quanti
 
 
 def test_the_full_steps_are_told(host, profile_folder, sample, model, conditioning):
-    """The full steps are given as text that other nodes take. With a correction of these steps, a sampler takes exactly as many
-    additional evaluations.
+    """The full steps are given as text for other nodes. With this text as correction_steps, a sampler corrects exactly these
+    steps.
     """
     inputs = {
         "positive": conditioning[0], "negative": conditioning[1], "latent_image": {"samples": torch.zeros(2, 3, 8, 8)},

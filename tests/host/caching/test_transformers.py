@@ -500,8 +500,11 @@ def test_calibrated_residuals(host, sample, models, cached, relative, name, stre
 
 
 @pytest.mark.parametrize("sampler", ["heun", "dpm_2", "dpmpp_2m"])
-def test_samplers_with_several_evaluations_a_step(sample, models, cached, restated, relative, sampler):
-    """Heun's second evaluation is at the next step's sigma and counts as the next step's; dpm_2's is between the two sigmas."""
+def test_samplers_other_than_euler(sample, models, cached, restated, relative, sampler):
+    """Heun's second evaluation is at the next step's sigma and counts as the next step's; dpm_2's is between the two sigmas.
+
+    dpmpp_2m evaluates once per step, but uses earlier predictions.
+    """
     result = sample("Flux", cached(models("Flux"), 1), sampler=sampler)
     assert relative(result, restated("Flux", 1, sampler=sampler)) < 1e-5
     assert relative(result, sample("Flux", models("Flux"), sampler=sampler)) > 1e-4
@@ -622,8 +625,8 @@ def control_net(host):
 
 @pytest.mark.parametrize(("name", "branch"), [("Flux", 0), ("Flux", 1), ("Flux", 2), ("SD3", 0), ("SD3", 1)])
 def test_control_reaches_the_blocks_that_are_run(sample, models, cached, restated, control_net, relative, name, branch):
-    """For the other blocks, the kept residual includes what was added at the full step. Flux's is for the first part of the
-    picture.
+    """For the other blocks, the kept residual includes what was added at the full step. Flux's ControlNet residuals cover
+    only the first part of the picture.
     """
     control, added = control_for(name, (20, 32) if name == "Flux" else (35, 128), 7)
     net = control_net(control)
@@ -889,7 +892,9 @@ CAST_TO_A_WEIGHT = {"Hunyuan3D 2.1": "t_embedder.mlp.0"}
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_quantized(sample, models, plain, rounded, relative, name):
-    """Every family's Linear and Conv2d layers can be quantized. One step runs them all."""
+    """Every family's Linear and Conv2d layers can be quantized, except those of families in CAST_TO_A_WEIGHT, whose first
+    evaluation is refused. One step runs all layers.
+    """
     model = models(name)
     if name in CAST_TO_A_WEIGHT:
         quantized = rounded(model)[0]

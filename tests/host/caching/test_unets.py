@@ -621,7 +621,10 @@ def test_patches_see_what_they_see_without_the_cache(models, draw, cached, name,
 
 
 def test_patch_behind_the_middle_block_is_refused(models, draw, cached):
-    """SUPIR's patches of later blocks use what this one has left: without it they would silently use another step's."""
+    """SUPIR's patches of later blocks use the result of its patch after the middle block.
+
+    A cached step skips that patch, and the later patches would silently use another step's result.
+    """
     model = cached(models("SD 1.5"))
     model.set_model_patch(lambda arguments: arguments, "middle_block_after_patch")
     with pytest.raises(ValueError, match=r"^model: .* SUPIR"):

@@ -137,7 +137,9 @@ def test_evaluations_are_the_stock_runs_in_its_order(undamped, name, model_type)
 @pytest.mark.fast
 @pytest.mark.parametrize("cache", [None, {"interval": 2, "branch": 0}, {"interval": 3, "branch": 1, "forecast": "linear"}])
 def test_with_no_damping_a_run_is_the_stock_run(host, undamped, advanced, model, conditioning, cache):
-    """The built-in model runs with guidance, and with a cache, which is given the same steps as in the stock run."""
+    """The small random U-Net runs with guidance, without a cache and with two caches, which are given the same steps as in the
+    stock run.
+    """
     cached = model if cache is None else host.run("IECDeepCache", model=model, **cache)[0]
     guider = host.run("CFGGuider", model=cached, positive=conditioning[0], negative=conditioning[1], cfg=2.0)[0]
     assert torch.equal(advanced(guider, undamped("euler"), steps=7), advanced(guider, "euler", steps=7))

@@ -52,7 +52,7 @@ def of_one_formula(model):
 
 @pytest.mark.filterwarnings("ignore:Should have t")
 def test_every_other_sampler_is_the_stock_sampler(host, sample, model, conditioning):
-    """This includes samplers that any other value refuses: dpm_adaptive, and those with cfg_pp."""
+    """This includes samplers that every value of correction_steps except auto and none refuses: dpm_adaptive, those with cfg_pp."""
     import comfy.samplers
 
     names = [name for name in comfy.samplers.KSampler.SAMPLERS if name not in (*CORRECTED, "ar_video")]

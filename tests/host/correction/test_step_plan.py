@@ -243,7 +243,7 @@ def test_plan_is_what_ksampler_advanced_does(plans, host, model, conditioning, c
 @pytest.mark.fast
 @pytest.mark.parametrize("name", ["euler", "dpm_2"])
 def test_plan_is_what_a_custom_sampler_does(plans, host, advanced, model, conditioning, count_evaluations, name):
-    """KSampler has one step more for dpm_2, which BasicScheduler does not have."""
+    """For dpm_2, KSampler computes a schedule with one more step and drops its last sigma but one; BasicScheduler does not."""
     counted, calls = count_evaluations(model)
     guider = host.run("BasicGuider", model=counted, conditioning=conditioning[0])[0]
     advanced(guider, name, steps=5, scheduler="karras", denoise=0.5)

@@ -102,8 +102,8 @@ def paper_trajectory(eps, corrected, lambda_, iterations, evaluation_point="pape
 CORRECTED = {"all": set(range(STEPS)), "ends:1/10": {0, STEPS - 1}}
 
 
-# Damping and iterations are independent in the formula, and some steps are corrected like all others: each damping and each
-# number of iterations is tested with either set of steps, and so are most pairs of both.
+# In the formula, damping and number of iterations are independent, and a corrected step is the same in either set of steps. So
+# each damping and each number of iterations is tested with both sets, and six of their nine combinations are tested.
 SETTINGS = [("all", 0.3, 1), ("all", 0.5, 2), ("all", 0.7, 3)]
 SETTINGS += [("ends:1/10", 0.3, 3), ("ends:1/10", 0.5, 1), ("ends:1/10", 0.7, 2)]
 

@@ -303,8 +303,8 @@ OF_FACTORS = {"a LoRA", "of no alpha", "of some rows", "of strength 0"}
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_patch_is_as_the_host_calculates_it(quantize, monkeypatch, kind):
-    """Each kind is tested alone and together with a LoRA, with a branch that takes any rank and the rest after the first
-    directions.
+    """Each kind is tested alone and together with a LoRA. Here the branch accepts any rank, and no change is stored in the
+    integers alone.
     """
     import comfy.lora
 

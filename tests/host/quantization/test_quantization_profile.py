@@ -471,9 +471,9 @@ def compiled(source):
 def test_a_compiled_model_is_calibrated_and_reported_as_it_is_without(
     host, quantize, calibrate, apply, report, inputs, monkeypatch
 ):
-    """The model is compiled before the calibration, after a run; and after the calibration.
+    """One model is compiled and run before it is calibrated; a calibrated model is compiled afterwards.
 
-    The network is small, because each of these compiles it again.
+    The network is small, because each of these steps compiles it again.
     """
     import comfy.ldm.modules.attention as attention
     from test_unets import OTHERS, build, conditioning

@@ -167,7 +167,9 @@ def test_loras_reach_a_loaded_model(model, sample, quantize, save, load):
 
 
 def test_a_cache_profile_goes_with_the_loaded_model(host, model, sample, quantize, save, load, conditioning):
-    """By the fingerprint and the name, a profile is refused for another model and for another quantization."""
+    """The profile gives the same result on the loaded model; it is refused for a file of the same model in another
+    quantization.
+    """
     quantized = quantize(model, weight_bits="4")
     settings = {"steps": 4, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal"}
     profile = host.run(
@@ -368,8 +370,8 @@ def test_marks_tell_the_host_how_a_model_is_sampled(host):
         assert config.sampling_settings == settings
 
 
-def test_weights_are_not_made_twice(network, model, quantize, save, load, monkeypatch):
-    """This also holds if the host makes weights only when it loads them."""
+def test_weights_are_kept_if_the_host_makes_them_late(network, model, quantize, save, load, monkeypatch):
+    """On a host that makes weights only when it loads them, saving and loading keep the weights."""
     management = pytest.importorskip("comfy.memory_management", reason="this host always makes weights at once")
     for source in (network("SD3"), model):
         quantized = quantize(source)

@@ -135,7 +135,8 @@ class Unread(ToyGuider):
 
 
 def test_loop_reads_nothing_back_at_one_iteration(host):
-    """On torch's meta device nothing can be read: a run with one iteration reaches its end, a run with two does not.
+    """On torch's meta device nothing can be read: with one iteration a run makes all its evaluations before it fails; with two
+    it fails after the first correction.
 
     The schedule stays on the CPU, which dpmpp_2m supports.
     """

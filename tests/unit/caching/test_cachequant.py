@@ -248,7 +248,9 @@ def test_another_schedule_of_the_same_ends_is_told_apart():
 
 
 def test_a_schedule_at_the_edge_of_rounding_is_refused_in_words():
-    """The tolerance is relative to the run's sigma; by the calibrated one, which is larger, this sigma would be the same."""
+    """The tolerance is relative to the run's sigma. Relative to the larger calibrated sigma, this difference would still be
+    within the tolerance.
+    """
     sigmas = profile().sigmas.tolist()
     sigmas[3] -= 0.9995e-3 * sigmas[3] + 1e-4
     with pytest.raises(ProfileError, match="and its step 3 begins"):
