@@ -405,7 +405,7 @@ RUN = {"steps": 3, "corrected": [], "iterated": {}, "warnings": [], "nfe": 3, "s
     [{}, True, {"steps": 3, "iterated": None}, {"steps": 10**6, "corrected": [], "warnings": []}, {**RUN, "source": "5"}],
     ids=["empty", "true", "null", "huge", "of the node that this is a copy of"],
 )
-def test_kept_run_of_another_form_or_node_is_none(frontend, strip, kept):
+def test_malformed_or_foreign_kept_runs_are_ignored(frontend, strip, kept):
     frontend.open_api(workflow(steps=4))
     strip.wait("4 → 6 evaluations")
     saved = frontend.page.evaluate("() => app.graph.serialize()")
@@ -676,7 +676,7 @@ def test_run_of_a_workflow_in_api_form_is_shown_when_its_tab_is_opened_again(fro
 
 
 @pytest.mark.usefixtures("spoils_page")
-def test_a_frontend_that_tells_no_tabs_shows_runs(frontend, strip):
+def test_runs_are_shown_if_the_frontend_does_not_identify_tabs(frontend, strip):
     frontend.page.evaluate("() => { app.extensionManager = undefined; }")
     frontend.open_api(workflow(steps=5), "no tab")
     strip.wait("5 → 7 evaluations")

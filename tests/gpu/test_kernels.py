@@ -85,7 +85,7 @@ def test_sums_are_exact_and_scaled(shape, out_channels, kernel, geometry, channe
 
 
 @pytest.mark.parametrize("channels", [320, 640, 100, 4])
-def test_every_tile_and_every_share_of_the_walk_computes_the_same(channels):
+def test_every_tile_and_split_of_the_reduction_loop_is_exact(channels):
     x, weight, *_ = make((2, channels, 24, 24), 320, 3, torch.float16)
     expected = reference_sums(x, dynamic_scale(x), weight, SAME)
     properties = torch.cuda.get_device_properties(0)

@@ -191,14 +191,14 @@ def leaving_out(names):
 
 
 @pytest.mark.parametrize("name", ["uuids", "cond_or_uncond", "sigmas", "sample_sigmas"])
-def test_what_another_pack_leaves_out_is_known_otherwise(draw, cached, network, name):
+def test_one_missing_option_does_not_change_a_cached_run(draw, cached, network, name):
     model, start = network
     expected = draw(cached(model), start)
     assert torch.equal(draw(cached(with_function(model, leaving_out([name]))), start), expected)
 
 
 @pytest.mark.parametrize("names", [("uuids", "cond_or_uncond"), ("iec_deepcache",)])
-def test_in_full_where_it_is_not_known_and_told_once(draw, cached, network, caplog, names):
+def test_without_required_options_steps_are_full_with_one_warning(draw, cached, network, caplog, names):
     caching = pack_module("nodes.host.caching.cache_run")
     caching.warn_once.cache_clear()
     model, start = network
@@ -454,7 +454,7 @@ def test_the_hosts_cache_is_refused_in_either_order(host, draw, cached, network,
 
 @pytest.mark.parametrize("is_behind", [True, False])
 @pytest.mark.parametrize("left_out", [{1, 2, 4}, {0, 1, 2, 4}])
-def test_a_cache_that_leaves_out_the_network_is_let_do_so(draw, cached, network, left_out, is_behind):
+def test_another_cache_may_skip_the_network(draw, cached, network, left_out, is_behind):
     """If the other cache leaves out all cached steps, DeepCache has nothing to do."""
     from comfy.patcher_extension import WrappersMP
 
@@ -482,7 +482,7 @@ def test_a_cache_that_leaves_out_the_network_is_let_do_so(draw, cached, network,
 IEC = {"lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0}
 
 
-def test_cache_and_report_number_the_steps_of_a_sampler_that_spaces_its_own_alike(sample, cached, model):
+def test_cache_and_report_number_dpm_fast_steps_equally(sample, cached, model):
     """dpm_fast takes 5 steps when 12 are requested; the cache ends after 60% of the noise levels."""
     from comfy.patcher_extension import WrappersMP
 
@@ -564,7 +564,7 @@ def test_windows_that_move_do_not_pile_up(draw, cached, network):
     assert len(slots) == STEPS and len(set(slots)) == len(set(names)) == 1
 
 
-def test_what_an_iec_sampler_tells_begins_an_evaluation_where_the_host_tells_none(host, draw, cached, network):
+def test_without_the_run_plan_iec_options_mark_the_evaluations(host, draw, cached, network):
     """A guider that calls the network directly lacks the evaluation numbers of the run's plan."""
     model, start = network
     told = host.run("IECApply", model=cached(model), correction_steps="none", **IEC)[0]
@@ -591,7 +591,7 @@ def others(kind, key):
         ({"transformer_options": {"wrappers": {"apply_model": {"removed": []}}}}, False, False),
     ],
 )
-def test_who_takes_part_in_an_evaluation_is_known_by_one_rule(host, model_options, replaced, expected):
+def test_one_rule_decides_whether_other_packs_take_part(host, model_options, replaced, expected):
     calls, network = pack_module("nodes.host.sampling.network_calls"), torch.nn.Linear(2, 2)
     if replaced:
         network.forward = network.forward
@@ -601,7 +601,7 @@ def test_who_takes_part_in_an_evaluation_is_known_by_one_rule(host, model_option
     assert (calls.NetworkCalls().watch(extra_args, network) is not extra_args) is expected
 
 
-def test_nfe_leaves_out_what_a_function_around_the_model_answers(sample, model):
+def test_nfe_excludes_evaluations_answered_by_a_model_function(sample, model):
     times, reports = [], []
 
     def every_other(apply_model, arguments):
@@ -614,7 +614,9 @@ def test_nfe_leaves_out_what_a_function_around_the_model_answers(sample, model):
 
 
 @pytest.mark.parametrize(("other", "is_refused"), [("iec_activation_scales", True), ("another cache", False), (None, False)])
-def test_our_own_wrapper_is_no_other_node_that_leaves_out_blocks(draw, cached, flux, monkeypatch, other, is_refused):
+def test_ignored_block_replacements_are_refused_unless_another_pack_takes_part(
+    draw, cached, flux, monkeypatch, other, is_refused
+):
     """A transformer that ignores block replacements is refused, unless another pack may be the cause.
 
     other: the key of an additional wrapper; None: a function around the model is set instead.

@@ -357,7 +357,7 @@ def test_the_full_steps_are_told(host, profile_folder, sample, model, conditioni
 
 
 @pytest.mark.parametrize("leftover", ["enable", "disable"])
-def test_another_schedule_is_refused_and_a_part_is_not(host, profile_of, sample, model, leftover):
+def test_profile_accepts_part_of_its_schedule_but_no_other(host, profile_of, sample, model, leftover):
     cached = host.run("IECCacheQuant", model=model, profile=profile_of())[0]
     with pytest.raises(ValueError, match=r"^profile: it was calibrated for 6 steps of euler on normal from sigma"):
         sample(cached, steps=STEPS, scheduler="karras")

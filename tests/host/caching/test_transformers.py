@@ -473,7 +473,7 @@ def test_skip_connections_of_a_cached_step_are_its_own(sample, models, cached, n
 
 @pytest.mark.parametrize(("forecast", "degree"), [("linear", 1), ("auto", None)])
 @pytest.mark.parametrize("name", ["Flux", "Wan"])
-def test_carried_forward(sample, models, cached, restated, relative, name, forecast, degree):
+def test_forecasts_equal_the_cache_restated(sample, models, cached, restated, relative, name, forecast, degree):
     result = sample(name, cached(models(name), schedule="steps:1,4", forecast=forecast))
     assert relative(result, restated(name, 0, full={0, 1, 4}, degree=degree)) < 1e-5
     assert relative(result, restated(name, 0, full={0, 1, 4})) > 1e-4

@@ -147,7 +147,7 @@ def test_with_no_damping_a_run_is_the_stock_run(host, undamped, advanced, model,
     assert torch.equal(advanced(half, undamped("ddim"), steps=7, denoise=0.5), advanced(half, "ddim", steps=7, denoise=0.5))
 
 
-def test_evaluations_say_whose_they_are(ahead):
+def test_ahead_evaluations_have_step_iteration_and_sigma(ahead):
     guider, sigmas = Listener("EPS", network=bent), sigmas_of(5)
     run(ahead("euler", max_iterations=2)[0], guider, sigmas)
     at = sigmas.tolist()
@@ -203,7 +203,7 @@ def test_an_item_that_falls_back_has_the_stock_run(ahead):
     assert torch.equal(result[1], expected[1]) and not torch.equal(result[0], expected[0])
 
 
-def test_what_is_not_finite_is_told_of_the_step_whose_prediction_it_is(ahead):
+def test_nan_evaluated_ahead_is_reported_for_the_step_it_belongs_to(ahead):
     class Broken(ToyGuider):
         def denoised(self, x, sigma):
             return super().denoised(x, sigma) * (math.nan if len(self.calls) == 4 else 1.0)

@@ -52,7 +52,7 @@ def of_one_formula(model):
 
 @pytest.mark.filterwarnings("ignore:Should have t")
 def test_every_other_sampler_is_the_stock_sampler(host, sample, model, conditioning):
-    """This includes samplers that every value of correction_steps except auto and none refuses: dpm_adaptive, those with cfg_pp."""
+    """Every value of correction_steps except auto and none refuses some of these: dpm_adaptive, and those with cfg_pp."""
     import comfy.samplers
 
     names = [name for name in comfy.samplers.KSampler.SAMPLERS if name not in (*CORRECTED, "ar_video")]
@@ -99,7 +99,7 @@ def reports_of(sample, model, name):
 @pytest.mark.parametrize(
     "cache", [{"interval": 3}, {"interval": 3, "forecast": "linear"}, {"interval": 2, "schedule": "steps:2,3"}]
 )
-def test_behind_a_cache_the_step_before_each_full_one_is(host, sample, model, cache):
+def test_after_a_cache_the_step_before_each_full_step_is_corrected(host, sample, model, cache):
     cached = host.run("IECDeepCache", model=model, **{"interval": 3, "branch": 0, **cache})[0]
     reports = []
     run = {"steps": 12, "scheduler": "karras"}

@@ -48,7 +48,7 @@ def test_the_share_of_a_step_is_by_how_much_its_result_moved(sample, model):
     ("sampler", "scheduler", "steps"),
     [("euler", "karras", "all"), ("euler", "simple", "ends:1/10"), ("dpmpp_2m", "normal", "ends:1/10")],
 )
-def test_a_large_estimate_is_what_the_result_moves_by_to_a_factor_of_two(sample, model, sampler, scheduler, steps):
+def test_moved_is_right_within_a_factor_of_two(sample, model, sampler, scheduler, steps):
     about, found = {"sampler_name": sampler, "scheduler": scheduler, "steps": 20}, []
     stock = sample(model, **about)
     moved = sample(model, found, evaluation_point="paper", correction_steps=steps, **about) - stock

@@ -263,7 +263,7 @@ def test_nothing_stays_behind(host, model, quantized, sample, probe, monkeypatch
     assert len(switched) == 3
 
 
-def test_steps_between_get_the_suggestion_before_them(model, probe):
+def test_unmeasured_steps_take_the_previous_suggested_lambda(model, probe):
     found, lambdas, plot = probe(linear(model), cfg=1.0, steps=5, every=2)
     assert [step["step"] for step in found["steps"]] == [0, 2, 4]
     first, second, last = (f"{step['lambda']:g}" for step in found["steps"])

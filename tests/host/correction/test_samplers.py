@@ -434,7 +434,7 @@ def test_guidance_plus_plus_is_known_by_what_it_does(host):
     assert not guider.calls
 
 
-def test_a_step_that_is_told_after_its_further_evaluations_is_refused(host):
+def test_a_callback_after_a_second_evaluation_is_refused(host):
     import comfy.samplers
 
     def sample_late(model, x, sigmas, extra_args=None, callback=None, disable=None):
@@ -518,7 +518,7 @@ def test_noise_that_is_no_multiple_of_the_draw_is_left_out(host):
 
 @pytest.mark.filterwarnings("ignore:Should have t")
 @pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde_gpu"])
-def test_noise_ahead_is_as_the_latent_is_and_the_same_each_time(host, name):
+def test_noise_drawn_ahead_has_the_latents_dtype_and_is_constant(host, name):
     """The noise drawn ahead has the latent's dtype and is the same each time.
 
     A Brownian path's values depend on the dtype and device of the sigmas that it gets, and the rehearsal's sigmas are on the

@@ -131,7 +131,7 @@ def test_full_is_the_steps_that_the_cache_evaluates_in_full(plans, host, sample,
 
 
 @pytest.mark.parametrize("first", ["IECApply", "IECDeepCache", "IECSampler"])
-def test_full_of_the_other_nodes_is_that_of_the_cache_too(host, advanced, model, conditioning, first):
+def test_full_in_apply_iec_and_iec_sampler_follows_the_cache(host, advanced, model, conditioning, first):
     """This holds with Apply IEC before and after the cache, and around a SAMPLER."""
     correction = {"correction_steps": "full", "lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0}
     cache, sampler = {"interval": 3, "branch": 0}, "euler"
@@ -154,7 +154,7 @@ def test_full_of_the_other_nodes_is_that_of_the_cache_too(host, advanced, model,
     ("name", "scheduler", "differs"),
     [("euler", "simple", False), ("euler", "kl_optimal", True), ("euler_ancestral", "simple", True)],
 )
-def test_auto_is_told_where_no_model_has_another(plans, host, sample, model, name, scheduler, differs):
+def test_plan_of_auto_has_only_choices_common_to_both_models(plans, host, sample, model, name, scheduler, differs):
     """`auto` runs on a model with SD 1.5's noise levels and on a flow model; steps that differ are not promised."""
     flow = host.run("IECLoadBuiltinModel", precision="float32", architecture="transformer")[0]
     auto, run = {"correction_steps": "auto"}, {"steps": 20, "sampler_name": name, "scheduler": scheduler}
@@ -171,7 +171,7 @@ def test_auto_is_told_where_no_model_has_another(plans, host, sample, model, nam
 
 
 @pytest.mark.fast
-def test_what_goes_by_the_noise_levels_of_the_model_is_not_told(plans):
+def test_plan_omits_what_depends_on_the_models_noise_levels(plans):
     """This applies to the cached part of a schedule, and to schedules with as many steps as the model has noise levels."""
     part = {"interval": 3, "start_percent": 0.3}
     assert plans.step_plan({"correction_steps": "all"}, sampling(steps=20, scheduler="karras"), part)["full"] is None
@@ -347,7 +347,7 @@ def test_a_client_has_one_plan_at_a_time_and_short_questions(route, monkeypatch)
     assert long == (400, {"unknown": "question: it is longer than 16 KB."}) and bytes_[0] == 400
 
 
-def test_what_is_only_not_known_is_no_refusal(route):
+def test_an_unknown_plan_is_not_an_error(route):
     question = {"correction": {"correction_steps": "none"}, "sampling": sampling("dpm_adaptive")}
     assert "not known in advance" in route._answer(question)["unknown"]
     question["correction"] = {"correction_steps": "all"}

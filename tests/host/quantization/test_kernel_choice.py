@@ -103,7 +103,7 @@ def test_the_faster_way_serves(layers, clock, make, name, kind, rotated):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", SHAPES)
-def test_what_is_asked_for_serves_whatever_it_takes(clock, make, name, dtype):
+def test_requested_backend_is_used_without_timing(clock, make, name, dtype):
     x = inputs(name, dtype)
     layer = make(name, dtype=dtype, compute="dequantized")
     tolerance = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}[dtype]
@@ -129,7 +129,7 @@ def test_layers_of_a_kind_are_timed_once(clock, make):
     assert len(clock.asked) == 8
 
 
-def test_sizes_that_come_in_turn_are_remembered(layers, clock, make, monkeypatch):
+def test_choices_for_alternating_sizes_are_remembered(layers, clock, make, monkeypatch):
     layer, sizes = make(), (3, 6, 12)
     outputs = [layer(inputs(LINEAR, rows=rows)) for rows in sizes]
     monkeypatch.setattr(layers, "TIMES", None)
@@ -144,7 +144,7 @@ def test_no_more_sizes_are_remembered_than_come_in_turn(layers, make):
     assert len(layer._chosen) <= layers.REMEMBERED
 
 
-def test_what_could_not_be_found_out_is_found_out_later(layers, clock, make):
+def test_timing_that_was_not_possible_is_done_later(layers, clock, make):
     """Timing is not possible while a graph is captured, or when memory is short."""
     clock.free, clock.eight = False, 5.0
     layer, x = make(), inputs(LINEAR)
@@ -196,7 +196,7 @@ def test_a_way_that_fails_is_passed_by(layers, clock, make, monkeypatch):
     torch.testing.assert_close(compiled(x), layer(x))
 
 
-def test_derivatives_are_of_what_serves(layers, clock, make):
+def test_gradient_mode_computes_with_the_chosen_backend(layers, clock, make):
     x = inputs(LINEAR)
     for eight in (2.0, 5.0):
         clock.eight, layer = eight, make(dtype=torch.float32, rotated=eight == 5.0)  # another kind, which is timed again
@@ -297,7 +297,7 @@ def test_a_copy_has_views_of_its_own(layers, make):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_layer_in_its_place_is_what_the_host_would_cast(layers, make, monkeypatch, name):
+def test_skipping_the_hosts_cast_does_not_change_the_output(layers, make, monkeypatch, name):
     layer, x = make(name), inputs(name)
     in_place = layer(x)
     monkeypatch.setattr(layers._QuantizedLayer, "_is_in_place", lambda *_: False)
@@ -305,7 +305,7 @@ def test_a_layer_in_its_place_is_what_the_host_would_cast(layers, make, monkeypa
 
 
 @pytest.mark.parametrize("what", ["weight function", "bias function", "bias of another type"])
-def test_what_the_host_has_to_cast_is_left_to_it(layers, make, monkeypatch, what):
+def test_functions_and_other_bias_dtypes_use_the_hosts_cast(layers, make, monkeypatch, what):
     import comfy.ops
 
     layer, x, calls = make(), inputs(LINEAR), []

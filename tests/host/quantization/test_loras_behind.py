@@ -327,7 +327,7 @@ def test_every_kind_of_patch_is_as_the_host_calculates_it(quantize, monkeypatch,
 
 
 @pytest.mark.parametrize("kind", ["a difference", "of magnitudes"])
-def test_hooks_that_take_turns_are_found_out_once(quantize, monkeypatch, kind):
+def test_changes_of_alternating_hooks_are_computed_once(quantize, monkeypatch, kind):
     """Two conditionings alternate like this in every step; the computed changes are dropped at the end of the run."""
     packing, calls = pack_module("iec_core.quantization.packing").Packing, []
     changed = packing.changed
@@ -349,7 +349,7 @@ def test_hooks_that_take_turns_are_found_out_once(quantize, monkeypatch, kind):
     base.detach()
 
 
-def test_a_lora_of_hooks_beside_another_behind_that_is_offloaded_is_found_out_once(quantize, monkeypatch, lora):
+def test_patches_of_an_offloaded_model_are_computed_once_despite_hooks(quantize, monkeypatch, lora):
     """The hooks' LoRA is put on and removed again; the LoRA of the MODEL is computed once nevertheless."""
     packing, calls = pack_module("iec_core.quantization.packing").Packing, []
     changed = packing.changed
@@ -503,7 +503,7 @@ def test_a_higher_rank_than_the_branch_takes_is_as_near_as_it_can_be(quantize, m
     assert (found - expected).norm() < 0.02 * expected.norm()  # two of eight directions are lost, 1/100 in size
 
 
-def test_what_another_pack_lays_on_weights_is_computed_with_unrounded(quantize, lora):
+def test_weight_wrappers_get_the_unrounded_patched_weight(quantize, lora):
     """These are ComfyUI's weight wrappers, together with a LoRA, also one of hooks."""
     base, key = quantize(), f"diffusion_model.{LINEAR}.weight"
     patched = with_lora(base, lora())
@@ -522,7 +522,7 @@ def test_what_another_pack_lays_on_weights_is_computed_with_unrounded(quantize, 
         assert (found.double() - expected).norm() < 1e-4 * expected.norm()
 
 
-def test_a_copy_of_a_patched_layer_has_none_of_what_lies_on_it(quantize, lora):
+def test_a_copied_layer_has_no_hooks_or_patches(quantize, lora):
     base = quantize()
     patched, layer = with_lora(base, lora()), layer_of(base, LINEAR)
     patched.load(CPU, lowvram_model_memory=1)

@@ -237,7 +237,7 @@ def test_samplers_of_several_evaluations_a_step(calibrate, progress_of, sampler_
     assert told == [2 * 2 + 4 + 2 + 2 * 4, *[1] * (len(told) - 1)] and len(told) == 1 + told[0]
 
 
-def test_numbers_that_are_none_are_refused(model, calibrate):
+def test_nan_predictions_are_refused(model, calibrate):
     """The NaN values are in the prediction with one layer quantized; a patch that detects this layer's hooks makes them."""
     broken = model.clone()
     layer = broken.model.diffusion_model.get_submodule("middle_block.1.proj_in")

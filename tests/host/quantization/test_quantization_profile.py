@@ -722,7 +722,7 @@ def test_a_size_that_the_quantized_layers_do_not_fit_is_refused(quantize, report
         report(quantize(), budget="size", size_mb=0.5)
 
 
-def test_report_refuses_numbers_that_are_none(quantize, report):
+def test_report_refuses_nan(quantize, report):
     """The values are NaN. A layer's rounding to integers hides them from the layers after it."""
     broken = quantize().clone()
     broken.set_model_output_block_patch(lambda h, hsp, options: (h * float("nan"), hsp))

@@ -214,7 +214,7 @@ NONE, AT_ONE = ({**SETTINGS, "correction_steps": steps} for steps in ("none", "s
 
 
 @pytest.mark.parametrize("settings", [NONE, AT_ONE])
-def test_a_sampler_that_divides_by_a_step_of_no_width_is_not_told_as_the_networks(host, settings):
+def test_nan_from_a_zero_width_step_is_reported_for_sigmas(host, settings):
     """dpmpp_2m divides by the width of its last step in log sigma; the stock run is NaN too."""
     import comfy.samplers
 
@@ -226,7 +226,7 @@ def test_a_sampler_that_divides_by_a_step_of_no_width_is_not_told_as_the_network
     assert all(guider.denoised(torch.ones(1, 1), torch.ones(1)).isfinite())
 
 
-def test_whose_doing_nan_is(host):
+def test_nan_errors_name_the_input_that_caused_them(host):
     import comfy.samplers
 
     def sample_dividing(model, x, sigmas, extra_args=None, callback=None, disable=None):
@@ -253,7 +253,7 @@ def test_whose_doing_nan_is(host):
             run(host.run("IECSampler", sampler=euler, **settings)[0], ToyGuider("EPS"), sigmas.clone().fill_(float("nan")))
 
 
-def test_a_schedule_that_goes_on_after_zero_is_not_told_as_the_samplers(host):
+def test_a_schedule_that_continues_after_zero_is_reported_for_sigmas(host):
     import comfy.samplers
 
     sampler, sigmas = comfy.samplers.sampler_object("euler"), torch.tensor([6.0, 2.0, 0.0, 0.0])

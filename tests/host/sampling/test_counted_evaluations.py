@@ -41,7 +41,7 @@ def seen(model):
 @pytest.mark.fast
 @pytest.mark.parametrize("node", ["EasyCache", "LazyCache"])
 @pytest.mark.parametrize("point", ["paper", "next", "ahead"])
-def test_corrections_are_the_networks_and_nfe_is_what_it_ran(host, sample, model, seen, node, point):
+def test_corrections_run_the_network_and_nfe_counts_its_runs(host, sample, model, seen, node, point):
     model, calls = seen(host.run(node, model=model, **CACHE)[0])
     reports = []
     sample(model, reports, steps=STEPS, evaluation_point=point, **IEC)

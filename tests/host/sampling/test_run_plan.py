@@ -135,7 +135,7 @@ def test_what_may_change_the_number_of_evaluations_is_not_in_the_table(host, mod
     assert (module("stock_samplers").evaluations_of(function, options, sigmas) is not None) == is_known
 
 
-def test_a_rehearsal_has_as_many_items_whatever_is_drawn_and_the_factors_of_the_formula(host, module, monkeypatch):
+def test_rehearsal_batch_size_is_constant_and_noise_factors_are_exact(host, module, monkeypatch):
     """euler_ancestral: sigma_up = min(s', sqrt(s'^2 (s^2 - s'^2) / s^2)), in each of 60 steps."""
     rehearsal, sizes = module("rehearsal"), []
     play = rehearsal._play

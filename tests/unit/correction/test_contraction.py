@@ -162,7 +162,7 @@ def test_a_function_of_no_derivative_is_refused():
         pass
 
 
-def test_rounding_between_has_a_derivative_that_no_difference_agrees_with():
+def test_straight_through_rounding_uses_forward_mode():
     """With a straight-through estimate, forward-mode products are consistent, so that finite differences are not used."""
 
     def rounding(x):
