@@ -184,7 +184,7 @@ def test_zero_terminal_snr_is_not_hurt(host, as_added, builtin_model, scheduler)
 
 
 @pytest.mark.parametrize("node", ["EasyCache", "LazyCache"])
-def test_behind_the_hosts_own_cache_it_is_the_stock_sampler(host, sample, stock_sample, model, node):
+def test_after_the_hosts_own_cache_auto_is_the_stock_sampler(host, sample, stock_sample, model, node):
     """The host's cache decides during the run which evaluations it reuses."""
     settings = {"reuse_threshold": 0.3, "start_percent": 0.1, "end_percent": 0.9, "verbose": False}
     cached = host.run(node, model=model, **settings)[0]

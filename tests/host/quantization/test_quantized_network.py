@@ -90,7 +90,7 @@ def test_a_lora_that_is_rounded_away_is_warned_of_once(no_branch, quantize, mode
     assert share < 0.9 and f"({name}) keeps a share of {share:.2f}" in said and "before the node that quantizes" in said
 
 
-def test_a_lora_that_arrives_is_no_warning(quantize, model, sample, caplog):
+def test_a_lora_with_its_full_effect_gives_no_warning(quantize, model, sample, caplog):
     assert kept(model, 0.01, 127) > 0.9
     sample(with_lora(quantize(), model), **SMALL)
     sample(quantize(with_lora(model, model), weight_bits="4"), **SMALL)  # before quantization
@@ -98,7 +98,7 @@ def test_a_lora_that_arrives_is_no_warning(quantize, model, sample, caplog):
     assert warnings(caplog) == []
 
 
-def test_another_lora_is_warned_of_anew(no_branch, quantize, model, sample, caplog):
+def test_another_lora_gives_another_warning(no_branch, quantize, model, sample, caplog):
     quantized = quantize(weight_bits="fp8")
     for size in (0.01, 0.02):
         sample(with_lora(quantized, model, size), **SMALL)

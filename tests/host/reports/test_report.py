@@ -15,7 +15,7 @@ def model(small_model):
 
 
 @pytest.mark.fast
-def test_report_says_what_the_iteration_did(host):
+def test_report_agrees_with_the_iteration(host):
     """On a linear network, every number of the report is compared with the network's own inputs and the closed form."""
     import comfy.samplers
 
@@ -158,7 +158,7 @@ def test_loop_reads_nothing_back_at_one_iteration(host):
 
 @pytest.mark.parametrize("name", ["euler", "euler_ancestral", "heun", "lcm"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_reads_of_a_run_do_not_grow_with_its_corrections(host, name, masked):
+def test_corrections_read_nothing_more_from_the_device(host, name, masked):
     """The number of scalars read while the sampler runs is the same with every step corrected as with none."""
     import comfy.samplers
     from torch.utils._python_dispatch import TorchDispatchMode

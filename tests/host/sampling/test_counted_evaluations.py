@@ -70,7 +70,7 @@ def test_either_order_of_apply_iec_and_a_cache(host, stock_sample, model, seen, 
 
 
 @pytest.mark.parametrize("node", ["EasyCache", "LazyCache"])
-def test_without_a_correction_the_cache_does_what_it_does(host, sample, stock_sample, model, seen, node):
+def test_without_a_correction_the_cached_run_is_the_stock_run(host, sample, stock_sample, model, seen, node):
     cached, calls = seen(host.run(node, model=model, **CACHE)[0])
     reports = []
     assert torch.equal(sample(cached, reports, steps=STEPS), stock_sample(cached, steps=STEPS))

@@ -69,7 +69,7 @@ def exact(matrices, pairs=PAIRS):
 
 
 @pytest.mark.parametrize("method", [None, *METHODS])
-def test_norms_of_a_network_are_those_of_its_full_jacobian(method):
+def test_norms_of_a_network_equal_those_of_its_full_jacobian(method):
     network, x = Network(), point()
     with Linearization(network, x, method) as jacobian:
         found = spectral_norms(jacobian, x, PAIRS, iterations=200, tolerance=1e-3)
