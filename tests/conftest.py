@@ -61,7 +61,9 @@ def shared_server(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind(request):
-    """Check that no test leaves changes, because tests run in any order. Fixtures of more than one test begin before this.
+    """Check that no test leaves changes, because tests run in any order.
+
+    Fixtures that several tests share are set up before this check begins.
 
     On the shared server, the history is cleared: a prompt with NaN in it, which no browser reads as JSON, breaks every page.
     """

@@ -154,7 +154,7 @@ class Bench:
         return self.nodes["IECCacheQuant"].execute(model=model, profile=profile).result[0]
 
     def run(self, model, conditioning, side, **correction):
-        """Return a function that samples; correction: inputs of IECKSampler, without any the stock sampler runs."""
+        """Return a function that samples; correction: inputs of IECKSampler; if there are none, the stock sampler runs."""
         import nodes as stock
 
         inputs = (1, STEPS, CFG, "euler", "normal", conditioning, conditioning, _empty(model, side))
@@ -305,7 +305,9 @@ def together(bench):
 
 
 def correction(bench):
-    """The same runs by KSampler (IEC), which evaluates as often with auto and none, against the stock sampler."""
+    """The same runs by KSampler (IEC) with correction_steps none and auto, which take equally many evaluations, against the
+    stock sampler.
+    """
     for kind, side, _ in bench.size.networks[:2]:
         model, conditioning = random_model(kind)
         full = bench.run(model, conditioning, side)

@@ -28,7 +28,7 @@ def test_frontend_is_ready_with_the_pack_and_nothing_over_the_graph(frontend, vu
     assert page.locator("[data-node-id]").count() == int(vue_nodes)
 
 
-def test_what_fails_in_the_page_is_seen(frontend):
+def test_errors_in_the_page_are_recorded(frontend):
     frontend.page.evaluate("() => { console.error('told'); setTimeout(() => { throw new Error('thrown') }) }")
     for _ in range(100):  # a busy machine may report late
         if len(frontend.errors) < 2:
@@ -37,7 +37,7 @@ def test_what_fails_in_the_page_is_seen(frontend):
     frontend.errors.clear()
 
 
-def test_a_named_browser_that_is_none_is_refused(monkeypatch):
+def test_a_chromium_variable_that_names_no_program_is_refused(monkeypatch):
     monkeypatch.setenv("CHROMIUM", "/nowhere/chromium")
     with pytest.raises(RuntimeError, match="CHROMIUM names /nowhere/chromium, which is no program"):
         tool.chromium()
@@ -49,7 +49,7 @@ def program(path, script):
 
 
 @pytest.mark.parametrize("root", [True, False])
-def test_apt_installs_a_browser_where_there_is_none(monkeypatch, tmp_path, root):
+def test_apt_installs_a_browser_if_none_is_found(monkeypatch, tmp_path, root):
     """The commands are replaced by scripts that record their calls; apt-get's installs a chromium."""
     monkeypatch.delenv("CHROMIUM", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -66,7 +66,9 @@ def test_apt_installs_a_browser_where_there_is_none(monkeypatch, tmp_path, root)
 
 
 def test_two_processes_do_not_install_it_at_once(monkeypatch):
-    """The replacement fails if it is called while it runs, like apt-get; once it is done, both processes find the browser."""
+    """Two threads stand in for the processes. The function that replaces the installation by apt fails if it is called while it
+    is still running, as apt-get does; afterwards both threads find the browser.
+    """
     monkeypatch.delenv("CHROMIUM", raising=False)
     running, there, calls = threading.Lock(), [], []
 
@@ -87,7 +89,7 @@ def test_two_processes_do_not_install_it_at_once(monkeypatch):
     assert calls == ["apt-get"]
 
 
-def test_without_any_browser_one_sentence_says_so(monkeypatch):
+def test_without_any_browser_the_error_is_one_sentence(monkeypatch):
     monkeypatch.delenv("CHROMIUM", raising=False)
     for name in ("_on_path", "_install_by_apt", "_install_by_playwright"):
         monkeypatch.setattr(tool, name, lambda: None)

@@ -33,7 +33,7 @@ def help_of(frontend, node):
     return panel
 
 
-def test_nothing_of_a_help_page_is_cut_off(frontend):
+def test_no_part_of_a_help_page_is_cut_off(frontend):
     cut = {}
     for node in PAGES:
         panel = help_of(frontend, node)
@@ -43,7 +43,7 @@ def test_nothing_of_a_help_page_is_cut_off(frontend):
     assert len(cut) > 20 and {node: parts for node, parts in cut.items() if parts} == {}
 
 
-def test_what_is_wider_than_the_panel_is_seen(frontend):
+def test_content_wider_than_the_help_panel_is_detected(frontend):
     panel = help_of(frontend, "IECKSampler")
     wide = "<table><tr><td><code>a_name_that_is_much_too_long_for_the_panel_and_has_no_break</code></td></tr></table>"
     panel.evaluate("(panel, wide) => panel.insertAdjacentHTML('beforeend', wide)", wide)

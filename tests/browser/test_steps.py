@@ -190,7 +190,7 @@ def test_strip_follows_the_graph(frontend, strip):
         ("sampler_name", "dpm_adaptive", "dpm_adaptive chooses its steps by its own error estimate"),
     ],
 )
-def test_what_would_be_refused_is_said(frontend, strip, widget, value, sentence):
+def test_strip_shows_why_the_settings_would_be_refused(frontend, strip, widget, value, sentence):
     frontend.open_api(workflow())
     strip.wait("20 → 24 evaluations, +20 %")
     strip.set("IECKSampler", widget, value)
@@ -200,7 +200,7 @@ def test_what_would_be_refused_is_said(frontend, strip, widget, value, sentence)
     strip.wait("20 → 21 evaluations, +5 %")
 
 
-def test_auto_shows_what_it_chose_and_a_click_writes_it_down(frontend, strip):
+def test_strip_shows_the_choice_of_auto_and_a_click_writes_it_to_the_inputs(frontend, strip):
     frontend.open_api(workflow(steps=12, correction_steps="auto"))
     strip.wait("12 → 12 evaluations")
     strip.wait("auto corrects 3 of 12 steps")
@@ -236,7 +236,7 @@ def test_clicks_on_cells_choose_the_corrected_steps(frontend, strip):
 
 
 @both
-def test_steps_outside_the_run_are_mended_by_a_click(frontend, strip):
+def test_a_click_removes_steps_outside_the_run(frontend, strip):
     frontend.open_api(workflow(steps=20, correction_steps="steps:0,5,10,15"))
     strip.wait("20 → 24 evaluations")
     strip.show()
@@ -281,7 +281,7 @@ def into_subgraph(frontend, *classes):
     )
 
 
-def test_full_of_a_cache_outside_a_subgraph_is_told_when_it_runs(frontend, strip):
+def test_full_of_a_cache_outside_a_subgraph_is_shown_after_the_run(frontend, strip):
     frontend.open_api(workflow(correction_steps="full", steps=5))
     strip.wait("5 → 7 evaluations")
     into_subgraph(frontend, "IECKSampler")
@@ -308,7 +308,7 @@ def test_strip_is_not_cut_off(frontend, strip):
     assert missing() <= 0
 
 
-def test_step_that_cannot_be_corrected_is_no_button(frontend, strip):
+def test_steps_that_cannot_be_corrected_are_not_clickable(frontend, strip):
     frontend.open_api(workflow(steps=5, correction_steps="none", evaluation_point="next"))
     strip.wait("5 evaluations")
     cells = strip.page.locator(".iec-cell")
@@ -327,7 +327,7 @@ def test_strip_adds_nothing_to_the_prompt(frontend, strip):
 
 
 @pytest.mark.parametrize("sampler", ["IECKSampler", "IECApply", "IECSampler"])
-def test_chart_grows_while_the_run_goes_on(frontend, strip, sampler):
+def test_chart_grows_during_the_run(frontend, strip, sampler):
     frontend.open_api(workflow(sampler, steps=12, size=32, correction_steps="steps:0,3,6,9"))
     strip.wait("12 → 16 evaluations")
     strip.show()
@@ -365,8 +365,10 @@ def test_linked_correction_steps_cannot_be_clicked(frontend, strip):
     assert "over a link" in strip.page.locator(".iec-cell").first.get_attribute("title")
 
 
-def test_a_busy_server_is_asked_again_and_the_plan_before_is_marked(frontend, strip):
-    """The server is busy with another page's question, because it makes one plan per client."""
+def test_a_busy_server_is_asked_again_and_the_previous_plan_is_marked(frontend, strip):
+    """The page's requests get a busy answer (429) and then a refusal (400), both from the test; while the server is busy, the
+    previous plan stays and is marked.
+    """
     frontend.open_api(workflow(steps=4))
     strip.wait("4 → 6 evaluations")
     busy = {"unknown": "Another step plan is being made; ask again when it is ready."}
@@ -403,7 +405,7 @@ RUN = {"steps": 3, "corrected": [], "iterated": {}, "warnings": [], "nfe": 3, "s
     [{}, True, {"steps": 3, "iterated": None}, {"steps": 10**6, "corrected": [], "warnings": []}, {**RUN, "source": "5"}],
     ids=["empty", "true", "null", "huge", "of the node that this is a copy of"],
 )
-def test_kept_run_of_another_form_or_node_is_none(frontend, strip, kept):
+def test_malformed_or_foreign_kept_runs_are_ignored(frontend, strip, kept):
     frontend.open_api(workflow(steps=4))
     strip.wait("4 → 6 evaluations")
     saved = frontend.page.evaluate("() => app.graph.serialize()")
@@ -424,7 +426,7 @@ def test_interrupted_run_leaves_no_running_strip(frontend, strip):
     frontend.errors.clear()  # the frontend's own error about the interrupt
 
 
-def test_strip_of_another_workflow_is_forgotten(frontend, strip):
+def test_strips_of_another_workflow_are_dropped(frontend, strip):
     frontend.open_api(workflow(steps=5))
     strip.wait("5 → 7 evaluations")
     frontend.page.evaluate(
@@ -443,7 +445,7 @@ def test_strip_of_another_workflow_is_forgotten(frontend, strip):
 
 
 @both
-def test_guard_that_fired_is_said_on_the_node(frontend, strip):
+def test_a_step_that_fell_back_is_reported_on_the_node(frontend, strip):
     frontend.open_api(workflow(steps=4, correction_steps="all", lambda_=1.0, max_iterations=6))
     strip.wait("4 → 28 evaluations")
     strip.show()
@@ -457,7 +459,7 @@ def test_guard_that_fired_is_said_on_the_node(frontend, strip):
 
 
 @pytest.mark.parametrize("is_kept", [True, False])
-def test_last_run_is_saved_with_the_workflow_when_asked(frontend, strip, is_kept):
+def test_last_run_is_saved_with_the_workflow_on_request(frontend, strip, is_kept):
     frontend.open_api(workflow(steps=6))
     strip.wait("6 → 8 evaluations")
     strip.show()
@@ -475,7 +477,7 @@ def test_last_run_is_saved_with_the_workflow_when_asked(frontend, strip, is_kept
 
 
 @both
-def test_run_of_other_settings_is_marked(frontend, strip):
+def test_a_run_with_other_settings_is_marked(frontend, strip):
     """The mark is in the text and on the chart until the settings are the run's again; it also applies to a kept run."""
 
     def wait(*facts):
@@ -553,7 +555,7 @@ def test_run_in_a_subgraph_is_shown_there(frontend):
 
 
 @pytest.mark.parametrize("mode", [2, 4], ids=["muted", "bypassed"])
-def test_a_subgraph_that_does_not_run_is_told(frontend, strip, mode):
+def test_a_subgraph_that_does_not_run_is_reported(frontend, strip, mode):
     """If two nodes refer to one subgraph, it runs if one of them runs."""
     frontend.open_api(workflow(steps=5))
     strip.wait("5 → 7 evaluations")
@@ -573,7 +575,7 @@ def test_a_subgraph_that_does_not_run_is_told(frontend, strip, mode):
     strip.wait("The subgraph is muted or bypassed: the node does not run.")
 
 
-def test_cache_outside_a_subgraph_is_told_when_it_runs(frontend):
+def test_steps_of_a_cache_outside_a_subgraph_are_shown_after_the_run(frontend):
     strip = Strip(frontend)
     frontend.open_api(workflow(steps=5))
     strip.wait("5 → 7 evaluations")
@@ -674,7 +676,7 @@ def test_run_of_a_workflow_in_api_form_is_shown_when_its_tab_is_opened_again(fro
 
 
 @pytest.mark.usefixtures("spoils_page")
-def test_a_frontend_that_tells_no_tabs_shows_runs(frontend, strip):
+def test_runs_are_shown_if_the_frontend_does_not_identify_tabs(frontend, strip):
     frontend.page.evaluate("() => { app.extensionManager = undefined; }")
     frontend.open_api(workflow(steps=5), "no tab")
     strip.wait("5 → 7 evaluations")
@@ -835,7 +837,7 @@ CASES = {
 
 
 @pytest.mark.usefixtures("spoils_page")
-def test_strip_says_what_the_graph_tells_and_no_more(frontend, strip):
+def test_strip_shows_only_what_the_graph_determines(frontend, strip):
     """Nodes that may pass on anything, and nodes without an effect, are put between and after those of a run."""
     strip.page.evaluate(DEFINE)
     wrong = {}

@@ -30,7 +30,7 @@ def test_times_are_kept_for_the_card(tmp_path):
     assert torch.cuda.get_device_name() in card
 
 
-def test_while_a_graph_is_taken_known_times_serve_and_nothing_is_timed(tmp_path):
+def test_during_graph_capture_only_known_times_are_used(tmp_path):
     device, times = torch.device("cuda", torch.cuda.current_device()), KernelTimes(lambda: str(tmp_path / "kernel_times.json"))
     known = times.of(device, "product", 1, {"small": product(256)})
     graph, x = torch.cuda.CUDAGraph(), torch.zeros(8, device="cuda")

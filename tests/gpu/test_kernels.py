@@ -85,7 +85,7 @@ def test_sums_are_exact_and_scaled(shape, out_channels, kernel, geometry, channe
 
 
 @pytest.mark.parametrize("channels", [320, 640, 100, 4])
-def test_every_tile_and_every_share_of_the_walk_computes_the_same(channels):
+def test_every_tile_and_split_of_the_reduction_loop_is_exact(channels):
     x, weight, *_ = make((2, channels, 24, 24), 320, 3, torch.float16)
     expected = reference_sums(x, dynamic_scale(x), weight, SAME)
     properties = torch.cuda.get_device_properties(0)
@@ -108,7 +108,7 @@ def test_quantization_is_bit_exact(dtype):
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("given", [False, True])
-def test_few_rows_of_a_linear_layer(rows, given):
+def test_linear_layers_with_few_rows(rows, given):
     """The reduction loop of such a layer is shared."""
     x, weight, *_ = make((rows, 1280, 1, 1), 1280, 1, torch.float16)
     geometry = (1, 1), (0, 0), (1, 1)
@@ -118,7 +118,7 @@ def test_few_rows_of_a_linear_layer(rows, given):
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_what_is_not_finite_comes_out_as_nan(given):
+def test_nan_and_infinity_give_nan_outputs(given):
     x, weight, weight_scale, _ = make((4, 64, 33, 31), 32, 3, torch.float16)
     x[1, 3, 30, 5], x[2, 60, 0, 0] = torch.nan, -torch.inf
     out = conv2d_int8(x, given_scale() if given else None, False, weight, weight_scale, None, *SAME, torch.float16)

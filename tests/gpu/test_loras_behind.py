@@ -26,7 +26,7 @@ def random_lora(model):
 
 @pytest.mark.parametrize(("precision", "bits"), [("float16", ("4", "16")), ("bfloat16", ("fp8", "8")), ("float16", ("8", "8"))])
 @torch.inference_mode()
-def test_a_lora_behind_is_the_same_loaded_and_offloaded_and_of_hooks(nodes, precision, bits):
+def test_a_lora_after_quantization_is_the_same_loaded_offloaded_or_by_hooks(nodes, precision, bits):
     import comfy.sd
 
     source = nodes["IECLoadBuiltinModel"].execute(precision=precision).result[0]

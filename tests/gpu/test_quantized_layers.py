@@ -45,7 +45,7 @@ def close(one, other, share=2e-2):
 @pytest.mark.parametrize("weight", ["int8", "int4", "fp8"])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
-def test_the_fastest_way_is_one_of_the_two(layers, kind, weight):
+def test_the_fastest_backend_is_one_of_two(layers, kind, weight):
     x = inputs(kind)
     ways = [make(kind, compute, weight)(x) for compute in ("8-bit", "dequantized")]
     layer = make(kind, weight=weight)
@@ -58,7 +58,7 @@ def test_the_fastest_way_is_one_of_the_two(layers, kind, weight):
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
-def test_a_graph_takes_what_was_timed_before(kind):
+def test_a_captured_graph_uses_earlier_timings(kind):
     layer, x = make(kind), inputs(kind)
     expected = layer(x).clone()
     graph, fresh = torch.cuda.CUDAGraph(), make(kind)
@@ -83,7 +83,7 @@ def test_an_offloaded_layer_is_the_same(kind):
 
 
 @torch.inference_mode()
-def test_nothing_is_kept_of_a_layer_that_leaves_the_gpu():
+def test_a_layer_that_leaves_the_gpu_frees_all_its_memory():
     x = inputs("Linear")
     layer = make("Linear")
     layer(x)  # initialisation on first use

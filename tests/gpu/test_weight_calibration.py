@@ -14,7 +14,7 @@ FORMATS = [WeightFormat("int4"), WeightFormat("int4", 32), WeightFormat("int4", 
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
-def test_the_math_is_that_of_the_cpu(fmt):
+def test_calibration_on_the_gpu_agrees_with_the_cpu(fmt):
     x, rows = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((4000, 256), (96, 256)))
     x = x @ (torch.eye(256) + 0.05 * torch.randn(256, 256, generator=torch.Generator().manual_seed(2)))
     found = {}
@@ -32,7 +32,7 @@ def test_the_math_is_that_of_the_cpu(fmt):
 
 
 @torch.inference_mode()
-def test_a_model_is_calibrated_and_drawn_with():
+def test_a_model_is_calibrated_and_sampled():
     nodes = comfyui.load_nodes(cpu=not torch.cuda.is_available())
     import nodes as host_nodes
 

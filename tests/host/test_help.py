@@ -150,7 +150,7 @@ def not_said(message, said):
     return [part for part in (part.strip(" '") for part in parts) if len(part) > 3 and part not in ours]
 
 
-def test_what_goes_wrong_is_there_in_the_words_of_the_code(infos):
+def test_help_pages_quote_error_messages_from_the_code(infos):
     said = [*said_in(comfyui.ROOT / "nodes"), *said_in(comfyui.ROOT / "iec_core")]
     said.append((comfyui.provide() / "execution.py").read_text(encoding="utf-8"))
     for node in infos:

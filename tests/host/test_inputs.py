@@ -180,8 +180,10 @@ def test_wrong_numbers_over_links_end_in_a_sentence(shared_server, ours):
     assert tried > 25
 
 
-def test_a_value_is_found_behind_a_node_that_is_of_no_form(host):
-    """Some hosts also run the nodes that do not lead to such a node."""
+def test_values_after_a_malformed_node_are_checked(host):
+    """A malformed node in a prompt must not stop the check of the others, because some hosts run the nodes that do not depend
+    on it.
+    """
     node = host.nodes["IECKSampler"]
     prompt = {
         "odd": {"class_type": "IECKSampler", "inputs": None}, "other": 3,

@@ -107,7 +107,7 @@ def test_each_tile_has_its_own_feature(draw, cached, relative, network, tiles):
     assert relative(result, draw(with_function(model, tiles), start)) > 1e-3
 
 
-def test_tiles_in_other_batches_are_not_taken_for_each_other(draw, cached, relative, network):
+def test_tiles_in_other_batches_are_not_confused(draw, cached, relative, network):
     """If a cached step batches the tiles differently from the full step, it must be evaluated in full."""
     model, start = network
     calls = []
@@ -161,7 +161,7 @@ def test_each_window_of_animatediff_has_its_own_feature(draw, cached, relative, 
     assert relative(result, draw(model, start)) > 1e-3
 
 
-def test_a_feature_from_before_the_last_full_step_is_not_taken_up(draw, cached, network):
+def test_a_feature_from_before_the_last_full_step_is_not_reused(draw, cached, network):
     """The negative is missing in the third step, which is full: so the fourth step must be evaluated in full."""
     import comfy.samplers
 
@@ -193,14 +193,14 @@ def leaving_out(names):
 
 
 @pytest.mark.parametrize("name", ["uuids", "cond_or_uncond", "sigmas", "sample_sigmas"])
-def test_what_another_pack_leaves_out_is_known_otherwise(draw, cached, network, name):
+def test_one_missing_option_does_not_change_a_cached_run(draw, cached, network, name):
     model, start = network
     expected = draw(cached(model), start)
     assert torch.equal(draw(cached(with_function(model, leaving_out([name]))), start), expected)
 
 
 @pytest.mark.parametrize("names", [("uuids", "cond_or_uncond"), ("iec_deepcache",)])
-def test_in_full_where_it_is_not_known_and_told_once(draw, cached, network, caplog, names):
+def test_without_required_options_steps_are_full_with_one_warning(draw, cached, network, caplog, names):
     caching = pack_module("nodes.host.caching.cache_run")
     caching.warn_once.cache_clear()
     model, start = network
@@ -286,7 +286,7 @@ def in_full(name, steps):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_steps_are_told_by_their_order_on_a_schedule_that_goes_up_again(evaluated, name):
+def test_steps_are_counted_in_order_on_a_schedule_that_rises_again(evaluated, name):
     for sigmas in (FALLING, RISING):
         found = evaluated(name, sigmas)
         assert [number for number, full in enumerate(found) if full] == in_full(name, 7)
@@ -300,12 +300,12 @@ def test_a_sampler_that_does_not_call_back(evaluated):
 
 @pytest.mark.parametrize("amount", [0.2, 0.35])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_steps_are_told_by_their_order_of_a_sampler_that_shows_another_sigma(evaluated, name, amount):
+def test_steps_are_counted_in_order_for_a_sampler_that_passes_another_sigma(evaluated, name, amount):
     found = evaluated(lying(name, amount), [*torch.linspace(2.6, -3, 16).exp().tolist(), 0.0])
     assert [number for number, full in enumerate(found) if full] == in_full(name, 16)
 
 
-def test_a_host_function_that_another_pack_has_changed_is_followed(evaluated):
+def test_a_host_function_replaced_by_another_pack_is_supported(evaluated):
     """The function says that it is the host's, but evaluates twice where the host's evaluates once."""
     heun = sampler_of("heun")
     while hasattr(heun, "__wrapped__"):
@@ -315,7 +315,7 @@ def test_a_host_function_that_another_pack_has_changed_is_followed(evaluated):
     assert [number for number, full in enumerate(found) if full] == in_full("heun", 7)
 
 
-def test_a_guider_that_is_asked_several_times_in_an_evaluation(evaluated, monkeypatch):
+def test_a_guider_called_several_times_per_evaluation(evaluated, monkeypatch):
     """LanPaint does this: it keeps the host's sampler function, and evaluates more by itself."""
     import comfy.samplers
 
@@ -339,7 +339,7 @@ def test_a_guider_that_is_asked_several_times_in_an_evaluation(evaluated, monkey
     assert [number // 4 for number, full in enumerate(found) if full] == [0] * 4 + [3] * 4 + [6] * 4
 
 
-def test_a_sampler_that_goes_on_where_another_run_stopped(evaluated):
+def test_a_sampler_that_continues_another_run(evaluated):
     """Its class samples over the last sigmas only, and counts steps from 0."""
     import comfy.samplers
 
@@ -351,7 +351,7 @@ def test_a_sampler_that_goes_on_where_another_run_stopped(evaluated):
     assert [number + 2 for number, full in enumerate(found) if full] == [2, 3, 6]  # there is no feature at first
 
 
-def test_a_wrapper_by_which_a_sampler_gets_other_sigmas(draw, cached, model):
+def test_a_wrapper_that_changes_the_samplers_sigmas(draw, cached, model):
     from comfy.patcher_extension import WrappersMP
 
     def later(executor, guider, sigmas, *args, **kwargs):
@@ -391,7 +391,7 @@ def test_a_guider_that_calls_the_network_in_its_own_way(host, cached, model, nam
     assert not torch.equal(sample(OwnWay, model), expected)
 
 
-def test_where_a_sampler_evaluates_once_a_step_nothing_is_read_from_the_device(draw, cached, flux):
+def test_with_one_evaluation_per_step_nothing_is_read_from_the_device(draw, cached, flux):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Reads(TorchDispatchMode):
@@ -409,7 +409,7 @@ def test_where_a_sampler_evaluates_once_a_step_nothing_is_read_from_the_device(d
     assert reads(cached(flux)) == reads(flux) > 0
 
 
-def test_a_forecast_goes_by_the_steps_that_an_iec_sampler_tells(host, draw, cached, model, relative):
+def test_a_forecast_uses_the_step_numbers_of_the_iec_sampler(host, draw, cached, model, relative):
     model = cached(model, forecast="linear")
     told = host.run("IECApply", model=model, correction_steps="none", lambda_=0.5, max_iterations=1, tolerance=0.0)[0]
     start, sigmas = noise(1, 3, 8, 8), torch.tensor(RISING)
@@ -458,7 +458,7 @@ def test_the_hosts_cache_is_refused_in_either_order(host, draw, cached, network,
 
 @pytest.mark.parametrize("is_behind", [True, False])
 @pytest.mark.parametrize("left_out", [{1, 2, 4}, {0, 1, 2, 4}])
-def test_a_cache_that_leaves_out_the_network_is_let_do_so(draw, cached, network, left_out, is_behind):
+def test_another_cache_may_skip_the_network(draw, cached, network, left_out, is_behind):
     """If the other cache leaves out all cached steps, DeepCache has nothing to do."""
     from comfy.patcher_extension import WrappersMP
 
@@ -486,7 +486,7 @@ def test_a_cache_that_leaves_out_the_network_is_let_do_so(draw, cached, network,
 IEC = {"lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0}
 
 
-def test_cache_and_report_number_the_steps_of_a_sampler_that_spaces_its_own_alike(sample, cached, model):
+def test_cache_and_report_number_dpm_fast_steps_equally(sample, cached, model):
     """dpm_fast takes 5 steps when 12 are requested; the cache ends after 60% of the noise levels."""
     from comfy.patcher_extension import WrappersMP
 
@@ -509,9 +509,10 @@ def test_cache_and_report_number_the_steps_of_a_sampler_that_spaces_its_own_alik
     assert [step for step, full in own if full] == [step.step for step in reports[0].steps if step.corrected] == [0, 2, 3, 4]
 
 
-def test_a_sampler_that_samples_in_parts_has_each_part_cached_as_reported(host, cached, draw, model):
-    """With the steps that IEC reports, each part counts its own steps. The steps after the cache's end (sigmas 0.9 and 0.4) are
-    full.
+def test_steps_are_numbered_per_part_if_a_sampler_samples_in_parts(host, cached, draw, model):
+    """The IEC sampler numbers the steps of each part from 0, and the cache uses these numbers.
+
+    The steps after the cache's end (sigmas 0.9 and 0.4) are full.
     """
     import comfy.samplers
 
@@ -538,7 +539,7 @@ def test_a_sampler_that_samples_in_parts_has_each_part_cached_as_reported(host, 
     assert [number for number, full in enumerate(deep) if full] == [0, 3, 5, 6]
 
 
-def test_windows_that_move_do_not_pile_up(draw, cached, network):
+def test_features_of_moving_windows_do_not_accumulate(draw, cached, network):
     import comfy.samplers
 
     model, _ = network
@@ -567,7 +568,7 @@ def test_windows_that_move_do_not_pile_up(draw, cached, network):
     assert len(slots) == STEPS and len(set(slots)) == len(set(names)) == 1
 
 
-def test_what_an_iec_sampler_tells_begins_an_evaluation_where_the_host_tells_none(host, draw, cached, network):
+def test_without_the_run_plan_iec_options_mark_the_evaluations(host, draw, cached, network):
     """A guider that calls the network directly lacks the evaluation numbers of the run's plan."""
     model, start = network
     told = host.run("IECApply", model=cached(model), correction_steps="none", **IEC)[0]
@@ -594,7 +595,7 @@ def others(kind, key):
         ({"transformer_options": {"wrappers": {"apply_model": {"removed": []}}}}, False, False),
     ],
 )
-def test_who_takes_part_in_an_evaluation_is_known_by_one_rule(host, model_options, replaced, expected):
+def test_one_rule_decides_whether_other_packs_take_part(host, model_options, replaced, expected):
     calls, network = pack_module("nodes.host.sampling.network_calls"), torch.nn.Linear(2, 2)
     if replaced:
         network.forward = network.forward
@@ -604,7 +605,7 @@ def test_who_takes_part_in_an_evaluation_is_known_by_one_rule(host, model_option
     assert (calls.NetworkCalls().watch(extra_args, network) is not extra_args) is expected
 
 
-def test_nfe_leaves_out_what_a_function_around_the_model_answers(sample, model):
+def test_nfe_excludes_evaluations_answered_by_a_model_function(sample, model):
     times, reports = [], []
 
     def every_other(apply_model, arguments):
@@ -617,9 +618,12 @@ def test_nfe_leaves_out_what_a_function_around_the_model_answers(sample, model):
 
 
 @pytest.mark.parametrize(("other", "is_refused"), [("iec_activation_scales", True), ("another cache", False), (None, False)])
-def test_our_own_wrapper_is_no_other_node_that_leaves_out_blocks(draw, cached, flux, monkeypatch, other, is_refused):
-    """A transformer that ignores block replacements is refused, unless another pack may be the cause. other: None: a
-    function.
+def test_ignored_block_replacements_are_refused_unless_another_pack_takes_part(
+    draw, cached, flux, monkeypatch, other, is_refused
+):
+    """A transformer that ignores block replacements is refused, unless another pack may be the cause.
+
+    other: the key of an additional wrapper; None: a function around the model is set instead.
     """
     from comfy.patcher_extension import WrappersMP
 

@@ -102,7 +102,7 @@ def test_schedule_and_map_are_the_papers(host, calibrate, features, model):
         torch.testing.assert_close(weights[step, :, 1].double(), offset, rtol=1e-3, atol=1e-4)
 
 
-def test_corrected_run_takes_up_what_the_map_says(host, profile_of, features, model):
+def test_a_cached_run_applies_the_calibrated_map(host, profile_of, features, model):
     profile = profile_of()
     run = features(host.run("IECCacheQuant", model=model, profile=profile)[0])[0]
     weights = profile.features[""].double()
@@ -198,7 +198,7 @@ def test_a_quantized_transformers_residuals_are_mapped_on_full_precision(host, r
     assert relative(calibrated, exact) < relative(plain, exact)
 
 
-def test_a_quantized_model_is_calibrated_with_what_it_was_made_from(host, calibrate, profile_of, model, quantized):
+def test_calibrating_a_quantized_model_needs_its_full_precision_source(host, calibrate, profile_of, model, quantized):
     with pytest.raises(ValueError, match=r"^full_precision: the model is quantized, so the MODEL that it was made from is n"):
         calibrate(quantized)
     another = with_weights(model, lambda weight: weight.flip(0))
@@ -222,7 +222,7 @@ def test_consumer_of_a_quantized_model_is_mapped_too(host, profile_of, sample, m
     assert torch.equal(untouched, without) and not torch.equal(ours, without)
 
 
-def test_calibration_leaves_the_model_as_it_is(calibrate, sample, model, quantized):
+def test_calibration_leaves_the_model_unchanged(calibrate, sample, model, quantized):
     before = sample(model, steps=2), sample(quantized, steps=2)
     calibrate(quantized, full_precision=model, correct_consumer=True)
     assert torch.equal(sample(model, steps=2), before[0]) and torch.equal(sample(quantized, steps=2), before[1])
@@ -257,7 +257,7 @@ def test_the_same_model_in_another_precision_is_accepted(host, profile_of, preci
     assert host.run("IECCacheQuant", model=other, profile=profile_of())[0] is not None
 
 
-def test_a_lora_does_not_make_it_another_model(host, profile_of, sample, model):
+def test_a_lora_does_not_change_the_fingerprint(host, profile_of, sample, model):
     profile, patched = profile_of(), model.clone()
     name = "diffusion_model.input_blocks.0.0.weight"
     weight = model.model.diffusion_model.input_blocks[0][0].weight
@@ -270,7 +270,7 @@ def test_a_lora_does_not_make_it_another_model(host, profile_of, sample, model):
 
 
 @pytest.mark.parametrize(("sampler", "point"), [("dpm_2", "paper"), ("heun", "paper"), ("euler", "next"), ("euler", "paper")])
-def test_maps_are_used_whatever_else_is_evaluated(host, profile_of, model, sample, sampler, point):
+def test_maps_are_used_despite_additional_evaluations(host, profile_of, model, sample, sampler, point):
     """Cached steps apply their map to the feature of the full step's own evaluation, or of its correction at the same sigma.
 
     They do not use what a sampler evaluates between two steps, or a correction at the next step's sigma.
@@ -300,7 +300,7 @@ def test_maps_are_used_whatever_else_is_evaluated(host, profile_of, model, sampl
     assert len(set(checked)) >= 3
 
 
-def test_all_layers_are_another_quantization(host, profile_of, sample, model, quantized):
+def test_quantizing_all_layers_counts_as_another_quantization(host, profile_of, sample, model, quantized):
     inputs = {"weight_bits": "4", "activation_bits": "8", "keep_sensitive_layers": False}
     every = host.run("IECQuantizeModel", model=model, **inputs)[0]
     cached = host.run("IECCacheQuant", model=every, profile=profile_of(quantized, full_precision=model))[0]
@@ -308,7 +308,7 @@ def test_all_layers_are_another_quantization(host, profile_of, sample, model, qu
         sample(cached, steps=STEPS, scheduler="normal")
 
 
-def test_an_entry_with_a_range_of_its_own(host, calibrate, conditioning):
+def test_a_conditioning_with_its_own_timestep_range(host, calibrate, conditioning):
     """The first part of the denoising has another prompt than the rest: two entries, one of which starts later."""
     early, late = (
         host.run("ConditioningSetTimestepRange", conditioning=conditioning[0], start=start, end=end)[0]
@@ -318,7 +318,7 @@ def test_an_entry_with_a_range_of_its_own(host, calibrate, conditioning):
     assert profile.features[""].isfinite().all()
 
 
-def test_a_calibration_that_gives_no_numbers_is_refused(calibrate, model):
+def test_a_calibration_with_nan_is_refused(calibrate, model):
     broken = model.clone()
     broken.set_model_output_block_patch(lambda h, hsp, options: (h * float("nan"), hsp))
     with pytest.raises(ValueError, match=r"^model: it returned NaN or infinity in a calibration run"):
@@ -340,9 +340,9 @@ def test_another_quantization_is_refused(host, profile_of, sample, model, quanti
             sample(cached, **settings)
 
 
-def test_the_full_steps_are_told(host, profile_folder, sample, model, conditioning):
-    """The full steps are given as text that other nodes take. With a correction of these steps, a sampler takes exactly as many
-    additional evaluations.
+def test_the_full_steps_are_an_output_for_correction_steps(host, profile_folder, sample, model, conditioning):
+    """The full steps are given as text for other nodes. With this text as correction_steps, a sampler corrects exactly these
+    steps.
     """
     inputs = {
         "positive": conditioning[0], "negative": conditioning[1], "latent_image": {"samples": torch.zeros(2, 3, 8, 8)},
@@ -359,7 +359,7 @@ def test_the_full_steps_are_told(host, profile_folder, sample, model, conditioni
 
 
 @pytest.mark.parametrize("leftover", ["enable", "disable"])
-def test_another_schedule_is_refused_and_a_part_is_not(host, profile_of, sample, model, leftover):
+def test_profile_accepts_part_of_its_schedule_but_no_other(host, profile_of, sample, model, leftover):
     cached = host.run("IECCacheQuant", model=model, profile=profile_of())[0]
     with pytest.raises(ValueError, match=r"^profile: it was calibrated for 6 steps of euler on normal from sigma"):
         sample(cached, steps=STEPS, scheduler="karras")
@@ -415,7 +415,7 @@ def test_profile_is_saved_and_loaded(host, profile_folder, calibrate, sample, mo
     assert torch.equal(one, other)
 
 
-def test_a_save_that_fails_leaves_the_older_file(host, profile_folder, profile_of, monkeypatch):
+def test_a_failed_save_keeps_the_older_file(host, profile_folder, profile_of, monkeypatch):
     profile = profile_of()
     host.run("IECSaveCacheProfile", profile=profile, name="net")
     before = (profile_folder / "net.safetensors").read_bytes()

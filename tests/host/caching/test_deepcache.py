@@ -171,7 +171,7 @@ def test_correction_pass(host, sample, model, correction_pass, full_passes, fed_
     assert torch.equal(first, correction) == (correction_pass == "reuse")
 
 
-def test_split_guidance_gives_what_one_batch_gives(sample, cached, relative, monkeypatch):
+def test_guidance_in_two_batches_equals_one_batch(sample, cached, relative, monkeypatch):
     import comfy.model_base
 
     together = sample(cached(3))
@@ -235,7 +235,7 @@ def test_second_cache_is_refused(cached):
         cached(2, source=cached(2))
 
 
-def test_model_that_is_no_unet_is_refused(host, model):
+def test_a_model_that_is_not_a_unet_is_refused(host, model):
     clone = model.clone()
     clone.add_object_patch("diffusion_model", torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match=r"^model: caching needs a U-Net, .* this MODEL is a Linear"):
@@ -243,7 +243,7 @@ def test_model_that_is_no_unet_is_refused(host, model):
 
 
 @pytest.mark.fast
-def test_an_error_in_the_run_leaves_nothing_behind(host, sample, model, cached):
+def test_an_error_in_the_run_leaves_no_state(host, sample, model, cached):
     expected = sample(model, steps=2)
     quantized = host.run("IECQuantizeModel", model=cached(3), weight_bits="4", activation_bits="8", keep_sensitive_layers=True)[
         0

@@ -453,7 +453,7 @@ def test_equals_the_cache_restated(models, plain, cached, restated, count_blocks
 
 @pytest.mark.parametrize(("name", "takes_skip"), [("HunyuanDiT", lambda args, kwargs: args[4]),
                                                   ("Hunyuan3D 2.1", lambda args, kwargs: kwargs["skip_tensor"])])  # fmt: skip
-def test_skip_connections_of_a_cached_step_are_its_own(sample, models, cached, name, takes_skip):
+def test_a_cached_step_uses_its_own_skip_connections(sample, models, cached, name, takes_skip):
     """Transformers built like a U-Net join block k to block n - 1 - k: a branch runs both blocks or neither."""
     model, left, joined = models(name), {}, []
 
@@ -473,7 +473,7 @@ def test_skip_connections_of_a_cached_step_are_its_own(sample, models, cached, n
 
 @pytest.mark.parametrize(("forecast", "degree"), [("linear", 1), ("auto", None)])
 @pytest.mark.parametrize("name", ["Flux", "Wan"])
-def test_carried_forward(sample, models, cached, restated, relative, name, forecast, degree):
+def test_forecasts_equal_the_cache_restated(sample, models, cached, restated, relative, name, forecast, degree):
     result = sample(name, cached(models(name), schedule="steps:1,4", forecast=forecast))
     assert relative(result, restated(name, 0, full={0, 1, 4}, degree=degree)) < 1e-5
     assert relative(result, restated(name, 0, full={0, 1, 4})) > 1e-4
@@ -500,8 +500,11 @@ def test_calibrated_residuals(host, sample, models, cached, relative, name, stre
 
 
 @pytest.mark.parametrize("sampler", ["heun", "dpm_2", "dpmpp_2m"])
-def test_samplers_with_several_evaluations_a_step(sample, models, cached, restated, relative, sampler):
-    """Heun's second evaluation is at the next step's sigma and counts as the next step's; dpm_2's is between the two sigmas."""
+def test_samplers_other_than_euler(sample, models, cached, restated, relative, sampler):
+    """Heun's second evaluation is at the next step's sigma and counts as the next step's; dpm_2's is between the two sigmas.
+
+    dpmpp_2m evaluates once per step, but uses earlier predictions.
+    """
     result = sample("Flux", cached(models("Flux"), 1), sampler=sampler)
     assert relative(result, restated("Flux", 1, sampler=sampler)) < 1e-5
     assert relative(result, sample("Flux", models("Flux"), sampler=sampler)) > 1e-4
@@ -514,7 +517,7 @@ def test_bfloat16(sample, models, cached, restated, relative):
     assert relative(result, sample("Flux", model)) > 1e-2
 
 
-def test_batch_and_resolution_may_change_from_run_to_run(sample, models, cached, restated, relative):
+def test_batch_and_resolution_may_change_between_runs(sample, models, cached, restated, relative):
     model = cached(models("Flux"))
     for shape in ((2, 16, 10, 14), (1, 16, 8, 8), (3, 16, 8, 8)):
         assert relative(sample("Flux", model, shape=shape), restated("Flux", 0, shape=shape)) < 1e-5
@@ -527,7 +530,7 @@ def test_prompts_of_different_lengths(sample, models, cached, restated, relative
 
 
 @pytest.mark.parametrize("splits", [[True], [False, False, True], [True, True, False]])
-def test_split_guidance_gives_what_one_batch_gives(sample, models, cached, relative, monkeypatch, splits):
+def test_guidance_in_two_batches_equals_one_batch(sample, models, cached, relative, monkeypatch, splits):
     """The result is also the same if the host has the memory for one batch at one step and not at the next."""
     import comfy.model_base
 
@@ -622,8 +625,8 @@ def control_net(host):
 
 @pytest.mark.parametrize(("name", "branch"), [("Flux", 0), ("Flux", 1), ("Flux", 2), ("SD3", 0), ("SD3", 1)])
 def test_control_reaches_the_blocks_that_are_run(sample, models, cached, restated, control_net, relative, name, branch):
-    """For the other blocks, the kept residual includes what was added at the full step. Flux's is for the first part of the
-    picture.
+    """For the other blocks, the kept residual includes what was added at the full step. Flux's ControlNet residuals cover
+    only the first part of the picture.
     """
     control, added = control_for(name, (20, 32) if name == "Flux" else (35, 128), 7)
     net = control_net(control)
@@ -686,7 +689,7 @@ def test_skip_layer_guidance(sample, models, cached, relative, name, double, sin
 
 
 @pytest.mark.parametrize("is_upstream", [True, False])
-def test_other_replacements_are_called_where_a_block_is_run(sample, models, cached, restated, relative, is_upstream):
+def test_other_block_replacements_are_called_for_blocks_that_run(sample, models, cached, restated, relative, is_upstream):
     calls = []
 
     def replace(place, args, extra):
@@ -709,7 +712,7 @@ def test_other_replacements_are_called_where_a_block_is_run(sample, models, cach
     assert counts == {("double_block", 0): STEPS, ("single_block", 1): len(FULL), ("single_block", 3): STEPS}
 
 
-def test_conditions_left_out_make_another_evaluation(sample, models, cached, relative):
+def test_an_evaluation_without_a_condition_has_its_own_feature(sample, models, cached, relative):
     """A guidance may evaluate an entry a second time without one of its conditions."""
     import comfy.samplers
 
@@ -751,7 +754,7 @@ def test_guidances_of_ltxv(sample, models, cached, relative, node, settings):
     assert relative(result, sample("LTX with sound", cached(model))) > 1e-3
 
 
-def test_an_entry_whose_text_has_grown_is_evaluated_in_full(sample, models, cached, count_blocks, restated, relative):
+def test_a_conditioning_whose_text_grew_is_evaluated_in_full(sample, models, cached, count_blocks, restated, relative):
     """The kept residual of an entry no longer fits after another node has changed the entry's text during the run."""
     import comfy.conds
     import comfy.samplers
@@ -798,7 +801,7 @@ def test_a_guider_with_another_network_for_the_negative(host, models, cached, re
     assert relative(result, run(model)) > 1e-4
 
 
-def test_an_error_in_the_run_leaves_nothing_behind(sample, models, cached):
+def test_an_error_in_the_run_leaves_no_state(sample, models, cached):
     from comfy.patcher_extension import WrappersMP
 
     model, kept = models("Flux"), []
@@ -889,7 +892,9 @@ CAST_TO_A_WEIGHT = {"Hunyuan3D 2.1": "t_embedder.mlp.0"}
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_quantized(sample, models, plain, rounded, relative, name):
-    """Every family's Linear and Conv2d layers can be quantized. One step runs them all."""
+    """Every family's Linear and Conv2d layers can be quantized, except those of families in CAST_TO_A_WEIGHT, whose first
+    evaluation is refused. One step runs all layers.
+    """
     model = models(name)
     if name in CAST_TO_A_WEIGHT:
         quantized = rounded(model)[0]
@@ -919,7 +924,7 @@ def with_larger_input(model, source):
 
 
 @pytest.mark.parametrize("settings", [{"keep_sensitive_layers": False}, {"keep_sensitive_layers": True}])
-def test_a_lora_in_front_may_enlarge_a_weight(host, sample, models, relative, settings):
+def test_a_lora_before_quantization_may_enlarge_a_weight(host, sample, models, relative, settings):
     model = models("Flux")
     shape = FAMILIES["Flux"].latent
     own = {"concat_latent_image": noise(*shape, seed=7)}
@@ -937,7 +942,7 @@ def test_a_lora_in_front_may_enlarge_a_weight(host, sample, models, relative, se
         host.run("IECSaveQuantizedModel", model=quantized, name="q")
 
 
-def test_a_lora_behind_that_enlarges_a_quantized_weight_is_refused_before_anything_is_patched(host, sample, models):
+def test_a_lora_that_enlarges_a_quantized_weight_is_refused_before_patching(host, sample, models):
     quantized = host.run(
         "IECQuantizeModel", model=models("Flux"), weight_bits="8", activation_bits="16", keep_sensitive_layers=False
     )[0]

@@ -337,7 +337,7 @@ def image_only(model):
     return model
 
 
-def test_video_frames_of_their_own(models, draw, plain_draw, cached, restated, relative):
+def test_video_frames(models, draw, plain_draw, cached, restated, relative):
     model = image_only(models("SVD"))
     result = draw(cached(model, branch=2), "SVD")
     assert relative(result, draw(restated(model, branch=2), "SVD")) < 1e-4
@@ -606,7 +606,7 @@ def note_calls(model, calls):
 
 
 @pytest.mark.parametrize(("name", "branch"), [("SD 1.5", 0), ("SD 1.5", 6), ("SD 1.5", 11), ("SDXL", 5), ("KOALA", 3)])
-def test_patches_see_what_they_see_without_the_cache(models, draw, cached, name, branch):
+def test_patches_are_called_as_without_the_cache(models, draw, cached, name, branch):
     """A cached step calls the patches of the blocks that run exactly as an uncached run's step, in the same order."""
     model, first = models(name), len(models(name).model.diffusion_model.output_blocks) - 1 - branch
     plain, expected, calls = [], [], []
@@ -620,8 +620,11 @@ def test_patches_see_what_they_see_without_the_cache(models, draw, cached, name,
     assert calls == expected
 
 
-def test_patch_behind_the_middle_block_is_refused(models, draw, cached):
-    """SUPIR's patches of later blocks use what this one has left: without it they would silently use another step's."""
+def test_a_patch_after_the_middle_block_is_refused(models, draw, cached):
+    """SUPIR's patches of later blocks use the result of its patch after the middle block.
+
+    A cached step skips that patch, and the later patches would silently use another step's result.
+    """
     model = cached(models("SD 1.5"))
     model.set_model_patch(lambda arguments: arguments, "middle_block_after_patch")
     with pytest.raises(ValueError, match=r"^model: .* SUPIR"):

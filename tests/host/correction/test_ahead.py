@@ -136,8 +136,10 @@ def test_evaluations_are_the_stock_runs_in_its_order(undamped, name, model_type)
 
 @pytest.mark.fast
 @pytest.mark.parametrize("cache", [None, {"interval": 2, "branch": 0}, {"interval": 3, "branch": 1, "forecast": "linear"}])
-def test_with_no_damping_a_run_is_the_stock_run(host, undamped, advanced, model, conditioning, cache):
-    """The built-in model runs with guidance, and with a cache, which is given the same steps as in the stock run."""
+def test_with_lambda_zero_a_run_equals_the_stock_run(host, undamped, advanced, model, conditioning, cache):
+    """The small random U-Net runs with guidance, without a cache and with two caches, which are given the same steps as in the
+    stock run.
+    """
     cached = model if cache is None else host.run("IECDeepCache", model=model, **cache)[0]
     guider = host.run("CFGGuider", model=cached, positive=conditioning[0], negative=conditioning[1], cfg=2.0)[0]
     assert torch.equal(advanced(guider, undamped("euler"), steps=7), advanced(guider, "euler", steps=7))
@@ -145,7 +147,7 @@ def test_with_no_damping_a_run_is_the_stock_run(host, undamped, advanced, model,
     assert torch.equal(advanced(half, undamped("ddim"), steps=7, denoise=0.5), advanced(half, "ddim", steps=7, denoise=0.5))
 
 
-def test_evaluations_say_whose_they_are(ahead):
+def test_ahead_evaluations_have_step_iteration_and_sigma(ahead):
     guider, sigmas = Listener("EPS", network=bent), sigmas_of(5)
     run(ahead("euler", max_iterations=2)[0], guider, sigmas)
     at = sigmas.tolist()
@@ -154,7 +156,7 @@ def test_evaluations_say_whose_they_are(ahead):
     assert all(one[2] == one[3] == pytest.approx(other[2]) for one, other in zip(guider.told, expected))
 
 
-def test_a_run_that_ends_above_zero_evaluates_nothing_past_its_end(ahead):
+def test_a_run_that_ends_above_zero_has_no_evaluation_past_its_end(ahead):
     guider = ToyGuider("EPS", network=bent)
     sampler, reports = ahead("euler")
     run(sampler, guider, sigmas_of(9)[:5])
@@ -162,7 +164,7 @@ def test_a_run_that_ends_above_zero_evaluates_nothing_past_its_end(ahead):
     assert [step.nfe for step in reports[0].steps] == [2, 1, 1, 0]
 
 
-def test_noise_of_a_step_is_in_what_is_evaluated_ahead(ahead):
+def test_a_latent_evaluated_ahead_includes_the_steps_noise(ahead):
     """euler_ancestral: x' and the latent from which the sampler continues have the same noise, so that only D differs.
 
     The corrected D is the mean of the predictions before and after the step.
@@ -185,7 +187,7 @@ def test_noise_of_a_step_is_in_what_is_evaluated_ahead(ahead):
     assert min(seen) > 1e-3
 
 
-def test_an_item_that_falls_back_has_the_stock_run(ahead):
+def test_an_item_that_falls_back_equals_the_stock_run(ahead):
     """An image whose correction would not contract keeps its prediction, and its evaluation is its next prediction."""
     import comfy.samplers
 
@@ -201,7 +203,7 @@ def test_an_item_that_falls_back_has_the_stock_run(ahead):
     assert torch.equal(result[1], expected[1]) and not torch.equal(result[0], expected[0])
 
 
-def test_what_is_not_finite_is_told_of_the_step_whose_prediction_it_is(ahead):
+def test_nan_evaluated_ahead_is_reported_for_the_step_it_belongs_to(ahead):
     class Broken(ToyGuider):
         def denoised(self, x, sigma):
             return super().denoised(x, sigma) * (math.nan if len(self.calls) == 4 else 1.0)
@@ -211,7 +213,7 @@ def test_what_is_not_finite_is_told_of_the_step_whose_prediction_it_is(ahead):
 
 
 @pytest.mark.parametrize("shape", ["hard", "soft"])
-def test_in_painting_keeps_what_is_outside_the_mask(host, model, conditioning, stock_sample, shape):
+def test_in_painting_leaves_the_outside_of_the_mask_unchanged(host, model, conditioning, stock_sample, shape):
     image = host.common_ksampler(
         model, 1, 4, 2.0, "euler", "normal", *conditioning, {"samples": torch.zeros(2, 3, 32, 32)}, 1.0
     )[0]["samples"]
@@ -240,7 +242,7 @@ def why_not(host, name):
 
 
 @pytest.mark.filterwarnings("ignore:Should have t")
-def test_which_samplers_it_is_for(host):
+def test_which_samplers_support_ahead(host):
     import comfy.samplers
 
     reasons = {name: why_not(host, name) for name in comfy.samplers.KSampler.SAMPLERS}
@@ -265,7 +267,7 @@ def test_which_samplers_it_is_for(host):
 @pytest.mark.parametrize(
     ("name", "reason"), [("heun", "evaluates more than once"), ("dpmpp_2m", "also uses predictions of earlier")]
 )
-def test_other_samplers_are_refused_by_name_where_it_is_known(host, ahead, name, reason):
+def test_known_unsupported_samplers_are_refused_by_name(host, ahead, name, reason):
     checked = host.nodes["IECKSampler"].validate_inputs(
         steps=4, sampler_name=name, scheduler="karras", correction_steps="all", evaluation_point="ahead"
     )
@@ -278,7 +280,7 @@ def test_other_samplers_are_refused_by_name_where_it_is_known(host, ahead, name,
     assert host.nodes["IECKSampler"].validate_inputs(**{**fine, "sampler_name": "ddim"}, correction_steps="all") is True
 
 
-def test_other_samplers_are_refused_by_what_they_do(ahead):
+def test_unsupported_samplers_are_detected_by_their_steps(ahead):
     """Refused are noise before a step, a sampler's own noise, and a latent that is evaluated at other sigmas than the
     steps'.
     """

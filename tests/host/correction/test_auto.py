@@ -61,7 +61,7 @@ def of_one_formula(model):
 
 @pytest.mark.filterwarnings("ignore:Should have t")
 def test_every_other_sampler_is_the_stock_sampler(host, sample, model, conditioning):
-    """This includes samplers that any other value refuses: dpm_adaptive, and those with cfg_pp."""
+    """Every value of correction_steps except auto and none refuses some of these: dpm_adaptive, and those with cfg_pp."""
     import comfy.samplers
 
     names = [name for name in comfy.samplers.KSampler.SAMPLERS if name not in (*CORRECTED, "ar_video")]
@@ -108,7 +108,7 @@ def reports_of(sample, model, name):
 @pytest.mark.parametrize(
     "cache", [{"interval": 3}, {"interval": 3, "forecast": "linear"}, {"interval": 2, "schedule": "steps:2,3"}]
 )
-def test_behind_a_cache_the_step_before_each_full_one_is(host, sample, model, cache):
+def test_after_a_cache_the_step_before_each_full_step_is_corrected(host, sample, model, cache):
     cached = host.run("IECDeepCache", model=model, **{"interval": 3, "branch": 0, **cache})[0]
     reports = []
     run = {"steps": 12, "scheduler": "karras"}
@@ -193,7 +193,7 @@ def test_zero_terminal_snr_is_not_hurt(host, as_added, builtin_model, scheduler)
 
 
 @pytest.mark.parametrize("node", ["EasyCache", "LazyCache"])
-def test_behind_the_hosts_own_cache_it_is_the_stock_sampler(host, sample, stock_sample, model, node):
+def test_after_the_hosts_own_cache_auto_is_the_stock_sampler(host, sample, stock_sample, model, node):
     """The host's cache decides during the run which evaluations it reuses."""
     settings = {"reuse_threshold": 0.3, "start_percent": 0.1, "end_percent": 0.9, "verbose": False}
     cached = host.run(node, model=model, **settings)[0]

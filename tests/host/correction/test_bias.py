@@ -33,7 +33,7 @@ def report_of(sample, model):
 
 
 @pytest.mark.fast
-def test_the_share_of_a_step_is_by_how_much_its_result_moved(sample, model):
+def test_moved_of_one_step_is_the_relative_change_of_its_result(sample, model):
     """For a single corrected step, the share is computed from the latents after the step with and without the correction."""
     runs = []
     for steps in ("none", "steps:3"):
@@ -48,7 +48,7 @@ def test_the_share_of_a_step_is_by_how_much_its_result_moved(sample, model):
     ("sampler", "scheduler", "steps"),
     [("euler", "karras", "all"), ("euler", "simple", "ends:1/10"), ("dpmpp_2m", "normal", "ends:1/10")],
 )
-def test_a_large_estimate_is_what_the_result_moves_by_to_a_factor_of_two(sample, model, sampler, scheduler, steps):
+def test_moved_is_right_within_a_factor_of_two(sample, model, sampler, scheduler, steps):
     about, found = {"sampler_name": sampler, "scheduler": scheduler, "steps": 20}, []
     stock = sample(model, **about)
     moved = sample(model, found, evaluation_point="paper", correction_steps=steps, **about) - stock
@@ -77,7 +77,7 @@ def test_what_is_warned_of(host, report_of, model):
     assert said(steps=10, correction_steps="auto") == said(correction_steps="none") == ""
 
 
-def test_behind_a_wide_cache_the_papers_rule_is_not_warned_of(host, report_of, model):
+def test_with_a_wide_cache_there_is_no_warning_of_the_papers_rule(host, report_of, model):
     wide, narrow = (host.run("IECDeepCache", model=model, interval=interval, branch=0)[0] for interval in (5, 2))
     assert report_of(wide).warnings == [] and report_of(wide).moved > 0.05
     assert "an error of its own" in report_of(narrow).warnings[0]
@@ -100,7 +100,7 @@ def by_blocks(model):
 
 
 @pytest.mark.parametrize("patch", [by_function, by_wrapper, by_blocks])
-def test_a_model_that_another_pack_evaluates_is_not_said_to_have_no_error(report_of, model, patch):
+def test_a_model_evaluated_by_another_pack_is_not_called_exact(report_of, model, patch):
     patched = model.clone()
     patch(patched)
     assert "an error of its own" in report_of(patched).warnings[0]
@@ -118,7 +118,7 @@ def test_a_model_with_nothing_to_correct(host, report_of, model):
     assert futile not in report_of(easy).warnings[0]
 
 
-def test_weights_in_other_types_are_no_exact_ones(host):
+def test_layers_with_weights_in_other_dtypes_are_not_exact(host):
     module = pack_module("nodes.host.correction.exactness")
     layer = torch.nn.Linear(2, 2)
     assert module.is_exact(layer, {})
@@ -126,7 +126,7 @@ def test_weights_in_other_types_are_no_exact_ones(host):
     assert not module.is_exact(layer, {})
 
 
-def test_on_a_flow_model_the_papers_rule_is_not_warned_of(host, sample):
+def test_on_a_flow_model_there_is_no_warning_of_the_papers_rule(host, sample):
     """A flow model's input is not scaled by the noise level; there the rule was measured to lower the error to the exact
     solution.
     """

@@ -129,7 +129,7 @@ def full_jacobians(model, conditioning, sigmas, step, seed, size):
     return found["step"], found["eps"], found["b"]
 
 
-def test_norms_of_a_network_are_those_of_its_full_jacobian(host, model, probe):
+def test_norms_of_a_network_equal_those_of_its_full_jacobian(host, model, probe):
     import comfy.samplers
 
     labels = host.run("IECClassLabel", labels="face")[0], host.run("IECClassLabel", labels="none")[0]
@@ -180,7 +180,7 @@ def gaps(found):
     return found
 
 
-def test_straight_through_layers_compute_the_same_and_have_the_derivative_of_their_weights(quantized):
+def test_straight_through_layers_have_the_same_output_and_their_weights_derivative(quantized):
     layers = {name: one for name, one in quantized.model.diffusion_model.named_modules() if hasattr(one, "packing")}
     kinds = {}
     for layer in layers.values():
@@ -216,7 +216,7 @@ def test_straight_through_layers_compute_the_same_and_have_the_derivative_of_the
             torch.testing.assert_close(got.detach() + bias, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
-def test_nothing_stays_behind(host, model, quantized, sample, probe, monkeypatch):
+def test_the_probe_leaves_no_state(host, model, quantized, sample, probe, monkeypatch):
     """After a run, an error or an interrupt during a measurement, weights, options and results are the same as before."""
     import comfy.model_management
 
@@ -263,7 +263,7 @@ def test_nothing_stays_behind(host, model, quantized, sample, probe, monkeypatch
     assert len(switched) == 3
 
 
-def test_steps_between_get_the_suggestion_before_them(model, probe):
+def test_unmeasured_steps_take_the_previous_suggested_lambda(model, probe):
     found, lambdas, plot = probe(linear(model), cfg=1.0, steps=5, every=2)
     assert [step["step"] for step in found["steps"]] == [0, 2, 4]
     first, second, last = (f"{step['lambda']:g}" for step in found["steps"])
@@ -271,7 +271,7 @@ def test_steps_between_get_the_suggestion_before_them(model, probe):
     assert plot.ndim == 4 and plot.shape[-1] == 3 and 0 <= plot.min() < plot.max() <= 1
 
 
-def test_too_few_iterations_are_said(model, probe, caplog):
+def test_too_few_iterations_give_a_warning(model, probe, caplog):
     found, *_ = probe(model, steps=1, iterations=2)
     assert found["warnings"] == [
         "the norms of step 0 did not converge to the tolerance and are only lower bounds; use more iterations."
@@ -298,7 +298,7 @@ def test_wrong_values_are_refused_at_validation_and_over_links(host, model, prob
         probe(model, **values)
 
 
-def test_what_cannot_be_measured_is_refused_in_a_sentence(host, model, probe):
+def test_models_that_cannot_be_measured_are_refused(host, model, probe):
     settings = {"correction_steps": "all", "lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0}
     with pytest.raises(ValueError, match="model: IEC is on this MODEL already"):
         probe(host.run("IECApply", model=model, **settings)[0])
@@ -312,7 +312,7 @@ def test_what_cannot_be_measured_is_refused_in_a_sentence(host, model, probe):
         probe(broken)
 
 
-def test_the_run_is_the_hosts_own_euler(host, model, probe, stock_sample, monkeypatch):
+def test_the_probes_run_equals_the_hosts_euler(host, model, probe, stock_sample, monkeypatch):
     """The latents that the network gets between the measurements are those of `euler`."""
     import comfy.samplers
 
@@ -358,7 +358,7 @@ def written_out(lambdas):
 SETTINGS = {"correction_steps": "all", "scheduler": "karras", "steps": 4}
 
 
-def test_lambdas_are_those_of_the_steps(host, model, conditioning, sample, advanced, relative):
+def test_each_step_uses_its_own_lambda(host, model, conditioning, sample, advanced, relative):
     lambdas = [0.3, 0.5, 0.2, 0.7]
     found = []
     result = sample(model, found, **SETTINGS, lambdas="0.3, 0.5,0.2 , 0.7", latent_image={"samples": torch.zeros(2, 3, 16, 16)})
@@ -370,14 +370,14 @@ def test_lambdas_are_those_of_the_steps(host, model, conditioning, sample, advan
     assert found[0].correction == "all lambdas"
 
 
-def test_the_same_lambda_for_all_is_lambda_(model, sample):
+def test_equal_lambdas_for_all_steps_equal_lambda_(model, sample):
     one = sample(model, **SETTINGS, lambda_=0.3)
     assert torch.equal(sample(model, **SETTINGS, lambda_=0.9, lambdas="0.3, 0.3, 0.3, 0.3"), one)
     assert torch.equal(sample(model, **SETTINGS, lambda_=0.3, lambdas="  "), one)
     assert not torch.equal(sample(model, **SETTINGS, lambda_=0.9), one)
 
 
-def test_lambdas_of_the_probe_are_taken_by_every_sampler(host, model, conditioning, sample, advanced, probe):
+def test_every_sampler_node_accepts_the_probes_lambdas(host, model, conditioning, sample, advanced, probe):
     import comfy.samplers
 
     _, lambdas, _ = probe(model, steps=3, every=3)
@@ -429,7 +429,7 @@ def test_wrong_lambdas_are_refused_at_validation_and_at_run(host, model, sample,
     assert str(error.value) == sentence
 
 
-def test_the_count_of_ddim_uniform_is_known_at_the_run(host, model, sample):
+def test_the_number_of_ddim_uniform_steps_is_checked_at_the_run(host, model, sample):
     """It takes more steps than requested if the number of steps does not divide the model's number of timesteps."""
     text = ", ".join(["0.5"] * 7)
     node = host.nodes["IECKSampler"]

@@ -159,8 +159,8 @@ def test_next_at_one_half_is_the_hosts_heun(host, model_type):
 
 @pytest.mark.parametrize("sampling", ["eps", "v_prediction", "x0", "lcm"])
 def test_a_nodes_parameterization_agrees_with_the_written_out_sampler(host, model, conditioning, advanced, relative, sampling):
-    """The built-in network is used with wrong parameterizations: the images are meaningless, but the correction is the same
-    rule.
+    """A small network with random weights is used with several parameterizations: the images are meaningless, but the
+    correction is the same rule.
     """
     read = host.run("ModelSamplingDiscrete", model=model, sampling=sampling, zsnr=False)[0]
     settings = {"correction_steps": "all", "lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0}

@@ -81,7 +81,7 @@ def test_bar_counts_evaluations_under_the_other_nodes(host, advanced, model, con
     check(bar, 2 * STEPS - 1 + STEPS)
 
 
-def test_bar_is_full_where_iterations_converge_early(sample, model, bar):
+def test_bar_is_full_if_iterations_converge_early(sample, model, bar):
     reports = []
     sample(model, reports, steps=STEPS, correction_steps="all", max_iterations=3, tolerance=1.0)
     assert 2 * STEPS <= reports[0].nfe < 4 * STEPS
@@ -90,7 +90,7 @@ def test_bar_is_full_where_iterations_converge_early(sample, model, bar):
     assert values == sorted(values) and values[-1] == 4 * STEPS
 
 
-def test_bar_of_a_sampler_that_picks_its_steps_is_the_hosts(sample, stock_sample, model, bar):
+def test_bar_of_an_adaptive_sampler_is_the_hosts(sample, stock_sample, model, bar):
     """The number of its evaluations is not known beforehand."""
     stock = stock_sample(model, steps=STEPS, cfg=1.0, sampler_name="dpm_adaptive")
     expected = bar.copy()
@@ -137,7 +137,7 @@ def state(model):
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_interrupt_in_a_correction_stops_the_run_and_leaves_nothing(host, sample, model, bar, moment):
+def test_interrupt_in_a_correction_stops_the_run_and_leaves_no_state(host, sample, model, bar, moment):
     """The host checks for an interrupt before every layer and at every update of the bar. `after`: after the network's last
     layer.
     """

@@ -193,7 +193,7 @@ class SilentGuider(ToyGuider):
 @pytest.mark.filterwarnings("ignore:Should have t")
 @pytest.mark.parametrize("name", STOCHASTIC)
 @pytest.mark.parametrize("model_type", ["EPS", "EDM", "FLOW"])
-def test_iterates_have_the_noise_that_the_step_is_taken_with(host, model_type, name):
+def test_iterates_include_the_steps_noise(host, model_type, name):
     """Each step draws noise once and keeps it through the iterations: the step's result, with its noise, is known before the
     step.
     """
@@ -214,7 +214,7 @@ def test_iterates_have_the_noise_that_the_step_is_taken_with(host, model_type, n
 
 @pytest.mark.filterwarnings("ignore:Should have t")
 @pytest.mark.parametrize("name", [*DETERMINISTIC, *STOCHASTIC])
-def test_evaluations_are_the_samplers_own_and_the_corrections(host, name):
+def test_evaluations_are_the_samplers_plus_the_corrections(host, name):
     import comfy.samplers
 
     if not known(host, [name]):
@@ -265,7 +265,7 @@ def test_history_has_the_corrected_prediction(host, name):
     torch.testing.assert_close(result, expected, rtol=2e-5, atol=2e-5)
 
 
-def test_a_heun_step_is_corrected_once_and_at_its_own_sigma(host):
+def test_a_heun_step_is_corrected_once_at_its_own_sigma(host):
     """The second evaluation of a step, at the next sigma, is the sampler's; only the first prediction is corrected."""
 
     def network(x):
@@ -288,7 +288,7 @@ def test_a_heun_step_is_corrected_once_and_at_its_own_sigma(host):
     torch.testing.assert_close(result, x, rtol=1e-9, atol=1e-9)
 
 
-def test_dpm_fast_is_corrected_at_the_steps_that_it_takes(host):
+def test_dpm_fast_is_corrected_at_its_own_steps(host):
     """It spaces its own steps, of up to three evaluations each: nine steps of the schedule become four of its own."""
     guider = ToyGuider("EPS")
     sampler, reports = corrected(host, "dpm_fast", correction_steps="steps:3")
@@ -310,7 +310,7 @@ def test_dpm_adaptive_is_refused_and_runs_uncorrected(host):
     assert reports[0].nfe == len(stock.calls)
 
 
-def test_a_sampler_that_picks_its_steps_by_the_latent_is_refused(host):
+def test_a_sampler_with_steps_that_depend_on_the_latent_is_refused(host):
     import comfy.samplers
 
     def sample_by_size(model, x, sigmas, extra_args=None, callback=None, disable=None):
@@ -329,7 +329,7 @@ def test_a_sampler_that_picks_its_steps_by_the_latent_is_refused(host):
     assert not guider.calls
 
 
-def test_a_sampler_of_another_pack_is_followed(host):
+def test_a_sampler_of_another_pack_is_corrected(host):
     """The sampler function is not the host's and draws its own noise: the iterates do not include the noise."""
     import comfy.samplers
 
@@ -352,7 +352,7 @@ def test_a_sampler_of_another_pack_is_followed(host):
         torch.testing.assert_close(x_in, euler * guider.input_scale(sigma_next) / guider.input_scale(sigma))
 
 
-def test_churned_noise_is_the_samplers_own(host):
+def test_churn_noise_is_part_of_the_latent_at_the_steps_start(host):
     """Noise that is added before a step is part of the latent with which the step begins, at the sigma that was evaluated."""
     import comfy.samplers
 
@@ -370,7 +370,7 @@ def test_churned_noise_is_the_samplers_own(host):
 
 
 @pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "euler_ancestral", "uni_pc"])
-def test_schedule_of_no_step_hands_the_latent_on(host, name):
+def test_schedule_without_steps_returns_the_latent(host, name):
     import comfy.samplers
 
     sigmas, single = torch.tensor([1.5]), {"dtype": torch.float32}
@@ -385,7 +385,7 @@ def test_schedule_of_no_step_hands_the_latent_on(host, name):
 
 @pytest.mark.parametrize("model_type", ["EPS", "V_PREDICTION", "FLOW"])
 @pytest.mark.parametrize("point", ["paper", "next"])
-def test_unsampling_goes_up_the_same_way(host, model_type, point):
+def test_unsampling_corrects_steps_upwards_too(host, model_type, point):
     """The sigmas are flipped, as by FlipSigmas: from a small sigma instead of 0 up to the highest."""
     guider = guider_of(model_type)
     sigmas = schedule(guider).flip(0)
@@ -424,7 +424,7 @@ def test_dpm_adaptive_runs_uncorrected_over_any_range(host):
         assert torch.equal(run(sampler, ToyGuider("EPS"), sigmas, **single), stock)
 
 
-def test_guidance_plus_plus_is_known_by_what_it_does(host):
+def test_cfg_pp_samplers_are_detected_by_their_steps(host):
     """A CFG++ sampler of the host without cfg_pp in its name is recognized."""
     sampler = host.run("SamplerEulerCFGpp", version="alternative")[0]
     settings = {"correction_steps": "all", "lambda_": LAMBDA, "max_iterations": 1, "tolerance": 0.0}
@@ -434,7 +434,7 @@ def test_guidance_plus_plus_is_known_by_what_it_does(host):
     assert not guider.calls
 
 
-def test_a_step_that_is_told_after_its_further_evaluations_is_refused(host):
+def test_a_callback_after_a_second_evaluation_is_refused(host):
     import comfy.samplers
 
     def sample_late(model, x, sigmas, extra_args=None, callback=None, disable=None):
@@ -476,7 +476,7 @@ def test_schedule_with_a_zero_inside(host, steps):
         ("dpmpp_sde", {"eta": 0.3, "r": 0.7}), ("dpmpp_2m_sde", {"eta": 0.5, "solver_type": "heun"}), ("seeds_2", {"eta": 0.5}),
     ],
 )  # fmt: skip
-def test_options_of_a_sampler_are_in_its_steps(host, name, options):
+def test_options_of_a_sampler_affect_its_steps(host, name, options):
     import comfy.samplers
 
     settings = {"correction_steps": "all", "lambda_": LAMBDA, "max_iterations": 1, "tolerance": 0.0}
@@ -489,7 +489,7 @@ def test_options_of_a_sampler_are_in_its_steps(host, name, options):
             torch.testing.assert_close(x_in, scale * x_next, rtol=2e-6, atol=2e-6)
 
 
-def test_noise_that_is_no_multiple_of_the_draw_is_left_out(host):
+def test_noise_that_is_not_a_multiple_of_the_draw_is_omitted(host):
     """A sampler clips its noise: the step's result is not known, and the iterates do not include the noise."""
     import comfy.samplers
 
@@ -518,7 +518,7 @@ def test_noise_that_is_no_multiple_of_the_draw_is_left_out(host):
 
 @pytest.mark.filterwarnings("ignore:Should have t")
 @pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde_gpu"])
-def test_noise_ahead_is_as_the_latent_is_and_the_same_each_time(host, name):
+def test_noise_drawn_ahead_has_the_latents_dtype_and_is_constant(host, name):
     """The noise drawn ahead has the latent's dtype and is the same each time.
 
     A Brownian path's values depend on the dtype and device of the sigmas that it gets, and the rehearsal's sigmas are on the

@@ -42,7 +42,7 @@ def sampling(sampler_name="euler", steps=6, scheduler="normal", **more):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("correction", [{"correction_steps": "none"}, {"correction_steps": "ends:1/3", "max_iterations": 2}])
-def test_plan_is_what_the_run_does(plans, sample, model, count_evaluations, name, correction):
+def test_plan_agrees_with_the_run(plans, sample, model, count_evaluations, name, correction):
     counted, calls = count_evaluations(model)
     reports = []
     sample(counted, reports, steps=6, cfg=1.0, scheduler="normal", sampler_name=name, **correction)
@@ -63,7 +63,7 @@ def test_plan_is_what_the_run_does(plans, sample, model, count_evaluations, name
         ({"interval": 4, "start_percent": 0.4}, None),
     ],
 )
-def test_cached_steps_are_those_of_the_run(plans, host, sample, model, inputs, full):
+def test_planned_cached_steps_agree_with_the_run(plans, host, sample, model, inputs, full):
     cached = host.run("IECDeepCache", model=model, **{"branch": 0, **inputs})[0]
     settings = {"steps": 7, "scheduler": "normal", "correction_steps": "none"}
     deep = []
@@ -78,7 +78,7 @@ def test_cached_steps_are_those_of_the_run(plans, host, sample, model, inputs, f
     assert full is None or planned == full
 
 
-def test_cached_steps_of_a_profile_are_those_in_the_file(plans, host, model, conditioning, profile_folder):
+def test_planned_cached_steps_of_a_profile_agree_with_its_file(plans, host, model, conditioning, profile_folder):
     run = {"steps": 6, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal", "seed": 1, "runs": 1}
     profile = host.run(
         "IECCalibrateCacheQuant", model=model, positive=conditioning[0], negative=conditioning[1],
@@ -97,7 +97,7 @@ def test_cached_steps_of_a_profile_are_those_in_the_file(plans, host, model, con
     assert plans.step_plan({"correction_steps": "full"}, sampling(), {"profile_name": "mine.safetensors"})["nfe"] == 9
 
 
-def test_corrections_in_full_are_those_of_full_steps(plans):
+def test_plan_counts_which_corrections_are_full_evaluations(plans):
     """The plan tells the real cost of a cached run: a full evaluation costs several of the others."""
 
     def corrections(steps, **more):
@@ -131,7 +131,7 @@ def test_full_is_the_steps_that_the_cache_evaluates_in_full(plans, host, sample,
 
 
 @pytest.mark.parametrize("first", ["IECApply", "IECDeepCache", "IECSampler"])
-def test_full_of_the_other_nodes_is_that_of_the_cache_too(host, advanced, model, conditioning, first):
+def test_full_in_apply_iec_and_iec_sampler_follows_the_cache(host, advanced, model, conditioning, first):
     """This holds with Apply IEC before and after the cache, and around a SAMPLER."""
     correction = {"correction_steps": "full", "lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0}
     cache, sampler = {"interval": 3, "branch": 0}, "euler"
@@ -154,7 +154,7 @@ def test_full_of_the_other_nodes_is_that_of_the_cache_too(host, advanced, model,
     ("name", "scheduler", "differs"),
     [("euler", "simple", False), ("euler", "kl_optimal", True), ("euler_ancestral", "simple", True)],
 )
-def test_auto_is_told_where_no_model_has_another(plans, host, sample, model, name, scheduler, differs):
+def test_plan_of_auto_has_only_choices_common_to_both_models(plans, host, sample, model, name, scheduler, differs):
     """`auto` runs on a model with SD 1.5's noise levels and on a flow model; steps that differ are not promised."""
     flow = host.run("IECLoadBuiltinModel", precision="float32", architecture="transformer")[0]
     auto, run = {"correction_steps": "auto"}, {"steps": 20, "sampler_name": name, "scheduler": scheduler}
@@ -171,7 +171,7 @@ def test_auto_is_told_where_no_model_has_another(plans, host, sample, model, nam
 
 
 @pytest.mark.fast
-def test_what_goes_by_the_noise_levels_of_the_model_is_not_told(plans):
+def test_plan_omits_what_depends_on_the_models_noise_levels(plans):
     """This applies to the cached part of a schedule, and to schedules with as many steps as the model has noise levels."""
     part = {"interval": 3, "start_percent": 0.3}
     assert plans.step_plan({"correction_steps": "all"}, sampling(steps=20, scheduler="karras"), part)["full"] is None
@@ -180,7 +180,7 @@ def test_what_goes_by_the_noise_levels_of_the_model_is_not_told(plans):
         plans.step_plan({"correction_steps": "all"}, sampling(steps=300, scheduler="ddim_uniform"))
 
 
-def test_full_is_not_known_where_the_cache_is_not(route):
+def test_full_is_unknown_if_the_cache_is_unknown(route):
     question = {"correction": {"correction_steps": "full"}, "sampling": sampling()}
     assert route._answer(question)["corrected"] == list(range(6))
     sentence = "correction_steps: which steps a cache evaluates in full is known when it runs."
@@ -192,7 +192,7 @@ def test_full_is_not_known_where_the_cache_is_not(route):
 @pytest.mark.parametrize(
     ("text", "corrected"), [("steps:0,3,5,9", [0, 3, 5]), ("steps:9", []), ("last:8", list(range(6))), ("some", [])]
 )
-def test_refused_correction_steps_come_with_those_that_the_run_has(route, text, corrected):
+def test_an_error_of_correction_steps_includes_the_steps_of_the_run(route, text, corrected):
     question = {"correction": {"correction_steps": text}, "sampling": sampling(), "cache": {"interval": 3}}
     answer = route._answer(question)
     assert answer["error"].startswith(f"correction_steps: '{text}'")
@@ -202,13 +202,13 @@ def test_refused_correction_steps_come_with_those_that_the_run_has(route, text, 
     assert route._answer(question)["error"]
 
 
-def test_run_that_is_refused_for_more_has_no_plan(route):
+def test_a_run_refused_for_other_inputs_has_no_plan(route):
     for correction in ({}, {"correction_steps": "all"}, {"correction_steps": "all", "lambda_": 0}):
         question = {"correction": correction, "sampling": sampling("euler_cfg_pp")}
         assert list(route._answer(question)) == ["error"]
 
 
-def test_steps_that_cannot_be_corrected_are_told(plans):
+def test_plan_lists_the_steps_that_can_be_corrected(plans):
     assert plans.step_plan({"evaluation_point": "next"}, sampling())["correctable"] == [0, 1, 2, 3, 4]
     assert plans.step_plan({"max_iterations": 0}, sampling())["correctable"] == []
     assert plans.step_plan({"correction_steps": "none"}, sampling())["correctable"] == list(range(6))
@@ -225,7 +225,7 @@ def test_part_of_a_schedule(plans, part, steps):
 
 @pytest.mark.parametrize("leftover", ["disable", "enable"])
 @pytest.mark.parametrize("part", [(0, 4), (2, 5), (2, 10000)])
-def test_plan_is_what_ksampler_advanced_does(plans, host, model, conditioning, count_evaluations, leftover, part):
+def test_plan_agrees_with_ksampler_advanced(plans, host, model, conditioning, count_evaluations, leftover, part):
     counted, calls = count_evaluations(model)
     correction = {"correction_steps": "all", "lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0, "evaluation_point": "next"}
     patched, reports = host.run("IECApply", model=counted, **correction)
@@ -242,8 +242,8 @@ def test_plan_is_what_ksampler_advanced_does(plans, host, model, conditioning, c
 
 @pytest.mark.fast
 @pytest.mark.parametrize("name", ["euler", "dpm_2"])
-def test_plan_is_what_a_custom_sampler_does(plans, host, advanced, model, conditioning, count_evaluations, name):
-    """KSampler has one step more for dpm_2, which BasicScheduler does not have."""
+def test_plan_agrees_with_a_custom_sampler(plans, host, advanced, model, conditioning, count_evaluations, name):
+    """For dpm_2, KSampler computes a schedule with one more step and drops its last sigma but one; BasicScheduler does not."""
     counted, calls = count_evaluations(model)
     guider = host.run("BasicGuider", model=counted, conditioning=conditioning[0])[0]
     advanced(guider, name, steps=5, scheduler="karras", denoise=0.5)
@@ -270,7 +270,7 @@ def test_plan_is_what_a_custom_sampler_does(plans, host, advanced, model, condit
         ({}, {"denoise": 1e-7}, "denoise: below 0.01 the steps are not drawn"),
     ],
 )
-def test_what_a_run_is_refused_for_is_said(plans, correction, run, sentence):
+def test_plan_gives_the_runs_error_message(plans, correction, run, sentence):
     with pytest.raises(ValueError, match=sentence.replace("(", r"\(")):
         plans.step_plan(correction, sampling(**run))
 
@@ -312,7 +312,7 @@ BAD_QUESTIONS = {
 
 
 @pytest.mark.fast
-def test_a_question_of_another_form_gets_a_sentence(route):
+def test_a_malformed_request_gets_a_sentence(route):
     for sentence, texts in BAD_QUESTIONS.items():
         for text in texts:
             with pytest.raises(route.BadQuestion) as refused:
@@ -351,14 +351,14 @@ def test_a_client_has_one_plan_at_a_time_and_short_questions(route, monkeypatch)
     assert long == (400, {"unknown": "question: it is longer than 16 KB."}) and bytes_[0] == 400
 
 
-def test_what_is_only_not_known_is_no_refusal(route):
+def test_an_unknown_plan_is_not_an_error(route):
     question = {"correction": {"correction_steps": "none"}, "sampling": sampling("dpm_adaptive")}
     assert "sampler_name: its steps are not known in advance, because" in route._answer(question)["unknown"]
     question["correction"] = {"correction_steps": "all"}
     assert "dpm_adaptive chooses its steps" in route._answer(question)["error"]
 
 
-def test_planning_leaves_the_random_numbers_of_a_run_alone(route):
+def test_planning_does_not_change_the_random_number_generator(route):
     """The server plans in its own thread while another thread samples."""
     import comfy.samplers
 

@@ -102,8 +102,8 @@ def paper_trajectory(eps, corrected, lambda_, iterations, evaluation_point="pape
 CORRECTED = {"all": set(range(STEPS)), "ends:1/10": {0, STEPS - 1}}
 
 
-# Damping and iterations are independent in the formula, and some steps are corrected like all others: each damping and each
-# number of iterations is tested with either set of steps, and so are most pairs of both.
+# In the formula, damping and number of iterations are independent, and a corrected step is the same in either set of steps. So
+# each damping and each number of iterations is tested with both sets, and six of their nine combinations are tested.
 SETTINGS = [("all", 0.3, 1), ("all", 0.5, 2), ("all", 0.7, 3)]
 SETTINGS += [("ends:1/10", 0.3, 3), ("ends:1/10", 0.5, 1), ("ends:1/10", 0.7, 2)]
 
@@ -133,7 +133,7 @@ def test_next_evaluation_point_at_one_half_is_the_hosts_heun(sample, stock_sampl
 
 
 @pytest.mark.fast
-def test_wrong_evaluation_point_is_told_apart(sample, model, guided_eps, relative, monkeypatch, host):
+def test_a_missing_c_in_ratio_is_detected(sample, model, guided_eps, relative, monkeypatch, host):
     """A careless port gives the network the latent without the c_in ratio; it must not pass the test above."""
     expected = paper_trajectory(guided_eps, CORRECTED["all"], 0.5, 1)
     module = pack_module("nodes.host.sampling.rehearsal")
@@ -216,7 +216,9 @@ VARIANTS += [(variant, *counted) for variant in ("W8A8", "W4A8", "DeepCache") fo
 
 
 @pytest.mark.parametrize(("variant", "steps", "iterations"), VARIANTS)
-def test_evaluations_at_the_network_are_as_promised(host, sample, count_evaluations, model, variant, steps, iterations):
+def test_the_number_of_network_evaluations_equals_the_formula(
+    host, sample, count_evaluations, model, variant, steps, iterations
+):
     if "W" in variant:
         some = {"weight_bits": variant[1], "activation_bits": "8", "keep_sensitive_layers": True, "include": "output_blocks.*"}
         model = host.run("IECQuantizeModel", model=model, **some)[0]
@@ -242,7 +244,7 @@ def test_report_has_the_trajectory(sample, model):
     assert report.seconds > 0
 
 
-def test_schedule_counts_the_steps_that_are_run(host, sample, model):
+def test_correction_steps_count_the_steps_that_run(host, sample, model):
     """ddim_uniform gives seven steps when six are requested: 1000 // 6 = 166, and 1 + 6 * 166 is below 1000."""
     assert host.nodes["IECKSampler"].validate_inputs(steps=6, scheduler="ddim_uniform", correction_steps="steps:6") is True
     reports = []

@@ -83,7 +83,7 @@ def dequantized(layer, x):
 
 @pytest.mark.parametrize(("kind", "rotated"), FORMATS)
 @pytest.mark.parametrize("name", SHAPES)
-def test_the_faster_way_serves(layers, clock, make, name, kind, rotated):
+def test_the_faster_backend_is_used(layers, clock, make, name, kind, rotated):
     x = inputs(name)
     in_8_bits = make(name, kind, rotated, compute="8-bit")(x)
     assert clock.asked == []
@@ -103,7 +103,7 @@ def test_the_faster_way_serves(layers, clock, make, name, kind, rotated):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", SHAPES)
-def test_what_is_asked_for_serves_whatever_it_takes(clock, make, name, dtype):
+def test_requested_backend_is_used_without_timing(clock, make, name, dtype):
     x = inputs(name, dtype)
     layer = make(name, dtype=dtype, compute="dequantized")
     tolerance = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}[dtype]
@@ -129,7 +129,7 @@ def test_layers_of_a_kind_are_timed_once(clock, make):
     assert len(clock.asked) == 8
 
 
-def test_sizes_that_come_in_turn_are_remembered(layers, clock, make, monkeypatch):
+def test_choices_for_alternating_sizes_are_remembered(layers, clock, make, monkeypatch):
     layer, sizes = make(), (3, 6, 12)
     outputs = [layer(inputs(LINEAR, rows=rows)) for rows in sizes]
     monkeypatch.setattr(layers, "TIMES", None)
@@ -137,14 +137,14 @@ def test_sizes_that_come_in_turn_are_remembered(layers, clock, make, monkeypatch
         assert torch.equal(layer(inputs(LINEAR, rows=rows)), output)
 
 
-def test_no_more_sizes_are_remembered_than_come_in_turn(layers, make):
+def test_the_number_of_remembered_sizes_is_limited(layers, make):
     layer = make()
     for rows in range(1, 40):
         layer(inputs(LINEAR, rows=rows))
     assert len(layer._chosen) <= layers.REMEMBERED
 
 
-def test_what_could_not_be_found_out_is_found_out_later(layers, clock, make):
+def test_timing_that_was_not_possible_is_done_later(layers, clock, make):
     """Timing is not possible while a graph is captured, or when memory is short."""
     clock.free, clock.eight = False, 5.0
     layer, x = make(), inputs(LINEAR)
@@ -156,7 +156,7 @@ def test_what_could_not_be_found_out_is_found_out_later(layers, clock, make):
     assert not torch.equal(make()(x), in_8_bits)  # the result also applies to other layers of the same kind
 
 
-def test_a_wrong_input_harms_no_right_one(clock, make):
+def test_a_wrong_input_does_not_affect_right_ones(clock, make):
     layer = make()
     with pytest.raises(RuntimeError, match=r"shape|size"):
         layer(normal(6, 40))
@@ -165,7 +165,7 @@ def test_a_wrong_input_harms_no_right_one(clock, make):
     assert len(clock.asked) == 2
 
 
-def test_activations_of_16_bits_leave_no_choice(clock, make):
+def test_with_16_bit_activations_there_is_no_choice(clock, make):
     for name in SHAPES:
         layer = make(name, bits=16)
         layer(inputs(name))
@@ -173,7 +173,7 @@ def test_activations_of_16_bits_leave_no_choice(clock, make):
     assert clock.asked == []
 
 
-def test_where_nothing_is_faster_than_the_dequantized_weight_it_serves(layers, make, monkeypatch):
+def test_the_dequantized_weight_is_used_if_nothing_is_faster(layers, make, monkeypatch):
     """This is the case on a device without integer products: no window is gathered, and activations are not quantized."""
     monkeypatch.setattr(layers, "conv_backend", lambda *_: layers.WEIGHT_ONLY)
     monkeypatch.setattr(layers, "linear_backend", lambda *_: layers.WEIGHT_ONLY)
@@ -183,7 +183,7 @@ def test_where_nothing_is_faster_than_the_dequantized_weight_it_serves(layers, m
         assert str(layer.choice("cpu")) == "dequantized weight"
 
 
-def test_a_way_that_fails_is_passed_by(layers, clock, make, monkeypatch):
+def test_a_backend_that_fails_is_skipped(layers, clock, make, monkeypatch):
     def broken(*args):
         raise RuntimeError("no kernel image is available")
 
@@ -196,7 +196,7 @@ def test_a_way_that_fails_is_passed_by(layers, clock, make, monkeypatch):
     torch.testing.assert_close(compiled(x), layer(x))
 
 
-def test_derivatives_are_of_what_serves(layers, clock, make):
+def test_gradient_mode_computes_with_the_chosen_backend(layers, clock, make):
     x = inputs(LINEAR)
     for eight in (2.0, 5.0):
         clock.eight, layer = eight, make(dtype=torch.float32, rotated=eight == 5.0)  # another kind, which is timed again
@@ -206,7 +206,7 @@ def test_derivatives_are_of_what_serves(layers, clock, make):
 
 
 @pytest.mark.parametrize("timed", [None, 2.0, 5.0])
-def test_a_compiled_layer_takes_what_was_timed_before(layers, clock, make, timed):
+def test_a_compiled_layer_uses_earlier_timings(layers, clock, make, timed):
     torch._dynamo.reset()
     x = inputs(LINEAR)
     if timed:
@@ -234,7 +234,7 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("backend", "names"), [("KITCHEN", ["sum", "add"]), ("TRITON", ["reshape", "view", "view"])])
-def test_little_is_done_around_a_kernel(layers, make, monkeypatch, backend, names):
+def test_few_operations_run_around_a_kernel(layers, make, monkeypatch, backend, names):
     """Even a view takes as long as the launch of a kernel."""
     core = sys.modules[layers.linear_int8.__module__]
     layer, x, out = make(dtype=torch.float16), normal(2, 3, 48, dtype=torch.float16), normal(2, 3, 7, dtype=torch.float16)
@@ -277,7 +277,7 @@ def test_views_follow_the_weight(layers, make):
     assert torch.equal(layer(x), expected)
 
 
-def test_no_view_holds_a_weight_that_goes_to_another_device(make):
+def test_views_do_not_keep_a_weight_moved_to_another_device(make):
     layer = make()
     layer(inputs(LINEAR))
     network = torch.nn.Sequential(torch.nn.Sequential(layer))
@@ -286,7 +286,7 @@ def test_no_view_holds_a_weight_that_goes_to_another_device(make):
     assert memory() is None
 
 
-def test_a_copy_has_views_of_its_own(layers, make):
+def test_a_copied_layer_has_its_own_views(layers, make):
     layer = make()
     x = inputs(LINEAR)
     expected = layer(x)
@@ -297,7 +297,7 @@ def test_a_copy_has_views_of_its_own(layers, make):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_layer_in_its_place_is_what_the_host_would_cast(layers, make, monkeypatch, name):
+def test_skipping_the_hosts_cast_does_not_change_the_output(layers, make, monkeypatch, name):
     layer, x = make(name), inputs(name)
     in_place = layer(x)
     monkeypatch.setattr(layers._QuantizedLayer, "_is_in_place", lambda *_: False)
@@ -305,7 +305,7 @@ def test_a_layer_in_its_place_is_what_the_host_would_cast(layers, make, monkeypa
 
 
 @pytest.mark.parametrize("what", ["weight function", "bias function", "bias of another type"])
-def test_what_the_host_has_to_cast_is_left_to_it(layers, make, monkeypatch, what):
+def test_functions_and_other_bias_dtypes_use_the_hosts_cast(layers, make, monkeypatch, what):
     import comfy.ops
 
     layer, x, calls = make(), inputs(LINEAR), []
@@ -330,7 +330,7 @@ def test_what_the_host_has_to_cast_is_left_to_it(layers, make, monkeypatch, what
 
 
 @pytest.mark.parametrize("compute", ["fastest", "8-bit", "dequantized"])
-def test_the_nodes_take_what_a_user_asks_for(host, model, layers, compute, tmp_path, monkeypatch):
+def test_the_nodes_compute_input_sets_the_backend(host, model, layers, compute, tmp_path, monkeypatch):
     import folder_paths
 
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", ([str(tmp_path)], {".safetensors"}))
@@ -345,7 +345,7 @@ def test_the_nodes_take_what_a_user_asks_for(host, model, layers, compute, tmp_p
     assert quantized.model_options["transformer_options"]["iec_quantize"] == "W8A8"  # so that profiles fit all of them
 
 
-def test_what_cannot_be_is_refused(host):
+def test_impossible_compute_choices_are_refused(host):
     quantize, load = host.nodes["IECQuantizeModel"], host.nodes["IECLoadQuantizedModel"]
     for node in (quantize, load):
         assert node.validate_inputs(compute="4-bit") == "compute: '4-bit' is none of fastest, 8-bit, dequantized."

@@ -124,7 +124,7 @@ def check_kept(before, after, model, lora, strength=1.0):
 @pytest.mark.fast
 @pytest.mark.parametrize("size", [0.002, 0.05])
 @pytest.mark.parametrize("name", FORMATS)
-def test_all_of_a_lora_behind_arrives(quantize, lora, name, size):
+def test_a_lora_after_quantization_has_its_full_effect(quantize, lora, name, size):
     """It arrives when the model is loaded, and bit for bit the same when it is offloaded."""
     base, patches = quantize(name), lora(size)
     patched, packed = with_lora(base, patches, 0.7), {name: layer_of(base, name).weight.clone() for name in LAYERS}
@@ -136,7 +136,7 @@ def test_all_of_a_lora_behind_arrives(quantize, lora, name, size):
     assert all(torch.equal(*pair) for pair in zip(loaded(base).values(), before.values()))
 
 
-def test_integers_and_scales_of_a_patched_weight_stay_as_they_are(quantize, lora):
+def test_a_patch_leaves_integers_and_scales_unchanged(quantize, lora):
     base = quantize()
     before = {name: layer_of(base, name).packing.stored(layer_of(base, name).weight.clone()) for name in LAYERS}
     patched = with_lora(with_lora(base, lora()), lora(seed=40))
@@ -150,7 +150,7 @@ def test_integers_and_scales_of_a_patched_weight_stay_as_they_are(quantize, lora
         patched.detach()
 
 
-def test_what_an_offloaded_layer_is_patched_with_is_found_out_once(quantize, lora, monkeypatch):
+def test_patches_of_an_offloaded_layer_are_computed_once(quantize, lora, monkeypatch):
     module, calls = pack_module("nodes.host.quantization.quantized_layers"), []
     factors = module.lora_factors
     monkeypatch.setattr(module, "lora_factors", lambda *given: calls.append(1) or factors(*given))
@@ -170,7 +170,7 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["W4A16", "fp8"])
-def test_a_file_has_all_of_a_lora_behind(host, sample, quantize, lora, folder, caplog, name):
+def test_a_saved_file_includes_the_lora_after_quantization(host, sample, quantize, lora, folder, caplog, name):
     """The result is the same bit for bit, without a warning; the loaded model accepts another LoRA."""
     patched = with_lora(quantize(name), lora())
     expected = sample(patched)
@@ -196,7 +196,7 @@ def hooked(lora, *conditionings, strength=1.0):
 
 
 @pytest.mark.parametrize("name", ["W4A8, groups, rotated", "fp8"])
-def test_a_lora_of_hooks_is_as_one_behind(sample, quantize, lora, conditioning, name):
+def test_a_hook_lora_equals_a_lora_after_quantization(sample, quantize, lora, conditioning, name):
     base, patches = quantize(name), lora(0.05)
     plain, packed = sample(base), {name: layer_of(base, name).weight.clone() for name in LAYERS}
     both = dict(zip(("positive", "negative"), hooked(patches, *conditioning)))
@@ -207,7 +207,9 @@ def test_a_lora_of_hooks_is_as_one_behind(sample, quantize, lora, conditioning, 
     assert torch.equal(sample(base), plain)
 
 
-def test_hooks_of_one_conditioning_alone_beside_a_lora_behind(sample, model, quantize, lora, conditioning, relative):
+def test_hooks_of_one_conditioning_together_with_a_lora_after_quantization(
+    sample, model, quantize, lora, conditioning, relative
+):
     """The reference is the host's result with the same MODEL in full precision, with the dequantized weights."""
     base = quantize()
     layers = {name: layer for name, layer in base.model.diffusion_model.named_modules() if hasattr(layer, "packing")}
@@ -241,7 +243,7 @@ def test_hooks_on_an_offloaded_layer(quantize, lora):
         source.detach()
 
 
-def test_a_run_of_hooks_that_fails_leaves_nothing_on_the_layers(sample, quantize, lora, conditioning, monkeypatch):
+def test_a_failed_run_with_hooks_leaves_the_layers_unchanged(sample, quantize, lora, conditioning, monkeypatch):
     base = quantize()
     plain = sample(base)
     layer = layer_of(base, "middle_block.1.transformer_blocks.0.ff.net.2")
@@ -302,9 +304,9 @@ OF_FACTORS = {"a LoRA", "of no alpha", "of some rows", "of strength 0"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_patch_is_as_the_host_calculates_it(quantize, monkeypatch, kind):
-    """Each kind is tested alone and together with a LoRA, with a branch that takes any rank and the rest after the first
-    directions.
+def test_every_kind_of_patch_agrees_with_the_host(quantize, monkeypatch, kind):
+    """Each kind is tested alone and together with a LoRA. Here the branch accepts any rank, and no change is stored in the
+    integers alone.
     """
     import comfy.lora
 
@@ -327,7 +329,7 @@ def test_every_kind_of_patch_is_as_the_host_calculates_it(quantize, monkeypatch,
 
 
 @pytest.mark.parametrize("kind", ["a difference", "of magnitudes"])
-def test_hooks_that_take_turns_are_found_out_once(quantize, monkeypatch, kind):
+def test_changes_of_alternating_hooks_are_computed_once(quantize, monkeypatch, kind):
     """Two conditionings alternate like this in every step; the computed changes are dropped at the end of the run."""
     packing, calls = pack_module("iec_core.quantization.packing").Packing, []
     changed = packing.changed
@@ -349,7 +351,7 @@ def test_hooks_that_take_turns_are_found_out_once(quantize, monkeypatch, kind):
     base.detach()
 
 
-def test_a_lora_of_hooks_beside_another_behind_that_is_offloaded_is_found_out_once(quantize, monkeypatch, lora):
+def test_patches_of_an_offloaded_model_are_computed_once_despite_hooks(quantize, monkeypatch, lora):
     """The hooks' LoRA is put on and removed again; the LoRA of the MODEL is computed once nevertheless."""
     packing, calls = pack_module("iec_core.quantization.packing").Packing, []
     changed = packing.changed
@@ -367,7 +369,7 @@ def test_a_lora_of_hooks_beside_another_behind_that_is_offloaded_is_found_out_on
     assert len(calls) == 1
 
 
-def test_a_model_as_a_lora_of_hooks(sample, model, quantize, conditioning, relative):
+def test_a_model_as_a_hook_lora(sample, model, quantize, conditioning, relative):
     """The hooks are those of ComfyUI's "Create Hook Model as LoRA", whose weights are taken as differences to the
     MODEL's own.
     """
@@ -394,7 +396,7 @@ def test_a_model_is_saved_while_the_lora_of_another_clone_is_loaded(host, sample
         assert torch.equal(sample(again), expected[number])
 
 
-def test_more_ranks_than_a_weight_has_are_saved_too(host, sample, quantize, folder, relative):
+def test_a_branch_of_more_ranks_than_its_weight_is_saved(host, sample, quantize, folder, relative):
     import comfy.sd
 
     key, base = f"diffusion_model.{LINEAR}", quantize()
@@ -407,7 +409,7 @@ def test_more_ranks_than_a_weight_has_are_saved_too(host, sample, quantize, fold
     assert relative(sample(again), expected) < 0.01 * relative(sample(base), expected)
 
 
-def test_the_host_counts_what_weights_become_larger_by(quantize, lora):
+def test_the_host_counts_the_growth_of_patched_weights(quantize, lora):
     import comfy.model_management
 
     base = quantize()
@@ -432,7 +434,7 @@ def test_the_host_counts_what_weights_become_larger_by(quantize, lora):
 
 
 @pytest.mark.parametrize("share", [0.6, 0.7, 0.8, 0.9])
-def test_what_is_loaded_in_part_is_patched_once_however_often_it_is_loaded(builtin_model, quantize, share):
+def test_layers_of_a_partly_loaded_model_are_patched_once(builtin_model, quantize, share):
     """Loaded layers have become larger, and may not fit into the same memory a second time."""
     base = quantize(source=builtin_model)
     names = [name for name, layer in base.model.diffusion_model.named_modules() if hasattr(layer, "packing")]
@@ -459,7 +461,7 @@ def loaded_layers(model, names):
     return {name for name in names if f"diffusion_model.{name}.weight" in model.backup}
 
 
-def test_hooks_by_a_patcher_of_another_pack_are_rounded_in_place(quantize, lora):
+def test_hooks_of_another_packs_patcher_are_rounded_in_place(quantize, lora):
     """The other pack's patcher uses the same network as the host's own class."""
     import comfy.model_patcher
 
@@ -475,7 +477,7 @@ def test_hooks_by_a_patcher_of_another_pack_are_rounded_in_place(quantize, lora)
     assert torch.equal(layer.weight, packed)
 
 
-def test_a_lora_that_is_being_trained_takes_no_derivatives_here(quantize, lora):
+def test_a_lora_in_training_gets_no_gradients(quantize, lora):
     base = quantize()
     patched = with_lora(base, {key: value.requires_grad_(value.numel() > 1) for key, value in lora().items()})
     found = offloaded(patched)
@@ -489,7 +491,7 @@ def test_a_lora_that_does_not_fit_the_weight_is_left_to_the_host(quantize, caplo
     assert torch.equal(found[LINEAR], before[LINEAR]) and "ERROR lora" in caplog.text
 
 
-def test_a_higher_rank_than_the_branch_takes_is_as_near_as_it_can_be(quantize, monkeypatch):
+def test_a_change_of_too_high_rank_is_approximated_well(quantize, monkeypatch):
     packing = pack_module("iec_core.quantization.packing").Packing
     monkeypatch.setattr(packing, "most_rank", 6)
     monkeypatch.setattr(packing, "most_rank_found", 6)
@@ -503,7 +505,7 @@ def test_a_higher_rank_than_the_branch_takes_is_as_near_as_it_can_be(quantize, m
     assert (found - expected).norm() < 0.02 * expected.norm()  # two of eight directions are lost, 1/100 in size
 
 
-def test_what_another_pack_lays_on_weights_is_computed_with_unrounded(quantize, lora):
+def test_weight_wrappers_get_the_unrounded_patched_weight(quantize, lora):
     """These are ComfyUI's weight wrappers, together with a LoRA, also one of hooks."""
     base, key = quantize(), f"diffusion_model.{LINEAR}.weight"
     patched = with_lora(base, lora())
@@ -522,7 +524,7 @@ def test_what_another_pack_lays_on_weights_is_computed_with_unrounded(quantize, 
         assert (found.double() - expected).norm() < 1e-4 * expected.norm()
 
 
-def test_a_copy_of_a_patched_layer_has_none_of_what_lies_on_it(quantize, lora):
+def test_a_copied_layer_has_no_hooks_or_patches(quantize, lora):
     base = quantize()
     patched, layer = with_lora(base, lora()), layer_of(base, LINEAR)
     patched.load(CPU, lowvram_model_memory=1)
@@ -545,7 +547,7 @@ def test_a_source_that_patches_in_place(model, quantize, lora, sample):
     assert torch.equal(sample(base), plain)
 
 
-def test_clones_keep_the_class_and_are_of_the_hosts(quantize):
+def test_clones_keep_their_class_and_remain_the_hosts(quantize):
     import comfy.model_patcher
 
     base = quantize()

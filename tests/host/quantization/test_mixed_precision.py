@@ -108,7 +108,7 @@ def predictions(host, model, inputs):
 
 
 @pytest.mark.fast
-def test_errors_are_those_of_guided_predictions_with_one_layer_quantized(host, model, calibrate, inputs):
+def test_errors_equal_those_of_guided_predictions_with_one_layer_quantized(host, model, calibrate, inputs):
     """The errors are compared with the test's own evaluations, in which one layer has a floating-point weight.
 
     At this image size, no layer cancels the change of another in a step; where layers do, the estimate is too large.
@@ -158,7 +158,7 @@ def test_images_are_nearer_than_with_all_at_4_bits_at_little_more(host, model, c
     assert mixed[4.6] < 0.7 * alike and mixed[6.0] < 0.75 * mixed[4.6]
 
 
-def test_an_error_is_met_with_as_few_bits_as_it_takes(calibrate):
+def test_an_error_budget_is_met_with_the_fewest_bits(calibrate):
     loose, tight = (calibrate(budget="error", most_error=error)[0].model.iec_quantization for error in (0.02, 0.002))
     bits = [float(name[1:].split("A")[0]) for name in (loose, tight)]
     assert bits[0] < bits[1] < 8.2
@@ -166,14 +166,14 @@ def test_an_error_is_met_with_as_few_bits_as_it_takes(calibrate):
     assert told <= 0.002
 
 
-def test_a_branch_is_of_the_layers_with_4_bits(calibrate):
+def test_only_layers_with_4_bits_have_a_branch(calibrate):
     made, table = calibrate(average_bits=7.0, rank="8")
     ranks = {layer.packing.format.kind: layer.packing.format.rank for layer in layers_of(made).values()}
     assert ranks == {"int4": 8, "int8": 0} and ", GPTQ, rank 8, only" in made.model.iec_quantization
     assert any(cells[0] == "4 bits" for cells in rows_of(table).values())
 
 
-def test_budgets_that_cannot_be_are_refused(calibrate, host):
+def test_impossible_budgets_are_refused(calibrate, host):
     for settings, message in (
         ({"average_bits": 3.0}, r"^average_bits: 3 is less than the smallest possible, 4\.\d\d with scales and branches"),
         ({"average_bits": 32.0}, r"^average_bits: 32 is enough for all layers to stay unquantized; choose a smaller number\.$"),
@@ -187,7 +187,7 @@ def test_budgets_that_cannot_be_are_refused(calibrate, host):
     assert host.nodes["IECQuantizeModel"].validate_inputs(weight_bits="mixed").startswith("weight_bits: ")
 
 
-def test_caches_in_front_do_not_answer_what_is_measured(host, model, calibrate):
+def test_caches_before_the_node_do_not_affect_the_measurement(host, model, calibrate):
     """Neither the pack's cache nor the host's may repeat its kept results."""
     from comfy_extras.nodes_easycache import EasyCacheNode
 
@@ -201,7 +201,7 @@ def test_caches_in_front_do_not_answer_what_is_measured(host, model, calibrate):
             assert 0.3 < errors[name] / float(cells[1]) < 3
 
 
-def test_what_was_put_on_to_measure_is_taken_off_again(model, calibrate, draw, monkeypatch):
+def test_hooks_and_wrappers_of_the_measurement_are_removed(model, calibrate, draw, monkeypatch):
     import comfy.model_management
 
     before = draw(model)
@@ -224,20 +224,20 @@ def test_what_was_put_on_to_measure_is_taken_off_again(model, calibrate, draw, m
     assert torch.equal(draw(model), before)
 
 
-def test_progress_counts_what_is_measured(calibrate, progress_of):
+def test_progress_counts_the_measurements(calibrate, progress_of):
     told = progress_of(lambda: calibrate(include="mid*.proj_in out*.7.0.skip_*", steps=6))
     total = 2 * 6 + 2 * 2 + 6 + 4 * 2 * 2  # runs; layers in 4 and 8 bits; the measured run and its further evaluations
     assert told == [total, *[1] * total]
 
 
 @pytest.mark.parametrize("sampler_name", ["heun", "dpmpp_2s_ancestral"])
-def test_samplers_of_several_evaluations_a_step(calibrate, progress_of, sampler_name):
+def test_samplers_with_several_evaluations_per_step(calibrate, progress_of, sampler_name):
     few = {"include": "mid*.proj_in out*.7.0.skip_*", "sampler_name": sampler_name, "steps": 2}
     told = progress_of(lambda: calibrate(**few))
     assert told == [2 * 2 + 4 + 2 + 2 * 4, *[1] * (len(told) - 1)] and len(told) == 1 + told[0]
 
 
-def test_numbers_that_are_none_are_refused(model, calibrate):
+def test_nan_predictions_are_refused(model, calibrate):
     """The NaN values are in the prediction with one layer quantized; a patch that detects this layer's hooks makes them."""
     broken = model.clone()
     layer = broken.model.diffusion_model.get_submodule("middle_block.1.proj_in")
@@ -251,7 +251,7 @@ def test_numbers_that_are_none_are_refused(model, calibrate):
         calibrate(broken, include="mid*.proj_in")
 
 
-def test_it_comes_back_from_a_file_to_the_bit(host, calibrate, draw, tmp_path, monkeypatch):
+def test_a_saved_and_loaded_model_is_bit_identical(host, calibrate, draw, tmp_path, monkeypatch):
     import folder_paths
 
     (folder := tmp_path / "diffusion_models").mkdir()
@@ -279,7 +279,7 @@ def test_a_transformer(host):
     assert {"int4", "int8"} <= set(kinds) and len(rows_of(table)) >= len(kinds) > 30
 
 
-def test_the_report_ranks_by_what_the_prediction_costs(host, model, inputs, calibrate):
+def test_the_report_ranks_layers_by_prediction_error(host, model, inputs, calibrate):
     """Its errors are the ones that the calibration measured for the same choice."""
     made, table = calibrate(weight_bits="4", rank="0")
     assert table == f"4 layers: W4A16, GPTQ, only {FEW}"

@@ -289,7 +289,7 @@ def test_clones_without_the_profile_stay_dynamic(quantize, calibrate, run):
     assert scales_left(quantized) == hooks_left(quantized) == []
 
 
-def test_an_error_within_a_run_leaves_nothing_behind(quantize, calibrate, run):
+def test_an_error_during_a_run_removes_the_scales(quantize, calibrate, run):
     quantized = quantize()
     before = run(quantized)
     calibrated, left = calibrate(quantized)[0], [2]
@@ -308,7 +308,7 @@ def test_an_error_within_a_run_leaves_nothing_behind(quantize, calibrate, run):
     assert scales_left(quantized) == [] and torch.equal(run(quantized), before)
 
 
-def test_an_interrupted_calibration_leaves_nothing_behind(quantize, calibrate, run):
+def test_an_interrupted_calibration_removes_its_hooks(quantize, calibrate, run):
     quantized, left = quantize(), [2]
     before, stopping = run(quantized), quantized.clone()
 
@@ -334,7 +334,7 @@ def test_progress_counts_the_steps_of_all_runs(quantize, calibrate, conditioning
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_steps_at_which_a_layer_was_not_run_have_the_scale_of_the_step_before(host, quantize, calibrate, model, cached):
+def test_steps_without_a_layers_run_use_its_previous_scale(host, quantize, calibrate, model, cached):
     """A cache left the layer out at these steps. A layer that the cache runs has its own scale for every step."""
     quantized = quantize()
     if cached:
@@ -349,7 +349,7 @@ def test_steps_at_which_a_layer_was_not_run_have_the_scale_of_the_step_before(ho
     assert not torch.equal(middle[2], middle[1])
 
 
-def test_a_layer_that_was_never_run_goes_on_with_scales_of_its_own(quantize, calibrate, apply, run):
+def test_a_layer_missing_from_the_profile_uses_dynamic_scales(quantize, calibrate, apply, run):
     """The profile does not contain the layer, as when the calibration ran the network without it."""
     quantized = quantize()
     profile, seen = copy.deepcopy(calibrate(quantized)[1]), {}
@@ -429,7 +429,7 @@ def test_models_without_quantized_activations_are_refused(quantize, calibrate, a
                 use(source)
 
 
-def test_a_calibration_that_gives_no_numbers_is_refused(quantize, calibrate):
+def test_a_calibration_with_nan_is_refused(quantize, calibrate):
     broken = quantize().clone()
     broken.set_model_output_block_patch(lambda h, hsp, options: (h * float("nan"), hsp))
     with pytest.raises(
@@ -468,12 +468,12 @@ def compiled(source):
     return clone
 
 
-def test_a_compiled_model_is_calibrated_and_reported_as_it_is_without(
+def test_a_compiled_model_is_calibrated_and_reported_like_an_uncompiled_one(
     host, quantize, calibrate, apply, report, inputs, monkeypatch
 ):
-    """The model is compiled before the calibration, after a run; and after the calibration.
+    """One model is compiled and run before it is calibrated; a calibrated model is compiled afterwards.
 
-    The network is small, because each of these compiles it again.
+    The network is small, because each of these steps compiles it again.
     """
     import comfy.ldm.modules.attention as attention
     from test_unets import OTHERS, build, conditioning
@@ -501,7 +501,7 @@ def test_a_compiled_model_is_calibrated_and_reported_as_it_is_without(
     assert scales_left(quantized) == []
 
 
-def test_layers_that_are_not_seen_are_told(quantize, calibrate):
+def test_layers_that_do_not_run_in_the_calibration_are_reported(quantize, calibrate):
     """Another node that runs a copy of the network has this effect."""
     quantized = quantize()
     hidden = quantized.clone()
@@ -564,7 +564,7 @@ def test_cachequant_on_a_calibrated_model(host, quantize, calibrate, run, inputs
         assert not torch.allclose(maps[one], maps[other], atol=1e-3)
 
 
-def test_cachequant_of_a_calibrated_model_maps_what_its_network_computes(host, quantize, calibrate, run, inputs, model):
+def test_cachequant_maps_the_outputs_of_the_calibrated_network(host, quantize, calibrate, run, inputs, model):
     """The map is checked at step 1, which reuses the feature of step 0, where both networks have seen the same latent."""
     calibrated, features = calibrate(quantize(weight_bits="4"))[0], []
 
@@ -644,7 +644,7 @@ def full_weights(model, names):
 
 @pytest.mark.parametrize("is_drawn", [True])
 @pytest.mark.parametrize("bits", [("8", "8"), ("4", "16")])
-def test_report_has_every_layers_errors_what_costs_most_at_equal_bytes_first(host, quantize, report, run, model, bits):
+def test_report_has_every_layers_errors_largest_per_byte_first(host, quantize, report, run, model, bits):
     quantized, other = quantize(weight_bits=bits[0], activation_bits=bits[1]), host.run("IECClassLabel", labels="flag")[0]
     full = full_weights(model, layers_of(quantized))
     expected = layer_ratios(
@@ -674,7 +674,7 @@ def test_report_has_every_layers_errors_what_costs_most_at_equal_bytes_first(hos
     assert hooks_left(quantized) == []
 
 
-def test_report_tells_what_computes_calibrated_layers(quantize, calibrate, report, model, monkeypatch):
+def test_report_names_the_backends_of_calibrated_layers(quantize, calibrate, report, model, monkeypatch):
     """Calibrated activations cannot use a backend that takes its own scale for each row."""
     layers = sys.modules[type(next(iter(layers_of(quantize()).values()))).__module__]
     monkeypatch.setattr(layers, "linear_backend", lambda device, per_row, *_: f"rows: {per_row}")
@@ -684,7 +684,7 @@ def test_report_tells_what_computes_calibrated_layers(quantize, calibrate, repor
         assert expected in backends and len(backends) == 2
 
 
-def test_layers_left_out_as_suggested_are_in_full_precision(quantize, report, run, model, relative):
+def test_layers_excluded_as_suggested_are_in_full_precision(quantize, report, run, model, relative):
     quantized = quantize(weight_bits="4")
     rows = report(quantized)[0]
     least = sorted(float(row[3]) for row in rows.values())[len(rows) // 3]
@@ -722,7 +722,7 @@ def test_a_size_that_the_quantized_layers_do_not_fit_is_refused(quantize, report
         report(quantize(), budget="size", size_mb=0.5)
 
 
-def test_report_refuses_numbers_that_are_none(quantize, report):
+def test_report_refuses_nan(quantize, report):
     """The values are NaN. A layer's rounding to integers hides them from the layers after it."""
     broken = quantize().clone()
     broken.set_model_output_block_patch(lambda h, hsp, options: (h * float("nan"), hsp))
@@ -785,7 +785,7 @@ def test_report_of_models_with_a_lora_on_both(quantize, report, run, model, orde
     assert torch.equal(run(model), before)
 
 
-def test_report_leaves_the_models_as_they_are(quantize, calibrate, report, run, model):
+def test_report_leaves_the_models_unchanged(quantize, calibrate, report, run, model):
     calibrated = calibrate(quantize())[0]
     before = run(model), run(calibrated)
     rows = report(calibrated, budget="error", least_sqnr=20.0)[0]

@@ -175,7 +175,7 @@ def test_fewer_bits_cost_more_error(sample, model, quantized, relative):
 
 
 @pytest.mark.fast
-def test_memory_is_what_the_formats_say(model, quantized):
+def test_memory_agrees_with_the_formats(model, quantized):
     """The sizes are the host's count; the source is in float32 here."""
     from comfy.model_management import module_size as size
 
@@ -191,7 +191,7 @@ def test_memory_is_what_the_formats_say(model, quantized):
         assert variant.model_size() == size(variant.model) < {"8": 0.3, "4": 0.18, "fp8": 0.3}[bits] * total
 
 
-def test_source_model_and_other_clones_stay_as_they_are(sample, model, quantized):
+def test_source_model_and_other_clones_are_unchanged(sample, model, quantized):
     expected = sample(model)
     weights = {name: layer.weight.clone() for name, layer in layers_of(model).items()}
     w8, w4 = quantized(8), quantized(4)
@@ -231,7 +231,7 @@ def test_lora_before_is_quantized_with_the_weight(sample, model, quantized, rela
     assert relative(sample(variant), sample(patched)) < 0.3 * relative(sample(quantized()), sample(patched))
 
 
-def test_lora_after_reaches_the_quantized_weight_and_goes_again(sample, model, quantized, relative, with_lora):
+def test_lora_after_quantization_is_applied_and_removed(sample, model, quantized, relative, with_lora):
     """Runs alternate with the MODEL without the LoRA, which shares the weights; the host itself patches the packed weight."""
     base = quantized()
     plain = sample(base)
@@ -277,7 +277,7 @@ def test_merging_quantized_models(sample, model, quantized, relative, with_lora)
     assert relative(sample(merge(model, other, 0.5)[0]), expected) < 0.3 * effect
 
 
-def test_rotation_is_of_use_where_there_are_outliers(sample, model, quantized, relative):
+def test_rotation_lowers_the_error_of_a_layer_with_outliers(sample, model, quantized, relative):
     """The layer with outliers is quantized, and the others are in full precision."""
     spiked = model.clone()
     layer = "input_blocks.3.1.transformer_blocks.0.ff.net.2"
@@ -331,7 +331,7 @@ def test_layers_are_chosen_by_patterns(quantized):
         ({"group_size": "32", "weight_bits": "fp8"}, r"^group_size: 32 works only with integers, and weight_bits is fp8; ch"),
     ],
 )
-def test_rules_that_cannot_be_are_refused(quantized, inputs, message):
+def test_impossible_rules_are_refused(quantized, inputs, message):
     with pytest.raises(ValueError, match=message):
         quantized(**inputs)
 
@@ -343,7 +343,7 @@ def test_choices_are_validated(host):
         assert node.validate_inputs(**{name: None}) is True
 
 
-def test_every_layer_says_what_computes_it(quantized):
+def test_every_layer_names_its_backend(quantized):
     said = {str(layer.choice("cpu")) for name, layer in layers_of(quantized()).items() if layer.weight.dtype == torch.int8}
     product = next(one for one in ("torch._int_mm", "exact products in float32") if one in said)  # depends on the processor
     assert said == {product, f"gathered windows, {product}"}
@@ -365,14 +365,14 @@ def test_model_without_layers_is_refused(model, quantized):
 
 
 @pytest.mark.parametrize("key", ["diffusion_model", "diffusion_model.middle_block.0"])
-def test_a_patch_of_the_sources_own_network_is_refused(model, quantized, key):
+def test_a_patch_of_the_unquantized_network_is_refused(model, quantized, key):
     clone = model.clone()
     clone.add_object_patch(key, torch.nn.Identity())
     with pytest.raises(ValueError, match=rf"^model: this MODEL has a patch on {key} that belongs to the unquantized network"):
         quantized(source=clone)
 
 
-def test_what_other_clones_have_put_on_the_source_stays_theirs(host, sample, model, quantized):
+def test_loras_of_other_clones_do_not_affect_the_quantized_model(host, sample, model, quantized):
     expected = sample(quantized())
     sample(host.run("ModelSamplingDiscrete", model=model, sampling="eps", zsnr=False)[0])
     assert torch.equal(sample(quantized()), expected)
@@ -397,7 +397,7 @@ def test_a_source_that_was_offloaded_and_patched(sample, model, quantized):
     sample(model)  # the host then removes the patch
 
 
-def test_the_source_is_let_go(host, model, quantized):
+def test_the_quantized_model_keeps_no_reference_to_its_source(host, model, quantized):
     """The quantized MODEL has no reference to the source's network."""
     from comfy import model_management
 
@@ -410,7 +410,7 @@ def test_the_source_is_let_go(host, model, quantized):
     assert network() is None and variant.model.diffusion_model is not None
 
 
-def test_what_others_have_left_on_the_sources_layers_is_not_taken_along(sample, model, quantized):
+def test_leftover_attributes_of_the_sources_layers_are_not_copied(sample, model, quantized):
     """A removed bypass LoRA of ComfyUI 0.33 leaves an instance attribute `forward` on each layer."""
     expected = sample(quantized())
     found = list(layers_of(model).values())
@@ -425,7 +425,7 @@ def test_what_others_have_left_on_the_sources_layers_is_not_taken_along(sample, 
     assert torch.equal(sample(variant), expected)
 
 
-def test_weights_kept_are_of_the_type_that_the_host_loads_them_in(sample, model, quantized):
+def test_unquantized_weights_keep_the_dtype_that_the_host_loads(sample, model, quantized):
     """ComfyUI 0.33's dynamic loader keeps a file's dtype until a layer is loaded, and stores the model's dtype on the layer."""
     layer = model.model.diffusion_model.out[2]
     layer.weight_comfy_model_dtype = torch.bfloat16

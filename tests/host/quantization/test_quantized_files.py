@@ -167,7 +167,9 @@ def test_loras_reach_a_loaded_model(model, sample, quantize, save, load):
 
 
 def test_a_cache_profile_goes_with_the_loaded_model(host, model, sample, quantize, save, load, conditioning):
-    """By the fingerprint and the name, a profile is refused for another model and for another quantization."""
+    """The profile gives the same result on the loaded model; it is refused for a file of the same model in another
+    quantization.
+    """
     quantized = quantize(model, weight_bits="4")
     settings = {"steps": 4, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal"}
     profile = host.run(
@@ -236,7 +238,7 @@ def test_a_loaded_model_is_quantized_already(model, quantize, save, load):
         quantize(load())
 
 
-def test_the_node_tells_the_name_and_lists_the_file(host, folder, model, quantize):
+def test_the_saved_file_is_named_and_listed(host, folder, model, quantize):
     node = host.nodes["IECSaveQuantizedModel"]
     told = node.execute(model=quantize(model), name="sub/one")
     assert told.ui["text"][0] == "models/diffusion_models/sub/one.safetensors"
@@ -320,7 +322,7 @@ DETECTED = [
 
 
 @pytest.mark.parametrize(("name", "settings"), DETECTED)
-def test_networks_are_found_out_from_the_file(network, sampled, quantize, save, load, name, settings):
+def test_networks_are_detected_from_the_file(network, sampled, quantize, save, load, name, settings):
     quantized = quantize(network(name), **settings)
     save(quantized)
     loaded = load()
@@ -333,7 +335,7 @@ def test_networks_are_found_out_from_the_file(network, sampled, quantize, save, 
     assert torch.equal(sampled(name, loaded), expected)
 
 
-def test_settings_that_weights_do_not_tell_are_kept(network, quantize, save, load):
+def test_settings_that_weights_do_not_determine_are_saved(network, quantize, save, load):
     path = save(quantize(network("LTXV")))
     with safetensors.safe_open(path, "pt") as file:
         kept = json.loads(file.metadata()["config"])["transformer"]
@@ -342,7 +344,7 @@ def test_settings_that_weights_do_not_tell_are_kept(network, quantize, save, loa
     assert load().model.diffusion_model.causal_temporal_positioning is True
 
 
-def test_a_bfloat16_network_is_found_out(network, quantize, save, load):
+def test_a_bfloat16_network_is_detected(network, quantize, save, load):
     quantized = quantize(network("SD3", torch.bfloat16), weight_bits="4")
     save(quantized)
     assert_same_weights(quantized, load())
@@ -368,8 +370,8 @@ def test_marks_tell_the_host_how_a_model_is_sampled(host):
         assert config.sampling_settings == settings
 
 
-def test_weights_are_not_made_twice(network, model, quantize, save, load, monkeypatch):
-    """This also holds if the host makes weights only when it loads them."""
+def test_weights_are_kept_if_the_host_makes_them_late(network, model, quantize, save, load, monkeypatch):
+    """On a host that makes weights only when it loads them, saving and loading keep the weights."""
     management = pytest.importorskip("comfy.memory_management", reason="this host always makes weights at once")
     for source in (network("SD3"), model):
         quantized = quantize(source)
@@ -495,7 +497,7 @@ def test_stock_loader_opens_files_with_scales_of_activations(network, sampled, q
     assert torch.equal(sampled("SD3", stock(save(scaled))), expected)
 
 
-def test_the_node_tells_what_opens_the_file(host, folder, network, quantize):
+def test_the_node_names_the_loaders_that_open_the_file(host, folder, network, quantize):
     """The statements agree with the tests above and below."""
     opens = "ComfyUI's own Load Diffusion Model opens it too, from 0.33 on."
     alone = "Only Load Quantized Model (IEC) opens it: ComfyUI has no such format for its layer {}."
@@ -564,7 +566,7 @@ def test_a_model_that_is_not_quantized_is_refused(save, model, folder):
     assert list(folder.iterdir()) == []
 
 
-def test_a_file_that_is_not_there_is_refused(host, folder, load):
+def test_a_missing_file_is_refused(host, folder, load):
     (folder / "other.safetensors").write_bytes(b"junk")
     node = host.nodes["IECLoadQuantizedModel"]
     message = "model_name: there is no file 'none.safetensors' in models/diffusion_models; there are: other.safetensors."
@@ -720,7 +722,7 @@ def test_changed_networks_are_read_or_refused(network, quantize, save, load, see
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most < 100 * 1024  # KiB
 
 
-def test_a_model_that_would_come_back_otherwise_is_refused(network, quantize, save, folder, monkeypatch):
+def test_a_model_that_would_load_differently_is_refused(network, quantize, save, folder, monkeypatch):
     """Refused is what the host cannot detect from the weights, and what is not part of the network."""
     quantized = quantize(network("SD3"))
     base, config = quantized.model, quantized.model.model_config
@@ -786,7 +788,7 @@ def fail_at(monkeypatch, number, fail):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt(), OSError("disk full")])
-def test_a_save_that_fails_leaves_the_older_file(monkeypatch, model, quantize, save, load, folder, error):
+def test_a_failed_save_keeps_the_older_file(monkeypatch, model, quantize, save, load, folder, error):
     path = save(quantize(model))
     before = path.read_bytes()
 

@@ -90,7 +90,7 @@ def test_a_lora_that_is_rounded_away_is_warned_of_once(no_branch, quantize, mode
     assert share < 0.9 and f"({name}) keeps a share of {share:.2f}" in said and "before the node that quantizes" in said
 
 
-def test_a_lora_that_arrives_is_no_warning(quantize, model, sample, caplog):
+def test_a_lora_with_its_full_effect_gives_no_warning(quantize, model, sample, caplog):
     assert kept(model, 0.01, 127) > 0.9
     sample(with_lora(quantize(), model), **SMALL)
     sample(quantize(with_lora(model, model), weight_bits="4"), **SMALL)  # before quantization
@@ -98,7 +98,7 @@ def test_a_lora_that_arrives_is_no_warning(quantize, model, sample, caplog):
     assert warnings(caplog) == []
 
 
-def test_another_lora_is_warned_of_anew(no_branch, quantize, model, sample, caplog):
+def test_another_lora_gives_another_warning(no_branch, quantize, model, sample, caplog):
     quantized = quantize(weight_bits="fp8")
     for size in (0.01, 0.02):
         sample(with_lora(quantized, model, size), **SMALL)
@@ -107,7 +107,7 @@ def test_another_lora_is_warned_of_anew(no_branch, quantize, model, sample, capl
 
 
 @pytest.mark.parametrize("settings", [{}, {"correction_steps": "auto"}, {"sampler_name": "dpm_adaptive"}])
-def test_the_report_of_each_run_with_it_says_so_too(no_branch, quantize, model, sample, caplog, settings):
+def test_ksampler_reports_warn_of_a_rounded_away_lora(no_branch, quantize, model, sample, caplog, settings):
     """A run without the LoRA has no such warning, though both use the same network. dpm_adaptive's steps are not known."""
     quantized, found = quantize(weight_bits="4"), []
     patched = with_lora(quantized, model)
@@ -119,7 +119,7 @@ def test_the_report_of_each_run_with_it_says_so_too(no_branch, quantize, model, 
     assert found[0].as_dict()["warnings"] == found[0].warnings
 
 
-def test_so_does_that_of_apply_iec_and_of_the_wrapped_sampler(no_branch, host, quantize, model, conditioning):
+def test_apply_iec_and_iec_sampler_reports_warn_of_a_rounded_away_lora(no_branch, host, quantize, model, conditioning):
     patched = with_lora(quantize(weight_bits="4"), model)
     settings = {"correction_steps": "none", "lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0}
     sampler = host.run("KSamplerSelect", sampler_name="euler")[0]
@@ -136,7 +136,7 @@ def test_so_does_that_of_apply_iec_and_of_the_wrapped_sampler(no_branch, host, q
         assert "(W4A16) keeps a share of 0." in said
 
 
-def test_a_run_without_the_lora_of_another_runs_conditioning_does_not_say_it(no_branch, host, quantize, model, conditioning):
+def test_a_hook_lora_is_warned_of_only_in_its_own_runs(no_branch, host, quantize, model, conditioning):
     """The patches of a conditioning's LoRA are on the MODEL only during the run with this conditioning."""
     import comfy.hooks
 
@@ -242,9 +242,7 @@ def control_lora(model):
     return comfy.controlnet.ControlLora(weights)
 
 
-def test_a_control_lora_is_as_on_the_weights_that_the_quantized_ones_stand_for(
-    host, model, sample, rounded, conditioning, relative
-):
+def test_a_control_lora_uses_the_dequantized_weights(host, model, sample, rounded, conditioning, relative):
     """A Control-LoRA takes the MODEL's weights for its own network."""
     quantized, reference = rounded(model)
 
@@ -261,7 +259,7 @@ def test_a_control_lora_is_as_on_the_weights_that_the_quantized_ones_stand_for(
     assert torch.equal(sample(quantized, **SMALL), plain)
 
 
-def test_the_state_of_a_network_or_a_part_is_weights_to_compute_with(model, quantize):
+def test_state_dict_has_dequantized_weights(model, quantize):
     """The host's byte count remains that of the packed weights."""
     import comfy.model_management
 

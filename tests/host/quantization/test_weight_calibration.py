@@ -110,7 +110,7 @@ def test_images_are_nearer_to_full_precision_than_with_the_nearest_integers(host
     assert gptq < 0.5 * nearest and branch < 0.4 * gptq
 
 
-def test_names_and_sizes_say_what_was_made(host, model, calibrated):
+def test_names_and_sizes_agree_with_the_settings(host, model, calibrated):
     import comfy.model_management
 
     made = {rank: calibrated(rank=rank) for rank in ("0", "8", "auto")}
@@ -152,7 +152,7 @@ def test_layers_compute_with_integers_and_branch(model, calibrate, rotate, activ
         torch.testing.assert_close(branch, expected, rtol=1e-3, atol=1e-4 * out.abs().amax().item())
 
 
-def test_sees_all_that_comes_into_the_layers(monkeypatch, model, calibrate):
+def test_moments_include_all_inputs_of_the_layers(monkeypatch, model, calibrate):
     """Its moments are those of all inputs during the runs, as the test's hooks see them."""
     module = pack_module("nodes.host.quantization.weight_calibration")
     monkeypatch.setattr(module, "POSITIONS", 10**6)
@@ -242,7 +242,7 @@ def test_a_network_of_sdxls_shape_is_less_than_a_third_of_float16(host):
     assert 0.26 < (full - saved) / full < 0.28
 
 
-def test_source_stays_as_it_is(model, calibrate, draw):
+def test_source_is_unchanged(model, calibrate, draw):
     before = {key: value.clone() for key, value in model.model.state_dict().items()}
     images = draw(model)
     made = calibrate()
@@ -254,7 +254,7 @@ def test_source_stays_as_it_is(model, calibrate, draw):
     assert not model.object_patches and not model.additional_models and "iec_quantize" not in model.model_options
 
 
-def test_loras_in_front_are_part_of_the_weight_and_of_the_runs(host, model, calibrate, calibrated, draw):
+def test_loras_before_the_node_are_part_of_the_weight_and_of_the_runs(host, model, calibrate, calibrated, draw):
     key, generator = "diffusion_model.middle_block.1.proj_in.weight", torch.Generator().manual_seed(2)
     weight = model.model.state_dict()[key]
     patched = model.clone()
@@ -269,7 +269,7 @@ def test_loras_in_front_are_part_of_the_weight_and_of_the_runs(host, model, cali
     assert relative(draw(made), draw(patched)) < relative(draw(plain), draw(patched))
 
 
-def test_a_lora_behind_stands_beside_the_branch(calibrate, draw):
+def test_a_lora_after_the_node_is_appended_to_the_branch(calibrate, draw):
     """Tested on the loaded, the offloaded and the unpatched model; a LoRA without effect leaves the layer the same bit
     for bit.
     """
@@ -299,7 +299,7 @@ def test_a_lora_behind_stands_beside_the_branch(calibrate, draw):
     assert torch.equal(draw(made), plain)
 
 
-def test_it_comes_back_from_a_file_to_the_bit(host, model, calibrated, draw, tmp_path, monkeypatch):
+def test_a_saved_and_loaded_model_is_bit_identical(host, model, calibrated, draw, tmp_path, monkeypatch):
     import folder_paths
 
     folder = tmp_path / "diffusion_models"
@@ -321,7 +321,7 @@ def test_it_comes_back_from_a_file_to_the_bit(host, model, calibrated, draw, tmp
         assert len(factors) == (0 if number == 2 else 2 * len(layers_of(made)))
 
 
-def test_the_report_says_how_a_layer_was_made(host, model, calibrated, conditioning):
+def test_the_report_has_each_layers_format(host, model, calibrated, conditioning):
     made = calibrated(rank="auto")
     inputs = {"positive": conditioning[0], "negative": conditioning[1], "latent_image": {"samples": torch.zeros(2, 3, 16, 16)}}
     table = host.run(
@@ -356,7 +356,7 @@ def test_a_compiled_layer_with_a_branch_is_one_graph(calibrate):
 
 
 @torch.inference_mode(False)
-def test_derivatives_pass_a_branch(model, calibrate):
+def test_gradients_flow_through_a_branch(model, calibrate):
     """The derivatives are those of the dequantized weight, which is the whole weight."""
     straight_through, normal_tensors = (
         pack_module("nodes.host.quantization.quantized_layers").straight_through,
@@ -375,7 +375,7 @@ def test_derivatives_pass_a_branch(model, calibrate):
             assert relative(found, expected) < 1e-5, name
 
 
-def test_what_does_not_run_is_rounded_to_the_nearest_and_said(model, calibrate, caplog):
+def test_layers_that_do_not_run_are_rounded_to_nearest_and_reported(model, calibrate, caplog):
     idle = model.model.diffusion_model.middle_block[0]
     unused = torch.nn.ModuleDict({"unused": type(idle.emb_layers[1])(8, 4, dtype=torch.float32, device="cpu")})
     unused["unused"].weight.data = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
@@ -393,14 +393,14 @@ def test_what_does_not_run_is_rounded_to_the_nearest_and_said(model, calibrate, 
     torch.testing.assert_close(layer.packing.dequantize(layer.weight), (unused["unused"].weight / scale).round() * scale)
 
 
-def test_nothing_can_be_found_out_from_nan(model, calibrate):
+def test_nan_in_the_calibration_is_refused(model, calibrate):
     sick = tuned(model)
     sick.model.diffusion_model.middle_block[0].in_layers[2].bias.data[3] = math.nan
     with pytest.raises(ValueError, match=r"^model: .*NaN or infinity"):
         calibrate(sick)
 
 
-def test_what_is_quantized_already_is_refused(model, calibrate, calibrated):
+def test_a_quantized_model_is_refused(model, calibrate, calibrated):
     with pytest.raises(ValueError, match="this MODEL is quantized already"):
         calibrate(calibrated(rank="auto"))
 
@@ -416,13 +416,13 @@ def test_what_is_quantized_already_is_refused(model, calibrate, calibrated):
         ({"sampler_name": "best"}, "^sampler_name"),
     ],
 )
-def test_wrong_inputs_end_in_a_sentence(calibrate, settings, sentence):
+def test_wrong_inputs_are_refused_in_one_sentence(calibrate, settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         calibrate(**settings)
 
 
 @pytest.mark.parametrize("when", ["sampling", "rounding"])
-def test_an_interrupt_leaves_the_model_as_it_was(model, calibrate, draw, monkeypatch, when):
+def test_an_interrupt_leaves_the_model_unchanged(model, calibrate, draw, monkeypatch, when):
     import comfy.model_management as management
 
     before, calls = draw(model), []
@@ -475,7 +475,7 @@ def test_the_bar_counts_the_steps_of_all_passes_and_the_layers(calibrate, monkey
 
 
 @pytest.mark.parametrize(("precision", "factors"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)])
-def test_factors_are_of_the_models_type(host, calibrate, precision, factors):
+def test_factors_have_the_models_dtype(host, calibrate, precision, factors):
     source = host.run("IECLoadBuiltinModel", precision=precision)[0]
     made = calibrate(source, include="middle_block.1.proj_in")
     layer = layers_of(made)["middle_block.1.proj_in"]

@@ -31,7 +31,7 @@ def test_reports_are_joined_in_the_order_of_the_inputs(host, reports):
     assert joined == [a, b, a, b, a, a, b]
 
 
-def test_table_says_what_was_measured(host, reports):
+def test_table_has_the_measured_values(host, reports):
     grid, plot, table, drawn = compare(host, reports)
     header, full, other = csv.reader(table.splitlines())
     assert header == ["variant", "correction_steps", "NFE", "seconds", "relative_error", "PSNR"]
@@ -72,13 +72,13 @@ def test_report_without_latents_is_refused(host, sample, model, reports):
         compare(host, reports)
 
 
-def test_run_without_steps_is_told_as_such(host, sample, model, reports):
+def test_a_run_without_steps_is_refused_with_its_name(host, sample, model, reports):
     sample(model, reports, label="still", keep_latents=True, denoise=0.0)
     with pytest.raises(ValueError, match=r"^reports: the run 'still' took no steps, as with denoise 0"):
         compare(host, reports)
 
 
-def test_reports_of_runs_to_come_are_joined_when_they_are_there(host, model, stock_sample, reports):
+def test_reports_of_later_runs_are_joined_after_the_runs(host, model, stock_sample, reports):
     """Apply IEC's report log is empty at first, and must not be copied as if there were no runs."""
     corrected, log = host.run("IECApply", model=model, correction_steps="all", lambda_=0.5, max_iterations=1, tolerance=0.0)
     with pytest.raises(

@@ -41,7 +41,7 @@ def entry(name, weight=400, style="normal", fname="a.ttf"):
     return types.SimpleNamespace(name=name, weight=weight, style=style, fname=fname, index=1)
 
 
-def test_plain_upright_families_come_first_and_boxes_never(fonts):
+def test_plain_upright_fonts_are_preferred_and_box_fonts_excluded(fonts):
     entries = [
         entry("A Decorative"), entry("Arial", style="italic", fname="i.ttf"), entry("Arial", 700, fname="b.ttf"),
         entry("Arial", fname="r.ttf"), entry("Noto Sans CJK SC", "normal"), entry("Noto Color Emoji"), entry("DejaVu Sans"),
@@ -61,7 +61,7 @@ def test_the_first_font_that_has_a_character_is_taken(fonts, monkeypatch):
     assert fonts.drawable("a 中文字 b") == "a 中文字 b" and fonts.drawable("字仮b") == "字U+4EEEb"
 
 
-def test_a_font_file_that_is_none_is_passed_over(fonts, tmp_path):
+def test_an_invalid_font_file_is_skipped(fonts, tmp_path):
     (tmp_path / "junk.ttf").write_bytes(b"junk")
     fonts = fonts(("Junk", str(tmp_path / "junk.ttf"), 0), ("Gone", str(tmp_path / "gone.ttf"), 0), STIX)
     assert fonts.families("⌚") == ["DejaVu Sans", "STIXGeneral"]
@@ -118,7 +118,7 @@ def test_labels_that_no_font_has_make_different_pictures(module, fonts):
 
 
 @pytest.mark.parametrize("text", ["⌚", "a⌚b⌽c"])
-def test_another_fonts_letters_are_its_own(fonts, text):
+def test_fallback_letters_are_drawn_in_their_own_font(fonts, text):
     """The picture equals that of the letters drawn in the fonts themselves, side by side."""
     letters = fonts(STIX).Letters(40)
     own, other = (ImageFont.truetype(path, 40) for path in (f"{FONTS}/DejaVuSans.ttf", STIX[1]))

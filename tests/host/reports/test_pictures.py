@@ -76,7 +76,7 @@ def test_grid_holds_the_images_and_their_differences(module, runs, batch, height
 
 
 @pytest.mark.parametrize("gain", [2.0, 64.0])
-def test_grid_says_the_gain(module, gain):
+def test_grid_shows_the_gain(module, gain):
     """The images are white, so that everything black is a letter."""
     grids, white = module("grids"), [np.ones((1, 32, 32, 3), np.float32)] * 3
 
@@ -124,7 +124,7 @@ def test_no_two_curves_look_alike(module, pairs):
         assert styles <= {"-"}  # a solid line is uncorrected
 
 
-def test_runs_of_one_name_are_told_apart(module, reports):
+def test_runs_with_equal_names_get_different_labels(module, reports):
     full, other = reports
     names = module("compare").told_apart([full, other, other, full, other])
     assert names == [
@@ -162,7 +162,7 @@ def test_error_plot_has_the_errors_of_every_step(host, module, sample, model, re
     assert plot.shape[0] == 1 and plot.shape[2] == 1040 and plot.shape[3] == 3
 
 
-def test_a_lone_final_error_can_be_seen(module):
+def test_a_single_final_error_is_visible(module):
     draw = module("plots").error_growth
     with_point, without = ([("a", "none", [math.nan] * 4 + [end])] for end in (0.1, math.nan))
     assert (draw(with_point) != draw(without))[:500].sum() > 100
@@ -184,7 +184,7 @@ def test_pareto_plot_has_costs_and_errors(host, module, sample, model, reports, 
     assert plot.shape[0] == 1 and plot.shape[2] == 1040 and plot.shape[3] == 3
 
 
-def test_pareto_plot_shows_a_run_without_any_error(host, module, reports, monkeypatch):
+def test_pareto_plot_shows_a_run_with_zero_error(host, module, reports, monkeypatch):
     places = caught(monkeypatch, module, "_label_points")
     host.run("IECParetoPlot", reports=[reports[0], *reports], cost="evaluations")
     _, axes, ((_, none), (_, some)), texts, _ = places
@@ -207,13 +207,13 @@ def test_labels_of_twenty_points_are_legible(module, seed):
         assert not any(left < x < right and bottom < y < top for x, y in points)
 
 
-def test_labels_without_a_free_place_are_said_to_overlap(module):
+def test_labels_without_free_space_are_reported_as_overlapping(module):
     boxes, overlap = module("plots").place_labels([(50, 50)] * 2, [(90, 90)] * 2, (0, 0, 100, 100), 5)
     assert len(boxes) == 2 and overlap > 0
 
 
 @pytest.mark.parametrize(("runs", "numbered"), [(3, False), (19, True)])
-def test_pareto_plot_names_runs_where_there_is_room(module, monkeypatch, runs, numbered):
+def test_pareto_plot_names_runs_if_there_is_room(module, monkeypatch, runs, numbered):
     plots, texts = module("plots"), []
     write = plots._label_points
     monkeypatch.setattr(plots, "_label_points", lambda *args: texts.append((args[3], write(*args))) or texts[-1][1])
@@ -240,7 +240,7 @@ def test_reports_that_make_no_picture_are_refused(host, sample, model, reports, 
 
 
 @pytest.mark.parametrize("gain", [0.5, 101.0, math.nan])
-def test_gain_that_comes_over_a_link_is_looked_at_too(host, reports, gain):
+def test_a_linked_gain_is_checked_too(host, reports, gain):
     with pytest.raises(ValueError, match=r"^difference_gain: .* (is outside 1 to 100|is not a finite number from 1 to 100)\."):
         host.run("IECImageGrid", reports=reports, vae=PixelVAE(), difference_gain=gain)
 
@@ -255,7 +255,7 @@ def shown(node):
 
 
 @pytest.mark.parametrize(("node", "inputs"), [*NODES.items(), ("IECCompare", {"vae": PixelVAE()}), ("IECReport", {})])
-def test_nodes_show_what_they_put_out(host, reports, node, inputs):
+def test_nodes_show_their_outputs(host, reports, node, inputs):
     cls = host.nodes[node]
     done = cls.execute(**{"report" if node == "IECReport" else "reports": reports}, **inputs)
     pictures = [one for output in done.result if isinstance(output, torch.Tensor) for one in output]

@@ -15,7 +15,7 @@ def model(small_model):
 
 
 @pytest.mark.fast
-def test_report_says_what_the_iteration_did(host):
+def test_report_agrees_with_the_iteration(host):
     """On a linear network, every number of the report is compared with the network's own inputs and the closed form."""
     import comfy.samplers
 
@@ -135,7 +135,8 @@ class Unread(ToyGuider):
 
 
 def test_loop_reads_nothing_back_at_one_iteration(host):
-    """On torch's meta device nothing can be read: a run with one iteration reaches its end, a run with two does not.
+    """On torch's meta device nothing can be read: with one iteration a run makes all its evaluations before it fails; with two
+    it fails after the first correction.
 
     The schedule stays on the CPU, which dpmpp_2m supports.
     """
@@ -157,7 +158,7 @@ def test_loop_reads_nothing_back_at_one_iteration(host):
 
 @pytest.mark.parametrize("name", ["euler", "euler_ancestral", "heun", "lcm"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_reads_of_a_run_do_not_grow_with_its_corrections(host, name, masked):
+def test_corrections_read_nothing_more_from_the_device(host, name, masked):
     """The number of scalars read while the sampler runs is the same with every step corrected as with none."""
     import comfy.samplers
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -213,7 +214,7 @@ NONE, AT_ONE = ({**SETTINGS, "correction_steps": steps} for steps in ("none", "s
 
 
 @pytest.mark.parametrize("settings", [NONE, AT_ONE])
-def test_a_sampler_that_divides_by_a_step_of_no_width_is_not_told_as_the_networks(host, settings):
+def test_nan_from_a_zero_width_step_is_reported_for_sigmas(host, settings):
     """dpmpp_2m divides by the width of its last step in log sigma; the stock run is NaN too."""
     import comfy.samplers
 
@@ -225,7 +226,7 @@ def test_a_sampler_that_divides_by_a_step_of_no_width_is_not_told_as_the_network
     assert all(guider.denoised(torch.ones(1, 1), torch.ones(1)).isfinite())
 
 
-def test_whose_doing_nan_is(host):
+def test_nan_errors_name_the_input_that_caused_them(host):
     import comfy.samplers
 
     def sample_dividing(model, x, sigmas, extra_args=None, callback=None, disable=None):
@@ -252,7 +253,7 @@ def test_whose_doing_nan_is(host):
             run(host.run("IECSampler", sampler=euler, **settings)[0], ToyGuider("EPS"), sigmas.clone().fill_(float("nan")))
 
 
-def test_a_schedule_that_goes_on_after_zero_is_not_told_as_the_samplers(host):
+def test_a_schedule_that_continues_after_zero_is_reported_for_sigmas(host):
     import comfy.samplers
 
     sampler, sigmas = comfy.samplers.sampler_object("euler"), torch.tensor([6.0, 2.0, 0.0, 0.0])

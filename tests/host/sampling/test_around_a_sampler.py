@@ -64,7 +64,7 @@ def test_inpainting_agrees_with_the_correction_written_out(host, sample, advance
 
 @pytest.mark.fast
 @pytest.mark.parametrize("model_type", ["EPS", "EDM", "FLOW"])
-def test_what_a_correction_evaluates_has_one_noise_level(host, model_type):
+def test_the_input_of_a_correction_has_one_noise_level(host, model_type):
     """At `paper` the network's input is the step's result, c_in(sigma) x_in = c_in(sigma') x'.
 
     This also holds outside the in-paint mask, where x' is the image with the run's own noise at sigma'.
@@ -206,7 +206,7 @@ def test_weight_hooks_reach_quantized_layers(host, sample, model, conditioning, 
     assert relative(sample(quantized), without) < 0.2 * effect
 
 
-def test_perturbed_attention_guidance_keeps_its_two_passes_apart(host, sample, model):
+def test_the_two_passes_of_perturbed_attention_have_separate_features(host, sample, model):
     """The guidance evaluates the positive conditioning a second time, with another attention: each pass has its own feature."""
     features = {False: [], True: []}
 

@@ -41,7 +41,7 @@ def seen(model):
 @pytest.mark.fast
 @pytest.mark.parametrize("node", ["EasyCache", "LazyCache"])
 @pytest.mark.parametrize("point", ["paper", "next", "ahead"])
-def test_corrections_are_the_networks_and_nfe_is_what_it_ran(host, sample, model, seen, node, point):
+def test_corrections_run_the_network_and_nfe_counts_its_runs(host, sample, model, seen, node, point):
     model, calls = seen(host.run(node, model=model, **CACHE)[0])
     reports = []
     sample(model, reports, steps=STEPS, evaluation_point=point, **IEC)
@@ -70,7 +70,7 @@ def test_either_order_of_apply_iec_and_a_cache(host, stock_sample, model, seen, 
 
 
 @pytest.mark.parametrize("node", ["EasyCache", "LazyCache"])
-def test_without_a_correction_the_cache_does_what_it_does(host, sample, stock_sample, model, seen, node):
+def test_without_a_correction_the_cached_run_is_the_stock_run(host, sample, stock_sample, model, seen, node):
     cached, calls = seen(host.run(node, model=model, **CACHE)[0])
     reports = []
     assert torch.equal(sample(cached, reports, steps=STEPS), stock_sample(cached, steps=STEPS))

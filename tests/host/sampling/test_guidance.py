@@ -159,7 +159,7 @@ def test_it_is_the_stock_run_or_the_correction_written_out(advanced, with_iec, m
     assert relative(stock, expected) > 0.1
 
 
-def test_no_graph_is_another_one_in_disguise(advanced, host, model, conditioning, relative):
+def test_graphs_differ_from_each_other(advanced, host, model, conditioning, relative):
     latents = {name: advanced(make(host, model, *conditioning), steps=2) for name, make in GUIDERS.items()}
     equal = [{"CFG 1", "basic"}]
     for one, other in itertools.combinations(latents, 2):

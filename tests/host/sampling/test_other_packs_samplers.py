@@ -57,7 +57,7 @@ def by_copy(inner):
 @pytest.mark.fast
 @pytest.mark.parametrize("wrap", [around, by_sample, by_copy])
 @pytest.mark.parametrize("name", ["euler", "heun"])
-def test_a_sampler_of_ours_is_corrected_inside_of_another(host, wrap, name):
+def test_an_iec_sampler_inside_another_sampler_is_corrected(host, wrap, name):
     sigmas = torch.tensor(SIGMAS)
     ours, reports = host.run("IECSampler", sampler=stock(name), **SETTINGS)
     guider, alone, plain = (ToyGuider("EPS", network=bent) for _ in range(3))
@@ -69,7 +69,7 @@ def test_a_sampler_of_ours_is_corrected_inside_of_another(host, wrap, name):
     assert [step.corrected for step in reports[-1].steps] == [True] * 5
 
 
-def test_applied_twice_is_found_inside_of_another_sampler(host):
+def test_applying_twice_is_detected_inside_another_sampler(host):
     ours = host.run("IECSampler", sampler=stock(), **SETTINGS)[0]
     for wrapped in (around(ours), by_copy(ours)):
         guider = ToyGuider("EPS")
@@ -102,7 +102,7 @@ def test_a_sampler_that_does_not_use_its_sampler_function_is_refused(host):
 @pytest.mark.parametrize("share", [0.95, 0.8, 0.65])
 @pytest.mark.parametrize("point", ["paper", "next"])
 @pytest.mark.parametrize("model_type", ["EPS", "V_PREDICTION", "FLOW"])
-def test_a_sampler_that_lies_about_sigma_is_corrected_at_its_own_next_latent(host, share, point, model_type):
+def test_a_sampler_that_passes_another_sigma_is_corrected_at_its_next_latent(host, share, point, model_type):
     """The step follows the schedule's sigmas, x' = x + (sigma' - sigma) (x - D) / sigma; the network gets share * sigma.
 
     At `paper` it sees x' as in the sampler's next evaluation, whose sigma is share * sigma'.
@@ -129,7 +129,7 @@ def test_a_sampler_that_lies_about_sigma_is_corrected_at_its_own_next_latent(hos
     assert sum(step.corrected for step in reports[0].steps) == corrected >= 4
 
 
-def test_a_sampler_that_lies_and_adds_noise_is_refused(host):
+def test_a_sampler_that_passes_another_sigma_and_adds_noise_is_refused(host):
     guider = ToyGuider("EPS")
     with pytest.raises(ValueError, match=r"^sampler: the steps of daemon cannot be corrected, because it evaluates latents at"):
         run(host.run("IECSampler", sampler=around(stock("euler_ancestral"), 0.8), **SETTINGS)[0], guider, torch.tensor(SIGMAS))
@@ -155,7 +155,7 @@ def test_a_denoiser_that_does_not_show_its_model_is_refused(host):
             assert torch.equal(run(comfy.samplers.KSAMPLER(bare), guider, torch.tensor(SIGMAS)), expected)
 
 
-def test_a_step_of_other_factors_is_corrected_at_its_own_next_latent(host):
+def test_a_step_with_other_factors_is_corrected_at_its_next_latent(host):
     import comfy.samplers
 
     def sample_half(model, x, sigmas, extra_args=None, callback=None, disable=None):
@@ -173,7 +173,7 @@ def test_a_step_of_other_factors_is_corrected_at_its_own_next_latent(host):
         torch.testing.assert_close(x_in, 0.5 * x + 0.3 * denoised, rtol=1e-6, atol=1e-6)
 
 
-def test_a_schedule_that_rises_is_told_by_order(host):
+def test_steps_of_a_rising_schedule_are_counted_in_order(host):
     rising = [14.6, 7.0, 3.0, 1.0, 5.0, 2.0, 0.5, 0.0]
     sigmas = torch.tensor(rising).double()
     for point, count in (("paper", 7), ("next", 6)):
@@ -186,7 +186,7 @@ def test_a_schedule_that_rises_is_told_by_order(host):
         assert all(one[2] == one[3] for one in guider.told)
 
 
-def test_nothing_is_rehearsed_where_nothing_is_corrected(host):
+def test_without_corrections_nothing_is_rehearsed(host):
     import comfy.samplers
 
     calls = []

@@ -59,7 +59,7 @@ SCHEDULES = {
 }  # fmt: skip
 
 
-def test_the_hosts_samplers_evaluate_as_the_table_says(host, module):
+def test_the_hosts_samplers_evaluate_as_in_the_table(host, module):
     """The table is compared with runs over schedules that end at 0, that do not, that are short, and that rise again."""
     import comfy.samplers
 
@@ -128,14 +128,14 @@ def test_the_table_agrees_with_rehearsals(host, module, monkeypatch):
         ("heun", {}, RISING, False), ("euler", {}, RISING, True),
     ],
 )  # fmt: skip
-def test_what_may_change_the_number_of_evaluations_is_not_in_the_table(host, module, name, options, sigmas, is_known):
+def test_options_that_may_change_the_number_of_evaluations_are_not_in_the_table(host, module, name, options, sigmas, is_known):
     import comfy.samplers
 
     function = comfy.samplers.sampler_object(name).sampler_function
     assert (module("stock_samplers").evaluations_of(function, options, sigmas) is not None) == is_known
 
 
-def test_a_rehearsal_has_as_many_items_whatever_is_drawn_and_the_factors_of_the_formula(host, module, monkeypatch):
+def test_rehearsal_batch_size_is_constant_and_noise_factors_are_exact(host, module, monkeypatch):
     """euler_ancestral: sigma_up = min(s', sqrt(s'^2 (s^2 - s'^2) / s^2)), in each of 60 steps."""
     rehearsal, sizes = module("rehearsal"), []
     play = rehearsal._play
@@ -178,7 +178,7 @@ def corrected(host, sampler, **settings):
     return host.run("IECSampler", sampler=sampler, **{**SETTINGS, **settings})[0]
 
 
-def test_a_run_is_rehearsed_once_and_again_only_where_something_is_other(host, plays):
+def test_a_run_is_rehearsed_again_only_if_something_changed(host, plays):
     import comfy.samplers
 
     guider, plain = ToyGuider("EPS"), comfy.samplers.sampler_object("euler")
@@ -231,7 +231,7 @@ def test_another_packs_function_is_rehearsed_each_time(host, plays):
     assert plays["sample_part"] == 4
 
 
-def test_a_failure_is_not_kept(host, plays, monkeypatch):
+def test_a_failed_rehearsal_is_not_cached(host, plays, monkeypatch):
     import comfy.k_diffusion.sampling
     import comfy.samplers
 
@@ -251,7 +251,7 @@ def test_a_failure_is_not_kept(host, plays, monkeypatch):
         ("auto", "uni_pc", "the sampler also uses predictions of earlier steps"),
     ],
 )
-def test_nothing_is_rehearsed_of_a_sampler_of_the_host_that_is_not_corrected(host, plays, steps, name, why):
+def test_an_uncorrected_host_sampler_is_not_rehearsed(host, plays, steps, name, why):
     import comfy.samplers
 
     sampler, guider = comfy.samplers.sampler_object(name), ToyGuider("EPS")
@@ -263,7 +263,7 @@ def test_nothing_is_rehearsed_of_a_sampler_of_the_host_that_is_not_corrected(hos
     assert sum(step.nfe for step in reports[0].steps) == reports[0].nfe == len(guider.calls)
 
 
-def test_an_interrupt_passes_in_the_middle_of_a_stock_samplers_rehearsal(host, plays):
+def test_an_interrupt_ends_a_stock_samplers_rehearsal(host, plays):
     import comfy.samplers
     from comfy.model_management import InterruptProcessingException, interrupt_current_processing, processing_interrupted
 
@@ -294,7 +294,7 @@ def twice_a_step(model, x, sigmas, extra_args=None, callback=None, disable=None)
 
 
 @pytest.mark.parametrize(("steps", "name"), [("none", "sample_euler"), ("auto", "sample_heun"), ("auto", "sample_dpmpp_2m")])
-def test_where_nothing_is_corrected_a_plan_that_is_wrong_stops_no_run(host, steps, name):
+def test_without_corrections_a_wrong_plan_does_not_stop_a_run(host, steps, name):
     """A host's sampler that another release has changed has a wrong plan: it samples, and the report has no steps."""
     import comfy.samplers
 
@@ -306,7 +306,7 @@ def test_where_nothing_is_corrected_a_plan_that_is_wrong_stops_no_run(host, step
     assert reports[0].steps == [] and reports[0].nfe == len(guider.calls) == 12 and reports[0].seconds > 0
 
 
-def test_what_another_pack_wraps_around_a_sampler_of_the_host_is_its_own(host, module):
+def test_a_wrapped_host_sampler_does_not_count_as_the_hosts(host, module):
     import comfy.samplers
 
     of_the_host = module("noise").is_of_the_host
@@ -323,7 +323,7 @@ def test_what_another_pack_wraps_around_a_sampler_of_the_host_is_its_own(host, m
     assert not any(map(of_the_host, (around, torch.no_grad()(around), functools.partial(euler), ours)))
 
 
-def test_runs_at_once_have_each_a_plan_of_their_own(host):
+def test_concurrent_runs_have_separate_plans(host):
     """One SAMPLER runs in four threads that alternate at every evaluation, each over a schedule of another length."""
     import comfy.samplers
 
@@ -359,7 +359,7 @@ def test_runs_at_once_have_each_a_plan_of_their_own(host):
         assert torch.equal(results[length], sample(length, waits=False))
 
 
-def test_a_run_inside_a_run_has_a_plan_of_its_own(host):
+def test_a_nested_run_has_its_own_plan(host):
     """Another pack's sampler samples in two parts, each as a new run of a corrected sampler's function."""
     import comfy.samplers
 

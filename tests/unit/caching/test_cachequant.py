@@ -80,7 +80,7 @@ def test_fit_is_the_least_squares_one(monkeypatch, shape, channel_dim, terms, co
         torch.testing.assert_close(fit.solve()[:, 0], covariance / x.var(1, correction=0), rtol=1e-9, atol=1e-9)
 
 
-def test_fit_of_what_does_not_vary_holds_and_moves_it():
+def test_fit_of_a_constant_has_slope_one_and_an_offset():
     constant, y = torch.full((1, 1, 4), 2.0), torch.tensor([[[1.0, 2.0, 3.0, 6.0]]])
     fit = ChannelFit(1)
     fit.add([constant], y)
@@ -248,7 +248,9 @@ def test_another_schedule_of_the_same_ends_is_told_apart():
 
 
 def test_a_schedule_at_the_edge_of_rounding_is_refused_in_words():
-    """The tolerance is relative to the run's sigma; by the calibrated one, which is larger, this sigma would be the same."""
+    """The tolerance is relative to the run's sigma. Relative to the larger calibrated sigma, this difference would still be
+    within the tolerance.
+    """
     sigmas = profile().sigmas.tolist()
     sigmas[3] -= 0.9995e-3 * sigmas[3] + 1e-4
     with pytest.raises(ProfileError, match="and its step 3 begins"):

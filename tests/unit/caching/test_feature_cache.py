@@ -84,7 +84,7 @@ def auto_restated(features, position):
     return held + share * (held - last) * (position - at) / (at - before)
 
 
-def test_auto_takes_of_the_line_what_its_trials_bore_out():
+def test_auto_forecast_equals_its_restatement():
     generator = np.random.default_rng(4)
     drift, noise = generator.normal(size=(2, 5)), generator.normal(size=(6, 2, 5))
     places = [0, 2, 3, 5, 6.5, 9]

@@ -22,7 +22,7 @@ def test_a_sampler_of_one_prediction_is_corrected_ahead_wherever_it_can_be():
     assert chosen(Situation(sigmas_of(12), frozenset({1, 3}), noise="ancestral")) == ([1, 3], "ahead")
 
 
-def test_behind_a_cache_the_step_before_each_full_one_is():
+def test_after_a_cache_the_step_before_each_full_step_is_corrected():
     every = frozenset(range(11))
     assert chosen(Situation(sigmas_of(12), every, full=frozenset({0, 3, 6, 9}))) == ([2, 5, 8], "ahead")
     assert chosen(Situation(sigmas_of(12), every, full=frozenset(range(12)))) == (list(range(11)), "ahead")

@@ -69,7 +69,7 @@ def exact(matrices, pairs=PAIRS):
 
 
 @pytest.mark.parametrize("method", [None, *METHODS])
-def test_norms_of_a_network_are_those_of_its_full_jacobian(method):
+def test_norms_of_a_network_equal_those_of_its_full_jacobian(method):
     network, x = Network(), point()
     with Linearization(network, x, method) as jacobian:
         found = spectral_norms(jacobian, x, PAIRS, iterations=200, tolerance=1e-3)
@@ -162,7 +162,7 @@ def test_a_function_of_no_derivative_is_refused():
         pass
 
 
-def test_rounding_between_has_a_derivative_that_no_difference_agrees_with():
+def test_straight_through_rounding_uses_forward_mode():
     """With a straight-through estimate, forward-mode products are consistent, so that finite differences are not used."""
 
     def rounding(x):

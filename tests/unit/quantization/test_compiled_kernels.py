@@ -84,8 +84,8 @@ def test_the_largest_magnitude_is_read_in_runs(capability, tmp_path):
 ONE = {"rows": 1, "pixels": 1, "out_channels": 1}  # an integer that is 1 is a constant of the kernel
 
 
-def test_what_is_one_is_compiled_too(tmp_path, unread):
-    """A single row of a Linear layer has this, and its reduction loop is shared."""
+def test_kernels_compile_with_arguments_equal_to_one(tmp_path, unread):
+    """A Linear layer with a single row passes arguments that are 1, and several programs share its reduction loop."""
     tile = tiles.tiles(90, 1280)[-1]
     assert convolution(90, 1280, 1, tile, tmp_path, sums=True, **ONE).stack == 0
     assert convolution(90, 1280, 1, tile, tmp_path, **ONE).stack == 0

@@ -187,7 +187,7 @@ def test_damping_grows_until_there_is_a_factor():
     assert added[0] > 0.3 and torch.allclose(added, added[0].expand(3))
 
 
-def test_large_layers_are_seen_in_blocks_between_which_nothing_is_known():
+def test_large_layers_have_block_diagonal_moments():
     x, rows = inputs(300, 50), normal(10, 50)
     moments = moments_of(x, most=20)
     assert [len(product) for product in moments.products] == [16, 17, 17]

@@ -124,7 +124,7 @@ def test_a_device_that_cannot_be_timed_costs_nothing(file):
     assert times.known_of_most(DEVICE, LAYER, ("fast",)) == {} and not file.exists()
 
 
-def test_while_a_graph_is_taken_known_times_serve_and_nothing_is_timed(kept):
+def test_during_graph_capture_only_known_times_are_used(kept):
     clock = Clock()
     times = kept(clock)
     times.of(DEVICE, LAYER, 1, ways())
@@ -177,7 +177,7 @@ def test_a_way_that_fails_is_the_slowest_and_said_once(kept, file, caplog):
     assert again.known_of_most(DEVICE, LAYER, ("fast", "slow")) == {} and again.of(DEVICE, LAYER, 1, ways())["fast"] == 1.5
 
 
-def test_where_what_comes_in_is_wrong_nothing_is_found_out(kept, file, caplog):
+def test_nothing_is_recorded_if_all_ways_fail_on_an_input(kept, file, caplog):
     """The conditioning of another model causes this: the user sees that error, and fixes it."""
     clock = Clock()
     times = kept(clock)

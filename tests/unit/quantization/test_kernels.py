@@ -136,7 +136,7 @@ def test_what_is_quantized_and_by_which_scale(shape, channels_last, given, dtype
 @pytest.mark.parametrize("broken", [torch.nan, -torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("given", [None, torch.tensor(0.1)])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_what_is_not_finite_comes_out_as_nan(given, broken, channels_last):
+def test_nan_and_infinity_give_nan_outputs(given, broken, channels_last):
     """Only the item with the value becomes NaN, as on every other backend; the other values have all sizes."""
     x, weight = random(4, 70, 9, 8) * 1e30, random_weight(8, (1, 1), 70)
     x[1, 3, 4, 5] = broken

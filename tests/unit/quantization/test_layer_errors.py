@@ -75,14 +75,14 @@ def test_layers_are_left_as_the_best_choice_leaves_them(sizes, budget):
     assert noise_left(errors, left) == pytest.approx(best(errors, budget), abs=1e-12)
 
 
-def test_what_is_spared_of_the_prediction_decides_and_not_the_layers_own_noise():
+def test_layers_are_ranked_by_prediction_error_not_their_own_noise():
     loud, heard = layer("loud", 0.5), layer("heard", 0.01)
     loud.predicted, heard.predicted = 1e-6, 1e-3
     assert left_for_size([loud, heard], 500) == ["heard"]
     assert [row.split(" | ")[0] for row in table([loud, heard]).splitlines()[2:4]] == ["| heard", "| loud"]
 
 
-def test_a_large_layer_comes_before_what_is_worth_more_for_a_byte_where_that_spares_more():
+def test_a_large_layer_is_chosen_if_it_saves_more_in_total():
     errors = [layer("large", 0.3, 100, 10_100), layer("small", 0.1, 100, 300), layer("other", 0.15, 100, 10_000)]
     assert left_for_size(errors, 10_299) == ["other"]
     assert left_for_size(errors, 10_499) == ["large"]

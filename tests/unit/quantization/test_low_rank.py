@@ -138,7 +138,9 @@ def test_what_changes_nothing_leaves_every_bit(fmt):
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_a_large_change_of_high_rank_goes_to_the_integers_alone(monkeypatch, fmt):
-    """The result is as if the changed weight were quantized; a calibrated weight keeps its scales, unless they clip it."""
+    """Without calibration the result is the quantized changed weight; for every format the branch keeps its rank, and the error
+    is small.
+    """
     monkeypatch.setattr(Packing, "most_rank_found", 8)
     packing, packed = packed_weight((24, 64), fmt)
     wanted = packing.dequantize(packed) + 3 * normal(24, 64, seed=4)
@@ -151,7 +153,7 @@ def test_a_large_change_of_high_rank_goes_to_the_integers_alone(monkeypatch, fmt
 
 
 @pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if fmt.kind == "int4"])
-def test_of_a_small_change_of_high_rank_the_branch_takes_what_it_can_and_integers_the_rest(monkeypatch, fmt):
+def test_a_small_high_rank_change_is_split_between_branch_and_integers(monkeypatch, fmt):
     monkeypatch.setattr(Packing, "most_rank_found", 8)
     packing, packed = packed_weight((24, 64), fmt)
     before = packing.dequantize(packed)
@@ -182,7 +184,7 @@ def test_the_branch_is_not_rotated():
     torch.testing.assert_close(before, rotate(values.float() * scale, 16))
 
 
-def test_a_branch_takes_what_the_weight_takes_in_16_bits_or_a_quarter_of_that_where_it_leaves_something_out():
+def test_rank_limits_of_a_branch():
     shapes = (4096, 3072), (1280, 1280, 3, 3), (320, 320), (64, 64)
     packings = [Packing(shape, WeightFormat("int4")) for shape in shapes]
     assert [packing.most_rank for packing in packings] == [1755, 1152, 256, 256]

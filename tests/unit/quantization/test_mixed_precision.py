@@ -132,7 +132,7 @@ def test_the_table_has_what_costs_most_at_equal_bytes_first():
 def test_the_error_of_a_run_is_that_of_its_steps_mean():
     """If all steps are seen, the error is exact; otherwise it is estimated from the seen steps.
 
-    It is 0 without any, and at least the error of steps that differ independently.
+    The error is 0 if no step was seen, and never below that of steps that differ independently.
     """
     changes = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)) + 0.7
     exact = PredictionError(4)
