@@ -217,8 +217,8 @@ class IECKSampler(CheckedNode):
                 io.Combo.Input(
                     "scheduler",
                     options=comfy.samplers.KSampler.SCHEDULERS,
-                    tooltip="How the noise level falls. Start with karras, or with simple for a flow model; ddim_uniform is the "
-                    "paper's.",
+                    tooltip="How the noise level falls. Start with karras, or with simple for a flow model; ddim_uniform is "
+                    "the paper's.",
                 ),
                 io.Conditioning.Input("positive", tooltip="What the image should have."),
                 io.Conditioning.Input("negative", tooltip="What the image should not have."),
