@@ -298,7 +298,7 @@ QUESTIONS = [
         images=256,
     ),
     Question(
-        "In 20 steps, do the images come nearer to the real ones, and do twice the steps do as well?",
+        "In 20 steps, does a correction bring the images nearer to the real ones? And is it as good to take twice the steps?",
         "distances",
         [
             *with_rules(grid(UNET, quantization=["none", "W8A8"]), ALL, ALL_NEXT, ALL_AHEAD),
@@ -309,7 +309,7 @@ QUESTIONS = [
         images=256,
     ),
     Question(
-        "Which steps should be corrected, and where; and do as many evaluations do as well in more steps?",
+        "Which steps should be corrected, and where? And is it as good to spend the same evaluations on more steps?",
         "rules",
         [
             *with_rules(grid(UNET, quantization=FORMATS, scheduler=["karras", "simple"]), *RULES),
@@ -347,7 +347,7 @@ QUESTIONS = [
         images=32,
     ),
     Question(
-        "What keeps `auto` from leaving less: how much of the error is the last step's, which is never corrected?",
+        "What limits the gain of `auto`? How much of the error comes from the last step, which is never corrected?",
         "limits",
         [
             run
@@ -372,7 +372,8 @@ QUESTIONS = [
         images=32,
     ),
     Question(
-        "With a sampler that draws noise: do its images come nearer to the real ones, and do twice the steps do as well?",
+        "With a sampler that draws noise, does a correction bring the images nearer to the real ones? And is it as good to "
+        "take twice the steps?",
         "noise",
         [
             *with_rules(grid(UNET, sampler=["euler_ancestral"]), AUTO, ALL, ALL_NEXT),
@@ -381,7 +382,7 @@ QUESTIONS = [
         images=256,
     ),
     Question(
-        "Behind a cache; and do fewer steps without a cache do as well?",
+        "Does a correction help behind a cache? And do fewer steps without a cache do as well?",
         "caches",
         [
             *with_rules(

@@ -309,3 +309,8 @@ def test_a_file_of_runs_without_a_correction_has_a_table_and_no_figure(results):
             table.writerow(plain[0])
     written = answers.write(results, results / "page.md")
     assert {path.stem for path in written} == {"page", "choices", *norms.declared()}
+
+
+def test_the_page_asks_the_questions_of_the_experiments():
+    page = " ".join(answers.PAGE.read_text(encoding="utf-8").split())
+    assert [question.asked for question in experiment_rows.QUESTIONS if f"*{question.asked}*" not in page] == []
