@@ -44,6 +44,6 @@ def test_settings_are_refused_by_class(refused):
     assert isinstance(raised.value, IECError) and isinstance(raised.value, ValueError)
 
 
-def test_the_core_raises_errors_of_its_own_classes_only():
+def test_the_core_raises_only_its_own_error_classes():
     sources = {path: path.read_text() for path in (ROOT / "iec_core").rglob("*.py")}
     assert [str(path) for path, text in sources.items() if "raise ValueError(" in text] == []

@@ -255,7 +255,7 @@ def test_the_same_model_in_another_precision_is_accepted(host, profile_of, preci
     assert host.run("IECCacheQuant", model=other, profile=profile_of())[0] is not None
 
 
-def test_a_lora_does_not_change_the_fingerprint(host, profile_of, sample, model):
+def test_a_profile_accepts_its_model_with_a_lora(host, profile_of, sample, model):
     profile, patched = profile_of(), model.clone()
     name = "diffusion_model.input_blocks.0.0.weight"
     weight = model.model.diffusion_model.input_blocks[0][0].weight

@@ -385,7 +385,7 @@ def test_schedule_without_steps_returns_the_latent(host, name):
 
 @pytest.mark.parametrize("model_type", ["EPS", "V_PREDICTION", "FLOW"])
 @pytest.mark.parametrize("point", ["paper", "next"])
-def test_unsampling_corrects_steps_upwards_too(host, model_type, point):
+def test_unsampling_steps_are_corrected(host, model_type, point):
     """The sigmas are flipped, as by FlipSigmas: from a small sigma instead of 0 up to the highest."""
     guider = guider_of(model_type)
     sigmas = schedule(guider).flip(0)

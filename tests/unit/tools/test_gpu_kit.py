@@ -81,7 +81,7 @@ def test_kit_holds_the_tracked_files_without_models_and_pages(kit, checkout):
     assert names(kit[0] / "pack.tar.xz") == {f"pack/{name}" for name in checkout[1]}
 
 
-def test_kit_holds_the_host_alone_and_nothing_older(kit):
+def test_kit_has_only_the_host_and_no_older_files(kit):
     assert names(kit[0] / "host.tar.xz") == {"host/main.py", "host/comfy/ops.py"}
     archives = {f"{name}.tar.xz" for name in ("host", "pack", "site", "stand_ins")}
     assert {path.name for path in kit[0].iterdir()} == {"run.py", *archives}
