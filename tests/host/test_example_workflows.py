@@ -201,7 +201,7 @@ def test_quick_start_runs_unchanged(host):
     assert (report[0]["label"], report[0]["nfe"]) == ("W8A8 + DeepCache 2", 24)
 
 
-def test_inpainting_draws_in_the_masked_half_alone(host):
+def test_inpainting_changes_only_the_masked_half(host):
     workflow = with_fewer_steps(api_workflow("builtin_inpaint"))
     outputs = host.run(workflow)
     before, after = (images(host, outputs, of_type(workflow, kind)) for kind in ("PreviewImage", "SaveImage"))

@@ -36,5 +36,5 @@ def test_on_an_older_host_the_error_names_the_required_version(load_in, version)
 
 
 @pytest.mark.parametrize("version", ["0.3.75", "0.3.100", "0.4.0", "0.33.0", "1.0", "0.3.76-2-g1f2e3d"])
-def test_other_host_versions_are_not_refused(load_in, version):
+def test_supported_host_versions_are_not_refused(load_in, version):
     assert "comfy_api" in load_in(version)[1]  # it got as far as this import

@@ -23,7 +23,7 @@ def test_every_public_name_is_documented():
     assert all(inspect.getdoc(getattr(iec_core, name)) for name in iec_core.__all__)
 
 
-def test_import_needs_torch_alone():
+def test_import_needs_only_torch():
     heavy = {"triton", "comfy", "comfy_kitchen", "diffusers", "iec_core.quantization.kernels"}
     code = f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import pack; pack.load('iec_core'); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

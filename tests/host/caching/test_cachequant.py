@@ -298,7 +298,7 @@ def test_maps_are_used_despite_additional_evaluations(host, profile_of, model, s
     assert len(set(checked)) >= 3
 
 
-def test_quantizing_all_layers_counts_as_another_quantization(host, profile_of, sample, model, quantized):
+def test_a_profile_is_refused_if_other_layers_are_quantized(host, profile_of, sample, model, quantized):
     inputs = {"weight_bits": "4", "activation_bits": "8", "keep_sensitive_layers": False}
     every = host.run("IECQuantizeModel", model=model, **inputs)[0]
     cached = host.run("IECCacheQuant", model=every, profile=profile_of(quantized, full_precision=model))[0]

@@ -872,7 +872,7 @@ def test_transformer_without_replacements_is_refused(host, models, cached, monke
         cached(build(config))
 
 
-def test_transformer_that_does_not_call_replacements_is_refused_by_its_first_evaluation(sample, models, cached, monkeypatch):
+def test_a_transformer_that_ignores_replacements_is_refused_at_its_first_evaluation(sample, models, cached, monkeypatch):
     model = models("Wan")
     network = type(model.model.diffusion_model)
     forward = network.forward_orig

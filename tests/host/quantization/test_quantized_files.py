@@ -166,7 +166,7 @@ def test_loras_reach_a_loaded_model(model, sample, quantize, save, load):
     assert torch.equal(sample(loaded, **SMALL), sample(quantized, **SMALL))
 
 
-def test_a_cache_profile_goes_with_the_loaded_model(host, model, sample, quantize, save, load, conditioning):
+def test_a_cache_profile_fits_the_loaded_model(host, model, sample, quantize, save, load, conditioning):
     """The profile gives the same result on the loaded model; it is refused for a file of the same model in another
     quantization.
     """

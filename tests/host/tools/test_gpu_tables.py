@@ -68,7 +68,7 @@ def test_caches(bench, short):
     assert found["CacheQuant 3, dps"].take()["operations"] > 1
 
 
-def test_everything_together_and_corrections_alone(bench, short):
+def test_tables_of_everything_together_and_of_corrections(bench, short):
     found = tasks(bench, "together")
     assert set(found) == {"W8A8, IEC auto", "W8A8, DeepCache 3", "W8A8, DeepCache 3, IEC auto"}
     assert found["W8A8, DeepCache 3, IEC auto"].take() == {"milliseconds": 2.0, "ratio": 3.0, "peak_mib": None}

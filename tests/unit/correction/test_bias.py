@@ -57,7 +57,7 @@ def test_warning_of_the_papers_rule_names_the_sum_and_the_largest_step():
         ([0.2, 0.2], {"evaluation_point": "next", "gains": (1.0, *[1.5] * 11), "full": [0, 5, 10]}),
     ],
 )
-def test_what_is_not_warned_of(moves, about):
+def test_runs_without_a_warning(moves, about):
     assert bias_warning(run(moves), CorrectedRun(**{"gains": FLAT, **about})) is None
 
 

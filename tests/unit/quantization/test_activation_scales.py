@@ -178,7 +178,7 @@ def test_searched_scales_minimize_the_squared_error(is_timestep_wise):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_is_refused(value):
+def test_nan_and_infinity_are_refused(value):
     with pytest.raises(
         ValueError, match=r"^model: the input of its layer a\.b contains NaN or infinity in a calibration run\. L"
     ):

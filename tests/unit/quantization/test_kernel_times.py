@@ -72,7 +72,7 @@ def test_times_are_kept_for_the_next_start(kept, file):
 
 
 @pytest.mark.parametrize("other", ["another card", "a card, of another driver"])
-def test_times_of_another_device_or_version_are_measured_again(kept, other):
+def test_times_of_another_card_or_driver_are_not_used(kept, other):
     kept(Clock()).of(DEVICE, LAYER, 100, ways())
     clock = Clock(other, fast=9.0, slow=8.0)
     assert kept(clock).of(DEVICE, LAYER, 100, ways()) == {"fast": 9.0, "slow": 8.0} and len(clock.asked) == 1
@@ -177,7 +177,7 @@ def test_a_backend_that_fails_is_the_slowest_and_reported_once(kept, file, caplo
     assert again.known_of_most(DEVICE, LAYER, ("fast", "slow")) == {} and again.of(DEVICE, LAYER, 1, ways())["fast"] == 1.5
 
 
-def test_nothing_is_recorded_if_all_ways_fail_on_an_input(kept, file, caplog):
+def test_nothing_is_recorded_if_all_backends_fail_on_an_input(kept, file, caplog):
     """The conditioning of another model causes this: the user sees that error, and fixes it."""
     clock = Clock()
     times = kept(clock)
@@ -196,14 +196,14 @@ def test_deleted_times_are_measured_again_after_a_restart(kept, file):
     assert len(clock.asked) == 1
 
 
-def test_newer_times_of_another_process_stay(kept):
+def test_newer_times_of_another_process_are_kept(kept):
     one, other = kept(Clock()), kept(Clock(fast=9.0, slow=9.0))
     assert other.known(DEVICE, "both", 1, ("fast",)) == {}  # it has read the empty file
     one.of(DEVICE, "both", 1, ways()), other.of(DEVICE, "both", 1, ways()), one.of(DEVICE, "another", 1, ways())
     assert kept(Clock()).known(DEVICE, "both", 1, ("fast",)) == {"fast": 9.0}
 
 
-def test_a_link_stays_a_link(kept, file, tmp_path):
+def test_a_symbolic_link_is_kept(kept, file, tmp_path):
     file.parent.mkdir()
     shared = tmp_path / "shared.json"
     file.symlink_to(shared)

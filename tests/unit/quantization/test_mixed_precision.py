@@ -17,7 +17,7 @@ def of(values, choices):
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_small_problems_against_all_ways_to_choose(seed):
+def test_small_problems_against_all_choices(seed):
     """The cases include equal sizes and costs, layers with one choice, choices worse than another, and budgets that
     none meets.
     """

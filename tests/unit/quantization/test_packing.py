@@ -307,7 +307,7 @@ def test_an_infinity_in_half_precision_gives_nan():
     assert not found[0].isnan().any() and found[1].isnan().all()
 
 
-def test_half_precision_stays_half():
+def test_half_precision_is_kept():
     values, scale = quantize_rows(normal(8, 16), WeightFormat())
     assert linear_int8(normal(2, 16).half(), values, scale[:, 0], torch.zeros(8).half()).dtype == torch.float16
 

@@ -146,7 +146,7 @@ def numbers_of(name, stored):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_safetensors_reads_the_dequantized_weights(path, name):
+def test_stored_values_times_scales_are_the_weights(path, name):
     """Numbers times scales, with the rotation undone, are the weight, with the precision of its kind."""
     (shape, fmt), weight = LAYERS[name], weight_of(name)
     with safetensors.safe_open(save(path), "pt") as file:
@@ -430,7 +430,7 @@ CALIBRATED_CHANGES = {
 
 
 @pytest.mark.parametrize("kind", CALIBRATED_CHANGES)
-def test_a_changed_file_of_calibrated_layers_is_refused_with_a_sentence(path, kind):
+def test_a_changed_file_of_calibrated_layers_is_refused(path, kind):
     header, metadata, about, data = taken_apart(save(path, names=tuple(ALL)).read_bytes())
     change, message = CALIBRATED_CHANGES[kind]
     change(header, metadata, about, data)
@@ -735,7 +735,7 @@ def refusal(path):
 
 
 @pytest.mark.parametrize("kind", CHANGES)
-def test_a_changed_file_is_refused_with_a_sentence(path, kind):
+def test_a_file_with_changed_content_is_refused(path, kind):
     header, metadata, about, data = taken_apart(save(path).read_bytes())
     path.write_bytes(put_together(header, metadata, about, data))
     QuantizedFile(path).close()  # so that only the change can be the reason
@@ -804,7 +804,7 @@ BYTES = {
 
 
 @pytest.mark.parametrize("kind", BYTES)
-def test_other_bytes_are_refused_with_a_sentence(path, kind):
+def test_malformed_files_are_refused(path, kind):
     change, message = BYTES[kind]
     path.write_bytes(change(save(path).read_bytes()))
     assert re.search(message, refusal(path)), refusal(path)
