@@ -120,7 +120,7 @@ def post(host, prompt):
 
 
 def test_wrong_values_of_every_input_are_refused_at_validation(shared_server, ours):
-    """Each node has a prompt with a copy of the node for each wrong value; the server still works after all of them."""
+    """For each node, a prompt has one copy of the node per wrong value; the server still works after all prompts."""
     make = made_of(ours)
     around, wrong = sources(make), []
     assert len(ours) > 20

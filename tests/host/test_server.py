@@ -260,7 +260,7 @@ def pictures(seed, **nodes):
     ],
 )
 def test_nodes_show_their_pictures_and_pass_them_on(host, node, inputs, images, text):
-    """The pictures are on the node, also if it is the prompt's only output or cached, and at what is wired to its outputs."""
+    """The node shows the pictures, also if it is the prompt's only output or cached; connected nodes get them too."""
     seed = sum(map(ord, node))
     alone = host.run(pictures(seed, shown=(node, inputs)))["shown"]
     assert len(alone["images"]) == images and all(entry["type"] == "temp" for entry in alone["images"])

@@ -271,7 +271,7 @@ def test_a_profile_accepts_its_model_with_a_lora(host, profile_of, sample, model
 def test_maps_are_used_despite_additional_evaluations(host, profile_of, model, sample, sampler, point):
     """Cached steps apply their map to the feature of the full step's own evaluation, or of its correction at the same sigma.
 
-    They do not use what a sampler evaluates between two steps, or a correction at the next step's sigma.
+    They do not use an evaluation between two steps, or a correction at the next step's sigma.
     """
     profile = profile_of(sampler_name=sampler)
     weights, own, checked = profile.features[""].double(), {}, []

@@ -289,7 +289,7 @@ def test_a_heun_step_is_corrected_once_at_its_own_sigma(host):
 
 
 def test_dpm_fast_is_corrected_at_its_own_steps(host):
-    """It spaces its own steps, of up to three evaluations each: nine steps of the schedule become four of its own."""
+    """dpm_fast chooses its own steps, of up to three evaluations each: it takes four steps for nine steps of the schedule."""
     guider = ToyGuider("EPS")
     sampler, reports = corrected(host, "dpm_fast", correction_steps="steps:3")
     run(sampler, guider, schedule(guider))

@@ -1,4 +1,4 @@
-"""IECCalibrateWeights with weight_bits mixed: what it measures, what it chooses, and how well that keeps the images."""
+"""IECCalibrateWeights with weight_bits mixed: its measurements, its choices, and the error of the images."""
 
 import contextlib
 import functools
