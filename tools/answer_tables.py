@@ -6,8 +6,8 @@ from experiment_rows import Run
 
 
 def error(found, name="exact"):
-    """Return an error for a table: bold where the interval of its ratio to the uncorrected error lies below 1, in italics where
-    it lies above.
+    """Return an error for a table: bold if the interval of its ratio to the uncorrected error is below 1, in italics if it is
+    above.
     """
     if not found.columns[f"error_{name}"]:
         return "-"
@@ -21,7 +21,7 @@ def both(found):
 
 
 def marked(text, value, low, high, middle):
-    """Return a text in bold where the whole interval lies below the middle, in italics where it lies above."""
+    """Return a text in bold if the whole interval is below the middle, in italics if it is above."""
     return f"**{text}**" if high < middle else f"*{text}*" if low > middle else text
 
 

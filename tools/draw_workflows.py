@@ -144,7 +144,7 @@ def shoot(view, x, y, width, height, margin, results=False):
 
 
 def save_jpeg(picture, path, most_bytes=MOST_BYTES):
-    """Write a picture as the largest JPEG of at most `most_bytes` bytes. Raises ValueError where there is none."""
+    """Write a picture as the largest JPEG of at most `most_bytes` bytes. Raises ValueError if there is none."""
     for width in (1600, 1400, 1200, 1000, 800, 600):
         smaller = picture.copy()
         smaller.thumbnail((width, width), Image.Resampling.LANCZOS)

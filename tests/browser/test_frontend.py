@@ -131,7 +131,7 @@ def queue_twice(frontend):
 
 
 @pytest.mark.usefixtures("spoils_page")
-def test_queueing_again_changes_the_seed_of_the_sampler_alone(frontend):
+def test_queueing_again_changes_only_the_samplers_seed(frontend):
     """This holds for newly added nodes: another seed would make another calibration.
 
     The setting that a workflow was saved with is kept: it is among the saved widget values, and is the user's own choice.

@@ -543,7 +543,7 @@ def test_chart_outlives_a_reload_of_the_page(frontend, strip):
     assert strip.page.locator(".iec-residual").count() == 3
 
 
-def test_run_in_a_subgraph_is_shown_there(frontend):
+def test_a_run_in_a_subgraph_is_shown_inside_it(frontend):
     strip = Strip(frontend)
     frontend.open_api(workflow(steps=5))
     strip.wait("5 → 7 evaluations")

@@ -94,12 +94,12 @@ def test_every_node_has_a_picture_for_its_help_page(info):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nodes_inputs_links_and_values_are_the_servers(info, name):
+def test_nodes_inputs_links_and_values_are_valid_on_the_server(info, name):
     assert problems(ui_workflow(name), info) == []
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_notes_groups_and_titles_say_what_it_is(name):
+def test_workflows_have_notes_groups_and_titles(name):
     workflow = ui_workflow(name)
     notes = [node for node in workflow["nodes"] if node["type"] == "MarkdownNote"]
     assert notes and all(len(note["widgets_values"][0]) > 200 for note in notes)
@@ -191,7 +191,7 @@ def images(host, outputs, node):
     return [np.asarray(Image.open(io.BytesIO(host.image(entry))).convert("RGB"), float) for entry in outputs[node]["images"]]
 
 
-def test_quick_start_runs_as_it_is(host):
+def test_quick_start_runs_unchanged(host):
     workflow = api_workflow("quick_start")
     outputs = host.run(workflow)
     pictures = images(host, outputs, of_type(workflow, "SaveImage"))
@@ -201,7 +201,7 @@ def test_quick_start_runs_as_it_is(host):
     assert (report[0]["label"], report[0]["nfe"]) == ("W8A8 + DeepCache 2", 24)
 
 
-def test_inpainting_draws_in_the_masked_half_alone(host):
+def test_inpainting_changes_only_the_masked_half(host):
     workflow = with_fewer_steps(api_workflow("builtin_inpaint"))
     outputs = host.run(workflow)
     before, after = (images(host, outputs, of_type(workflow, kind)) for kind in ("PreviewImage", "SaveImage"))
@@ -210,7 +210,7 @@ def test_inpainting_draws_in_the_masked_half_alone(host):
         assert np.abs(first[:, 128:] - second[:, 128:]).mean() > 5
 
 
-def test_comparison_runs_and_has_a_row_a_run(host):
+def test_comparison_runs_and_has_one_row_per_run(host):
     workflow = with_fewer_steps(api_workflow("compare_and_plot"))
     outputs = host.run(workflow)
     labels = [node["inputs"]["label"] for node in workflow.values() if node["class_type"] == "IECKSampler"]
@@ -220,7 +220,7 @@ def test_comparison_runs_and_has_a_row_a_run(host):
         assert images(host, outputs, of_type(workflow, kind))[0].std() > 20
 
 
-def test_files_that_were_saved_are_loaded_and_sampled_with(host):
+def test_saved_files_are_loaded_and_sampled(host):
     workflow = with_fewer_steps(api_workflow("load_and_sample"))
     files = [value for node in workflow.values() for name, value in node["inputs"].items() if name.endswith("_name")]
     assert [f"{name}.safetensors" in files for name in SAVED] == [True] * 2

@@ -65,20 +65,20 @@ def test_headless_page_posts_the_workflow_with_curl(host):
         time.sleep(0.1)
 
 
-def test_client_says_what_was_refused_once(host, tmp_path):
+def test_client_prints_a_refusal_once(host, tmp_path):
     done = run(host, changed(tmp_path, sampler={"correction_steps": "middle"}), tmp_path / "images")
     assert done.returncode != 0
     forms = "auto, all, none, full, ends:1/10, first:1/5, first:3, last:1/5, last:3 or steps:0,1,48,49"
     assert done.stderr.strip() == (f"IECKSampler (sampler): correction_steps: 'middle' is not a known form; write {forms}.")
 
 
-def test_client_says_what_went_wrong(host, tmp_path):
+def test_client_prints_a_nodes_error(host, tmp_path):
     done = run(host, changed(tmp_path, fast={"branch": 50}), tmp_path / "images")
     assert done.returncode != 0 and not (tmp_path / "images").exists()
     assert done.stderr.strip() == "IECDeepCache (fast): branch: 50 is not possible with this U-Net; choose 0 to 7."
 
 
-def test_client_takes_an_address_as_in_a_browser_and_says_what_a_node_is_missing(host, tmp_path):
+def test_client_accepts_a_url_and_names_a_missing_node(host, tmp_path):
     (tmp_path / "other.json").write_text('{"1": {"class_type": "NoSuchNode", "inputs": {}}}')
     command = [sys.executable, str(API / "run.py"), str(tmp_path / "other.json"), str(tmp_path), "--server", f"{host.url}/"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -86,7 +86,7 @@ def test_client_takes_an_address_as_in_a_browser_and_says_what_a_node_is_missing
     assert not set("{}") & set(done.stderr) and len(done.stderr.strip().splitlines()) == 1
 
 
-def test_client_says_that_another_server_is_no_comfyui(tmp_path):
+def test_client_reports_a_server_that_is_not_comfyui(tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as other:
         threading.Thread(target=other.serve_forever, daemon=True).start()
         command = [sys.executable, str(API / "run.py"), str(API / "corrected_image.json"), str(tmp_path)]
@@ -105,7 +105,7 @@ def without_a_server(*arguments):
     return done.stderr.replace(address, "HERE")
 
 
-def test_client_says_that_no_server_answers(tmp_path):
+def test_client_reports_that_no_server_answers(tmp_path):
     said = without_a_server(API / "corrected_image.json", tmp_path)
     assert said.startswith("No ComfyUI answers at HERE: start it, or name another with --server host:port.")
 
@@ -113,7 +113,7 @@ def test_client_says_that_no_server_answers(tmp_path):
 @pytest.mark.parametrize(
     "text", [(API.parent / "quick_start.json").read_text(), "null", "3", "[1]", '{"1": 2}', '{"nodes": []}']
 )
-def test_client_refuses_what_is_not_in_api_form(tmp_path, text):
+def test_client_refuses_files_not_in_api_form(tmp_path, text):
     (tmp_path / "saved.json").write_text(text)
     said = without_a_server(tmp_path / "saved.json", tmp_path)
     assert said.startswith(
@@ -121,6 +121,6 @@ def test_client_refuses_what_is_not_in_api_form(tmp_path, text):
     )
 
 
-def test_client_refuses_what_is_not_json(tmp_path):
+def test_client_refuses_files_that_are_not_json(tmp_path):
     (tmp_path / "broken.json").write_text("{")
     assert without_a_server(tmp_path / "broken.json", tmp_path).startswith(f"{tmp_path / 'broken.json'}: this is not JSON (")

@@ -90,7 +90,7 @@ def test_every_page_has_a_node(infos):
     assert infos and {path.stem for path in PAGES.glob("*.md")} == set(infos)
 
 
-def test_opening_is_the_name_two_sentences_and_a_picture(infos):
+def test_help_pages_begin_with_name_two_sentences_and_picture(infos):
     for node, info in infos.items():
         title, opening, picture, *_ = page_of(node).split("\n\n")
         assert title == f"# {info['display_name']}", node
@@ -98,7 +98,7 @@ def test_opening_is_the_name_two_sentences_and_a_picture(infos):
         assert picture == f"![{info['display_name']}](images/{node}.png)", node
 
 
-def test_pictures_are_there_and_small(infos):
+def test_pictures_exist_and_are_small(infos):
     for node in infos:
         picture = (PAGES / "images" / f"{node}.png").read_bytes()
         assert picture.startswith(b"\x89PNG") and len(picture) < 60_000, node

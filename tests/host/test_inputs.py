@@ -120,7 +120,7 @@ def post(host, prompt):
 
 
 def test_wrong_values_of_every_input_are_refused_at_validation(shared_server, ours):
-    """Each node has a prompt with a copy of the node for each wrong value; the server still works after all of them."""
+    """For each node, a prompt has one copy of the node per wrong value; the server still works after all prompts."""
     make = made_of(ours)
     around, wrong = sources(make), []
     assert len(ours) > 20
@@ -144,7 +144,7 @@ def test_wrong_values_of_every_input_are_refused_at_validation(shared_server, ou
     assert shared_server.run({key: good[key] for key in ("model", "label", "latent", "run", "good shown")})
 
 
-def test_right_values_in_other_forms_are_taken_as_what_they_are(shared_server, ours):
+def test_valid_values_in_other_forms_are_accepted(shared_server, ours):
     """Such values are a number as text, a whole number with a decimal point, 0 and 1 for a switch; and any text for a label."""
     make = made_of(ours)
     few = {"steps": "1", "cfg": "1", "seed": 7.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1}
@@ -159,7 +159,7 @@ def test_right_values_in_other_forms_are_taken_as_what_they_are(shared_server, o
         assert (told["label"], told["correction"], len(told["steps"])) == (str(label) or "run", "first:1", 1)
 
 
-def test_wrong_numbers_over_links_end_in_a_sentence(shared_server, ours):
+def test_wrong_numbers_over_links_are_refused_in_one_sentence(shared_server, ours):
     """The host does not check values that come over a link; the node does, and the next prompt works."""
     make = made_of(ours)
     base = sources(make)
@@ -207,7 +207,7 @@ def test_values_after_a_malformed_node_are_checked(host):
         {"scheduler": "beta", "steps": 250, "lambdas": ",".join(["0.5"] * 247), "correction_steps": "all"},
     ],
 )
-def test_what_would_run_is_not_refused_beforehand(host, inputs):
+def test_valid_inputs_are_not_refused_at_validation(host, inputs):
     given = {"steps": 20, "sampler_name": "euler", "scheduler": "normal", "lambda_": 0.5, "max_iterations": 1, **inputs}
     assert host.nodes["IECKSampler"].validate_inputs(**given) is True
 
@@ -224,19 +224,19 @@ def test_the_largest_seed_has_a_next_one(host, model, monkeypatch):
     assert seeds == [2**64 - 1, 0, 1]
 
 
-def test_a_file_whose_name_comes_over_a_link_has_no_time_yet(host):
+def test_the_fingerprint_of_a_linked_file_name_is_empty(host):
     """The host asks with None; an error would make all nodes after it run again with every prompt."""
     for name in ("IECLoadCacheProfile", "IECLoadQuantizationProfile"):
         assert host.nodes[name].fingerprint_inputs(profile_name=None) == ""
     assert host.nodes["IECLoadQuantizedModel"].fingerprint_inputs(model_name=None) == ""
 
 
-def test_an_input_that_no_node_has_is_told(host):
+def test_an_unknown_input_is_reported(host):
     with pytest.raises(ValueError, match=r"^more: this node has no such input; it has precision, architecture\."):
         host.run("IECLoadBuiltinModel", precision="auto", more=1)
 
 
-def test_every_node_checks_what_comes_over_links(host):
+def test_every_node_checks_linked_values(host):
     """The node is called as the host calls it, with one value that is not in the input's type, bounds or choices."""
     nodes = {name: node for name, node in host.nodes.items() if name.startswith("IEC")}
     for node in nodes.values():

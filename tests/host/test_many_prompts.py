@@ -113,7 +113,7 @@ def test_profile_is_used_by_a_later_prompt(host, output, profile):
         host.run({"load": load, "save": node("IECSaveCacheProfile", profile=["load", 0], name="../x")})
 
 
-def test_prompts_do_not_touch_one_another_and_memory_stays(host, output, profile):
+def test_prompts_do_not_affect_each_other_and_memory_does_not_grow(host, output, profile):
     """Every configuration runs twice, in another order: both times with the same latent, bit for bit.
 
     The process must not be larger at the end than after each configuration has run once. A feature that outlived its prompt

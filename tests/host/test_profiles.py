@@ -9,7 +9,7 @@ pytestmark = pytest.mark.fast
 pytestmark = pytest.mark.parametrize("kind", ["CacheProfile", "QuantizationProfile"])
 
 
-def test_a_file_that_is_no_profile_is_refused(host, profile_folder, kind):
+def test_a_file_that_is_not_a_profile_is_refused(host, profile_folder, kind):
     (profile_folder / "junk.safetensors").write_bytes(b"junk")
     load = host.nodes[f"IECLoad{kind}"]
     assert load.validate_inputs(profile_name="junk.safetensors") is True
@@ -22,7 +22,7 @@ def test_a_file_that_is_no_profile_is_refused(host, profile_folder, kind):
             host.run(f"IECLoad{kind}", profile_name=f"{name}.safetensors")
 
 
-def test_a_file_that_is_written_anew_is_read_anew(host, profile_folder, kind):
+def test_a_rewritten_file_is_read_again(host, profile_folder, kind):
     path, load = profile_folder / "net.safetensors", host.nodes[f"IECLoad{kind}"]
     path.touch()
     told = []

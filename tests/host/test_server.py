@@ -75,7 +75,7 @@ def saved_latent(output, outputs):
     return load_file(output / entry["subfolder"] / entry["filename"])["latent_tensor"]
 
 
-def test_pack_loads_without_a_complaint(host):
+def test_pack_loads_without_warnings(host):
     info = host.get("/object_info")
     assert set(info) >= NODES
     assert {name for name in info if name.startswith("IEC")} == NODES
@@ -90,7 +90,7 @@ def test_pack_loads_without_a_complaint(host):
     assert not [line for line in log.splitlines() if "warn" in line.lower() and comfyui.PACK in line]
 
 
-def test_sampler_has_the_stock_inputs_then_its_own(host):
+def test_sampler_has_the_stock_inputs_followed_by_its_own(host):
     info = host.get("/object_info")
     stock, ours = (info[name]["input"]["required"] for name in ("KSampler", "IECKSampler"))
     assert list(ours) == [*stock, "correction_steps", "lambda_", "max_iterations", "tolerance"]
@@ -130,7 +130,7 @@ def events_of(host, prompt, *kinds):
     return events
 
 
-def test_events_tell_step_and_evaluations(host):
+def test_events_have_step_and_evaluations(host):
     events = events_of(host, workflow(label="events", seed=11), "iec.step")
     assert [(event["step"], event["nfe"]) for event in events] == [(i, 2 * i) for i in range(7)]
     for event in events:
@@ -139,7 +139,7 @@ def test_events_tell_step_and_evaluations(host):
     assert (events[0]["corrected"], events[0]["full"]) == ([0, 1, 2, 3, 4, 5], [0, 3])
 
 
-def test_events_tell_what_corrections_did(host):
+def test_events_have_the_corrections_of_each_step(host):
     """The events contain the batch means of the report, each step as soon as it is over, and all steps at the end."""
     prompt = workflow(label="events", seed=12, correction_steps="steps:1,3", max_iterations=2)
     prompt["report"] = {"class_type": "IECReport", "inputs": {"report": ["sampler", 1]}}
@@ -163,7 +163,7 @@ def test_events_tell_what_corrections_did(host):
         assert step["fell_back"] == any(report["steps"][step["step"]]["fell_back"])
 
 
-def test_events_name_the_node_that_asked_and_the_cached_steps(host):
+def test_events_name_the_correcting_node_and_the_cached_steps(host):
     prompt = workflow(seed=13, steps=5)
     stock = {name: value for name, value in prompt["sampler"]["inputs"].items() if name in STOCK_INPUTS}
     prompt["cache"] = {"class_type": "IECDeepCache", "inputs": {"model": ["model", 0], "interval": 3, "branch": 0}}
@@ -197,7 +197,7 @@ def test_events_name_the_node_that_is_in_the_prompt(host):
 @pytest.mark.parametrize(
     "about", [{}, {"extra_pnginfo": None}, {"extra_pnginfo": {"workflow": None}}, {"extra_pnginfo": {"workflow": [1]}}]
 )
-def test_prompt_with_odd_data_about_its_workflow_runs(host, about):
+def test_a_prompt_with_malformed_workflow_data_runs(host, about):
     prompt = workflow(seed=len(str(about)), steps=1)
     body = {"prompt": prompt, "client_id": "odd", "extra_data": about}
     number = requests.post(f"{host.url}/prompt", json=body, timeout=60).json()["prompt_id"]
@@ -207,7 +207,7 @@ def test_prompt_with_odd_data_about_its_workflow_runs(host, about):
     assert done[number]["status"]["status_str"] == "success"
 
 
-def test_server_answers_for_the_steps_of_a_run(host):
+def test_server_answers_requests_for_a_step_plan(host):
     sampling = {"steps": 20, "sampler_name": "heun", "scheduler": "normal", "denoise": 1.0}
     question = {"correction": {"correction_steps": "ends:1/10"}, "sampling": sampling, "cache": {"interval": 5}}
     answer = requests.post(f"{host.url}/iec/step_plan", json=question, timeout=60).json()
@@ -260,7 +260,7 @@ def pictures(seed, **nodes):
     ],
 )
 def test_nodes_show_their_pictures_and_pass_them_on(host, node, inputs, images, text):
-    """The pictures are on the node, also if it is the prompt's only output or cached, and at what is wired to its outputs."""
+    """The node shows the pictures, also if it is the prompt's only output or cached; connected nodes get them too."""
     seed = sum(map(ord, node))
     alone = host.run(pictures(seed, shown=(node, inputs)))["shown"]
     assert len(alone["images"]) == images and all(entry["type"] == "temp" for entry in alone["images"])
@@ -350,7 +350,7 @@ def test_other_nodes_refuse_at_validation_too(host, node):
         host.run(graph)
 
 
-def test_what_only_the_run_can_know_ends_in_a_sentence_and_the_next_prompt_works(host, output):
+def test_an_error_found_in_the_run_is_one_sentence_and_the_next_prompt_works(host, output):
     bad = workflow()
     bad["cached"]["inputs"]["branch"] = 8
     with pytest.raises(server.Failed, match="branch: 8 is not possible with this U-Net; choose 0 to 7"):
@@ -358,7 +358,7 @@ def test_what_only_the_run_can_know_ends_in_a_sentence_and_the_next_prompt_works
     assert torch.isfinite(saved_latent(output, host.run(workflow(steps=1, seed=77)))).all()
 
 
-def test_interrupted_run_leaves_the_model_as_it_was(host, output):
+def test_an_interrupted_run_leaves_the_model_unchanged(host, output):
     plain = workflow(model=["model", 0], correction_steps="none", seed=123)
     expected = saved_latent(output, host.run(plain))
     interrupted, steps = [], []
@@ -376,7 +376,7 @@ def test_interrupted_run_leaves_the_model_as_it_was(host, output):
     assert torch.equal(latent, expected)
 
 
-def test_a_second_copy_of_the_pack_steps_aside(tmp_path):
+def test_a_second_copy_of_the_pack_does_not_load(tmp_path):
     """An older folder may be left in custom_nodes: the server starts, with the nodes, route and extension of the first copy."""
     second = tmp_path / "more" / "an_older_copy"
     second.parent.mkdir()
@@ -396,7 +396,7 @@ def test_a_second_copy_of_the_pack_steps_aside(tmp_path):
     assert answer.json()["unknown"] and "IMPORT FAILED" not in log and "Traceback" not in log
 
 
-def test_demo_makes_what_it_promises(tmp_path):
+def test_demo_makes_its_table_and_pictures(tmp_path):
     """Run the demo with two images of half the size, in 2 steps, with weights that are calibrated on one image."""
     small = json.loads((comfyui.ROOT / "example_workflows/api/compare_variants.json").read_text())
     small["latent"]["inputs"].update(width=16, height=16, batch_size=2)
@@ -443,7 +443,7 @@ def test_a_quantized_model_is_saved_and_loaded_by_a_later_prompt(host, output):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_demo_takes_its_server_down_when_it_is_stopped(tmp_path, number):
+def test_demo_stops_its_server_when_it_is_stopped(tmp_path, number):
     command = [sys.executable, str(comfyui.ROOT / "tools/demo.py"), "--output", str(tmp_path)]
     demo = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     servers = []

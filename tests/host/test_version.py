@@ -29,12 +29,12 @@ def load_in(host, tmp_path, monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("version", ["0.3.64", "0.3.9", "0.2.7", None])
-def test_an_older_host_is_told_the_version_that_is_needed(load_in, version):
+def test_on_an_older_host_the_error_names_the_required_version(load_in, version):
     loaded, said = load_in(version)
     assert not loaded
     assert "ComfyUI-IEC needs ComfyUI 0.3.75 or newer, but this one is " + (version or "") in said
 
 
 @pytest.mark.parametrize("version", ["0.3.75", "0.3.100", "0.4.0", "0.33.0", "1.0", "0.3.76-2-g1f2e3d"])
-def test_no_other_is_refused(load_in, version):
+def test_supported_host_versions_are_not_refused(load_in, version):
     assert "comfy_api" in load_in(version)[1]  # it got as far as this import

@@ -81,7 +81,7 @@ def state(folder):
     return {path: (stat.filemode(path.lstat().st_mode), content(path)) for path in folder.rglob("*")}
 
 
-def test_these_are_all_nodes_that_write(host):
+def test_the_list_has_every_node_that_writes_files(host):
     """The nodes are found as output nodes with a text input for a name."""
     outputs = [cls.GET_SCHEMA() for name, cls in host.nodes.items() if name.startswith("IEC")]
     texts = {one.node_id: [each.id for each in one.inputs if each.io_type == "STRING"] for one in outputs if one.is_output_node}
@@ -154,7 +154,7 @@ def refused(host, save, node, name, fragment, models):
 
 @pytest.mark.parametrize("made", TAKEN)
 @pytest.mark.parametrize("node", WRITERS)
-def test_what_is_not_of_the_pack_and_kind_stays(host, models, save, node, made):
+def test_existing_files_of_another_origin_or_kind_are_not_replaced(host, models, save, node, made):
     key, own = WRITERS[node]
     what = made(models / key / "taken.safetensors", own)
     expected = f"name: 'taken' is taken: models/{key}/taken.safetensors {what} and is not replaced; choose another name."
@@ -163,7 +163,7 @@ def test_what_is_not_of_the_pack_and_kind_stays(host, models, save, node, made):
 
 @pytest.mark.parametrize("other", WRITERS)
 @pytest.mark.parametrize("node", WRITERS)
-def test_another_kind_of_file_of_the_pack_stays(host, models, save, node, other):
+def test_another_kind_of_file_of_the_pack_is_not_replaced(host, models, save, node, other):
     key = WRITERS[node][0]
     weights(models / key / "taken.safetensors", WRITERS[other][1])
     if node != other:
@@ -178,7 +178,7 @@ def test_another_kind_of_file_of_the_pack_stays(host, models, save, node, other)
 
 
 @pytest.mark.parametrize("node", WRITERS)
-def test_a_file_where_a_folder_is_to_be_stays(host, models, save, node):
+def test_a_file_in_the_place_of_a_folder_is_not_replaced(host, models, save, node):
     (models / WRITERS[node][0] / "sub").write_text("mine")
     refused(host, save, node, "sub/net", f"models/{WRITERS[node][0]}/sub is not a folder", models)
 
@@ -194,7 +194,7 @@ def test_a_name_of_the_hosts_other_folder_is_refused(host, models, save):
 
 @pytest.mark.parametrize("node", WRITERS)
 @pytest.mark.parametrize("there", [False, True])
-def test_a_full_disk_leaves_what_was_there(host, models, save, monkeypatch, node, there):
+def test_a_full_disk_leaves_existing_files_unchanged(host, models, save, monkeypatch, node, there):
     key = WRITERS[node][0]
     if there:
         save(node, "net")
@@ -212,7 +212,7 @@ def test_a_full_disk_leaves_what_was_there(host, models, save, monkeypatch, node
 
 
 @pytest.mark.parametrize("node", WRITERS)
-def test_an_interrupt_leaves_what_was_there(models, save, monkeypatch, node):
+def test_an_interrupt_leaves_existing_files_unchanged(models, save, monkeypatch, node):
     def interrupt(_):
         raise KeyboardInterrupt
 
@@ -224,7 +224,7 @@ def test_an_interrupt_leaves_what_was_there(models, save, monkeypatch, node):
 
 
 @pytest.mark.parametrize("node", WRITERS)
-def test_a_file_that_comes_meanwhile_stays(models, save, monkeypatch, node):
+def test_a_file_created_during_the_write_is_not_replaced(models, save, monkeypatch, node):
     key, path = WRITERS[node][0], models / WRITERS[node][0] / "net.safetensors"
     monkeypatch.setattr(os, "fsync", lambda _: weights(path))
     with pytest.raises(ValueError, match=rf"^name: 'net' is taken: models/{key}/net\.safetensors is not a file of this pack"):
@@ -234,7 +234,7 @@ def test_a_file_that_comes_meanwhile_stays(models, save, monkeypatch, node):
 
 
 @pytest.mark.parametrize("node", WRITERS)
-def test_two_writers_at_once_leave_one_whole_file(models, save, monkeypatch, node):
+def test_two_concurrent_writers_leave_one_complete_file(models, save, monkeypatch, node):
     both, told = threading.Barrier(2, timeout=20), []
     save(node, "alone")
     monkeypatch.setattr(os, "fsync", lambda _: both.wait())
@@ -272,7 +272,7 @@ NO_NAMES = {
 
 @pytest.mark.parametrize("node", WRITERS)
 @pytest.mark.parametrize("why", NO_NAMES)
-def test_what_is_no_name_everywhere_is_refused(host, models, save, node, why):
+def test_names_that_are_not_valid_on_every_system_are_refused(host, models, save, node, why):
     for name in NO_NAMES[why]:
         sentence = refused(host, save, node, name, why, models)
         assert f"is not a valid name for a file in models/{WRITERS[node][0]}: " in sentence and len(sentence) < 300, name
@@ -295,5 +295,5 @@ def test_names_of_every_script_are_written_and_listed(host, models, save, name):
     assert host.run(load, profile_name=listed)[0].names == ("a",)
 
 
-def test_a_name_over_a_link_is_looked_at_by_the_run(host, models):
+def test_a_linked_name_is_checked_by_the_run(host, models):
     assert [host.nodes[node].validate_inputs(name=None) for node in WRITERS] == [True] * len(WRITERS)

@@ -55,7 +55,7 @@ class ToyGuider:
 
 
 class Listener(ToyGuider):
-    """Record in `told` what each evaluation is told about itself, and its actual sigma: (step, iteration, sigma, actual
+    """Record in `told` the options that each evaluation gets, and its actual sigma: (step, iteration, sigma, actual
     sigma).
     """
 

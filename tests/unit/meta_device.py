@@ -1,4 +1,4 @@
-"""Replace a GPU by the meta device, which has no values, to see what a computation asks of a device."""
+"""Replace a GPU by the meta device, which has no values, to detect copies to a device and waits for its values."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode

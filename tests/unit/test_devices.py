@@ -22,7 +22,7 @@ def asked():
     return probe, tried, answers
 
 
-def test_two_devices_of_a_kind_are_two(asked):
+def test_two_devices_of_a_kind_are_probed_separately(asked):
     probe, tried, answers = asked
     one, other = torch.device("cuda", 0), torch.device("cuda", 1)
     answers.update({one: True, other: False})
@@ -31,7 +31,7 @@ def test_two_devices_of_a_kind_are_two(asked):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("not implemented for 'Char'"), NotImplementedError(), TypeError("no float8")])
-def test_what_ends_in_an_error_cannot_be_done(asked, error):
+def test_a_probe_that_raises_an_error_gives_false(asked, error):
     probe, tried, answers = asked
     answers[torch.device("mps")] = error
     assert not probe("mps") and not probe("mps") and len(tried) == 1
@@ -44,7 +44,7 @@ def test_what_ends_in_an_error_cannot_be_done(asked, error):
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )  # fmt: skip
-def test_a_shortage_of_memory_is_not_remembered(asked, error):
+def test_out_of_memory_in_a_probe_is_not_remembered(asked, error):
     probe, _, answers = asked
     answers[torch.device("cuda", 0)] = error
     for _ in range(2):
@@ -62,7 +62,7 @@ def test_the_probes_of_this_processor():
         assert not has_float8("mps")
 
 
-def test_answers_are_constants_of_a_compiled_function():
+def test_probe_results_are_constants_in_compiled_functions():
     def ask(x):
         return x + 1 if int8.has_exact_int_mm(x.device) else x - 1
 

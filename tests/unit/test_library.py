@@ -23,7 +23,7 @@ def test_every_public_name_is_documented():
     assert all(inspect.getdoc(getattr(iec_core, name)) for name in iec_core.__all__)
 
 
-def test_import_needs_torch_alone():
+def test_import_needs_only_torch():
     heavy = {"triton", "comfy", "comfy_kitchen", "diffusers", "iec_core.quantization.kernels"}
     code = f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import pack; pack.load('iec_core'); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
@@ -46,6 +46,6 @@ def test_settings_are_refused_by_class(refused):
     assert isinstance(raised.value, IECError) and isinstance(raised.value, ValueError)
 
 
-def test_the_core_raises_errors_of_its_own_classes_only():
+def test_the_core_raises_only_its_own_error_classes():
     sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "iec_core").rglob("*.py")}
     assert [str(path) for path, text in sources.items() if "raise ValueError(" in text] == []

@@ -27,7 +27,7 @@ def test_registry_fields_are_of_the_form_that_the_registry_wants():
     assert any(classifier.startswith("Operating System :: ") for classifier in project["classifiers"])
 
 
-def test_oldest_comfyui_is_the_one_that_is_tested_and_asked_for():
+def test_the_oldest_comfyui_is_the_tested_and_required_version():
     asked = re.search(r'^OLDEST = "(.+?)"', (comfyui.ROOT / "nodes" / "host" / "version.py").read_text(), re.MULTILINE)[1]
     assert PROJECT["tool"]["comfy"]["requires-comfyui"] == f">={comfyui.VERSION}" == f">={asked}"
 
@@ -74,7 +74,7 @@ def test_everything_that_the_set_up_installs_is_pinned():
 @pytest.mark.parametrize(
     "kept", ["__init__.py", "nodes", "iec_core", "web", "example_workflows", "requirements.txt", "LICENSE"]
 )
-def test_what_users_need_is_not_left_out_of_the_package(kept):
+def test_the_package_includes_everything_that_users_need(kept):
     left_out = (comfyui.ROOT / ".comfyignore").read_text().split()
     assert (comfyui.ROOT / kept).exists() and kept not in {line.strip("/") for line in left_out}
     assert all((comfyui.ROOT / line).exists() for line in left_out)

@@ -25,7 +25,7 @@ def dominated(point, points):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_pareto_front_is_what_no_other_point_dominates(seed):
+def test_pareto_front_has_all_points_that_are_not_dominated(seed):
     draw = random.Random(seed)
     highest = 6 if seed % 2 else 1000  # few values: ties in cost, in error and in both
     points = [(draw.randint(0, highest), draw.randint(0, highest)) for _ in range(25)]
@@ -34,6 +34,6 @@ def test_pareto_front_is_what_no_other_point_dominates(seed):
     assert [points[i][0] for i in front] == sorted(points[i][0] for i in front)
 
 
-def test_pareto_front_of_none_and_of_equal_points():
+def test_pareto_front_of_no_points_and_of_equal_points():
     assert pareto_front([]) == []
     assert pareto_front([(1.0, 0.5), (2.0, 0.5), (1.0, 0.5)]) == [0, 2]

@@ -149,7 +149,7 @@ def test_newer_names_are_found(source, name):
     assert newer_names(source) == {name}
 
 
-def test_names_that_are_not_the_librarys_are_none():
+def test_names_outside_the_standard_library_are_ignored():
     assert newer_names("from .enum import StrEnum\nimport torch\ntorch.override(a.member)\nzip(a, b)") == set()
 
 

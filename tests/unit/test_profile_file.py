@@ -34,7 +34,7 @@ def refusal_of(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("content", [b"", b"not a tensor file", None])
-def test_what_is_no_tensor_file_is_refused(tmp_path, kind, content):
+def test_a_file_that_is_not_a_tensor_file_is_refused(tmp_path, kind, content):
     path = tmp_path / "other.safetensors"
     if content is not None:
         path.write_bytes(content)
@@ -67,7 +67,7 @@ def test_a_type_that_torch_cannot_compute_in_is_refused(tmp_path, kind, name):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_file_that_is_not_there_is_refused_without_its_path(tmp_path, kind):
+def test_a_missing_file_is_refused_without_its_path(tmp_path, kind):
     why = "it cannot be read (No such file or directory); calibrate again"
     assert refusal(tmp_path / "none.safetensors", kind) == why
 
@@ -90,7 +90,7 @@ def test_a_loaded_file_is_not_mapped(tmp_path, kind):
     assert str(path) not in pathlib.Path("/proc/self/maps").read_text()
 
 
-def test_kinds_are_told_by_the_header_alone(tmp_path):
+def test_the_kind_of_a_file_is_read_from_its_header_only(tmp_path):
     path = tmp_path / "net.safetensors"
     for about, kind in [
         ({"format": "iec_cache_profile"}, "cache profile"),

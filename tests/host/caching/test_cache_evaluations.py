@@ -99,7 +99,7 @@ def at_once(apply_model, arguments):
 
 @pytest.mark.parametrize("tiles", [one_after_the_other, at_once])
 def test_each_tile_has_its_own_feature(draw, cached, relative, network, tiles):
-    """Each tile is cached as if it were a latent of its own, in a run of its own."""
+    """Each tile is cached as if it were a separate latent in a separate run."""
     model, start = network
     result = draw(cached(with_function(model, tiles)), start)
     apart = torch.cat([draw(cached(model), half) for half in start.chunk(2, dim=-1)], dim=-1)
@@ -217,7 +217,7 @@ FALLING = [14.6, 9.0, 5.0, 3.0, 1.5, 0.9, 0.4, 0.0]
 
 @pytest.fixture
 def evaluated(draw, cached, model):
-    """Return evaluated(sampler, sigmas), which tells for each of the sampler's evaluations whether it was in full."""
+    """Return evaluated(sampler, sigmas), which gives for each of the sampler's evaluations whether it was in full."""
     middle = model.model.diffusion_model.middle_block[0]
 
     def run(sampler, sigmas):
@@ -306,7 +306,7 @@ def test_steps_are_counted_in_order_for_a_sampler_that_passes_another_sigma(eval
 
 
 def test_a_host_function_replaced_by_another_pack_is_supported(evaluated):
-    """The function says that it is the host's, but evaluates twice where the host's evaluates once."""
+    """The function has the name of the host's, but evaluates twice per step, and the host's evaluates once."""
     heun = sampler_of("heun")
     while hasattr(heun, "__wrapped__"):
         heun = heun.__wrapped__

@@ -257,7 +257,7 @@ def test_the_same_model_in_another_precision_is_accepted(host, profile_of, preci
     assert host.run("IECCacheQuant", model=other, profile=profile_of())[0] is not None
 
 
-def test_a_lora_does_not_change_the_fingerprint(host, profile_of, sample, model):
+def test_a_profile_accepts_its_model_with_a_lora(host, profile_of, sample, model):
     profile, patched = profile_of(), model.clone()
     name = "diffusion_model.input_blocks.0.0.weight"
     weight = model.model.diffusion_model.input_blocks[0][0].weight
@@ -273,7 +273,7 @@ def test_a_lora_does_not_change_the_fingerprint(host, profile_of, sample, model)
 def test_maps_are_used_despite_additional_evaluations(host, profile_of, model, sample, sampler, point):
     """Cached steps apply their map to the feature of the full step's own evaluation, or of its correction at the same sigma.
 
-    They do not use what a sampler evaluates between two steps, or a correction at the next step's sigma.
+    They do not use an evaluation between two steps, or a correction at the next step's sigma.
     """
     profile = profile_of(sampler_name=sampler)
     weights, own, checked = profile.features[""].double(), {}, []
@@ -300,7 +300,7 @@ def test_maps_are_used_despite_additional_evaluations(host, profile_of, model, s
     assert len(set(checked)) >= 3
 
 
-def test_quantizing_all_layers_counts_as_another_quantization(host, profile_of, sample, model, quantized):
+def test_a_profile_is_refused_if_other_layers_are_quantized(host, profile_of, sample, model, quantized):
     inputs = {"weight_bits": "4", "activation_bits": "8", "keep_sensitive_layers": False}
     every = host.run("IECQuantizeModel", model=model, **inputs)[0]
     cached = host.run("IECCacheQuant", model=every, profile=profile_of(quantized, full_precision=model))[0]

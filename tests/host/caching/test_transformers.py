@@ -625,8 +625,8 @@ def control_net(host):
 
 @pytest.mark.parametrize(("name", "branch"), [("Flux", 0), ("Flux", 1), ("Flux", 2), ("SD3", 0), ("SD3", 1)])
 def test_control_reaches_the_blocks_that_are_run(sample, models, cached, restated, control_net, relative, name, branch):
-    """For the other blocks, the kept residual includes what was added at the full step. Flux's ControlNet residuals cover
-    only the first part of the picture.
+    """For the other blocks, the kept residual includes the ControlNet residuals of the full step. Flux's ControlNet
+    residuals cover only the first part of the picture.
     """
     control, added = control_for(name, (20, 32) if name == "Flux" else (35, 128), 7)
     net = control_net(control)
@@ -872,7 +872,7 @@ def test_transformer_without_replacements_is_refused(host, models, cached, monke
         cached(build(config))
 
 
-def test_transformer_that_does_not_call_replacements_is_refused_by_its_first_evaluation(sample, models, cached, monkeypatch):
+def test_a_transformer_that_ignores_replacements_is_refused_at_its_first_evaluation(sample, models, cached, monkeypatch):
     model = models("Wan")
     network = type(model.model.diffusion_model)
     forward = network.forward_orig

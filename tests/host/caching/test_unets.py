@@ -345,7 +345,7 @@ def test_video_frames(models, draw, plain_draw, cached, restated, relative):
 
 
 @pytest.mark.parametrize("node", ["IECKSampler", "SamplerCustomAdvanced"])
-def test_each_way_to_sample(host, models, draw, cached, advanced, node):
+def test_each_kind_of_sampling(host, models, draw, cached, advanced, node):
     """KSampler, which all other tests here use, and the other nodes give the same run."""
     model = cached(models("SDXL"))
     if node == "IECKSampler":

@@ -281,7 +281,7 @@ def test_known_unsupported_samplers_are_refused_by_name(host, ahead, name, reaso
 
 
 def test_unsupported_samplers_are_detected_by_their_steps(ahead):
-    """Refused are noise before a step, a sampler's own noise, and a latent that is evaluated at other sigmas than the
+    """Samplers are refused that add noise before a step, draw their own noise, or evaluate a latent at other sigmas than the
     steps'.
     """
     import comfy.samplers

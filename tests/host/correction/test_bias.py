@@ -56,7 +56,7 @@ def test_moved_is_right_within_a_factor_of_two(sample, model, sampler, scheduler
     assert 0.5 < found[0].moved / share < 2
 
 
-def test_what_is_warned_of(host, report_of, model):
+def test_runs_with_a_warning(host, report_of, model):
     quantized = host.run("IECQuantizeModel", model=model, weight_bits="8", activation_bits="8", keep_sensitive_layers=True)[0]
 
     def said(source=quantized, **settings):

@@ -289,7 +289,7 @@ def test_a_heun_step_is_corrected_once_at_its_own_sigma(host):
 
 
 def test_dpm_fast_is_corrected_at_its_own_steps(host):
-    """It spaces its own steps, of up to three evaluations each: nine steps of the schedule become four of its own."""
+    """dpm_fast chooses its own steps, of up to three evaluations each: it takes four steps for nine steps of the schedule."""
     guider = ToyGuider("EPS")
     sampler, reports = corrected(host, "dpm_fast", correction_steps="steps:3")
     run(sampler, guider, schedule(guider))
@@ -385,7 +385,7 @@ def test_schedule_without_steps_returns_the_latent(host, name):
 
 @pytest.mark.parametrize("model_type", ["EPS", "V_PREDICTION", "FLOW"])
 @pytest.mark.parametrize("point", ["paper", "next"])
-def test_unsampling_corrects_steps_upwards_too(host, model_type, point):
+def test_unsampling_steps_are_corrected(host, model_type, point):
     """The sigmas are flipped, as by FlipSigmas: from a small sigma instead of 0 up to the highest."""
     guider = guider_of(model_type)
     sigmas = schedule(guider).flip(0)

@@ -98,7 +98,7 @@ def test_planned_cached_steps_of_a_profile_agree_with_its_file(plans, host, mode
 
 
 def test_plan_counts_which_corrections_are_full_evaluations(plans):
-    """The plan tells the real cost of a cached run: a full evaluation costs several of the others."""
+    """The plan gives the real cost of a cached run: a full evaluation costs as much as several others."""
 
     def corrections(steps, **more):
         return plans.step_plan({"correction_steps": steps, "max_iterations": 2}, sampling(), **more)["full_corrections"]

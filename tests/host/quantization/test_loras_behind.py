@@ -396,7 +396,7 @@ def test_a_model_is_saved_while_the_lora_of_another_clone_is_loaded(host, sample
         assert torch.equal(sample(again), expected[number])
 
 
-def test_a_branch_of_more_ranks_than_its_weight_is_saved(host, sample, quantize, folder, relative):
+def test_a_lora_of_higher_rank_than_its_weight_is_saved(host, sample, quantize, folder, relative):
     import comfy.sd
 
     key, base = f"diffusion_model.{LINEAR}", quantize()

@@ -1,4 +1,4 @@
-"""IECCalibrateWeights with weight_bits mixed: what it measures, what it chooses, and how well that keeps the images."""
+"""IECCalibrateWeights with weight_bits mixed: its measurements, its choices, and the error of the images."""
 
 import contextlib
 import functools
@@ -132,7 +132,7 @@ def test_errors_equal_those_of_guided_predictions_with_one_layer_quantized(host,
     assert to_q[:3] == ["4 bits", "0.000000", "0.000000"]
 
 
-def test_the_budget_is_kept_and_spent_where_it_counts(model, calibrate):
+def test_the_budget_is_kept_and_spent_on_sensitive_layers(model, calibrate):
     for average, of_skip in ((4.2, "8 bits"), (5.0, "32 bits")):
         made, table = calibrate(average_bits=average)
         rows, layers = rows_of(table), layers_of(made)

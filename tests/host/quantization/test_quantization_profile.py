@@ -279,7 +279,7 @@ class Stop(Exception):
     pass
 
 
-def test_clones_without_the_profile_stay_dynamic(quantize, calibrate, run):
+def test_clones_without_the_profile_use_dynamic_scales(quantize, calibrate, run):
     quantized = quantize()
     before = run(quantized)
     calibrated = calibrate(quantized)[0]

@@ -372,7 +372,7 @@ def test_a_patch_of_the_unquantized_network_is_refused(model, quantized, key):
         quantized(source=clone)
 
 
-def test_loras_of_other_clones_do_not_affect_the_quantized_model(host, sample, model, quantized):
+def test_patches_of_other_clones_do_not_affect_the_quantized_model(host, sample, model, quantized):
     expected = sample(quantized())
     sample(host.run("ModelSamplingDiscrete", model=model, sampling="eps", zsnr=False)[0])
     assert torch.equal(sample(quantized()), expected)

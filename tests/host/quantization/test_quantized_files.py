@@ -166,7 +166,7 @@ def test_loras_reach_a_loaded_model(model, sample, quantize, save, load):
     assert torch.equal(sample(loaded, **SMALL), sample(quantized, **SMALL))
 
 
-def test_a_cache_profile_goes_with_the_loaded_model(host, model, sample, quantize, save, load, conditioning):
+def test_a_cache_profile_fits_the_loaded_model(host, model, sample, quantize, save, load, conditioning):
     """The profile gives the same result on the loaded model; it is refused for a file of the same model in another
     quantization.
     """
@@ -723,7 +723,7 @@ def test_changed_networks_are_read_or_refused(network, quantize, save, load, see
 
 
 def test_a_model_that_would_load_differently_is_refused(network, quantize, save, folder, monkeypatch):
-    """Refused is what the host cannot detect from the weights, and what is not part of the network."""
+    """A model is refused if the host cannot detect its settings from the weights, or if a part is not in the network."""
     quantized = quantize(network("SD3"))
     base, config = quantized.model, quantized.model.model_config
     with monkeypatch.context() as patch:

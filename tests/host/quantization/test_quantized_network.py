@@ -164,7 +164,7 @@ def test_saving_warns_too(no_branch, host, quantize, model, caplog, tmp_path, mo
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="for a probe that fails this needs a device that is not there")
-def test_float8_is_refused_where_the_device_has_none(host, quantize, model, tmp_path, monkeypatch):
+def test_float8_is_refused_on_a_device_without_it(host, quantize, model, tmp_path, monkeypatch):
     """MPS is such a device."""
     import comfy.model_management
     import folder_paths

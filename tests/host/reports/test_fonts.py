@@ -51,7 +51,7 @@ def test_plain_upright_fonts_are_preferred_and_box_fonts_excluded(fonts):
     assert fonts().best_faces(entries) == expected
 
 
-def test_the_first_font_that_has_a_character_is_taken(fonts, monkeypatch):
+def test_the_first_font_with_a_character_is_used(fonts, monkeypatch):
     fonts = fonts(("One", "1", 0), ("Two", "2", 0), ("Three", "3", 0))
     letters, asked = {"DejaVu Sans": "abc é", "One": "中aé", "Two": "中文", "Three": "中文字"}, []
     monkeypatch.setattr(fonts, "covered", lambda face, some: asked.append(face.family) or set(some) & set(letters[face.family]))

@@ -95,7 +95,7 @@ def test_the_input_of_a_correction_has_one_noise_level(host, model_type):
             torch.testing.assert_close(guider.input_scale(sigma) * x_in[mask == 0], there[mask == 0])
 
 
-def test_denoise_below_one_counts_the_steps_that_are_run(host, sample, advanced, model, conditioning, relative):
+def test_denoise_below_one_counts_the_steps_that_run(host, sample, advanced, model, conditioning, relative):
     latent, reports = {"samples": latent_image()}, []
 
     def run(correction_steps):
@@ -169,7 +169,7 @@ def test_run_of_no_steps_is_the_stock_run(host, model, conditioning, correction_
 
 
 @pytest.mark.parametrize(("mode", "tolerance"), [("fixed", 0.035), ("anderson", 0.029)])
-def test_items_of_a_batch_are_iterated_as_if_alone(host, sample, model, relative, mode, tolerance):
+def test_items_of_a_batch_are_iterated_independently(host, sample, model, relative, mode, tolerance):
     """The two items reach the tolerance at different iterations."""
     settings = {"steps": 4, "correction_steps": "all", "max_iterations": 3, "tolerance": tolerance, "lambda_mode": mode}
     reports, batch = [], {"samples": torch.zeros(2, 3, 16, 16)}

@@ -166,7 +166,7 @@ def test_graphs_differ_from_each_other(advanced, host, model, conditioning, rela
         assert (relative(latents[one], latents[other]) < 5e-3) == ({one, other} in equal), (one, other)
 
 
-def test_at_cfg_1_the_positive_alone_is_evaluated(host, sample, model, conditioning, count_evaluations):
+def test_at_cfg_1_only_the_positive_is_evaluated(host, sample, model, conditioning, count_evaluations):
     """Corrections, too, evaluate only the positive; the negative has no effect."""
     counted, sizes = count_evaluations(model)
     alone = sample(counted, steps=3, cfg=1.0, correction_steps="all")

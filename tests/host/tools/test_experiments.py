@@ -56,7 +56,7 @@ def label_of(host, text):
         (Run(steps=2, architecture="transformer", scheduler="simple", correction_steps="all", lambda_=0.3), 4),
     ],
 )
-def test_a_chunk_is_what_the_nodes_make(host, sampler, run, nfe):
+def test_a_chunk_equals_the_nodes_output(host, sampler, run, nfe):
     """The same nodes are wired by hand, with the images one class after the other."""
     label = partial(label_of, host)
     (model,) = host.run("IECLoadBuiltinModel", precision="float32", architecture=run.architecture)
@@ -137,7 +137,7 @@ def test_a_correction_over_the_authors_timesteps_counts_its_evaluations(sampler)
     assert nfe == 2 * STEPS and not torch.equal(corrected, sampler.chunk(Chunk(run.baseline, 0, IMAGES))[0])
 
 
-def test_the_last_step_alone_is_eulers_after_a_third_of_each_other_step_by_heun(host, sampler, model, denoised, relative):
+def test_last_step_alone_takes_all_other_steps_by_heun_in_thirds(host, sampler, model, denoised, relative):
     """The reference is Heun's method written out, over the schedule's sigmas."""
     run = Run(scheduler="karras", steps=STEPS, cfg=1.0, control="last step alone")
     latents, nfe, _ = sampler.chunk(Chunk(run, 0, IMAGES))
@@ -156,7 +156,7 @@ def test_the_last_step_alone_is_eulers_after_a_third_of_each_other_step_by_heun(
     assert relative(latents, denoised(x, sigmas[-2])) < 1e-4 and nfe == (STEPS - 1) * 3 * 2 + 1
 
 
-def test_averaged_rounding_is_drawn_by_the_seed_and_leaves_the_model_as_it_was(sampler, relative):
+def test_averaged_rounding_depends_on_the_seed_and_leaves_the_model_unchanged(sampler, relative):
     plain = Run(quantization="W4A8", steps=1, cfg=1.0)
     averaged = replace(plain, control="averaged")
     before = sampler.chunk(Chunk(plain, 0, IMAGES))[0]
@@ -166,7 +166,7 @@ def test_averaged_rounding_is_drawn_by_the_seed_and_leaves_the_model_as_it_was(s
     assert torch.equal(before, sampler.chunk(Chunk(plain, 0, IMAGES))[0])
 
 
-def test_norms_are_what_the_probe_tells(sampler, monkeypatch):
+def test_norms_agree_with_the_probe(sampler, monkeypatch):
     few = {"seed": 7, "steps": 1, "cfg": 3.0, "every": 1, "iterations": 2, "tolerance": 0.5, "perturbation": 0.01}
     for name, value in {"SETTINGS": few, "STEPS": 1, "EVERY": 1}.items():
         monkeypatch.setattr(norms, name, value)
@@ -191,7 +191,7 @@ def test_norms_are_what_the_probe_tells(sampler, monkeypatch):
     assert len([name for name in row if "contraction" in name]) == 18
 
 
-def test_a_tuned_run_has_the_weights_of_its_file(sampler, model, tmp_path):
+def test_a_tuned_run_uses_the_weights_of_its_file(sampler, model, tmp_path):
     weights = {name: tensor * 0.5 for name, tensor in safetensors.torch.load_file(experiment_samples.WEIGHTS["unet"]).items()}
     with safetensors.safe_open(experiment_samples.WEIGHTS["unet"], "pt") as file:
         safetensors.torch.save_file(weights, tmp_path / "halved.safetensors", file.metadata())
@@ -204,7 +204,7 @@ def test_a_tuned_run_has_the_weights_of_its_file(sampler, model, tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in builtin.model.diffusion_model.state_dict().items())
 
 
-def test_residuals_are_those_of_the_papers_iteration(host, sampler, model):
+def test_residuals_equal_those_of_the_papers_iteration(host, sampler, model):
     """They are checked in the third of 20 euler steps: x' = x + (sigma' - sigma) eps(y), y the last x' at its step's own
     timestep.
     """
@@ -248,7 +248,7 @@ def test_a_tuned_case_has_its_weights_and_the_residuals_of_each_step(sampler, mo
     ]  # fmt: skip
 
 
-def test_an_image_that_is_not_finite_is_told_with_its_row(host):
+def test_a_non_finite_image_is_reported_with_its_row(host):
     class Broken:
         @staticmethod
         def execute(**inputs):
@@ -270,7 +270,7 @@ def check(chunks, store, sampler):
             assert torch.allclose(tensors[name], found, rtol=1e-4, atol=1e-4)
 
 
-def test_a_process_of_its_own_gives_the_same_images(sampler, tmp_path):
+def test_a_separate_process_gives_the_same_images(sampler, tmp_path):
     store, runs = experiment_samples.Store(tmp_path), [Run(steps=1), Run(steps=1, correction_steps="all")]
     chunks = [Chunk(run, number, IMAGES) for number, run in enumerate(runs)]
     assert set(experiment_samples.sampled(chunks, store, workers=1)) == set(chunks)
@@ -283,7 +283,7 @@ def test_without_a_gpu_chunks_are_small(monkeypatch):
 
 
 @pytest.mark.parametrize("free, size", [(2**40, 256), (300, 64), (0, 8)])
-def test_on_a_gpu_they_are_as_many_as_fit_into_half_of_what_is_free(sampler, monkeypatch, free, size):
+def test_on_a_gpu_chunks_fill_half_of_the_free_memory(sampler, monkeypatch, free, size):
     """Guidance doubles a batch here, and an image takes one byte."""
     import comfy.model_base
     import comfy.model_management as management
@@ -335,14 +335,14 @@ def test_a_ray_cluster_gives_the_same_images(sampler, tmp_path, address, ray_add
     check(chunks, store, sampler)
 
 
-def test_what_a_worker_raises_is_told(tmp_path, address, ray_address):
+def test_an_error_of_a_worker_is_reported(tmp_path, address, ray_address):
     ray_address(address)
     chunk = Chunk(Run(steps=1, sampler="none such"), 0, 8)
     with pytest.raises(Exception, match="none such"):
         list(experiment_samples.sampled([chunk], experiment_samples.Store(tmp_path), workers=1))
 
 
-def test_an_address_without_a_cluster_is_told(tmp_path, ray_address):
+def test_an_address_without_a_cluster_is_reported(tmp_path, ray_address):
     ray_address("127.0.0.1:1")
     with pytest.raises(ValueError, match=r"RAY_ADDRESS: no cluster answers at '127.0.0.1:1'"):
         list(experiment_samples.sampled([Chunk(Run(steps=1), 0, IMAGES)], experiment_samples.Store(tmp_path), workers=1))

@@ -52,7 +52,7 @@ def test_convolutions(bench, short):
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_operations_are_what_the_convolution_takes(stride):
+def test_operations_equal_the_convolutions_flops(stride):
     x, weight = torch.zeros(2, 5, 9, 8), torch.zeros(7, 5, 3, 3)
     with FlopCounterMode(display=False) as counter:
         torch.nn.functional.conv2d(x, weight, None, stride, 1)
@@ -68,7 +68,7 @@ def test_caches(bench, short):
     assert found["CacheQuant 3, dps"].take()["operations"] > 1
 
 
-def test_everything_together_and_corrections_alone(bench, short):
+def test_tables_of_everything_together_and_of_corrections(bench, short):
     found = tasks(bench, "together")
     assert set(found) == {"W8A8, IEC auto", "W8A8, DeepCache 3", "W8A8, DeepCache 3, IEC auto"}
     assert found["W8A8, DeepCache 3, IEC auto"].take() == {"milliseconds": 2.0, "ratio": 3.0, "peak_mib": None}
@@ -96,7 +96,7 @@ def written(bench, monkeypatch, tmp_path):
     return write
 
 
-def test_a_row_that_fails_does_not_take_the_others_along(written):
+def test_a_failed_row_does_not_affect_the_others(written):
     def fail():
         raise RuntimeError("no kernel image\nand more")
 
@@ -116,12 +116,12 @@ def test_a_row_that_fails_does_not_take_the_others_along(written):
     assert "| a | one | 1.235 | 2 | so / so |" in page
 
 
-def test_no_row_begins_when_the_minutes_are_over(written):
+def test_no_row_begins_after_the_time_limit(written):
     _, rows, _ = written([gpu_tables.Task("a", name, lambda: pytest.fail("measured")) for name in ("one", "two")], minutes=-1)
     assert [row["note"] for row in rows] == ["not measured: -1 minutes were over"]
 
 
-def test_rows_are_there_as_soon_as_they_are_measured(written, tmp_path):
+def test_rows_are_written_as_soon_as_they_are_measured(written, tmp_path):
     def look():
         text = (tmp_path / "gpu" / "cpu.csv").read_text(encoding="utf-8")
         return {"note": f"{text.count('first')} before"}

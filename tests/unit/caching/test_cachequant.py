@@ -38,7 +38,7 @@ def all_splits(total, count, shortest, longest):
 @pytest.mark.parametrize("interval", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("total", [1, 5, 9, 12])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_grouping_is_the_best_of_all(total, interval, seed):
+def test_grouping_is_optimal(total, interval, seed):
     generator = torch.Generator().manual_seed(seed)
     cost = torch.rand(total, total, generator=generator, dtype=torch.float64).tolist()
     count = math.ceil(total / interval)
@@ -49,7 +49,7 @@ def test_grouping_is_the_best_of_all(total, interval, seed):
     assert cost_of(cost, firsts, total) == pytest.approx(min(cost_of(cost, split, total) for split in splits), abs=1e-12)
 
 
-def test_grouping_crowds_full_steps_where_features_change():
+def test_grouping_puts_more_full_steps_where_features_change():
     place = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 2.0, 4.0, 6.0, 8.0, 8.1, 8.2])
     cost = (place[:, None] - place).abs().tolist()
     assert group_steps(cost, 3) == [0, 3, 7, 9]  # 4.6 in total; every third step costs 6.9
@@ -62,7 +62,7 @@ def channels(x, channel_dim):
 @pytest.mark.parametrize(("shape", "channel_dim"), [((2, 3, 4, 5), 1), ((2, 7, 3), -1)])
 @pytest.mark.parametrize("terms", [1, 2])
 @pytest.mark.parametrize("columns", [5, 65536])
-def test_fit_is_the_least_squares_one(monkeypatch, shape, channel_dim, terms, columns):
+def test_fit_is_the_least_squares_solution(monkeypatch, shape, channel_dim, terms, columns):
     monkeypatch.setattr("iec_core.caching.cachequant.COLUMNS", columns)
     generator = torch.Generator().manual_seed(3)
     fit, rows = ChannelFit(channel_dim), []
@@ -127,7 +127,7 @@ def profile(steps=6, full_steps=(0, 2, 4), **settings):
     return CacheProfile(dict(FACTS), torch.randn(8), sigmas, full_steps, 1, maps)
 
 
-def test_distances_are_means_and_reach_no_further_than_twice_the_interval():
+def test_distances_are_means_up_to_twice_the_interval():
     distances = StepDistances(2)
     distances.full_steps(range(7))
     for step in [0.0, 1.0, 1.5, 2.0, 2.0, 3.0, 4.0, 5.0]:  # a sampler may evaluate a step more than once
@@ -141,7 +141,7 @@ def test_distances_are_means_and_reach_no_further_than_twice_the_interval():
 
 @pytest.mark.parametrize("quantized", [None, lambda x: 0.9 * x - 0.3])
 @pytest.mark.parametrize(("of", "terms", "error"), [(feature, 1, 1e-4), (feature, 2, 1e-4), (curve, 2, 1e-4), (curve, 1, None)])
-def test_corrected_features_are_those_of_the_step(quantized, of, terms, error):
+def test_corrected_features_equal_the_steps_own(quantized, of, terms, error):
     """A feature that the map can express is exact; the map also corrects errors of the network that it can express."""
     full_steps = (0, 1, 3)
     cache, worst = CorrectedFeatures(profile(full_steps=full_steps, of=of, terms=terms, quantized=quantized)), 0.0
@@ -155,7 +155,7 @@ def test_corrected_features_are_those_of_the_step(quantized, of, terms, error):
     assert worst < error if error else worst > 1e-3
 
 
-def test_a_run_within_the_schedule_takes_its_own_steps():
+def test_a_run_over_part_of_the_schedule_uses_the_matching_steps():
     cache = CorrectedFeatures(profile())
     sigmas = torch.linspace(10, 0, 7, dtype=torch.float64)[1:].tolist()
     assert cache.full_steps(sigmas) == {0, 1, 3}
@@ -177,7 +177,7 @@ def test_a_run_that_ends_early_may_take_its_last_step_to_zero():
     assert cache.full_steps(sigmas) == {0, 1}
 
 
-def test_only_features_of_the_profiles_full_steps_are_taken():
+def test_only_features_of_the_profiles_full_steps_are_stored():
     """A sampler's evaluation between two steps, or a correction at the next step's sigma, does not replace the step's own
     feature.
     """
@@ -192,7 +192,7 @@ def test_only_features_of_the_profiles_full_steps_are_taken():
 
 
 @pytest.mark.parametrize("terms", [1, 2])
-def test_an_entry_that_comes_later_is_left_out_until_its_full_steps_are_there(terms):
+def test_a_later_conditioning_is_corrected_once_it_has_full_steps(terms):
     def fit(entries):
         fits = FeatureFits(lambda total: frozenset({0, 2, 4}), terms, 1)
         fits.full_steps(range(7))
@@ -207,7 +207,7 @@ def test_an_entry_that_comes_later_is_left_out_until_its_full_steps_are_there(te
     assert torch.equal(alone[5], both[5]) == (terms == 2)  # it has the feature of step 4, but not of both steps 2 and 4
 
 
-def test_steps_that_a_sampler_never_evaluates_are_told():
+def test_steps_that_a_sampler_never_evaluates_are_reported():
     distances = StepDistances(2)
     distances.full_steps(range(5))
     for position in (0.0, 0.7, 1.4, 2.0):
@@ -216,7 +216,7 @@ def test_steps_that_a_sampler_never_evaluates_are_told():
         distances.check_every_step_was_seen()
 
 
-def test_consumer_statistics_map_one_network_on_the_other():
+def test_consumer_statistics_map_one_network_to_the_other():
     statistics = ConsumerStatistics(1)
     for step in range(2):
         statistics.is_reference = True
@@ -237,7 +237,7 @@ def test_another_schedule_is_refused(sigmas):
         CorrectedFeatures(profile()).full_steps(sigmas)
 
 
-def test_another_schedule_of_the_same_ends_is_told_apart():
+def test_another_schedule_with_the_same_ends_is_refused():
     sigmas = profile().sigmas.tolist()
     sigmas[3] *= 1.1
     with pytest.raises(
@@ -247,7 +247,7 @@ def test_another_schedule_of_the_same_ends_is_told_apart():
         CorrectedFeatures(profile()).full_steps(sigmas)
 
 
-def test_a_schedule_at_the_edge_of_rounding_is_refused_in_words():
+def test_the_schedule_tolerance_is_relative_to_the_runs_sigma():
     """The tolerance is relative to the run's sigma. Relative to the larger calibrated sigma, this difference would still be
     within the tolerance.
     """
@@ -314,7 +314,7 @@ def spoil_fact(about, name, value):
 
 
 @pytest.mark.parametrize("kind", SPOILED)
-def test_a_spoiled_profile_is_refused_with_a_sentence(spoiled, kind):
+def test_a_damaged_profile_is_refused(spoiled, kind):
     path = spoiled(profile(), SPOILED[kind])
     with pytest.raises(ValueError, match=r"^its content is not that of a cache profile; calibrate again$"):
         CacheProfile.load(path)
@@ -330,7 +330,7 @@ def test_maps_for_another_number_of_channels_are_refused():
         CorrectedFeatures(spoiled).consumed(feature(0), 0.0)
 
 
-def test_maps_move_to_a_device_once_a_run_and_nothing_waits_for_it():
+def test_maps_move_to_a_device_once_per_run_without_waiting():
     calibrated = profile()
     calibrated.consumer = torch.ones(6, 3, 2)
     features = CorrectedFeatures(calibrated)

@@ -13,7 +13,7 @@ def test_first_of_every_interval_is_full():
     assert uniform.of(5, 1) == set(range(5))
 
 
-def test_steps_are_taken_as_written_and_the_first_always_is():
+def test_listed_steps_are_full_and_so_is_the_first():
     assert parse_cache_schedule(" steps: 3, 7,19 ").of(20, 5) == {0, 3, 7, 19}
 
 
@@ -65,7 +65,7 @@ def test_forecast_is_exact_for_a_polynomial_of_its_degree(forecast):
     torch.testing.assert_close(cache.load(["a"], 2, 14), feature(14))
 
 
-def test_forecast_begins_with_what_there_is():
+def test_forecast_of_lower_degree_with_few_features():
     cache, (one, two) = FeatureCache("quadratic"), torch.randn(2, 2, 3)
     cache.store(["a"], one, 0)
     assert torch.equal(cache.load(["a"], 2, 3), one)
@@ -102,7 +102,7 @@ def test_auto_forecast_equals_its_restatement():
 
 
 @pytest.mark.parametrize("trend", [0, 1])
-def test_auto_ends_as_hold_in_noise_and_as_linear_on_a_line(trend):
+def test_auto_becomes_hold_for_noise_and_linear_for_a_line(trend):
     torch.manual_seed(1)
     cache, drift = FeatureCache("auto"), torch.randn(1, 4096)
     features = [trend * at * drift + (1 - trend) * torch.randn(1, 4096) for at in range(6)]
@@ -112,7 +112,7 @@ def test_auto_ends_as_hold_in_noise_and_as_linear_on_a_line(trend):
     torch.testing.assert_close(found, trend * 6 * drift if trend else features[-1])
 
 
-def test_auto_in_half_precision_and_with_features_that_stand_still():
+def test_auto_in_half_precision_and_with_constant_features():
     cache, large = FeatureCache("auto"), torch.full((1, 4096), 300.0, dtype=torch.float16)  # their product is above 65504
     for at, factor in enumerate((1, 1, 1, 1, 2, 3)):
         cache.store(["a"], factor * large, at)
@@ -155,13 +155,13 @@ def test_features_are_found_by_key_in_any_grouping():
     assert cache.load(["cond", "other"], 4, 0) is None
 
 
-def test_changed_batch_size_is_no_hit():
+def test_another_batch_size_is_a_cache_miss():
     cache = FeatureCache()
     cache.store(["cond"], torch.zeros(2, 3), 0)
     assert cache.load(["cond"], 4, 0) is None
 
 
-def test_a_feature_that_is_too_old_is_no_hit():
+def test_a_feature_that_is_too_old_is_a_cache_miss():
     cache = FeatureCache()
     cache.store(["cond", "uncond"], torch.ones(2, 3), 0)
     cache.store(["cond"], torch.ones(1, 3), 3)
@@ -169,14 +169,14 @@ def test_a_feature_that_is_too_old_is_no_hit():
     assert cache.load(["uncond"], 1, 4, since=3) is None and cache.load(["uncond"], 1, 4, since=0) is not None
 
 
-def test_who_loads_a_feature_cannot_change_the_kept_one():
+def test_changing_a_loaded_feature_does_not_change_the_cached_one():
     cache = FeatureCache()
     cache.store(["cond"], torch.ones(2, 3), 0)
     cache.load(["cond"], 2, 0).zero_()
     assert torch.equal(cache.load(["cond"], 2, 0), torch.ones(2, 3))
 
 
-def test_clear_forgets():
+def test_clear_removes_all_features():
     cache = FeatureCache()
     cache.store(["cond"], torch.ones(1), 0)
     cache.clear()
@@ -184,7 +184,7 @@ def test_clear_forgets():
 
 
 @pytest.mark.parametrize("forecast", FORECASTS)
-def test_entries_that_no_longer_come_are_dropped(forecast):
+def test_entries_no_longer_evaluated_are_dropped(forecast):
     """Moving context windows leave such entries. The memory in use does not grow with the steps; other entries keep their
     history.
     """

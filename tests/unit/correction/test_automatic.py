@@ -16,7 +16,7 @@ def sigmas_of(steps):
     return tuple(1.0 - step / steps for step in range(steps + 1))
 
 
-def test_a_sampler_of_one_prediction_is_corrected_ahead_wherever_it_can_be():
+def test_one_prediction_samplers_are_corrected_ahead_at_all_possible_steps():
     assert chosen(Situation(sigmas_of(12), frozenset(range(11)))) == (list(range(11)), "ahead")
     assert chosen(Situation(sigmas_of(12), frozenset({1, 3}))) == ([1, 3], "ahead")
     assert chosen(Situation(sigmas_of(12), frozenset({1, 3}), noise="ancestral")) == ([1, 3], "ahead")
@@ -30,7 +30,7 @@ def test_after_a_cache_the_step_before_each_full_step_is_corrected():
 
 
 @pytest.mark.parametrize("first", [4518.0, 999999999.9])
-def test_steps_to_less_than_a_quarter_of_their_sigma_are_left_alone(first):
+def test_steps_to_less_than_a_quarter_of_their_sigma_are_not_corrected(first):
     """Such steps begin where there is no signal, or are the last but one of a schedule that ends in a large step."""
     assert chosen(Situation((first, *(20 * sigma for sigma in sigmas_of(12))), frozenset(range(12))))[0] == list(range(1, 12))
     assert chosen(Situation((*sigmas_of(12)[:-1], 0.02, 0.0), frozenset(range(12))))[0] == list(range(11))
@@ -48,7 +48,7 @@ def test_steps_to_less_than_a_quarter_of_their_sigma_are_left_alone(first):
         (Situation(sigmas_of(12)), "no step"),
     ],
 )
-def test_nothing_is_corrected_where_nothing_was_measured_to_help(situation, reason):
+def test_auto_corrects_nothing_without_a_measured_benefit(situation, reason):
     assert chosen(situation) == ([], None)
     why = choose(situation).why
     assert why.startswith("auto corrects nothing: ") and reason in why and why.endswith(".")
@@ -61,7 +61,7 @@ def test_the_sentence_says_what_a_corrected_step_costs(iterations, cost):
     assert choose(Situation(**run, full=frozenset({0, 6}))).why.endswith(f"in full, each with that evaluation{cost}")
 
 
-def test_settings_take_the_choice_and_keep_the_rest():
+def test_settings_change_only_by_the_choice():
     settings = CorrectionSettings.parse("auto", 0.4, 2, 1e-3, "next", "contractive")
     assert settings.is_auto and not settings.is_off and settings.summary() == "auto contractive lambda 0.4 K 2"
     assert settings.corrected_steps([3.0, 2.0, 1.0, 0.0]) == frozenset()  # chosen for each run

@@ -20,7 +20,7 @@ def run(moves, last_ends_without_noise=True):
     return [step(number, ([0.5], [2 * move]), sigma_next=end) for number, (move, end) in enumerate(zip(moves, ends))]
 
 
-def test_a_step_moves_by_lambda_times_residual_of_every_iteration_in_the_mean_of_the_images():
+def test_moved_is_the_sum_of_lambda_times_residual_averaged_over_images():
     one = step(0, ([0.5, 0.5], [0.2, 0.4]), ([0.5, 0.0], [0.1, 0.3]))
     assert moved_by(one) == pytest.approx((0.5 * 0.2 + 0.5 * 0.1 + 0.5 * 0.4) / 2)
     assert moved_by(one, gain=-3.0) == pytest.approx(3 * moved_by(one))
@@ -28,7 +28,7 @@ def test_a_step_moves_by_lambda_times_residual_of_every_iteration_in_the_mean_of
     assert moved_by(StepReport(0, 2.0, 1.0, True)) == 0
 
 
-def test_the_papers_rule_is_warned_of_with_the_sum_and_the_step_that_does_most():
+def test_warning_of_the_papers_rule_names_the_sum_and_the_largest_step():
     assert bias_warning(run([0.01, 0.01, 0.13]), CorrectedRun("paper", FLAT[:3])) == (
         "a correction at evaluation_point paper adds an error of its own; the corrections moved the result by about 15%, most "
         "of it in step 2, which ends at zero noise. correction_steps auto avoids this."
@@ -57,7 +57,7 @@ def test_the_papers_rule_is_warned_of_with_the_sum_and_the_step_that_does_most()
         ([0.2, 0.2], {"evaluation_point": "next", "gains": (1.0, *[1.5] * 11), "full": [0, 5, 10]}),
     ],
 )
-def test_what_is_not_warned_of(moves, about):
+def test_runs_without_a_warning(moves, about):
     assert bias_warning(run(moves), CorrectedRun(**{"gains": FLAT, **about})) is None
 
 
@@ -82,7 +82,7 @@ def test_history_multiplies_the_estimate(point):
     )
 
 
-def test_history_is_warned_of_at_any_size_but_behind_a_cache():
+def test_history_is_warned_of_at_any_size_except_after_a_cache():
     gains = (1.0, *[1.5] * 10, 1.0)
     said = bias_warning(run([0.02, 0.02]), CorrectedRun("next", gains))
     assert "by 1.5 in step 1); the corrections moved the result by about 3%" in said
@@ -102,7 +102,7 @@ def test_a_model_with_nothing_to_correct():
     assert bias_warning(run([0.01, 0.01]), CorrectedRun("ahead", FLAT, is_exact=True, evaluates_more_than_once=True)) is None
 
 
-def test_a_sampler_of_several_evaluations_a_step():
+def test_a_sampler_with_several_evaluations_per_step():
     said = bias_warning(run([0.05, 0.05]), CorrectedRun("next", FLAT, evaluates_more_than_once=True))
     assert said.startswith(
         "this sampler is already of higher order, and a correction takes that away; the corrections moved the result by"

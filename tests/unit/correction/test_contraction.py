@@ -89,7 +89,7 @@ def test_one_subspace_serves_all_dampings():
     assert together.products < 0.6 * sum(one.products for one in alone)
 
 
-def test_the_vectors_are_stretched_by_the_norms():
+def test_the_found_vectors_attain_the_norms():
     network, x = Network(), point()
     with Linearization(network, x) as jacobian:
         found = spectral_norms(jacobian, x, PAIRS, iterations=200)
@@ -128,7 +128,7 @@ def test_wrong_formulas_differ_by_far_more_than_the_tolerance():
         assert ((wrong - right[1:]).abs() > 0.01 * right[1:]).any(1).all()
 
 
-def test_images_are_alone_in_their_batch():
+def test_images_of_a_batch_are_independent():
     network, x = Network(), point()
     with Linearization(network, x) as jacobian:
         together = spectral_norms(jacobian, x, PAIRS, iterations=200, tolerance=1e-5).norms
@@ -139,7 +139,7 @@ def test_images_are_alone_in_their_batch():
         torch.testing.assert_close(alone[:, 0], together[:, number], rtol=1e-4, atol=0)
 
 
-def test_too_few_iterations_give_a_bound_from_below_and_say_so():
+def test_too_few_iterations_give_a_reported_lower_bound():
     matrices = non_normal()
     found = spectral_norms(Matrices(matrices), point(), PAIRS, iterations=3)
     assert found.products == 3 and not found.converged.all()
@@ -156,7 +156,7 @@ def test_multiples_of_the_identity_and_zero():
         assert found.converged.all() and found.products == 1
 
 
-def test_a_function_of_no_derivative_is_refused():
+def test_a_function_without_derivative_is_refused():
     x = point()
     with pytest.raises(ValueError, match="has no derivative with respect"), Linearization(lambda x: x.detach().round(), x):
         pass
@@ -174,7 +174,7 @@ def test_straight_through_rounding_uses_forward_mode():
     torch.testing.assert_close(found.norms, torch.full((1, IMAGES), 2.0, dtype=torch.float64))
 
 
-def test_lipschitz_of_a_linear_map_is_its_stretch():
+def test_lipschitz_estimate_of_a_linear_map_is_exact():
     matrices, x = non_normal(), point()
     linear = Matrices(matrices)
     found = spectral_norms(linear, x, PAIRS, iterations=100)
@@ -185,7 +185,7 @@ def test_lipschitz_of_a_linear_map_is_its_stretch():
     assert (random < found.norms).all()
 
 
-def test_lipschitz_sees_what_a_straight_through_derivative_does_not():
+def test_lipschitz_estimate_includes_rounding_unlike_the_derivative():
     """A map that rounds to a grid of 1/8 has derivative 0 or none, and resembles the identity only over large distances."""
 
     def rounded(x):
@@ -214,7 +214,7 @@ def test_norms_and_stretches_of_16_bits_do_not_overflow(dtype):
     torch.testing.assert_close(found.norms, torch.tensor([[3.0, 3.0], [4.0, 4.0]]).double(), rtol=0.05, atol=0)
 
 
-def test_suggested_lambda_is_the_least_of_the_worst_image():
+def test_suggested_lambda_minimizes_the_worst_images_norm():
     norms = torch.full((9, 2), 0.9)
     norms[2, 0] = 0.1  # the other image is at 0.9
     norms[6] = 0.5
@@ -226,7 +226,7 @@ def test_suggested_lambda_is_the_least_of_the_worst_image():
         suggested_lambda(norms)
 
 
-def test_suggestion_for_a_map_that_is_known():
+def test_suggestion_for_a_known_map():
     """B J = s I: |1 - lam (1 - s)| is smallest at 1 / (1 - s)."""
     identity = torch.eye(32, dtype=torch.float64).expand(IMAGES, -1, -1)
     for slope, best in ((-4.0, 0.2), (-1.0, 0.5), (0.5, 0.9)):

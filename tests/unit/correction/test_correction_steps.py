@@ -31,7 +31,7 @@ def test_forms(text, total, steps):
     assert parse_correction_steps(text).of(total) == steps
 
 
-def test_full_is_what_the_cache_evaluates_in_full():
+def test_full_selects_the_caches_full_steps():
     assert parse_correction_steps("full").of(6, [0, 3, 5]) == {0, 3, 5}
     assert parse_correction_steps("full").of(6, []) == frozenset()
     assert parse_correction_steps("all").of(6, [0, 3]) == frozenset(range(6))

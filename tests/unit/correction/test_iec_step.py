@@ -40,7 +40,7 @@ def start():
     return torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-def test_without_iterations_it_is_ddim_of_diffusers(scheduler):
+def test_without_iterations_a_step_equals_diffusers_ddim(scheduler):
     x = expected = start()
     for t, abar, abar_next in pairs(scheduler):
         x = iec_step(lambda x: eps(x, abar), x, *factors(abar, abar_next), iterations=0)  # noqa: B023 - called at once

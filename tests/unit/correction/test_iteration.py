@@ -69,7 +69,7 @@ def test_next_point_has_nothing_to_correct_before_sigma_zero():
     assert CorrectionSettings.parse("all", max_iterations=0).corrected_steps([3.0, 2.0, 0.0]) == set()
 
 
-def test_ahead_corrects_the_steps_whose_ends_are_known():
+def test_ahead_corrects_steps_with_a_known_end():
     settings = CorrectionSettings.parse("all", evaluation_point="ahead")
     assert settings.corrected_steps([3.0, 2.0, 1.0, 0.0], known_ends={0, 1}) == {0, 1}
     assert settings.corrected_steps([3.0, 2.0, 1.0, 0.0]) == set()
@@ -93,7 +93,7 @@ def ahead(settings, evaluate, x=X, step=STEP):
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 4])
-def test_ahead_is_next_and_keeps_its_last_prediction(iterations):
+def test_ahead_equals_next_and_keeps_its_last_prediction(iterations):
     seen = []
 
     def evaluate(x_in, sigma, iteration):
@@ -128,7 +128,7 @@ def test_ahead_keeps_the_prediction_at_the_iterate_that_an_item_falls_back_to(at
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_what_is_evaluated_ahead_is_eulers_own_latent(dtype):
+def test_the_latent_evaluated_ahead_equals_eulers(dtype):
     """The latent equals k-diffusion's bit for bit, with the sigmas in the latent's dtype."""
     x, denoised = (torch.randn(2, 500, generator=torch.Generator().manual_seed(1), dtype=dtype) for _ in range(2))
     sigmas = torch.tensor([2.7, 1.9], dtype=dtype)
@@ -157,7 +157,7 @@ def test_no_iterations_is_the_plain_prediction():
     assert corrected_denoised(lambda *_: denoised, torch.randn(2, 3), STEP, settings)[0] is denoised
 
 
-def test_items_of_a_batch_stop_each_for_itself():
+def test_items_of_a_batch_stop_independently():
     quick = torch.full((1, 2), -OFFSET / SLOPE / SCALE, dtype=torch.float64)  # close to where eps vanishes
     slow = torch.full((1, 2), 40.0, dtype=torch.float64)
     settings = CorrectionSettings.parse("all", 0.5, 12, 1e-4)
@@ -206,13 +206,13 @@ def test_anderson_solves_a_line_in_two_iterations(slope):
 
 
 @pytest.mark.parametrize("slope", [-4.0, -1.0, -0.2])
-def test_contractive_takes_the_damping_that_solves_a_line(slope):
+def test_contractive_uses_the_damping_that_solves_a_line(slope):
     _, denoised, trace = iterate(slope, 1.0, 1, "contractive")
     torch.testing.assert_close(denoised, fixed_point(slope), rtol=1e-10, atol=0)
     torch.testing.assert_close(trace.lambdas[0], torch.full((2,), 1 / (1 - slope), dtype=torch.float64))
 
 
-def test_contractive_never_takes_more_than_lambda_and_nothing_where_nothing_contracts():
+def test_contractive_damping_is_at_most_lambda_and_zero_without_contraction():
     _, _, trace = iterate([0.4, 1.2], 0.5, 1, "contractive")
     assert trace.lambdas[0].tolist() == [0.5, 0.0]
     first, denoised, _ = iterate(1.2, 0.5, 3, "contractive")
@@ -221,7 +221,7 @@ def test_contractive_never_takes_more_than_lambda_and_nothing_where_nothing_cont
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("mode", "iterations"), [("contractive", 1), ("anderson", 2), ("fixed", 3)])
-def test_latents_of_16_bits_are_measured_in_32(dtype, mode, iterations):
+def test_residuals_of_16_bit_latents_are_computed_in_32_bits(dtype, mode, iterations):
     """The square of the latent overflows in float16; the linear map has slope -1, which the damping 1 / 2 solves."""
     x = 14 * torch.randn(2, 4096, generator=torch.Generator().manual_seed(0))
     assert x.square().sum(1).min() > 2 * torch.finfo(torch.float16).max
@@ -242,7 +242,7 @@ def test_latents_of_16_bits_are_measured_in_32(dtype, mode, iterations):
 
 
 @pytest.mark.parametrize("lambda_", [0.2, 0.5, 0.9])
-def test_contraction_is_that_of_the_damped_map(lambda_):
+def test_reported_contraction_is_of_the_damped_map(lambda_):
     slopes = torch.tensor([-0.6, 0.7], dtype=torch.float64)
     _, _, trace = iterate(slopes, lambda_, 4)
     for contraction in trace.contraction:
@@ -272,7 +272,7 @@ def test_a_residual_that_grows_or_is_not_finite_falls_back_to_the_best_iterate(v
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 5])
-def test_device_is_read_at_most_once_an_iteration_and_not_at_one(iterations):
+def test_device_is_read_at_most_once_per_iteration_and_never_at_one(iterations):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Reads(TorchDispatchMode):
@@ -323,7 +323,7 @@ def test_two_latents_are_held_while_the_network_runs(mode, iterations, within, o
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 4])
-def test_noise_of_a_step_is_in_every_iterate(iterations):
+def test_every_iterate_includes_the_steps_noise(iterations):
     noise = torch.tensor([[0.4, -1.1], [0.2, 0.9]], dtype=torch.float64)
     expected = X + (SIGMA_NEXT - SIGMA) * eps(X) + noise
     for _ in range(iterations):
@@ -383,7 +383,7 @@ def test_anderson_is_the_mixture_of_depth_one_written_out(iterations):
     assert trace.lambdas[-1].item() == pytest.approx(beta.item(), rel=1e-9)
 
 
-def test_a_step_that_does_not_move_with_the_prediction_is_left_after_one_iteration():
+def test_a_step_independent_of_the_prediction_stops_after_one_iteration():
     step, count = Step(SIGMA, SIGMA, 1.0, 0.0), []
 
     def evaluate(x_in, sigma, iteration):

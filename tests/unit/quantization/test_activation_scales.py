@@ -36,20 +36,20 @@ def test_scales_between_sigmas_are_on_the_line(sigma, shape):
     torch.testing.assert_close(found.double(), interpolated(profile, sigma), rtol=1e-5, atol=0)
 
 
-def test_scales_at_a_calibrated_sigma_are_its_own_bit_for_bit():
+def test_scales_at_a_calibrated_sigma_are_bit_identical():
     profile = scales()
     for sigma, row in zip(profile.sigmas.float(), profile.table):
         assert torch.equal(profile.at(sigma), row)
 
 
 @pytest.mark.parametrize("sigma", [100.0, 14.6146, 1.0, 0.0])
-def test_one_row_is_for_all_sigmas(sigma):
+def test_one_row_of_scales_applies_to_all_sigmas(sigma):
     profile = scales(steps=1)
     assert torch.equal(profile.at(torch.tensor(sigma)), profile.table[0])
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_scales_move_to_a_device_once_and_nothing_waits_for_it(rows):
+def test_scales_move_to_a_device_once_without_waiting(rows):
     profile, sigma = scales(steps=rows), torch.tensor(1.5, device="meta")
     with Copies() as copies:
         assert profile.at(sigma).device == sigma.device and copies.count == 2
@@ -101,7 +101,7 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("kind", SPOILED)
-def test_a_spoiled_profile_is_refused_with_a_sentence(spoiled, kind):
+def test_a_damaged_profile_is_refused(spoiled, kind):
     path = spoiled(scales(), SPOILED[kind])
     with pytest.raises(ValueError, match=r"^its content is not that of a quantization profile; calibrate again$"):
         ActivationScales.load(path)
@@ -146,7 +146,7 @@ def gathered(kinds, steps, is_timestep_wise, what=("largest", "search")):
 KINDS = {"a": "int8", "b": "int8", "c": "fp8", "d": "int8"}
 
 
-def test_absmax_scales_are_the_largest_magnitudes_of_each_step_and_static_ones_of_all():
+def test_absmax_scales_are_largest_per_step_and_static_ones_largest_overall():
     by_step, seen = gathered(KINDS, 3, True, ["largest"])
     static, _ = gathered(KINDS, 3, False, ["largest"])
     names, table = by_step.scales(searched=False)
@@ -160,7 +160,7 @@ def test_absmax_scales_are_the_largest_magnitudes_of_each_step_and_static_ones_o
 
 
 @pytest.mark.parametrize("is_timestep_wise", [True, False])
-def test_searched_scales_are_those_of_least_squared_error(is_timestep_wise):
+def test_searched_scales_minimize_the_squared_error(is_timestep_wise):
     statistics, seen = gathered(KINDS, 3, is_timestep_wise)
     names, table = statistics.scales(searched=True)
     shares = set()
@@ -178,14 +178,14 @@ def test_searched_scales_are_those_of_least_squared_error(is_timestep_wise):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_is_refused(value):
+def test_nan_and_infinity_are_refused(value):
     with pytest.raises(
         ValueError, match=r"^model: the input of its layer a\.b contains NaN or infinity in a calibration run\. L"
     ):
         ScaleStatistics({"a.b": "int8"}, 2, True).largest("a.b", torch.tensor([1.0, value]))
 
 
-def test_a_step_at_which_a_layer_was_not_run_has_the_scale_of_the_step_before():
+def test_a_step_without_a_layers_run_uses_its_previous_scale():
     statistics = ScaleStatistics({"a": "int8", "never": "int8", "zeros": "int8"}, 6, True)
     for step, value in ((1, 127.0), (4, 254.0)):
         statistics.step = step

@@ -36,7 +36,7 @@ def test_a_product_keeps_the_tensor_cores_busy(capability, channels, window, tri
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_a_shared_walk_keeps_them_busy_too(capability, tmp_path):
+def test_a_split_reduction_loop_keeps_the_tensor_cores_busy(capability, tmp_path):
     tile = tiles.tiles(capability, 1280)[0]
     found = convolution(capability, 1280, 3, tile, tmp_path, sums=True)
     assert found.stack == 0 and found.loop.share >= 0.2 and not set(SLOW).intersection(found.loop.names)
@@ -44,7 +44,7 @@ def test_a_shared_walk_keeps_them_busy_too(capability, tmp_path):
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("channels", [4, 100])
-def test_channels_that_fill_no_block_spill_nothing(capability, channels, tmp_path, unread):
+def test_channels_that_do_not_fill_a_block_cause_no_spills(capability, channels, tmp_path, unread):
     for tile in tiles.tiles(capability, channels):
         found = convolution(capability, channels, 3, tile, tmp_path, CHANNELS_LAST=channels == 100)
         assert found.stack == 0 and found.shared <= tiles.architecture(capability).shared, tile
@@ -57,7 +57,7 @@ MAXIMUM = {"LARGEST": launch.jitted(activations.largest, False)} if not sass.mis
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("given", [False, True])
-def test_activations_are_read_and_written_in_runs(capability, channels_last, given, tmp_path):
+def test_activations_are_read_and_written_in_wide_accesses(capability, channels_last, given, tmp_path):
     """16 bytes are read at once, whichever dimension comes last; each value is read and written once."""
     block_p, block_c = launch.quantize_blocks(640, channels_last)
     absent, present = ("largest_ptr", "given_ptr")[:: 1 if given else -1]
@@ -73,7 +73,7 @@ def test_activations_are_read_and_written_in_runs(capability, channels_last, giv
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_the_largest_magnitude_is_read_in_runs(capability, tmp_path):
+def test_the_largest_magnitude_is_read_in_wide_accesses(capability, tmp_path):
     constants = {"BLOCK": launch.LARGEST_BLOCK, **MAXIMUM}
     types, kernel = {"x_ptr": "*fp16", "largest_ptr": "*i32"}, launch.jitted(activations.largest_kernel, False)
     found = sass.compiled(kernel, types, constants, capability, tmp_path, aligned=ALIGNED)
@@ -100,7 +100,7 @@ def test_kernels_compile_with_arguments_equal_to_one(tmp_path, unread):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_adding_up_spills_nothing(capability, tmp_path):
+def test_adding_up_causes_no_spills(capability, tmp_path):
     block_m, block_n = launch.ADD_UP_BLOCK
     constants = {"CHANNELS_LAST": False, "SPLITS": 6, "BLOCK_M": block_m, "BLOCK_N": block_n}
     types = {name: kind for name, kind in CONV_TYPES.items() if name not in ("x_ptr", "weight_ptr")} | {"sums_ptr": "*i32"}
@@ -109,7 +109,7 @@ def test_adding_up_spills_nothing(capability, tmp_path):
     assert found.stack == 0 and found.count("LDG.E.128") and found.count("STG.E.128")
 
 
-def test_what_is_read_from_machine_code():
+def test_machine_code_is_parsed():
     """The text has a loop whose exit is written as a call, as ptxas does, and which also contains a call."""
     text = """
 .L_x_2:

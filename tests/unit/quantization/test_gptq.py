@@ -69,7 +69,7 @@ def published(rows, scale, limit, matrix):
 
 @pytest.mark.parametrize("columns", [128, 7])  # of a block
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_is_the_published_recurrence(monkeypatch, kind, columns):
+def test_gptq_equals_the_published_recurrence(monkeypatch, kind, columns):
     monkeypatch.setattr(core, "COLUMNS", columns)
     x, rows = inputs(500, 30), normal(40, 30)
     limit = LIMITS[kind]
@@ -81,7 +81,7 @@ def test_is_the_published_recurrence(monkeypatch, kind, columns):
     assert (values != nearest).float().mean() > 0.1
 
 
-def test_errors_are_those_of_the_output():
+def test_errors_equal_those_of_the_output():
     x, rows = inputs(500, 30), normal(12, 30)
     scale = rows.abs().amax(1, keepdim=True) / 7
     metric = Metric(moments_of(x))
@@ -95,7 +95,7 @@ def test_errors_are_those_of_the_output():
     assert (output.square().mean(0) > 0.8 * errors).all()
 
 
-def test_is_near_the_optimum_that_brute_force_finds():
+def test_gptq_is_near_the_brute_force_optimum():
     x, rows = inputs(300, 4), normal(24, 4, seed=5)
     matrix, scale = damped(x), rows.abs().amax(1, keepdim=True) / 7
     values, _ = gptq(rows, scale, WeightFormat("int4"), Metric(moments_of(x)))
@@ -108,7 +108,7 @@ def test_is_near_the_optimum_that_brute_force_finds():
     assert (found < least * 1.001).float().mean() > 0.5
 
 
-def test_without_correlations_it_is_the_nearest():
+def test_without_correlations_values_are_rounded_to_nearest():
     rows, x = normal(9, 16), torch.eye(16).repeat(4, 1) * torch.linspace(1, 3, 16)
     scale = rows.abs().amax(1, keepdim=True) / 7
     values, _ = gptq(rows, scale, WeightFormat("int4"), Metric(moments_of(x)))
@@ -136,7 +136,7 @@ def test_each_row_has_the_clipping_range_of_least_error(monkeypatch, kind, group
 
 
 @pytest.mark.parametrize("shape", [(12, 30), (40, 20)])
-def test_low_rank_leaves_what_the_other_singular_values_are(shape):
+def test_low_rank_error_equals_the_remaining_singular_values(shape):
     x, rows = inputs(500, shape[1]), normal(*shape)
     out, into = low_rank(rows, Metric(moments_of(x)), 5)
     assert out.shape == (shape[0], 5) and into.shape == (5, shape[1])
@@ -171,7 +171,7 @@ def test_a_calibrated_weight_keeps_the_output(shape, rotation):
     assert errors[16] < 0.6 * errors[4] < 0.6 * 0.9 * errors[0]
 
 
-def test_more_inputs_than_were_seen_and_inputs_of_zeros_are_taken():
+def test_layers_with_few_samples_or_zero_inputs_are_accepted():
     weight, packing = normal(8, 64), Packing((8, 64), WeightFormat("int4", calibrated=True, rank=2))
     for x in (inputs(3, 64), torch.zeros(5, 64), inputs(400, 64) * (torch.arange(64) < 20)):
         back = packing.dequantize(calibrated_weight(weight, packing, moments_of(x)))
@@ -179,7 +179,7 @@ def test_more_inputs_than_were_seen_and_inputs_of_zeros_are_taken():
         assert (back - weight).norm() < 0.5 * weight.norm()
 
 
-def test_damping_grows_until_there_is_a_factor():
+def test_damping_grows_until_the_factorization_succeeds():
     sick = torch.diag(torch.tensor([1.0, 1.0, -0.3]))
     factor = core._upper_factor(sick.clone(), 0.01)
     assert torch.equal(factor, factor.triu())
@@ -207,7 +207,7 @@ def test_large_layers_have_block_diagonal_moments():
     torch.testing.assert_close(cost(rows - values * scale, apart), errors.double(), rtol=1e-3, atol=1e-9)
 
 
-def test_moments_tell_what_is_not_finite():
+def test_moments_detect_nan_and_infinity():
     x = inputs(10, 8)
     assert moments_of(x).is_finite()
     for bad in (math.nan, math.inf, 1e19):  # squares of 1e19 add up to more than float32 holds
@@ -215,7 +215,7 @@ def test_moments_tell_what_is_not_finite():
         assert not moments_of(x).is_finite()
 
 
-def test_drawn_rows_are_among_all_and_all_are_taken_where_there_are_few():
+def test_sampled_rows_are_rows_of_the_input_and_all_if_there_are_few():
     x = normal(3, 20, 5)
     assert torch.equal(sampled_rows(x, 60, torch.Generator()), x.reshape(60, 5))
     drawn = sampled_rows(x, 40, torch.Generator().manual_seed(2))
@@ -228,7 +228,7 @@ def test_drawn_rows_are_among_all_and_all_are_taken_where_there_are_few():
     ("kernel", "stride", "padding", "dilation"),
     [((3, 3), (1, 1), (1, 1), (1, 1)), ((3, 2), (2, 1), (0, 1), (1, 2)), ((1, 1), (1, 1), (0, 0), (1, 1))],
 )
-def test_windows_are_what_a_convolution_multiplies(kernel, stride, padding, dilation):
+def test_windows_equal_the_inputs_of_a_convolution(kernel, stride, padding, dilation):
     x = normal(2, 4, 9, 8)
     weight = normal(5, 4, *kernel)
     windows = sampled_windows(x, kernel, stride, padding, dilation, 10**6, torch.Generator())
@@ -251,7 +251,7 @@ FORMATS = [
 
 @pytest.mark.parametrize("shape", [(24, 64), (10, 16, 2, 2)])
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_a_calibrated_weight_that_is_patched_with_nothing_stays_to_the_bit(shape, fmt):
+def test_an_empty_patch_leaves_a_calibrated_weight_bit_identical(shape, fmt):
     weight, packing = normal(*shape), Packing(shape, fmt)
     found = calibrated_weight(weight, packing, moments_of(packing.rotated(inputs(300, 64))))
     again = packing.changed(packing.dequantize(found), found)
@@ -277,7 +277,7 @@ def test_a_rank_is_at_most_the_weights():
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
-def test_what_is_rounded_again_keeps_its_scale_unless_it_would_clip_too_much(kind):
+def test_rounding_again_keeps_the_scale_unless_it_clips_too_much(kind):
     rows, limit = normal(6, 32), LIMITS[kind]
     scale = rows.abs().amax(1, keepdim=True) * 0.9 / limit
     scale = scale.amax().expand_as(scale) if kind == "fp8" else scale
@@ -295,7 +295,7 @@ def test_what_is_rounded_again_keeps_its_scale_unless_it_would_clip_too_much(kin
     assert torch.equal(values, rounded(rows, found, kind))
 
 
-def test_values_in_floating_point_are_scaled_and_stay_what_they_are():
+def test_float_values_are_scaled_without_rounding():
     packing, values, scale = Packing((8, 32), WeightFormat("int4", group_size=16)), normal(8, 32).round(), normal(8, 2).abs()
     before = values.clone()
     scaled = packing.times_scales(values, scale, torch.float32)

@@ -60,11 +60,11 @@ def test_a_layer_is_timed_once_for_sizes_that_differ_little(kept):
 
 
 @pytest.mark.parametrize(("rows", "shared"), [(0, 0), (1, 1), (7, 7), (8, 8), (9, 8), (77, 64), (95, 80), (4095, 3584)])
-def test_sizes_that_share_their_times_differ_by_less_than_a_quarter(rows, shared):
+def test_sizes_with_shared_times_differ_by_less_than_a_quarter(rows, shared):
     assert rounded(rows) == shared and rows <= shared * 1.25
 
 
-def test_the_next_start_knows_them(kept, file):
+def test_times_are_kept_for_the_next_start(kept, file):
     kept(Clock()).of(DEVICE, LAYER, 100, ways())
     clock = Clock(fast=9.0, slow=9.0)
     assert kept(clock).of(DEVICE, LAYER, 100, ways()) == {"fast": 1.5, "slow": 4.0} and clock.asked == []
@@ -72,7 +72,7 @@ def test_the_next_start_knows_them(kept, file):
 
 
 @pytest.mark.parametrize("other", ["another card", "a card, of another driver"])
-def test_what_was_timed_elsewhere_is_timed_anew(kept, other):
+def test_times_of_another_card_or_driver_are_not_used(kept, other):
     kept(Clock()).of(DEVICE, LAYER, 100, ways())
     clock = Clock(other, fast=9.0, slow=8.0)
     assert kept(clock).of(DEVICE, LAYER, 100, ways()) == {"fast": 9.0, "slow": 8.0} and len(clock.asked) == 1
@@ -87,7 +87,7 @@ def test_two_processes_write_one_file(kept):
     assert all(late.of(DEVICE, layer, 1, ways()) for layer in ("one", "other", "third")) and clock.asked == []
 
 
-def test_a_way_that_is_not_known_yet_is_timed(kept):
+def test_a_new_backend_is_timed(kept):
     """This happens after a missing backend has been installed."""
     clock = Clock(fast=1.0, slow=2.0, new=0.5)
     times = kept(clock)
@@ -95,7 +95,7 @@ def test_a_way_that_is_not_known_yet_is_timed(kept):
     assert times.of(DEVICE, LAYER, 1, ways("fast", "slow", "new"))["new"] == 0.5 and len(clock.asked) == 2
 
 
-def test_ways_are_timed_together(kept):
+def test_backends_are_timed_together(kept):
     """An older time may come from a machine under load, and is not comparable with a new one."""
     clock = Clock(fast=1.0, slow=2.0, new=0.5)
     times = kept(clock)
@@ -105,7 +105,7 @@ def test_ways_are_timed_together(kept):
     assert times.known(DEVICE, LAYER, 1, ("fast", "slow", "new")) == {"fast": 1.0, "slow": 3.0, "new": 0.5}
 
 
-def test_times_of_the_most_rows_that_have_them_all(kept):
+def test_times_of_the_largest_size_with_all_backends(kept):
     clock = Clock()
     times = kept(clock)
     assert times.known_of_most(DEVICE, LAYER, ("fast", "slow")) == {}
@@ -135,7 +135,7 @@ def test_during_graph_capture_only_known_times_are_used(kept):
 
 
 @pytest.mark.parametrize("where", ["way", "clock"])
-def test_a_shortage_of_memory_is_no_answer(kept, file, monkeypatch, where):
+def test_timing_without_enough_memory_has_no_result(kept, file, monkeypatch, where):
     """Nothing is tried again for a while."""
     clock, called, now = Clock(), [], [0.0]
     monkeypatch.setattr(kernel_times.time, "monotonic", lambda: now[0])
@@ -162,7 +162,7 @@ def broken():
     raise RuntimeError("out of resource: shared memory\nand more")
 
 
-def test_a_way_that_fails_is_the_slowest_and_said_once(kept, file, caplog):
+def test_a_backend_that_fails_is_the_slowest_and_reported_once(kept, file, caplog):
     clock = Clock()
     times, given = kept(clock), {"slow": lambda: None, "fast": broken}
     for rows in (1, 1, 2):
@@ -177,7 +177,7 @@ def test_a_way_that_fails_is_the_slowest_and_said_once(kept, file, caplog):
     assert again.known_of_most(DEVICE, LAYER, ("fast", "slow")) == {} and again.of(DEVICE, LAYER, 1, ways())["fast"] == 1.5
 
 
-def test_nothing_is_recorded_if_all_ways_fail_on_an_input(kept, file, caplog):
+def test_nothing_is_recorded_if_all_backends_fail_on_an_input(kept, file, caplog):
     """The conditioning of another model causes this: the user sees that error, and fixes it."""
     clock = Clock()
     times = kept(clock)
@@ -186,7 +186,7 @@ def test_nothing_is_recorded_if_all_ways_fail_on_an_input(kept, file, caplog):
         assert times.of(DEVICE, LAYER, rows, ways("slow", "fast")) == {"fast": 1.5, "slow": 4.0}
 
 
-def test_what_was_deleted_is_timed_anew_by_the_next_start(kept, file):
+def test_deleted_times_are_measured_again_after_a_restart(kept, file):
     times = kept(Clock())
     times.of(DEVICE, "one", 1, ways())
     file.unlink()
@@ -196,14 +196,14 @@ def test_what_was_deleted_is_timed_anew_by_the_next_start(kept, file):
     assert len(clock.asked) == 1
 
 
-def test_newer_times_of_another_process_stay(kept):
+def test_newer_times_of_another_process_are_kept(kept):
     one, other = kept(Clock()), kept(Clock(fast=9.0, slow=9.0))
     assert other.known(DEVICE, "both", 1, ("fast",)) == {}  # it has read the empty file
     one.of(DEVICE, "both", 1, ways()), other.of(DEVICE, "both", 1, ways()), one.of(DEVICE, "another", 1, ways())
     assert kept(Clock()).known(DEVICE, "both", 1, ("fast",)) == {"fast": 9.0}
 
 
-def test_a_link_stays_a_link(kept, file, tmp_path):
+def test_a_symbolic_link_is_kept(kept, file, tmp_path):
     file.parent.mkdir()
     shared = tmp_path / "shared.json"
     file.symlink_to(shared)
@@ -229,7 +229,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
-def test_a_file_that_is_not_ours_stays_as_it_is(kept, file, caplog, content):
+def test_a_file_of_another_program_is_unchanged(kept, file, caplog, content):
     file.parent.mkdir()
     file.write_text(content)
     clock = Clock()
@@ -248,7 +248,7 @@ def test_a_folder_of_that_name_does_no_harm(kept, file):
     assert kept(Clock()).of(DEVICE, LAYER, 1, ways())["fast"] == 1.5 and os.listdir(file.parent) == [file.name]
 
 
-def test_where_nothing_can_be_written_times_are_kept_in_memory(kept, file):
+def test_times_are_kept_in_memory_if_the_file_cannot_be_written(kept, file):
     file.parent.write_text("a file where the folder would be")
     clock = Clock()
     times = kept(clock)
@@ -282,7 +282,7 @@ class TestCudaClock:
         monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
         return now
 
-    def test_medians_of_rounds_in_turn(self, now):
+    def test_times_are_medians_of_alternating_rounds(self, now):
         calls = []
 
         def way(name, seconds):
@@ -302,7 +302,7 @@ class TestCudaClock:
     def test_rounds_are_short(self, seconds, calls):
         assert kernel_times._calls(seconds) == calls
 
-    def test_a_card_is_known_by_all_that_computes_there(self, monkeypatch):
+    def test_times_are_per_card_driver_and_library_versions(self, monkeypatch):
         versions = {"triton": "3.6", "comfy-kitchen": "0.2"}
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
         monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)

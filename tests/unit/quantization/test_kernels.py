@@ -95,7 +95,7 @@ SMALL_TILE = Tile(32, 32, 32, 4, 1)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_several_programs_may_share_the_walk(channels_last):
+def test_several_programs_may_share_the_reduction_loop(channels_last):
     """The loop has six steps, two for each row of the window. It is split within a row, by rows, and by steps."""
     x, weight, geometry = random(2, 40, 5, 4), random_weight(37, (3, 1), 40), ((1, 1), (1, 0), (1, 1))
     assert Product(40, 37, 40, 3).steps(SMALL_TILE) == 6
@@ -120,7 +120,7 @@ def test_tiles_in_groups_are_all_computed():
 @pytest.mark.parametrize("given", [None, torch.tensor(0.01)])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("shape", [(3, 20, 6, 5), (2, 300, 9, 7), (5, 70, 1, 1), (1, 4, 40, 41)])
-def test_what_is_quantized_and_by_which_scale(shape, channels_last, given, dtype):
+def test_quantized_values_and_their_scale(shape, channels_last, given, dtype):
     x = (random(*shape) * torch.logspace(-1, 1, shape[0])[:, None, None, None]).to(dtype)
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
     values, scale = launch.quantized(x, given, False)
@@ -147,7 +147,7 @@ def test_nan_and_infinity_give_nan_outputs(given, broken, channels_last):
         assert conv2d_int8(x, given, True, weight, torch.ones(8), None, *UNIT, torch.float32).isnan().all()
 
 
-def test_nothing_but_zeros_has_a_scale_of_1():
+def test_all_zeros_have_a_scale_of_1():
     x = random(2, 5, 4, 4) * torch.tensor([1.0, 0.0])[:, None, None, None]
     values, scale = launch.quantized(x, None, False)
     assert scale[1] == 1 and not values[1].any() and values[0].any()
@@ -230,7 +230,7 @@ def test_input_may_have_any_strides(strided):
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 5, 4), (3, 6, 1, 1), (2, 1, 5, 4), (0, 6, 5, 4)])
-def test_channels_stay_last_where_they_are(shape):
+def test_channels_last_inputs_give_channels_last_outputs(shape):
     x, weight = random(*shape), random_weight(8, (3, 3), shape[1])
     first, last = (
         conv2d_int8(one, None, False, weight, torch.ones(8), None, *SAME, x.dtype)
@@ -251,7 +251,7 @@ def test_other_arguments_may_have_any_strides():
     assert torch.equal(strided, conv2d_int8(x, None, False, *vectors, *UNIT, x.dtype))
 
 
-def test_items_do_not_depend_on_their_neighbours():
+def test_items_of_a_batch_do_not_affect_each_other():
     x, weight = random(3, 12, 5, 7), random_weight(9, (3, 3), 12)
     together = sums_of(x, None, weight, SAME)
     assert torch.equal(together, torch.cat([sums_of(x[i : i + 1], None, weight, SAME) for i in range(3)]))
@@ -270,7 +270,7 @@ LAYERS = list(itertools.product([None, torch.tensor(0.02)], [False, True]))  # s
 
 @pytest.mark.parametrize(("scale", "per_tensor"), LAYERS)
 @pytest.mark.parametrize("rotation", [0, 16])
-def test_layers_are_what_they_are_without_triton(monkeypatch, scale, per_tensor, rotation):
+def test_layers_agree_with_and_without_triton(monkeypatch, scale, per_tensor, rotation):
     """Linear and Conv2d layers are computed by the kernels and by PyTorch's products of the same integers."""
     rows, image, bias = random(2, 5, 48), random(2, 5, 7, 6), random(20, seed=5)
     matrix, window = random_weight(20, (), 48), random_weight(20, (3, 3), 5).flatten(1)
@@ -377,21 +377,21 @@ def gpu(monkeypatch):
 
 
 @pytest.mark.parametrize(("device", "what", "reason"), REASONS.values(), ids=REASONS)
-def test_where_kernels_cannot_be_used_a_warning_says_why(gpu, caplog, device, what, reason):
+def test_a_warning_says_why_kernels_cannot_be_used(gpu, caplog, device, what, reason):
     assert not gpu(**what)(torch.device(device))
     (record,) = caplog.records
     assert record.levelno == logging.WARNING and f"On {device}, " in record.message
     assert f"cannot be used: {reason}" in record.message and "\n" not in record.message
 
 
-def test_where_they_can_be_used_nothing_is_said(gpu, caplog):
+def test_there_is_no_warning_if_kernels_can_be_used(gpu, caplog):
     assert gpu()(torch.device("cuda:0")) and not caplog.records
     with pytest.raises(torch.OutOfMemoryError):
         gpu(error=torch.OutOfMemoryError("Tried to allocate"))(torch.device("cuda:0"))
     assert not caplog.records
 
 
-def test_what_a_gpu_is_asked_to_compute():
+def test_the_computation_that_probes_a_gpu_is_correct():
     """The interpreter computes it correctly."""
     assert launch._computes(torch.device("cpu"))
 

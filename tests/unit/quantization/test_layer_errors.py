@@ -29,7 +29,7 @@ def test_decibels_without_noise_or_signal():
     assert layer("not run", 0.0, signal=0.0).relative_noise == 0.0
 
 
-def test_table_has_what_costs_the_prediction_most_at_equal_bytes_first():
+def test_table_has_the_largest_prediction_error_per_byte_first():
     errors = [layer("good", 1e-5), layer("exact", 0.0), layer("worst", 0.5), layer("not run", 0.0, signal=0.0)]
     errors.append(layer("bad", 1e-2))
     *rows, blank, total = table(errors).splitlines()
@@ -41,7 +41,7 @@ def test_table_has_what_costs_the_prediction_most_at_equal_bytes_first():
     assert [row.split(" | ")[4] for row in rows[3:]] == ["20.0", "50.0", "inf", "nan"]
 
 
-def test_table_tells_the_size_in_megabytes():
+def test_table_has_sizes_in_megabytes():
     assert table([layer("a", 0.1, nbytes=3 * 2**19)]).splitlines()[2].endswith("| 1.500 |")
 
 
@@ -68,7 +68,7 @@ SIZES = [(100, 400), (200, 500), (50, 200), (100, 1200), (150, 300), (90, 250)]
 
 @pytest.mark.parametrize("budget", range(700, 3500, 87))
 @pytest.mark.parametrize("sizes", [SIZES, [(100, 400)] * 6])
-def test_layers_are_left_as_the_best_choice_leaves_them(sizes, budget):
+def test_the_excluded_layers_are_the_optimal_choice(sizes, budget):
     errors = [layer(str(number), noise, *size) for number, (noise, size) in enumerate(zip(NOISES, sizes))]
     left = left_for_size(errors, budget)
     assert total(errors, left) <= budget and len(set(left)) == len(left)
@@ -89,12 +89,12 @@ def test_a_large_layer_is_chosen_if_it_saves_more_in_total():
     assert left_for_size(errors, 10_500) == ["large", "small"]
 
 
-def test_layers_without_noise_or_not_run_are_not_left():
+def test_layers_without_noise_or_without_a_run_are_not_excluded():
     errors = [layer("exact", 0.0), layer("not run", 0.0, signal=0.0), layer("noisy", 1e-9)]
     assert left_for_size(errors, 10**9) == ["noisy"]
 
 
-def test_a_layer_that_quantization_makes_larger_is_left():
+def test_a_layer_that_quantization_enlarges_is_excluded():
     errors = [layer("a", 0.3), layer("smaller", 2e-3, nbytes=120, full_nbytes=110)]
     assert left_for_size(errors, 220) == ["smaller"]
     assert left_for_size(errors, 510) == ["a", "smaller"]  # 120 + 100, less 10, and 300 more
@@ -110,7 +110,7 @@ def test_a_budget_below_the_quantized_size_is_refused():
 @pytest.mark.parametrize(
     ("least", "expected"), [(0, []), (5.2, []), (5.3, ["b"]), (20.0, ["b", "d"]), (31, ["a", "b", "c", "d"])]
 )
-def test_layers_below_the_least_ratio_are_left(least, expected):
+def test_layers_below_the_minimum_ratio_are_excluded(least, expected):
     errors = [layer(name, noise) for name, noise in zip("abcde", [1e-2 / 2, 0.3, 1e-3, 0.07, 0.0])]
     errors.append(layer("not run", 0.0, signal=0.0))
     assert left_for_error(errors, least) == expected

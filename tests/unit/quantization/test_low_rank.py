@@ -33,13 +33,13 @@ def test_a_matrix_of_low_rank_has_factors_of_its_rank(rank, shape):
     torch.testing.assert_close(out @ into + rest, matrix)
 
 
-def test_small_directions_are_not_lost_beside_a_large_one():
+def test_small_directions_are_kept_next_to_a_large_one():
     matrix = 100 * of_rank(1) + of_rank(20, seed=5)
     out, _, rest = factored(matrix, 64, 1e-4 * matrix.norm().item())
     assert out.shape[1] == 21 and rest.norm() <= 1e-4 * matrix.norm()
 
 
-def test_what_is_negligible_takes_no_rank():
+def test_negligible_parts_do_not_add_rank():
     matrix = of_rank(3) + 1e-5 * normal(96, 160, seed=7)
     assert factored(matrix, 64, 1e-3 * matrix.norm().item())[0].shape[1] == 3
     out, into, rest = factored(torch.zeros(8, 6), 64, 0.0)
@@ -48,7 +48,7 @@ def test_what_is_negligible_takes_no_rank():
     assert out.shape == (96, 0) and torch.equal(rest, of_rank(3))
 
 
-def test_of_too_high_a_rank_nearly_the_best_is_found():
+def test_for_too_high_a_rank_the_factors_are_nearly_optimal():
     powers = 0.9 ** torch.arange(96)
     matrix = torch.linalg.qr(normal(96, 96))[0] * powers @ torch.linalg.qr(normal(160, 96, seed=3))[0].t()
     out, _, rest = factored(matrix, 24, 1e-3 * matrix.norm().item())
@@ -56,7 +56,7 @@ def test_of_too_high_a_rank_nearly_the_best_is_found():
     assert out.shape[1] == 24 and best <= rest.norm() < 1.1 * best
 
 
-def test_it_is_the_same_every_time_and_draws_from_no_ones_numbers():
+def test_factors_are_deterministic_and_leave_the_random_generator_unchanged():
     torch.manual_seed(5)
     state = torch.get_rng_state()
     one, other = (factored(of_rank(7), 64, 1e-3) for _ in range(2))
@@ -64,14 +64,14 @@ def test_it_is_the_same_every_time_and_draws_from_no_ones_numbers():
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_what_is_not_finite_stays_so(value):
+def test_nan_and_infinity_are_kept(value):
     matrix = of_rank(2)
     matrix[3, 4] = value
     out, into, _ = factored(matrix, 64, 1.0)
     assert not (out @ into).isfinite().any()
 
 
-def test_factors_are_balanced_so_that_half_precision_holds_them():
+def test_factors_are_balanced_for_half_precision():
     """A LoRA with a small alpha and one unused direction has such factors."""
     out, into = 1e-6 * normal(20, 3), 1e3 * normal(3, 30, seed=1)
     out[:, 1] = 0
@@ -80,7 +80,7 @@ def test_factors_are_balanced_so_that_half_precision_holds_them():
     torch.testing.assert_close(halves[0].float().norm(dim=0)[::2], halves[1].float().norm(dim=1)[::2], rtol=1e-3, atol=0)
 
 
-def test_branches_stand_beside_each_other():
+def test_joined_branches_add_up():
     one, other = (normal(5, 2), normal(2, 7, seed=1)), (normal(5, 3, seed=2), normal(3, 7, seed=3))
     out, into = joined(one, None, other)
     torch.testing.assert_close(out @ into, one[0] @ one[1] + other[0] @ other[1])
@@ -108,7 +108,7 @@ def packed_weight(shape, fmt):
 @pytest.mark.parametrize("shape", [(24, 64), (10, 16, 2, 2)])
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0])
-def test_a_change_of_low_rank_goes_to_the_branch_whole(shape, fmt, size):
+def test_a_low_rank_change_is_stored_in_the_branch(shape, fmt, size):
     packing, packed = packed_weight(shape, fmt)
     before = packing.dequantize(packed)
     change = of_rank(3, shape[0], 64).view(shape) * size
@@ -131,13 +131,13 @@ def branch_of(packing, packed, rank):
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_what_changes_nothing_leaves_every_bit(fmt):
+def test_an_empty_change_leaves_every_bit(fmt):
     packing, packed = packed_weight((24, 64), fmt)
     assert torch.equal(packing.changed(packing.dequantize(packed), packed), packed)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_a_large_change_of_high_rank_goes_to_the_integers_alone(monkeypatch, fmt):
+def test_a_large_high_rank_change_is_stored_in_the_integers(monkeypatch, fmt):
     """Without calibration the result is the quantized changed weight; for every format the branch keeps its rank, and the error
     is small.
     """
@@ -167,7 +167,7 @@ def test_a_small_high_rank_change_is_split_between_branch_and_integers(monkeypat
     assert kept > 0.6
 
 
-def test_formats_that_are_not_calibrated_are_functions_of_the_weight_alone():
+def test_uncalibrated_formats_depend_only_on_the_weight():
     weight, packing = normal(8, 32), Packing((8, 32), WeightFormat("int4"))
     values, scale = packing.values(packing.quantize(weight))
     expected = weight.double().abs().amax(1, keepdim=True) / LIMITS["int4"]

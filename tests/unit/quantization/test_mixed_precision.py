@@ -17,7 +17,7 @@ def of(values, choices):
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_small_problems_against_all_ways_to_choose(seed):
+def test_small_problems_against_all_choices(seed):
     """The cases include equal sizes and costs, layers with one choice, choices worse than another, and budgets that
     none meets.
     """
@@ -67,7 +67,7 @@ def test_as_many_layers_as_a_network_has_against_an_integer_program(share):
     assert of(sizes, smallest) == pytest.approx(program(sizes, costs, of(costs, found)), rel=1e-6)
 
 
-def test_what_costs_nothing_takes_the_least():
+def test_layers_without_error_get_the_smallest_format():
     assert least_cost([(0.0, 0.0), (1.0, 0.0)], [(1, 2), (1, 2)], 100).tolist() == [0, 1]
     assert least_cost([(0.0,)], [(5,)], 5).tolist() == [0]
 
@@ -108,12 +108,12 @@ def test_budgets(budget, chosen, bits):
         ({"error": 1e-5}, r"^most_error: no layer can be quantized within 1e-05; allow a larger error\.$"),
     ],
 )
-def test_budgets_that_cannot_be(budget, message):
+def test_impossible_budgets(budget, message):
     with pytest.raises(ValueError, match=message):
         Budget(**budget).spent(LAYERS)
 
 
-def test_the_table_has_what_costs_most_at_equal_bytes_first():
+def test_the_table_has_the_largest_error_per_byte_first():
     found = Budget(bits=4.6).spent(LAYERS)
     head, _, *rows, blank, verdict = found.table().splitlines()
     assert head == "| layer | chosen | error at 4 bits | error at 8 bits | weight, MB |" and not blank
@@ -129,7 +129,7 @@ def test_the_table_has_what_costs_most_at_equal_bytes_first():
     )  # fmt: skip
 
 
-def test_the_error_of_a_run_is_that_of_its_steps_mean():
+def test_the_error_of_a_run_is_that_of_the_mean_change():
     """If all steps are seen, the error is exact; otherwise it is estimated from the seen steps.
 
     The error is 0 if no step was seen, and never below that of steps that differ independently.
@@ -149,7 +149,7 @@ def test_the_error_of_a_run_is_that_of_its_steps_mean():
     assert apart.squared == pytest.approx(square / 20, rel=1e-5) and alike.squared == pytest.approx(square, rel=1e-5)
 
 
-def test_some_steps_tell_of_all():
+def test_the_error_estimate_from_some_steps_is_unbiased():
     """200 draws with a constant part and a varying part, seen in 4 of 20 steps: the estimate is right on average."""
     draw = torch.Generator().manual_seed(1)
     stays, told, true = torch.randn(40, generator=draw) / 3, [], []

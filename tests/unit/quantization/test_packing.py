@@ -48,7 +48,7 @@ def test_int_matmul_at_the_extremes():
 
 
 @pytest.mark.parametrize("uses_int_mm", [False, True])
-def test_both_ways_of_int_matmul_are_exact(monkeypatch, uses_int_mm):
+def test_both_implementations_of_int_matmul_are_exact(monkeypatch, uses_int_mm):
     if uses_int_mm and not int8.has_exact_int_mm("cpu"):
         pytest.skip("this processor's torch._int_mm saturates")
     monkeypatch.setattr(int8, "uses_int_mm", lambda device: uses_int_mm)
@@ -57,7 +57,7 @@ def test_both_ways_of_int_matmul_are_exact(monkeypatch, uses_int_mm):
 
 
 @pytest.mark.parametrize(("exact", "seconds", "used"), [(True, (1, 2), True), (True, (2, 1), False), (False, (1, 2), False)])
-def test_the_faster_exact_way_is_used(monkeypatch, exact, seconds, used):
+def test_the_faster_exact_implementation_is_used(monkeypatch, exact, seconds, used):
     taken = iter(seconds)
     monkeypatch.setattr(int8, "has_exact_int_mm", lambda device: exact)
     monkeypatch.setattr(int8, "_seconds", lambda compute: next(taken))
@@ -119,7 +119,7 @@ def test_weights_are_symmetric_per_output_channel(kind):
     assert ((values.double() * scale - weight).abs() <= scale * 0.5000001).all()
 
 
-def test_groups_have_scales_of_their_own():
+def test_each_group_has_its_own_scale():
     weight = normal(5, 96) * torch.logspace(-2, 2, 96)
     values, scale = quantize_rows(weight, WeightFormat("int4", group_size=32))
     assert scale.shape == (5, 3)
@@ -179,7 +179,7 @@ def test_rotation_lowers_the_error_of_outliers():
 
 
 @pytest.mark.parametrize("inputs", [1, 2, 7, 64])
-def test_nibbles_come_back(inputs):
+def test_packed_nibbles_are_unpacked_exactly(inputs):
     values = torch.randint(-7, 8, (9, inputs), dtype=torch.int8, generator=torch.Generator().manual_seed(inputs))
     packed = pack_nibbles(values)
     assert packed.dtype == torch.uint8 and packed.shape == (9, -(-inputs // 2))
@@ -222,7 +222,7 @@ def test_packing_holds_a_weight_in_one_tensor(shape, fmt):
     )
 
 
-def test_a_format_that_the_shape_does_not_allow_is_done_without():
+def test_groups_and_rotation_are_omitted_if_the_shape_does_not_allow_them():
     assert Packing((4, 48), WeightFormat("int4", group_size=32)).format.group_size == 0
     assert Packing((4, 48), WeightFormat("int8", rotation=64)).format.rotation == 0
     assert Packing((4, 16, 3, 3), WeightFormat("int8", rotation=16)).format.rotation == 0
@@ -274,7 +274,7 @@ def test_activation_scales_do_not_depend_on_neighbours():
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("per_tensor", [False, True])
 @pytest.mark.parametrize("scale", [None, torch.tensor(0.02), torch.tensor([0.02])])
-def test_what_is_not_finite_is_seen_in_what_comes_out(scale, per_tensor, wrong):
+def test_nan_and_infinity_give_nan_outputs(scale, per_tensor, wrong):
     """Integers have no NaN or infinity, so the output must be NaN; other items are affected only if they share the scale."""
     values, scales = quantize_rows(normal(8, 36), WeightFormat())
     apart = scale is not None or not per_tensor
@@ -291,14 +291,14 @@ def test_what_is_not_finite_is_seen_in_what_comes_out(scale, per_tensor, wrong):
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
-def test_a_scale_of_float8_is_not_finite_where_what_comes_in_is_not(wrong):
+def test_a_float8_scale_of_non_finite_inputs_is_not_finite(wrong):
     rows, scale = normal(2, 16), torch.tensor(0.02)
     assert activation_scale(rows, scale) == scale
     rows[1, 3] = wrong
     assert activation_scale(rows, scale).isnan() and not activation_scale(rows).isfinite()
 
 
-def test_an_infinity_in_half_precision_is_seen():
+def test_an_infinity_in_half_precision_gives_nan():
     """The largest finite numbers, whose differences would overflow, are not treated as infinity."""
     values, scale = quantize_rows(normal(8, 16), WeightFormat())
     x = torch.full((2, 16), -65504.0).half()
@@ -307,7 +307,7 @@ def test_an_infinity_in_half_precision_is_seen():
     assert not found[0].isnan().any() and found[1].isnan().all()
 
 
-def test_half_precision_stays_half():
+def test_half_precision_is_kept():
     values, scale = quantize_rows(normal(8, 16), WeightFormat())
     assert linear_int8(normal(2, 16).half(), values, scale[:, 0], torch.zeros(8).half()).dtype == torch.float16
 
@@ -342,7 +342,7 @@ def gpu(monkeypatch):
 
 
 @pytest.mark.parametrize(("triton", "else_"), [(True, int8.TRITON), (False, "torch._int_mm")])
-def test_kitchen_is_given_only_what_its_kernels_take(gpu, triton, else_):
+def test_comfy_kitchen_gets_only_sizes_that_its_kernels_support(gpu, triton, else_):
     """Its CUDA kernels do not check the sizes."""
     gpu(kitchen=True, triton=triton)
     taken = {(outputs, inputs): linear_backend("cuda", True, outputs, inputs) for outputs in (8, 17, 24) for inputs in (48, 40)}
@@ -353,13 +353,13 @@ def test_kitchen_is_given_only_what_its_kernels_take(gpu, triton, else_):
     assert linear_backend("cuda", True, 8, 48) == else_
 
 
-def test_products_in_float32_are_a_cpus_alone(monkeypatch):
+def test_float32_products_are_used_on_cpus_only(monkeypatch):
     """On other devices the dequantized weight is faster, and is multiplied in half precision."""
     monkeypatch.setattr(int8, "uses_int_mm", lambda device: False)
     assert linear_backend("cpu", True, 8, 48) == int8.FLOAT_PRODUCTS and linear_backend("mps", True, 8, 48) == int8.WEIGHT_ONLY
 
 
-def test_windows_are_gathered_on_a_cpu_alone(gpu):
+def test_windows_are_gathered_on_cpus_only(gpu):
     gpu(kitchen=True, triton=False)
     assert conv_backend("cuda") == conv_backend("mps") == int8.WEIGHT_ONLY
     assert linear_backend("cuda", False, 8, 48) == int8.INT_MM
@@ -405,10 +405,10 @@ class TestKitchen:
 
         return ask
 
-    def test_a_kernel_serves_and_the_eager_one_does_not(self, asked):
+    def test_only_a_compiled_kernel_of_comfy_kitchen_counts(self, asked):
         assert asked() and not asked(available=False) and not asked(disabled=True) and not asked(capabilities=["adaln"])
 
-    def test_other_devices_and_its_absence(self, monkeypatch):
+    def test_comfy_kitchen_on_other_devices_or_missing(self, monkeypatch):
         assert not int8.has_kitchen("cpu")
         monkeypatch.setattr(int8, "kitchen", None)
         assert not int8.has_kitchen.__wrapped__(torch.device("cuda"))
@@ -440,7 +440,7 @@ def test_a_weight_is_rounded_once(kind, dtype):
     assert torch.equal(packing.scaled(packed, dtype), expected)
 
 
-def test_kitchen_is_not_given_nothing_nor_float64(monkeypatch):
+def test_comfy_kitchen_gets_neither_empty_nor_float64_inputs(monkeypatch):
     monkeypatch.setattr(int8, "linear_backend", lambda *_: int8.KITCHEN)
     values, scale = quantize_rows(normal(8, 16), WeightFormat())
     assert linear_int8(torch.zeros(0, 16), values, scale[:, 0], None).shape == (0, 8)
@@ -450,7 +450,7 @@ def test_kitchen_is_not_given_nothing_nor_float64(monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
-def test_nan_is_seen_behind_a_kernel_that_takes_no_notice_of_it(monkeypatch, wrong):
+def test_nan_is_detected_after_a_kernel_that_ignores_it(monkeypatch, wrong):
     """comfy-kitchen's CUDA kernel does this: it turns NaN and infinity into numbers."""
     kernel = int8.comfy_kitchen.int8_linear
     blind = types.SimpleNamespace(int8_linear=lambda rows, *more: kernel(rows.nan_to_num(0), *more))
@@ -475,7 +475,7 @@ def test_a_compiled_layer_asks_for_comfy_kitchens_operator(monkeypatch):
 
 @pytest.mark.parametrize("given", [None, torch.tensor(0.1)])
 @pytest.mark.parametrize("per_tensor", [False, True])
-def test_nothing_gives_nothing(per_tensor, given):
+def test_empty_inputs_give_empty_outputs(per_tensor, given):
     values, scale = quantize_rows(normal(8, 36), WeightFormat())
     assert linear_int8(torch.zeros(0, 36), values, scale[:, 0], None, given, per_tensor).shape == (0, 8)
     geometry = (3, 3), (1, 1), (1, 1), (1, 1)

@@ -146,7 +146,7 @@ def numbers_of(name, stored):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_the_library_reads_what_the_weights_were(path, name):
+def test_stored_values_times_scales_are_the_weights(path, name):
     """Numbers times scales, with the rotation undone, are the weight, with the precision of its kind."""
     (shape, fmt), weight = LAYERS[name], weight_of(name)
     with safetensors.safe_open(save(path), "pt") as file:
@@ -176,7 +176,7 @@ def test_the_library_reads_what_the_weights_were(path, name):
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-def test_layers_are_described_as_the_host_has_it(path, bits):
+def test_layers_are_described_in_the_hosts_format(path, bits):
     expected = {
         "a.int8": {"format": "int8_tensorwise"},
         "a.int8_rotated": {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 64},
@@ -197,7 +197,7 @@ def test_layers_are_described_as_the_host_has_it(path, bits):
     assert {name for name in LAYERS if not layers[name]["format"].startswith("iec_")} == HOSTS
 
 
-def test_only_hosts_layers_have_the_shape_of_their_weight(path):
+def test_only_the_hosts_formats_have_the_weights_shape(path):
     """A host that does not know the format of another layer must not be able to use it as a weight."""
     with safetensors.safe_open(save(path), "pt") as file:
         for name, (shape, fmt) in LAYERS.items():
@@ -209,7 +209,7 @@ def as_bytes(tensor):
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def test_everything_survives(path):
+def test_all_layers_survive_a_file(path):
     settings = {"heads": 3, "causal": True, "name": "x", "eps": 1e-6, "dims": [4, 6, 6], "none": None}
     about = {"activation": {"bits": 16, "per_tensor": True}, "dtype": "float16", "settings": settings}
     fingerprint = normal(300, seed=4)
@@ -228,7 +228,7 @@ def test_everything_survives(path):
             assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape) and torch.equal(as_bytes(found), as_bytes(tensor))
 
 
-def test_calibrated_layers_come_back_from_a_file_of_version_2(path):
+def test_calibrated_layers_are_read_from_a_version_2_file(path):
     save(path, names=tuple(ALL))
     with safetensors.safe_open(path, "pt") as file:
         about, hosts = (json.loads(file.metadata()[key]) for key in ("iec.quantized", "_quantization_metadata"))
@@ -245,7 +245,7 @@ def test_calibrated_layers_come_back_from_a_file_of_version_2(path):
             assert file.layers[name] == LayerFile(*ALL[name]) and torch.equal(file.packed(name), packed_of(name)), name
 
 
-def test_layers_that_were_changed_afterwards_come_back_from_a_file_of_version_3(path):
+def test_layers_patched_after_quantization_are_read_from_a_version_3_file(path):
     save(path, names=(*ALL, *CHANGED))
     with safetensors.safe_open(path, "pt") as file:
         about, hosts = (json.loads(file.metadata()[key]) for key in ("iec.quantized", "_quantization_metadata"))
@@ -257,7 +257,7 @@ def test_layers_that_were_changed_afterwards_come_back_from_a_file_of_version_3(
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-def test_rotated_int4_layers_are_written_as_the_host_has_them(path, bits):
+def test_rotated_int4_layers_are_written_in_the_hosts_format(path, bits):
     """Version 4: signed bytes, the lower half first, one dimension of scales; activations in 8 bits, not in the host's 4."""
     save(path, names=tuple(EVERY), activation={"bits": bits, "per_tensor": False})
     with safetensors.safe_open(path, "pt") as file:
@@ -279,7 +279,7 @@ def test_rotated_int4_layers_are_written_as_the_host_has_them(path, bits):
             assert file.layers[name] == LayerFile(*EVERY[name]) and torch.equal(file.packed(name), packed_of(name)), name
 
 
-def test_groups_of_two_scales_are_written_as_the_host_has_them(path):
+def test_groups_of_two_scales_are_written_in_the_hosts_format(path):
     """Version 4: numbers from 0 to 15, levels, the bits of the float8 shares, and scales of channels.
 
     Rotated Linear layers without a branch have the host's format name.
@@ -334,7 +334,7 @@ def test_rotated_int4_layers_of_older_files_are_read(path):
         assert all(torch.equal(file.packed(name), packed_of(name)) for name in layers)
 
 
-def test_scales_of_activations_come_back_from_a_file_of_version_4(path):
+def test_activation_scales_are_read_from_a_version_4_file(path):
     before = activation_scales(fingerprint=normal(40, seed=9))
     with QuantizedFile(save(path, scales=before)) as file:
         after, plain = file.scales(), set(file.plain)
@@ -363,7 +363,7 @@ SCALES_OF_OTHERS = {
 
 
 @pytest.mark.parametrize("kind", [*SPOILED_SCALES, *SCALES_OF_OTHERS])
-def test_scales_that_are_damaged_or_of_others_are_refused_with_a_sentence(path, kind):
+def test_damaged_or_foreign_scales_are_refused(path, kind):
     save(path, names=("a.int8", "c.fp8"), plain={}, scales=activation_scales(fingerprint=normal(40, seed=9)))
     header, metadata, about, data = taken_apart(path.read_bytes())
     (SPOILED_SCALES | SCALES_OF_OTHERS)[kind](header, metadata, about, data)
@@ -373,7 +373,7 @@ def test_scales_that_are_damaged_or_of_others_are_refused_with_a_sentence(path, 
         file.scales()
 
 
-def test_scales_in_an_older_file_are_no_scales(path):
+def test_scales_in_an_older_file_are_ignored(path):
     save(path, names=("a.int8", "c.fp8"), plain={}, scales=activation_scales(fingerprint=normal(40, seed=9)))
     header, metadata, about, data = taken_apart(path.read_bytes())
     about["version"] = 2
@@ -430,7 +430,7 @@ CALIBRATED_CHANGES = {
 
 
 @pytest.mark.parametrize("kind", CALIBRATED_CHANGES)
-def test_a_changed_file_of_calibrated_layers_is_refused_with_a_sentence(path, kind):
+def test_a_changed_file_of_calibrated_layers_is_refused(path, kind):
     header, metadata, about, data = taken_apart(save(path, names=tuple(ALL)).read_bytes())
     change, message = CALIBRATED_CHANGES[kind]
     change(header, metadata, about, data)
@@ -438,7 +438,7 @@ def test_a_changed_file_of_calibrated_layers_is_refused_with_a_sentence(path, ki
     assert re.search(message, refusal(path)), refusal(path)
 
 
-def test_a_file_of_a_file_is_the_same(path, tmp_path):
+def test_saving_a_loaded_file_gives_the_same_file(path, tmp_path):
     """Writing the contents of a file gives the same bytes."""
     with QuantizedFile(save(path)) as file:
         tensors = {key: file.tensor(key) for key in file._tensors}
@@ -483,20 +483,20 @@ def test_one_tensor_at_a_time_is_held(path):
         ((torch.float32, (1,) * 9, lambda: torch.zeros((1,) * 9)), "^model: its weight w .torch.float32, 9 dimensions. cannot"),
     ],
 )
-def test_what_could_not_be_read_is_not_written(path, source, message):
+def test_unreadable_content_is_not_written(path, source, message):
     with pytest.raises(ValueError, match=message):
         write(path, {"w": source}, {})
 
 
 @pytest.mark.parametrize("key", ["", "../x", "a..b", "a b", "a/b", ".a", "a.", "a\nb", "\u00e9"])
-def test_names_that_could_not_be_read_are_not_written(path, key):
+def test_unreadable_names_are_not_written(path, key):
     with pytest.raises(ValueError, match=r"^model: its weight "):
         write(path, {key: (torch.float32, (1,), lambda: torch.zeros(1))}, {})
     assert not path.exists()
 
 
 @pytest.mark.parametrize("value", [float("nan"), 10**6, {"a": 1}, [[1]], "x" * 300, torch.float32])
-def test_settings_that_could_not_be_read_are_not_written(path, value):
+def test_unreadable_settings_are_not_written(path, value):
     with pytest.raises(ValueError, match=r"^model: it cannot be saved, because "):
         save(path, settings={"x": value})
 
@@ -735,7 +735,7 @@ def refusal(path):
 
 
 @pytest.mark.parametrize("kind", CHANGES)
-def test_a_changed_file_is_refused_with_a_sentence(path, kind):
+def test_a_file_with_changed_content_is_refused(path, kind):
     header, metadata, about, data = taken_apart(save(path).read_bytes())
     path.write_bytes(put_together(header, metadata, about, data))
     QuantizedFile(path).close()  # so that only the change can be the reason
@@ -804,13 +804,13 @@ BYTES = {
 
 
 @pytest.mark.parametrize("kind", BYTES)
-def test_other_bytes_are_refused_with_a_sentence(path, kind):
+def test_malformed_files_are_refused(path, kind):
     change, message = BYTES[kind]
     path.write_bytes(change(save(path).read_bytes()))
     assert re.search(message, refusal(path)), refusal(path)
 
 
-def test_somebody_elses_files_are_refused(path, tmp_path):
+def test_files_of_other_programs_are_refused(path, tmp_path):
     safetensors.torch.save_file({"weight": torch.zeros(2)}, path)
     assert refusal(path).startswith("it was not written by Save Quantized Model (IEC); load it with ComfyUI's own node")
     safetensors.torch.save_file({"weight": torch.zeros(2)}, path, {"format": "pt", "_quantization_metadata": '{"layers": {}}'})
@@ -838,7 +838,7 @@ def test_a_header_larger_than_any_networks_is_not_parsed(path, monkeypatch):
         save(path)
 
 
-def test_a_file_that_becomes_shorter_is_told(path):
+def test_a_file_that_becomes_shorter_is_reported(path):
     with QuantizedFile(save(path)) as file:
         with open(path, "r+b") as other:
             other.truncate(path.stat().st_size // 2)

@@ -25,7 +25,7 @@ def test_programs_and_steps():
     assert Product(1, 1, 100, 1).steps(tile) == 2
 
 
-def test_clocks_of_a_product_worked_out():
+def test_clocks_of_a_product_equal_a_worked_example():
     """There are two rounds of programs; loads determine the time of a step (384 * 64 / 26 = 945 > 128 * 256 * 64 / 4096
     = 512).
     """
@@ -52,14 +52,14 @@ def test_large_layers_keep_all_multiprocessors_busy(capability, product):
 
 @pytest.mark.parametrize("capability", MULTIPROCESSORS)
 @pytest.mark.parametrize("product", SMALL.values(), ids=SMALL)
-def test_small_images_share_the_walk(capability, product):
+def test_small_images_split_the_reduction_loop(capability, product):
     processors = MULTIPROCESSORS[capability]
     tile, splits = tiles.choose(product, capability, processors)
     assert splits > 1 and product.steps(tile) % splits == 0
     assert product.programs(tile) * splits > processors / 2 > product.programs(tile) / 2
 
 
-def test_a_choice_is_the_best_of_all():
+def test_the_chosen_tile_is_optimal():
     product, spec = LAYERS["640 at 64"], tiles.architecture(80)
     chosen = tiles.clocks(product, *tiles.choose(product, 80, 108), 108, spec)
     assert all(
@@ -78,7 +78,7 @@ def test_tiles_fit(capability, channels):
         assert channels % tile.k == 0 if channels % 32 == 0 else -channels % tile.k < 64
 
 
-def test_a_capability_in_between_is_taken_as_the_one_below():
+def test_an_unlisted_capability_uses_the_next_lower_one():
     assert tiles.architecture(121) is tiles.architecture(120) and tiles.architecture(103) is tiles.architecture(100)
     with pytest.raises(KeyError):
         tiles.architecture(75)

@@ -45,7 +45,7 @@ def unlike_rows(seed=0):
     return rows
 
 
-def test_levels_are_lloyd_and_maxs():
+def test_levels_equal_those_of_lloyd_and_max():
     """Each level is the mean of the numbers nearest to it, for normal numbers divided by the largest of their 16."""
     x = normal(40_000, 16).double()
     x = (x / x.abs().amax(1, keepdim=True)).flatten()
@@ -58,13 +58,13 @@ def test_levels_are_lloyd_and_maxs():
     assert errors[0] < 0.8 * errors[1]
 
 
-def test_the_nearest_level_is_taken():
+def test_values_are_rounded_to_the_nearest_level():
     x = torch.cat([normal(2000), torch.tensor([-9.0, 9.0, 0.01, -0.01])])
     assert torch.equal(two_scales.nearest(x).long(), nearest(x))
     assert torch.equal(two_scales.levels(torch.arange(-8, 8)).double(), LEVELS)
 
 
-def test_bits_are_those_of_e4m3():
+def test_bits_agree_with_e4m3():
     numbers = e4m3()
     bits = torch.arange(1, 127, dtype=torch.uint8)
     assert torch.equal(two_scales._of_bits(bits).double(), numbers) and two_scales._of_bits(bits[:0]).shape == (0,)
@@ -73,7 +73,7 @@ def test_bits_are_those_of_e4m3():
     assert (LEVELS.max() * two_scales.LARGEST).round() <= 127
 
 
-def test_scales_are_the_nearest_shares_of_a_channel():
+def test_group_scales_are_the_nearest_e4m3_fractions_of_the_channels_scale():
     rows, numbers = unlike_rows(), e4m3()
     scale = fitting_scales(rows, GROUPS)
     bits, channel = two_scales.split(scale)
@@ -113,7 +113,7 @@ def test_a_search_finds_the_scale_of_least_error():
 
 
 @pytest.mark.parametrize("search", [False, True])
-def test_a_weight_is_rounded_to_what_it_stands_for(search):
+def test_a_weight_is_rounded_to_its_dequantized_values(search):
     fmt = WeightFormat("int4", 16, two_scales=True, search=search)
     rows, packing = unlike_rows(), Packing((7, 96), fmt)
     packed = packing.quantize(rows)
@@ -134,7 +134,7 @@ def test_a_weight_is_rounded_to_what_it_stands_for(search):
     assert torch.equal(packing.pack(packing.stored(packed)), packed)
 
 
-def test_products_are_those_of_int8():
+def test_products_agree_with_int8():
     rows, packing, x = normal(16, 96), Packing((16, 96), GROUPS), normal(5, 96, seed=1)
     values, scale = packing.values(packing.quantize(rows))
     of_x = x.abs().amax(1, keepdim=True).double() / 127
@@ -142,7 +142,7 @@ def test_products_are_those_of_int8():
     torch.testing.assert_close(linear_int8(x, values, scale[:, 0], None).double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_many_rows_are_done_in_parts(monkeypatch):
+def test_many_rows_are_quantized_in_parts(monkeypatch):
     rows, packing = normal(20, 96), Packing((20, 96), GROUPS)
     packed = packing.quantize(rows)
     values, scale = packing.values(packed)
@@ -180,7 +180,7 @@ def moments_of(x):
     return moments
 
 
-def test_gptq_is_the_recurrence_over_what_values_stand_for():
+def test_gptq_equals_the_recurrence_over_dequantized_values():
     """The reference is LDLQ in float64: each column in turn, by decreasing diagonal, with the remainders of the columns before
     it.
     """
@@ -207,7 +207,7 @@ def test_gptq_is_the_recurrence_over_what_values_stand_for():
     torch.testing.assert_close(metric.of(off.float()).square().sum(1), errors, rtol=1e-3, atol=1e-9)
 
 
-def test_it_is_near_the_optimum_that_brute_force_finds():
+def test_gptq_is_near_the_brute_force_optimum():
     """The weights have two groups of two inputs."""
     x = normal(300, 4, seed=1) @ (torch.eye(4) + 0.5 * normal(4, 4, seed=2)) * torch.tensor([0.3, 1.0, 0.6, 2.0])
     rows, fmt, metric = normal(12, 4, seed=6), WeightFormat("int4", 2, two_scales=True), Metric(moments_of(x))
@@ -267,7 +267,7 @@ def test_calibrated_groups_have_the_scales_of_a_search(monkeypatch):
     assert errors.sum() < 0.97 * fitting.sum()
 
 
-def test_what_is_rounded_again_keeps_its_scales_unless_it_would_clip_too_much():
+def test_rounding_again_keeps_the_scales_unless_they_clip_too_much():
     rows = unlike_rows()[:4]
     before = fitting_scales(rows, GROUPS)
     changed = rows.clone()

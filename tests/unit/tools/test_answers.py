@@ -54,7 +54,7 @@ def found(**rows):
     return answer_rows.with_baselines({run: columns_of(run, *more) for run, *more in rows.values()})
 
 
-def test_what_lowers_the_error_is_bold_and_what_raises_it_in_italics():
+def test_lower_errors_are_bold_and_higher_errors_in_italics():
     errors = {"lower": 0.05 * IMAGES, "higher": 0.15 * IMAGES, "unsure": 0.102 * IMAGES * NOISE}
     wanted = {"lower": "**0.070**", "higher": "*0.070*", "unsure": "0.070"}
     for name, each in errors.items():
@@ -63,7 +63,7 @@ def test_what_lowers_the_error_is_bold_and_what_raises_it_in_italics():
     assert answer_tables.error(found(corrected=(ALL, 0.07))[0]) == "0.070"  # the uncorrected run is not there yet
 
 
-def test_a_ratio_is_that_to_the_run_without_a_correction():
+def test_a_ratio_is_relative_to_the_run_without_a_correction():
     _, corrected = found(plain=(PLAIN, 0.2), corrected=(ALL, 0.1))
     assert corrected.ratio("exact") == pytest.approx((0.5, 0.5, 0.5), rel=1e-4)
     rows = found(plain=(PLAIN, 0.2), corrected=(ALL, 0.1, None, 1.0, 0.1 * IMAGES * NOISE))
@@ -75,14 +75,14 @@ def test_a_ratio_is_that_to_the_run_without_a_correction():
     assert answer_figures.ratios(rows[:1]) is None
 
 
-def test_what_has_no_error_to_itself_has_one_when_it_is_corrected():
+def test_a_correction_of_an_exact_run_counts_as_an_error():
     plain, corrected = found(plain=(PLAIN, 0.1), corrected=(ALL, 0.1))
     assert answer_tables.error(corrected, "same_steps") == "*0.100*"
     nothing = replace(corrected, columns=plain.columns)  # corrected nothing
     assert answer_tables.error(nothing, "same_steps") == "0.000"
 
 
-def test_more_steps_are_compared_where_that_can_be():
+def test_more_steps_are_compared_to_the_exact_solution_only():
     more = replace(PLAIN, steps=40, instead_of=20)
     _, instead = found(plain=(PLAIN, 0.2), more=(more, 0.1))
     assert answer_tables.both(instead) == "**0.100** (0.000)"
@@ -97,12 +97,12 @@ def test_distances_and_their_changes():
     assert answer_tables.distance(lower, "imagenet_frechet") == "50 ± 2"
 
 
-def test_a_run_of_noise_of_its_own_has_no_error_to_an_exact_solution():
+def test_a_run_with_its_own_noise_has_no_error_to_an_exact_solution():
     (row,) = found(run=(Run(sampler="euler_ancestral"), 0.1))
     assert answer_tables.both(row) == "- (0.000)" and row.ratio("exact") is None
 
 
-def test_a_figure_of_changes_has_a_panel_for_each_kind_that_there_is():
+def test_a_figure_of_changes_has_one_panel_per_kind():
     noise = replace(PLAIN, sampler="euler_ancestral")
     for plain, panels in ((PLAIN, 2), (noise, 1)):
         rows = found(plain=(plain, 0.1), corrected=(replace(plain, correction_steps="all"), 0.1, LOWER))
@@ -121,7 +121,7 @@ def test_a_table_has_a_line_for_each_subject_and_a_column_for_each_rule():
     ]
 
 
-def test_distances_are_told_for_each_run_of_a_precision_one_after_the_other():
+def test_distances_are_listed_by_precision():
     quantized, shrunk = replace(AUTHORS, quantization="W8A8"), replace(AUTHORS, control="shrunk")
     table = answer_tables.by_distance(found(a=(AUTHORS, 0.1), b=(quantized, 0.1), c=(shrunk, 0.1, UNSURE))).splitlines()
     assert table[0] == (
@@ -154,7 +154,7 @@ def test_schedules_and_dampings():
     ]
 
 
-def test_the_front_has_what_nothing_beats():
+def test_the_front_has_all_runs_that_are_not_dominated():
     points = [(0.25, 0.5), (0.12, 0.9), (0.2, 0.9), (0.5, 0.4), (0.53, 0.45), (0.25, 0.6)]
     runs = {str(place): (replace(PLAIN, steps=place + 1), *points[place][::-1]) for place in range(len(points))}
     rows = found(**{name: (run, error, None, time) for name, (run, error, time) in runs.items()})
@@ -164,7 +164,7 @@ def test_the_front_has_what_nothing_beats():
     assert lines[0] == "| U-Net | euler | 2 | none | none | 2 | 0.12 | 0.900 (0.000) |" and len(lines) == 3
 
 
-def test_tables_stand_at_their_places():
+def test_tables_replace_their_places_on_the_page():
     page = "# A\n<!-- table rules -->\nold\n<!-- end -->\nB\n<!-- table steps -->\n<!-- end -->\n"
     tables = {"rules": "| 1 |", "steps": "| 2 |"}
     once = answers.with_tables(page, tables)
@@ -240,7 +240,7 @@ def test_norms_are_the_largest_of_the_images(converged, bound):
     assert answer_tables.by_norm(rows).splitlines()[2:] == [f"| U-Net | W8A8 | 4 | {' | '.join(numbers)} |"]
 
 
-def test_norms_and_residuals_are_told_for_each_of_the_weights():
+def test_norms_and_residuals_are_listed_per_weights():
     rows = [(norms.TunedCase("unet", "none", label, "smooth").rows[1], texts_of(4, more)) for label, more in LABELS.items()]
     numbers = " | ".join(("1.500", "1.800", "0.750", "0.1000", "0.0100", "0.0010"))
     assert answer_tables.by_weights(rows).splitlines()[2:] == [f"| smooth | full precision | 4 | {numbers} |"]
@@ -273,7 +273,7 @@ def test_every_question_has_its_table_and_its_figure(results):
     assert all(len(rows) == len(found[name]) for name, rows in experiment_rows.declared().items())
 
 
-def test_a_runs_time_is_told_by_that_of_the_plain_run_of_the_same_round():
+def test_a_runs_time_is_relative_to_the_plain_run_of_the_same_round():
     plain, slow = (times.TimeRow(Run(steps=steps)) for steps in (20, 30))
     known, calls = iter([9, 1, 3, 2, 4, 1, 1.8]), []
 
@@ -288,12 +288,12 @@ def test_a_runs_time_is_told_by_that_of_the_plain_run_of_the_same_round():
     assert (told["time"], told["time_low"], told["time_high"], told["rounds"]) == ("2", "1.8", "3", "3")
 
 
-def test_a_choice_without_a_time_is_left_out(results):
+def test_a_choice_without_a_time_is_omitted(results):
     (results / "times.csv").unlink()
     assert answer_rows.read(results)["choices"] == []
 
 
-def test_rows_that_are_not_there_are_left_out(tmp_path):
+def test_missing_rows_are_omitted(tmp_path):
     page = tmp_path / "page.md"
     assert answers.write(tmp_path, page) == [page]
     assert page.read_text().count("No row is there yet.") == len(answers.TABLES)

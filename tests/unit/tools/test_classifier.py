@@ -13,7 +13,7 @@ def loaded():
     return classifier.load()
 
 
-def test_it_classifies_held_out_images_as_its_file_says(loaded):
+def test_held_out_accuracy_agrees_with_the_file(loaded):
     network, about = loaded
     images, labels = classifier.real_images()
     assert len(images) == about["training"]["held_out_images"]
@@ -22,7 +22,7 @@ def test_it_classifies_held_out_images_as_its_file_says(loaded):
     assert about["classes"] == list(emoji.CLASSES) and about["training"]["step"] == about["training"]["steps"]
 
 
-def test_features_are_what_the_scores_are_of(loaded):
+def test_features_agree_with_the_scores(loaded):
     """The features of bytes are those of the same values in 0..1."""
     network, _ = loaded
     images, _ = classifier.real_images()
@@ -48,7 +48,7 @@ def test_other_images_are_refused(loaded, images, told):
         loaded[0].features(images)
 
 
-def test_jitter_keeps_white_and_shift_brings_it_in():
+def test_jitter_keeps_white_and_shift_adds_white_borders():
     import train_classifier
 
     generator, settings = torch.Generator().manual_seed(0), train_classifier.SETTINGS

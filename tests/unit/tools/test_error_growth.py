@@ -7,7 +7,7 @@ import pytest
 I = np.arange(101)  # noqa: E741
 
 
-def test_a_line_is_told_from_an_exponential():
+def test_a_line_is_distinguished_from_an_exponential():
     fits = error_growth.fit(0.02 * I)
     (a, b), r_squared = fits["linear"]
     assert fits["better"] == "linear"
@@ -15,7 +15,7 @@ def test_a_line_is_told_from_an_exponential():
     assert fits["exponential"][1] < 0.99
 
 
-def test_an_exponential_is_told_from_a_line():
+def test_an_exponential_is_distinguished_from_a_line():
     fits = error_growth.fit(1e-4 * np.exp(0.05 * I))
     (a, b), r_squared = fits["exponential"]
     assert fits["better"] == "exponential"
@@ -29,7 +29,7 @@ def test_a_power_is_found():
     assert max(fits["linear"][1], fits["exponential"][1]) < 0.99
 
 
-def test_a_fit_to_the_first_share_does_not_see_the_rest():
+def test_a_fit_to_the_first_part_ignores_the_rest():
     curve = 0.02 * I
     curve[91:] = 50.0
     (a, b), r_squared = error_growth.fit(curve, 0.9)["linear"]

@@ -85,7 +85,7 @@ def rows_of(folder, name="first"):
         return {row["key"]: row for row in csv.DictReader(file)}
 
 
-def test_declared_rows_are_apart_and_have_their_baselines():
+def test_declared_rows_are_unique_and_have_their_baselines():
     files = experiment_rows.declared()
     for rows in files.values():
         assert len({row.key for row in rows}) == len(set(rows)) == len(rows)
@@ -101,7 +101,7 @@ def test_the_full_scale_has_the_same_runs_of_2048_images():
     assert {(row.images, row.chunk) for rows in full.values() for row in rows} == {(2048, 256)}
 
 
-def test_at_full_scale_those_who_sample_say_how_many_at_once(monkeypatch):
+def test_at_full_scale_the_sampling_backend_sets_the_chunk_size(monkeypatch):
     monkeypatch.setattr(experiment_ray, "at_once", lambda: 128)
     monkeypatch.setattr(experiment_samples, "at_once", lambda: 64)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -110,7 +110,7 @@ def test_at_full_scale_those_who_sample_say_how_many_at_once(monkeypatch):
     assert experiments.chunk_size("small") == 8 and experiments.chunk_size("full") == 128
 
 
-def test_the_gpus_of_a_cluster_say_how_many_each(monkeypatch):
+def test_the_smallest_gpu_of_a_cluster_sets_the_chunk_size(monkeypatch):
     """Ray is replaced, because there is no cluster with a GPU here."""
     found = iter([128, 64])
     workers = [SimpleNamespace(at_once=SimpleNamespace(remote=lambda: next(found))) for _ in range(2)]
@@ -161,13 +161,13 @@ def test_costs_are_counted(run, evaluations):
         ({"forecast": "linear"}, "interval: at 1 there is no cache; leave cache and forecast out."),
     ],
 )
-def test_runs_that_mean_nothing_are_refused(settings, sentence):
+def test_meaningless_runs_are_refused(settings, sentence):
     with pytest.raises(ValueError) as refused:
         Run(**settings)
     assert str(refused.value) == sentence
 
 
-def test_a_calibration_is_counted_once_a_worker(tmp_path):
+def test_a_calibration_is_counted_once_per_worker(tmp_path):
     """Its eight runs have two images each, with guidance."""
     run = Run(interval=2, cache="calibrated", steps=10)
     row, store = Row("first", run, 16), experiment_samples.Store(tmp_path)
@@ -195,7 +195,7 @@ def relative(run, reference):
     return np.concatenate([((x - y).flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1)).numpy() for x, y in pairs])
 
 
-def test_numbers_are_those_of_the_images(fake, tmp_path):
+def test_errors_agree_with_the_images(fake, tmp_path):
     assert run_all(tmp_path) == 0
     row, exact = rows_of(tmp_path)[CORRECTED.key], CORRECTED.exact
     each, before = relative(CORRECTED, exact), relative(PLAIN, exact)
@@ -211,7 +211,7 @@ def test_numbers_are_those_of_the_images(fake, tmp_path):
     assert (row["images"], row["nfe"], row["seconds"]) == ("16", "4", "2") and row["torch"] == torch.__version__
 
 
-def test_more_steps_are_compared_with_the_fewer_that_they_stand_instead_of(fake, tmp_path, monkeypatch):
+def test_more_steps_are_compared_with_the_fewer_that_they_replace(fake, tmp_path, monkeypatch):
     more = replace(PLAIN, steps=8, instead_of=4)
     rows = {"first": [row_of(run) for run in (PLAIN, replace(PLAIN, steps=8), more)]}
     monkeypatch.setattr(experiment_rows, "declared", lambda *_: rows)
@@ -225,7 +225,7 @@ def test_more_steps_are_compared_with_the_fewer_that_they_stand_instead_of(fake,
 
 
 @pytest.mark.parametrize("network", ["emoji", "imagenet"])
-def test_distances_are_those_of_the_features(fake, tmp_path, network):
+def test_distances_agree_with_the_features(fake, tmp_path, network):
     run_all(tmp_path)
     row, real = rows_of(tmp_path)[CORRECTED.key], experiments.real_features()[network]
 
@@ -249,7 +249,7 @@ def test_a_baseline_has_no_change_and_a_stochastic_run_no_exact_solution(fake, t
     assert ancestral["error_exact"] == ancestral["errors_exact"] == ""
 
 
-def test_rows_that_are_there_are_not_computed_again(fake, tmp_path, capsys):
+def test_existing_rows_are_not_computed_again(fake, tmp_path, capsys):
     run_all(tmp_path)
     assert list(rows_of(tmp_path)) == [run.key for run in FILES["first"]]  # the declared order
     before, told = (tmp_path / "first.csv").read_bytes(), len(fake.told)
@@ -258,7 +258,7 @@ def test_rows_that_are_there_are_not_computed_again(fake, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("stop", [1, 5, 7])
-def test_what_is_stopped_goes_on_and_comes_to_the_same(fake, tmp_path, stop):
+def test_a_stopped_run_continues_to_the_same_result(fake, tmp_path, stop):
     run_all(tmp_path / "whole")
     needed = len(fake.told)
     for path in experiments.CACHE.iterdir():
@@ -280,7 +280,7 @@ def test_the_cheapest_row_comes_first(fake, tmp_path):
     assert list(rows_of(tmp_path)) == [COARSE.key, PLAIN.key]
 
 
-def test_other_weights_make_a_row_missing(fake, tmp_path, monkeypatch):
+def test_a_row_of_other_weights_counts_as_missing(fake, tmp_path, monkeypatch):
     run_all(tmp_path)
     other = tmp_path / "other.safetensors"
     other.write_bytes(b"other weights")
@@ -292,7 +292,7 @@ def test_other_weights_make_a_row_missing(fake, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["images", "steps of the reference", "images at once"])
-def test_other_images_or_another_reference_make_a_row_missing(fake, tmp_path, monkeypatch, name):
+def test_a_row_of_other_images_or_another_reference_counts_as_missing(fake, tmp_path, monkeypatch, name):
     run_all(tmp_path)
     if name == "steps of the reference":
         monkeypatch.setattr(experiment_rows, "EXACT_STEPS", 7)
@@ -336,7 +336,7 @@ def test_a_part_of_the_list(fake, tmp_path):
     assert {path.stem for path in (tmp_path / "file").iterdir()} == {"first"}
 
 
-def test_the_list_says_what_is_missing(fake, tmp_path, capsys):
+def test_the_list_shows_missing_rows(fake, tmp_path, capsys):
     run_all(tmp_path, "--only", "ancestral")
     capsys.readouterr()
     assert run_all(tmp_path, "--list") == 0
@@ -370,7 +370,7 @@ def test_wrong_arguments_end_in_a_sentence(fake, tmp_path, capsys, arguments, se
     assert capsys.readouterr().err.strip() == sentence
 
 
-def test_rows_whose_weights_are_to_be_made_first_are_left_out_and_told(fake, tmp_path, monkeypatch, capsys):
+def test_rows_without_their_weights_are_omitted_and_reported(fake, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_smooth.comfyui, "CACHE", tmp_path)
     tuned = [Row("first", run, 16) for run in (TunedRun(steps=4), TunedRun(steps=4, weights="smooth"))]
     monkeypatch.setattr(experiment_rows, "declared", lambda *_: {"first": tuned})
@@ -380,7 +380,7 @@ def test_rows_whose_weights_are_to_be_made_first_are_left_out_and_told(fake, tmp
     assert list(rows_of(tmp_path)) == [tuned[0].key]
 
 
-def test_norms_that_want_other_weights_first_are_told(tmp_path, monkeypatch, capsys):
+def test_norms_without_their_weights_are_omitted_and_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_smooth.comfyui, "CACHE", tmp_path)
     monkeypatch.setattr(norms, "results", lambda: experiments.Results(tmp_path, norms.declared(), norms.digest))
     measured = []
@@ -399,7 +399,7 @@ def test_a_file_in_place_of_the_folder_is_refused(fake, tmp_path, capsys):
     assert "is no folder" in capsys.readouterr().err
 
 
-def test_norms_are_added_row_by_row_and_other_settings_make_them_missing(tmp_path, monkeypatch):
+def test_norms_are_added_row_by_row_and_missing_for_other_settings(tmp_path, monkeypatch):
     case, other = norms.CASES[:2]
     found = norms.results(tmp_path)
     for row in case.rows:

@@ -81,7 +81,7 @@ def test_kit_holds_the_tracked_files_without_models_and_pages(kit, checkout):
     assert names(kit[0] / "pack.tar.xz") == {f"pack/{name}" for name in checkout[1]}
 
 
-def test_kit_holds_the_host_alone_and_nothing_older(kit):
+def test_kit_has_only_the_host_and_no_older_files(kit):
     assert names(kit[0] / "host.tar.xz") == {"host/main.py", "host/comfy/ops.py"}
     archives = {f"{name}.tar.xz" for name in ("host", "pack", "site", "stand_ins")}
     assert {path.name for path in kit[0].iterdir()} == {"run.py", *archives}
@@ -96,7 +96,7 @@ def test_too_large_a_kit_is_refused(tmp_path, monkeypatch, capsys):
         gpu_kit.report_size(tmp_path)
 
 
-def test_stand_ins_have_what_the_host_imports(tmp_path):
+def test_stand_ins_can_be_imported_like_the_real_packages(tmp_path):
     gpu_kit.write_stand_ins(tmp_path)
     host = "import av\nfrom av.container import InputContainer\nfrom av.subtitles.stream import SubtitleStream"
     subprocess.run([sys.executable, "-c", host], cwd=tmp_path, check=True)

@@ -14,7 +14,7 @@ def held_out():
     return classifier.real_images()
 
 
-def test_the_network_knows_clocks_when_it_sees_them(held_out):
+def test_the_network_classifies_clocks_correctly(held_out):
     """Weights, enlargement and pixel scale must be those of its training for this."""
     images, labels = held_out
     clocks = images[labels == list(classifier.emoji.CLASSES).index("clock")]
@@ -36,7 +36,7 @@ def test_features_are_the_mean_of_the_last_layer_over_the_picture(held_out):
     assert torch.allclose(imagenet.features(images), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_components_are_those_of_the_real_images(held_out):
+def test_components_agree_with_the_real_images(held_out):
     """They are checked with a held-out image: its components are in the file."""
     real = imagenet.real()
     assert real.components.shape[1] == imagenet.COMPONENTS and len(real.components) > 1000

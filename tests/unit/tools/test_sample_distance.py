@@ -64,7 +64,7 @@ def test_kernel_distance_has_no_bias():
 
 
 @pytest.mark.parametrize("kind", ["frechet", "kernel"])
-def test_interval_covers_as_it_says(kind):
+def test_intervals_cover_the_mean_at_their_level(kind):
     """95 % of the intervals contain the mean, over seeds, of the distance of as many samples."""
     generator = np.random.default_rng(3)
     real = generator.normal(size=(60, 3)) + 0.7
@@ -79,7 +79,7 @@ def test_interval_covers_as_it_says(kind):
 
 
 @pytest.mark.parametrize("kind", ["frechet", "kernel"])
-def test_change_of_pairs_is_narrower_than_of_strangers(kind):
+def test_intervals_of_paired_changes_are_narrower_than_unpaired(kind):
     real, x = features(80, seed=4), features(300, seed=5, shift=0.2)
     near = x + 0.05 * np.random.default_rng(6).normal(size=x.shape) + 0.1
     alone, (own, paired) = measured(kind, near, real), measured(kind, near, real, x)

@@ -50,7 +50,7 @@ def write(weights, step, earlier=3):
     training.save(torch.nn.Linear(1, 1), train_smooth.path(weights), "a layer", training=runs)
 
 
-def test_weights_are_there_when_they_are_trained_to_the_end(kept):
+def test_weights_exist_only_after_the_complete_training(kept):
     assert not train_smooth.is_there("smooth")
     write("smooth", 500)
     assert not train_smooth.is_there("smooth")
@@ -85,7 +85,7 @@ def test_runs_of_the_built_in_weights_are_sampled_once():
     assert tuned.baseline == TunedRun(quantization="W8A8")
 
 
-def test_a_tuned_run_is_measured_against_runs_of_its_own_weights():
+def test_a_tuned_run_is_compared_with_runs_of_its_own_weights():
     run = TunedRun(weights="smooth", quantization="W8A8", correction_steps="all")
     assert run.key == "unet euler karras 20 cfg3 W8A8 all paper smooth weights"
     for other in (run.baseline, run.same_steps, run.exact):
@@ -100,7 +100,7 @@ def test_other_weights_are_refused():
         TunedRun(architecture="transformer")
 
 
-def test_weights_that_are_not_there_are_told_with_what_makes_them(kept):
+def test_missing_weights_are_reported_with_their_command(kept):
     assert experiment_samples.weights_path(Run()) == experiment_samples.WEIGHTS["unet"]
     sentence = "unet euler karras 20 cfg3 smooth weights needs weights that are not there; `make smooth` trains them"
     with pytest.raises(ValueError, match=sentence):
