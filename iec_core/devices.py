@@ -7,7 +7,7 @@ import torch
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error only says that memory is short: it shows nothing about what the device can do."""
+    """Tell whether an error only says that memory is short. Such an error shows nothing about what the device can do."""
     words = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in words or "alloc_failed" in words
 
@@ -49,7 +49,7 @@ def _tried(probe: Callable[[torch.device], bool | torch.Tensor], device: torch.d
 
 
 def has_float64(device: torch.device) -> bool:
-    """Tell whether a device is known to compute in float64. Only CPU and CUDA are; MPS and some others cannot."""
+    """Tell whether a device is known to compute in float64. CPU and CUDA devices can; MPS and some others cannot."""
     return device.type in ("cpu", "cuda")
 
 

@@ -37,7 +37,9 @@ class Profile(ABC):
 
     @abstractmethod
     def _is_whole(self) -> bool:
-        """Tell whether every part is there, in shapes that fit together. On wrong content it may raise as `_of`."""
+        """Tell whether every part is there, in shapes that fit together. On wrong content it may raise the same errors as
+        `_of`.
+        """
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a .safetensors file. Raises OSError where it cannot be written."""

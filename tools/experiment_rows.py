@@ -72,7 +72,9 @@ class Run:
             raise ValueError("interval: at 1 there is no cache; leave cache and forecast out.")
         is_plain = self.correction_steps == "none" and self.interval == 1 and self.sampler == "euler"
         if self.control == "last step alone" and (not is_plain or self.scheduler == "quadratic"):
-            raise ValueError("control: 'last step alone' is of euler on a schedule of the host, without cache and correction.")
+            raise ValueError(
+                "control: 'last step alone' works only with euler on a schedule of the host, without cache and correction."
+            )
 
     @property
     def key(self):

@@ -246,8 +246,8 @@ def parsed(arguments):
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="rows alone that have this text in their file and key, and their baselines"
     )
-    parser.add_argument("--minutes", type=float, metavar="N", help="begin no more than takes about so many minutes")
-    parser.add_argument("--again", metavar="KEY", help="compute a row anew, and tell whether its digits are the same")
+    parser.add_argument("--minutes", type=float, metavar="N", help="compute only as many rows as take at most about N minutes")
+    parser.add_argument("--again", metavar="KEY", help="compute a row again, and tell whether its digits are the same")
     parser.add_argument("--images", nargs=2, metavar=("KEY", "PATH"), help="write a PNG file of a row's images")
     scales = experiment_rows.SCALES
     parser.add_argument(
@@ -287,7 +287,7 @@ def _main(options):
     if options.minutes is not None:
         wanted = within(wanted, store, options.workers, options.minutes)
     if not wanted:
-        print("Nothing is missing." if options.minutes is None else "Nothing is missing that takes no longer.")
+        print("Nothing is missing." if options.minutes is None else "Nothing is missing that fits into these minutes.")
         return 0
     wanted, refused = without_weights(wanted)
     print(f"{len(wanted)} rows, about {minutes(wanted, store, options.workers):.0f} minutes of a CPU", flush=True)

@@ -115,7 +115,9 @@ def arguments(name, about):
     """Return the arguments of a built-in model's training, --out and --anew. name: of its file; about: the command's help."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--out", type=pathlib.Path, default=TRAINING / name, metavar="FILE")
-    parser.add_argument("--anew", action="store_true", help="where there is no such file: not from the built-in weights on")
+    parser.add_argument(
+        "--anew", action="store_true", help="without such a file, start from fresh weights, not from the built-in ones"
+    )
     return parser.parse_args()
 
 

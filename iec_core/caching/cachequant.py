@@ -35,7 +35,8 @@ def group_steps(cost: Sequence[Sequence[float]], interval: int) -> list[int]:
     """Return the first steps of the groups with the least total cost, in ascending order. The minimum is exact.
 
     cost: a square table over the steps; cost[i][s], for i < s, is the cost if step s reuses the feature of step i. There are
-    ceil(steps / interval) groups, each between ceil(interval / 2) and 2 * interval steps long; a shorter run is one group.
+    ceil(steps / interval) groups, each between ceil(interval / 2) and 2 * interval steps long; a run of fewer than
+    ceil(interval / 2) steps is one group.
     """
     total, count = len(cost), math.ceil(len(cost) / interval)
     shortest, longest = min(math.ceil(interval / 2), total // count), 2 * interval

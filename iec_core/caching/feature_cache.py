@@ -15,7 +15,7 @@ FORECASTS = tuple(KEPT)
 
 # "auto": the factor by which the weight of a trial of the straight line shrinks at each later trial.
 REMEMBERED = 0.5
-# "auto": how far a forecast goes from the held feature towards the straight line before the line was first tried, a fraction.
+# "auto": before the first trial of the straight line, a forecast goes this share of the way from the held feature to the line.
 UNTRIED = 0.25
 
 Slot = tuple[Hashable, str]  # (key of a conditioning entry, stream)
@@ -36,8 +36,9 @@ class CacheSchedule:
         """Return the full steps of a run of `total` steps. Step 0 is always one of them.
 
         uniform: the first of every `interval` steps. power: the paper's non-uniform schedule (section 3.3), dense around the
-        center c: l^p + c, rounded down, for as many l as uniform has steps, evenly spaced from the p-th root of -c to the p-th
-        root of total - c. Roots and powers keep the sign. Steps that coincide are taken once, so it may have fewer steps.
+        center c. Its steps are l^p + c, rounded down, for as many l as uniform has steps, evenly spaced from the p-th root of
+        -c up to, but without, the p-th root of total - c. Roots and powers keep the sign. Equal steps are taken once, so it
+        may have fewer steps.
 
         Raises SettingsError where a step or the center is not a step of the run.
         """

@@ -111,7 +111,7 @@ def _why_harmful(run: CorrectedRun, moves: dict[int, float], bias: float) -> str
     if run.evaluation_point == "ahead" or run.has_wide_cache:
         return None
     is_large = bias >= LARGE_BIAS
-    # A sampler of higher order has a small error by itself, so even a small bias raised it. On flow models it did not.
+    # A sampler of higher order has a small error by itself, so even a small bias raised that error. On flow models it did not.
     at_any_size = run.is_scaled and run.full is None and (run.has_history or run.is_exact)
     by_order = run.is_higher_order and (run.is_scaled or run.has_history) and (is_large or at_any_size)
     if not by_order and not (run.leads_away and is_large):

@@ -317,10 +317,11 @@ def lipschitz(
 def suggested_lambda(norms: torch.Tensor, lambdas: Sequence[float] = LAMBDAS) -> float:
     """Return the lam with the smallest norm ||(1 - lam) I + lam B J||. norms: [L, B], for each lam and image.
 
-    The norm of a lam is its largest over the images, because one lam serves all images. Of equal ones the smallest lam is
-    returned, which is closest to the plain step. With it the bound ||x'_k - x*|| <= norm^k ||x'_0 - x*|| falls fastest (the
-    contraction of the paper's section 3.2). It says how fast the iteration converges, not how good its fixed point is. Where
-    even the smallest norm is 1 or more, no lam is known to contract. Raises ModelError where a norm is not finite.
+    The norm of a lam is its largest over the images, because one lam serves all images. If several lams have the smallest norm,
+    the smallest lam is returned, which is closest to the plain step. With the returned lam, the bound ||x'_k - x*|| <= norm^k
+    ||x'_0 - x*|| falls fastest (the contraction of the paper's section 3.2). It says how fast the iteration converges, not how
+    good its fixed point is. Where even the smallest norm is 1 or more, no lam is known to contract. Raises ModelError where a
+    norm is not finite.
     """
     worst = norms.amax(1).tolist()
     if not all(math.isfinite(value) for value in worst):

@@ -186,7 +186,7 @@ def rounded_like(rows: torch.Tensor, scale: torch.Tensor, fmt: WeightFormat) -> 
     if fmt.kind == "fp8":  # one scale for the whole weight
         error, other = (part.sum().expand_as(kept) for part in (error, other))
     clipped = (other < error) & (fitting > CLIPS_FROM[fmt.kind] * kept)
-    if fmt.two_scales:  # the scales that a channel can have depend on its largest
+    if fmt.two_scales:  # the scales of a channel's groups depend on its largest scale
         kept = two_scales.snapped(torch.where(clipped, fitting, kept)[..., 0])[..., None]
         return rounded_in(groups, kept, fmt).flatten(1), kept[..., 0]
     return torch.where(clipped, others, values).flatten(1), torch.where(clipped, fitting, kept)[..., 0]

@@ -132,7 +132,7 @@ def after_input(option):
     return io.Latent.Input(
         "after",
         optional=True,
-        tooltip=f"With Apply IEC (model) and IEC Sampler (wrap): the latent of the last sampler of the {option}, so "
+        tooltip=f"With Apply IEC (model) and IEC Sampler (wrap): the latent of the last sampler whose run is in {option}, so "
         "that this node waits for it. KSampler (IEC) does not need it.",
     )
 
@@ -180,7 +180,7 @@ class IECKSampler(CheckedNode):
             category="sampling/IEC",
             description="The stock KSampler with Iterative Error Correction (IEC): after a chosen step, the network also "
             "evaluates the step's result, and the step is taken again with a blend of both predictions. With its defaults, "
-            "the node takes no longer than the stock KSampler.",
+            "the node takes no more evaluations than the stock KSampler.",
             search_aliases=["iec sampler", "iterative error correction", "error correction", "corrected sampler"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to sample; the node does not change it."),

@@ -88,7 +88,7 @@ class IECCalibrateWeights(CheckedNode):
                 io.String.Output(
                     display_name="layers",
                     tooltip="With weight_bits mixed, a table in Markdown: the error and the chosen bits of each layer. The "
-                    "layers come first for which full precision removes the most squared error per additional byte.",
+                    "layers for which full precision removes the most squared error per additional byte come first.",
                 ),
             ],
         )

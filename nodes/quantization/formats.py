@@ -141,7 +141,7 @@ def format_inputs(weight_bits="8", mixed=False):
             "exclude",
             default="",
             optional=True,
-            tooltip="Leave layers unquantized whose name matches one of these, such as *.proj_in middle_block.*; * is any "
+            tooltip="Do not quantize layers whose name matches one of these, such as *.proj_in middle_block.*; * is any "
             "part of a name. Empty: none.",
         ),
         compute_input(

@@ -21,8 +21,8 @@ class IECQuantizationReport(CheckedNode):
             node_id="IECQuantizationReport",
             display_name="Quantization Report (IEC)",
             category="advanced/model/IEC",
-            description="Compares every quantized layer with full precision on your prompts. Gives a table and a plot, in "
-            "which the layers come first for which full precision removes the most squared error per additional byte. Suggests "
+            description="Compares every quantized layer with full precision on your prompts. Gives a table and a plot. In "
+            "both, the layers for which full precision removes the most squared error per additional byte come first. Suggests "
             "which layers to leave unquantized under a budget of size or error.",
             search_aliases=["sqnr", "quantization error", "layer sensitivity", "sensitive layers", "mixed precision"],
             is_output_node=True,
@@ -65,8 +65,8 @@ class IECQuantizationReport(CheckedNode):
             outputs=[
                 io.String.Output(
                     display_name="table",
-                    tooltip="Markdown table, one row per layer. The layers come first for which full precision removes the "
-                    "most squared error per additional byte.",
+                    tooltip="Markdown table, one row per layer. The layers for which full precision removes the most "
+                    "squared error per additional byte come first.",
                 ),
                 io.Image.Output(
                     display_name="plot",

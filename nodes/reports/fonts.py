@@ -19,7 +19,8 @@ PREFERRED = (
     "Apple SD Gothic", "MS Gothic", "SimHei", "WenQuanYi", "Droid Sans Fallback", "NanumGothic", "Arial", "Segoe UI", "Tahoma",
     "Noto Emoji", "Symbola",
 )  # fmt: skip
-UNFIT = ("LastResort", "AdobeBlank", "ColorEmoji", "AppleColor")  # draw a box or nothing for each character, or no outlines
+# Fonts that draw a box or nothing for each character, or have no outlines.
+UNFIT = ("LastResort", "AdobeBlank", "ColorEmoji", "AppleColor")
 
 
 class Face(NamedTuple):

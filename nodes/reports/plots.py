@@ -320,7 +320,7 @@ def pareto(runs, front, reference, cost):
 def layer_errors(errors, left):
     """Draw the prediction error that each layer causes alone; uint8 [H, W, 3].
 
-    The layers come first for which full precision removes the most squared error per additional byte. errors: LayerErrors.
+    The layers for which full precision removes the most squared error per additional byte come first. errors: LayerErrors.
     left: names of the layers that are suggested to stay in full precision. At most 60 layers are drawn.
     """
     shown = ranked(errors)[:60]

@@ -70,9 +70,9 @@ const KSAMPLERS = ["KSampler", "KSamplerAdvanced", "IECKSampler"];
 const CUSTOM_SAMPLERS = ["SamplerCustom", "SamplerCustomAdvanced"];
 
 /**
- * Return whether a node's effect is known. It is known for the host's nodes and the pack's, except a switch, which passes on one
- * of several inputs, and other nodes with several wired MODELs. Of these a merge counts as known: it passes on its first. Other
- * packs' nodes, and nodes of the frontend alone (Set and Get nodes, subgraphs), may pass on anything.
+ * Return whether a node's effect is known. It is known for the host's nodes and the pack's, with two exceptions: a switch, which
+ * passes on one of several inputs, and a node with several wired MODELs. A merge has several MODELs too, but counts as known: it
+ * passes on its first. Other packs' nodes, and nodes of the frontend alone (Set and Get nodes, subgraphs), may pass on anything.
  */
 function isKnown(node) {
   const module = node.constructor?.nodeData?.python_module ?? "";
@@ -99,7 +99,7 @@ function samplersAfter(node) {
       const next = here.graph.getNodeById(link?.target_id);
       if (next?.mode === MUTED || seen.has(next)) continue;
       if (!next || !(next.mode === BYPASSED || next.type === "Reroute" || isKnown(next))) return undefined;
-      if (!isFirstOfType(next.inputs[link.target_slot], next)) continue; // a merge uses only its second's weights
+      if (!isFirstOfType(next.inputs[link.target_slot], next)) continue; // of its second MODEL, a merge uses only the weights
       seen.add(next);
       const isSampler = next.mode !== BYPASSED && [...KSAMPLERS, ...CUSTOM_SAMPLERS].includes(next.comfyClass);
       (isSampler ? samplers : queue).push(next);
@@ -167,7 +167,7 @@ const OPEN = { question: undefined, isCacheOpen: false };
 
 /**
  * Return {question, isCacheOpen, why} for an IEC sampler node. question: for POST /iec/step_plan; undefined if the steps are
- * known only when the prompt runs, for example if the node leads to several different runs. why: then the reason, if known.
+ * known only when the prompt runs, for example if the node leads to several different runs. why: the reason why question is undefined, if known.
  * isCacheOpen: whether there is a cache whose steps are not known.
  */
 export function planOf(node) {

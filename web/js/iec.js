@@ -219,7 +219,10 @@ function answerTo(question) {
   return lastAsked;
 }
 
-/** Return the same without a queue; isSilence without an answer; undefined if the server is busy with another page's question. */
+/**
+ * Return the same, but ask at once. isSilence is set if the server gave no usable answer. The result is undefined if the server is
+ * busy with another page's question.
+ */
 async function ask(question) {
   try {
     const signal = AbortSignal.timeout(ANSWERS_WITHIN);

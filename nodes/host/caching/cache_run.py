@@ -124,9 +124,10 @@ class CacheRun:
         self._schedule, self._full = schedule, self.full_steps(schedule.sigmas)
 
     def _begin_full_step(self, step, position):
-        """Begin a step that is evaluated in full. From now on an entry without a feature since this step is evaluated in full.
+        """Begin a step that is evaluated in full.
 
-        A forecast still uses older kept features of an entry that has one since this step.
+        From now on, an entry is evaluated in full until it has a feature that was kept in this step or later. Once it has one,
+        a forecast also uses its older kept features.
         """
         self._full_step, self._since = step, position
         self.features.begin(position)
@@ -183,8 +184,8 @@ def _where(x, transformer_options, latent, entries):
 
     If the keys of two evaluations are equal, one can reuse the feature of the other. The key contains the shapes of x and of
     the latent, the frames of a context window (of the host or of AnimateDiff), and the patched blocks: perturbed-attention
-    guidance evaluates an entry twice, once with a replaced attention. It also contains the entries of the batch if x does not
-    have the latent's rows for each entry, because several tiles may be in the batch.
+    guidance evaluates an entry twice, once with a replaced attention. If the number of rows of x is
+    not the latent's times the number of entries, several tiles may be in the batch; the key then also contains the entries.
     """
     replaced = transformer_options.get("patches_replace", {})
     patched = frozenset((kind, block) for kind, blocks in replaced.items() for block in blocks)

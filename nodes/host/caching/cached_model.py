@@ -39,7 +39,7 @@ def with_cache(model, settings, make_run, node):
         return make_run(functools.partial(kind, settings, model_options=model_options))
 
     def evaluate(executor, x, t, c, y, control, transformer_options, /, **kwargs):
-        """Serve as the wrapper of both kinds. c, y: c_concat, c_crossattn for APPLY_MODEL; context, y for DIFFUSION_MODEL."""
+        """The wrapper of both types. c, y: c_concat and c_crossattn for APPLY_MODEL, context and y for DIFFUSION_MODEL."""
         kwargs.pop(KEY, None)
         run = transformer_options.get(KEY)
         if run is None:

@@ -53,7 +53,7 @@ def find_blocks(network):
 def lets_blocks_be_replaced(network):
     """Return whether the source code of the network's classes reads block replacements at all.
 
-    Return True if the source is not available; then the first evaluation shows whether the network does.
+    Return True if the source is not available; then the first evaluation shows whether the network calls replacements.
     """
     network = getattr(network, "_orig_mod", network)  # the network inside torch.compile's wrapper
     classes = [cls for cls in type(network).__mro__ if issubclass(cls, torch.nn.Module) and cls is not torch.nn.Module]

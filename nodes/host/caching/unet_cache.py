@@ -57,8 +57,8 @@ class UnetCache(CacheRun):
     def evaluate(self, executor, x, timesteps, context, y, control, transformer_options, **kwargs):
         """Evaluate the U-Net in full and keep the deep feature, or evaluate only the shallow blocks with the kept feature.
 
-        torch.compile does not compile this method, because the method decides again in each step. torch.compile compiles only
-        the network's forward pass: once over all blocks, and once over the shallow blocks.
+        torch.compile does not compile this method, because in each step the method decides again which blocks run.
+        torch.compile compiles only the network's forward pass: once over all blocks, and once over the shallow blocks.
         """
         plan, network, control, options, kept = self._prepare(executor.class_obj, x, control, transformer_options)
         inner = WrapperExecutor.new_class_executor(network._forward, network, executor.wrappers, executor.idx + 1)

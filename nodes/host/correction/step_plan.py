@@ -69,8 +69,8 @@ class Sampling:
 def _full_steps(schedules, begins, **cache):
     """Return the steps that a cache evaluates in full, sorted; None if only the run can tell.
 
-    begins: the sigmas at which steps begin with SD 1.5's noise levels. schedules: {model: sigmas}. They are needed because a
-    part of the schedule (start_percent) contains different steps for different models, and a profile is for one schedule.
+    begins: the sigmas at which steps begin with SD 1.5's noise levels. schedules: {model: sigmas}. Used only without a profile,
+    because a part of the schedule (start_percent) contains different steps for different models.
     """
     if "profile_name" in cache:
         return _full_steps_on(MODELS["SD 1.5, SDXL"], begins, **cache)

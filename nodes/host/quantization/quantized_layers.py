@@ -335,7 +335,7 @@ class _QuantizedLayer:
     def _backend_of_graph(self, x):
         """Return the backend for x while torch.compile traces a graph, in which nothing can be timed.
 
-        It is the faster one in the earlier timing of such a layer that had the most rows.
+        It is the backend that was faster in the earlier timing with the most rows for this kind of layer, else the one by rule.
         """
         backend = self._by_rule(x.device).backend
         if backend == WEIGHT_ONLY or self.activation.compute == EIGHT_BIT:

@@ -49,7 +49,8 @@ def _factors_of_one(patch, shape, device):
     if not isinstance(adapter, comfy.weight_adapter.LoRAAdapter) or weight_strength != 1 or function is not None:
         return None
     out, into, alpha, middle, magnitudes, larger = adapter.weights
-    dimension, start, rows = (0, 0, shape[0]) if offset is None else offset  # may be a part, such as the queries of a qkv layer
+    # A LoRA may be for a part of the weight, such as the queries of a qkv layer.
+    dimension, start, rows = (0, 0, shape[0]) if offset is None else offset
     out, into = (factor.detach().to(device).flatten(1).float() for factor in (out, into))
     fits = (len(out), out.shape[1], into.shape[1]) == (rows, len(into), math.prod(shape[1:])) and dimension == 0
     if not fits or not len(into) or not all(part is None for part in (middle, magnitudes, larger)):

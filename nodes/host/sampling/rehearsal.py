@@ -363,8 +363,9 @@ def rehearse(function, model, like, sigmas, extra_args, options, can_draw, look=
     them to the function. can_draw: whether the run can draw a step's noise ahead. look(): called in every evaluation; if it
     raises the host's InterruptProcessingException, that exception is passed on.
 
-    A step whose noise cannot be drawn ahead is treated as a first-order (Euler) step of the probability-flow equation. So is a
-    deterministic step, unless one prediction alone determines it with other coefficients.
+    A step whose noise cannot be drawn ahead is treated as a first-order (Euler) step of the probability-flow equation. A
+    deterministic step is treated in the same way, unless its own prediction alone determines it and its coefficients are not
+    Euler's.
 
     Raises CannotRehearse if the function fails on the stand-in, chooses its steps by its latent, or does not take them one
     after the other; BadSchedule if no sampler can take these steps.

@@ -13,7 +13,7 @@ from .noise import is_of_the_host, sampler_name
 # Reasons why no step's result is known from its own prediction, as phrases after the sampler's name.
 MORE_THAN_ONCE = "evaluates more than once per step"
 WITH_HISTORY = "also uses predictions of earlier steps"
-SHOWS_HISTORY = 4  # within so many steps every sampler with history uses it
+SHOWS_HISTORY = 4  # every sampler with history has used its history within this many steps
 
 
 @dataclass(frozen=True)

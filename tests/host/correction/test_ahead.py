@@ -188,7 +188,7 @@ def test_a_latent_evaluated_ahead_includes_the_steps_noise(ahead):
 
 
 def test_an_item_that_falls_back_equals_the_stock_run(ahead):
-    """An image whose correction would not contract keeps its prediction, and its evaluation is its next prediction."""
+    """An image whose correction would not contract keeps its prediction; the evaluation ahead is the next step's prediction."""
     import comfy.samplers
 
     def steep(x):

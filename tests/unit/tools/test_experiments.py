@@ -156,7 +156,7 @@ def test_costs_are_counted(run, evaluations):
         ({"cache": "calibrated"}, "interval: at 1 there is no cache; leave cache and forecast out."),
         (
             {"control": "last step alone", "sampler": "heun"},
-            "control: 'last step alone' is of euler on a schedule of the host, without cache and correction.",
+            "control: 'last step alone' works only with euler on a schedule of the host, without cache and correction.",
         ),
         ({"forecast": "linear"}, "interval: at 1 there is no cache; leave cache and forecast out."),
     ],
