@@ -42,7 +42,7 @@ smooth: setup
 norms: setup
 	$(RUN) tools/norms.py $(OPTIONS)
 
-# Measures, for docs/results/times.csv, how long the runs take that a user can choose from: about 20 minutes on an otherwise idle
+# Measures, for docs/results/times.csv, the times of the runs that a user can choose from: about 20 minutes on an otherwise idle
 # machine. All runs are measured together.
 times: setup
 	$(RUN) tools/times.py $(OPTIONS)

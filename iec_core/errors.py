@@ -1,6 +1,6 @@
 """The errors that `iec_core` raises by itself. Each message names what was wrong; most also say what is accepted.
 
-All are ValueErrors, so that a caller who does not need to distinguish them can catch that.
+All are ValueErrors, so that a caller who does not need to distinguish them can catch ValueError.
 """
 
 

@@ -18,8 +18,8 @@ TRACED = ("lambdas", "residuals", "contraction")  # the lists of a StepTrace, wh
 class StepReport:
     """One step of a run.
 
-    step: its number, from 0. sigma, sigma_next: the noise levels at its start and end. nfe: evaluations of the denoiser.
-    seconds: from the first evaluation of this step to the first of the next.
+    step: its number, from 0. sigma, sigma_next: the noise levels at its start and end. nfe: evaluations of the denoiser in
+    which the network ran. seconds: from the first evaluation of this step to the first of the next.
 
     The other fields are filled for a corrected step, from its `correction.iteration.StepTrace`. lambdas, residuals,
     contraction: one list per iteration with one number per item of the batch, None where it is not finite. fell_back: one bool
@@ -66,9 +66,9 @@ class RunReport:
     """The report of one run of n steps, filled by the corrected sampler while it runs.
 
     label: the name of the run in tables and plots. correction: `CorrectionSettings.summary`. steps: one StepReport per step.
-    sigmas: the n + 1 noise levels at the start of each step and the end of the last. nfe: evaluations of the denoiser.
-    seconds: the run's time from its first evaluation on (without steps: the time of the sampler function), on CUDA by the
-    device's clock. warnings: sentences that the user should read.
+    sigmas: the n + 1 noise levels at the start of each step and the end of the last. nfe: evaluations of the denoiser in which
+    the network ran. seconds: the run's time from its first evaluation on (without steps: the time of the sampler function), on
+    CUDA by the device's clock. warnings: sentences that the user should read.
 
     latents: with `keep_latents`, the latent at the start of each step and the final one, n + 1 float32 CPU tensors [B, ...] in
     the coordinates of the network; otherwise None each. result: the output of the run as the host returns it, for a VAE to
@@ -156,7 +156,7 @@ class TraceReader:
         self._pending.append((step, copy, arrived))
 
     def take(self, wait: bool = False) -> list[StepReport]:
-        """Enter the traces that have arrived into the report, and return their StepReports. wait: wait for all traces first."""
+        """Fill the report with the traces that have arrived, and return their StepReports. wait: wait for all traces first."""
         taken = []
         while self._pending:
             step, trace, arrived = self._pending[0]

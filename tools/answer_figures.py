@@ -44,8 +44,8 @@ def plain_numbers(axis, low, high):
 
 
 def ratios(rows, name=rule, subject_of=None):
-    """Draw the error over the uncorrected error: a line for each subject, a marker for each name(run). Return None if no row
-    has such a ratio.
+    """Draw the error divided by the uncorrected error: a line for each subject, a marker for each name(run). Return None if no
+    row has such a ratio.
     """
     of = subject_of or told_apart(rows)[1]
     corrected = [found for found in rows if found.ratio("exact")]

@@ -32,7 +32,7 @@ CONTROLS = {
     "shrunk": 1,  # the noise times the factor by which a correction shrinks it where noise dominates, without an evaluation
     "epsilon1.005": 1,  # the noise divided by 1.005, by the host's Epsilon Scaling
     "averaged": 2,  # the mean of two evaluations at the same point, with stochastically rounded weights and activations
-    "last step alone": 2 * SPLIT,  # every other step is split: only the last step's error is left, which `ahead` never corrects
+    "last step alone": 2 * SPLIT,  # all steps but the last are split: only its error is left, which `ahead` never corrects
 }
 
 

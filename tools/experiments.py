@@ -244,7 +244,7 @@ def parsed(arguments):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--list", action="store_true", help="print all rows, whether they are there, and what they take")
     parser.add_argument(
-        "--only", default="", metavar="TEXT", help="rows alone that have this text in their file and key, and their baselines"
+        "--only", default="", metavar="TEXT", help="only rows that have this text in their file and key, and their baselines"
     )
     parser.add_argument("--minutes", type=float, metavar="N", help="compute only as many rows as take at most about N minutes")
     parser.add_argument("--again", metavar="KEY", help="compute a row again, and tell whether its digits are the same")

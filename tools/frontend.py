@@ -43,8 +43,8 @@ SETTINGS = {
 DISMISSED = "for (const key of ['vueNodesBannerDismissed', 'comfy.vueNodesMigration.dismissed']) localStorage[key] = 'true';"
 # The frontend also requests files that do not exist (for example a new user's). That is an error only for these paths.
 OF_THE_PACK = (f"/extensions/{comfyui.PACK}/js", f"/extensions/{comfyui.PACK}/docs/images", "/iec/")
-# Console errors of the frontends without the pack: at start, about parts that do not exist yet (the last one: 1.32.9, about a
-# setting), and when a subgraph is made, about parts that no longer exist.
+# Console errors of the frontends without the pack: at start, about parts that do not exist yet (the last one in frontend
+# 1.32.9, about a setting), and when a subgraph is made, about parts that no longer exist.
 OWN_COMPLAINTS = (
     "ComfyApp graph accessed before initialization",
     "Attempted to cleanup event listeners for graph that was never set up",

@@ -1,4 +1,4 @@
-"""Measure the time that Python takes in a small layer, next to the host's own layer: on a GPU a layer is not faster than that.
+"""Measure the time that Python takes in a small layer, next to the host's own layer: on a GPU a layer takes at least this time.
 
     python tools/layer_overhead.py [--repeat 9] [--calls 2000]
 

@@ -1,4 +1,4 @@
-"""Measure how long the runs take among which a user chooses: docs/results/times.csv.
+"""Measure the times of the runs among which a user chooses, for docs/results/times.csv.
 
     python tools/times.py [--list] [--again]
 

@@ -23,11 +23,11 @@ import train_builtin_model
 import training
 
 BUILTIN = training.BUILTIN / "emoji32.safetensors"
-# Half the rate of the earlier trainings. Both take equally long: a step of `smooth` takes 1.67 times as long as one of
-# `longer`.
+# Half the rate of the earlier trainings. `longer` and `smooth` take equally long: a step of `smooth` takes 1.67 times as long
+# as one of `longer`.
 SETTINGS = train_builtin_model.SETTINGS | {"seed": 20261129, "learning_rate": 3e-4, "warmup_steps": 100}
 STEPS = {"longer": 2100, "smooth": 1260}
-# In trials of 150 steps with 0.02, 0.1 and 0.3: 0.02 changed little, and 0.3 doubled the loss.
+# In trials of 150 steps with penalty weights of 0.02, 0.1 and 0.3: 0.02 changed little, and 0.3 doubled the loss.
 PENALTY = {"weight": 0.1, "images": 8, "difference": 0.01}
 
 

@@ -117,7 +117,7 @@ class _AllSteps:
 
     def check_every_step_was_seen(self) -> None:
         """Raise SettingsError where the sampler has not evaluated the network at the start of each step, and ModelError where
-        the cache was never asked.
+        `full_steps` was never called.
         """
         if not len(self.sigmas):
             raise ModelError(
@@ -153,8 +153,9 @@ class StepDistances(_AllSteps):
     def store(self, keys: Sequence[Hashable], feature: torch.Tensor, position: float, stream: str = "") -> None:
         """Compare the feature of a step [len(keys) * b, ...] with the features of earlier steps.
 
-        The arguments are those of FeatureCache.store. Of several evaluations at the sigma of one step, only the first counts,
-        because the second evaluation of Heun is at the sigma of the next step. Evaluations between two steps do not count.
+        The arguments are those of FeatureCache.store. Several evaluations may be at the sigma of one step, because Heun's
+        second evaluation is at the sigma of the next step. Only the first of them counts. Evaluations between two steps do not
+        count.
         """
         step = self._own_step(position)
         for key, part in zip(keys, feature.detach().chunk(len(keys))):

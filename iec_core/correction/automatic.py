@@ -1,6 +1,7 @@
 """Chooses the corrected steps and the evaluation point of `correction_steps: auto`.
 
-It corrects only where docs/results.md measured a lower error to the exact solution.
+It corrects only where docs/results.md, or docs/benchmarks.md for samplers that add noise, measured a lower error to the exact
+solution.
 """
 
 import itertools
@@ -14,7 +15,7 @@ from .correction_steps import CorrectionSteps
 LEAST_STEPS = 10
 # Steps in which sigma falls by more than this factor are not corrected. Such a step starts where the latent holds almost
 # nothing of the image (zero terminal SNR), or is the last but one of a schedule such as normal. A correction there is large: it
-# is half of the step times the change of the prediction.
+# moves the step's result by half of the fall of sigma times the change of eps.
 LARGEST_RATIO = 4
 
 

@@ -25,8 +25,9 @@ The `evaluation_point` says where x'_k is evaluated:
 - `ahead`: as `next`, and the prediction at the last x'_k is reused as the next step's own prediction. So a step costs one
   evaluation, as without correction: predict, evaluate, correct, which is the PEC mode of an Adams-Moulton method (Lambert,
   Numerical Methods for Ordinary Differential Systems, 1991, section 4.3). The denoised prediction is kept, not eps: eps would
-  change, because it depends on the corrected x'. In a step with noise the map is G(D) = D(x'_k, sigma'), which at lam = 1/2
-  is the mean of two predictions. (eps_k contains the step's fresh noise, and the average would remove a part of that noise.)
+  change, because it depends on the corrected x'. In a step with noise the map is G(D) = D(x'_k, sigma'), so at lam = 1/2 and
+  K = 1 the corrected D is the mean of two predictions. (eps_k contains the step's fresh noise, and the average would remove a
+  part of that noise.)
 """
 
 import math

@@ -9,10 +9,10 @@ in the header's metadata, where older hosts look for them. A layer with a low-ra
 `<layer>.weight_out` [O, r] and `<layer>.weight_in` [r, K]. A layer with two scales (two_scales.py) has `.weight_s_channel`
 [O], the shares `.weight_s_rel` [O, G] and the levels `.weight_codebook` [16] instead of `.weight_scale`.
 
-The host can load some layers without this pack. These are Linear layers without a branch, in one of these formats: int8,
-rotated or not; float8, not rotated; int4 with one scale per channel, rotated in blocks of 64 or 256; int4 with two scales,
-rotated in blocks of 256. All other layers have format names that the host does not know, and the weights of convolutions have
-shapes that its layers do not have. So the host fails instead of misreading them.
+The host can load some layers without this pack. These are Linear layers without a branch, in one of these formats: int8 with
+one scale per channel, rotated or not; float8, not rotated; int4 with one scale per channel, rotated in blocks of 64 or 256;
+int4 with two scales, rotated in blocks of 256. All other layers have format names that the host does not know, and the weights
+of convolutions have shapes that its layers do not have. So the host fails instead of misreading them.
 
 Information for this pack alone is in the metadata, under the key `iec.quantized`. Calibrated scales of activations are two more
 tensors, `iec.activation_scales.table` [S, L] and `iec.activation_scales.sigmas` [S].
@@ -118,7 +118,7 @@ class LayerFile:
 
 
 def host_description(layer: LayerFile, activation_bits: int) -> dict[str, str | int]:
-    """Return the description of a layer that the host reads."""
+    """Return the description that the host reads for a layer."""
     about: dict[str, str | int] = {"format": layer.host_format}
     if activation_bits == 16:
         about["full_precision_matrix_mult"] = True

@@ -20,7 +20,7 @@ LEVELS = torch.tensor([*(-level for level in reversed(_POSITIVE)), *_POSITIVE])
 
 LARGEST = 128  # the largest share: times the largest level it fits int8, and division by it is exact
 LARGEST_BITS = 0x70  # the bits of 128
-LEAST = 2**-9  # the smallest share, e4m3's smallest positive number: of groups that are almost zero next to the others
+LEAST = 2**-9  # the smallest share, e4m3's smallest positive number; groups that are almost zero next to the others have it
 TINY = 1e-30  # scale of a channel of zeros, which needs a scale because no level is zero
 RANGES = torch.linspace(1.1, 0.5, 13).tolist()  # fractions of the largest magnitude that a search tries as scale
 AT_ONCE = 2**22  # weights that are processed at once; each needs several temporary 32-bit numbers

@@ -63,8 +63,8 @@ def correction_inputs():
             "no effect: the node chooses it. paper: at the step's own timestep. next: at the timestep that the result belongs "
             "to (Heun's rule with lambda_ 0.5 and one iteration); a last step to zero noise is not corrected. ahead: as next, "
             "and this evaluation is also the next step's own, so that one iteration costs nothing; only for euler, ddim, "
-            "euler_ancestral, ddpm and lcm. Start with ahead for these samplers. Leave any other sampler uncorrected, as auto "
-            "does.",
+            "euler_ancestral, ddpm and lcm. Start with ahead for the first four. Leave lcm and any other sampler uncorrected, "
+            "as auto does.",
         ),
         io.Combo.Input(
             "lambda_mode",

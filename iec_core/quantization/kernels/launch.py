@@ -93,7 +93,7 @@ def _why_not(device: torch.device) -> str:
 
 
 def _computes(device: torch.device) -> bool:
-    """Return whether the kernels compute correctly a small convolution whose result is known."""
+    """Return whether the kernels give the right result for a small convolution whose result is known."""
     x = torch.full((1, 32, 4, 4), 1.0, dtype=torch.float16, device=device)
     weight = torch.full((32, 3, 3, 32), 2, dtype=torch.int8, device=device)
     ones, same = torch.ones(32, device=device), ((1, 1), (1, 1), (1, 1))

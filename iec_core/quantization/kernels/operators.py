@@ -54,8 +54,8 @@ def _conv2d_int8(
 
 
 def _register() -> torch.library.Library | None:
-    """Register the operator and return its library. Return None if this module was already imported under another name, as
-    ComfyUI names a pack's modules.
+    """Register the operator and return its library. Return None if this module was already imported under another name: ComfyUI
+    gives a pack's modules names of its own.
 
     A second registration would replace the operator, and calls through the first import would then crash.
     """

@@ -217,7 +217,7 @@ class CorrectedDenoiser(CountedDenoiser):
 
 
 def tell_lost_changes(report, model):
-    """Add to a run's report the warning about patches lost on its quantized MODEL, which the log has once per patch set."""
+    """Add the warning about patches lost on a run's quantized MODEL to its report. The log has it once per set of patches."""
     if warning := lost_changes(base_of(model)):
         report.warnings.append(f"{report.label}: {warning}")
 

@@ -1,8 +1,8 @@
 """The host's Linear and Conv2d layers with a quantized weight.
 
 The parameter `weight` is the packed weight: a plain tensor of bytes, which the host moves, offloads, pins, backs up and counts
-like any other. `convert_weight` and `set_weight` are the host's interface for weights that are stored in another form than they
-are computed with. Through them the host applies LoRAs and merges when it loads the layer. Patches of an offloaded layer, and
+like any other. `convert_weight` and `set_weight` are the host's interface for weights that are stored in one form and computed
+with in another. Through them the host applies LoRAs and merges when it loads the layer. Patches of an offloaded layer, and
 those of hooks, are applied while the layer computes; the resulting Change is computed once.
 """
 

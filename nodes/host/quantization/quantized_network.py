@@ -180,7 +180,7 @@ def _refuse_saving(*_, **__):
 
 
 def _hand_out(dtype, module, state, prefix, _):
-    """Return floating-point weights in a state dict of the network, or of a part of it, instead of packed ones.
+    """Replace the packed weights in a state dict of the network, or of a part of it, by floating-point ones.
 
     A Control-LoRA needs them, or a ControlNet that takes over the network's embedders. The host counts bytes by the state dict
     of the whole BaseModel, which is not changed.

@@ -1,4 +1,4 @@
-"""What a client sees during a corrected run, the host's progress bar and its previews; and how it interrupts a run."""
+"""What a client sees during a corrected run (the host's progress bar and its previews), and how it interrupts a run."""
 
 import itertools
 

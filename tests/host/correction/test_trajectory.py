@@ -71,7 +71,9 @@ def _classes(host):
 
 
 def start(seed=7):
-    """Return x_T as the host makes it if the first timestep is below the last of the 1000: an empty latent, noised to it."""
+    """Return x_T as the host makes it if the first timestep is below the last of the 1000: an empty latent with the noise of
+    that first timestep.
+    """
     noise = torch.randn(2, 3, 8, 8, generator=torch.manual_seed(seed)).double()
     return (1 - alpha_bars()[timesteps(STEPS)[0]]).sqrt() * noise
 

@@ -125,7 +125,7 @@ def check_kept(before, after, model, lora, strength=1.0):
 @pytest.mark.parametrize("size", [0.002, 0.05])
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_lora_after_quantization_has_its_full_effect(quantize, lora, name, size):
-    """It arrives when the model is loaded, and bit for bit the same when it is offloaded."""
+    """The outputs of loaded layers contain the whole LoRA; those of offloaded layers are the same, bit for bit."""
     base, patches = quantize(name), lora(size)
     patched, packed = with_lora(base, patches, 0.7), {name: layer_of(base, name).weight.clone() for name in LAYERS}
     before, after = loaded(base), loaded(patched)

@@ -163,7 +163,7 @@ def test_saving_warns_too(no_branch, host, quantize, model, caplog, tmp_path, mo
 # Devices without float8
 
 
-@pytest.mark.skipif(torch.backends.mps.is_available(), reason="for a probe that fails this needs a device that is not there")
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="the probe must fail, which needs a device that is not there")
 def test_float8_is_refused_on_a_device_without_it(host, quantize, model, tmp_path, monkeypatch):
     """MPS is such a device."""
     import comfy.model_management

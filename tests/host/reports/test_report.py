@@ -127,7 +127,7 @@ def test_modes_leave_less_of_the_residual_than_fixed_damping(sample, model, mode
 
 
 class Unread(ToyGuider):
-    """A guider that reads nothing from the device itself."""
+    """A guider that does not itself read anything from the device."""
 
     def __call__(self, x, sigma, model_options=None, seed=None):
         self.calls.append(1)

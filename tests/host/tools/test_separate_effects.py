@@ -36,9 +36,7 @@ def test_terms_are_an_identity(experiment):
 
 
 def test_averaging_at_the_same_point_lowers_independent_noise(experiment):
-    """The mean over stochastically rounded evaluations converges to the unrounded one with one over the square root of their
-    number.
-    """
+    """The mean of n stochastically rounded evaluations approaches the unrounded one about as 1 / sqrt(n)."""
     full, model = experiment.full, experiment.models["W8A8"]
     x, sigma = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.full((4,), 1.0)
     label = torch.eye(28)[:4]

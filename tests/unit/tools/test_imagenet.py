@@ -15,7 +15,7 @@ def held_out():
 
 
 def test_the_network_classifies_clocks_correctly(held_out):
-    """Weights, enlargement and pixel scale must be those of its training for this."""
+    """This needs the weights, the enlargement and the pixel scale of the network's training."""
     images, labels = held_out
     clocks = images[labels == list(classifier.emoji.CLASSES).index("clock")]
     (part,) = classifier.parts(clocks)
