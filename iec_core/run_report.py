@@ -113,8 +113,8 @@ class RunReport:
         if fallen:
             size = max(len(step.fell_back) for step in self.steps)
             numbers = sorted({image for step in self.steps for image, fell in enumerate(step.fell_back) if fell})
-            images = "all images" if len(numbers) == size else f"{_named('image', numbers)} of the batch (numbered from 0)"
-            named = _named("step", fallen)
+            images = "all images" if len(numbers) == size else f"{numbered('image', numbers)} of the batch (numbered from 0)"
+            named = numbered("step", fallen)
             self.warnings.append(
                 f"{self.label}: the correction of {named} did not converge for {images}, which kept their best iterate; "
                 "try a smaller lambda_, another evaluation_point or lambda_mode, or more steps."
@@ -126,7 +126,7 @@ class RunReport:
         return {name: getattr(self, name) for name in names} | {"steps": [asdict(step) for step in self.steps]}
 
 
-def _named(kind: str, numbers: list[int]) -> str:
+def numbered(kind: str, numbers: Sequence[int]) -> str:
     """Return the words for the steps or images with these numbers, such as "step 3" or "steps 3, 4"."""
     return f"{kind}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 

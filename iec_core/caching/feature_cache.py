@@ -60,8 +60,11 @@ class CacheSchedule:
         return frozenset({0, *(step for step in steps if 0 <= step < total)})
 
 
-def parse_cache_schedule(text: str) -> CacheSchedule:
-    """Parse a `schedule` setting in one of SCHEDULE_FORMS. Raises SettingsError for another text, and for a power below 1."""
+def parse_cache_schedule(text: str, forms: str = SCHEDULE_FORMS) -> CacheSchedule:
+    """Parse a `schedule` setting in one of SCHEDULE_FORMS. Raises SettingsError for another text, and for a power below 1.
+
+    forms: the forms that the error lists, where a caller accepts more of them.
+    """
     compact = re.sub(r"\s+", "", text).lower()
     if compact == "uniform":
         return CacheSchedule("uniform")
@@ -72,7 +75,7 @@ def parse_cache_schedule(text: str) -> CacheSchedule:
         if power >= 1:
             return CacheSchedule("power", (center, power))
         raise SettingsError(f"schedule: '{text}' has a power below 1; write 1 or more (the paper uses 1.2 to 1.6).")
-    raise SettingsError(f"schedule: '{text}' is not a known form; write {SCHEDULE_FORMS}.")
+    raise SettingsError(f"schedule: '{text}' is not a known form; write {forms}.")
 
 
 def extrapolation_weights(positions: Sequence[float], position: float) -> list[float]:

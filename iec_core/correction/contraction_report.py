@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+from ..run_report import numbered
 from .contraction import SpectralNorms
 
 Norms = tuple[SpectralNorms, torch.Tensor]  # from the Jacobian; the same by perturbing the network itself, [P, B]
@@ -114,11 +115,13 @@ class ContractionReport:
 
     def not_converged(self) -> str:
         """Return a sentence that names the steps whose norms did not converge; "" without such steps."""
-        steps = [str(step.step) for step in self.steps if not step.converged]
+        steps = [step.step for step in self.steps if not step.converged]
         if not steps:
             return ""
-        named = f"step {steps[0]}" if len(steps) == 1 else f"steps {', '.join(steps)}"
-        return f"the norms of {named} did not converge to the tolerance and are only lower bounds; use more iterations."
+        return (
+            f"the norms of {numbered('step', steps)} did not converge to the tolerance and are only lower bounds; use more "
+            "iterations."
+        )
 
     def to_json(self) -> str:
         """Return the whole report as JSON text; means and maxima are over the images."""

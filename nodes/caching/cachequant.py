@@ -18,12 +18,7 @@ CALIBRATED_FORECASTS = ["hold", "linear"]
 
 def parse_calibrated_schedule(text):
     """Return the CacheSchedule of a `schedule` text, None for "dps". Raise ValueError for a text of another form."""
-    if text.strip().lower() == "dps":
-        return None
-    try:
-        return parse_cache_schedule(text)
-    except ValueError as error:
-        raise ValueError(str(error).replace(f"write {SCHEDULE_FORMS}", f"write dps, {SCHEDULE_FORMS}")) from error
+    return None if text.strip().lower() == "dps" else parse_cache_schedule(text, f"dps, {SCHEDULE_FORMS}")
 
 
 def full_steps_output():
