@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from pack import pack_module
-from test_transformers import build, conditioning, noise
+from transformer_families import build, conditioning, noise
 
 STEPS = 5
 

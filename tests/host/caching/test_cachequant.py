@@ -160,7 +160,7 @@ def test_a_quantized_transformers_residuals_are_mapped_on_full_precision(host, r
     """As for a U-Net: x comes from the quantized blocks at step 0, y from full precision at step 1; hooks of the test record
     them.
     """
-    from test_transformers import FAMILIES, build, conditioning, empty_latent
+    from transformer_families import FAMILIES, build, conditioning, empty_latent
 
     model = build("Flux")
     quantized = host.run("IECQuantizeModel", model=model, weight_bits="4", activation_bits="8", keep_sensitive_layers=True)[0]

@@ -4,8 +4,8 @@ import itertools
 import json
 
 import pytest
-import test_transformers
 import torch
+import transformer_families
 from torch.overrides import _get_current_function_mode_stack
 
 LAMBDAS = [f"{number / 10:g}" for number in range(1, 10)]
@@ -151,8 +151,8 @@ def test_norms_of_a_network_equal_those_of_its_full_jacobian(host, model, probe)
 
 def test_a_transformer_whose_blocks_change_tensors_in_place(host, probe):
     """The network is the host's Flux, with random weights."""
-    flux = test_transformers.build("Flux")
-    labels = [test_transformers.conditioning("Flux", seed) for seed in (1, 2)]
+    flux = transformer_families.build("Flux")
+    labels = [transformer_families.conditioning("Flux", seed) for seed in (1, 2)]
     latent = {"samples": torch.zeros(1, 16, 8, 8)}
     settings = {"positive": labels[0], "negative": labels[1], "latent_image": latent, "scheduler": "simple", "steps": 2}
     found, *_ = probe(flux, **settings, perturbation=1e-3)

@@ -267,7 +267,7 @@ def test_a_saved_and_loaded_model_is_bit_identical(host, calibrate, draw, tmp_pa
 
 def test_a_transformer(host):
     """The transformer is Flux; the budget also covers its first and last blocks."""
-    from test_transformers import FAMILIES, build, conditioning, empty_latent
+    from transformer_families import FAMILIES, build, conditioning, empty_latent
 
     model = build("Flux")
     made, table = host.run(

@@ -812,7 +812,7 @@ def test_report_counts_the_steps_of_all_runs(quantize, report, conditioning, pro
 
 def test_a_transformer_is_calibrated_and_reported(host, quantize, apply):
     """Scales and errors of Flux, with only Linear layers and with guidance, are compared with what the test's hooks see."""
-    from test_transformers import FAMILIES, build, conditioning, empty_latent
+    from transformer_families import FAMILIES, build, conditioning, empty_latent
 
     model = build("Flux")
     quantized, sampling = quantize(model, rotate=True), {**SAMPLING, "scheduler": "simple"}

@@ -1,0 +1,250 @@
+"""Small networks of the host's transformer classes, with random weights, and how each one's blocks pass on their streams."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+
+def noise(*shape, seed=0):
+    """Return Gaussian noise that is the same in each run of the tests."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass
+class Family:
+    """A kind of transformer.
+
+    config: the host's class. network: its unet_config. latent: the shape, or shapes. text: the dimension of a token. lists:
+    {path of the blocks: the streams that a block passes on}, in the order in which a block returns them; each stream is the
+    position or name of its argument. values: of the conditioning; a function gets the seed. newer: network settings for later
+    hosts only. weights: in addition to the network's. method: the method with which the host runs a block. branches: the tested
+    ones.
+    """
+
+    config: str
+    network: dict
+    latent: tuple
+    lists: dict
+    text: int = 12
+    values: dict = field(default_factory=dict)
+    newer: dict = field(default_factory=dict)
+    weights: dict = field(default_factory=dict)
+    method: str = "forward"
+    branches: tuple = (0, 1)
+
+
+BOTH = {"double_blocks": ("img", "txt"), "single_blocks": (0,)}
+QWEN_BLOCKS = {"transformer_blocks": ("encoder_hidden_states", "hidden_states")}
+ONE = {"blocks": (0,)}
+IMAGE, VIDEO, WIDE = (2, 16, 10, 14), (1, 16, 2, 8, 12), (1, 128, 6, 8)
+FLUX = {
+    "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 8, "context_in_dim": 12, "hidden_size": 32,
+    "mlp_ratio": 2.0, "num_heads": 2, "depth": 3, "depth_single_blocks": 4, "axes_dim": [4, 6, 6], "theta": 10000,
+    "qkv_bias": True, "guidance_embed": True, "patch_size": 2,
+}  # fmt: skip
+FLUX2 = {
+    "image_model": "flux2", "in_channels": 128, "out_channels": 128, "patch_size": 1, "vec_in_dim": None, "qkv_bias": False,
+    "axes_dim": [4, 4, 4, 4], "global_modulation": True, "mlp_silu_act": True, "ops_bias": False,
+}  # fmt: skip
+CHROMA = {
+    **{name: FLUX[name] for name in FLUX if name not in ("vec_in_dim", "guidance_embed")}, "image_model": "chroma",
+    "in_channels": 64, "out_channels": 64, "in_dim": 64, "out_dim": 32, "hidden_dim": 32, "n_layers": 2,
+}  # fmt: skip
+RADIANCE = {
+    "image_model": "chroma_radiance", "in_channels": 3, "out_channels": 3, "patch_size": 16, "nerf_hidden_size": 16,
+    "nerf_mlp_ratio": 2, "nerf_depth": 2, "nerf_max_freqs": 4, "nerf_tile_size": 32, "nerf_final_head_type": "conv",
+    "nerf_embedder_dtype": torch.float32,
+}  # fmt: skip
+IDS = {"txt_ids_dims": []}
+CHROMA_IDS = {**IDS, "vec_in_dim": None}
+SD3 = {
+    "in_channels": 16, "out_channels": 16, "input_size": None, "patch_size": 2, "depth": 2, "num_blocks": 5,
+    "adm_in_channels": 8, "pos_embed_max_size": 16, "num_patches": 256, "qk_norm": "rms", "pos_embed_scaling_factor": None,
+    "x_block_self_attn_layers": [0, 1],
+    "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 12, "out_features": 128}},
+}  # fmt: skip
+AURA = {
+    "cond_seq_dim": 12, "dim": 64, "n_layers": 6, "n_double_layers": 4, "n_heads": 4, "global_conddim": 64, "max_seq": 256,
+}  # fmt: skip
+HUNYUAN_DIT = {
+    "image_model": "hydit1", "hidden_size": 64, "depth": 6, "num_heads": 4, "mlp_ratio": 2.0, "text_states_dim": 12,
+    "text_states_dim_t5": 16, "text_len": 7, "text_len_t5": 5, "size_cond": True, "use_style_cond": True, "input_size": None,
+}  # fmt: skip
+HUNYUAN_VIDEO = {
+    "image_model": "hunyuan_video", "in_channels": 16, "out_channels": 16, "vec_in_dim": 8, "context_in_dim": 12,
+    "hidden_size": 128, "mlp_ratio": 1.0, "num_heads": 8, "depth": 3, "depth_single_blocks": 4, "axes_dim": [4, 6, 6],
+    "theta": 256, "patch_size": [1, 2, 2], "qkv_bias": True, "guidance_embed": True, "byt5": False, "meanflow": False,
+    "use_cond_type_embedding": False, "vision_in_dim": None,
+}  # fmt: skip
+MOCHI = {
+    "image_model": "mochi_preview", "in_channels": 12, "depth": 5, "hidden_size_x": 48, "hidden_size_y": 32, "num_heads": 4,
+    "mlp_ratio_x": 256.0,  # the host's class accepts only an MLP of this width
+    "mlp_ratio_y": 2.0, "learn_sigma": False, "t5_feat_dim": 16, "t5_token_length": 7, "use_t5": True, "qk_norm": True,
+    "qkv_bias": False, "out_bias": True, "timestep_scale": 1000.0, "use_extended_posenc": True, "posenc_preserve_area": True,
+}  # fmt: skip
+LTXV = {
+    "image_model": "ltxv", "in_channels": 128, "cross_attention_dim": 64, "attention_head_dim": 32, "num_attention_heads": 2,
+    "caption_channels": 12, "num_layers": 5,
+}  # fmt: skip
+LTXAV = {
+    **LTXV, "image_model": "ltxav", "audio_in_channels": 128, "audio_cross_attention_dim": 32, "audio_attention_head_dim": 16,
+    "audio_num_attention_heads": 2, "connector_attention_head_dim": 6, "connector_num_attention_heads": 2,
+    "audio_connector_attention_head_dim": 6, "audio_connector_num_attention_heads": 2, "connector_num_layers": 1,
+}  # fmt: skip
+WAN = {
+    "image_model": "wan2.1", "model_type": "t2v", "dim": 48, "ffn_dim": 64, "freq_dim": 32, "text_dim": 12, "num_heads": 4,
+    "num_layers": 5, "in_dim": 16, "out_dim": 16,
+}  # fmt: skip
+VACE = {"model_type": "vace", "vace_layers": 3, "num_layers": 6, "vace_in_dim": 96}
+S2V = {"model_type": "s2v", "audio_dim": 16, "num_audio_token": 2, "audio_inject_layers": [0, 2, 3], "cond_dim": 16}
+ANIMATE = {"model_type": "animate", "in_dim": 36, "motion_encoder_dim": 32}
+DANCER = {
+    "model_type": "wandancer", "in_dim": 36, "audio_inject_layers": [0, 2], "music_dim": 32, "music_heads": 2,
+    "music_latent_dim": 32,
+}  # fmt: skip
+HEADS = {"num_layers": 5, "attention_head_dim": 16, "num_attention_heads": 2}
+ROPE = {"axes_dims_rope": (4, 6, 6)}
+SHAPE = {"in_channels": 64, "context_in_dim": 12, "hidden_size": 32, "mlp_ratio": 2.0, "num_heads": 2, "depth": 3}
+SHAPE21 = {
+    "in_channels": 64, "context_dim": 12, "hidden_size": 32, "num_heads": 2, "depth": 7, "num_moe_layers": 2, "num_experts": 3,
+    "guidance_cond_proj_dim": 32,
+}  # fmt: skip
+AUDIO = {
+    "audio_model": "dit1.0", "io_channels": 64, "embed_dim": 128, "cond_token_dim": 768, "project_cond_tokens": True,
+    "global_cond_dim": 1536, "project_global_cond": True, "depth": 5, "num_heads": 2,
+}  # fmt: skip
+SECONDS = {
+    f"conditioner.conditioners.seconds_{end}.embedder.embedding.{name}": noise(*shape, seed=seed) / 16
+    for end in ("start", "total")
+    for seed, (name, shape) in enumerate({"0.weights": (128,), "1.weight": (768, 257), "1.bias": (768,)}.items())
+}
+KANDINSKY = {
+    "image_model": "kandinsky5", "in_text_dim": 12, "in_text_dim2": 8, "time_dim": 32, "model_dim": 32, "ff_dim": 64,
+    "visual_embed_dim": 132, "num_text_blocks": 1, "num_visual_blocks": 5, "axes_dims": (4, 6, 6),
+}  # fmt: skip
+SEEDVR = {
+    "image_model": "seedvr2", "norm_eps": 1e-5, "num_layers": 6, "mlp_type": "swiglu", "vid_dim": 32, "txt_in_dim": 12,
+    "heads": 2, "head_dim": 16, "mm_layers": 2, "expand_ratio": 2, "rope_dim": 12, "vid_out_norm": True,
+}  # fmt: skip
+MINIMAX = {
+    **HEADS, "image_model": "minimax_h3", "hidden_size": 32, "token_refiner_num_layers": 1, "ffn_hidden_size": 64,
+    "text_dim": 12, "timestep_input_dim": 16, "time_embed_hidden_size": 32, "time_embed_dim": 16, "rope_inv_freq_len": 2,
+}  # fmt: skip
+HIDREAM = {
+    "image_model": "hidream_o1",
+    "text_config_overrides": {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "head_dim": 16, "rope_dims": [4, 2, 2],
+    },
+    "vision_config_overrides": {
+        "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "depth": 1, "num_position_embeddings": 16,
+    },
+}  # fmt: skip
+MASK = {"attention_mask": torch.ones(1, 7, dtype=torch.long)}
+T5 = {
+    "conditioning_mt5xl": lambda seed: noise(1, 5, 16, seed=seed + 50), "attention_mask": torch.ones(1, 7),
+    "attention_mask_mt5xl": torch.ones(1, 5),
+}  # fmt: skip
+TOKENS = {"text_input_ids": lambda seed: torch.randint(0, 1000, (1, 9), generator=torch.Generator().manual_seed(seed))}
+LTX_BLOCKS = {"transformer_blocks": (0,)}
+JOY = {"image_model": "joyimage", "text_dim": 12, "mlp_width_ratio": 2.0, "num_layers": 5, "rope_dim_list": [4, 6, 6]}
+FAMILIES = {
+    "Flux": Family("Flux", FLUX, IMAGE, BOTH, values={"guidance": 3.5}, newer=IDS, branches=(0, 1, 2)),
+    "Flux Schnell": Family("FluxSchnell", {**FLUX, "guidance_embed": False}, IMAGE, BOTH, newer=IDS, branches=(1,)),
+    "Flux 2": Family("Flux2", {**FLUX, **FLUX2}, WIDE, BOTH, newer={"txt_ids_dims": [3]}),
+    "Chroma": Family("Chroma", CHROMA, IMAGE, BOTH, newer=CHROMA_IDS),
+    "Chroma Radiance": Family(
+        "ChromaRadiance", {**CHROMA, **RADIANCE}, (1, 3, 48, 64), BOTH,
+        newer={**CHROMA_IDS, "use_x0": False, "use_sequential_txt_ids": False},
+    ),
+    "SD3": Family("SD3", SD3, IMAGE, {"joint_blocks": (0, 1)}),
+    "AuraFlow": Family("AuraFlow", AURA, (2, 4, 10, 14), {"double_layers": (0, 1), "single_layers": (0,)}),
+    "HunyuanDiT": Family("HunyuanDiT1", HUNYUAN_DIT, (2, 4, 10, 14), ONE, values=T5),
+    "HunyuanVideo": Family("HunyuanVideo", HUNYUAN_VIDEO, VIDEO, BOTH, newer={"meanflow_sum": False}, branches=(0, 2)),
+    "Mochi": Family("GenmoMochi", MOCHI, (1, 12, 2, 8, 12), {"blocks": (0, 2)}, text=16, values=MASK),
+    "LTXV": Family("LTXV", LTXV, (1, 128, 2, 4, 6), LTX_BLOCKS, values=MASK),
+    "Wan": Family("WAN21_T2V", WAN, VIDEO, ONE),
+    "Wan VACE": Family("WAN21_Vace", {**WAN, **VACE}, VIDEO, ONE, values={"vace_frames": [noise(1, 32, 2, 8, 12)]}),
+    "Wan S2V": Family("WAN22_S2V", {**WAN, **S2V}, VIDEO, ONE, values={"audio_embed": noise(1, 25, 16, 8)}),
+    "Wan Animate": Family(
+        "WAN22_Animate", {**WAN, **ANIMATE}, VIDEO, ONE, values={"pose_video_latent": noise(1, 16, 1, 8, 12)}
+    ),
+    "Wan HuMo": Family("WAN21_HuMo", {**WAN, "model_type": "humo", "in_dim": 36}, VIDEO, ONE),
+    "Wan Camera": Family("WAN21_Camera", {**WAN, "model_type": "camera", "in_dim": 32}, VIDEO, ONE),
+    "Qwen-Image": Family(
+        "QwenImage", {**HEADS, **ROPE, "image_model": "qwen_image", "joint_attention_dim": 12}, (1, 16, 1, 8, 12), QWEN_BLOCKS
+    ),
+    "Hunyuan3D": Family(
+        "Hunyuan3Dv2", {**SHAPE, "image_model": "hunyuan3d2", "depth_single_blocks": 4}, (2, 64, 20), BOTH
+    ),
+    "Hunyuan3D 2.1": Family("Hunyuan3Dv2_1", {**SHAPE21, "image_model": "hunyuan3d2_1"}, (2, 64, 20), ONE, branches=(0, 2)),
+    "Stable Audio": Family("StableAudio", AUDIO, (2, 64, 24), {"transformer.layers": (0,)}, text=768, weights=SECONDS),
+    "Kandinsky 5": Family("Kandinsky5", KANDINSKY, VIDEO, {"visual_transformer_blocks": (0,)}),
+    "LTX with sound": Family("LTXAV", LTXAV, ((1, 128, 2, 4, 6), (1, 8, 6, 16)), LTX_BLOCKS, text=24, values=MASK),
+    "Lens": Family(
+        "Lens", {**HEADS, **ROPE, "image_model": "lens", "enc_hidden_dim": 12, "selected_layer_index": (0, 1)}, WIDE,
+        QWEN_BLOCKS, text=24,
+    ),
+    "Mage-Flow": Family(
+        "MageFlow", {**HEADS, **ROPE, "image_model": "mage_flow", "joint_attention_dim": 12}, WIDE, QWEN_BLOCKS
+    ),
+    "JoyImage": Family(
+        "JoyImage", {**JOY, "hidden_size": 32, "num_attention_heads": 2}, (1, 16, 1, 8, 12),
+        {"double_blocks": ("hidden_states", "encoder_hidden_states")},
+    ),
+    "SeedVR2": Family("SeedVR2", SEEDVR, VIDEO, {"blocks": ("vid", "txt")}, values={"condition": noise(1, 17, 2, 8, 12)}),
+    "MiniMax H3": Family("MiniMaxH3", MINIMAX, (1, 24, 2, 8, 12), ONE),
+    "HiDream-O1": Family("HiDreamO1", HIDREAM, (1, 3, 96, 128), {"language_model.layers": ("x",)}, values=TOKENS),
+    "WanDancer": Family("WAN22_WanDancer", {**WAN, **DANCER}, VIDEO, ONE, values={"audio_embed": noise(1, 9, 35)}),
+    "Wan Animate 2": Family(
+        "WAN_Animate2", {**WAN, "model_type": "animate2", "in_dim": 36}, (1, 16, 3, 8, 12), ONE,
+        values={"pose_video_latent": noise(1, 16, 2, 8, 12)}, method="forward_gen",
+    ),
+}  # fmt: skip
+
+
+def build(name, dtype=torch.float32, **changes):
+    """Return a MODEL of the family with random weights, made of the host's own classes."""
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    family = FAMILIES[name]
+    if not hasattr(comfy.supported_models, family.config):
+        pytest.skip(f"this host has no {family.config}")
+    is_newer = hasattr(comfy.supported_models, "Kandinsky5")
+    network = {**family.network, **(family.newer if is_newer else {}), **changes}
+    config = getattr(comfy.supported_models, family.config)(network)
+    config.unet_config.update(network)
+    config.set_inference_dtype(dtype, None)
+    model = config.get_model(family.weights)
+    generator = torch.Generator().manual_seed(1)
+    weights = dict(model.diffusion_model.named_parameters())
+    of_checkpoint = ("inv_freq", "pos_embed")  # the buffers that are not constants of the network
+    weights.update(pair for pair in model.diffusion_model.named_buffers() if pair[0].endswith(of_checkpoint))
+    for key, weight in weights.items():
+        scale = max(1, weight[0].numel()) ** -0.5 if weight.dim() > 1 else 0.1
+        value = torch.randn(weight.shape, generator=generator) * scale
+        weight.copy_(1 + value if weight.dim() == 1 and ("weight" in key or "scale" in key) else value)
+    return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+
+
+def conditioning(name, seed, tokens=7, **values):
+    """Return CONDITIONING for the family in the form of its text encoder and stock nodes."""
+    family = FAMILIES[name]
+    values = {"pooled_output": noise(1, 8, seed=seed + 100), **family.values, **values}
+    values = {key: value(seed) if callable(value) else value for key, value in values.items()}
+    return [[noise(1, tokens, family.text, seed=seed), values]]
+
+
+def empty_latent(shape):
+    import comfy.nested_tensor
+
+    several = isinstance(shape[0], tuple)
+    return {"samples": comfy.nested_tensor.NestedTensor([torch.zeros(one) for one in shape]) if several else torch.zeros(shape)}
+
+
+def flat(latents):
+    """Return one tensor for a sampler's latents; picture and sound are two latents."""
+    samples = latents["samples"]
+    return torch.cat([one.flatten() for one in samples.unbind()]) if getattr(samples, "is_nested", False) else samples
