@@ -89,6 +89,12 @@ def apply_profile(model, profile, correction_pass):
             f"profile: it was calibrated for another model, a {profile.facts['network']} with other weights; calibrate for "
             "this model, or load its profile."
         )
+    names = cache_kind(model).feature_names(model.get_model_object("diffusion_model"), int(profile.facts["branch"]))
+    if not all(name.startswith(names) for name in profile.features):
+        raise ValueError(
+            "profile: its features have the names that an earlier version of this pack gave them; calibrate again, or use the "
+            "profile with that version."
+        )
 
     def make_run(new):
         features = CorrectedFeatures(profile)

@@ -1,76 +1,28 @@
-"""Caching in the host's diffusion transformers, through the block replacements that they offer.
+"""Caching in the host's diffusion transformers, at the modules of their blocks.
 
 Branch b runs the b + 1 outermost blocks at each end. A full evaluation keeps the residual that the blocks between these two
 ends add to their input, and a cached evaluation adds this residual instead of running these blocks. If a transformer has two
 kinds of blocks that pass on different tensors, such as the double and single blocks of Flux, each kind has its own residual.
+
+For the time of one evaluation, and inside all other nodes' wrappers, the network's lists hold stand-ins for some blocks. So it
+holds for every network that runs the blocks of a list one after another, compiled or not, whatever other hooks it reads.
 """
 
-import inspect
-import sys
-from dataclasses import dataclass
+import contextlib
+import copy
+import functools
 
 import torch
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
 
 from ..sampling.network_calls import others_take_part
+from .block_lists import family_of, find_lists, spans
 from .cache_run import CacheRun, warn_once
-
-# {name under which blocks can be replaced: attributes in which the host's transformers have these blocks}
-LISTS = {
-    "double_block": (
-        "double_blocks", "double_layers", "joint_blocks", "visual_transformer_blocks", "transformer_blocks", "blocks",
-        "transformer.layers", "language_model.layers",
-    ),
-    "single_block": ("single_blocks", "single_layers"),
-}  # fmt: skip
-ALIASES = {"double_block": ("double_block", "block"), "single_block": ("single_block",)}
-STREAMS = ("img", "txt", "x", "vid")  # tensors that blocks take and pass on; other arguments are the same for all blocks
+from .streams import KNOWN, Observation
 
 
-@dataclass(frozen=True)
-class Span:
-    """The blocks of one kind, from `first` to `last` inclusive, that a cached evaluation does not run."""
-
-    kind: str
-    first: int
-    last: int
-
-
-def find_blocks(network):
-    """Return {kind: its blocks} of a transformer of the host; {} if the network has no known blocks."""
-    found = {}
-    for kind, places in LISTS.items():
-        for place in places:
-            blocks = network
-            for name in place.split("."):
-                blocks = getattr(blocks, name, None)
-            if isinstance(blocks, torch.nn.ModuleList):
-                found[kind] = blocks
-                break
-    return found if "double_block" in found else {}
-
-
-def lets_blocks_be_replaced(network):
-    """Return whether the source code of the network's classes reads block replacements at all.
-
-    Return True if the source is not available; then the first evaluation shows whether the network calls replacements.
-    """
-    network = getattr(network, "_orig_mod", network)  # the network inside torch.compile's wrapper
-    classes = [cls for cls in type(network).__mro__ if issubclass(cls, torch.nn.Module) and cls is not torch.nn.Module]
-    try:
-        return any("patches_replace" in inspect.getsource(sys.modules[cls.__module__]) for cls in classes)
-    except (KeyError, OSError, TypeError):
-        return True
-
-
-def spans(blocks, branch):
-    """Return the Spans between the branch + 1 outermost blocks at each end."""
-    begin, end, found, before = branch + 1, sum(map(len, blocks.values())) - branch - 1, [], 0
-    for kind, own in blocks.items():
-        first, last = max(begin - before, 0), min(end - before, len(own)) - 1
-        found += [Span(kind, first, last)] if first <= last else []
-        before += len(own)
-    return found
+class DoesNotFitError(Exception):
+    """A kept residual does not fit: a node may have changed the number of an entry's text tokens since the full step."""
 
 
 def _variant(transformer_options, conditions):
@@ -82,44 +34,9 @@ def _variant(transformer_options, conditions):
     return frozenset(switches), frozenset(conditions)
 
 
-def _run_block(block, args, extra):
-    """Run a block through the host's own function, `original_block`, and return its result as a dict.
-
-    The function of Kandinsky 5 cannot be called (ComfyUI 0.33 passes the block arguments with other names), so its blocks are
-    called directly. The function of Hunyuan3D 2.1 returns a bare tensor.
-    """
-    if "time_embed" in args:
-        inputs = (args[name] for name in ("x", "context", "time_embed", "freqs"))
-        return {"x": block(*inputs, transformer_options=args["transformer_options"])}
-    out = extra["original_block"](args)
-    return {"x": out} if torch.is_tensor(out) else out
-
-
-def _streams(values):
-    """Return {name: tensor} of the streams in a block's arguments or result.
-
-    The parts of a tuple, such as image and sound, get numbered names.
-    """
-    found = {}
-    for name in STREAMS:
-        value = values.get(name)
-        parts = {f"{name}.{n}": part for n, part in enumerate(value)} if isinstance(value, (tuple, list)) else {name: value}
-        found.update({key: part for key, part in parts.items() if torch.is_tensor(part)})
-    return found
-
-
-def _with_streams(values, tensors):
-    """Return a copy of the values with these tensors, which are named as in `_streams`."""
-    result = {**values, **{name: tensor for name, tensor in tensors.items() if name in STREAMS}}
-    for name in STREAMS:
-        if isinstance(value := values.get(name), (tuple, list)):
-            result[name] = type(value)(tensors.get(f"{name}.{n}", part) for n, part in enumerate(value))
-    return result
-
-
-def _fits(residual, entered):
-    """Return whether there is a residual of the right shape. A node may have changed the number of an entry's text tokens."""
-    return residual is not None and residual.shape == entered.shape
+def _uncompiled(network):
+    """Return the network inside torch.compile's wrapper."""
+    return getattr(network, "_orig_mod", network)
 
 
 class TransformerCache(CacheRun):
@@ -132,125 +49,291 @@ class TransformerCache(CacheRun):
     def __init__(self, settings, features, full_steps=None, model_options=None):
         super().__init__(settings, features, full_steps)
         self._model_options = model_options or {}
-        self._names = {}  # {(span, key of a conditioning entry): names of the streams that its blocks pass on}
-        self._are_replaced = False  # whether the network has called replacements in this run
+        self._lists = {}  # {network: its BlockLists}
+        self._kept = {}  # {(name of a span, key of a conditioning entry): [(name of a feature, its rows)]}
+        self._have_run = False  # whether the network has run the blocks of its lists in this run
 
     def _begin_full_step(self, step, position):
         super()._begin_full_step(step, position)
-        self._names.clear()  # they belong to features that are too old from now on
+        self._kept.clear()  # it belongs to features that are too old from now on
 
     @staticmethod
     def check(network, branch):
         """Raise ValueError if the network is not a transformer that can be cached, or has no such branch."""
-        blocks = find_blocks(network)
-        if not blocks or not lets_blocks_be_replaced(network):
+        network = _uncompiled(network)
+        lists, name = find_lists(network), type(network).__name__
+        if not lists:
+            reason = family_of(network).refused or "it has no list of blocks"
             raise ValueError(
-                "model: caching needs a U-Net, such as SD 1.5 or SDXL, or a transformer whose blocks ComfyUI can replace, "
-                f"such as Flux, SD3 or Wan; this MODEL is a {type(network).__name__}."
+                "model: caching needs a U-Net, such as SD 1.5 or SDXL, or a transformer that runs its blocks one after "
+                f"another, such as Flux, Z-Image or Wan; this MODEL is a {name}, and {reason}."
             )
-        if branch < 0 or not spans(blocks, branch):
-            total = sum(map(len, blocks.values()))
+        if branch < 0 or not spans(lists, branch):
+            total = sum(map(len, lists))
             most = (total - 1) // 2 - 1
             if most < 0:
                 raise ValueError(f"model: this transformer has only {total} blocks; caching needs at least 3.")
             raise ValueError(f"branch: {branch} is not possible with this transformer's {total} blocks; choose 0 to {most}.")
 
+    @staticmethod
+    def feature_names(network, branch):
+        """Return the beginnings of the names that the features of a network have."""
+        return tuple(f"{span.name}." for span in spans(find_lists(_uncompiled(network)), branch))
+
     def evaluate(self, executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
         """Evaluate like the host's apply_model, but run the blocks of the spans or add their residuals."""
-        network = executor.class_obj.diffusion_model
+        call = functools.partial(self._call, executor, (x, t, c_concat, c_crossattn, control), kwargs)
         plan = self.plan(x, transformer_options, _variant(transformer_options, kwargs))
-        lists = find_blocks(network)  # of the evaluated network: a guider may use another network for the negative conditioning
-        found = spans(lists, self.settings.branch)
-        passes = [_SpanPass(span, lists[span.kind], plan, self.features, self._names) for span in found]
+        # the evaluated network: a guider may use another one for the negative conditioning
+        network = _uncompiled(executor.class_obj.diffusion_model)
         replaced = transformer_options.get("patches_replace", {})
-        blocks = dict(replaced.get("dit", {}))
+        own = spans(self._lists_of(network), self.settings.branch, replaced.get("dit", {}))
+        options = _without_prefix_cache(transformer_options) if family_of(network).has_prefix_cache else transformer_options
+        if plan.reuses and (passes := self._cached_passes(plan, own, family_of(network).batch_dim)):
+            with contextlib.suppress(DoesNotFitError):
+                return call(network, passes, _without_replacements(options, own))
+        passes = [FullPass(span) if span.list.container in KNOWN else ObservedPass(span) for span in own if plan.keeps]
+        result = call(network, passes, options)
         for one in passes:
-            blocks.update(one.replacements(blocks))
-        options = {**transformer_options, "patches_replace": {**replaced, "dit": blocks}}
-        result = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-        self._are_replaced |= any(one.is_done for one in passes)
+            one.finish()
+        self._keep(plan, passes, family_of(network).batch_dim)
         if not all(one.is_done for one in passes):
             self._check_left_out(network, transformer_options)
         return result
 
+    def _lists_of(self, network):
+        if network not in self._lists:
+            self._lists[network] = find_lists(network)
+        return self._lists[network]
+
+    def _call(self, executor, args, kwargs, network, passes, transformer_options):
+        """Go on with the evaluation, with stand-ins in the network while the network itself is evaluated."""
+
+        def innermost(executor, *args, **kwargs):
+            with _plainly(executor.class_obj, network, passes), _standing_in(passes):
+                return executor(*args, **kwargs)
+
+        wrappers = [*executor.wrappers[executor.idx + 1 :], innermost]
+        inner = WrapperExecutor.new_class_executor(executor.original, executor.class_obj, wrappers)
+        return inner.execute(*args, transformer_options, **kwargs)
+
+    def _cached_passes(self, plan, own, batch_dim):
+        """Return the CachedPass of each span, [] unless each has a kept residual."""
+        passes = []
+        for span in own:
+            named = self._kept.get((span.name, plan.keys[0]), [])
+            loaded = [plan.load(self.features, rows * len(plan.keys), name) for name, rows in named]
+            if not loaded or any(residual is None for residual in loaded):
+                return []
+            passes.append(CachedPass(span, [residual.movedim(0, batch_dim) for residual in loaded]))
+        return passes
+
+    def _keep(self, plan, passes, batch_dim):
+        """Keep the residuals of a full evaluation."""
+        for one in passes:
+            self._have_run |= one.is_done
+            named = []
+            for name, residual in zip(one.names, one.residuals):
+                residual = residual.movedim(batch_dim, 0)
+                self.features.store(plan.keys, residual, plan.position, name)
+                named.append((name, residual.shape[0] // len(plan.keys)))
+            self._kept.update({(one.span.name, key): named for key in plan.keys})
+
     def _check_left_out(self, network, transformer_options):
-        """Raise ValueError if the network itself does not call the replacements. Warn if another node is the cause.
+        """Raise ValueError if the network itself does not run its blocks. Warn if another node is the cause.
 
         Another node, such as another cache, may have left out the network or its blocks.
         """
         options = {**self._model_options, "transformer_options": transformer_options}
-        if not self._are_replaced and not others_take_part(options, network):
+        if not self._have_run and not others_take_part(options, network):
             raise ValueError(
-                f"model: this transformer ({type(network).__name__}) does not let its blocks be replaced, so they cannot be "
-                "cached; sample without the cache."
+                f"model: this transformer ({type(network).__name__}) does not run its blocks one after another, so they cannot "
+                "be cached; sample without the cache."
             )
         warn_once("another node on the MODEL skips evaluations of the network or of its blocks; these are not cached")
 
 
-class _SpanPass:
-    """The state of one evaluation in one span."""
+def _without_replacements(transformer_options, own):
+    """Return options without other nodes' replacements for the blocks of the spans, so that the network calls the blocks."""
+    skipped = {(name, number) for span in own for name in span.list.names for number in range(span.first, span.last + 1)}
+    replaced = transformer_options.get("patches_replace", {})
+    blocks = {place: value for place, value in replaced.get("dit", {}).items() if place not in skipped}
+    return {**transformer_options, "patches_replace": {**replaced, "dit": blocks}}
 
-    def __init__(self, span, blocks, plan, features, names):
-        self.is_done = False
-        self._span, self._blocks, self._plan, self._features, self._names = span, blocks, plan, features, names
-        self._entered = None  # the streams at the start of the span, in a full evaluation
-        self._result = None  # the streams at the end of the span, in a cached evaluation
 
-    def replacements(self, others):
-        """Return {block: replacement} for the span. A block that is run uses its existing replacement in `others`, if any."""
-        numbers = range(self._span.first, self._span.last + 1)
-        places = [(kind, number) for kind in ALIASES[self._span.kind] for number in numbers]
-        return {place: self._replacement(*place, others.get(place)) for place in places}
+def _without_prefix_cache(transformer_options):
+    """Return options in which a block that no network has is replaced, so that the network computes all its tokens anew.
 
-    def _replacement(self, kind, number, other):
-        def replacement(args, extra):
-            if number == self._span.first:
-                self._enter(args)
-            if self._result is not None:
-                out = args  # only the arguments that are the same for all blocks are used later
-            elif other is not None:
-                out = other(args, extra)
-                out = {"x": out} if torch.is_tensor(out) else out
-            else:
-                out = _run_block(self._blocks[number], args, extra)
-            out = self._leave(out) if number == self._span.last else out
-            return out["x"] if kind == "block" and "x" in args else out  # Hunyuan3D 2.1 takes the bare tensor
+    Otherwise the blocks would have to return the keys and values that the network keeps.
+    """
+    replaced = transformer_options.get("patches_replace", {})
+    blocks = {**replaced.get("dit", {}), ("double_block", -1): None}
+    return {**transformer_options, "patches_replace": {**replaced, "dit": blocks}}
 
-        return replacement
 
-    def _stream(self, name):
-        return f"{self._span.kind}.{self._span.first}.{name}"
+@contextlib.contextmanager
+def _plainly(base, network, passes):
+    """Let the host's model evaluate its network uncompiled if the evaluation is observed, because observers cannot be."""
+    before = base.diffusion_model
+    if any(isinstance(one, ObservedPass) for one in passes):
+        base.diffusion_model = network
+    try:
+        yield
+    finally:
+        base.diffusion_model = before
 
-    def _enter(self, args):
-        """Add the kept residuals if there are any; else keep a copy of the input, because blocks change it in place."""
-        entered = _streams(args)
-        if self._plan.reuses:
-            names = self._names.get((self._span, self._plan.keys[0]), ())
-            loaded = {name: self._load(name, entered[name].shape[0]) for name in names}
-            if loaded and all(_fits(residual, entered[name]) for name, residual in loaded.items()):
-                self._result = {name: entered[name] + residual for name, residual in loaded.items()}
-                return
-        if self._plan.keeps:
-            self._entered = {name: value.clone() for name, value in entered.items()}
 
-    def _load(self, name, items):
-        return self._plan.load(self._features, items, self._stream(name))
+@contextlib.contextmanager
+def _standing_in(passes):
+    """Put the passes' stand-ins into the network's lists."""
+    before = [(one.span.list, one.span.list.container) for one in passes]
+    try:
+        for one, (own, container) in zip(passes, before):
+            holding = copy.copy(container)
+            holding._modules = one.stand_ins(container._modules)
+            own.parent._modules[own.key] = holding
+        yield
+    finally:
+        for own, container in before:
+            own.parent._modules[own.key] = container
 
-    def _leave(self, out):
-        """Return the result of the span's last block.
 
-        In a cached evaluation, tensors that the host has added between the blocks, such as ControlNet residuals, are dropped:
-        the kept residual already contains those of the full evaluation.
-        """
-        self.is_done = True
-        if self._result is not None:
-            return _with_streams(out, self._result)
-        if self._entered is not None:
-            left = _streams(out)
-            for key in self._plan.keys:
-                self._names[self._span, key] = tuple(left)
-            for name, value in left.items():
-                residual = value - self._entered[name]
-                self._features.store(self._plan.keys, residual, self._plan.position, self._stream(name))
+class _StandIn(torch.nn.Module):
+    """Stands in a network's list for a block: call(run, args, kwargs) decides what the block's call returns."""
+
+    def __init__(self, block, call, shows_weights):
+        super().__init__()
+        self.__dict__.update(_block=block, _call=call)  # not a submodule: weights keep their names in the network
+        if shows_weights:  # the host moves the weights of the modules in a list to the device beforehand
+            self._modules, self._parameters, self._buffers = block._modules, block._parameters, block._buffers
+        self._is_forward = method_of(block) == "forward"
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["_block"], name)
+
+    @property
+    def _fsdp_wrapped_module(self):
+        """The block: the host's name for a block in a wrapper, where it asks for a block's class (Stable Cascade)."""
+        return self._block
+
+    def forward(self, *args, **kwargs):
+        return self._call(self._block, args, kwargs) if self._is_forward else self._block(*args, **kwargs)
+
+    def forward_gen(self, *args, **kwargs):
+        return self._call(self._block.forward_gen, args, kwargs)
+
+
+def method_of(block):
+    """Return the name of the method by which a network runs a block. Wan Animate 2 has another one for its pose branch."""
+    return "forward_gen" if hasattr(block, "forward_gen") else "forward"
+
+
+class FullPass:
+    """A span in an evaluation that runs all its blocks. names, residuals: of its features, filled by the evaluation."""
+
+    is_done = False
+    names = residuals = ()
+
+    def __init__(self, span):
+        self.span = span
+        self._streams = KNOWN.get(span.list.container)
         self._entered = None
+
+    def stand_ins(self, blocks):
+        """Return {name: module} of a list with stand-ins for the span's first and last block."""
+        ends = {self.span.first, self.span.last}
+        return {
+            name: _StandIn(block, functools.partial(self._call, number), True) if number in ends else block
+            for number, (name, block) in enumerate(blocks.items())
+        }
+
+    def _call(self, number, run, args, kwargs):
+        if number == self.span.first:
+            # copies, because blocks change their input in place
+            self._entered = [tensor.clone() for tensor in self._streams.of_arguments(args, kwargs)]
+        out = run(*args, **kwargs)
+        if number == self.span.last:
+            self._leave(self._streams.of_output(out))
         return out
+
+    def finish(self):
+        """Do nothing after the evaluation."""
+
+    def _leave(self, left):
+        if self._entered is None or [tensor.shape for tensor in left] != [tensor.shape for tensor in self._entered]:
+            return
+        self.residuals = [after - before for before, after in zip(self._entered, left)]
+        self.names = [f"{self.span.name}.{name}" for name in self._streams.names]
+        self._entered, self.is_done = None, True
+
+
+class ObservedPass(FullPass):
+    """The first full pass of a list: it also finds what its blocks pass on."""
+
+    def __init__(self, span):
+        super().__init__(span)
+        self._seen = Observation()
+        self._given = self._out = None  # copies of what the span's first block took and its last block returned
+
+    def stand_ins(self, blocks):
+        """Return {name: module} of a list with a stand-in for each block."""
+        return {
+            name: _StandIn(block, functools.partial(self._observe, number, block), True)
+            for number, (name, block) in enumerate(blocks.items())
+        }
+
+    def _observe(self, number, block, run, args, kwargs):
+        shapes = self._seen.before(args, kwargs)
+        if number == self.span.first:
+            self._given = _copied(args), {key: _copied(value) for key, value in kwargs.items()}
+        out = run(*args, **kwargs)
+        if self.span.first <= number <= self.span.last:
+            self._seen.after(block, shapes, out)
+        if number == self.span.last and self._given is not None:
+            self._out = _copied(out)
+        return out
+
+    def finish(self):
+        """Find the streams, after the evaluation. Raises ValueError like `Observation.streams`."""
+        if self._out is None:
+            return
+        self._streams = KNOWN[self.span.list.container] = self._seen.streams(method_of(self._seen.block))
+        self._entered = self._streams.of_arguments(*self._given)
+        self._leave(self._streams.of_output(self._out))
+
+
+def _copied(value):
+    """Return a value with copies of its tensors, also of those in its tuples and lists."""
+    if isinstance(value, (tuple, list)):
+        return type(value)([_copied(part) for part in value])
+    return value.clone() if torch.is_tensor(value) else value
+
+
+class CachedPass:
+    """A span in an evaluation that adds the kept residuals of its streams instead of running its blocks."""
+
+    def __init__(self, span, residuals):
+        self.span, self._residuals = span, residuals
+        self._streams = KNOWN[span.list.container]
+        self._result = None
+
+    def stand_ins(self, blocks):
+        """Return {name: module} of a list with stand-ins for all blocks of the span."""
+        numbers = range(self.span.first, self.span.last + 1)
+        return {
+            name: _StandIn(block, functools.partial(self._call, number), False) if number in numbers else block
+            for number, (name, block) in enumerate(blocks.items())
+        }
+
+    def _call(self, number, run, args, kwargs):
+        """Pass on what the block was given. The last block returns the result, which was computed at the first.
+
+        So tensors that the host adds between the blocks, such as ControlNet residuals, are dropped: the kept residual already
+        contains those of the full evaluation.
+        """
+        given = self._streams.of_arguments(args, kwargs)
+        if number == self.span.first:
+            if [tensor.shape for tensor in given] != [residual.shape for residual in self._residuals]:
+                raise DoesNotFitError
+            self._result = [tensor + residual for tensor, residual in zip(given, self._residuals)]
+        return self._streams.output(self._result if number == self.span.last else given)

@@ -53,6 +53,11 @@ class UnetCache(CacheRun):
         if not 0 <= branch < blocks:
             raise ValueError(f"branch: {branch} is not possible with this U-Net; choose 0 to {blocks - 1}.")
 
+    @staticmethod
+    def feature_names(unet, branch):
+        """Return the beginnings of the names that the features have: there is one, without a name."""
+        return ("",)
+
     @torch.compiler.disable(recursive=False)
     def evaluate(self, executor, x, timesteps, context, y, control, transformer_options, **kwargs):
         """Evaluate the U-Net in full and keep the deep feature, or evaluate only the shallow blocks with the kept feature.

@@ -192,7 +192,7 @@ def test_a_quantized_transformers_residuals_are_mapped_on_full_precision(host, r
     assert len(ours) == len(full) == 6
     x, y = ours[0].movedim(-1, 0).flatten(1), full[1].movedim(-1, 0).flatten(1)
     slope = ((x - x.mean(1, keepdim=True)) * (y - y.mean(1, keepdim=True))).mean(1) / x.var(1, correction=0)
-    torch.testing.assert_close(profile.features["double_block.1.img"][1, :, 0].double(), slope, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(profile.features["double_blocks.1.img"][1, :, 0].double(), slope, rtol=1e-3, atol=1e-3)
     exact, calibrated = sample(model), sample(host.run("IECCacheQuant", model=quantized, profile=profile)[0])
     plain = sample(host.run("IECDeepCache", model=quantized, interval=3, branch=0)[0])
     assert relative(calibrated, exact) < relative(plain, exact)

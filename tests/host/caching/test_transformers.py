@@ -8,12 +8,13 @@ import copy
 import functools
 import gc
 import itertools
+import sys
 import weakref
 
 import pytest
 import torch
 from reference import carried_forward
-from transformer_families import FAMILIES, IMAGE, ONE, VIDEO, Family, build, conditioning, empty_latent, flat, noise
+from transformer_families import FAMILIES, IMAGE, VIDEO, build, conditioning, empty_latent, flat, noise
 
 STEPS = 6
 FULL = {0, 3}  # of an interval of 3
@@ -236,7 +237,7 @@ def test_forecasts_equal_the_cache_restated(sample, models, cached, restated, re
 
 
 @pytest.mark.parametrize(("name", "streams"), [
-    ("Flux", {"double_block.1.img", "double_block.1.txt", "single_block.0.img"}), ("Wan", {"double_block.1.img"}),
+    ("Flux", {"double_blocks.1.img", "double_blocks.1.txt", "single_blocks.0.x"}), ("Wan", {"blocks.1.x"}),
 ])  # fmt: skip
 @pytest.mark.parametrize("forecast", ["hold", "linear"])
 def test_calibrated_residuals(host, sample, models, cached, relative, name, streams, forecast):
@@ -606,40 +607,165 @@ def test_second_cache_is_refused(models, cached):
         cached(cached(models("Flux")))
 
 
-PIXART = {"image_model": "pixart_alpha", "depth": 5, "hidden_size": 48, "num_heads": 2, "caption_channels": 12}
-COSMOS = {
-    "image_model": "cosmos_predict2", "max_img_h": 240, "max_img_w": 240, "max_frames": 8, "in_channels": 16,
-    "out_channels": 16, "patch_spatial": 2, "patch_temporal": 1, "model_channels": 32, "num_blocks": 5, "num_heads": 2,
-    "crossattn_emb_channels": 12, "pos_emb_cls": "rope3d",
-}  # fmt: skip
-LUMINA = {
-    "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 48, "n_layers": 5, "n_refiner_layers": 1,
-    "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 12, "axes_dims": [8, 8, 8], "axes_lens": [30, 30, 30], "qk_norm": True,
-}  # fmt: skip
+def test_a_network_without_a_list_of_blocks_is_refused(models, cached):
+    model = models("Wan").clone()
+    model.add_object_patch("diffusion_model", torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    with pytest.raises(
+        ValueError, match=r"^model: caching needs a U-Net, .* this MODEL is a Sequential, and it has no list of"
+    ):
+        cached(model)
 
 
-@pytest.mark.parametrize(
-    ("config", "network", "kind"),
-    [("PixArtAlpha", PIXART, "PixArtMS"), ("CosmosT2IPredict2", COSMOS, "MiniTrainDIT"), ("Lumina2", LUMINA, "NextDiT")],
-)
-def test_transformer_without_replacements_is_refused(host, models, cached, monkeypatch, config, network, kind):
-    monkeypatch.setitem(FAMILIES, config, Family(config, network, IMAGE, ONE))
-    with pytest.raises(ValueError, match=rf"^model: caching needs a U-Net, .* Flux, SD3 or Wan; this MODEL is a {kind}"):
-        cached(build(config))
-
-
-def test_a_transformer_that_ignores_replacements_is_refused_at_its_first_evaluation(sample, models, cached, monkeypatch):
+def test_a_network_that_does_not_run_its_blocks_is_refused_at_its_first_evaluation(sample, models, cached, monkeypatch):
     model = models("Wan")
-    network = type(model.model.diffusion_model)
-    forward = network.forward_orig
 
-    def deaf(self, *args, transformer_options, **kwargs):
-        options = {name: value for name, value in transformer_options.items() if name != "patches_replace"}
-        return forward(self, *args, transformer_options=options, **kwargs)
+    def idle(self, x, *args, **kwargs):
+        return x
 
-    monkeypatch.setattr(network, "forward_orig", deaf)
-    with pytest.raises(ValueError, match=r"^model: this transformer \(WanModel\) does not let its blocks be replaced"):
+    monkeypatch.setattr(type(model.model.diffusion_model), "forward_orig", idle)
+    with pytest.raises(ValueError, match=r"^model: this transformer \(WanModel\) does not run its blocks one after another"):
         sample("Wan", cached(model))
+
+
+def test_blocks_that_return_what_they_do_not_take_are_refused(sample, models, cached, monkeypatch):
+    model = models("Wan")
+    network = model.model.diffusion_model
+
+    def run(self, x, *args, **kwargs):
+        for block in self.blocks:
+            x = block(x)[0]
+        return x
+
+    monkeypatch.setattr(type(network), "forward_orig", run)
+    with (
+        watched(blocks_of(network, FAMILIES["Wan"]), "forward", lambda number, forward, args, kwargs: (args[0], args[0][0])),
+        pytest.raises(ValueError, match=r"^model: its blocks \(Wan.*Block\) return a tensor that they do not take"),
+    ):
+        sample("Wan", cached(model))
+
+
+def test_the_largest_list_of_an_unknown_network_is_cached(monkeypatch, sample, models, cached, restated, relative):
+    """A network of another pack's class, which has its blocks under a name that the host does not use."""
+    from pack import pack_module
+
+    block_lists = pack_module("nodes.host.caching.block_lists")
+    monkeypatch.setattr(block_lists, "PATHS", ())
+    network = models("Wan").model.diffusion_model
+    assert [found.path for found in block_lists.find_lists(network)] == ["blocks"]
+    assert relative(sample("Wan", cached(models("Wan"))), restated("Wan", 0)) < 1e-5
+    assert block_lists.find_lists(torch.nn.Sequential(torch.nn.ModuleList([torch.nn.Linear(2, 2)] * 2))) == []
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Return graphs(), which gives the number of graphs compiled since the test began."""
+    import comfy.ldm.modules.attention
+    import torch._dynamo
+
+    # the host's own attention opens a file, which divides a graph
+    for module in [module for name, module in sys.modules.items() if name.startswith("comfy.ldm")]:
+        if hasattr(module, "optimized_attention"):
+            monkeypatch.setattr(module, "optimized_attention", comfy.ldm.modules.attention.attention_pytorch)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["Wan", "Flux"])
+def test_a_network_compiled_as_a_whole(host, sample, models, cached, relative, graphs, name):
+    """It is compiled once with all blocks and once without those of the span, whichever node is first, and not again."""
+
+    def compiled(model):
+        return host.run("TorchCompileModel", model=model, backend="eager")[0]
+
+    model = models(name)
+    plain, expected = sample(name, model), sample(name, cached(model))
+    assert relative(expected, plain) > 1e-3
+    assert relative(sample(name, compiled(model)), plain) < 1e-5 and graphs() == 1
+    for patched in (cached(compiled(model)), compiled(cached(model))):
+        for _ in range(2):
+            assert relative(sample(name, patched), expected) < 1e-5 and graphs() == 3
+    assert relative(sample(name, compiled(model)), plain) < 1e-5 and graphs() == 3
+
+
+@pytest.mark.parametrize("is_upstream", [True, False])
+def test_blocks_compiled_one_by_one(sample, models, cached, relative, graphs, is_upstream):
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    model = models("Wan")
+
+    def compiled(model):
+        model = model.clone()
+        set_torch_compile_wrapper(model, backend="eager", keys=[f"diffusion_model.blocks.{number}" for number in range(5)])
+        return model
+
+    expected = sample("Wan", cached(model))
+    result = sample("Wan", cached(compiled(model)) if is_upstream else compiled(cached(model)))
+    assert relative(result, expected) < 1e-5 and graphs() >= 1
+    assert relative(sample("Wan", cached(model)), expected) == 0
+
+
+@pytest.mark.parametrize("name", ["Flux", "Wan"])
+def test_weights_keep_their_names_while_a_full_step_is_evaluated(sample, models, cached, name):
+    """Another pack's wrapper around the network finds each weight under its own name, and afterwards each list as it was."""
+    from comfy.patcher_extension import WrappersMP
+
+    model, seen = cached(models(name)), []
+
+    def note(executor, *args, **kwargs):
+        seen.append([key for key, _ in executor.class_obj.named_parameters()])
+        return executor(*args, **kwargs)
+
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "note", note)
+    network = model.model.diffusion_model
+    before = {place: network.get_submodule(place) for place in FAMILIES[name].lists}
+    sample(name, model)
+    assert seen[0] == seen[3] == [key for key, _ in network.named_parameters()] != seen[1]
+    assert all(network.get_submodule(place) is blocks for place, blocks in before.items())
+
+
+def test_a_profile_with_the_names_of_an_earlier_version_is_refused(host, models):
+    model, family = models("Wan"), FAMILIES["Wan"]
+    profile = host.run(
+        "IECCalibrateCacheQuant", model=model, positive=conditioning("Wan", 1), negative=conditioning("Wan", 2), seed=3, runs=1,
+        latent_image=empty_latent(family.latent), steps=2, cfg=2.0, sampler_name="euler", scheduler="simple", interval=2,
+        branch=0,
+    )[0]  # fmt: skip
+    profile.features = {"double_block.1.img": profile.features["blocks.1.x"]}
+    with pytest.raises(ValueError, match=r"^profile: its features have the names that an earlier version of this pack gave"):
+        host.run("IECCacheQuant", model=model, profile=profile)
+
+
+@pytest.mark.parametrize("place", [1, 3])
+def test_a_replaced_block_at_the_end_of_a_span_is_run(sample, models, cached, relative, place):
+    """A replacement need not call its block, so the span begins after it, or ends before it."""
+
+    def replaced(model):
+        model = model.clone()
+
+        def replace(args, extra):
+            out = extra["original_block"](args)
+            return {**out, "img": out["img"] * 0.9}
+
+        model.set_model_patch_replace(replace, "dit", "double_block", place)
+        return model
+
+    model = models("Wan")
+    one = Restated("Wan", model, 0)
+    one.first, one.last = ({"blocks": 2}, {"blocks": 3}) if place == 1 else ({"blocks": 1}, {"blocks": 2})
+    with one.patched(replaced(model)) as patched:
+        expected = sample("Wan", patched)
+    assert relative(sample("Wan", replaced(cached(model))), expected) < 1e-5
+    assert relative(sample("Wan", cached(model)), expected) > 1e-3
+
+
+def test_weights_in_eight_bits_of_the_host(sample, models, cached, restated, relative):
+    """A model that the host keeps in float8 and computes in bfloat16."""
+    model = models("Flux", dtype=torch.float8_e4m3fn, computed_in=torch.bfloat16)
+    result = sample("Flux", cached(model))
+    assert relative(result, restated("Flux", 0, model)) < 1e-5
+    assert relative(result, sample("Flux", model)) > 1e-3
 
 
 # These networks take the dtype of a layer's input from the layer's weight.

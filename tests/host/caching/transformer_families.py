@@ -204,8 +204,11 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def build(name, dtype=torch.float32, **changes):
-    """Return a MODEL of the family with random weights, made of the host's own classes."""
+def build(name, dtype=torch.float32, computed_in=None, **changes):
+    """Return a MODEL of the family with random weights, made of the host's own classes.
+
+    computed_in: the dtype that the host casts the weights to while it samples, None if it does not.
+    """
     import comfy.model_patcher
     import comfy.supported_models
 
@@ -216,7 +219,7 @@ def build(name, dtype=torch.float32, **changes):
     network = {**family.network, **(family.newer if is_newer else {}), **changes}
     config = getattr(comfy.supported_models, family.config)(network)
     config.unet_config.update(network)
-    config.set_inference_dtype(dtype, None)
+    config.set_inference_dtype(dtype, computed_in)
     model = config.get_model(family.weights)
     generator = torch.Generator().manual_seed(1)
     weights = dict(model.diffusion_model.named_parameters())
