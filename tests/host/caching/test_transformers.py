@@ -58,7 +58,8 @@ def plain(sample, models):
 
 def blocks_of(network, family):
     """Return [(block, the path of its list, its streams)] in the order of evaluation."""
-    return [(block, place, streams) for place, streams in family.lists.items() for block in network.get_submodule(place)]
+    lists = [(network.get_submodule(place).children(), place, streams) for place, streams in family.lists.items()]
+    return [(block, place, streams) for blocks, place, streams in lists for block in blocks]
 
 
 @contextlib.contextmanager
@@ -118,10 +119,11 @@ class Restated:
         """Return the output of the inner blocks of a list."""
         keys = [[(*entry, place, number) for entry in self.entries] for number in range(len(left))]
         if self.step not in self.full and all(key in self.kept for key in itertools.chain(*keys)):
-            residuals = [torch.cat([carried_forward(self.kept[key], self.step, self.degree) for key in own]) for own in keys]
+            parts = [[carried_forward(self.kept[key], self.step, self.degree) for key in own] for own in keys]
+            residuals = [torch.cat(own, self.family.batch) for own in parts]
             return [entered + residual for entered, residual in zip(self.entered[place], residuals)]
         for own, entered, value in zip(keys, self.entered[place], left):
-            for key, part in zip(own, (value - entered).chunk(len(own))):
+            for key, part in zip(own, (value - entered).chunk(len(own), self.family.batch)):
                 earlier = [item for item in self.kept.get(key, []) if item[0] != self.step]
                 self.kept[key] = [*earlier, (self.step, part)]
         return left
