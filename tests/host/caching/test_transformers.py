@@ -3,10 +3,12 @@
 The expected result is the cache written out over the network's blocks (`Restated`), without any code of the pack.
 """
 
+import ast
 import contextlib
 import copy
 import functools
 import gc
+import inspect
 import itertools
 import weakref
 
@@ -642,6 +644,41 @@ def test_a_transformer_that_ignores_replacements_is_refused_at_its_first_evaluat
     monkeypatch.setattr(network, "forward_orig", deaf)
     with pytest.raises(ValueError, match=r"^model: this transformer \(WanModel\) does not let its blocks be replaced"):
         sample("Wan", cached(model))
+
+
+# Networks that the cache refuses, and why
+REFUSED = {
+    "StageB": "an evaluation runs the blocks of its second half two or three times",
+    "Trellis2": "it holds a network for each of its stages, and the blocks of most stages pass on sparse tensors",
+}
+NOT_DIFFUSION = {"RTv4", "SAM3Model", "DepthAnything3Net"}  # detectors, which are never sampled
+
+
+def network_classes():
+    """Return the names of the network classes that the host's models have, from the source code of its model_base.py."""
+    import comfy.model_base
+
+    nodes = [*ast.walk(ast.parse(inspect.getsource(comfy.model_base)))]
+    values = [node.value for node in nodes if isinstance(node, ast.keyword) and node.arg == "unet_model"]
+    for node in nodes:
+        if isinstance(node, ast.arguments):
+            pairs = [*zip([*node.posonlyargs, *node.args][::-1], node.defaults[::-1]), *zip(node.kwonlyargs, node.kw_defaults)]
+            values += [default for argument, default in pairs if argument.arg == "unet_model" and default is not None]
+    passed_on = "unet_model"  # an argument of this name, whose default is among the values
+    return {ast.unparse(value).rpartition(".")[2] for value in values} - {passed_on}
+
+
+def test_every_network_class_of_the_host_is_tested(models):
+    import comfy.supported_models
+
+    of_host = network_classes()
+    names = [name for name, family in FAMILIES.items() if hasattr(comfy.supported_models, family.config)]
+    tested = {type(models(name).model.diffusion_model).__name__ for name in names}
+    tested.add("UNetModel")  # in test_unets.py
+    assert not tested & {*REFUSED, *NOT_DIFFUSION}
+    assert of_host == tested | of_host & {*REFUSED, *NOT_DIFFUSION}
+    diffusion = of_host - NOT_DIFFUSION
+    assert len(diffusion - {*REFUSED}) >= 0.95 * len(diffusion)
 
 
 # These networks take the dtype of a layer's input from the layer's weight.
