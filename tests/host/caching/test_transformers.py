@@ -3,10 +3,12 @@
 The expected result is the cache written out over the network's blocks (`Restated`), without any code of the pack.
 """
 
+import ast
 import contextlib
 import copy
 import functools
 import gc
+import inspect
 import itertools
 import sys
 import weakref
@@ -59,7 +61,8 @@ def plain(sample, models):
 
 def blocks_of(network, family):
     """Return [(block, the path of its list, its streams)] in the order of evaluation."""
-    return [(block, place, streams) for place, streams in family.lists.items() for block in network.get_submodule(place)]
+    lists = [(network.get_submodule(place).children(), place, streams) for place, streams in family.lists.items()]
+    return [(block, place, streams) for blocks, place, streams in lists for block in blocks]
 
 
 @contextlib.contextmanager
@@ -119,10 +122,11 @@ class Restated:
         """Return the output of the inner blocks of a list."""
         keys = [[(*entry, place, number) for entry in self.entries] for number in range(len(left))]
         if self.step not in self.full and all(key in self.kept for key in itertools.chain(*keys)):
-            residuals = [torch.cat([carried_forward(self.kept[key], self.step, self.degree) for key in own]) for own in keys]
+            parts = [[carried_forward(self.kept[key], self.step, self.degree) for key in own] for own in keys]
+            residuals = [torch.cat(own, self.family.batch) for own in parts]
             return [entered + residual for entered, residual in zip(self.entered[place], residuals)]
         for own, entered, value in zip(keys, self.entered[place], left):
-            for key, part in zip(own, (value - entered).chunk(len(own))):
+            for key, part in zip(own, (value - entered).chunk(len(own), self.family.batch)):
                 earlier = [item for item in self.kept.get(key, []) if item[0] != self.step]
                 self.kept[key] = [*earlier, (self.step, part)]
         return left
@@ -627,8 +631,8 @@ def test_a_network_that_does_not_run_its_blocks_is_refused_at_its_first_evaluati
         sample("Wan", cached(model))
 
 
-def test_blocks_that_return_what_they_do_not_take_are_refused(sample, models, cached, monkeypatch):
-    model = models("Wan")
+def test_blocks_that_return_what_they_do_not_take_are_refused(sample, cached, monkeypatch):
+    model = build("Wan")
     network = model.model.diffusion_model
 
     def run(self, x, *args, **kwargs):
@@ -766,6 +770,49 @@ def test_weights_in_eight_bits_of_the_host(sample, models, cached, restated, rel
     result = sample("Flux", cached(model))
     assert relative(result, restated("Flux", 0, model)) < 1e-5
     assert relative(result, sample("Flux", model)) > 1e-3
+
+
+REFUSED = {"StageB", "Trellis2"}  # networks that the cache refuses
+NOT_DIFFUSION = {"RTv4", "SAM3Model", "DepthAnything3Net"}  # detectors, which are never sampled
+
+
+def network_classes():
+    """Return the names of the network classes that the host's models have, from the source code of its model_base.py."""
+    import comfy.model_base
+
+    nodes = [*ast.walk(ast.parse(inspect.getsource(comfy.model_base)))]
+    values = [node.value for node in nodes if isinstance(node, ast.keyword) and node.arg == "unet_model"]
+    for node in nodes:
+        if isinstance(node, ast.arguments):
+            pairs = [*zip([*node.posonlyargs, *node.args][::-1], node.defaults[::-1]), *zip(node.kwonlyargs, node.kw_defaults)]
+            values += [default for argument, default in pairs if argument.arg == "unet_model" and default is not None]
+    passed_on = "unet_model"  # an argument of this name, whose default is among the values
+    return {ast.unparse(value).rpartition(".")[2] for value in values} - {passed_on}
+
+
+def test_every_network_class_of_the_host_is_tested(models):
+    import comfy.supported_models
+
+    of_host = network_classes()
+    names = [name for name, family in FAMILIES.items() if hasattr(comfy.supported_models, family.config)]
+    tested = {type(models(name).model.diffusion_model).__name__ for name in names}
+    tested.add("UNetModel")  # in test_unets.py
+    assert not tested & (REFUSED | NOT_DIFFUSION)
+    assert of_host == tested | of_host & (REFUSED | NOT_DIFFUSION)
+    diffusion = of_host - NOT_DIFFUSION
+    assert len(diffusion - REFUSED) >= 0.95 * len(diffusion)
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_a_refused_network_is_refused_with_its_reason(models, cached, name):
+    from pack import pack_module
+
+    families = pack_module("nodes.host.caching.block_lists").FAMILIES
+    assert {kind for kind, family in families.items() if family.refused} == REFUSED
+    model = models("Wan").clone()
+    model.add_object_patch("diffusion_model", type(name, (torch.nn.Module,), {})())
+    with pytest.raises(ValueError, match=rf"^model: caching needs .* this MODEL is a {name}, and {families[name].refused}\.$"):
+        cached(model)
 
 
 # These networks take the dtype of a layer's input from the layer's weight.

@@ -18,8 +18,9 @@ class Family:
     config: the host's class. network: its unet_config. latent: the shape, or shapes. text: the dimension of a token. lists:
     {path of the blocks: the streams that a block passes on}, in the order in which a block returns them; each stream is the
     position or name of its argument. values: of the conditioning; a function gets the seed. newer: network settings for later
-    hosts only. weights: in addition to the network's. method: the method with which the host runs a block. branches: the tested
-    ones.
+    hosts only. weights: in addition to the network's. shortened: {path of a list that the host makes large and that no
+    setting shortens: the number of its modules that are kept}. method: the method with which the host runs a block. batch: the
+    dimension of a stream in which the items of a batch are. branches: the tested ones.
     """
 
     config: str
@@ -30,7 +31,9 @@ class Family:
     values: dict = field(default_factory=dict)
     newer: dict = field(default_factory=dict)
     weights: dict = field(default_factory=dict)
+    shortened: dict = field(default_factory=dict)
     method: str = "forward"
+    batch: int = 0
     branches: tuple = (0, 1)
 
 
@@ -141,6 +144,58 @@ HIDREAM = {
         "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "depth": 1, "num_position_embeddings": 16,
     },
 }  # fmt: skip
+LUMINA = {
+    "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 48, "cap_feat_dim": 12, "n_layers": 5,
+    "n_refiner_layers": 1, "qk_norm": True, "n_heads": 2, "n_kv_heads": 1, "axes_dims": [8, 8, 8], "axes_lens": [30, 30, 30],
+    "rope_theta": 10000.0, "ffn_dim_multiplier": 4.0,
+}  # fmt: skip
+Z_IMAGE = {
+    **LUMINA, "dim": 256,  # the host's class accepts only a width of at least 256 with the modulation of this model
+    "n_heads": 8, "n_kv_heads": 8, "axes_dims": [8, 12, 12], "rope_theta": 256.0, "ffn_dim_multiplier": 8 / 3,
+    "z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32,
+}  # fmt: skip
+PIXART = {
+    "image_model": "pixart_alpha", "patch_size": 2, "in_channels": 4, "depth": 5, "hidden_size": 48, "num_heads": 2,
+    "caption_channels": 12, "model_max_length": 7, "micro_condition": True,
+}  # fmt: skip
+COSMOS = {
+    "image_model": "cosmos", "max_img_h": 32, "max_img_w": 32, "max_frames": 8, "in_channels": 16, "out_channels": 16,
+    "patch_spatial": 2, "patch_temporal": 1, "model_channels": 32, "block_config": "FA-CA-MLP", "concat_padding_mask": True,
+    "pos_emb_cls": "rope3d", "pos_emb_learnable": False, "pos_emb_interpolation": "crop", "block_x_format": "THWBD",
+    "affline_emb_norm": True, "use_adaln_lora": True, "adaln_lora_dim": 8, "num_blocks": 5, "num_heads": 2,
+    "crossattn_emb_channels": 12, "extra_per_block_abs_pos_emb": True, "extra_per_block_abs_pos_emb_type": "learnable",
+    "rope_h_extrapolation_ratio": 1.0, "rope_w_extrapolation_ratio": 1.0, "rope_t_extrapolation_ratio": 2.0,
+}  # fmt: skip
+ONLY_COSMOS_1 = "block_config", "block_x_format", "affline_emb_norm", "extra_per_block_abs_pos_emb_type"
+PREDICT2 = {
+    **{name: COSMOS[name] for name in COSMOS if name not in ONLY_COSMOS_1}, "image_model": "cosmos_predict2",
+    "pos_emb_learnable": True, "min_fps": 1, "max_fps": 30, "extra_per_block_abs_pos_emb": False,
+    "rope_h_extrapolation_ratio": 4.0, "rope_w_extrapolation_ratio": 4.0, "rope_t_extrapolation_ratio": 1.0,
+    "rope_enable_fps_modulation": False,
+}  # fmt: skip
+HIDREAM_I1 = {
+    "image_model": "hidream", "attention_head_dim": 16, "axes_dims_rope": [8, 4, 4], "caption_channels": [12, 10],
+    "max_resolution": [16, 16], "in_channels": 16, "llama_layers": [0, 1, 2, 3, 4, 5, 5], "num_attention_heads": 2,
+    "num_routed_experts": 4, "num_activated_experts": 2, "num_layers": 3, "num_single_layers": 4, "out_channels": 16,
+    "patch_size": 2, "text_emb_dim": 8,
+}  # fmt: skip
+OMNIGEN2 = {
+    "image_model": "omnigen2", "axes_dim_rope": [4, 6, 6], "axes_lens": [64, 32, 32], "ffn_dim_multiplier": None,
+    "hidden_size": 32, "in_channels": 16, "multiple_of": 32, "norm_eps": 1e-5, "num_attention_heads": 2, "num_kv_heads": 1,
+    "num_layers": 5, "num_refiner_layers": 1, "out_channels": None, "patch_size": 2, "text_feat_dim": 12,
+    "timestep_scale": 1000.0,
+}  # fmt: skip
+ACE = {
+    "audio_model": "ace", "attention_head_dim": 16, "in_channels": 8, "inner_dim": 32, "max_height": 16, "max_position": 64,
+    "max_width": 64, "mlp_ratio": 2.5, "num_attention_heads": 2, "num_layers": 5, "out_channels": 8, "patch_size": [16, 1],
+    "rope_theta": 1000000.0, "speaker_embedding_dim": 512, "text_embedding_dim": 12, "ssl_encoder_depths": [2, 2],
+    "ssl_latent_dims": [8, 8], "ssl_names": ["mert", "m-hubert"], "lyric_encoder_vocab_size": 50,
+    "lyric_hidden_size": 1024,  # the width of the host's encoder of lyrics
+}  # fmt: skip
+CASCADE = {
+    "stable_cascade_stage": "c", "c_cond": 32, "c_hidden": [32, 48], "nhead": [2, 3], "blocks": [[1, 2], [2, 1]],
+    "c_clip_text": 12, "c_clip_text_pooled": 8, "c_r": 16,
+}  # fmt: skip
 MASK = {"attention_mask": torch.ones(1, 7, dtype=torch.long)}
 T5 = {
     "conditioning_mt5xl": lambda seed: noise(1, 5, 16, seed=seed + 50), "attention_mask": torch.ones(1, 7),
@@ -148,6 +203,11 @@ T5 = {
 }  # fmt: skip
 TOKENS = {"text_input_ids": lambda seed: torch.randint(0, 1000, (1, 9), generator=torch.Generator().manual_seed(seed))}
 LTX_BLOCKS = {"transformer_blocks": (0,)}
+LLAMA = {"conditioning_llama3": lambda seed: noise(1, 6, 5, 10, seed=seed + 50)}
+LYRICS = {
+    "conditioning_lyrics": lambda seed: torch.randint(1, 50, (1, 9), generator=torch.Generator().manual_seed(seed)),
+    "lyrics_strength": 0.9,
+}  # fmt: skip
 JOY = {"image_model": "joyimage", "text_dim": 12, "mlp_width_ratio": 2.0, "num_layers": 5, "rope_dim_list": [4, 6, 6]}
 FAMILIES = {
     "Flux": Family("Flux", FLUX, IMAGE, BOTH, values={"guidance": 3.5}, newer=IDS, branches=(0, 1, 2)),
@@ -201,6 +261,27 @@ FAMILIES = {
         "WAN_Animate2", {**WAN, "model_type": "animate2", "in_dim": 36}, (1, 16, 3, 8, 12), ONE,
         values={"pose_video_latent": noise(1, 16, 2, 8, 12)}, method="forward_gen",
     ),
+    "Lumina 2": Family("Lumina2", LUMINA, IMAGE, {"layers": (0,)}, values=MASK),
+    "Z-Image": Family("ZImage", Z_IMAGE, (1, 16, 10, 14), {"layers": (0,)}, values=MASK),
+    "PixArt": Family(  # a smaller picture makes the host divide by zero
+        "PixArtAlpha", PIXART, (1, 4, 32, 34), ONE, values={"width": 512, "height": 448}
+    ),
+    "Cosmos": Family("CosmosT2V", COSMOS, VIDEO, ONE, values=MASK, batch=3),
+    "Cosmos Predict2": Family("CosmosT2IPredict2", PREDICT2, (2, 16, 1, 10, 14), ONE),
+    "HiDream-I1": Family(
+        "HiDream", HIDREAM_I1, IMAGE,
+        {"double_stream_blocks": ("image_tokens", "text_tokens"), "single_stream_blocks": ("image_tokens",)}, values=LLAMA,
+    ),
+    "OmniGen2": Family(
+        "Omnigen2", OMNIGEN2, IMAGE, {"layers": (0,)}, values={**MASK, "reference_latents": [noise(1, 16, 6, 8)]}
+    ),
+    "ACE-Step": Family(
+        "ACEStep", ACE, (2, 8, 16, 24), {"transformer_blocks": ("hidden_states",)}, values=LYRICS,
+        shortened={"lyric_encoder.encoders": 1},
+    ),
+    "Stable Cascade": Family(
+        "Stable_Cascade_C", CASCADE, IMAGE, {"down_blocks.1": (0,), "up_blocks.0": (0,)}, branches=(0, 3)
+    ),
 }  # fmt: skip
 
 
@@ -221,6 +302,8 @@ def build(name, dtype=torch.float32, computed_in=None, **changes):
     config.unet_config.update(network)
     config.set_inference_dtype(dtype, computed_in)
     model = config.get_model(family.weights)
+    for place, count in family.shortened.items():
+        del model.diffusion_model.get_submodule(place)[count:]
     generator = torch.Generator().manual_seed(1)
     weights = dict(model.diffusion_model.named_parameters())
     of_checkpoint = ("inv_freq", "pos_embed")  # the buffers that are not constants of the network
