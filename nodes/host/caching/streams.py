@@ -31,8 +31,9 @@ class Streams:
     structure: object
 
     def of_arguments(self, args, kwargs):
-        """Return the streams in a block's arguments."""
-        return [_follow(args, kwargs, path) for path in self.paths]
+        """Return the streams in a block's arguments, [] if these are not those of the observed evaluation."""
+        found = [_follow(args, kwargs, path) for path in self.paths]
+        return found if all(map(torch.is_tensor, found)) else []
 
     def of_output(self, out):
         """Return the streams in a block's output."""
@@ -103,10 +104,11 @@ def _arguments(args, kwargs):
 
 
 def _follow(args, kwargs, path):
+    """Return what is at a path in a call's arguments, None if there is nothing."""
     key, *inside = path
-    value = kwargs[key] if isinstance(key, str) else args[key]
+    value = kwargs.get(key) if isinstance(key, str) else args[key] if key < len(args) else None
     for number in inside:
-        value = value[number]
+        value = value[number] if isinstance(value, (tuple, list)) and number < len(value) else None
     return value
 
 

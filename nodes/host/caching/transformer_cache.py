@@ -97,7 +97,7 @@ class TransformerCache(CacheRun):
         for one in passes:
             one.finish()
         self._keep(plan, passes, family_of(network).batch_dim)
-        if not all(one.is_done for one in passes):
+        if not all(one.has_run for one in passes):
             self._check_left_out(network, transformer_options)
         return result
 
@@ -131,7 +131,7 @@ class TransformerCache(CacheRun):
     def _keep(self, plan, passes, batch_dim):
         """Keep the residuals of a full evaluation."""
         for one in passes:
-            self._have_run |= one.is_done
+            self._have_run |= one.has_run
             named = []
             for name, residual in zip(one.names, one.residuals):
                 residual = residual.movedim(batch_dim, 0)
@@ -229,15 +229,18 @@ def method_of(block):
 
 
 class FullPass:
-    """A span in an evaluation that runs all its blocks. names, residuals: of its features, filled by the evaluation."""
+    """A span in an evaluation that runs all its blocks.
 
-    is_done = False
+    has_run: whether the network has run the span's blocks. names, residuals: of its features, filled by the evaluation.
+    """
+
+    has_run = False
     names = residuals = ()
 
     def __init__(self, span):
         self.span = span
         self._streams = KNOWN.get(span.list.container)
-        self._entered = None
+        self._entered = []
 
     def stand_ins(self, blocks):
         """Return {name: module} of a list with stand-ins for the span's first and last block."""
@@ -257,14 +260,18 @@ class FullPass:
         return out
 
     def finish(self):
-        """Do nothing after the evaluation."""
+        """After the evaluation, forget what the blocks pass on if they have passed on something else. Then the next full
+        evaluation is observed.
+        """
+        if self.has_run and not self.residuals:
+            KNOWN.pop(self.span.list.container, None)
 
     def _leave(self, left):
-        if self._entered is None or [tensor.shape for tensor in left] != [tensor.shape for tensor in self._entered]:
-            return
-        self.residuals = [after - before for before, after in zip(self._entered, left)]
-        self.names = [f"{self.span.name}.{name}" for name in self._streams.names]
-        self._entered, self.is_done = None, True
+        self.has_run = True
+        if self._entered and [tensor.shape for tensor in left] == [tensor.shape for tensor in self._entered]:
+            self.residuals = [after - before for before, after in zip(self._entered, left)]
+            self.names = [f"{self.span.name}.{name}" for name in self._streams.names]
+        self._entered = []
 
 
 class ObservedPass(FullPass):
