@@ -1,5 +1,6 @@
 """Small networks of the host's transformer classes, with random weights, and how each one's blocks pass on their streams."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -18,8 +19,8 @@ class Family:
     config: the host's class. network: its unet_config. latent: the shape, or shapes. text: the dimension of a token. lists:
     {path of the blocks: the streams that a block passes on}, in the order in which a block returns them; each stream is the
     position or name of its argument. values: of the conditioning; a function gets the seed. newer: network settings for later
-    hosts only. weights: in addition to the network's. method: the method with which the host runs a block. branches: the tested
-    ones.
+    hosts only. weights: in addition to the network's. method: the method with which the host runs a block. small: replaces
+    parts of the network whose size is not in its settings. branches: the tested ones.
     """
 
     config: str
@@ -31,7 +32,17 @@ class Family:
     newer: dict = field(default_factory=dict)
     weights: dict = field(default_factory=dict)
     method: str = "forward"
+    small: Callable = lambda network: None
     branches: tuple = (0, 1)
+
+
+def small_adapter(network):
+    """Replace Anima's text adapter, whose size is fixed (130 million weights), by a small one."""
+    import comfy.ops
+
+    network.llm_adapter = type(network.llm_adapter)(
+        source_dim=12, target_dim=12, model_dim=32, num_layers=1, num_heads=2, operations=comfy.ops.disable_weight_init
+    )
 
 
 BOTH = {"double_blocks": ("img", "txt"), "single_blocks": (0,)}
@@ -149,6 +160,41 @@ T5 = {
 TOKENS = {"text_input_ids": lambda seed: torch.randint(0, 1000, (1, 9), generator=torch.Generator().manual_seed(seed))}
 LTX_BLOCKS = {"transformer_blocks": (0,)}
 JOY = {"image_model": "joyimage", "text_dim": 12, "mlp_width_ratio": 2.0, "num_layers": 5, "rope_dim_list": [4, 6, 6]}
+ANIMA = {
+    "image_model": "anima", "max_img_h": 240, "max_img_w": 240, "max_frames": 128, "in_channels": 16, "out_channels": 16,
+    "patch_spatial": 2, "patch_temporal": 1, "concat_padding_mask": True, "model_channels": 32, "crossattn_emb_channels": 12,
+    "pos_emb_cls": "rope3d", "pos_emb_learnable": True, "pos_emb_interpolation": "crop", "min_fps": 1, "max_fps": 30,
+    "use_adaln_lora": True, "adaln_lora_dim": 16, "num_blocks": 5, "num_heads": 2, "extra_per_block_abs_pos_emb": False,
+    "rope_h_extrapolation_ratio": 4.0, "rope_w_extrapolation_ratio": 4.0, "rope_t_extrapolation_ratio": 1.0,
+    "extra_h_extrapolation_ratio": 1.0, "extra_w_extrapolation_ratio": 1.0, "extra_t_extrapolation_ratio": 1.0,
+    "rope_enable_fps_modulation": False,
+}  # fmt: skip
+T5_TOKENS = {
+    "t5xxl_ids": lambda seed: torch.randint(0, 32128, (9,), generator=torch.Generator().manual_seed(seed), dtype=torch.int),
+    "t5xxl_weights": torch.linspace(0.8, 1.2, 9),
+}  # fmt: skip
+KREA = {
+    "image_model": "krea2", "features": 32, "tdim": 16, "txtdim": 8, "heads": 2, "kvheads": 1, "multiplier": 2, "layers": 6,
+    "patch": 2, "channels": 16, "txtlayers": 3, "txtheads": 2, "txtkvheads": 2,
+}  # fmt: skip
+KREA_REFERENCE = {"reference_latents": [noise(1, 16, 1, 8, 12)], "reference_latents_method": "index_timestep_zero"}
+IDEOGRAM = {
+    **HEADS, "image_model": "ideogram4", "in_channels": 128, "intermediate_size": 64, "adaln_dim": 16, "llm_features_dim": 12,
+    "mrope_section": [4, 2, 2],
+}  # fmt: skip
+PADDED = {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1]])}
+ERNIE = {
+    "image_model": "ernie", "hidden_size": 32, "num_attention_heads": 2, "num_layers": 5, "ffn_hidden_size": 64,
+    "text_in_dim": 12, "rope_axes_dim": (4, 6, 6),
+}  # fmt: skip
+BOOGU = {
+    "image_model": "boogu", "hidden_size": 32, "num_layers": 4, "num_double_stream_layers": 3, "num_refiner_layers": 1,
+    "num_attention_heads": 2, "num_kv_heads": 1, "multiple_of": 32, "axes_dim_rope": (4, 6, 6), "instruction_feat_dim": 12,
+}  # fmt: skip
+COGVIDEO = {
+    **HEADS, "image_model": "cogvideox", "in_channels": 16, "patch_size": 2, "time_embed_dim": 32, "text_embed_dim": 12,
+    "use_rotary_positional_embeddings": True, "use_learned_positional_embeddings": False,
+}  # fmt: skip
 FAMILIES = {
     "Flux": Family("Flux", FLUX, IMAGE, BOTH, values={"guidance": 3.5}, newer=IDS, branches=(0, 1, 2)),
     "Flux Schnell": Family("FluxSchnell", {**FLUX, "guidance_embed": False}, IMAGE, BOTH, newer=IDS, branches=(1,)),
@@ -201,6 +247,15 @@ FAMILIES = {
         "WAN_Animate2", {**WAN, "model_type": "animate2", "in_dim": 36}, (1, 16, 3, 8, 12), ONE,
         values={"pose_video_latent": noise(1, 16, 2, 8, 12)}, method="forward_gen",
     ),
+    "Anima": Family("Anima", ANIMA, (1, 16, 1, 8, 12), ONE, values=T5_TOKENS, small=small_adapter),
+    "Krea 2": Family("Krea2", KREA, (1, 16, 1, 8, 12), ONE, text=24, values=KREA_REFERENCE),
+    "Ideogram 4": Family("Ideogram4", IDEOGRAM, WIDE, {"layers": (0,)}, values=PADDED),
+    "Ernie": Family("ErnieImage", ERNIE, WIDE, {"layers": (0,)}),
+    "Boogu": Family(
+        "Boogu", BOOGU, IMAGE, {"double_stream_layers": (0, 1), "single_stream_layers": (0,)},
+        values={**MASK, "reference_latents": [noise(1, 16, 8, 12)]}, branches=(0, 2),
+    ),
+    "CogVideoX": Family("CogVideoX_T2V", COGVIDEO, VIDEO, {"blocks": ("hidden_states", "encoder_hidden_states")}),
 }  # fmt: skip
 
 
@@ -218,6 +273,7 @@ def build(name, dtype=torch.float32, **changes):
     config.unet_config.update(network)
     config.set_inference_dtype(dtype, None)
     model = config.get_model(family.weights)
+    family.small(model.diffusion_model)
     generator = torch.Generator().manual_seed(1)
     weights = dict(model.diffusion_model.named_parameters())
     of_checkpoint = ("inv_freq", "pos_embed")  # the buffers that are not constants of the network
