@@ -88,8 +88,10 @@ class Restated:
     """The cache, restated over blocks that all run.
 
     A cached evaluation replaces the output of a list's last inner block. The replacement is the input of the first inner block
-    plus the residual of the last full evaluation. degree: of the polynomial through the residuals. added(number, sigma): None,
-    or (stream, first token, tensor) that is added to a block's output, as the host adds a ControlNet's.
+    plus the residual of the last full evaluation. If an evaluation runs a list several times, as MiniMax Music does for one
+    window of a long sound after another, each of these passes has its own residual. degree: of the polynomial through the
+    residuals. added(number, sigma): None, or (stream, first token, tensor) that is added to a block's output, as the host adds
+    a ControlNet's.
     """
 
     def __init__(self, name, model, branch, full=FULL, degree=0, added=lambda number, sigma: None):
@@ -107,6 +109,7 @@ class Restated:
         marks = tuple(options.get(mark) for mark in MARKS)
         self.entries = [(uuid, marks, frozenset(kwargs)) for uuid in options["uuids"]]
         self.step, self.sigma, self.skipped = step_of(options), options["sigmas"][0], options.get("skipped", ())
+        self.passes = dict.fromkeys(self.first, 0)
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
     def streams(self, number, args, kwargs):
@@ -116,7 +119,7 @@ class Restated:
 
     def leave(self, place, left):
         """Return the output of the inner blocks of a list."""
-        keys = [[(*entry, place, number) for entry in self.entries] for number in range(len(left))]
+        keys = [[(*entry, place, self.passes[place], number) for entry in self.entries] for number in range(len(left))]
         if self.step not in self.full and all(key in self.kept for key in itertools.chain(*keys)):
             residuals = [torch.cat([carried_forward(self.kept[key], self.step, self.degree) for key in own]) for own in keys]
             return [entered + residual for entered, residual in zip(self.entered[place], residuals)]
@@ -130,6 +133,7 @@ class Restated:
         """Replace the block's forward pass."""
         place, given = self.blocks[number][1], self.streams(number, args, kwargs)
         if number == self.first.get(place):
+            self.passes[place] += 1
             self.entered[place] = [value.clone() for value in given]
         out = (given if len(given) > 1 else given[0]) if number in self.skipped else forward(*args, **kwargs)
         several = not torch.is_tensor(out)

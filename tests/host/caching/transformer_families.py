@@ -1,5 +1,6 @@
 """Small networks of the host's transformer classes, with random weights, and how each one's blocks pass on their streams."""
 
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -43,6 +44,22 @@ def small_adapter(network):
     network.llm_adapter = type(network.llm_adapter)(
         source_dim=12, target_dim=12, model_dim=32, num_layers=1, num_heads=2, operations=comfy.ops.disable_weight_init
     )
+
+
+def small_music(network):
+    """Replace the parts of MiniMax Music's network, whose size is fixed (2.4 billion weights), by small ones."""
+    import comfy.ldm.minimax_music.dit
+    import comfy.ops
+
+    ops, whole, width, condition = comfy.ops.disable_weight_init, network.diffusion_transformer, 32, 16
+    channels = 2 * 128 + condition
+    network.latent_conditioners[0] = ops.Conv1d(4096, condition, kernel_size=3, padding=1)
+    whole.preprocess_conv = ops.Conv1d(channels, channels, 1, bias=False)
+    whole.to_timestep_embed = torch.nn.Sequential(ops.Linear(256, width), torch.nn.SiLU(), ops.Linear(width, width))
+    whole.transformer.project_in = ops.Linear(channels, width, bias=False)
+    whole.transformer.project_out = ops.Linear(width, 128, bias=False)
+    block = comfy.ldm.minimax_music.dit.TransformerBlock
+    whole.transformer.layers = torch.nn.ModuleList(block(width, 32, 64, torch.float32, None, ops) for _ in range(5))
 
 
 BOTH = {"double_blocks": ("img", "txt"), "single_blocks": (0,)}
@@ -195,6 +212,45 @@ COGVIDEO = {
     **HEADS, "image_model": "cogvideox", "in_channels": 16, "patch_size": 2, "time_embed_dim": 32, "text_embed_dim": 12,
     "use_rotary_positional_embeddings": True, "use_learned_positional_embeddings": False,
 }  # fmt: skip
+PIXEL_DIT = {
+    "image_model": "pixeldit_t2i", "num_groups": 2, "hidden_size": 32, "pixel_hidden_size": 8, "pixel_attn_hidden_size": 32,
+    "pixel_num_groups": 2, "patch_depth": 5, "pixel_depth": 1, "patch_size": 8, "txt_embed_dim": 12, "txt_max_length": 16,
+}  # fmt: skip
+PID = {
+    "image_model": "pid", "lq_latent_channels": 16, "lq_hidden_dim": 16, "lq_num_res_blocks": 1, "patch_depth": 6,
+    "pit_lq_inject": True,
+}  # fmt: skip
+LOW_QUALITY = {"lq_latent": noise(1, 16, 2, 3), "degrade_sigma": torch.tensor([0.1])}
+Z_IMAGE_PIXEL = {
+    "image_model": "zimage_pixel", "patch_size": 4, "in_channels": 3,
+    "dim": 256,  # the host's class accepts no smaller width
+    "cap_feat_dim": 12, "n_layers": 5, "n_refiner_layers": 1, "qk_norm": True, "n_heads": 8, "n_kv_heads": 8, "multiple_of": 32,
+    "axes_dims": [8, 12, 12], "axes_lens": [1536, 512, 512], "rope_theta": 256.0, "ffn_dim_multiplier": 1.0,
+    "z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32, "decoder_in_channels": 48,
+    "decoder_hidden_size": 32, "decoder_num_res_blocks": 1, "decoder_max_freqs": 8,
+}  # fmt: skip
+SPLAT = {
+    "image_model": "triposplat", "q_token_length": 24, "model_channels": 32, "cond_channels": 12, "num_blocks": 5,
+    "num_refiner_blocks": 1, "num_head_channels": 16, "mlp_ratio": 2,
+}  # fmt: skip
+ACE = {
+    "audio_model": "ace1.5", "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16,
+    "num_dit_layers": 6, "num_lyric_layers": 1, "num_timbre_layers": 1, "num_tokenizer_layers": 1, "text_hidden_dim": 12,
+    "encoder_hidden_size": 32, "encoder_intermediate_size": 64, "encoder_num_heads": 2, "fsq_dim": 32, "sliding_window": 4,
+}  # fmt: skip
+SONG = {
+    "conditioning_lyrics": lambda seed: noise(1, 9, 12, seed=seed + 50),
+    "audio_codes": lambda seed: torch.randint(0, 64000, (1, 8), generator=torch.Generator().manual_seed(seed)).tolist(),
+}  # fmt: skip
+SCAIL = {"model_type": "scail", "in_dim": 20}
+REFERENCE = {
+    "reference_latents": [noise(1, 16, 1, 8, 12)], "pose_video_latent": noise(1, 16, 2, 4, 6),
+    "clip_vision_output": types.SimpleNamespace(penultimate_hidden_states=noise(1, 5, 1280)),
+}  # fmt: skip
+MASKS = {
+    "driving_mask_28ch": noise(1, 2, 28, 4, 6).gt(0).float(), "ref_mask_28ch": noise(1, 3, 28, 8, 12).gt(0).float(),
+    "ref_mask_flag": True,
+}  # fmt: skip
 FAMILIES = {
     "Flux": Family("Flux", FLUX, IMAGE, BOTH, values={"guidance": 3.5}, newer=IDS, branches=(0, 1, 2)),
     "Flux Schnell": Family("FluxSchnell", {**FLUX, "guidance_embed": False}, IMAGE, BOTH, newer=IDS, branches=(1,)),
@@ -256,6 +312,25 @@ FAMILIES = {
         values={**MASK, "reference_latents": [noise(1, 16, 8, 12)]}, branches=(0, 2),
     ),
     "CogVideoX": Family("CogVideoX_T2V", COGVIDEO, VIDEO, {"blocks": ("hidden_states", "encoder_hidden_states")}),
+    "PixelDiT": Family("PixelDiTT2I", PIXEL_DIT, (1, 3, 48, 64), {"patch_blocks": (0, 1)}, values=MASK),
+    "PiD": Family(
+        "PiD", {**PIXEL_DIT, **PID}, (1, 3, 64, 96), {"patch_blocks": (0, 1)}, values={**MASK, **LOW_QUALITY}
+    ),
+    "Z-Image in pixels": Family("ZImagePixelSpace", Z_IMAGE_PIXEL, (1, 3, 32, 40), {"layers": (0,)}, values=MASK),
+    "TripoSplat": Family(
+        "TripoSplat", SPLAT, ((1, 24, 16), (1, 1, 5)), ONE,
+        values={"reference_latents": lambda seed: [noise(1, 128, 2, 2, seed=seed)]},
+    ),
+    "ACE-Step 1.5": Family("ACEStep15", ACE, (1, 64, 40), {"decoder.layers": ("hidden_states",)}, values=SONG),
+    "Wan SCAIL": Family("WAN21_SCAIL", {**WAN, **SCAIL}, VIDEO, ONE, values=REFERENCE),
+    "Wan SCAIL 2": Family(
+        "WAN21_SCAIL2", {**WAN, **SCAIL, "model_type": "scail2"}, VIDEO, ONE, values={**REFERENCE, **MASKS}
+    ),
+    "MiniMax Music 3": Family(
+        "MiniMaxMusic3", {"audio_model": "minimax_music3"}, (1, 128, 720), {"diffusion_transformer.transformer.layers": (0,)},
+        text=8 * 4096, values={"conditioning_scale": torch.ones(1, 1, 1)}, small=small_music,
+    ),
+    "Wan CausalAR": Family("WAN21_CausalAR_T2V", WAN, VIDEO, ONE),
 }  # fmt: skip
 
 
@@ -276,7 +351,7 @@ def build(name, dtype=torch.float32, **changes):
     family.small(model.diffusion_model)
     generator = torch.Generator().manual_seed(1)
     weights = dict(model.diffusion_model.named_parameters())
-    of_checkpoint = ("inv_freq", "pos_embed")  # the buffers that are not constants of the network
+    of_checkpoint = ("inv_freq", "pos_embed", "beta")  # the buffers that are not constants of the network
     weights.update(pair for pair in model.diffusion_model.named_buffers() if pair[0].endswith(of_checkpoint))
     for key, weight in weights.items():
         scale = max(1, weight[0].numel()) ** -0.5 if weight.dim() > 1 else 0.1
