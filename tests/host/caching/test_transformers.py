@@ -647,7 +647,10 @@ def test_a_transformer_that_ignores_replacements_is_refused_at_its_first_evaluat
 
 
 # These networks take the dtype of a layer's input from the layer's weight.
-CAST_TO_A_WEIGHT = {"Hunyuan3D 2.1": "t_embedder.mlp.0"}
+CAST_TO_A_WEIGHT = {
+    "Hunyuan3D 2.1": "t_embedder.mlp.0", "CogVideoX": "patch_embed.text_proj", "Z-Image in pixels": "dec_net.cond_embed",
+    "TripoSplat": "t_embedder.mlp.0",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FAMILIES)
