@@ -327,6 +327,7 @@ FAMILIES = {
         "WAN21_SCAIL2", {**WAN, **SCAIL, "model_type": "scail2"}, VIDEO, ONE, values={**REFERENCE, **MASKS}
     ),
     "MiniMax Music 3": Family(
+        # longer than the 689 positions that the network takes at once: it runs its blocks for two windows
         "MiniMaxMusic3", {"audio_model": "minimax_music3"}, (1, 128, 720), {"diffusion_transformer.transformer.layers": (0,)},
         text=8 * 4096, values={"conditioning_scale": torch.ones(1, 1, 1)}, small=small_music,
     ),
