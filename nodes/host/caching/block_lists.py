@@ -18,6 +18,7 @@ PATHS = (
         "joint_blocks": DOUBLE, "visual_transformer_blocks": DOUBLE, "transformer_blocks": DOUBLE, "patch_blocks": DOUBLE,
         "blocks": DOUBLE, "layers": DOUBLE, "transformer.layers": DOUBLE, "language_model.layers": DOUBLE,
         "decoder.layers": DOUBLE,
+        "diffusion_transformer.transformer.layers": DOUBLE,
     },
     {"single_blocks": SINGLE, "single_layers": SINGLE, "single_stream_blocks": SINGLE, "single_stream_layers": SINGLE},
 )  # fmt: skip
@@ -29,20 +30,24 @@ class Family:
 
     paths: of its lists; empty: as in PATHS. batch_dim: the dimension of the conditioning entries in what its blocks pass on.
     has_prefix_cache: whether the network itself keeps keys and values of its blocks between evaluations unless a block is
-    replaced. refused: why it cannot be cached; empty if it can.
+    replaced. own_cache: the transformer option in which a sampler gives the network a cache of its own to fill, which every
+    block must do; "" without one. refused: why it cannot be cached; "" if it can.
     """
 
     paths: tuple = ()
     batch_dim: int = 0
     has_prefix_cache: bool = False
+    own_cache: str = ""
     refused: str = ""
 
 
 FAMILIES = {
     "GeneralDIT": Family(batch_dim=3),  # Cosmos 1: its blocks pass on [T, H, W, B, D]
     "HiDreamO1Transformer": Family(has_prefix_cache=True),
-    "StageC": Family(paths=("down_blocks.-1", "up_blocks.0")),  # the deepest level: the others are joined to it by skips
-    "StageB": Family(refused="it runs its deepest blocks several times in one evaluation"),
+    "CausalWanModel": Family(own_cache="ar_state"),  # by SamplerARVideo
+    # the deepest level, because skip connections join the others to it
+    "StageB": Family(paths=("down_blocks.-1", "up_blocks.0")),
+    "StageC": Family(paths=("down_blocks.-1", "up_blocks.0")),
     "Trellis2": Family(refused="it has several networks for sparse grids, which take turns"),
 }
 SEQUENCES = (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.Sequential)

@@ -2,7 +2,8 @@
 
 Branch b runs the b + 1 outermost blocks at each end. A full evaluation keeps the residual that the blocks between these two
 ends add to their input, and a cached evaluation adds this residual instead of running these blocks. If a transformer has two
-kinds of blocks that pass on different tensors, such as the double and single blocks of Flux, each kind has its own residual.
+kinds of blocks that pass on different tensors, such as the double and single blocks of Flux, each kind has its own residual. So
+has each pass through the blocks, if a network makes several in one evaluation.
 
 For the time of one evaluation, and inside all other nodes' wrappers, the network's lists hold stand-ins for some blocks. So it
 holds for every network that runs the blocks of a list one after another, compiled or not, whatever other hooks it reads.
@@ -86,17 +87,23 @@ class TransformerCache(CacheRun):
         plan = self.plan(x, transformer_options, _variant(transformer_options, kwargs))
         # the evaluated network: a guider may use another one for the negative conditioning
         network = _uncompiled(executor.class_obj.diffusion_model)
+        family = family_of(network)
+        if family.own_cache in transformer_options:
+            warn_once(
+                f"the sampler gives the network a cache of its own ({family.own_cache}); its evaluations are done in full"
+            )
+            return call(network, [], transformer_options)
         replaced = transformer_options.get("patches_replace", {})
         own = spans(self._lists_of(network), self.settings.branch, replaced.get("dit", {}))
-        options = _without_prefix_cache(transformer_options) if family_of(network).has_prefix_cache else transformer_options
-        if plan.reuses and (passes := self._cached_passes(plan, own, family_of(network).batch_dim)):
+        options = _without_prefix_cache(transformer_options) if family.has_prefix_cache else transformer_options
+        if plan.reuses and (passes := self._cached_passes(plan, own, family.batch_dim)):
             with contextlib.suppress(DoesNotFitError):
                 return call(network, passes, _without_replacements(options, own))
         passes = [FullPass(span) if span.list.container in KNOWN else ObservedPass(span) for span in own if plan.keeps]
         result = call(network, passes, options)
         for one in passes:
             one.finish()
-        self._keep(plan, passes, family_of(network).batch_dim)
+        self._keep(plan, passes, family.batch_dim)
         if not all(one.has_run for one in passes):
             self._check_left_out(network, transformer_options)
         return result
@@ -235,12 +242,13 @@ class FullPass:
     """
 
     has_run = False
-    names = residuals = ()
 
     def __init__(self, span):
         self.span = span
+        self.names, self.residuals = [], []
         self._streams = KNOWN.get(span.list.container)
         self._entered = []
+        self._passes = 0  # through the span's blocks
 
     def stand_ins(self, blocks):
         """Return {name: module} of a list with stand-ins for the span's first and last block."""
@@ -269,9 +277,11 @@ class FullPass:
     def _leave(self, left):
         self.has_run = True
         if self._entered and [tensor.shape for tensor in left] == [tensor.shape for tensor in self._entered]:
-            self.residuals = [after - before for before, after in zip(self._entered, left)]
-            self.names = [f"{self.span.name}.{name}" for name in self._streams.names]
+            self.residuals += [after - before for before, after in zip(self._entered, left)]
+            number = f".pass {self._passes}" if self._passes else ""
+            self.names += [f"{self.span.name}.{name}{number}" for name in self._streams.names]
         self._entered = []
+        self._passes += 1
 
 
 class ObservedPass(FullPass):
@@ -280,7 +290,8 @@ class ObservedPass(FullPass):
     def __init__(self, span):
         super().__init__(span)
         self._seen = Observation()
-        self._given = self._out = None  # copies of what the span's first block took and its last block returned
+        self._given = None  # a copy of what the span's first block took
+        self._ends = []  # this, and a copy of what its last block returned, for each pass
 
     def stand_ins(self, blocks):
         """Return {name: module} of a list with a stand-in for each block."""
@@ -297,16 +308,17 @@ class ObservedPass(FullPass):
         if self.span.first <= number <= self.span.last:
             self._seen.after(block, shapes, out)
         if number == self.span.last and self._given is not None:
-            self._out = _copied(out)
+            self._ends.append((self._given, _copied(out)))
+            self._given = None
         return out
 
     def finish(self):
         """Find the streams, after the evaluation. Raises ValueError like `Observation.streams`."""
-        if self._out is None:
-            return
-        self._streams = KNOWN[self.span.list.container] = self._seen.streams(method_of(self._seen.block))
-        self._entered = self._streams.of_arguments(*self._given)
-        self._leave(self._streams.of_output(self._out))
+        if self._ends:
+            self._streams = KNOWN[self.span.list.container] = self._seen.streams(method_of(self._seen.block))
+        for given, out in self._ends:
+            self._entered = self._streams.of_arguments(*given)
+            self._leave(self._streams.of_output(out))
 
 
 def _copied(value):
@@ -323,6 +335,7 @@ class CachedPass:
         self.span, self._residuals = span, residuals
         self._streams = KNOWN[span.list.container]
         self._result = None
+        self._next = 0  # the first of the residuals of the next pass through the span's blocks
 
     def stand_ins(self, blocks):
         """Return {name: module} of a list with stand-ins for all blocks of the span."""
@@ -340,7 +353,9 @@ class CachedPass:
         """
         given = self._streams.of_arguments(args, kwargs)
         if number == self.span.first:
-            if [tensor.shape for tensor in given] != [residual.shape for residual in self._residuals]:
+            residuals = self._residuals[self._next : self._next + len(given)]
+            if not given or [tensor.shape for tensor in given] != [residual.shape for residual in residuals]:
                 raise DoesNotFitError
-            self._result = [tensor + residual for tensor, residual in zip(given, self._residuals)]
+            self._result = [tensor + residual for tensor, residual in zip(given, residuals)]
+            self._next += len(given)
         return self._streams.output(self._result if number == self.span.last else given)

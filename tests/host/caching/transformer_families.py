@@ -1,5 +1,7 @@
 """Small networks of the host's transformer classes, with random weights, and how each one's blocks pass on their streams."""
 
+import types
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -18,9 +20,9 @@ class Family:
     config: the host's class. network: its unet_config. latent: the shape, or shapes. text: the dimension of a token. lists:
     {path of the blocks: the streams that a block passes on}, in the order in which a block returns them; each stream is the
     position or name of its argument. values: of the conditioning; a function gets the seed. newer: network settings for later
-    hosts only. weights: in addition to the network's. shortened: {path of a list that the host makes large and that no
-    setting shortens: the number of its modules that are kept}. method: the method with which the host runs a block. batch: the
-    dimension of a stream in which the items of a batch are. branches: the tested ones.
+    hosts only. weights: in addition to the network's. method: the method with which the host runs a block. small: replaces
+    parts of the network whose size is not in its settings. batch: the dimension of a stream in which the items of a batch are.
+    branches: the tested ones.
     """
 
     config: str
@@ -31,10 +33,40 @@ class Family:
     values: dict = field(default_factory=dict)
     newer: dict = field(default_factory=dict)
     weights: dict = field(default_factory=dict)
-    shortened: dict = field(default_factory=dict)
     method: str = "forward"
+    small: Callable = lambda network: None
     batch: int = 0
     branches: tuple = (0, 1)
+
+
+def small_adapter(network):
+    """Replace Anima's text adapter, whose size is fixed (130 million weights), by a small one."""
+    import comfy.ops
+
+    network.llm_adapter = type(network.llm_adapter)(
+        source_dim=12, target_dim=12, model_dim=32, num_layers=1, num_heads=2, operations=comfy.ops.disable_weight_init
+    )
+
+
+def one_lyric_encoder(network):
+    """Leave one of ACE-Step's six lyric encoders, whose number and width (1024) are fixed."""
+    del network.lyric_encoder.encoders[1:]
+
+
+def small_music(network):
+    """Replace the parts of MiniMax Music's network, whose size is fixed (2.4 billion weights), by small ones."""
+    import comfy.ldm.minimax_music.dit
+    import comfy.ops
+
+    ops, whole, width, condition = comfy.ops.disable_weight_init, network.diffusion_transformer, 32, 16
+    channels = 2 * 128 + condition
+    network.latent_conditioners[0] = ops.Conv1d(4096, condition, kernel_size=3, padding=1)
+    whole.preprocess_conv = ops.Conv1d(channels, channels, 1, bias=False)
+    whole.to_timestep_embed = torch.nn.Sequential(ops.Linear(256, width), torch.nn.SiLU(), ops.Linear(width, width))
+    whole.transformer.project_in = ops.Linear(channels, width, bias=False)
+    whole.transformer.project_out = ops.Linear(width, 128, bias=False)
+    block = comfy.ldm.minimax_music.dit.TransformerBlock
+    whole.transformer.layers = torch.nn.ModuleList(block(width, 32, 64, torch.float32, None, ops) for _ in range(5))
 
 
 BOTH = {"double_blocks": ("img", "txt"), "single_blocks": (0,)}
@@ -196,6 +228,10 @@ CASCADE = {
     "stable_cascade_stage": "c", "c_cond": 32, "c_hidden": [32, 48], "nhead": [2, 3], "blocks": [[1, 2], [2, 1]],
     "c_clip_text": 12, "c_clip_text_pooled": 8, "c_r": 16,
 }  # fmt: skip
+CASCADE_B = {
+    "stable_cascade_stage": "b", "c_cond": 32, "c_hidden": [32, 48], "nhead": [-1, 3], "blocks": [[1, 2], [2, 1]], "c_r": 16,
+    "block_repeat": [[1, 1], [2, 2]], "level_config": ["CT", "CTA"], "c_clip": 8, "dropout": [0.0, 0.0], "c_clip_seq": 2,
+}  # fmt: skip
 MASK = {"attention_mask": torch.ones(1, 7, dtype=torch.long)}
 T5 = {
     "conditioning_mt5xl": lambda seed: noise(1, 5, 16, seed=seed + 50), "attention_mask": torch.ones(1, 7),
@@ -209,6 +245,80 @@ LYRICS = {
     "lyrics_strength": 0.9,
 }  # fmt: skip
 JOY = {"image_model": "joyimage", "text_dim": 12, "mlp_width_ratio": 2.0, "num_layers": 5, "rope_dim_list": [4, 6, 6]}
+ANIMA = {
+    "image_model": "anima", "max_img_h": 240, "max_img_w": 240, "max_frames": 128, "in_channels": 16, "out_channels": 16,
+    "patch_spatial": 2, "patch_temporal": 1, "concat_padding_mask": True, "model_channels": 32, "crossattn_emb_channels": 12,
+    "pos_emb_cls": "rope3d", "pos_emb_learnable": True, "pos_emb_interpolation": "crop", "min_fps": 1, "max_fps": 30,
+    "use_adaln_lora": True, "adaln_lora_dim": 16, "num_blocks": 5, "num_heads": 2, "extra_per_block_abs_pos_emb": False,
+    "rope_h_extrapolation_ratio": 4.0, "rope_w_extrapolation_ratio": 4.0, "rope_t_extrapolation_ratio": 1.0,
+    "extra_h_extrapolation_ratio": 1.0, "extra_w_extrapolation_ratio": 1.0, "extra_t_extrapolation_ratio": 1.0,
+    "rope_enable_fps_modulation": False,
+}  # fmt: skip
+T5_TOKENS = {
+    "t5xxl_ids": lambda seed: torch.randint(0, 32128, (9,), generator=torch.Generator().manual_seed(seed), dtype=torch.int),
+    "t5xxl_weights": torch.linspace(0.8, 1.2, 9),
+}  # fmt: skip
+KREA = {
+    "image_model": "krea2", "features": 32, "tdim": 16, "txtdim": 8, "heads": 2, "kvheads": 1, "multiplier": 2, "layers": 6,
+    "patch": 2, "channels": 16, "txtlayers": 3, "txtheads": 2, "txtkvheads": 2,
+}  # fmt: skip
+KREA_REFERENCE = {"reference_latents": [noise(1, 16, 1, 8, 12)], "reference_latents_method": "index_timestep_zero"}
+IDEOGRAM = {
+    **HEADS, "image_model": "ideogram4", "in_channels": 128, "intermediate_size": 64, "adaln_dim": 16, "llm_features_dim": 12,
+    "mrope_section": [4, 2, 2],
+}  # fmt: skip
+PADDED = {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1]])}
+ERNIE = {
+    "image_model": "ernie", "hidden_size": 32, "num_attention_heads": 2, "num_layers": 5, "ffn_hidden_size": 64,
+    "text_in_dim": 12, "rope_axes_dim": (4, 6, 6),
+}  # fmt: skip
+BOOGU = {
+    "image_model": "boogu", "hidden_size": 32, "num_layers": 4, "num_double_stream_layers": 3, "num_refiner_layers": 1,
+    "num_attention_heads": 2, "num_kv_heads": 1, "multiple_of": 32, "axes_dim_rope": (4, 6, 6), "instruction_feat_dim": 12,
+}  # fmt: skip
+COGVIDEO = {
+    **HEADS, "image_model": "cogvideox", "in_channels": 16, "patch_size": 2, "time_embed_dim": 32, "text_embed_dim": 12,
+    "use_rotary_positional_embeddings": True, "use_learned_positional_embeddings": False,
+}  # fmt: skip
+PIXEL_DIT = {
+    "image_model": "pixeldit_t2i", "num_groups": 2, "hidden_size": 32, "pixel_hidden_size": 8, "pixel_attn_hidden_size": 32,
+    "pixel_num_groups": 2, "patch_depth": 5, "pixel_depth": 1, "patch_size": 8, "txt_embed_dim": 12, "txt_max_length": 16,
+}  # fmt: skip
+PID = {
+    "image_model": "pid", "lq_latent_channels": 16, "lq_hidden_dim": 16, "lq_num_res_blocks": 1, "patch_depth": 6,
+    "pit_lq_inject": True,
+}  # fmt: skip
+LOW_QUALITY = {"lq_latent": noise(1, 16, 2, 3), "degrade_sigma": torch.tensor([0.1])}
+Z_IMAGE_PIXEL = {
+    "image_model": "zimage_pixel", "patch_size": 4, "in_channels": 3,
+    "dim": 256,  # the host's class accepts no smaller width
+    "cap_feat_dim": 12, "n_layers": 5, "n_refiner_layers": 1, "qk_norm": True, "n_heads": 8, "n_kv_heads": 8, "multiple_of": 32,
+    "axes_dims": [8, 12, 12], "axes_lens": [1536, 512, 512], "rope_theta": 256.0, "ffn_dim_multiplier": 1.0,
+    "z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32, "decoder_in_channels": 48,
+    "decoder_hidden_size": 32, "decoder_num_res_blocks": 1, "decoder_max_freqs": 8,
+}  # fmt: skip
+SPLAT = {
+    "image_model": "triposplat", "q_token_length": 24, "model_channels": 32, "cond_channels": 12, "num_blocks": 5,
+    "num_refiner_blocks": 1, "num_head_channels": 16, "mlp_ratio": 2,
+}  # fmt: skip
+ACE_15 = {
+    "audio_model": "ace1.5", "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16,
+    "num_dit_layers": 6, "num_lyric_layers": 1, "num_timbre_layers": 1, "num_tokenizer_layers": 1, "text_hidden_dim": 12,
+    "encoder_hidden_size": 32, "encoder_intermediate_size": 64, "encoder_num_heads": 2, "fsq_dim": 32, "sliding_window": 4,
+}  # fmt: skip
+SONG = {
+    "conditioning_lyrics": lambda seed: noise(1, 9, 12, seed=seed + 50),
+    "audio_codes": lambda seed: torch.randint(0, 64000, (1, 8), generator=torch.Generator().manual_seed(seed)).tolist(),
+}  # fmt: skip
+SCAIL = {"model_type": "scail", "in_dim": 20}
+REFERENCE = {
+    "reference_latents": [noise(1, 16, 1, 8, 12)], "pose_video_latent": noise(1, 16, 2, 4, 6),
+    "clip_vision_output": types.SimpleNamespace(penultimate_hidden_states=noise(1, 5, 1280)),
+}  # fmt: skip
+MASKS = {
+    "driving_mask_28ch": noise(1, 2, 28, 4, 6).gt(0).float(), "ref_mask_28ch": noise(1, 3, 28, 8, 12).gt(0).float(),
+    "ref_mask_flag": True,
+}  # fmt: skip
 FAMILIES = {
     "Flux": Family("Flux", FLUX, IMAGE, BOTH, values={"guidance": 3.5}, newer=IDS, branches=(0, 1, 2)),
     "Flux Schnell": Family("FluxSchnell", {**FLUX, "guidance_embed": False}, IMAGE, BOTH, newer=IDS, branches=(1,)),
@@ -277,11 +387,43 @@ FAMILIES = {
     ),
     "ACE-Step": Family(
         "ACEStep", ACE, (2, 8, 16, 24), {"transformer_blocks": ("hidden_states",)}, values=LYRICS,
-        shortened={"lyric_encoder.encoders": 1},
+        small=one_lyric_encoder,
     ),
     "Stable Cascade": Family(
         "Stable_Cascade_C", CASCADE, IMAGE, {"down_blocks.1": (0,), "up_blocks.0": (0,)}, branches=(0, 3)
     ),
+    "Stable Cascade B": Family(
+        "Stable_Cascade_B", CASCADE_B, (2, 4, 20, 28), {"down_blocks.1": (0,), "up_blocks.0": (0,)}, branches=(0, 3)
+    ),
+    "Anima": Family("Anima", ANIMA, (1, 16, 1, 8, 12), ONE, values=T5_TOKENS, small=small_adapter),
+    "Krea 2": Family("Krea2", KREA, (1, 16, 1, 8, 12), ONE, text=24, values=KREA_REFERENCE),
+    "Ideogram 4": Family("Ideogram4", IDEOGRAM, WIDE, {"layers": (0,)}, values=PADDED),
+    "Ernie": Family("ErnieImage", ERNIE, WIDE, {"layers": (0,)}),
+    "Boogu": Family(
+        "Boogu", BOOGU, IMAGE, {"double_stream_layers": (0, 1), "single_stream_layers": (0,)},
+        values={**MASK, "reference_latents": [noise(1, 16, 8, 12)]}, branches=(0, 2),
+    ),
+    "CogVideoX": Family("CogVideoX_T2V", COGVIDEO, VIDEO, {"blocks": ("hidden_states", "encoder_hidden_states")}),
+    "PixelDiT": Family("PixelDiTT2I", PIXEL_DIT, (1, 3, 48, 64), {"patch_blocks": (0, 1)}, values=MASK),
+    "PiD": Family(
+        "PiD", {**PIXEL_DIT, **PID}, (1, 3, 64, 96), {"patch_blocks": (0, 1)}, values={**MASK, **LOW_QUALITY}
+    ),
+    "Z-Image in pixels": Family("ZImagePixelSpace", Z_IMAGE_PIXEL, (1, 3, 32, 40), {"layers": (0,)}, values=MASK),
+    "TripoSplat": Family(
+        "TripoSplat", SPLAT, ((1, 24, 16), (1, 1, 5)), ONE,
+        values={"reference_latents": lambda seed: [noise(1, 128, 2, 2, seed=seed)]},
+    ),
+    "ACE-Step 1.5": Family("ACEStep15", ACE_15, (1, 64, 40), {"decoder.layers": ("hidden_states",)}, values=SONG),
+    "Wan SCAIL": Family("WAN21_SCAIL", {**WAN, **SCAIL}, VIDEO, ONE, values=REFERENCE),
+    "Wan SCAIL 2": Family(
+        "WAN21_SCAIL2", {**WAN, **SCAIL, "model_type": "scail2"}, VIDEO, ONE, values={**REFERENCE, **MASKS}
+    ),
+    "MiniMax Music 3": Family(
+        # longer than the 689 positions that the network takes at once: it runs its blocks for two windows
+        "MiniMaxMusic3", {"audio_model": "minimax_music3"}, (1, 128, 720), {"diffusion_transformer.transformer.layers": (0,)},
+        text=8 * 4096, values={"conditioning_scale": torch.ones(1, 1, 1)}, small=small_music,
+    ),
+    "Wan CausalAR": Family("WAN21_CausalAR_T2V", WAN, VIDEO, ONE),
 }  # fmt: skip
 
 
@@ -302,11 +444,10 @@ def build(name, dtype=torch.float32, computed_in=None, **changes):
     config.unet_config.update(network)
     config.set_inference_dtype(dtype, computed_in)
     model = config.get_model(family.weights)
-    for place, count in family.shortened.items():
-        del model.diffusion_model.get_submodule(place)[count:]
+    family.small(model.diffusion_model)
     generator = torch.Generator().manual_seed(1)
     weights = dict(model.diffusion_model.named_parameters())
-    of_checkpoint = ("inv_freq", "pos_embed")  # the buffers that are not constants of the network
+    of_checkpoint = ("inv_freq", "pos_embed", "beta")  # the buffers that are not constants of the network
     weights.update(pair for pair in model.diffusion_model.named_buffers() if pair[0].endswith(of_checkpoint))
     for key, weight in weights.items():
         scale = max(1, weight[0].numel()) ** -0.5 if weight.dim() > 1 else 0.1
