@@ -557,7 +557,7 @@ def test_features_of_moving_windows_do_not_accumulate(draw, cached, network):
         result = executor(*args, **kwargs)
         run = args[5]["iec_deepcache"]
         slots.append(len(run.features._slices))
-        names.append(len(getattr(run, "_names", ())))
+        names.append(len(getattr(run, "_kept", ())))
         return result
 
     windowed = cached(model, interval=1)
@@ -618,31 +618,23 @@ def test_nfe_excludes_evaluations_answered_by_a_model_function(sample, model):
 
 
 @pytest.mark.parametrize(("other", "is_refused"), [("iec_activation_scales", True), ("another cache", False), (None, False)])
-def test_ignored_block_replacements_are_refused_unless_another_pack_takes_part(
+def test_a_network_that_does_not_run_its_blocks_is_refused_unless_another_pack_takes_part(
     draw, cached, flux, monkeypatch, other, is_refused
 ):
-    """A transformer that ignores block replacements is refused, unless another pack may be the cause.
+    """Another pack may be the cause.
 
     other: the key of an additional wrapper; None: a function around the model is set instead.
     """
     from comfy.patcher_extension import WrappersMP
 
-    network = flux.model.diffusion_model
-    forward = network.forward_orig
-
-    def deaf(*args, **kwargs):
-        given = inspect.signature(forward).bind(*args, **kwargs)
-        given.arguments["transformer_options"] = {**given.arguments["transformer_options"], "patches_replace": {}}
-        return forward(*given.args, **given.kwargs)
-
-    monkeypatch.setattr(network, "forward_orig", deaf)
+    monkeypatch.setattr(flux.model.diffusion_model, "forward_orig", lambda img, *args, **kwargs: img)
     watched = cached(flux)
     if other is None:
         watched = with_function(watched, lambda apply, given: apply(given["input"], given["timestep"], **given["c"]))
     else:
         watched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, other, lambda executor, *args, **kwargs: executor(*args, **kwargs))
     if is_refused:
-        with pytest.raises(ValueError, match=r"^model: this transformer \(Flux\) does not let its blocks be replaced"):
+        with pytest.raises(ValueError, match=r"^model: this transformer \(Flux\) does not run its blocks one after another"):
             draw(watched, noise(1, 16, 8, 16))
     else:
         assert draw(watched, noise(1, 16, 8, 16)).isfinite().all()
