@@ -5,7 +5,6 @@ handled.
 """
 
 import functools
-import inspect
 import math
 import types
 from pathlib import Path
