@@ -23,7 +23,7 @@ class IECDeepCache(CheckedNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="A U-Net (SD 1.5, SDXL …) or a transformer (Flux, SD3, Wan …); the node does not change it.",
+                    tooltip="A U-Net (SD 1.5, SDXL …) or a transformer (Flux, Z-Image, Wan …); the node does not change it.",
                 ),
                 io.Int.Input(
                     "interval",
