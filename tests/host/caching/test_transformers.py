@@ -681,6 +681,20 @@ def test_the_largest_list_of_an_unknown_network_is_cached(monkeypatch, sample, m
     assert block_lists.find_lists(torch.nn.Sequential(torch.nn.ModuleList([torch.nn.Linear(2, 2)] * 2))) == []
 
 
+def test_a_network_with_a_cache_of_its_own_is_evaluated_in_full(monkeypatch, sample, models, cached):
+    """SamplerARVideo gives Wan CausalAR a cache that every block must fill. Only a later host has it: here it is Wan."""
+    from pack import pack_module
+
+    block_lists = pack_module("nodes.host.caching.block_lists")
+    assert block_lists.FAMILIES["CausalWanModel"] == block_lists.Family(own_cache="ar_state")
+    monkeypatch.setitem(block_lists.FAMILIES, "WanModel", block_lists.FAMILIES["CausalWanModel"])
+    model = cached(models("Wan"))
+    plain = sample("Wan", models("Wan"))
+    assert not torch.equal(sample("Wan", model), plain)
+    model.model_options["transformer_options"]["ar_state"] = {}
+    assert torch.equal(sample("Wan", model), plain)
+
+
 @pytest.fixture
 def graphs(monkeypatch):
     """Return graphs(), which gives the number of graphs compiled since the test began."""

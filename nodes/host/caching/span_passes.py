@@ -1,0 +1,184 @@
+"""What happens in a span of blocks during one evaluation: stand-ins in the network's lists see or skip the span's blocks."""
+
+import contextlib
+import copy
+import functools
+
+import torch
+
+from .streams import KNOWN, Observation
+
+
+class DoesNotFitError(Exception):
+    """A kept residual does not fit: a node may have changed the number of an entry's text tokens since the full step."""
+
+
+@contextlib.contextmanager
+def standing_in(passes):
+    """Put the passes' stand-ins into the network's lists."""
+    before = [(one.span.list, one.span.list.container) for one in passes]
+    try:
+        for one, (own, container) in zip(passes, before):
+            holding = copy.copy(container)
+            holding._modules = one.stand_ins(container._modules)
+            own.parent._modules[own.key] = holding
+        yield
+    finally:
+        for own, container in before:
+            own.parent._modules[own.key] = container
+
+
+class _StandIn(torch.nn.Module):
+    """Stands in a network's list for a block: call(run, args, kwargs) decides what the block's call returns."""
+
+    def __init__(self, block, call, shows_weights):
+        super().__init__()
+        self.__dict__.update(_block=block, _call=call)  # not a submodule: weights keep their names in the network
+        if shows_weights:  # the host moves the weights of the modules in a list to the device beforehand
+            self._modules, self._parameters, self._buffers = block._modules, block._parameters, block._buffers
+        self._is_forward = method_of(block) == "forward"
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["_block"], name)
+
+    @property
+    def _fsdp_wrapped_module(self):
+        """The block: the host's name for a block in a wrapper, where it asks for a block's class (Stable Cascade)."""
+        return self._block
+
+    def forward(self, *args, **kwargs):
+        return self._call(self._block, args, kwargs) if self._is_forward else self._block(*args, **kwargs)
+
+    def forward_gen(self, *args, **kwargs):
+        return self._call(self._block.forward_gen, args, kwargs)
+
+
+def method_of(block):
+    """Return the name of the method by which a network runs a block. Wan Animate 2 has another one for its pose branch."""
+    return "forward_gen" if hasattr(block, "forward_gen") else "forward"
+
+
+class FullPass:
+    """A span in an evaluation that runs all its blocks.
+
+    has_run: whether the network has run the span's blocks. names, residuals: of its features, filled by the evaluation.
+    """
+
+    has_run = False
+
+    def __init__(self, span):
+        self.span = span
+        self.names, self.residuals = [], []
+        self._streams = KNOWN.get(span.list.container)
+        self._entered = []
+        self._passes = 0  # through the span's blocks
+
+    def stand_ins(self, blocks):
+        """Return {name: module} of a list with stand-ins for the span's first and last block."""
+        ends = {self.span.first, self.span.last}
+        return {
+            name: _StandIn(block, functools.partial(self._call, number), True) if number in ends else block
+            for number, (name, block) in enumerate(blocks.items())
+        }
+
+    def _call(self, number, run, args, kwargs):
+        if number == self.span.first:
+            # copies, because blocks change their input in place
+            self._entered = [tensor.clone() for tensor in self._streams.of_arguments(args, kwargs)]
+        out = run(*args, **kwargs)
+        if number == self.span.last:
+            self._leave(self._streams.of_output(out))
+        return out
+
+    def finish(self):
+        """After the evaluation, forget what the blocks pass on if they have passed on something else. Then the next full
+        evaluation is observed.
+        """
+        if self.has_run and not self.residuals:
+            KNOWN.pop(self.span.list.container, None)
+
+    def _leave(self, left):
+        self.has_run = True
+        if self._entered and [tensor.shape for tensor in left] == [tensor.shape for tensor in self._entered]:
+            self.residuals += [after - before for before, after in zip(self._entered, left)]
+            number = f".pass {self._passes}" if self._passes else ""
+            self.names += [f"{self.span.name}.{name}{number}" for name in self._streams.names]
+        self._entered = []
+        self._passes += 1
+
+
+class ObservedPass(FullPass):
+    """The first full pass of a list: it also finds what its blocks pass on."""
+
+    def __init__(self, span):
+        super().__init__(span)
+        self._seen = Observation()
+        self._given = None  # a copy of what the span's first block took
+        self._ends = []  # this, and a copy of what its last block returned, for each pass
+
+    def stand_ins(self, blocks):
+        """Return {name: module} of a list with a stand-in for each block."""
+        return {
+            name: _StandIn(block, functools.partial(self._observe, number, block), True)
+            for number, (name, block) in enumerate(blocks.items())
+        }
+
+    def _observe(self, number, block, run, args, kwargs):
+        shapes = self._seen.before(args, kwargs)
+        if number == self.span.first:
+            self._given = _copied(args), {key: _copied(value) for key, value in kwargs.items()}
+        out = run(*args, **kwargs)
+        if self.span.first <= number <= self.span.last:
+            self._seen.after(block, shapes, out)
+        if number == self.span.last and self._given is not None:
+            self._ends.append((self._given, _copied(out)))
+            self._given = None
+        return out
+
+    def finish(self):
+        """Find the streams, after the evaluation. Raises ValueError like `Observation.streams`."""
+        if self._ends:
+            self._streams = KNOWN[self.span.list.container] = self._seen.streams(method_of(self._seen.block))
+        for given, out in self._ends:
+            self._entered = self._streams.of_arguments(*given)
+            self._leave(self._streams.of_output(out))
+
+
+def _copied(value):
+    """Return a value with copies of its tensors, also of those in its tuples and lists."""
+    if isinstance(value, (tuple, list)):
+        return type(value)([_copied(part) for part in value])
+    return value.clone() if torch.is_tensor(value) else value
+
+
+class CachedPass:
+    """A span in an evaluation that adds the kept residuals of its streams instead of running its blocks."""
+
+    def __init__(self, span, residuals):
+        self.span, self._residuals = span, residuals
+        self._streams = KNOWN[span.list.container]
+        self._result = None
+        self._next = 0  # the first of the residuals of the next pass through the span's blocks
+
+    def stand_ins(self, blocks):
+        """Return {name: module} of a list with stand-ins for all blocks of the span."""
+        numbers = range(self.span.first, self.span.last + 1)
+        return {
+            name: _StandIn(block, functools.partial(self._call, number), False) if number in numbers else block
+            for number, (name, block) in enumerate(blocks.items())
+        }
+
+    def _call(self, number, run, args, kwargs):
+        """Pass on what the block was given. The last block returns the result, which was computed at the first.
+
+        So tensors that the host adds between the blocks, such as ControlNet residuals, are dropped: the kept residual already
+        contains those of the full evaluation.
+        """
+        given = self._streams.of_arguments(args, kwargs)
+        if number == self.span.first:
+            residuals = self._residuals[self._next : self._next + len(given)]
+            if not given or [tensor.shape for tensor in given] != [residual.shape for residual in residuals]:
+                raise DoesNotFitError
+            self._result = [tensor + residual for tensor, residual in zip(given, residuals)]
+            self._next += len(given)
+        return self._streams.output(self._result if number == self.span.last else given)
