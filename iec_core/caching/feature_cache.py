@@ -170,11 +170,13 @@ class FeatureCache:
         """Return the forecast [items, ...] at `position` for a batch of the entries with these keys, as a new tensor.
 
         items: the rows of the batch. Returns None where an entry has no feature, or none that was stored at position `since` or
-        later, and where the number of rows per entry has changed.
+        later, where the number of rows per entry has changed, and where the entries' features have different shapes.
         """
         slots = [(key, stream) for key in keys]
         parts = [self._slices.get(slot, []) for slot in slots]
         if any(not kept or kept[-1][0] < since or kept[-1][1].shape[0] * len(keys) != items for kept in parts):
+            return None
+        if len({kept[-1][1].shape for kept in parts}) > 1:
             return None
         return torch.cat([self._forecast(slot, kept, position) for slot, kept in zip(slots, parts)])
 

@@ -50,7 +50,7 @@ FAMILIES = {
     "StageC": Family(paths=("down_blocks.-1", "up_blocks.0")),
     "Trellis2": Family(refused="it has several networks for sparse grids, which take turns"),
 }
-SEQUENCES = (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.Sequential)
+LISTS = (torch.nn.ModuleList, torch.nn.ModuleDict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,12 +58,14 @@ class BlockList:
     """A list of blocks in a network.
 
     parent, key: the module that holds it, and its name there. names: under which other nodes may replace its blocks.
+    is_guess: whether the network's class is not known, so that skipping its blocks has to be tried.
     """
 
     path: str
     parent: torch.nn.Module
     key: str
     names: tuple
+    is_guess: bool = False
 
     @property
     def container(self):
@@ -91,7 +93,7 @@ def find_lists(network):
     return lists or _largest(network)
 
 
-def _at(network, path, names):
+def _at(network, path, names, is_guess=False):
     """Return the BlockList at a path, None if there is none. A number counts the modules of a list, also from its end."""
     parent, key, module = None, None, network
     for part in path.split("."):
@@ -99,17 +101,19 @@ def _at(network, path, names):
         if part.lstrip("-").isdigit():
             part = list(children)[int(part)] if children else ""
         parent, key, module = module, part, children.get(part)
-    return BlockList(path, parent, key, names) if isinstance(module, SEQUENCES) and len(module) else None
+    return BlockList(path, parent, key, names, is_guess) if isinstance(module, LISTS) and len(module) else None
 
 
 def _largest(network):
-    """Return [the list of at least three blocks with most weights] of a network whose class is not known, [] without one."""
+    """Return [the list with most weights], of at least three blocks of one class, of a network of an unknown class; else []."""
     found, inside = [], ()
     for path, module in network.named_modules():
-        if isinstance(module, SEQUENCES) and len(module) >= 3 and not path.startswith(inside):
-            found.append((sum(weight.numel() for weight in module.parameters()), path))
+        if isinstance(module, LISTS) and not path.startswith(inside):
+            blocks = list(module._modules.values())
+            if len(blocks) >= 3 and len(set(map(type, blocks))) == 1:
+                found.append((sum(weight.numel() for weight in module.parameters()), path))
             inside = (*inside, f"{path}.")
-    return [_at(network, max(found)[1], DOUBLE)] if found else []
+    return [_at(network, max(found)[1], DOUBLE, is_guess=True)] if found else []
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.patcher_extension import WrappersMP
 
 from ....iec_core.caching.feature_cache import FeatureCache
+from ..sampling.network_calls import uncompiled
 from ..sampling.run_plan import follow_run
 from .cache_run import KEY, other_cache, warn_once
 from .transformer_cache import TransformerCache
@@ -15,7 +16,7 @@ from .unet_cache import UnetCache
 
 def cache_kind(model):
     """Return the CacheRun subclass for a MODEL."""
-    return UnetCache if isinstance(model.get_model_object("diffusion_model"), UNetModel) else TransformerCache
+    return UnetCache if isinstance(uncompiled(model.get_model_object("diffusion_model")), UNetModel) else TransformerCache
 
 
 def with_cache(model, settings, make_run, node):
@@ -38,14 +39,16 @@ def with_cache(model, settings, make_run, node):
         _check_tiles(model_options, node)
         return make_run(functools.partial(kind, settings, model_options=model_options))
 
-    def evaluate(executor, x, t, c, y, control, transformer_options, /, **kwargs):
-        """The wrapper of both types. c, y: c_concat and c_crossattn for APPLY_MODEL, context and y for DIFFUSION_MODEL."""
+    def evaluate(executor, *args, **kwargs):
+        """The wrapper of both types. Other nodes' wrappers may pass on arguments by name, and leave out some."""
         kwargs.pop(KEY, None)
-        run = transformer_options.get(KEY)
+        args = [*args, *(kwargs.pop(name, None) for name in kind.arguments[len(args) :])]
+        args[-1] = args[-1] or {}  # the transformer options
+        run = args[-1].get(KEY)
         if run is None:
             warn_once("another node calls the network outside of a sampling run; these evaluations are done in full")
-            return executor(x, t, c, y, control, transformer_options, **kwargs)
-        return run.evaluate(executor, x, t, c, y, control, transformer_options, **kwargs)
+            return executor(*args, **kwargs)
+        return run.evaluate(executor, *args, **kwargs)
 
     model = model.clone()
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _keep_for_run(KEY, begin_run))

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from .streams import KNOWN, Observation
+from .streams import KNOWN, Observation, method_of, with_parts
 
 
 class DoesNotFitError(Exception):
@@ -18,28 +18,39 @@ def standing_in(passes):
     """Put the passes' stand-ins into the network's lists."""
     before = [(one.span.list, one.span.list.container) for one in passes]
     try:
-        for one, (own, container) in zip(passes, before):
+        for one, (block_list, container) in zip(passes, before):
             holding = copy.copy(container)
             holding._modules = one.stand_ins(container._modules)
-            own.parent._modules[own.key] = holding
+            block_list.parent._modules[block_list.key] = holding
         yield
     finally:
-        for own, container in before:
-            own.parent._modules[own.key] = container
+        for block_list, container in before:
+            block_list.parent._modules[block_list.key] = container
 
 
 class _StandIn(torch.nn.Module):
-    """Stands in a network's list for a block: call(run, args, kwargs) decides what the block's call returns."""
+    """Stands in a network's list for a block: call(run, args, kwargs) decides what the block's call returns.
 
-    def __init__(self, block, call, shows_weights):
+    Attributes are the block's. hides_weights: whether the block will not run, so that the host, which may move the weights of
+    the modules in a list to the device beforehand, finds none. Otherwise it finds them, under the block's own names.
+    """
+
+    def __init__(self, block, call, hides_weights=False):
         super().__init__()
-        self.__dict__.update(_block=block, _call=call)  # not a submodule: weights keep their names in the network
-        if shows_weights:  # the host moves the weights of the modules in a list to the device beforehand
-            self._modules, self._parameters, self._buffers = block._modules, block._parameters, block._buffers
-        self._is_forward = method_of(block) == "forward"
+        weights = {} if hides_weights else {name: getattr(block, name) for name in ("_modules", "_parameters", "_buffers")}
+        self.__dict__.update(weights, _call=call, _is_forward=method_of(block) == "forward", _block=block)
 
     def __getattr__(self, name):
         return getattr(self.__dict__["_block"], name)
+
+    def __setattr__(self, name, value):
+        if "_block" in self.__dict__:
+            setattr(self._block, name, value)
+        else:  # in the constructor of Module
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name):
+        delattr(self._block, name)
 
     @property
     def _fsdp_wrapped_module(self):
@@ -53,9 +64,9 @@ class _StandIn(torch.nn.Module):
         return self._call(self._block.forward_gen, args, kwargs)
 
 
-def method_of(block):
-    """Return the name of the method by which a network runs a block. Wan Animate 2 has another one for its pose branch."""
-    return "forward_gen" if hasattr(block, "forward_gen") else "forward"
+def full_pass(span):
+    """Return the pass of a span in a full evaluation: the first one of a list is observed."""
+    return FullPass(span) if span.list.container in KNOWN else ObservedPass(span)
 
 
 class FullPass:
@@ -64,10 +75,8 @@ class FullPass:
     has_run: whether the network has run the span's blocks. names, residuals: of its features, filled by the evaluation.
     """
 
-    has_run = False
-
     def __init__(self, span):
-        self.span = span
+        self.span, self.has_run = span, False
         self.names, self.residuals = [], []
         self._streams = KNOWN.get(span.list.container)
         self._entered = []
@@ -77,7 +86,7 @@ class FullPass:
         """Return {name: module} of a list with stand-ins for the span's first and last block."""
         ends = {self.span.first, self.span.last}
         return {
-            name: _StandIn(block, functools.partial(self._call, number), True) if number in ends else block
+            name: _StandIn(block, functools.partial(self._call, number)) if number in ends else block
             for number, (name, block) in enumerate(blocks.items())
         }
 
@@ -119,17 +128,17 @@ class ObservedPass(FullPass):
     def stand_ins(self, blocks):
         """Return {name: module} of a list with a stand-in for each block."""
         return {
-            name: _StandIn(block, functools.partial(self._observe, number, block), True)
+            name: _StandIn(block, functools.partial(self._observe, number, block))
             for number, (name, block) in enumerate(blocks.items())
         }
 
     def _observe(self, number, block, run, args, kwargs):
-        shapes = self._seen.before(args, kwargs)
-        if number == self.span.first:
+        self._seen.before(args, kwargs)
+        if number == self.span.first:  # once for a network, all arguments: which ones are the streams is not known yet
             self._given = _copied(args), {key: _copied(value) for key, value in kwargs.items()}
         out = run(*args, **kwargs)
         if self.span.first <= number <= self.span.last:
-            self._seen.after(block, shapes, out)
+            self._seen.after(block, out)
         if number == self.span.last and self._given is not None:
             self._ends.append((self._given, _copied(out)))
             self._given = None
@@ -138,7 +147,7 @@ class ObservedPass(FullPass):
     def finish(self):
         """Find the streams, after the evaluation. Raises ValueError like `Observation.streams`."""
         if self._ends:
-            self._streams = KNOWN[self.span.list.container] = self._seen.streams(method_of(self._seen.block))
+            self._streams = KNOWN[self.span.list.container] = self._seen.streams()
         for given, out in self._ends:
             self._entered = self._streams.of_arguments(*given)
             self._leave(self._streams.of_output(out))
@@ -146,9 +155,7 @@ class ObservedPass(FullPass):
 
 def _copied(value):
     """Return a value with copies of its tensors, also of those in its tuples and lists."""
-    if isinstance(value, (tuple, list)):
-        return type(value)([_copied(part) for part in value])
-    return value.clone() if torch.is_tensor(value) else value
+    return with_parts(value, lambda part: part.clone() if torch.is_tensor(part) else part)
 
 
 class CachedPass:
@@ -164,7 +171,7 @@ class CachedPass:
         """Return {name: module} of a list with stand-ins for all blocks of the span."""
         numbers = range(self.span.first, self.span.last + 1)
         return {
-            name: _StandIn(block, functools.partial(self._call, number), False) if number in numbers else block
+            name: _StandIn(block, functools.partial(self._call, number), hides_weights=True) if number in numbers else block
             for number, (name, block) in enumerate(blocks.items())
         }
 

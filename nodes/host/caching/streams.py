@@ -5,10 +5,13 @@ returns is an argument of the next block. Where the network makes another tensor
 """
 
 import inspect
+import itertools
 import weakref
 from dataclasses import dataclass
 
 import torch
+
+from ..sampling.network_calls import uncompiled
 
 
 @dataclass(frozen=True)
@@ -41,20 +44,26 @@ class Streams:
 
     def output(self, tensors):
         """Return what a block would return that has these streams as its result."""
-        return _filled(self.structure, tensors)
+        return with_parts(self.structure, lambda part: tensors[part.stream] if isinstance(part, Leaf) else part)
 
 
 KNOWN = weakref.WeakKeyDictionary()  # {module with the blocks: Streams}
+
+
+def method_of(block):
+    """Return the name of the method by which a network runs a block. Wan Animate 2 has another one for its pose branch."""
+    return "forward_gen" if hasattr(block, "forward_gen") else "forward"
 
 
 class Observation:
     """Finds the Streams of a list while all its blocks run."""
 
     def __init__(self):
-        self._returned = []  # the tensors that the last block has returned
+        self._given = []  # [(path, shape)] of the arguments of the block that runs
+        self._returned = []  # the tensors that the block before it has returned
         self._same = {}  # {number of an output tensor: path of the argument that the next block took it as}
-        self.block = self._structure = None  # the last block seen, and its output's structure
-        self._shapes, self._out_shapes = [], []  # [(path, shape)] of its arguments, and the shapes of the tensors it returned
+        self._block = self._structure = None  # the last block whose output was seen, and its output's structure
+        self._shapes = [], []  # of its arguments, with their paths, and of the tensors that it returned
 
     def before(self, args, kwargs):
         """See the arguments of a block that is about to run."""
@@ -64,31 +73,28 @@ class Observation:
                 if _is_same(tensor, other):
                     self._same.setdefault(number, path)
         self._returned = []
-        return [(path, tensor.shape) for path, tensor in given]
+        self._given = [(path, tensor.shape) for path, tensor in given]
 
-    def after(self, block, shapes, out):
-        """See the output of a block. shapes: as `before` returned them."""
-        self.block, self._shapes = block, shapes
+    def after(self, block, out):
+        """See the output of that block."""
         self._returned = [tensor for _, tensor in _tensors(out)]
-        self._structure, self._out_shapes = _structure(out), [tensor.shape for tensor in self._returned]
+        self._block, self._structure = block, _structure(out)
+        self._shapes = self._given, [tensor.shape for tensor in self._returned]
 
-    def streams(self, method):
-        """Return the Streams. Raises ValueError if a block returns a tensor that is none of its arguments' kind.
-
-        method: the name of the blocks' method that was called.
-        """
-        paths = dict(self._same)
-        for number, shape in enumerate(self._out_shapes):
-            if number not in paths:
-                fitting = [path for path, own in self._shapes if own == shape and path not in paths.values()]
-                if not fitting:
-                    raise ValueError(
-                        f"model: its blocks ({type(self.block).__name__}) return a tensor that they do not take, so they "
-                        "cannot be skipped; sample without the cache."
-                    )
-                paths[number] = fitting[0]
-        ordered = tuple(paths[number] for number in range(len(self._out_shapes)))
-        return Streams(ordered, tuple(_name(self.block, method, path) for path in ordered), self._structure)
+    def streams(self):
+        """Return the Streams. Raises ValueError if the blocks return anything but tensors of the shapes that they take."""
+        given, returned = self._shapes
+        paths = {number: path for number, path in self._same.items() if (path, returned[number]) in given}
+        for number, shape in enumerate(returned):
+            fitting = [path for path, own in given if own == shape and path not in paths.values()]
+            paths.update({number: fitting[0]} if number not in paths and fitting else {})
+        if not returned or len(paths) < len(returned):
+            raise ValueError(
+                f"model: its blocks ({type(uncompiled(self._block)).__name__}) do not return tensors like those that they "
+                "take, so they cannot be skipped; sample without the cache."
+            )
+        ordered = tuple(paths[number] for number in range(len(returned)))
+        return Streams(ordered, tuple(_name(self._block, path) for path in ordered), self._structure)
 
 
 def _tensors(value, path=()):
@@ -119,27 +125,26 @@ def _is_same(tensor, other):
     )
 
 
-def _structure(out, counted=None):
+def with_parts(value, function):
+    """Return a value with function(part) for each of its parts, if it is a tuple or list; else function(value)."""
+    if not isinstance(value, (tuple, list)):
+        return function(value)
+    parts = [with_parts(part, function) for part in value]
+    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)  # a named tuple takes its parts one by one
+
+
+def _structure(out):
     """Return a block's output with a Leaf in place of each tensor."""
-    counted = iter(range(len(_tensors(out)))) if counted is None else counted
-    if isinstance(out, (tuple, list)):
-        return type(out)(_structure(part, counted) for part in out)
-    return Leaf(next(counted)) if torch.is_tensor(out) else out
+    numbers = itertools.count()
+    return with_parts(out, lambda part: Leaf(next(numbers)) if torch.is_tensor(part) else part)
 
 
-def _filled(structure, tensors):
-    if isinstance(structure, Leaf):
-        return tensors[structure.stream]
-    if isinstance(structure, (tuple, list)):
-        return type(structure)([_filled(part, tensors) for part in structure])
-    return structure
-
-
-def _name(block, method, path):
+def _name(block, path):
     """Return the name of the argument at a path, with the places within it: `hidden_states`, `x.0`."""
     key, *inside = path
     if isinstance(key, int):
-        block = getattr(block, "_orig_mod", block)  # the block inside torch.compile's wrapper
-        parameters = list(inspect.signature(getattr(type(block), method)).parameters)[1:]  # without self
-        key = parameters[key] if key < len(parameters) else key
+        block = uncompiled(block)
+        parameters = list(inspect.signature(getattr(type(block), method_of(block))).parameters.values())[1:]  # without self
+        named = [one.name for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+        key = named[key] if key < len(named) else key
     return ".".join(map(str, (key, *inside)))

@@ -5,20 +5,25 @@ ends add to their input, and a cached evaluation adds this residual instead of r
 kinds of blocks that pass on different tensors, such as the double and single blocks of Flux, each kind has its own residual. So
 has each pass through the blocks, if a network makes several in one evaluation.
 
-For the time of one evaluation, and inside all other nodes' wrappers, the network's lists hold stand-ins for some blocks. So it
-holds for every network that runs the blocks of a list one after another, compiled or not, whatever other hooks it reads.
+For the time of one evaluation, and inside all other nodes' wrappers, the network's lists hold stand-ins for some blocks. This
+works for every network, compiled or not, that runs the blocks of a list one after another and uses what a block returns only in
+the next one.
 """
 
 import contextlib
 import functools
+import weakref
 
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 
-from ..sampling.network_calls import others_take_part
+from ..sampling.network_calls import others_take_part, uncompiled
 from .block_lists import family_of, find_lists, spans
 from .cache_run import CacheRun, warn_once
-from .span_passes import CachedPass, DoesNotFitError, FullPass, ObservedPass, standing_in
-from .streams import KNOWN
+from .span_passes import CachedPass, DoesNotFitError, ObservedPass, full_pass, standing_in
+
+# How far a cached evaluation may be from the full one of the same input, which has the same result but for rounding.
+ROUNDING = 0.02
+TRIED = weakref.WeakSet()  # lists of networks of unknown classes without whose blocks this was so
 
 
 def _variant(transformer_options, conditions):
@@ -30,17 +35,13 @@ def _variant(transformer_options, conditions):
     return frozenset(switches), frozenset(conditions)
 
 
-def _uncompiled(network):
-    """Return the network inside torch.compile's wrapper."""
-    return getattr(network, "_orig_mod", network)
-
-
 class TransformerCache(CacheRun):
     """The cache of a transformer's residuals in one sampling run. model_options: those of the run."""
 
     channel_dim = -1
     has_consumer = False
     wrapper_type = WrappersMP.APPLY_MODEL
+    arguments = ("x", "t", "c_concat", "c_crossattn", "control", "transformer_options")
 
     def __init__(self, settings, features, full_steps=None, model_options=None):
         super().__init__(settings, features, full_steps)
@@ -48,6 +49,12 @@ class TransformerCache(CacheRun):
         self._lists = {}  # {network: its BlockLists}
         self._kept = {}  # {(name of a span, key of a conditioning entry): [(name of a feature, its rows)]}
         self._have_run = False  # whether the network has run the blocks of its lists in this run
+        self._is_compiled = False
+
+    def clear(self):
+        """Forget the features."""
+        super().clear()
+        self._kept.clear()
 
     def _begin_full_step(self, step, position):
         super()._begin_full_step(step, position)
@@ -56,7 +63,7 @@ class TransformerCache(CacheRun):
     @staticmethod
     def check(network, branch):
         """Raise ValueError if the network is not a transformer that can be cached, or has no such branch."""
-        network = _uncompiled(network)
+        network = uncompiled(network)
         lists, name = find_lists(network), type(network).__name__
         if not lists:
             reason = family_of(network).refused or "it has no list of blocks"
@@ -74,44 +81,59 @@ class TransformerCache(CacheRun):
     @staticmethod
     def feature_names(network, branch):
         """Return the beginnings of the names that the features of a network have."""
-        return tuple(f"{span.name}." for span in spans(find_lists(_uncompiled(network)), branch))
+        return tuple(f"{span.name}." for span in spans(find_lists(uncompiled(network)), branch))
 
     def evaluate(self, executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
         """Evaluate like the host's apply_model, but run the blocks of the spans or add their residuals."""
-        call = functools.partial(self._call, executor, (x, t, c_concat, c_crossattn, control), kwargs)
-        plan = self.plan(x, transformer_options, _variant(transformer_options, kwargs))
-        # the evaluated network: a guider may use another one for the negative conditioning
-        network = _uncompiled(executor.class_obj.diffusion_model)
+        # the evaluated network: a guider may use another one, for the negative conditioning or for a part of the run
+        network = uncompiled(executor.class_obj.diffusion_model)
+        go_on = functools.partial(self._go_on, executor, (x, t, c_concat, c_crossattn, control), kwargs, network)
+        plan = self.plan(x, transformer_options, (*_variant(transformer_options, kwargs), id(network), x.device))
         family = family_of(network)
         if family.own_cache in transformer_options:
             warn_once(
                 f"the sampler gives the network a cache of its own ({family.own_cache}); its evaluations are done in full"
             )
-            return call(network, [], transformer_options)
+            return go_on([], transformer_options)
         replaced = transformer_options.get("patches_replace", {})
-        own = spans(self._lists_of(network), self.settings.branch, replaced.get("dit", {}))
+        own_spans = spans(self._lists_of(network), self.settings.branch, replaced.get("dit", {}))
+        if not own_spans:
+            warn_once("other nodes replace all blocks that could be skipped; these evaluations are done in full")
         options = _without_prefix_cache(transformer_options) if family.has_prefix_cache else transformer_options
-        if plan.reuses and (passes := self._cached_passes(plan, own, family.batch_dim)):
-            with contextlib.suppress(DoesNotFitError):
-                return call(network, passes, _without_replacements(options, own))
-        passes = [FullPass(span) if span.list.container in KNOWN else ObservedPass(span) for span in own if plan.keeps]
-        result = call(network, passes, options)
+        skip = functools.partial(self._skip, plan, own_spans, family.batch_dim, go_on, options)
+        if plan.reuses and (result := skip()) is not None:
+            return result
+        passes = [full_pass(span) for span in own_spans if plan.keeps]
+        result = go_on(passes, options)
         for one in passes:
             one.finish()
         self._keep(plan, passes, family.batch_dim)
         if not all(one.has_run for one in passes):
             self._check_left_out(network, transformer_options)
+        if any(span.list.is_guess and span.list.container not in TRIED for span in own_spans):
+            _check_guess(network, own_spans, result, skip())
         return result
+
+    def _skip(self, plan, own_spans, batch_dim, go_on, transformer_options):
+        """Return the result of the evaluation without the blocks of the spans, None if there are no residuals that fit."""
+        passes = self._cached_passes(plan, own_spans, batch_dim)
+        if not passes:
+            return None
+        # The error may come through other nodes' wrappers. Then they are called a second time, for the full evaluation.
+        with contextlib.suppress(DoesNotFitError):
+            return go_on(passes, _without_replacements(transformer_options, own_spans))
+        return None
 
     def _lists_of(self, network):
         if network not in self._lists:
             self._lists[network] = find_lists(network)
         return self._lists[network]
 
-    def _call(self, executor, args, kwargs, network, passes, transformer_options):
+    def _go_on(self, executor, args, kwargs, network, passes, transformer_options):
         """Go on with the evaluation, with stand-ins in the network while the network itself is evaluated."""
 
         def innermost(executor, *args, **kwargs):
+            self._is_compiled |= executor.class_obj.diffusion_model is not network
             with _plainly(executor.class_obj, network, passes), standing_in(passes):
                 return executor(*args, **kwargs)
 
@@ -119,10 +141,10 @@ class TransformerCache(CacheRun):
         inner = WrapperExecutor.new_class_executor(executor.original, executor.class_obj, wrappers)
         return inner.execute(*args, transformer_options, **kwargs)
 
-    def _cached_passes(self, plan, own, batch_dim):
+    def _cached_passes(self, plan, own_spans, batch_dim):
         """Return the CachedPass of each span, [] unless each has a kept residual."""
         passes = []
-        for span in own:
+        for span in own_spans:
             named = self._kept.get((span.name, plan.keys[0]), [])
             loaded = [plan.load(self.features, rows * len(plan.keys), name) for name, rows in named]
             if not loaded or any(residual is None for residual in loaded):
@@ -137,6 +159,11 @@ class TransformerCache(CacheRun):
             named = []
             for name, residual in zip(one.names, one.residuals):
                 residual = residual.movedim(batch_dim, 0)
+                if residual.shape[0] % len(plan.keys):
+                    warn_once("another node divides the network's batch; these evaluations are done in full")
+                    return
+                # a compiled network may write its next outputs into the same memory (CUDA graphs)
+                residual = residual.clone() if self._is_compiled else residual
                 self.features.store(plan.keys, residual, plan.position, name)
                 named.append((name, residual.shape[0] // len(plan.keys)))
             self._kept.update({(one.span.name, key): named for key in plan.keys})
@@ -155,9 +182,25 @@ class TransformerCache(CacheRun):
         warn_once("another node on the MODEL skips evaluations of the network or of its blocks; these are not cached")
 
 
-def _without_replacements(transformer_options, own):
+def _check_guess(network, own_spans, full, cached):
+    """Raise ValueError if skipping the blocks of a network of an unknown class changes its result for the same input.
+
+    Its blocks may also be joined in another way, as by the skip connections of a U-Net. full, cached: the result with and
+    without the blocks; None if it is not known yet.
+    """
+    if cached is None:
+        return
+    if (full - cached).norm() > ROUNDING * full.norm():
+        raise ValueError(
+            f"model: this network ({type(network).__name__}) uses what its blocks return in more places than the next block, "
+            "so they cannot be skipped; sample without the cache."
+        )
+    TRIED.update(span.list.container for span in own_spans)
+
+
+def _without_replacements(transformer_options, own_spans):
     """Return options without other nodes' replacements for the blocks of the spans, so that the network calls the blocks."""
-    skipped = {(name, number) for span in own for name in span.list.names for number in range(span.first, span.last + 1)}
+    skipped = {(name, number) for span in own_spans for name in span.list.names for number in range(span.first, span.last + 1)}
     replaced = transformer_options.get("patches_replace", {})
     blocks = {place: value for place, value in replaced.get("dit", {}).items() if place not in skipped}
     return {**transformer_options, "patches_replace": {**replaced, "dit": blocks}}

@@ -39,6 +39,7 @@ class UnetCache(CacheRun):
     channel_dim = 1
     has_consumer = True
     wrapper_type = WrappersMP.DIFFUSION_MODEL
+    arguments = ("x", "timesteps", "context", "y", "control", "transformer_options")
 
     def __init__(self, settings, features, full_steps=None, consumed=None, model_options=None):
         super().__init__(settings, features, full_steps)

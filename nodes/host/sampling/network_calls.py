@@ -20,6 +20,11 @@ def network_of(denoiser):
     return getattr(base_of(denoiser), "diffusion_model", None)
 
 
+def uncompiled(network):
+    """Return the network, or block, inside torch.compile's wrapper."""
+    return getattr(network, "_orig_mod", network)
+
+
 def others_take_part(model_options, network=None):
     """Return whether another pack takes part in evaluations of a network, and so may replace or change them.
 
@@ -30,7 +35,7 @@ def others_take_part(model_options, network=None):
     keys = {key for kind in BEFORE_THE_NETWORK for key, found in wrappers.get(kind, {}).items() if found}
     if any(key != "torch.compile" and not str(key).startswith(IEC) for key in keys):
         return True
-    network = getattr(network, "_orig_mod", network)  # the network inside torch.compile's wrapper
+    network = uncompiled(network)
     return "model_function_wrapper" in model_options or "forward" in getattr(network, "__dict__", {})
 
 

@@ -12,6 +12,7 @@ import gc
 import inspect
 import itertools
 import sys
+import typing
 import weakref
 
 import pytest
@@ -636,21 +637,188 @@ def test_a_network_that_does_not_run_its_blocks_is_refused_at_its_first_evaluati
         sample("Wan", cached(model))
 
 
-def test_blocks_that_return_what_they_do_not_take_are_refused(sample, cached, monkeypatch):
-    model = build("Wan")
-    network = model.model.diffusion_model
+def run_blocks(function):
+    """Return a `forward_orig` for Wan's network that is function(blocks, tokens [B, N, 16])."""
 
-    def run(self, x, *args, **kwargs):
-        for block in self.blocks:
-            x = block(x)[0]
-        return x
+    def forward(self, x, *args, **kwargs):
+        tokens = x.flatten(2).transpose(1, 2)
+        return function(self.blocks, tokens).transpose(1, 2).reshape(x.shape)
 
-    monkeypatch.setattr(type(network), "forward_orig", run)
-    with (
-        watched(blocks_of(network, FAMILIES["Wan"]), "forward", lambda number, forward, args, kwargs: (args[0], args[0][0])),
-        pytest.raises(ValueError, match=r"^model: its blocks \(Wan.*Block\) return a tensor that they do not take"),
-    ):
+    return forward
+
+
+class Two(typing.NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+def through(blocks, x):
+    for block in blocks:
+        x = block(x)
+    return x
+
+
+@pytest.fixture
+def simple(monkeypatch, cached):
+    """Return simple(blocks, function), which gives a MODEL whose network runs function(blocks, tokens)."""
+
+    def make(blocks, function):
+        model = build("Wan")
+        network = model.model.diffusion_model
+        network.blocks = torch.nn.ModuleList(blocks)
+        monkeypatch.setattr(type(network), "forward_orig", run_blocks(function))
+        return model
+
+    return make
+
+
+class Block(torch.nn.Module):
+    """A block that returns function(its result)."""
+
+    def __init__(self, function, seed):
+        super().__init__()
+        self.function, self.inner = function, torch.nn.Linear(16, 16, bias=False)
+        self.inner.weight.data = noise(16, 16, seed=seed) / 8
+
+    def forward(self, x):
+        return self.function(x + self.inner(x))
+
+
+@pytest.mark.parametrize(
+    ("returns", "function"),
+    [
+        (lambda x: {"x": x}, lambda blocks, x: functools.reduce(lambda x, block: block(x)["x"], blocks, x)),
+        (lambda x: (x, x[0]), lambda blocks, x: functools.reduce(lambda x, block: block(x)[0], blocks, x)),
+        (lambda x: torch.cat([x, x[:, :1]], 1), lambda blocks, x: through(blocks, x)[:, : x.shape[1]]),
+    ],
+    ids=["a dict", "another tensor", "more tokens"],
+)
+def test_blocks_that_return_other_tensors_than_they_take_are_refused(sample, cached, simple, returns, function):
+    model = simple([Block(returns, seed) for seed in range(5)], function)
+    assert sample("Wan", model).isfinite().all()
+    with pytest.raises(ValueError, match=r"^model: its blocks \(Block\) do not return tensors like those that they take"):
         sample("Wan", cached(model))
+
+
+def test_blocks_that_return_a_named_tuple(sample, cached, simple, relative):
+    """The second tensor of the tuple comes back as it was given to the first block, plus its own residual."""
+
+    class Pair(Block):
+        def forward(self, x, y):
+            return Two(x + self.inner(y), y + self.inner(x))
+
+    def function(blocks, x):
+        two = Two(x, x.flip(1))
+        for block in blocks:
+            two = block(*two)
+            assert isinstance(two, Two)
+        return two.x + two.y
+
+    model = simple([Pair(None, seed) for seed in range(5)], function)
+    result, plain = sample("Wan", cached(model, interval=9)), sample("Wan", model)
+    assert 1e-4 < relative(result, plain) < 1
+
+
+def test_a_list_whose_outputs_are_used_again_is_refused_in_an_unknown_network(monkeypatch, sample, cached, simple):
+    """A U-Net of another pack: the outputs of its first list are also inputs of its second."""
+    from pack import pack_module
+
+    monkeypatch.setattr(pack_module("nodes.host.caching.block_lists"), "PATHS", ())
+
+    def joined(blocks, x):
+        left = []
+        for block in blocks:
+            x = block(x)
+            left.append(x)
+        return sum(left)
+
+    for function, is_refused in ((through, False), (joined, True)):
+        model = cached(simple([Block(lambda x: x, seed) for seed in range(5)], function))
+        with pytest.raises(ValueError, match=r"^model: this network \(.*\) uses what its blocks return in more places than"):
+            sample("Wan", model)
+            assert not is_refused
+            raise ValueError("model: this network (none) uses what its blocks return in more places than")
+
+
+def test_networks_that_evaluate_an_entry_in_turn_have_their_own_features(sample, models, cached, relative):
+    """A guider may evaluate the prompt with a weaker network first, in a part of the run."""
+    import comfy.samplers
+
+    model, weak = models("Wan"), models("Wan", num_layers=4)
+    weak.pre_run()
+
+    def guided(model):
+        def calculate(args):
+            (cond, *_), options = args["conds"], args["model_options"]
+            inputs = [cond], args["input"], args["sigma"], options
+            evaluate = comfy.samplers.calc_cond_batch
+            other = evaluate(weak.model, *inputs)[0] if args["sigma"][0] > 0.6 else 0
+            own = evaluate(args["model"], *inputs)[0]
+            return [own + 0.1 * other for _ in args["conds"]]
+
+        model = model.clone()
+        model.set_model_sampler_calc_cond_batch_function(calculate)
+        return model
+
+    result = sample("Wan", guided(cached(model, schedule="steps:0")))
+    with Restated("Wan", model, 0, full={0}).patched() as patched, Restated("Wan", weak, 0, full={0}).patched(patched) as both:
+        assert relative(result, sample("Wan", guided(both))) < 1e-5
+    assert relative(result, sample("Wan", guided(model))) > 1e-2
+
+
+def test_if_all_blocks_are_replaced_steps_are_full_with_a_warning(sample, models, cached, caplog):
+    from pack import pack_module
+
+    pack_module("nodes.host.caching.cache_run").warn_once.cache_clear()
+    model = models("Wan").clone()
+    for number in range(5):
+        model.set_model_patch_replace(lambda args, extra: extra["original_block"](args), "dit", "double_block", number)
+    with caplog.at_level("WARNING"):
+        assert torch.equal(sample("Wan", cached(model)), sample("Wan", models("Wan")))
+    assert caplog.text.count("other nodes replace all blocks that could be skipped") == 1
+
+
+def test_a_wrapper_that_divides_the_batch_makes_steps_full_with_a_warning(sample, models, cached, caplog):
+    from comfy.patcher_extension import WrappersMP
+    from pack import pack_module
+
+    pack_module("nodes.host.caching.cache_run").warn_once.cache_clear()
+
+    def divide(executor, x, t, context, *args, **kwargs):
+        parts = zip(x.split(1), t.split(1), context.split(1))
+        return torch.cat([executor(*part, *args, **kwargs) for part in parts])
+
+    def divided(model):
+        model = model.clone()
+        model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "divide", divide)
+        return model
+
+    model = models("Wan")
+    with caplog.at_level("WARNING"):
+        assert torch.equal(sample("Wan", divided(cached(model))), sample("Wan", divided(model)))
+    assert caplog.text.count("divides the network's batch") == 1
+
+
+def test_a_wrapper_may_name_its_arguments_and_set_attributes_of_blocks(sample, models, cached):
+    from comfy.patcher_extension import WrappersMP
+
+    def named(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
+        return executor(x, t, c_crossattn=c_crossattn, control=control, transformer_options=transformer_options, **kwargs)
+
+    def marked(executor, *args, **kwargs):
+        for number, block in enumerate(executor.class_obj.blocks):
+            block.place = number
+        return executor(*args, **kwargs)
+
+    model = cached(models("Wan"))
+    expected = sample("Wan", model)
+    model.wrappers[WrappersMP.APPLY_MODEL] = {"named": [named], **model.wrappers[WrappersMP.APPLY_MODEL]}
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "marked", marked)
+    assert torch.equal(sample("Wan", model), expected)
+    blocks = model.model.diffusion_model.blocks
+    assert [block.place for block in blocks] == [0, 1, 2, 3, 4]
+    for block in blocks:
+        del block.place
 
 
 def test_blocks_that_pass_on_something_else_than_before_are_observed_again(sample, models, cached, restated, relative):
