@@ -752,7 +752,7 @@ def test_networks_that_evaluate_an_entry_in_turn_have_their_own_features(sample,
             (cond, *_), options = args["conds"], args["model_options"]
             inputs = [cond], args["input"], args["sigma"], options
             evaluate = comfy.samplers.calc_cond_batch
-            other = evaluate(weak.model, *inputs)[0] if args["sigma"][0] > 0.6 else 0
+            other = evaluate(weak.model, *inputs)[0] if args["sigma"][0] > 0.9 else 0
             own = evaluate(args["model"], *inputs)[0]
             return [own + 0.1 * other for _ in args["conds"]]
 
