@@ -205,15 +205,19 @@ def _standing_in(passes):
             own.parent._modules[own.key] = container
 
 
+NO_WEIGHTS = torch.nn.Module().__dict__  # the attributes of a module without weights and hooks
+
+
 class _StandIn(torch.nn.Module):
     """Stands in a network's list for a block: call(run, args, kwargs) decides what the block's call returns."""
 
     def __init__(self, block, call, shows_weights):
-        super().__init__()
-        self.__dict__.update(_block=block, _call=call)  # not a submodule: weights keep their names in the network
+        # without Module's own constructor and setters, whose time would be a twentieth of a cached step of a small Flux
+        own = {name: value.copy() if isinstance(value, (dict, set)) else value for name, value in NO_WEIGHTS.items()}
         if shows_weights:  # the host moves the weights of the modules in a list to the device beforehand
-            self._modules, self._parameters, self._buffers = block._modules, block._parameters, block._buffers
-        self._is_forward = method_of(block) == "forward"
+            own.update(_modules=block._modules, _parameters=block._parameters, _buffers=block._buffers)
+        # the block is not a submodule: weights keep their names in the network
+        self.__dict__.update(own, _block=block, _call=call, _is_forward=method_of(block) == "forward")
 
     def __getattr__(self, name):
         return getattr(self.__dict__["_block"], name)
