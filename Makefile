@@ -23,6 +23,7 @@ benchmark: setup
 	$(RUN) tools/cache_benchmark.py --steps 50 --seeds 4 --intervals 5 10 --repeat 1
 	$(RUN) tools/cache_benchmark.py --quantized --seeds 1 --intervals 3
 	$(RUN) tools/cache_benchmark.py --speed --latent 16
+	OMP_NUM_THREADS=1 $(RUN) tools/cached_steps.py
 	$(RUN) tools/quantization_benchmark.py
 	$(RUN) tools/quantization_benchmark.py --speed
 	$(RUN) tools/layer_overhead.py

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 
 import benchmark
+import cached_steps
 import comfyui
 import layer_overhead
 import quantization_benchmark as quantization
@@ -42,11 +43,16 @@ class Size:
 
     networks: tuple[tuple[str, int, int], ...]
     compiled: tuple[str, ...]  # kinds
+    steps: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # {kind: (shape of the latent, branches)}
 
 
 SIZES = {
-    "full": Size((("SDXL", 128, 3), ("SD 1.5", 64, 5), ("Flux", 128, 3)), ("SDXL", "SD 1.5")),
-    "small": Size((("tiny U-Net", 8, 3),), ("tiny U-Net",)),
+    "full": Size(
+        (("SDXL", 128, 3), ("SD 1.5", 64, 5), ("Flux", 128, 3)),
+        ("SDXL", "SD 1.5"),
+        {kind: (latent, branches) for kind, (_, latent, branches) in cached_steps.NETWORKS.items()},
+    ),
+    "small": Size((("tiny U-Net", 8, 3),), ("tiny U-Net",), {"tiny U-Net": ((1, 4, 8, 8), (0,))}),
 }
 
 
@@ -292,6 +298,22 @@ def _flops(run):
     return counter.get_total_flops()
 
 
+def steps(bench):
+    """A cached step of a run with interval 2, against a full one. Times on the clock, with all of the cache's Python."""
+    for kind, (latent, branches) in bench.size.steps.items():
+        model, conditioning = random_model(kind)
+        for branch in branches:
+            yield Task(kind, f"branch {branch}", functools.partial(_step, bench, model, conditioning, latent, branch))
+
+
+def _step(bench, model, conditioning, latent, branch):
+    bench.loaded(model)
+    found = cached_steps.measure(bench.nodes["IECDeepCache"], model, conditioning, latent, branch)
+    share, operations = found.share
+    note = f"time over operations {share / operations:.2f}; a full step takes {found.price:.3f} of one without a cache"
+    return {"milliseconds": found.milliseconds["cached"], "ratio": 1 / share, "operations": 1 / operations, "note": note}
+
+
 def together(bench):
     """Runs of 12 Euler steps with all that makes them faster, against the stock sampler on the unquantized network."""
     auto = {"correction_steps": "auto"}
@@ -341,7 +363,7 @@ def _compiled(bench, make, full, conditioning, side):
     return bench.compare(evaluation, full) | {"peak_mib": bench.peak_mib(evaluation)}
 
 
-TABLES = {one.__name__: one for one in (networks, convolutions, caches, together, correction, compiled)}
+TABLES = {one.__name__: one for one in (networks, convolutions, caches, steps, together, correction, compiled)}
 HEADS = {
     "milliseconds": "ms", "ratio": "times as fast", "weights": "weights, share", "peak_mib": "memory besides, MiB",
     "operations": "times fewer operations", "of_peak": "of the int8 peak",

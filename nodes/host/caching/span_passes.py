@@ -28,6 +28,9 @@ def standing_in(passes):
             block_list.parent._modules[block_list.key] = container
 
 
+EMPTY = torch.nn.Module().__dict__  # the attributes of a module without weights and hooks
+
+
 class _StandIn(torch.nn.Module):
     """Stands in a network's list for a block: call(run, args, kwargs) decides what the block's call returns.
 
@@ -36,18 +39,16 @@ class _StandIn(torch.nn.Module):
     """
 
     def __init__(self, block, call, hides_weights=False):
-        super().__init__()
+        # without Module's own constructor and setters, whose time would be a twentieth of a cached step of a small Flux
+        own = {name: value.copy() if isinstance(value, (dict, set)) else value for name, value in EMPTY.items()}
         weights = {} if hides_weights else {name: getattr(block, name) for name in ("_modules", "_parameters", "_buffers")}
-        self.__dict__.update(weights, _call=call, _is_forward=method_of(block) == "forward", _block=block)
+        self.__dict__.update(own, **weights, _call=call, _is_forward=method_of(block) == "forward", _block=block)
 
     def __getattr__(self, name):
         return getattr(self.__dict__["_block"], name)
 
     def __setattr__(self, name, value):
-        if "_block" in self.__dict__:
-            setattr(self._block, name, value)
-        else:  # in the constructor of Module
-            super().__setattr__(name, value)
+        setattr(self._block, name, value)
 
     def __delattr__(self, name):
         delattr(self._block, name)

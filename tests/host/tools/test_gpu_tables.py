@@ -1,6 +1,7 @@
 """The tables of `make gpu`, on a CPU and tiny networks: each kind of row is measured, and no failing row stops the others."""
 
 import csv
+import itertools
 
 import gpu_tables
 import pytest
@@ -66,6 +67,15 @@ def test_caches(bench, short):
     row = found["DeepCache 3"].take()
     assert row["ratio"] == 3.0 and 1.5 < row["operations"] < 3  # one of three steps is evaluated in full
     assert found["CacheQuant 3, dps"].take()["operations"] > 1
+
+
+def test_steps(bench, monkeypatch):
+    seconds = itertools.cycle((6.0, 5.0, 2.0))  # a full step, the same without a cache, a cached step
+    monkeypatch.setattr(gpu_tables.cached_steps, "seconds", lambda evaluation: evaluation() or next(seconds))
+    row = tasks(bench, "steps")["branch 0"].take()
+    assert (row["milliseconds"], row["ratio"]) == (2000.0, 3.0) and row["operations"] > 5
+    over = row["operations"] / 3
+    assert row["note"] == f"time over operations {over:.2f}; a full step takes 1.200 of one without a cache"
 
 
 def test_tables_of_everything_together_and_of_corrections(bench, short):
