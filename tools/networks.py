@@ -79,8 +79,8 @@ def random_model(kind, float8=False, narrow=False, ends=None):
     "tiny U-Net", with random weights.
 
     The dtype is float32 on a CPU, else float16, and bfloat16 for transformers. float8: Linear layers in the host's float8 e4m3,
-    computed in float8. narrow: the width is that of NARROW. Otherwise, without a GPU, Flux has three of its 57 blocks. ends: the
-    network has only so many blocks at each end.
+    computed in float8. narrow: the width is that of NARROW. Otherwise, without a GPU, Flux has three of its 57 blocks. ends:
+    the network has only so many blocks at each end.
     """
     import comfy.model_management
     import comfy.model_patcher

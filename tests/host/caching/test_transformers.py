@@ -740,6 +740,26 @@ def test_a_list_whose_outputs_are_used_again_is_refused_in_an_unknown_network(mo
             raise ValueError("model: this network (none) uses what its blocks return in more places than")
 
 
+def test_two_hundred_runs_over_mixed_models_are_alike_and_leave_nothing(sample, models, cached):
+    """Ten models with two settings each, ten times in turn: each result is the same, bit for bit, and no tensor stays."""
+    names = ["Flux", "SD3", "Wan", "Lumina 2", "PixArt", "HiDream-I1", "AuraFlow", "OmniGen2", "Qwen-Image", "Stable Cascade"]
+    settings = ({"interval": 3, "forecast": "auto"}, {"interval": 2, "branch": 1, "forecast": "quadratic"})
+    configurations = [(name, one) for name in names for one in settings]
+
+    def run(name, own):
+        return sample(name, cached(models(name), **own), steps=SHORT)
+
+    def tensors():
+        gc.collect()
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    first = [run(*one) for one in configurations]
+    before = tensors()
+    for _ in range(9):
+        assert all(torch.equal(run(*one), result) for one, result in zip(configurations, first))
+    assert tensors() == before
+
+
 def test_networks_that_evaluate_an_entry_in_turn_have_their_own_features(sample, models, cached, relative):
     """A guider may evaluate the prompt with a weaker network first, in a part of the run."""
     import comfy.samplers

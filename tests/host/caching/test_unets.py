@@ -819,6 +819,17 @@ def test_compiled(host, models, draw, cached, relative, graphs):
     assert relative(draw(compiled(cached(model, branch=1)), "short"), draw(cached(model, branch=1), "short")) < 1e-4
 
 
+def test_compiled_by_an_object_patch(models, draw, cached, relative, graphs):
+    """ComfyUI's older way to compile a network, which other packs still use."""
+    model = models("short")
+    compiled = model.clone()
+    network = compiled.get_model_object("diffusion_model")
+    compiled.add_object_patch("diffusion_model", torch.compile(network, backend="eager"))
+    expected = draw(cached(model), "short")
+    assert relative(expected, draw(model, "short")) > 1e-3
+    assert relative(draw(cached(compiled), "short"), expected) < 1e-4 and graphs() >= 1
+
+
 @pytest.mark.parametrize("weight_bits", ["8", "4"])
 def test_compiled_with_quantized_layers(host, models, draw, relative, graphs, weight_bits):
     # The layers of one block, both Linear and convolutions: each takes a second to compile.

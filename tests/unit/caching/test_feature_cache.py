@@ -202,3 +202,11 @@ def test_entries_no_longer_evaluated_are_dropped(forecast):
     torch.testing.assert_close(cache.load(["stays"], 2, 9), expected)
     if forecast == "auto":
         assert len(cache._trials) == 1
+
+
+def test_entries_with_features_of_different_shapes_are_not_joined():
+    cache = FeatureCache()
+    for key, tokens in (("a", 7), ("b", 14)):
+        cache.store([key], torch.ones(1, tokens, 2), 0.0)
+    assert cache.load(["a", "b"], 2, 1.0) is None
+    assert cache.load(["a"], 1, 1.0).shape == (1, 7, 2)
