@@ -8,30 +8,27 @@ from dataclasses import dataclass
 
 import torch
 
-DOUBLE, SINGLE = ("double_block", "block"), ("single_block",)  # the host's names for blocks that other nodes may replace
-
-# {path of the blocks of the picture in a network: the host's names for them}. The first path of each group that a network has
-# is taken: blocks under the second group's paths come after those of the first.
-PATHS = (
-    {
-        "double_blocks": DOUBLE, "double_layers": DOUBLE, "double_stream_blocks": DOUBLE, "double_stream_layers": DOUBLE,
-        "joint_blocks": DOUBLE, "visual_transformer_blocks": DOUBLE, "transformer_blocks": DOUBLE, "patch_blocks": DOUBLE,
-        "blocks": DOUBLE, "layers": DOUBLE, "transformer.layers": DOUBLE, "language_model.layers": DOUBLE,
-        "decoder.layers": DOUBLE,
-        "diffusion_transformer.transformer.layers": DOUBLE,
-    },
-    {"single_blocks": SINGLE, "single_layers": SINGLE, "single_stream_blocks": SINGLE, "single_stream_layers": SINGLE},
-)  # fmt: skip
+# {the host's names for blocks that other nodes may replace: paths of the image's, video's or sound's blocks}. From each group
+# the first path that a network has is taken. The blocks of the second group run after those of the first.
+FIRST = ("double_block", "block")
+PATHS = {
+    FIRST: (
+        "double_blocks", "double_layers", "double_stream_blocks", "double_stream_layers", "joint_blocks",
+        "visual_transformer_blocks", "transformer_blocks", "patch_blocks", "blocks", "layers", "transformer.layers",
+        "language_model.layers", "decoder.layers", "diffusion_transformer.transformer.layers",
+    ),
+    ("single_block",): ("single_blocks", "single_layers", "single_stream_blocks", "single_stream_layers"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Family:
-    """What the cache has to know about a class of networks that differs from the others.
+class SpecialClass:
+    """How a class of networks differs from the others.
 
     paths: of its lists; empty: as in PATHS. batch_dim: the dimension of the conditioning entries in what its blocks pass on.
-    has_prefix_cache: whether the network itself keeps keys and values of its blocks between evaluations unless a block is
-    replaced. own_cache: the transformer option in which a sampler gives the network a cache of its own to fill, which every
-    block must do; "" without one. refused: why it cannot be cached; "" if it can.
+    has_prefix_cache: the network keeps its blocks' keys and values between evaluations, unless a block is replaced. own_cache:
+    the transformer option that holds the sampler's own cache, which every block must fill; "" if none. refused: why it cannot
+    be cached; "" if it can.
     """
 
     paths: tuple = ()
@@ -41,14 +38,14 @@ class Family:
     refused: str = ""
 
 
-FAMILIES = {
-    "GeneralDIT": Family(batch_dim=3),  # Cosmos 1: its blocks pass on [T, H, W, B, D]
-    "HiDreamO1Transformer": Family(has_prefix_cache=True),
-    "CausalWanModel": Family(own_cache="ar_state"),  # by SamplerARVideo
-    # the deepest level, because skip connections join the others to it
-    "StageB": Family(paths=("down_blocks.-1", "up_blocks.0")),
-    "StageC": Family(paths=("down_blocks.-1", "up_blocks.0")),
-    "Trellis2": Family(refused="it has several networks for sparse grids, which take turns"),
+DEEPEST = ("down_blocks.-1", "up_blocks.0")  # only this level: skip connections join the outer levels
+SPECIAL_CLASSES = {
+    "GeneralDIT": SpecialClass(batch_dim=3),  # Cosmos 1: its blocks pass on [T, H, W, B, D]
+    "HiDreamO1Transformer": SpecialClass(has_prefix_cache=True),
+    "CausalWanModel": SpecialClass(own_cache="ar_state"),  # by SamplerARVideo
+    "StageB": SpecialClass(paths=DEEPEST),
+    "StageC": SpecialClass(paths=DEEPEST),
+    "Trellis2": SpecialClass(refused="it has several networks for sparse grids, which take turns"),
 }
 LISTS = (torch.nn.ModuleList, torch.nn.ModuleDict)
 
@@ -57,14 +54,14 @@ LISTS = (torch.nn.ModuleList, torch.nn.ModuleDict)
 class BlockList:
     """A list of blocks in a network.
 
-    parent, key: the module that holds it, and its name there. names: under which other nodes may replace its blocks.
-    is_guess: whether the network's class is not known, so that skipping its blocks has to be tried.
+    parent, key: the module that holds it, and its name there. host_names: under which other nodes may replace its blocks.
+    is_guess: whether the network is of another pack's class, so that skipping its blocks has to be tried.
     """
 
     path: str
     parent: torch.nn.Module
     key: str
-    names: tuple
+    host_names: tuple
     is_guess: bool = False
 
     @property
@@ -75,25 +72,25 @@ class BlockList:
         return len(self.container)
 
 
-def family_of(network):
-    """Return the Family of a network."""
-    return FAMILIES.get(type(network).__name__, Family())
+def special_class_of(network):
+    """Return the SpecialClass of a network."""
+    return SPECIAL_CLASSES.get(type(network).__name__, SpecialClass())
 
 
 def find_lists(network):
     """Return the BlockLists of a network in the order in which it runs them; [] if it has none that can be cached."""
-    family = family_of(network)
-    if family.refused:
+    special = special_class_of(network)
+    if special.refused:
         return []
-    if family.paths:
-        return [found for path in family.paths if (found := _at(network, path, DOUBLE))]
+    if special.paths:
+        return [found for path in special.paths if (found := _at(network, path, FIRST))]
     lists = []
-    for group in PATHS:
-        lists += [found for path, names in group.items() if (found := _at(network, path, names))][:1]
+    for host_names, paths in PATHS.items():
+        lists += [found for path in paths if (found := _at(network, path, host_names))][:1]
     return lists or _largest(network)
 
 
-def _at(network, path, names, is_guess=False):
+def _at(network, path, host_names):
     """Return the BlockList at a path, None if there is none. A number counts the modules of a list, also from its end."""
     parent, key, module = None, None, network
     for part in path.split("."):
@@ -101,11 +98,13 @@ def _at(network, path, names, is_guess=False):
         if part.lstrip("-").isdigit():
             part = list(children)[int(part)] if children else ""
         parent, key, module = module, part, children.get(part)
-    return BlockList(path, parent, key, names, is_guess) if isinstance(module, LISTS) and len(module) else None
+    if not isinstance(module, LISTS) or not len(module):
+        return None
+    return BlockList(path, parent, key, host_names, not type(network).__module__.startswith("comfy."))
 
 
 def _largest(network):
-    """Return [the list with most weights], of at least three blocks of one class, of a network of an unknown class; else []."""
+    """Return [the list with most weights] of those with at least three blocks of one class, [] if there is none."""
     found, inside = [], ()
     for path, module in network.named_modules():
         if isinstance(module, LISTS) and not path.startswith(inside):
@@ -113,7 +112,7 @@ def _largest(network):
             if len(blocks) >= 3 and len(set(map(type, blocks))) == 1:
                 found.append((sum(weight.numel() for weight in module.parameters()), path))
             inside = (*inside, f"{path}.")
-    return [_at(network, max(found)[1], DOUBLE, is_guess=True)] if found else []
+    return [_at(network, max(found)[1], FIRST)] if found else []
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ class Span:
     name: what the features of the span are called. It does not depend on blocks that other nodes replace.
     """
 
-    list: BlockList
+    block_list: BlockList
     name: str
     first: int
     last: int
@@ -139,7 +138,7 @@ def spans(lists, branch, replaced=frozenset()):
     for own in lists:
         first, last = max(begin - before, 0), min(end - before, len(own)) - 1
         before += len(own)
-        inside = [number for number in range(first, last + 1) if not any((name, number) in replaced for name in own.names)]
+        inside = [number for number in range(first, last + 1) if not any((name, number) in replaced for name in own.host_names)]
         if inside:
             found.append(Span(own, f"{own.path}.{first}", inside[0], inside[-1]))
     return found

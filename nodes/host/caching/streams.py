@@ -1,7 +1,7 @@
-"""What the blocks of a list pass on: which of a block's arguments are what the block before it has returned.
+"""Which tensors one block of a list passes on to the next: its streams.
 
-Nobody has to say this for each network: it is seen in one evaluation in which all blocks run. There, a tensor that a block
-returns is an argument of the next block. Where the network makes another tensor of it in between, the shape decides.
+They are found in one full evaluation: a tensor that a block returns is an argument of the next block. If the network copies or
+reshapes it in between, the first argument of the same shape is taken.
 """
 
 import inspect
@@ -34,7 +34,7 @@ class Streams:
     structure: object
 
     def of_arguments(self, args, kwargs):
-        """Return the streams in a block's arguments, [] if these are not those of the observed evaluation."""
+        """Return the tensors at the paths in a block's arguments, [] if a path has no tensor."""
         found = [_follow(args, kwargs, path) for path in self.paths]
         return found if all(map(torch.is_tensor, found)) else []
 
@@ -47,11 +47,14 @@ class Streams:
         return with_parts(self.structure, lambda part: tensors[part.stream] if isinstance(part, Leaf) else part)
 
 
-KNOWN = weakref.WeakKeyDictionary()  # {module with the blocks: Streams}
+KNOWN = weakref.WeakKeyDictionary()  # {container of a BlockList: its Streams}
 
 
 def method_of(block):
-    """Return the name of the method by which a network runs a block. Wan Animate 2 has another one for its pose branch."""
+    """Return the name of the method by which a network runs a block.
+
+    Wan Animate 2 runs a block by `forward_gen` for the video and by `forward_pose` for the pose. Only the first is skipped.
+    """
     return "forward_gen" if hasattr(block, "forward_gen") else "forward"
 
 
@@ -63,7 +66,7 @@ class Observation:
         self._returned = []  # the tensors that the block before it has returned
         self._same = {}  # {number of an output tensor: path of the argument that the next block took it as}
         self._block = self._structure = None  # the last block whose output was seen, and its output's structure
-        self._shapes = [], []  # of its arguments, with their paths, and of the tensors that it returned
+        self._taken, self._left = [], []  # [(path, shape)] of its arguments, and the shapes of the tensors that it returned
 
     def before(self, args, kwargs):
         """See the arguments of a block that is about to run."""
@@ -79,21 +82,20 @@ class Observation:
         """See the output of that block."""
         self._returned = [tensor for _, tensor in _tensors(out)]
         self._block, self._structure = block, _structure(out)
-        self._shapes = self._given, [tensor.shape for tensor in self._returned]
+        self._taken, self._left = self._given, [tensor.shape for tensor in self._returned]
 
     def streams(self):
         """Return the Streams. Raises ValueError if the blocks return anything but tensors of the shapes that they take."""
-        given, returned = self._shapes
-        paths = {number: path for number, path in self._same.items() if (path, returned[number]) in given}
-        for number, shape in enumerate(returned):
-            fitting = [path for path, own in given if own == shape and path not in paths.values()]
+        paths = {number: path for number, path in self._same.items() if (path, self._left[number]) in self._taken}
+        for number, shape in enumerate(self._left):
+            fitting = [path for path, own in self._taken if own == shape and path not in paths.values()]
             paths.update({number: fitting[0]} if number not in paths and fitting else {})
-        if not returned or len(paths) < len(returned):
+        if not self._left or len(paths) < len(self._left):
             raise ValueError(
                 f"model: its blocks ({type(uncompiled(self._block)).__name__}) do not return tensors like those that they "
                 "take, so they cannot be skipped; sample without the cache."
             )
-        ordered = tuple(paths[number] for number in range(len(returned)))
+        ordered = tuple(paths[number] for number in range(len(self._left)))
         return Streams(ordered, tuple(_name(self._block, path) for path in ordered), self._structure)
 
 

@@ -1,29 +1,30 @@
 """Caching in the host's diffusion transformers, at the modules of their blocks.
 
-Branch b runs the b + 1 outermost blocks at each end. A full evaluation keeps the residual that the blocks between these two
-ends add to their input, and a cached evaluation adds this residual instead of running these blocks. If a transformer has two
-kinds of blocks that pass on different tensors, such as the double and single blocks of Flux, each kind has its own residual. So
-has each pass through the blocks, if a network makes several in one evaluation.
+Branch b runs the b + 1 outermost blocks at each end. A full evaluation keeps the residuals that the blocks between these two
+ends add to their input, and a cached evaluation adds these residuals instead of running these blocks. There is one for each
+tensor that a block passes on (a stream): two for Flux's double blocks, one for its single blocks. If a network runs its blocks
+several times in one evaluation, each pass has its own.
 
 For the time of one evaluation, and inside all other nodes' wrappers, the network's lists hold stand-ins for some blocks. This
-works for every network, compiled or not, that runs the blocks of a list one after another and uses what a block returns only in
-the next one.
+works for every network, compiled or not, that runs the blocks of a list one after another, if nothing outside the span but the
+next block uses what a block of the span returns.
 """
 
 import contextlib
 import functools
+import itertools
 import weakref
 
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 
 from ..sampling.network_calls import others_take_part, uncompiled
-from .block_lists import family_of, find_lists, spans
+from .active_spans import CachedSpan, DoesNotFitError, ObservedSpan, full_span, standing_in
+from .block_lists import find_lists, spans, special_class_of
 from .cache_run import CacheRun, warn_once
-from .span_passes import CachedPass, DoesNotFitError, ObservedPass, full_pass, standing_in
 
-# How far a cached evaluation may be from the full one of the same input, which has the same result but for rounding.
-ROUNDING = 0.02
-TRIED = weakref.WeakSet()  # lists of networks of unknown classes without whose blocks this was so
+# Largest relative difference between a cached and a full evaluation of the same input. They differ only by rounding.
+TOLERANCE = 0.02
+TRIED = weakref.WeakSet()  # lists of other packs' networks that passed `_check_guess`
 
 
 def _variant(transformer_options, conditions):
@@ -66,7 +67,7 @@ class TransformerCache(CacheRun):
         network = uncompiled(network)
         lists, name = find_lists(network), type(network).__name__
         if not lists:
-            reason = family_of(network).refused or "it has no list of blocks"
+            reason = special_class_of(network).refused or "it has no list of blocks"
             raise ValueError(
                 "model: caching needs a U-Net, such as SD 1.5 or SDXL, or a transformer that runs its blocks one after "
                 f"another, such as Flux, Z-Image or Wan; this MODEL is a {name}, and {reason}."
@@ -84,44 +85,44 @@ class TransformerCache(CacheRun):
         return tuple(f"{span.name}." for span in spans(find_lists(uncompiled(network)), branch))
 
     def evaluate(self, executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
-        """Evaluate like the host's apply_model, but run the blocks of the spans or add their residuals."""
+        """Evaluate like the host's apply_model, but keep the spans' residuals, or add them instead of running their blocks."""
         # the evaluated network: a guider may use another one, for the negative conditioning or for a part of the run
         network = uncompiled(executor.class_obj.diffusion_model)
         go_on = functools.partial(self._go_on, executor, (x, t, c_concat, c_crossattn, control), kwargs, network)
         plan = self.plan(x, transformer_options, (*_variant(transformer_options, kwargs), id(network), x.device))
-        family = family_of(network)
-        if family.own_cache in transformer_options:
+        special = special_class_of(network)
+        if special.own_cache in transformer_options:
             warn_once(
-                f"the sampler gives the network a cache of its own ({family.own_cache}); its evaluations are done in full"
+                f"the sampler gives the network a cache of its own ({special.own_cache}); its evaluations are done in full"
             )
             return go_on([], transformer_options)
         replaced = transformer_options.get("patches_replace", {})
         own_spans = spans(self._lists_of(network), self.settings.branch, replaced.get("dit", {}))
         if not own_spans:
             warn_once("other nodes replace all blocks that could be skipped; these evaluations are done in full")
-        options = _without_prefix_cache(transformer_options) if family.has_prefix_cache else transformer_options
-        skip = functools.partial(self._skip, plan, own_spans, family.batch_dim, go_on, options)
+        options = _without_prefix_cache(transformer_options) if special.has_prefix_cache else transformer_options
+        skip = functools.partial(self._skip, plan, own_spans, special.batch_dim, go_on, options)
         if plan.reuses and (result := skip()) is not None:
             return result
-        passes = [full_pass(span) for span in own_spans if plan.keeps]
-        result = go_on(passes, options)
-        for one in passes:
+        active = [full_span(span) for span in own_spans if plan.keeps]
+        result = go_on(active, options)
+        for one in active:
             one.finish()
-        self._keep(plan, passes, family.batch_dim)
-        if not all(one.has_run for one in passes):
+        self._keep(plan, active, special.batch_dim)
+        if not all(one.has_run for one in active):
             self._check_left_out(network, transformer_options)
-        if any(span.list.is_guess and span.list.container not in TRIED for span in own_spans):
+        if plan.keys and any(span.block_list.is_guess and span.block_list.container not in TRIED for span in own_spans):
             _check_guess(network, own_spans, result, skip())
         return result
 
     def _skip(self, plan, own_spans, batch_dim, go_on, transformer_options):
         """Return the result of the evaluation without the blocks of the spans, None if there are no residuals that fit."""
-        passes = self._cached_passes(plan, own_spans, batch_dim)
-        if not passes:
+        active = self._cached_spans(plan, own_spans, batch_dim)
+        if not active:
             return None
         # The error may come through other nodes' wrappers. Then they are called a second time, for the full evaluation.
         with contextlib.suppress(DoesNotFitError):
-            return go_on(passes, _without_replacements(transformer_options, own_spans))
+            return go_on(active, _without_replacements(transformer_options, own_spans))
         return None
 
     def _lists_of(self, network):
@@ -129,35 +130,35 @@ class TransformerCache(CacheRun):
             self._lists[network] = find_lists(network)
         return self._lists[network]
 
-    def _go_on(self, executor, args, kwargs, network, passes, transformer_options):
+    def _go_on(self, executor, args, kwargs, network, active, transformer_options):
         """Go on with the evaluation, with stand-ins in the network while the network itself is evaluated."""
 
         def innermost(executor, *args, **kwargs):
             self._is_compiled |= executor.class_obj.diffusion_model is not network
-            with _plainly(executor.class_obj, network, passes), standing_in(passes):
+            with _uncompiled_if_observed(executor.class_obj, network, active), standing_in(active):
                 return executor(*args, **kwargs)
 
         wrappers = [*executor.wrappers[executor.idx + 1 :], innermost]
         inner = WrapperExecutor.new_class_executor(executor.original, executor.class_obj, wrappers)
         return inner.execute(*args, transformer_options, **kwargs)
 
-    def _cached_passes(self, plan, own_spans, batch_dim):
-        """Return the CachedPass of each span, [] unless each has a kept residual."""
-        passes = []
+    def _cached_spans(self, plan, own_spans, batch_dim):
+        """Return the CachedSpan of each span, [] unless each has a kept residual."""
+        active = []
         for span in own_spans:
             named = self._kept.get((span.name, plan.keys[0]), [])
             loaded = [plan.load(self.features, rows * len(plan.keys), name) for name, rows in named]
             if not loaded or any(residual is None for residual in loaded):
                 return []
-            passes.append(CachedPass(span, [residual.movedim(0, batch_dim) for residual in loaded]))
-        return passes
+            active.append(CachedSpan(span, [residual.movedim(0, batch_dim) for residual in loaded]))
+        return active
 
-    def _keep(self, plan, passes, batch_dim):
+    def _keep(self, plan, active, batch_dim):
         """Keep the residuals of a full evaluation."""
-        for one in passes:
+        for one in active:
             self._have_run |= one.has_run
             named = []
-            for name, residual in zip(one.names, one.residuals):
+            for name, residual in zip(one.feature_names, one.residuals):
                 residual = residual.movedim(batch_dim, 0)
                 if residual.shape[0] % len(plan.keys):
                     warn_once("another node divides the network's batch; these evaluations are done in full")
@@ -169,9 +170,9 @@ class TransformerCache(CacheRun):
             self._kept.update({(one.span.name, key): named for key in plan.keys})
 
     def _check_left_out(self, network, transformer_options):
-        """Raise ValueError if the network itself does not run its blocks. Warn if another node is the cause.
+        """Raise ValueError if the network has not run its blocks in this run and no other node takes part.
 
-        Another node, such as another cache, may have left out the network or its blocks.
+        Otherwise warn: another node, such as another cache, has left out the network or its blocks.
         """
         options = {**self._model_options, "transformer_options": transformer_options}
         if not self._have_run and not others_take_part(options, network):
@@ -183,33 +184,35 @@ class TransformerCache(CacheRun):
 
 
 def _check_guess(network, own_spans, full, cached):
-    """Raise ValueError if skipping the blocks of a network of an unknown class changes its result for the same input.
+    """Raise ValueError if skipping the blocks of another pack's network changes its result for the same input.
 
-    Its blocks may also be joined in another way, as by the skip connections of a U-Net. full, cached: the result with and
-    without the blocks; None if it is not known yet.
+    That is so where a skip connection leaves the skipped blocks. full, cached: the result with and without the blocks; None if
+    it is not known yet.
     """
     if cached is None:
         return
-    if (full - cached).norm() > ROUNDING * full.norm():
+    if (full - cached).norm() > TOLERANCE * full.norm():
         raise ValueError(
             f"model: this network ({type(network).__name__}) uses what its blocks return in more places than the next block, "
             "so they cannot be skipped; sample without the cache."
         )
-    TRIED.update(span.list.container for span in own_spans)
+    TRIED.update(span.block_list.container for span in own_spans)
 
 
 def _without_replacements(transformer_options, own_spans):
     """Return options without other nodes' replacements for the blocks of the spans, so that the network calls the blocks."""
-    skipped = {(name, number) for span in own_spans for name in span.list.names for number in range(span.first, span.last + 1)}
+    skipped = set()
+    for span in own_spans:
+        skipped.update(itertools.product(span.block_list.host_names, range(span.first, span.last + 1)))
     replaced = transformer_options.get("patches_replace", {})
     blocks = {place: value for place, value in replaced.get("dit", {}).items() if place not in skipped}
     return {**transformer_options, "patches_replace": {**replaced, "dit": blocks}}
 
 
 def _without_prefix_cache(transformer_options):
-    """Return options in which a block that no network has is replaced, so that the network computes all its tokens anew.
+    """Return options that replace block -1, which no network has.
 
-    Otherwise the blocks would have to return the keys and values that the network keeps.
+    A network with a replaced block does not use its prefix cache, for which the blocks would have to return keys and values.
     """
     replaced = transformer_options.get("patches_replace", {})
     blocks = {**replaced.get("dit", {}), ("double_block", -1): None}
@@ -217,10 +220,10 @@ def _without_prefix_cache(transformer_options):
 
 
 @contextlib.contextmanager
-def _plainly(base, network, passes):
+def _uncompiled_if_observed(base, network, active):
     """Let the host's model evaluate its network uncompiled if the evaluation is observed, because observers cannot be."""
     before = base.diffusion_model
-    if any(isinstance(one, ObservedPass) for one in passes):
+    if any(isinstance(one, ObservedSpan) for one in active):
         base.diffusion_model = network
     try:
         yield

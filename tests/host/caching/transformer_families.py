@@ -345,13 +345,13 @@ FAMILIES = {
     "Qwen-Image": Family(
         "QwenImage", {**HEADS, **ROPE, "image_model": "qwen_image", "joint_attention_dim": 12}, (1, 16, 1, 8, 12), QWEN_BLOCKS
     ),
-    "Hunyuan3D": Family(
+    "Hunyuan3D 2": Family(
         "Hunyuan3Dv2", {**SHAPE, "image_model": "hunyuan3d2", "depth_single_blocks": 4}, (2, 64, 20), BOTH
     ),
     "Hunyuan3D 2.1": Family("Hunyuan3Dv2_1", {**SHAPE21, "image_model": "hunyuan3d2_1"}, (2, 64, 20), ONE, branches=(0, 2)),
     "Stable Audio": Family("StableAudio", AUDIO, (2, 64, 24), {"transformer.layers": (0,)}, text=768, weights=SECONDS),
     "Kandinsky 5": Family("Kandinsky5", KANDINSKY, VIDEO, {"visual_transformer_blocks": (0,)}),
-    "LTX with sound": Family("LTXAV", LTXAV, ((1, 128, 2, 4, 6), (1, 8, 6, 16)), LTX_BLOCKS, text=24, values=MASK),
+    "LTX audio-video": Family("LTXAV", LTXAV, ((1, 128, 2, 4, 6), (1, 8, 6, 16)), LTX_BLOCKS, text=24, values=MASK),
     "Lens": Family(
         "Lens", {**HEADS, **ROPE, "image_model": "lens", "enc_hidden_dim": 12, "selected_layer_index": (0, 1)}, WIDE,
         QWEN_BLOCKS, text=24,
@@ -377,12 +377,12 @@ FAMILIES = {
         "PixArtAlpha", PIXART, (1, 4, 32, 34), ONE, values={"width": 512, "height": 448}
     ),
     "Cosmos": Family("CosmosT2V", COSMOS, VIDEO, ONE, values=MASK, batch=3),
-    "Cosmos Predict2": Family("CosmosT2IPredict2", PREDICT2, (2, 16, 1, 10, 14), ONE),
-    "HiDream-I1": Family(
+    "Cosmos Predict 2": Family("CosmosT2IPredict2", PREDICT2, (2, 16, 1, 10, 14), ONE),
+    "HiDream I1": Family(
         "HiDream", HIDREAM_I1, IMAGE,
         {"double_stream_blocks": ("image_tokens", "text_tokens"), "single_stream_blocks": ("image_tokens",)}, values=LLAMA,
     ),
-    "OmniGen2": Family(
+    "OmniGen 2": Family(
         "Omnigen2", OMNIGEN2, IMAGE, {"layers": (0,)}, values={**MASK, "reference_latents": [noise(1, 16, 6, 8)]}
     ),
     "ACE-Step": Family(
@@ -414,8 +414,8 @@ FAMILIES = {
         values={"reference_latents": lambda seed: [noise(1, 128, 2, 2, seed=seed)]},
     ),
     "ACE-Step 1.5": Family("ACEStep15", ACE_15, (1, 64, 40), {"decoder.layers": ("hidden_states",)}, values=SONG),
-    "Wan SCAIL": Family("WAN21_SCAIL", {**WAN, **SCAIL}, VIDEO, ONE, values=REFERENCE),
-    "Wan SCAIL 2": Family(
+    "SCAIL": Family("WAN21_SCAIL", {**WAN, **SCAIL}, VIDEO, ONE, values=REFERENCE),
+    "SCAIL 2": Family(
         "WAN21_SCAIL2", {**WAN, **SCAIL, "model_type": "scail2"}, VIDEO, ONE, values={**REFERENCE, **MASKS}
     ),
     "MiniMax Music 3": Family(

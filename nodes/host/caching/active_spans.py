@@ -14,11 +14,11 @@ class DoesNotFitError(Exception):
 
 
 @contextlib.contextmanager
-def standing_in(passes):
-    """Put the passes' stand-ins into the network's lists."""
-    before = [(one.span.list, one.span.list.container) for one in passes]
+def standing_in(active):
+    """Put the stand-ins of the active spans into the network's lists."""
+    before = [(one.span.block_list, one.span.block_list.container) for one in active]
     try:
-        for one, (block_list, container) in zip(passes, before):
+        for one, (block_list, container) in zip(active, before):
             holding = copy.copy(container)
             holding._modules = one.stand_ins(container._modules)
             block_list.parent._modules[block_list.key] = holding
@@ -34,8 +34,8 @@ EMPTY = torch.nn.Module().__dict__  # the attributes of a module without weights
 class _StandIn(torch.nn.Module):
     """Stands in a network's list for a block: call(run, args, kwargs) decides what the block's call returns.
 
-    Attributes are the block's. hides_weights: whether the block will not run, so that the host, which may move the weights of
-    the modules in a list to the device beforehand, finds none. Otherwise it finds them, under the block's own names.
+    Attributes are the block's. hides_weights: whether `run` is not called, so that the host, which may move the weights of the
+    modules in a list to the device beforehand, finds none. Otherwise it finds them, under the block's own names.
     """
 
     def __init__(self, block, call, hides_weights=False):
@@ -65,21 +65,21 @@ class _StandIn(torch.nn.Module):
         return self._call(self._block.forward_gen, args, kwargs)
 
 
-def full_pass(span):
-    """Return the pass of a span in a full evaluation: the first one of a list is observed."""
-    return FullPass(span) if span.list.container in KNOWN else ObservedPass(span)
+def full_span(span):
+    """Return a span for a full evaluation: the first one of a list is observed."""
+    return FullSpan(span) if span.block_list.container in KNOWN else ObservedSpan(span)
 
 
-class FullPass:
+class FullSpan:
     """A span in an evaluation that runs all its blocks.
 
-    has_run: whether the network has run the span's blocks. names, residuals: of its features, filled by the evaluation.
+    has_run: whether the network has run the span's blocks. feature_names, residuals: filled by the evaluation.
     """
 
     def __init__(self, span):
         self.span, self.has_run = span, False
-        self.names, self.residuals = [], []
-        self._streams = KNOWN.get(span.list.container)
+        self.feature_names, self.residuals = [], []
+        self._streams = KNOWN.get(span.block_list.container)
         self._entered = []
         self._passes = 0  # through the span's blocks
 
@@ -101,30 +101,31 @@ class FullPass:
         return out
 
     def finish(self):
-        """After the evaluation, forget what the blocks pass on if they have passed on something else. Then the next full
-        evaluation is observed.
+        """If the blocks have run and no residual was found, forget the list's Streams: the blocks pass on other tensors now.
+
+        The next full evaluation is observed.
         """
         if self.has_run and not self.residuals:
-            KNOWN.pop(self.span.list.container, None)
+            KNOWN.pop(self.span.block_list.container, None)
 
     def _leave(self, left):
         self.has_run = True
         if self._entered and [tensor.shape for tensor in left] == [tensor.shape for tensor in self._entered]:
             self.residuals += [after - before for before, after in zip(self._entered, left)]
             number = f".pass {self._passes}" if self._passes else ""
-            self.names += [f"{self.span.name}.{name}{number}" for name in self._streams.names]
+            self.feature_names += [f"{self.span.name}.{name}{number}" for name in self._streams.names]
         self._entered = []
         self._passes += 1
 
 
-class ObservedPass(FullPass):
-    """The first full pass of a list: it also finds what its blocks pass on."""
+class ObservedSpan(FullSpan):
+    """A span in a full evaluation of a list whose streams are not known yet: it also finds them."""
 
     def __init__(self, span):
         super().__init__(span)
         self._seen = Observation()
-        self._given = None  # a copy of what the span's first block took
-        self._ends = []  # this, and a copy of what its last block returned, for each pass
+        self._given = None  # a copy of the first block's arguments
+        self._ends = []  # [(this, a copy of the last block's output)], one for each pass
 
     def stand_ins(self, blocks):
         """Return {name: module} of a list with a stand-in for each block."""
@@ -135,7 +136,7 @@ class ObservedPass(FullPass):
 
     def _observe(self, number, block, run, args, kwargs):
         self._seen.before(args, kwargs)
-        if number == self.span.first:  # once for a network, all arguments: which ones are the streams is not known yet
+        if number == self.span.first:  # copies of all arguments: the streams are not known yet
             self._given = _copied(args), {key: _copied(value) for key, value in kwargs.items()}
         out = run(*args, **kwargs)
         if self.span.first <= number <= self.span.last:
@@ -148,7 +149,7 @@ class ObservedPass(FullPass):
     def finish(self):
         """Find the streams, after the evaluation. Raises ValueError like `Observation.streams`."""
         if self._ends:
-            self._streams = KNOWN[self.span.list.container] = self._seen.streams()
+            self._streams = KNOWN[self.span.block_list.container] = self._seen.streams()
         for given, out in self._ends:
             self._entered = self._streams.of_arguments(*given)
             self._leave(self._streams.of_output(out))
@@ -159,12 +160,12 @@ def _copied(value):
     return with_parts(value, lambda part: part.clone() if torch.is_tensor(part) else part)
 
 
-class CachedPass:
+class CachedSpan:
     """A span in an evaluation that adds the kept residuals of its streams instead of running its blocks."""
 
     def __init__(self, span, residuals):
         self.span, self._residuals = span, residuals
-        self._streams = KNOWN[span.list.container]
+        self._streams = KNOWN[span.block_list.container]
         self._result = None
         self._next = 0  # the first of the residuals of the next pass through the span's blocks
 

@@ -1,0 +1,74 @@
+"""Compare where a cache evaluates its full steps, at equally many of them, for docs/caching.md.
+
+    python tools/cache_schedules.py [--seeds 2] [--powers 1.3 1.5] [--models unet transformer]
+
+DeepCache with its default forecast on the built-in models, eight images per seed: the error to the uncached run of the same
+seed, with evenly spaced full steps, and with full steps that are closer together at the beginning of the run (`power:0,p`).
+The ratios have 95 % bootstrap intervals over the images, in pairs.
+"""
+
+import argparse
+import math
+
+import benchmark
+import comfyui
+import torch
+from sample_distance import ratio_with_interval
+
+KARRAS, NORMAL, SIMPLE = "karras", "normal", "simple"
+# {model: (steps, sampler, scheduler, intervals)}
+RUNS = {
+    "unet": (
+        (20, "euler", KARRAS, (2, 3, 5)), (20, "euler", NORMAL, (2, 3)), (20, "dpmpp_2m", KARRAS, (2, 3)),
+        (20, "heun", KARRAS, (3,)), (20, "er_sde", KARRAS, (3,)), (20, "euler_ancestral", KARRAS, (3,)),
+        (50, "euler", KARRAS, (3, 5)),
+    ),
+    "transformer": (
+        (20, "euler", SIMPLE, (2, 3, 5)), (20, "dpmpp_2m", SIMPLE, (2, 3)), (20, "heun", SIMPLE, (3,)),
+        (20, "er_sde", SIMPLE, (3,)), (20, "euler_ancestral", SIMPLE, (3,)), (50, "euler", SIMPLE, (3, 5)),
+    ),
+}  # fmt: skip
+
+
+def errors(latents, references):
+    """Return the error of each image of each seed, relative to its reference."""
+    pairs = zip(latents, references)
+    return torch.cat([(x - y).flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1) for x, y in pairs]).double().numpy()
+
+
+def measure(builtin, name, steps, sampler, scheduler, interval, powers, references, seeds):
+    """Print the row of a run at an interval. references: its uncached latents, by seed."""
+
+    def of(schedule):
+        model = builtin.variant(interval=interval, schedule=schedule)
+        return errors([builtin.sample(model, seed, steps, scheduler, sampler) for seed in seeds], references)
+
+    uniform, cells = of("uniform"), []
+    for power in powers:
+        error = of(f"power:0,{power:g}")
+        ratio = ratio_with_interval(error, uniform, 0.95)
+        cells += [f"{error.mean():.3f}", f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"]
+    full = math.ceil(steps / interval)
+    benchmark.row(name, f"{sampler}, {scheduler}", steps, full, f"{uniform.mean():.3f}", *cells)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--powers", type=float, nargs="+", default=[1.3, 1.5])
+    parser.add_argument("--models", nargs="+", choices=RUNS, default=list(RUNS))
+    arguments = parser.parse_args()
+    nodes, seeds = comfyui.load_nodes(cpu=not torch.cuda.is_available()), range(11, 11 + arguments.seeds)
+    print(f"\nSchedules of a cache. {benchmark.device()[1]}; {8 * arguments.seeds} images\n")
+    heads = [head for power in arguments.powers for head in (f"power:0,{power:g}", "to uniform")]
+    benchmark.table("model", "sampler", "steps", "in full", "uniform", *heads)
+    for name in arguments.models:
+        builtin = benchmark.Builtin(nodes, name)
+        for steps, sampler, scheduler, intervals in RUNS[name]:
+            references = [builtin.sample(builtin.model, seed, steps, scheduler, sampler) for seed in seeds]
+            for interval in intervals:
+                measure(builtin, name, steps, sampler, scheduler, interval, arguments.powers, references, seeds)
+
+
+if __name__ == "__main__":
+    main()
