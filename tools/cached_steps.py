@@ -7,7 +7,7 @@ the host's euler samples with DeepCache at interval 2, so that full and cached s
 the sampler calls for it, so the times contain all that the pack does for it. Without a GPU they are CPU times, which other
 processes change less than times by the clock; run it with OMP_NUM_THREADS=1. After each full step the same evaluation is done
 without a cache, and after each cached step that of a transformer which has only the blocks that the cached step runs.
-Operations are counted by torch in a full and in a cached step, before the timed ones.
+Operations are counted by torch in the last warm-up pair, which is not timed.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import torch
 from networks import SHORT, random_model
 from torch.utils.flop_counter import FlopCounterMode
 
-WARM_UP = 3  # pairs of steps: the third full step is the first at which the forecast `auto` tries its line
+WARM_UP = 3  # pairs of steps before the timed ones: the third full step is the first trial of the forecast `auto`
 # {kind: (latent of the narrow network, latent of the true one, branches)}
 NETWORKS = {
     "Z-Image": ((1, 16, 48, 48), (1, 16, 128, 128), (0, 4)),
