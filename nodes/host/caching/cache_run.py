@@ -84,17 +84,18 @@ class CacheRun:
         self._schedule = self._full = None  # the schedule, and its steps that are evaluated in full
         self._evaluation, self._counts = None, Counter()  # how often each key occurred in the sampler's evaluation
         self._full_step, self._since = None, -math.inf  # the last step evaluated in full, and the position where it began
+        self._networks = {}  # {network: its number}, in the order in which the run evaluates them
 
     def clear(self):
         """Forget the features."""
         self.features.clear()
 
-    def plan(self, x, transformer_options, variant=()):
+    def plan(self, x, transformer_options, network, variant=()):
         """Return the Plan of the evaluation of x [B, ...].
 
-        variant: a hashable value that distinguishes this evaluation from other evaluations of the same conditioning entries. If
-        the host's options do not contain the step or the entries, because another pack calls the network in its own way, the
-        evaluation is full.
+        network: the evaluated one; a guider may use several. variant: a hashable value that distinguishes this evaluation from
+        other evaluations of the same conditioning entries. If the host's options do not contain the step or the entries,
+        because another pack calls the network in its own way, the evaluation is full.
         """
         told, entries = place(transformer_options), _entries(x, transformer_options)
         if told is None or entries is None:
@@ -104,7 +105,8 @@ class CacheRun:
             )
             return UNKNOWN
         where = _where(x, transformer_options, told["latent"], len(entries))
-        keys = self._numbered(told["evaluation"], [(*entry, where, variant) for entry in entries])
+        number = self._networks.setdefault(network, len(self._networks))
+        keys = self._numbered(told["evaluation"], [(*entry, where, variant, number, x.device) for entry in entries])
         self._take_up(told["schedule"])
         step, position, is_correction = told["step"], told["position"], told["iteration"] > 0
         on_correction = self.settings.correction_pass

@@ -89,7 +89,7 @@ class TransformerCache(CacheRun):
         # the evaluated network: a guider may use another one, for the negative conditioning or for a part of the run
         network = uncompiled(executor.class_obj.diffusion_model)
         go_on = functools.partial(self._go_on, executor, (x, t, c_concat, c_crossattn, control), kwargs, network)
-        plan = self.plan(x, transformer_options, (*_variant(transformer_options, kwargs), id(network), x.device))
+        plan = self.plan(x, transformer_options, network, _variant(transformer_options, kwargs))
         special = special_class_of(network)
         if special.own_cache in transformer_options:
             warn_once(

@@ -81,7 +81,7 @@ class UnetCache(CacheRun):
                 "every step; use either that node or the cache."
             )
         self.first = len(unet.output_blocks) - 1 - self.branch
-        plan, network, kept = self.plan(x, options), unet, []
+        plan, network, kept = self.plan(x, options, unet), unet, []
         feature = plan.load(self.features, x.shape[0]) if plan.reuses else None
         if feature is not None:
             network, control = self._shallow(unet), self._shallow_control(control)

@@ -3,6 +3,7 @@
 The expected result is DeepCache written out over the network's blocks (`Restated`), without any code of the pack.
 """
 
+import copy
 import functools
 import gc
 import inspect
@@ -817,6 +818,33 @@ def test_compiled(host, models, draw, cached, relative, graphs):
         assert count == fewer
     assert relative(draw(compiled(model), "short"), plain) < 1e-4
     assert relative(draw(compiled(cached(model, branch=1)), "short"), draw(cached(model, branch=1), "short")) < 1e-4
+
+
+def test_two_networks_in_turn_have_their_own_features(models, draw, cached):
+    """A guider may evaluate the prompt with another network first, in a part of the run. Here its prediction is not used."""
+    import comfy.samplers
+
+    model = models("short")
+    other = copy.deepcopy(model.model)
+    for weight in other.diffusion_model.parameters():
+        weight.data.mul_(0.9)
+
+    def guided(model):
+        def calculate(args):
+            inputs = args["conds"], args["input"], args["sigma"], args["model_options"]
+            if len(seen) < 2:
+                comfy.samplers.calc_cond_batch(other, *inputs)
+            seen.append(args["sigma"])
+            return comfy.samplers.calc_cond_batch(args["model"], *inputs)
+
+        seen, model = [], model.clone()
+        model.set_model_sampler_calc_cond_batch_function(calculate)
+        return model
+
+    other.current_patcher = model
+    expected = draw(cached(model, schedule="steps:0"), "short")
+    assert torch.equal(draw(guided(cached(model, schedule="steps:0")), "short"), expected)
+    assert not torch.equal(draw(model, "short"), expected)
 
 
 def test_compiled_by_an_object_patch(models, draw, cached, relative, graphs):
