@@ -825,7 +825,8 @@ def test_two_networks_in_turn_have_their_own_features(models, draw, cached):
     import comfy.samplers
 
     model = models("short")
-    other = copy.deepcopy(model.model)
+    other = copy.copy(model.model)
+    other._modules = {**model.model._modules, "diffusion_model": copy.deepcopy(model.model.diffusion_model)}
     for weight in other.diffusion_model.parameters():
         weight.data.mul_(0.9)
 
