@@ -13,6 +13,7 @@ import math
 import benchmark
 import comfyui
 import torch
+from experiment_samples import errors
 from sample_distance import ratio_with_interval
 
 KARRAS, NORMAL, SIMPLE = "karras", "normal", "simple"
@@ -30,18 +31,12 @@ RUNS = {
 }  # fmt: skip
 
 
-def errors(latents, references):
-    """Return the error of each image of each seed, relative to its reference."""
-    pairs = zip(latents, references)
-    return torch.cat([(x - y).flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1) for x, y in pairs]).double().numpy()
-
-
 def measure(builtin, name, steps, sampler, scheduler, interval, powers, references, seeds):
-    """Print the row of a run at an interval. references: its uncached latents, by seed."""
+    """Print the row of a run at an interval. references: its uncached latents."""
 
     def of(schedule):
         model = builtin.variant(interval=interval, schedule=schedule)
-        return errors([builtin.sample(model, seed, steps, scheduler, sampler) for seed in seeds], references)
+        return errors(torch.cat([builtin.sample(model, seed, steps, scheduler, sampler) for seed in seeds]), references)
 
     uniform, cells = of("uniform"), []
     for power in powers:
@@ -65,7 +60,7 @@ def main():
     for name in arguments.models:
         builtin = benchmark.Builtin(nodes, name)
         for steps, sampler, scheduler, intervals in RUNS[name]:
-            references = [builtin.sample(builtin.model, seed, steps, scheduler, sampler) for seed in seeds]
+            references = torch.cat([builtin.sample(builtin.model, seed, steps, scheduler, sampler) for seed in seeds])
             for interval in intervals:
                 measure(builtin, name, steps, sampler, scheduler, interval, arguments.powers, references, seeds)
 

@@ -272,6 +272,17 @@ def relative_fixture():
 
 
 @pytest.fixture
+def graphs():
+    """Return graphs(), which gives the number of graphs compiled since the test began."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def rounded(host):
     """Return rounded(model), which gives (a MODEL with all layers quantized, the MODEL with the same rounded weights as
     patches).

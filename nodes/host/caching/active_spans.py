@@ -10,7 +10,7 @@ from .streams import KNOWN, Observation, method_of, with_parts
 
 
 class DoesNotFitError(Exception):
-    """A kept residual does not fit: a node may have changed the number of an entry's text tokens since the full step."""
+    """The kept residuals do not fit: a node may have changed an entry's text tokens, or the blocks, since the full step."""
 
 
 @contextlib.contextmanager
@@ -184,9 +184,11 @@ class CachedSpan:
         contains those of the full evaluation.
         """
         given = self._streams.of_arguments(args, kwargs)
+        if not given or (self._result is None and number != self.span.first):
+            raise DoesNotFitError
         if number == self.span.first:
             residuals = self._residuals[self._next : self._next + len(given)]
-            if not given or [tensor.shape for tensor in given] != [residual.shape for residual in residuals]:
+            if [tensor.shape for tensor in given] != [residual.shape for residual in residuals]:
                 raise DoesNotFitError
             self._result = [tensor + residual for tensor, residual in zip(given, residuals)]
             self._next += len(given)

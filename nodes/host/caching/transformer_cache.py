@@ -47,7 +47,7 @@ class TransformerCache(CacheRun):
     def __init__(self, settings, features, full_steps=None, model_options=None):
         super().__init__(settings, features, full_steps)
         self._model_options = model_options or {}
-        self._lists = {}  # {network: its BlockLists}
+        self._lists = functools.cache(find_lists)
         self._kept = {}  # {(name of a span, key of a conditioning entry): [(name of a feature, its rows)]}
         self._have_run = False  # whether the network has run the blocks of its lists in this run
         self._is_compiled = False
@@ -97,9 +97,12 @@ class TransformerCache(CacheRun):
             )
             return go_on([], transformer_options)
         replaced = transformer_options.get("patches_replace", {})
-        own_spans = spans(self._lists_of(network), self.settings.branch, replaced.get("dit", {}))
+        own_spans = spans(self._lists(network), self.settings.branch, replaced.get("dit", {}))
         if not own_spans:
-            warn_once("other nodes replace all blocks that could be skipped; these evaluations are done in full")
+            warn_once(
+                "no block can be skipped, because other nodes replace them or the network has too few; these evaluations are "
+                "done in full"
+            )
         options = _without_prefix_cache(transformer_options) if special.has_prefix_cache else transformer_options
         skip = functools.partial(self._skip, plan, own_spans, special.batch_dim, go_on, options)
         if plan.reuses and (result := skip()) is not None:
@@ -124,11 +127,6 @@ class TransformerCache(CacheRun):
         with contextlib.suppress(DoesNotFitError):
             return go_on(active, _without_replacements(transformer_options, own_spans))
         return None
-
-    def _lists_of(self, network):
-        if network not in self._lists:
-            self._lists[network] = find_lists(network)
-        return self._lists[network]
 
     def _go_on(self, executor, args, kwargs, network, active, transformer_options):
         """Go on with the evaluation, with stand-ins in the network while the network itself is evaluated."""

@@ -788,17 +788,6 @@ def convolutions(run, *arguments):
     return result, sum(event.count for event in profile.key_averages() if event.key == "aten::convolution")
 
 
-@pytest.fixture
-def graphs():
-    """Return graphs(), which gives the number of graphs compiled since the test began."""
-    import torch._dynamo
-
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    torch._dynamo.reset()
-
-
 def test_compiled(host, models, draw, cached, relative, graphs):
     """A network is compiled as a whole, once with all blocks and once with the shallow ones, whatever was compiled before."""
 
