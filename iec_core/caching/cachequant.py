@@ -18,17 +18,17 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from ..devices import has_float64
 from ..errors import ModelError, ProfileError, SettingsError
 from ..profile_file import Profile
 from .feature_cache import FeatureCache, Kept, Slot
+from .placement import least_cost_groups
 
 COLUMNS = 65536  # how many numbers per channel are summed at a time in float64, to bound the memory
 FACTS = {"network", "branch", "interval", "quantization", "sampler_name", "scheduler"}  # the facts that each profile must have
-
-Split = tuple[float, tuple[int, ...]]  # (total cost, first steps of the groups)
 
 
 def group_steps(cost: Sequence[Sequence[float]], interval: int) -> list[int]:
@@ -39,21 +39,14 @@ def group_steps(cost: Sequence[Sequence[float]], interval: int) -> list[int]:
     ceil(interval / 2) steps is one group.
     """
     total, count = len(cost), math.ceil(len(cost) / interval)
-    shortest, longest = min(math.ceil(interval / 2), total // count), 2 * interval
-    of_group = [[0.0] for _ in range(total)]  # of_group[i][n - 1]: the cost of the n steps from step i on
-    for first in range(total):
-        for step in range(first + 1, min(first + longest, total)):
-            of_group[first].append(of_group[first][-1] + float(cost[first][step]))
-    best: dict[int, Split] = {0: (0.0, ())}  # by the number of steps that the groups cover so far
-    for _ in range(count):
-        longer: dict[int, Split] = {}
-        for first, (spent, firsts) in best.items():
-            for length in range(shortest, min(longest, total - first) + 1):
-                candidate = spent + of_group[first][length - 1], (*firsts, first)
-                if first + length not in longer or candidate[0] < longer[first + length][0]:
-                    longer[first + length] = candidate
-        best = longer
-    return list(best[total][1])
+    longest = min(2 * interval, total)
+    costs = np.full((total, longest), math.inf)
+    for lag in range(longest):
+        costs[: total - lag, lag] = np.diagonal(np.asarray(cost, dtype=np.float64), lag)
+    costs[:, 0] = 0
+    firsts = least_cost_groups(costs, count, min(math.ceil(interval / 2), total // count))
+    assert firsts is not None  # the mean length is between the shortest and the longest
+    return firsts
 
 
 def _in_float64(x: torch.Tensor) -> torch.Tensor:
@@ -182,11 +175,11 @@ class StepDistances(_AllSteps):
 class FeatureFits(_AllSteps):
     """The corrections of the reused features, fitted over calibration runs.
 
-    schedule(steps): returns the full steps of a run of so many steps. terms: the number of the last full steps whose features a
-    map combines; 1 in the paper. channel_dim: the dimension of a feature's channels.
+    schedule(sigmas): returns the full steps of a run with these n + 1 sigmas. terms: the number of the last full steps whose
+    features a map combines; 1 in the paper. channel_dim: the dimension of a feature's channels.
     """
 
-    def __init__(self, schedule: Callable[[int], frozenset[int]], terms: int, channel_dim: int) -> None:
+    def __init__(self, schedule: Callable[[Sequence[float]], frozenset[int]], terms: int, channel_dim: int) -> None:
         super().__init__()
         self._schedule, self._terms, self._channel_dim = schedule, terms, channel_dim
         self._held: dict[Slot, dict[int, torch.Tensor]] = {}  # the features of the last full steps, by step
@@ -196,7 +189,7 @@ class FeatureFits(_AllSteps):
 
     def full_steps(self, sigmas: Sequence[float]) -> frozenset[int]:
         """Return all steps of a run with these sigmas, because the features of all are to be stored. Sets `firsts`."""
-        self.firsts = self._schedule(len(sigmas) - 1)
+        self.firsts = self._schedule(sigmas)
         return super().full_steps(sigmas)
 
     def store(self, keys: Sequence[Hashable], feature: torch.Tensor, position: float, stream: str = "") -> None:

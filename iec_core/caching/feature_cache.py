@@ -4,12 +4,13 @@ import math
 import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 
 from ..errors import SettingsError
 
-SCHEDULE_FORMS = "uniform, power:15,1.4 (center, power) or steps:0,5,9"
+SCHEDULE_FORMS = "auto, uniform, power:15,1.4 (center, power) or steps:0,5,9"
 KEPT = {"auto": 2, "hold": 1, "linear": 2, "quadratic": 3}  # how many kept features each forecast uses
 FORECASTS = tuple(KEPT)
 
@@ -26,24 +27,28 @@ Kept = Sequence[tuple[float, torch.Tensor]]  # (position, feature [b, ...]) of o
 class CacheSchedule:
     """Which steps are evaluated in full.
 
-    kind: "uniform" (no numbers), "power" (numbers: center, power) or "steps" (numbers: the full steps).
+    kind: "auto" or "uniform" (no numbers), "power" (numbers: center, power) or "steps" (numbers: the full steps). "auto" goes
+    by the noise levels of the run: see `placement.full_steps_by_noise`.
     """
 
     kind: str
     numbers: tuple[float, ...] = ()
 
-    def of(self, total: int, interval: int) -> frozenset[int]:
+    def of(self, total: int, interval: int | Fraction) -> frozenset[int]:
         """Return the full steps of a run of `total` steps. Step 0 is always one of them.
 
-        uniform: the first of every `interval` steps. power: the paper's non-uniform schedule (section 3.3), dense around the
-        center c. Its steps are l^p + c, rounded down, for as many l as uniform has steps, evenly spaced from the p-th root of
-        -c up to, but without, the p-th root of total - c. Roots and powers keep the sign. Equal steps are taken once, so it
-        may have fewer steps.
+        uniform: the first of every `interval` steps; a fraction is rounded down. power: the paper's non-uniform schedule
+        (section 3.3), dense around the center c. Its steps are l^p + c, rounded down, for as many l as uniform has steps,
+        evenly spaced from the p-th root of -c up to, but without, the p-th root of total - c. Roots and powers keep the sign.
+        Equal steps are taken once, so it may have fewer steps.
 
-        Raises SettingsError where a step or the center is not a step of the run.
+        Raises SettingsError where a step or the center is not a step of the run, and for "auto", which has no steps without the
+        noise levels.
         """
+        if self.kind == "auto":
+            raise SettingsError("schedule: auto goes by the noise levels of a run; see placement.full_steps_by_noise.")
         if self.kind == "uniform":
-            return frozenset(range(0, total, interval))
+            return frozenset(math.floor(number * interval) for number in range(math.ceil(total / interval)))
         outside = max(self.numbers if self.kind == "steps" else self.numbers[:1])
         if outside >= total:
             raise SettingsError(
@@ -66,8 +71,8 @@ def parse_cache_schedule(text: str, forms: str = SCHEDULE_FORMS) -> CacheSchedul
     forms: the forms that the error lists, where a caller accepts more of them.
     """
     compact = re.sub(r"\s+", "", text).lower()
-    if compact == "uniform":
-        return CacheSchedule("uniform")
+    if compact in ("auto", "uniform"):
+        return CacheSchedule(compact)
     if match := re.fullmatch(r"steps:(\d{1,9}(?:,\d{1,9})*)", compact):
         return CacheSchedule("steps", tuple(int(part) for part in match[1].split(",")))
     if match := re.fullmatch(r"power:(\d{1,9}(?:\.\d{1,9})?),(\d{1,9}(?:\.\d{1,9})?)", compact):

@@ -30,8 +30,8 @@ class IECDeepCache(CheckedNode):
                     default=2,
                     min=1,
                     max=1000,
-                    tooltip="Every interval-th step is evaluated in full, starting with the first; 1 means no caching. Start "
-                    "with 2.",
+                    tooltip="How many steps there are for each step that is evaluated in full; 1 means no caching. Start with "
+                    "2.",
                 ),
                 io.Int.Input(
                     "branch",
@@ -53,11 +53,11 @@ class IECDeepCache(CheckedNode):
                 ),
                 io.String.Input(
                     "schedule",
-                    default="uniform",
+                    default="auto",
                     optional=True,
-                    tooltip=f"Which steps are evaluated in full: {SCHEDULE_FORMS}. power: at most as many as with uniform "
-                    "at this interval, crowded around the center. The first step is always evaluated in full. Start with "
-                    "uniform; on a flow transformer such as Flux also try power:0,1.3.",
+                    tooltip=f"Which steps are evaluated in full: {SCHEDULE_FORMS}. auto: where the noise levels of the run "
+                    "say that reuse would cost most. uniform: every interval-th. power: at most as many, crowded around the "
+                    "center. The first step is always evaluated in full. Start with auto.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -86,18 +86,33 @@ class IECDeepCache(CheckedNode):
                     "linear, quadratic: extrapolated from the last two, three. auto: between hold and linear, depending on "
                     "how well linear has predicted the full steps so far. Start with auto.",
                 ),
+                io.Float.Input(
+                    "speed",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip="How many times as fast as without the cache a run is to be, instead of interval: as many steps "
+                    "are evaluated in full as that leaves time for, judged by the network's weights. 0: by interval. Start "
+                    "with 0.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="A clone of the model that caches.")],
         )
 
     @classmethod
     @known_values
-    def validate_inputs(cls, correction_pass=None, schedule=None, forecast=None, start_percent=None, end_percent=None):
+    def validate_inputs(
+        cls, correction_pass=None, schedule=None, forecast=None, start_percent=None, end_percent=None, speed=None
+    ):
         if None not in (start_percent, end_percent) and start_percent >= end_percent:
             return (
                 f"end_percent: {end_percent:g} is not above start_percent, {start_percent:g}; choose a larger end_percent, "
                 "because caching happens between the two."
             )
+        if speed is not None and 0 < speed < 1:
+            return f"speed: {speed:g} would be slower than without the cache; write 1 or more, or 0 to go by interval."
         try:
             if schedule is not None:
                 parse_cache_schedule(schedule)
@@ -108,12 +123,13 @@ class IECDeepCache(CheckedNode):
 
     @classmethod
     def run(
-        cls, model, interval, branch, correction_pass="refresh", schedule="uniform", start_percent=0.0, end_percent=1.0,
-        forecast="auto",
+        cls, model, interval, branch, correction_pass="refresh", schedule="auto", start_percent=0.0, end_percent=1.0,
+        forecast="auto", speed=0.0,
     ):  # fmt: skip
         sampling = model.get_model_object("model_sampling")
         start, end = (float(sampling.percent_to_sigma(percent)) for percent in (start_percent, end_percent))
-        settings = CacheSettings(interval, branch, parse_cache_schedule(schedule), start, end, forecast, correction_pass)
+        parsed = parse_cache_schedule(schedule)
+        settings = CacheSettings(interval, branch, parsed, start, end, forecast, correction_pass, sampling, speed)
         return io.NodeOutput(apply_cache(model, settings))
 
 

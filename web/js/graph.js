@@ -155,7 +155,7 @@ function cacheOf(sampler) {
   const cache = input ? upstream(from, input.name, "MODEL", isCache) : undefined;
   if (!cache || OTHER_CACHES.includes(cache.comfyClass)) return cache ? undefined : cache;
   const pass = values(cache, ["correction_pass"]);
-  const names = ["interval", "schedule", "start_percent", "end_percent"];
+  const names = ["interval", "schedule", "start_percent", "end_percent", "speed"];
   if (cache.comfyClass === "IECDeepCache") return { ...pass, ...values(cache, names) };
   const profile = sourceOf(cache, "profile");
   if (profile?.comfyClass !== "IECLoadCacheProfile") return undefined;

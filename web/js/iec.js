@@ -117,12 +117,14 @@ class Strip {
       const plan = { steps: run.steps, corrected: run.corrected, full: run.full };
       return { ...common, plan, lines: [fullOf(run)], message: `${message} These are the steps of the last run.` };
     }
-    if (answer.full || !this.isCacheOpen) {
+    const isCertain = answer.full && !answer.full_open.length;
+    if (isCertain || !this.isCacheOpen) {
       return { ...common, plan: answer, lines: [costOf(answer), fullOf(answer), fullCorrectionsOf(answer), answer.choice] };
     }
     const full = run?.steps === answer.steps ? run.full : null;
-    const ofCache = full ? `in the last run: ${fullOf(run)}` : "which steps are cached is known when the node runs";
-    return { ...common, plan: { ...answer, full }, lines: [costOf(answer), ofCache, answer.choice] };
+    const plan = full ? { ...answer, full, full_open: [] } : answer;
+    const ofPlan = answer.full ? fullOf(answer) : "which steps are cached is known when the node runs";
+    return { ...common, plan, lines: [costOf(answer), full ? `in the last run: ${fullOf(run)}` : ofPlan, answer.choice] };
   }
 
   /** Return what is drawn while the server makes the plan for the current settings. */

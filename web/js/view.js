@@ -9,6 +9,7 @@ const STYLE = `
   background: transparent; cursor: pointer; align-self: end; box-sizing: border-box; }
 .iec-cell.narrow { border-width: 0 0 1px 0; border-radius: 0; }
 .iec-cell.cached { height: 8px; }
+.iec-cell.maybe-cached { height: 12px; }
 .iec-cell.corrected { background: #56b4e9; border-color: #56b4e9; }
 .iec-cell.open { background: repeating-linear-gradient(45deg, #56b4e9 0 2px, transparent 2px 5px); border-color: #56b4e9; }
 .iec-cell.done { box-shadow: 0 2px 0 #009e73; }
@@ -55,8 +56,10 @@ export function costOf({ evaluations, nfe, corrected }) {
 }
 
 /** Return how many steps a cache evaluates in full, in words; "" without a cache. */
-export function fullOf({ full, steps }) {
-  return full ? `${full.length} of ${plural(steps, "step")} in full, the others cached` : "";
+export function fullOf({ full, full_open: open = [], steps }) {
+  if (!full) return "";
+  if (!open.length) return `${full.length} of ${plural(steps, "step")} in full, the others cached`;
+  return `${full.length} of ${plural(steps, "step")} in full for every model, ${open.length} more depending on the model`;
 }
 
 /** Return a run's settings, in words. */
@@ -149,20 +152,22 @@ export class StepView {
   }
 
   /** Draw the cells. Existing cells are reused, so that the one with the keyboard's focus keeps it. */
-  drawCells({ steps, corrected, full, correctable, open }, done, fixed) {
+  drawCells({ steps, corrected, full, full_open: fullOpen, correctable, open }, done, fixed) {
     const rows = Math.ceil(steps / CELLS_IN_A_ROW) || 1;
     this.cells.style.gridTemplateColumns = `repeat(${Math.ceil(steps / rows)}, 1fr)`;
     while (this.cells.children.length > steps) this.cells.lastChild.remove();
     while (this.cells.children.length < steps) this.cells.append(this.cell(this.cells.children.length));
-    const lists = [corrected, full ?? [], correctable ?? [], open ?? []];
-    const [isCorrected, isFull, canBe, isOpen] = lists.map((list) => new Set(list));
+    const lists = [corrected, full ?? [], fullOpen ?? [], correctable ?? [], open ?? []];
+    const [isCorrected, isFull, mayBeFull, canBe, isOpen] = lists.map((list) => new Set(list));
     for (const [step, cell] of [...this.cells.children].entries()) {
       const whether = isCorrected.has(step) ? "corrected" : "not corrected";
       const words = [`step ${step}`, isOpen.has(step) ? "corrected or not, depending on the model" : whether];
-      if (full) words.push(isFull.has(step) ? "in full" : "cached");
+      const whetherFull = isFull.has(step) ? "in full" : "cached";
+      if (full) words.push(mayBeFull.has(step) ? "in full or cached, depending on the model" : whetherFull);
       cell.classList.toggle("corrected", isCorrected.has(step));
       cell.classList.toggle("open", isOpen.has(step));
-      cell.classList.toggle("cached", Boolean(full) && !isFull.has(step));
+      cell.classList.toggle("cached", Boolean(full) && !isFull.has(step) && !mayBeFull.has(step));
+      cell.classList.toggle("maybe-cached", mayBeFull.has(step));
       cell.classList.toggle("done", step < done);
       cell.classList.toggle("narrow", steps / rows > NARROW);
       cell.disabled = Boolean(fixed) || !canBe.has(step);

@@ -68,6 +68,11 @@ class BlockList:
     def container(self):
         return self.parent._modules[self.key]
 
+    @property
+    def tokens_share(self):
+        """About for what share of the tokens each weight is used: double blocks have separate ones for picture and text."""
+        return 0.5 if self.path.startswith("double") else 1.0
+
     def __len__(self):
         return len(self.container)
 
@@ -88,6 +93,14 @@ def find_lists(network):
     for host_names, paths in PATHS.items():
         lists += [found for path in paths if (found := _at(network, path, host_names))][:1]
     return lists or _largest(network)
+
+
+def outermost_lists(module):
+    """Return the lists of modules in a module that are in no other list."""
+    found = []
+    for child in module.children():
+        found += [child] if isinstance(child, LISTS) else outermost_lists(child)
+    return found
 
 
 def _at(network, path, host_names):
@@ -126,6 +139,11 @@ class Span:
     name: str
     first: int
     last: int
+
+    @property
+    def blocks(self):
+        """The blocks, a list of modules."""
+        return list(self.block_list.container._modules.values())[self.first : self.last + 1]
 
 
 def spans(lists, branch, replaced=frozenset()):

@@ -1,11 +1,16 @@
 """The part that U-Net and transformer caches share: which evaluations are full, and which kept features each may reuse."""
 
 import functools
+import itertools
 import math
 from collections import Counter
 from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
 
 from ....iec_core.caching.feature_cache import CacheSchedule
+from ....iec_core.caching.placement import full_steps_by_noise
 from ....iec_core.log import logger
 from ..sampling.run_plan import place
 
@@ -24,7 +29,9 @@ class CacheSettings:
 
     interval, branch: as in DeepCache. schedule: a CacheSchedule. start, end: only steps at sigmas between these (start
     inclusive, end exclusive) are cached. forecast: one of `feature_cache.FORECASTS`. correction_pass: one of
-    CORRECTION_PASSES.
+    CORRECTION_PASSES. levels: the MODEL's `model_sampling`, for the schedule "auto". speed: how many times as fast as without
+    the cache a run is to be, instead of the interval; 0 for the interval. cached_share: the cost of a cached step as a share of
+    a full one's, for `speed`.
     """
 
     interval: int
@@ -34,12 +41,47 @@ class CacheSettings:
     end: float = -math.inf
     forecast: str = "hold"
     correction_pass: str = "refresh"
+    levels: object = None
+    speed: float = 0.0
+    cached_share: float = 0.0
 
     def full_steps(self, sigmas):
         """Return the frozenset of the steps that are evaluated in full, for a schedule of n + 1 sigmas."""
-        full = self.schedule.of(max(len(sigmas) - 1, 1), self.interval)
+        total = max(len(sigmas) - 1, 1)
         outside = {step for step, sigma in enumerate(sigmas[:-1]) if not self.start >= sigma > self.end}
-        return full | outside
+        interval = self._interval(total, len(outside))
+        if self.schedule.kind == "auto" and len(sigmas) > 1:
+            count = len(outside) + math.ceil((total - len(outside)) / interval)
+            return full_steps_by_noise(*noise_and_signal(self.levels, sigmas), count, outside)
+        return self.schedule.of(total, interval) | outside
+
+    def _interval(self, total, outside):
+        """Return how many of the steps that may be cached there are for each full one, an int or a Fraction.
+
+        outside: how many of the `total` steps may not be cached.
+        """
+        if not self.speed or outside == total:
+            return self.interval
+        share = self.cached_share
+        full = round((total / self.speed - total * share) / (1 - share))  # full + share * (total - full) = total / speed
+        return Fraction(total - outside, min(max(full - outside, 1), total - outside))
+
+    def expected_share(self, sigmas):
+        """Return the expected cost of a run over n + 1 sigmas, as a share of that without the cache."""
+        steps = max(len(sigmas) - 1, 1)
+        full = len(self.full_steps(sigmas)) / steps
+        return full + self.cached_share * (1 - full)
+
+
+def noise_and_signal(levels, sigmas):
+    """Return (the factors of the noise, those of the image) in a latent at each sigma, two lists of floats.
+
+    levels: an object with the methods of the host's `model_sampling`. The image has the variance 1.
+    """
+    sigmas = torch.as_tensor(sigmas, dtype=torch.float64)[:, None]
+    noise = levels.noise_scaling(sigmas[:, 0], torch.ones_like(sigmas), torch.zeros_like(sigmas))
+    signal = levels.noise_scaling(sigmas[:, 0], torch.zeros_like(sigmas), torch.ones_like(sigmas))
+    return noise.flatten().tolist(), (signal * getattr(levels, "sigma_data", 1.0)).flatten().tolist()
 
 
 @dataclass(frozen=True)
@@ -73,7 +115,8 @@ class CacheRun:
 
     The subclass for a kind of network defines `channel_dim`, the channel dimension of its features; `wrapper_type`, the kind of
     host wrapper that `evaluate(executor, ...)` implements, and `arguments`, the names of its arguments; `check(network,
-    branch)`; and `feature_names(network, branch)`, the beginnings of its features' names. If `has_consumer` is true, its
+    branch)`; `cached_share(network, branch)`, the cost of a cached evaluation as a share of a full one's; and
+    `feature_names(network, branch)`, the beginnings of its features' names. If `has_consumer` is true, its
     constructor takes `consumed(h, position)`, which maps the output of the block that consumes the feature.
     """
 
@@ -148,6 +191,11 @@ class CacheRun:
             numbered.append((*key, self._counts[key]))
             self._counts[key] += 1
         return numbered
+
+
+def weights_in(module):
+    """Return the number of weights in a module, also of quantized ones."""
+    return sum(tensor.numel() for tensor in itertools.chain(module.parameters(), module.buffers()))
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Put a cache on a MODEL, of the kind that fits its network, and take it off again."""
 
 import functools
+from dataclasses import replace
 
 import comfy.model_patcher
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -116,5 +117,17 @@ def _mark(executor, *args, **kwargs):
 
 
 def apply_cache(model, settings):
-    """Return a clone of a MODEL that caches as CacheSettings say. Raises ValueError like `with_cache`."""
+    """Return a clone of a MODEL that caches as CacheSettings say.
+
+    Raises ValueError like `with_cache`, and where no run with this branch can have the speed.
+    """
+    network, kind = model.get_model_object("diffusion_model"), cache_kind(model)
+    kind.check(network, settings.branch)
+    settings = replace(settings, cached_share=kind.cached_share(network, settings.branch))
+    if settings.speed * settings.cached_share >= 1:
+        raise ValueError(
+            f"speed: {settings.speed:g} is not possible at branch {settings.branch} of this network, because a cached step "
+            f"takes {settings.cached_share:.2f} of the time of a full one; choose less than {1 / settings.cached_share:.3g}, or "
+            "a smaller branch."
+        )
     return with_cache(model, settings, lambda new: new(FeatureCache(settings.forecast)), "DeepCache (IEC)")

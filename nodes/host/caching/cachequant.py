@@ -29,7 +29,8 @@ def calibrate(model, full_precision, runs, interval, branch, schedule, forecast,
     two. correct_consumer: whether the output of the block that consumes the feature also gets a map, if the model is
     quantized. Raises ValueError if the MODEL cannot be cached, or if a quantized MODEL is given without its source.
     """
-    kind, settings = cache_kind(model), CacheSettings(interval, branch)
+    kind, levels = cache_kind(model), model.get_model_object("model_sampling")
+    settings = CacheSettings(interval, branch)
     bits = quantize.quantization_of(model) or "none"
     source = model if bits == "none" else quantize.source_of(model, full_precision)
     correct_consumer = correct_consumer and bits != "none" and kind.has_consumer
@@ -42,7 +43,8 @@ def calibrate(model, full_precision, runs, interval, branch, schedule, forecast,
         sample(cached(lambda new: new(distances, distances.full_steps)))
         distances.check_every_step_was_seen()
         schedule = CacheSchedule("steps", tuple(group_steps(distances.cost(), interval)))
-    fits = FeatureFits(lambda steps: schedule.of(steps, interval), KEPT[forecast], kind.channel_dim)
+    placed = CacheSettings(interval, branch, schedule, levels=levels)
+    fits = FeatureFits(placed.full_steps, KEPT[forecast], kind.channel_dim)
     paired = functools.partial(_PairedRun, kind, model, fits)
     sample(cached(lambda new: paired(*(new(fits, fits.full_steps) for _ in range(2)))))
     fits.check_every_step_was_seen()

@@ -19,8 +19,8 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP
 
 from ..sampling.network_calls import others_take_part, uncompiled
 from .active_spans import CachedSpan, DoesNotFitError, ObservedSpan, full_span, standing_in
-from .block_lists import find_lists, spans, special_class_of
-from .cache_run import CacheRun, warn_once
+from .block_lists import find_lists, outermost_lists, spans, special_class_of
+from .cache_run import CacheRun, warn_once, weights_in
 
 # Largest relative difference between a cached and a full evaluation of the same input. They differ only by rounding.
 TOLERANCE = 0.02
@@ -83,6 +83,19 @@ class TransformerCache(CacheRun):
     def feature_names(network, branch):
         """Return the beginnings of the names that the features of a network have."""
         return tuple(f"{span.name}." for span in spans(find_lists(uncompiled(network)), branch))
+
+    @staticmethod
+    def cached_share(network, branch):
+        """Return about what share of a full evaluation's operations a cached one has, a float, judged by the weights.
+
+        Only weights in lists of modules count: blocks and refiners. Embeddings are used once per picture instead of per token.
+        """
+        network = uncompiled(network)
+        lists = find_lists(network)
+        others = sum(map(weights_in, outermost_lists(network))) - sum(weights_in(own.container) for own in lists)
+        total = others + sum(weights_in(own.container) * own.tokens_share for own in lists)
+        skipped = sum(weights_in(block) * span.block_list.tokens_share for span in spans(lists, branch) for block in span.blocks)
+        return 1 - skipped / total
 
     def evaluate(self, executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
         """Evaluate like the host's apply_model, but keep the spans' residuals, or add them instead of running their blocks."""

@@ -9,10 +9,16 @@ import copy
 
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
-from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential
+from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, TimestepEmbedSequential, Upsample
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 
-from .cache_run import CacheRun
+from .cache_run import CacheRun, weights_in
+
+
+def _weights_per_position(block):
+    """Return the number of a block's weights that are used at every position, without those of the time embedding."""
+    embedding = sum(weights_in(layer.emb_layers) for layer in block.modules() if hasattr(layer, "emb_layers"))
+    return weights_in(block) - embedding
 
 
 class _Skipped(torch.nn.Module):
@@ -53,6 +59,23 @@ class UnetCache(CacheRun):
         blocks = len(unet.output_blocks)
         if not 0 <= branch < blocks:
             raise ValueError(f"branch: {branch} is not possible with this U-Net; choose 0 to {blocks - 1}.")
+
+    @staticmethod
+    def cached_share(unet, branch):
+        """Return about what share of a full evaluation's operations a cached one has, a float, judged by the weights.
+
+        Each weight counts as often as the latent's level of resolution has positions.
+        """
+        level, inputs, outputs = 0, [], []
+        for block in unet.input_blocks:
+            level += any(isinstance(layer, Downsample) for layer in block)
+            inputs.append(_weights_per_position(block) / 4**level)
+        deepest = _weights_per_position(unet.middle_block) / 4**level if unet.middle_block is not None else 0
+        for block in unet.output_blocks:
+            outputs.append(_weights_per_position(block) / 4**level)
+            level -= any(isinstance(layer, Upsample) for layer in block)
+        run = sum(inputs[: branch + 1]) + sum(outputs[len(outputs) - branch - 1 :])
+        return run / (sum(inputs) + deepest + sum(outputs))
 
     @staticmethod
     def feature_names(unet, branch):

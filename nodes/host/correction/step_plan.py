@@ -66,42 +66,48 @@ class Sampling:
         return sigmas[self.start_step :]
 
 
-def _full_steps(schedules, begins, **cache):
-    """Return the steps that a cache evaluates in full, sorted; None if only the run can tell.
+def _full_steps(schedules, begins, profile_name=None, **cache):
+    """Return the steps that a cache evaluates in full, {model: sorted list}; None if only the run can tell.
 
-    begins: the sigmas at which steps begin with SD 1.5's noise levels. schedules: {model: sigmas}. Used only without a profile,
-    because a part of the schedule (start_percent) contains different steps for different models.
+    schedules: {model: sigmas}. begins: the sigmas at which steps begin with SD 1.5's noise levels. cache: as for `step_plan`.
     """
-    if "profile_name" in cache:
-        return _full_steps_on(MODELS["SD 1.5, SDXL"], begins, **cache)
-    full, *others = (_full_steps_on(levels, schedules[name].tolist(), **cache) for name, levels in MODELS.items())
-    if any(other != full for other in others):
-        return None
-    return _full_steps_on(MODELS["SD 1.5, SDXL"], begins, **cache)
-
-
-def _full_steps_on(levels, sigmas, interval=1, schedule="uniform", start_percent=0.0, end_percent=1.0, profile_name=None):
     if profile_name is not None:
-        profile = PROFILES.read("profile_name", profile_name, CacheProfile.load)
-        try:
-            return sorted(CorrectedFeatures(profile).full_steps(sigmas))
-        except ValueError:  # the profile is for another schedule, or for a model with other noise levels
-            return None
+        full = _full_steps_of_profile(profile_name, begins)
+        return None if full is None else dict.fromkeys(schedules, full)
+    if cache.get("speed"):  # how many there are depends on the network
+        return None
+    full = {name: _full_steps_on(MODELS[name], sigmas.tolist(), **cache) for name, sigmas in schedules.items()}
+    full["SD 1.5, SDXL"] = _full_steps_on(MODELS["SD 1.5, SDXL"], begins, **cache)
+    has_other_steps = len(begins) != len(schedules["SD 1.5, SDXL"])  # some samplers pick their own
+    return None if has_other_steps and len(set(map(tuple, full.values()))) > 1 else full
+
+
+def _full_steps_of_profile(profile_name, sigmas):
+    profile = PROFILES.read("profile_name", profile_name, CacheProfile.load)
+    try:
+        return sorted(CorrectedFeatures(profile).full_steps(sigmas))
+    except ValueError:  # the profile is for another schedule, or for a model with other noise levels
+        return None
+
+
+def _full_steps_on(levels, sigmas, interval=1, schedule="auto", start_percent=0.0, end_percent=1.0, speed=0.0):
+    schedule = parse_cache_schedule(schedule)
     start, end = (float(levels.percent_to_sigma(percent)) for percent in (start_percent, end_percent))
-    return sorted(CacheSettings(max(interval, 1), 0, parse_cache_schedule(schedule), start, end).full_steps(sigmas))
+    return sorted(CacheSettings(max(interval, 1), 0, schedule, start, end, levels=levels, speed=speed).full_steps(sigmas))
 
 
 def step_plan(correction, sampling, cache=None, correction_pass="refresh", is_cache_open=False):
     """Return what a run will do for every model, judged by the noise levels of `MODELS`.
 
     correction: inputs of `CorrectionSettings.parse`. sampling: fields of `Sampling`. cache: interval, schedule, start_percent,
-    end_percent of IECDeepCache, or profile_name. correction_pass: that of the cache. is_cache_open: whether there may be a
-    cache that is known only in the run.
+    end_percent and speed of IECDeepCache, or profile_name. correction_pass: that of the cache. is_cache_open: whether there may
+    be a cache that is known only in the run.
 
     Return a dict: correction, as reports name it; choice, what `auto` chooses and why, "" without `auto`; evaluation_point,
     also as chosen by `auto`; steps, their number; corrected, numbers of the corrected steps; open, steps that are corrected
     with the noise levels of some models but not of others; correctable, steps that can be corrected; full, steps that the cache
-    evaluates in full, or None; full_corrections, how many corrections are evaluated in full; evaluations, their number without
+    evaluates in full, or None; full_open, steps that it evaluates in full with the noise levels of some models but not of
+    others; full_corrections, how many corrections are evaluated in full, at most; evaluations, their number without
     corrections; nfe, their number with corrections, an upper bound if iterations can converge early.
 
     Raises ValueError, with a sentence, for settings that a run would refuse, and NotKnown for what only the run can tell.
@@ -115,7 +121,7 @@ def step_plan(correction, sampling, cache=None, correction_pass="refresh", is_ca
     if any(len(other) != len(sigmas) for other in schedules.values()):
         raise NotKnown("scheduler: how many steps it makes depends on the model, and is known when it runs.")
     if len(sigmas) < 2:
-        nothing = {"corrected": [], "correctable": [], "full": None, "open": []}
+        nothing = {"corrected": [], "correctable": [], "full": None, "full_open": [], "open": []}
         return {**about, "steps": 0, **nothing, "full_corrections": 0, "evaluations": 0, "nfe": 0}
     plan = _plan(settings, sampling.sampler_name, sigmas)
     begins, evaluations = plan.sigmas, len(plan.evaluations)
@@ -123,46 +129,62 @@ def step_plan(correction, sampling, cache=None, correction_pass="refresh", is_ca
     goes_by_cache = settings.steps.kind == "full" or (settings.is_auto and plan.known_ends)
     if goes_by_cache and full is None and (is_cache_open or cache is not None):
         raise NotKnown("correction_steps: which steps a cache evaluates in full is known when it runs.")
-    if settings.is_auto and plan.known_ends:
-        settings, corrected, maybe, about["choice"] = _chosen(settings, sampling.sampler_name, schedules, full)
-    else:
-        settings, about["choice"] = resolved(settings, plan, full)
-        corrected, maybe = settings.corrected_steps(begins, full, plan.known_ends), frozenset()
+    full_of = full or dict.fromkeys(schedules)
+    settings, steps, about["choice"] = _chosen(settings, sampling.sampler_name, schedules, full_of, plan)
+    corrected, maybe = _in_all_and_some(steps.values())
     about["evaluation_point"] = settings.evaluation_point
-    at = {settings.step_of(step) for step in corrected}
-    in_full = at if full is None else at.intersection(full if correction_pass != "reuse" else ())
+    full_in_all, full_open = (None, frozenset()) if full is None else _in_all_and_some(full.values())
+    in_full = max(_corrections_in_full(settings, steps[name], full_of[name], correction_pass) for name in schedules)
     return {
         **about,
         "steps": len(begins) - 1,
         "corrected": sorted(corrected),
         "open": sorted(maybe),
         "correctable": sorted(replace(settings, steps=ALL).corrected_steps(begins, None, plan.known_ends)),
-        "full": full,
-        "full_corrections": settings.added_evaluations * len(in_full),
+        "full": None if full_in_all is None else sorted(full_in_all),
+        "full_open": sorted(full_open),
+        "full_corrections": in_full,
         "evaluations": evaluations,
-        "nfe": evaluations + settings.added_evaluations * len(corrected),
+        "nfe": evaluations + settings.added_evaluations * max(map(len, steps.values())),
     }
 
 
-def _chosen(settings, sampler_name, schedules, full):
-    """Return what `auto` chooses for the noise levels of all models: (settings, corrected, open, sentence).
+def _in_all_and_some(lists):
+    """Return (the steps that are in all of several lists, those that are only in some), two frozensets."""
+    sets = [frozenset(one) for one in lists]
+    in_all = frozenset.intersection(*sets)
+    return in_all, frozenset.union(*sets) - in_all
 
-    schedules: {name of a model: sigmas}. corrected: the steps that are corrected for all models. open: the steps that are
-    corrected only for some. sentence: the reason; if it differs between models, one reason per group of models.
+
+def _corrections_in_full(settings, corrected, full, correction_pass):
+    """Return how many corrections are evaluated in full. full: the steps that a cache evaluates in full, None without one."""
+    at = {settings.step_of(step) for step in corrected}
+    in_full = at if full is None else at.intersection(full if correction_pass != "reuse" else ())
+    return settings.added_evaluations * len(in_full)
+
+
+def _chosen(settings, sampler_name, schedules, full, plan):
+    """Return what is corrected with the noise levels of all models: (settings, {name of a model: steps}, sentence).
+
+    schedules: {name of a model: sigmas}. full: {name of a model: steps that a cache evaluates in full, or None}. plan: for the
+    noise levels of SD 1.5. settings: with what `auto` chooses. sentence: the reason, "" without `auto`; if it differs between
+    models, one reason per group of models.
     """
-    chosen, steps, sentences = [], [], {}
+    if not (settings.is_auto and plan.known_ends):
+        choice, why = resolved(settings, plan, full["SD 1.5, SDXL"])
+        return choice, {name: choice.corrected_steps(plan.sigmas, full[name], plan.known_ends) for name in schedules}, why
+    chosen, steps, sentences = [], {}, {}
     for name, sigmas in schedules.items():
         plan = _plan(settings, sampler_name, sigmas, MODELS[name])
-        choice, why = resolved(settings, plan, full)
+        choice, why = resolved(settings, plan, full[name])
         chosen.append(choice)
-        steps.append(choice.corrected_steps(plan.sigmas, full, plan.known_ends))
+        steps[name] = choice.corrected_steps(plan.sigmas, full[name], plan.known_ends)
         sentences.setdefault(why, []).append(name)
-    corrected, some = frozenset.intersection(*steps), frozenset.union(*steps)
     sentence, *others = sentences
     if others:
         each = " ".join(f"With the noise levels of {', '.join(names)}: {why}" for why, names in sentences.items())
         sentence = f"What auto corrects depends on the model's noise levels, and is known when it runs. {each}"
-    return max(chosen, key=lambda one: one.is_ahead), corrected, some - corrected, sentence
+    return max(chosen, key=lambda one: one.is_ahead), steps, sentence
 
 
 def _plan(settings, sampler_name, sigmas, levels=None):

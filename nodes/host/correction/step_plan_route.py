@@ -67,7 +67,9 @@ SAMPLING = {
 }  # fmt: skip
 
 
-CACHE = {"interval": int, "schedule": str, "start_percent": float, "end_percent": float, "profile_name": str}
+CACHE = {
+    "interval": int, "schedule": str, "start_percent": float, "end_percent": float, "speed": float, "profile_name": str,
+}  # fmt: skip
 
 
 QUESTION = {"correction": CORRECTION, "sampling": SAMPLING, "cache": CACHE, "correction_pass": str, "is_cache_open": bool}

@@ -63,7 +63,7 @@ def draw(host):
 @pytest.fixture
 def cached(host):
     return lambda model, interval=3, **settings: host.run(
-        "IECDeepCache", model=model, interval=interval, branch=0, **{"forecast": "hold", **settings}
+        "IECDeepCache", model=model, interval=interval, branch=0, **{"forecast": "hold", "schedule": "uniform", **settings}
     )[0]
 
 

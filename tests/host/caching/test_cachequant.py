@@ -120,8 +120,8 @@ def test_corrections_are_fitted_to_another_schedule(host, calibrate, features, m
     slope = ((x - x.mean(1, keepdim=True)) * (y - y.mean(1, keepdim=True))).mean(1) / x.var(1, correction=0)
     torch.testing.assert_close(weights[5, :, 0], slope, rtol=1e-3, atol=1e-4)
     node = host.nodes["IECCalibrateCacheQuant"]
-    assert [node.validate_inputs(schedule=text) for text in ("dps", "uniform", "power:3,1.4")] == [True] * 3
-    assert node.validate_inputs(schedule="best").startswith("schedule: 'best' is not a known form; write dps, uniform")
+    assert [node.validate_inputs(schedule=text) for text in ("dps", "auto", "uniform", "power:3,1.4")] == [True] * 4
+    assert node.validate_inputs(schedule="best").startswith("schedule: 'best' is not a known form; write dps, auto, uniform")
     wrong = "schedule: 'power:3,0.5' has a power below 1; write 1 or more (the paper uses 1.2 to 1.6)."
     assert node.validate_inputs(schedule="power:3,0.5") == wrong
 

@@ -14,7 +14,7 @@ STEPS = 8
 @pytest.fixture
 def cached(host, model):
     return lambda interval, branch=0, source=None, **settings: host.run(
-        "IECDeepCache", model=source or model, interval=interval, branch=branch, **settings
+        "IECDeepCache", model=source or model, interval=interval, branch=branch, **{"schedule": "uniform", **settings}
     )[0]
 
 

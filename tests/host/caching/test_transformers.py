@@ -33,7 +33,7 @@ def models(host):
 @pytest.fixture
 def cached(host):
     return lambda model, branch=0, interval=3, **settings: host.run(
-        "IECDeepCache", model=model, interval=interval, branch=branch, **{"forecast": "hold", **settings}
+        "IECDeepCache", model=model, interval=interval, branch=branch, **{"forecast": "hold", "schedule": "uniform", **settings}
     )[0]
 
 

@@ -164,7 +164,7 @@ def draw(host):
 @pytest.fixture(scope="module")
 def cached(host):
     return lambda model, interval=3, branch=0: host.run(
-        "IECDeepCache", model=model, interval=interval, branch=branch, forecast="hold"
+        "IECDeepCache", model=model, interval=interval, branch=branch, forecast="hold", schedule="uniform"
     )[0]
 
 

@@ -58,9 +58,11 @@ def test_plan_agrees_with_the_run(plans, sample, model, count_evaluations, name,
 @pytest.mark.parametrize(
     ("inputs", "full"),
     [
-        ({"interval": 3}, [0, 3, 6]),
+        ({"interval": 3, "schedule": "uniform"}, [0, 3, 6]),
         ({"interval": 3, "schedule": "steps:2"}, [0, 2]),
+        ({"interval": 3}, None),
         ({"interval": 4, "start_percent": 0.4}, None),
+        ({"interval": 4, "start_percent": 0.4, "schedule": "uniform"}, None),
     ],
 )
 def test_planned_cached_steps_agree_with_the_run(plans, host, sample, model, inputs, full):
@@ -73,9 +75,27 @@ def test_planned_cached_steps_agree_with_the_run(plans, host, sample, model, inp
         sample(cached, cfg=1.0, **settings)
     finally:
         hook.remove()
-    planned = plans.step_plan({"correction_steps": "none"}, sampling(steps=7, scheduler="normal"), inputs)["full"]
-    assert len(planned) == len(deep)
-    assert full is None or planned == full
+    plan = plans.step_plan({"correction_steps": "none"}, sampling(steps=7, scheduler="normal"), inputs)
+    assert len(plan["full"]) <= len(deep) <= len(plan["full"]) + len(plan["full_open"])
+    assert full is None or (plan["full"], plan["full_open"]) == (full, [])
+
+
+@pytest.mark.parametrize("inputs", [{"interval": 3}, {"interval": 4, "start_percent": 0.4, "schedule": "uniform"}])
+def test_plan_tells_which_steps_are_in_full_for_every_model(plans, inputs):
+    """On `simple` the steps of a flow model have other noise levels, so that `auto` puts its full steps elsewhere."""
+    settings = {"interval": 1, "branch": 0, **inputs}
+    start, schedule = settings.pop("start_percent", 0.0), plans.parse_cache_schedule(settings.pop("schedule", "auto"))
+    run = plans.Sampling(**sampling(steps=20, scheduler="simple"))
+    full = [
+        plans.CacheSettings(**settings, schedule=schedule, start=levels.percent_to_sigma(start), levels=levels).full_steps(
+            run.sigmas(levels).tolist()
+        )
+        for levels in plans.MODELS.values()
+    ]
+    plan = plans.step_plan({"correction_steps": "none"}, sampling(steps=20, scheduler="simple"), inputs)
+    assert set(plan["full"]) == frozenset.intersection(*full)
+    assert set(plan["full"]) | set(plan["full_open"]) == frozenset.union(*full) and plan["full_open"]
+    assert plans.step_plan({"correction_steps": "none"}, sampling(), {**inputs, "speed": 2.0})["full"] is None
 
 
 def test_planned_cached_steps_of_a_profile_agree_with_its_file(plans, host, model, conditioning, profile_folder):
@@ -104,12 +124,16 @@ def test_plan_counts_which_corrections_are_full_evaluations(plans):
         return plans.step_plan({"correction_steps": steps, "max_iterations": 2}, sampling(), **more)["full_corrections"]
 
     assert corrections("steps:0,1,3") == 6
-    assert corrections("steps:0,1,3", cache={"interval": 3}) == 4
-    assert corrections("steps:0,1,3", cache={"interval": 3}, correction_pass="keep") == 4
-    assert corrections("steps:0,1,3", cache={"interval": 3}, correction_pass="reuse") == 0
+    cache = {"interval": 3, "schedule": "uniform"}
+    assert corrections("steps:0,1,3", cache=cache) == 4
+    assert corrections("steps:0,1,3", cache=cache, correction_pass="keep") == 4
+    assert corrections("steps:0,1,3", cache=cache, correction_pass="reuse") == 0
 
 
-CACHES = [{"interval": 3}, {"interval": 3, "schedule": "steps:2,5"}, {"interval": 4, "start_percent": 0.4}, None]
+CACHES = [
+    {"interval": 3, "schedule": "uniform"}, {"interval": 3, "schedule": "steps:2,5"},
+    {"interval": 2, "start_percent": 0.4, "schedule": "steps:0,1,4"}, {"interval": 3}, None,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -122,10 +146,11 @@ def test_full_is_the_steps_that_the_cache_evaluates_in_full(plans, host, sample,
     reports = []
     sample(cached, reports, steps=7, cfg=1.0, scheduler="normal", **correction)
     corrected = [step.step for step in reports[0].steps if step.corrected]
-    full = plan["full"] or list(range(7))
-    assert corrected == plan["corrected"] == [step for step in full if point == "paper" or step < 6]
+    full = range(7) if cache is None else plan["full"]
+    assert plan["corrected"] == [step for step in full if point == "paper" or step < 6]
+    assert set(plan["corrected"]) <= set(corrected) <= {*plan["corrected"], *plan["open"]} <= {*full, *plan["full_open"]}
     assert plan["nfe"] == len(calls) == reports[0].nfe == 7 + len(corrected)
-    text = f"steps:{','.join(map(str, full))}"
+    text = f"steps:{','.join(map(str, corrected))}"
     listed = sample(cached, steps=7, cfg=1.0, scheduler="normal", **{**correction, "correction_steps": text})
     assert torch.equal(sample(cached, steps=7, cfg=1.0, scheduler="normal", **correction), listed)
 
@@ -134,7 +159,7 @@ def test_full_is_the_steps_that_the_cache_evaluates_in_full(plans, host, sample,
 def test_full_in_apply_iec_and_iec_sampler_follows_the_cache(host, advanced, model, conditioning, first):
     """This holds with Apply IEC before and after the cache, and around a SAMPLER."""
     correction = {"correction_steps": "full", "lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0}
-    cache, sampler = {"interval": 3, "branch": 0}, "euler"
+    cache, sampler = {"interval": 3, "branch": 0, "schedule": "uniform"}, "euler"
     if first == "IECApply":
         patched, reports = host.run("IECApply", model=model, **correction)
         patched = host.run("IECDeepCache", model=patched, **cache)[0]
@@ -172,10 +197,7 @@ def test_plan_of_auto_has_only_choices_common_to_both_models(plans, host, sample
 
 @pytest.mark.fast
 def test_plan_omits_what_depends_on_the_models_noise_levels(plans):
-    """This applies to the cached part of a schedule, and to schedules with as many steps as the model has noise levels."""
-    part = {"interval": 3, "start_percent": 0.3}
-    assert plans.step_plan({"correction_steps": "all"}, sampling(steps=20, scheduler="karras"), part)["full"] is None
-    assert plans.step_plan({"correction_steps": "all"}, sampling(steps=20, scheduler="karras"), {"interval": 3})["full"]
+    """This applies to schedules with as many steps as the model has noise levels."""
     with pytest.raises(plans.NotKnown, match="scheduler: how many steps it makes"):
         plans.step_plan({"correction_steps": "all"}, sampling(steps=300, scheduler="ddim_uniform"))
 
@@ -193,7 +215,11 @@ def test_full_is_unknown_if_the_cache_is_unknown(route):
     ("text", "corrected"), [("steps:0,3,5,9", [0, 3, 5]), ("steps:9", []), ("last:8", list(range(6))), ("some", [])]
 )
 def test_an_error_of_correction_steps_includes_the_steps_of_the_run(route, text, corrected):
-    question = {"correction": {"correction_steps": text}, "sampling": sampling(), "cache": {"interval": 3}}
+    question = {
+        "correction": {"correction_steps": text},
+        "sampling": sampling(),
+        "cache": {"interval": 3, "schedule": "uniform"},
+    }
     answer = route._answer(question)
     assert answer["error"].startswith(f"correction_steps: '{text}'")
     assert (answer["steps"], answer["corrected"], answer["correctable"]) == (6, corrected, list(range(6)))
