@@ -19,7 +19,9 @@ class StepReport:
     """One step of a run.
 
     step: its number, from 0. sigma, sigma_next: the noise levels at its start and end. nfe: evaluations of the denoiser in
-    which the network ran. seconds: from the first evaluation of this step to the first of the next.
+    which the network ran. seconds: from the first evaluation of this step to the first of the next. cached: whether a cache
+    reuses features in it. reuse_error: how large an error of the prediction that is expected to be, from the noise levels alone
+    (`caching.placement.reuse_errors`).
 
     The other fields are filled for a corrected step, from its `correction.iteration.StepTrace`. lambdas, residuals,
     contraction: one list per iteration with one number per item of the batch, None where it is not finite. fell_back: one bool
@@ -32,6 +34,8 @@ class StepReport:
     corrected: bool
     nfe: int = 0
     seconds: float = 0.0
+    cached: bool = False
+    reuse_error: float = 0.0
     lambdas: list[list[float | None]] = field(default_factory=list)
     residuals: list[list[float | None]] = field(default_factory=list)
     contraction: list[list[float | None]] = field(default_factory=list)
@@ -76,6 +80,7 @@ class RunReport:
 
     source: the node that asked for the correction, "" without one. choice: one sentence with what `auto` chose and why, ""
     without `auto`. moved: the share of the result that the corrections moved, estimated by `correction.bias.moved_in_all`.
+    cached_cost: the expected cost of the run's own evaluations with a cache, as a share of their cost without it.
     """
 
     label: str
@@ -91,13 +96,21 @@ class RunReport:
     source: str = ""
     choice: str = ""
     moved: float = 0.0
+    cached_cost: float = 1.0
 
     def start(self, sigmas: Iterable[float], corrected: Container[int]) -> None:
         """Begin a run over n + 1 sigmas that corrects the steps in `corrected`. The content of an earlier run is dropped."""
         self.sigmas = list(sigmas)
         self.steps = [StepReport(i, *pair, i in corrected) for i, pair in enumerate(itertools.pairwise(self.sigmas))]
         self.nfe, self.seconds, self.moved, self.warnings, self.result = 0, 0.0, 0.0, [], None
+        self.cached_cost = 1.0
         self.latents = [None] * len(self.sigmas)
+
+    def note_cache(self, full: Container[int], cost: float, errors: Sequence[float]) -> None:
+        """Enter what is expected of a cache: which steps are evaluated in full, the cost of the run, and each step's error."""
+        self.cached_cost = float(f"{cost:.3g}")
+        for step, error in zip(self.steps, errors):
+            step.cached, step.reuse_error = step.step not in full, float(f"{error:.3g}")
 
     def keep(self, step: int, latent: torch.Tensor) -> None:
         """Keep the latent [B, ...] at the start of `step` (n: the final latent). No effect without `keep_latents`."""
@@ -122,7 +135,7 @@ class RunReport:
 
     def as_dict(self) -> dict[str, object]:
         """Return the fields that go into JSON: all except sigmas, latents, result, source and `keep_latents`."""
-        names = ("label", "correction", "choice", "nfe", "seconds", "moved", "warnings")
+        names = ("label", "correction", "choice", "nfe", "seconds", "moved", "cached_cost", "warnings")
         return {name: getattr(self, name) for name in names} | {"steps": [asdict(step) for step in self.steps]}
 
 

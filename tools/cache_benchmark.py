@@ -56,7 +56,7 @@ class Table(Quality):
         print(f"| {interval} | uncached, {steps} steps | {steps / self.steps:.2f} | {error:.4f} | {distance:.4f} |", flush=True)
 
     def cached(self, forecast="hold", **settings):
-        inputs = {"branch": 0, "forecast": forecast, **settings}
+        inputs = {"branch": 0, "forecast": forecast, "schedule": "uniform", **settings}
         return self.nodes["IECDeepCache"].execute(model=self.builtin.model, **inputs).result[0]
 
     def calibrate(self, interval, schedule, forecast):

@@ -130,7 +130,7 @@ class Sampler:
         if run.interval == 1:
             return model
         if run.cache == "deepcache":
-            return self.run("IECDeepCache", model=model, **cache)[0]
+            return self.run("IECDeepCache", model=model, schedule="uniform", **cache)[0]
         runs = calibration_runs(self._known, run)
         profile = self.run("IECCalibrateCacheQuant", model=model, **runs, **cache)[0]
         return self.run("IECCacheQuant", model=model, profile=profile)[0]

@@ -31,20 +31,21 @@ COLUMNS = 65536  # how many numbers per channel are summed at a time in float64,
 FACTS = {"network", "branch", "interval", "quantization", "sampler_name", "scheduler"}  # the facts that each profile must have
 
 
-def group_steps(cost: Sequence[Sequence[float]], interval: int) -> list[int]:
+def group_steps(cost: Sequence[Sequence[float]] | np.ndarray, interval: int, shortest: int | None = None) -> list[int]:
     """Return the first steps of the groups with the least total cost, in ascending order. The minimum is exact.
 
     cost: a square table over the steps; cost[i][s], for i < s, is the cost if step s reuses the feature of step i. There are
-    ceil(steps / interval) groups, each between ceil(interval / 2) and 2 * interval steps long; a run of fewer than
-    ceil(interval / 2) steps is one group.
+    ceil(steps / interval) groups, each between `shortest` and 2 * interval steps long; a run of fewer steps is one group.
+    shortest: None for the paper's ceil(interval / 2).
     """
+    shortest = math.ceil(interval / 2) if shortest is None else shortest
     total, count = len(cost), math.ceil(len(cost) / interval)
     longest = min(2 * interval, total)
     costs = np.full((total, longest), math.inf)
     for lag in range(longest):
         costs[: total - lag, lag] = np.diagonal(np.asarray(cost, dtype=np.float64), lag)
     costs[:, 0] = 0
-    firsts = least_cost_groups(costs, count, min(math.ceil(interval / 2), total // count))
+    firsts = least_cost_groups(costs, count, min(shortest, total // count))
     assert firsts is not None  # the mean length is between the shortest and the longest
     return firsts
 
@@ -166,20 +167,23 @@ class StepDistances(_AllSteps):
         """Forget the features of a run, but not the distances."""
         self._recent.clear()
 
-    def cost(self) -> list[list[float]]:
-        """Return the table for `group_steps`: the mean |F_s - F_start|, summed over all runs and conditioning entries."""
+    def cost(self) -> np.ndarray:
+        """Return the table for `group_steps`: the mean |F_s - F_start|, summed over all runs and conditioning entries.
+
+        float64 [steps, steps]; element [start, s].
+        """
         steps = range(len(self.sigmas) - 1)
-        return [[self._distance.get((start, step), 0.0) for step in steps] for start in steps]
+        return np.array([[self._distance.get((start, step), 0.0) for step in steps] for start in steps])
 
 
 class FeatureFits(_AllSteps):
     """The corrections of the reused features, fitted over calibration runs.
 
-    schedule(sigmas): returns the full steps of a run with these n + 1 sigmas. terms: the number of the last full steps whose
-    features a map combines; 1 in the paper. channel_dim: the dimension of a feature's channels.
+    schedule(steps): returns the full steps of a run of so many steps. terms: the number of the last full steps whose features a
+    map combines; 1 in the paper. channel_dim: the dimension of a feature's channels.
     """
 
-    def __init__(self, schedule: Callable[[Sequence[float]], frozenset[int]], terms: int, channel_dim: int) -> None:
+    def __init__(self, schedule: Callable[[int], frozenset[int]], terms: int, channel_dim: int) -> None:
         super().__init__()
         self._schedule, self._terms, self._channel_dim = schedule, terms, channel_dim
         self._held: dict[Slot, dict[int, torch.Tensor]] = {}  # the features of the last full steps, by step
@@ -189,7 +193,7 @@ class FeatureFits(_AllSteps):
 
     def full_steps(self, sigmas: Sequence[float]) -> frozenset[int]:
         """Return all steps of a run with these sigmas, because the features of all are to be stored. Sets `firsts`."""
-        self.firsts = self._schedule(sigmas)
+        self.firsts = self._schedule(len(sigmas) - 1)
         return super().full_steps(sigmas)
 
     def store(self, keys: Sequence[Hashable], feature: torch.Tensor, position: float, stream: str = "") -> None:

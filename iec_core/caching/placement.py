@@ -49,6 +49,17 @@ def least_cost_groups(costs: np.ndarray, count: int, shortest: int = 1) -> list[
     return firsts[::-1]
 
 
+def moved_shares(noise: Sequence[float], signal: Sequence[float]) -> np.ndarray:
+    """Return by what share of itself an error of the prediction moves the latent in each step: float64 [steps], 0 to 1.
+
+    noise, signal: as for `reuse_costs`.
+    """
+    noise_of, signal_of = np.asarray(noise, dtype=np.float64), np.asarray(signal, dtype=np.float64)
+    here, then = noise_of[:-1] * signal_of[1:], noise_of[1:] * signal_of[:-1]  # their quotient is r / r'
+    larger = np.maximum(here, then)
+    return np.abs(here - then) / np.where(larger > 0, larger, 1)
+
+
 def reuse_costs(noise: Sequence[float], signal: Sequence[float], longest: int) -> np.ndarray:
     """Return the expected costs of reuse, as `least_cost_groups` takes them: float64 [steps, longest].
 
@@ -57,9 +68,7 @@ def reuse_costs(noise: Sequence[float], signal: Sequence[float], longest: int) -
     """
     noise_of, signal_of = np.asarray(noise, dtype=np.float64), np.asarray(signal, dtype=np.float64)
     steps = len(noise_of) - 1
-    here, then = noise_of[:-1] * signal_of[1:], noise_of[1:] * signal_of[:-1]  # their quotient is (r' / r)
-    larger = np.maximum(here, then)
-    moved = np.abs(here - then) / np.where(larger > 0, larger, 1)
+    moved = moved_shares(noise, signal)
     power = FREQUENCIES**-EXPONENT
     power /= np.average(power, weights=FREQUENCIES)  # there are about 2 pi f frequencies of the magnitude f
     a, b = signal_of[:-1, None], noise_of[:-1, None]
@@ -70,6 +79,16 @@ def reuse_costs(noise: Sequence[float], signal: Sequence[float], longest: int) -
         changes = np.average((prediction[lag:] - prediction[:-lag]) ** 2, axis=1, weights=FREQUENCIES)
         costs[:-lag, lag] = moved[lag:] * np.sqrt(changes)
     return costs
+
+
+def reuse_errors(noise: Sequence[float], signal: Sequence[float], full: Container[int]) -> list[float]:
+    """Return the expected error of each step, as in `reuse_costs`: 0 for the steps in `full`, which has step 0."""
+    firsts, first = [], 0
+    for step in range(len(noise) - 1):
+        first = step if step in full else first
+        firsts.append(first)
+    costs = reuse_costs(noise, signal, max((step - first for step, first in enumerate(firsts)), default=0) + 1)
+    return [float(costs[first, step - first]) for step, first in enumerate(firsts)]
 
 
 def full_steps_by_noise(

@@ -17,8 +17,8 @@ class IECDeepCache(CheckedNode):
             node_id="IECDeepCache",
             display_name="DeepCache (IEC)",
             category="advanced/model/IEC",
-            description="Evaluates the deep blocks of a network only on every interval-th step; the steps between reuse the "
-            "deep feature and run only the outermost blocks. Faster and less exact.",
+            description="Evaluates the deep blocks of a network only on some steps; the steps between reuse the deep feature "
+            "and run only the outermost blocks. Faster and less exact.",
             search_aliases=["cache", "feature cache", "block cache", "faster", "speed up", "accelerate", "skip blocks"],
             inputs=[
                 io.Model.Input(

@@ -80,12 +80,10 @@ def run_steps(report):
     figure = _figure(6.8)
     cost, residual, contraction = figure.subplots(3, 1, sharex=True)
     steps = [step.step for step in report.steps]
-    figure.suptitle(
-        f"{shortened(report.label, 60)}\nIEC {report.correction}, NFE {report.nfe}, {report.seconds:.2f} s", fontsize=11
-    )
-    colours = [COLOURS[1] if step.corrected else "#BBBBBB" for step in report.steps]
+    figure.suptitle("\n".join(_headline(report)), fontsize=11)
+    colours = [(COLOURS[1] if step.corrected else "#BBBBBB", 0.4 if step.cached else 1.0) for step in report.steps]
     cost.bar(steps, [step.nfe for step in report.steps], color=colours, width=0.8)
-    cost.set_ylabel("evaluations\n(blue: corrected)")
+    cost.set_ylabel(f"evaluations\n(blue: corrected{'; pale: cached' if any(step.cached for step in report.steps) else ''})")
     cost.yaxis.get_major_locator().set_params(integer=True)
     noise = cost.twinx()
     noise.plot(steps, [step.sigma for step in report.steps], color=COLOURS[2], marker=".")
@@ -125,6 +123,16 @@ def run_steps(report):
         text = "no step was corrected" if steps else "the sampler's steps are not known"
         residual.text(0.5, 0.5, text, ha="center", transform=residual.transAxes)
     return _picture(figure)
+
+
+def _headline(report):
+    """Return the lines above the plot of a run's steps."""
+    yield shortened(report.label, 60)
+    yield f"IEC {report.correction}, NFE {report.nfe}, {report.seconds:.2f} s"
+    full = [step for step in report.steps if not step.cached]
+    if len(full) < len(report.steps):
+        cost = f"{report.cached_cost:.2f} of the time without a cache"
+        yield f"{len(full)} of {len(report.steps)} steps in full; expected: {cost}, without corrections"
 
 
 def _looks(pairs):

@@ -10,7 +10,7 @@ from fractions import Fraction
 import torch
 
 from ....iec_core.caching.feature_cache import CacheSchedule
-from ....iec_core.caching.placement import full_steps_by_noise
+from ....iec_core.caching.placement import full_steps_by_noise, reuse_errors
 from ....iec_core.log import logger
 from ..sampling.run_plan import place
 
@@ -29,9 +29,9 @@ class CacheSettings:
 
     interval, branch: as in DeepCache. schedule: a CacheSchedule. start, end: only steps at sigmas between these (start
     inclusive, end exclusive) are cached. forecast: one of `feature_cache.FORECASTS`. correction_pass: one of
-    CORRECTION_PASSES. levels: the MODEL's `model_sampling`, for the schedule "auto". speed: how many times as fast as without
+    CORRECTION_PASSES. levels: the MODEL's `model_sampling`. speed: how many times as fast as without
     the cache a run is to be, instead of the interval; 0 for the interval. cached_share: the cost of a cached step as a share of
-    a full one's, for `speed`.
+    a full one's.
     """
 
     interval: int
@@ -66,11 +66,27 @@ class CacheSettings:
         full = round((total / self.speed - total * share) / (1 - share))  # full + share * (total - full) = total / speed
         return Fraction(total - outside, min(max(full - outside, 1), total - outside))
 
-    def expected_share(self, sigmas):
-        """Return the expected cost of a run over n + 1 sigmas, as a share of that without the cache."""
-        steps = max(len(sigmas) - 1, 1)
-        full = len(self.full_steps(sigmas)) / steps
-        return full + self.cached_share * (1 - full)
+    def expected(self, sigmas, full):
+        """Return the ExpectedSteps of a run over n + 1 sigmas. full: its steps that are evaluated in full."""
+        share = len(full) / max(len(sigmas) - 1, 1)
+        errors = reuse_errors(*noise_and_signal(self.levels, sigmas), full)
+        return ExpectedSteps(sorted(full), share + self.cached_share * (1 - share), errors)
+
+
+@dataclass(frozen=True)
+class ExpectedSteps:
+    """What is expected of a cached run.
+
+    full: the numbers of the steps that are evaluated in full, a list. cost: of the run, as a share of that without the cache,
+    judged by the network's weights. errors: of each step, from the noise levels; see `placement.reuse_costs`.
+    """
+
+    full: list
+    cost: float
+    errors: list
+
+    def __str__(self):
+        return f"{len(self.full)} of {len(self.errors)} steps in full, an expected {self.cost:.2f} of the time without a cache"
 
 
 def noise_and_signal(levels, sigmas):
@@ -132,6 +148,16 @@ class CacheRun:
     def clear(self):
         """Forget the features."""
         self.features.clear()
+
+    def end(self):
+        """End the run: log what it was, and forget the features."""
+        if self._schedule is not None and self.settings.levels is not None:
+            logger.info(f"Cache: {self.settings.expected(self._schedule.sigmas, self._full)}.")
+        self.clear()
+
+    def expected(self, sigmas):
+        """Return the ExpectedSteps of a run over n + 1 sigmas."""
+        return self.settings.expected(sigmas, self.full_steps(sigmas))
 
     def plan(self, x, transformer_options, network, variant=()):
         """Return the Plan of the evaluation of x [B, ...].
@@ -204,13 +230,13 @@ def warn_once(text):
     logger.warning(f"Cache: {text}.")
 
 
-def full_steps_of_run(extra_args, sigmas):
-    """Return the steps that the cache of a sampling run evaluates in full, None if the run has no cache.
+def expected_of_run(extra_args, sigmas):
+    """Return the ExpectedSteps of the cache of a sampling run, None if the run has no cache.
 
     extra_args: as a sampler gets them. sigmas: n + 1 floats. Raises ValueError if the cache does not fit these sigmas.
     """
     cache = extra_args.get("model_options", {}).get("transformer_options", {}).get(KEY)
-    return None if cache is None else sorted(cache.full_steps(sigmas))
+    return None if cache is None else cache.expected(sigmas)
 
 
 def other_cache(model_options):

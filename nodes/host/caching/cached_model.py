@@ -26,14 +26,21 @@ def with_cache(model, settings, make_run, node):
     settings: CacheSettings. make_run(new): returns the cache run; new(features, full_steps=None, consumed=None) makes a
     CacheRun. node: the node's display name, for messages.
 
-    Raises ValueError if the MODEL cannot be cached, has no such branch, or has a cache already. A sampling run raises
-    ValueError if the MODEL got another cache later, or has tiles that move.
+    Raises ValueError if the MODEL cannot be cached, has no such branch, cannot have the speed, or has a cache already. A
+    sampling run raises ValueError if the MODEL got another cache later, or has tiles that move.
     """
     if any(KEY in wrappers for wrappers in model.wrappers.values()):
         raise ValueError("model: this MODEL has a cache already; use only one DeepCache (IEC) or CacheQuant (IEC) node.")
     _check_other_cache(model.model_options, node)
     network, kind = model.get_model_object("diffusion_model"), cache_kind(model)
     kind.check(network, settings.branch)
+    share, levels = kind.cached_share(network, settings.branch), model.get_model_object("model_sampling")
+    settings = replace(settings, cached_share=share, levels=levels)
+    if settings.speed * share >= 1:
+        raise ValueError(
+            f"speed: {settings.speed:g} is not possible at branch {settings.branch} of this network, because a cached step "
+            f"takes {share:.2f} of the time of a full one; choose less than {1 / share:.3g}, or a smaller branch."
+        )
 
     def begin_run(model_options):
         _check_other_cache(model_options, node)
@@ -63,7 +70,7 @@ def with_cache(model, settings, make_run, node):
 def _keep_for_run(key, make_state):
     """Return an OUTER_SAMPLE wrapper that puts a new make_state(model_options) into `transformer_options[key]` for the run.
 
-    model_options: the run's. When the run ends, also by interrupt or error, the state's `clear()` is called and the guider's
+    model_options: the run's. When the run ends, also by interrupt or error, the state's `end()` is called and the guider's
     options are restored.
     """
 
@@ -75,7 +82,7 @@ def _keep_for_run(key, make_state):
         try:
             return executor(*args, **kwargs)
         finally:
-            state.clear()
+            state.end()
             guider.model_options = before
 
     return outer_sample
@@ -117,17 +124,5 @@ def _mark(executor, *args, **kwargs):
 
 
 def apply_cache(model, settings):
-    """Return a clone of a MODEL that caches as CacheSettings say.
-
-    Raises ValueError like `with_cache`, and where no run with this branch can have the speed.
-    """
-    network, kind = model.get_model_object("diffusion_model"), cache_kind(model)
-    kind.check(network, settings.branch)
-    settings = replace(settings, cached_share=kind.cached_share(network, settings.branch))
-    if settings.speed * settings.cached_share >= 1:
-        raise ValueError(
-            f"speed: {settings.speed:g} is not possible at branch {settings.branch} of this network, because a cached step "
-            f"takes {settings.cached_share:.2f} of the time of a full one; choose less than {1 / settings.cached_share:.3g}, or "
-            "a smaller branch."
-        )
+    """Return a clone of a MODEL that caches as CacheSettings say. Raises ValueError like `with_cache`."""
     return with_cache(model, settings, lambda new: new(FeatureCache(settings.forecast)), "DeepCache (IEC)")

@@ -13,11 +13,12 @@ from ....iec_core.caching.cachequant import (
     group_steps,
 )
 from ....iec_core.caching.feature_cache import KEPT, CacheSchedule, FeatureCache
+from ....iec_core.caching.placement import moved_shares
 from ..quantization import quantize
 from ..quantization.activation_scales import calibrated, scales_of
 from ..quantization.weights import fingerprint, is_same
 from ..sampling.calibration_runs import Bar
-from .cache_run import CacheSettings
+from .cache_run import CacheSettings, noise_and_signal
 from .cached_model import cache_kind, with_cache
 
 
@@ -29,22 +30,22 @@ def calibrate(model, full_precision, runs, interval, branch, schedule, forecast,
     two. correct_consumer: whether the output of the block that consumes the feature also gets a map, if the model is
     quantized. Raises ValueError if the MODEL cannot be cached, or if a quantized MODEL is given without its source.
     """
-    kind, levels = cache_kind(model), model.get_model_object("model_sampling")
-    settings = CacheSettings(interval, branch)
+    kind, settings = cache_kind(model), CacheSettings(interval, branch)
     bits = quantize.quantization_of(model) or "none"
     source = model if bits == "none" else quantize.source_of(model, full_precision)
     correct_consumer = correct_consumer and bits != "none" and kind.has_consumer
-    passes = 1 + (schedule is None) + correct_consumer
+    is_by_distance = schedule is None or schedule.kind == "auto"
+    passes = 1 + is_by_distance + correct_consumer
     cached = functools.partial(with_cache, source, settings, node="Calibrate CacheQuant (IEC)")
     sample = functools.partial(runs.sample, Bar(passes * runs.steps))
 
-    if schedule is None:
+    if is_by_distance:
         distances = StepDistances(interval)
         sample(cached(lambda new: new(distances, distances.full_steps)))
         distances.check_every_step_was_seen()
-        schedule = CacheSchedule("steps", tuple(group_steps(distances.cost(), interval)))
-    placed = CacheSettings(interval, branch, schedule, levels=levels)
-    fits = FeatureFits(placed.full_steps, KEPT[forecast], kind.channel_dim)
+        levels = None if schedule is None else model.get_model_object("model_sampling")
+        schedule = CacheSchedule("steps", tuple(_group_steps(distances, interval, levels)))
+    fits = FeatureFits(lambda steps: schedule.of(steps, interval), KEPT[forecast], kind.channel_dim)
     paired = functools.partial(_PairedRun, kind, model, fits)
     sample(cached(lambda new: paired(*(new(fits, fits.full_steps) for _ in range(2)))))
     fits.check_every_step_was_seen()
@@ -61,6 +62,17 @@ def calibrate(model, full_precision, runs, interval, branch, schedule, forecast,
     if correct_consumer:
         profile.consumer = _fit_consumer(model, cached, profile, fits.full_steps, sample)
     return profile
+
+
+def _group_steps(distances, interval, levels):
+    """Return the first steps of the groups by StepDistances. levels: the `model_sampling`; None for the paper's groups.
+
+    With levels, the distance of a step counts by how far the step moves the latent, and groups may be short.
+    """
+    if levels is None:
+        return group_steps(distances.cost(), interval)
+    shares = moved_shares(*noise_and_signal(levels, distances.sigmas))
+    return group_steps(distances.cost() * shares, interval, shortest=1)
 
 
 def _fit_consumer(model, cached, profile, all_steps, sample):
@@ -139,11 +151,11 @@ class _PairedRun:
             function = owner._forward
         return WrapperExecutor.new_class_executor(function, owner, executor.wrappers, executor.idx)
 
-    def full_steps(self, sigmas):
-        """Return the same as `full_steps` of a CacheRun."""
-        return self._reference.full_steps(sigmas)
+    def expected(self, sigmas):
+        """Return the same as `expected` of a CacheRun."""
+        return self._reference.expected(sigmas)
 
-    def clear(self):
+    def end(self):
         self._reference.clear()
         self._measured.clear()
 
@@ -169,9 +181,9 @@ class _ProfiledRun:
             )
         return self._run.evaluate(executor, x, t, c, y, control, transformer_options, **kwargs)
 
-    def full_steps(self, sigmas):
-        """Return the same as `full_steps` of a CacheRun."""
-        return self._run.full_steps(sigmas)
+    def expected(self, sigmas):
+        """Return the same as `expected` of a CacheRun."""
+        return self._run.expected(sigmas)
 
-    def clear(self):
-        self._run.clear()
+    def end(self):
+        self._run.end()

@@ -94,7 +94,9 @@ class TransformerCache(CacheRun):
         lists = find_lists(network)
         others = sum(map(weights_in, outermost_lists(network))) - sum(weights_in(own.container) for own in lists)
         total = others + sum(weights_in(own.container) * own.tokens_share for own in lists)
-        skipped = sum(weights_in(block) * span.block_list.tokens_share for span in spans(lists, branch) for block in span.blocks)
+        skipped = sum(
+            weights_in(block) * span.block_list.tokens_share for span in spans(lists, branch) for block in span.blocks
+        )
         return 1 - skipped / total
 
     def evaluate(self, executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):

@@ -33,7 +33,7 @@ from ....iec_core.correction.contraction import (
 )  # fmt: skip
 from ....iec_core.correction.contraction_report import ContractionReport, StepContraction
 from ....iec_core.log import logger
-from ..caching.cache_run import full_steps_of_run
+from ..caching.cache_run import expected_of_run
 from ..quantization.quantize import quantization_of
 from ..quantization.quantized_layers import straight_through
 from ..sampling.calibration_runs import Bar
@@ -102,7 +102,7 @@ class Probe:
 
     def __call__(self, model, x, sigmas, extra_args=None, callback=None, disable=None):
         schedule = sigmas.tolist()
-        if full_steps_of_run(extra_args, schedule) is not None:
+        if expected_of_run(extra_args, schedule) is not None:
             raise ValueError(
                 "model: a cache is on this MODEL, so an evaluation depends on earlier ones and has no Jacobian; connect the "
                 "MODEL without the cache."

@@ -13,7 +13,7 @@ import comfy.samplers
 
 from ....iec_core.correction.automatic import nothing_because
 from ....iec_core.run_report import Stopwatch
-from ..caching.cache_run import full_steps_of_run, other_cache
+from ..caching.cache_run import expected_of_run, other_cache
 from ..sampling.network_calls import IEC, NetworkCalls, network_of
 from ..sampling.noise import NoiseAhead, can_draw_ahead, is_of_the_host, sampler_name
 from ..sampling.rehearsal import AppliedTwice, BadSchedule, CannotRehearse, check_schedule, rehearsal_of
@@ -102,7 +102,8 @@ class CorrectedFunction:
         extra_args = calls.watch(extra_args, network_of(model))
         if plan is None:
             return self._run_uncorrected(report, calls, model, x, sigmas, extra_args, callback, disable, options)
-        full = full_steps_of_run(extra_args, plan.sigmas)
+        cached = expected_of_run(extra_args, plan.sigmas)
+        full = cached and cached.full
         settings, report.choice = resolved(self._settings, plan, full, other_cache(extra_args["model_options"]))
         check_known_ends(self._name, settings, plan)
         corrected, ahead = settings.corrected_steps(plan.sigmas, full, plan.known_ends), None
@@ -112,6 +113,8 @@ class CorrectedFunction:
         total = len(plan.evaluations) + settings.added_evaluations * len(corrected)
         progress.begin(report, corrected, full, plan.steps, total)
         denoiser = CorrectedDenoiser(model, report, calls, plan, full, corrected, settings, ahead, progress)
+        if cached is not None:
+            report.note_cache(cached.full, cached.cost, cached.errors)
 
         def on_step(info):
             denoiser.on_step(info)

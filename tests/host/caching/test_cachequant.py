@@ -69,9 +69,9 @@ def features(host, conditioning):
     return run
 
 
-def splits():
-    """Yield all ways to split the steps that the paper allows."""
-    count, shortest, longest = math.ceil(STEPS / INTERVAL), math.ceil(INTERVAL / 2), 2 * INTERVAL
+def splits(shortest=2):
+    """Yield all ways to split the steps that the paper allows, where groups are at least half an interval long."""
+    count, longest = math.ceil(STEPS / INTERVAL), 2 * INTERVAL
     for later in itertools.combinations(range(1, STEPS), count - 1):
         firsts = [0, *later]
         if all(shortest <= end - first <= longest for first, end in zip(firsts, [*later, STEPS])):
@@ -100,6 +100,21 @@ def test_schedule_and_map_are_the_papers(host, calibrate, features, model):
         torch.testing.assert_close(weights[step, :, 0].double(), slope, rtol=1e-3, atol=1e-4)
         offset = y.mean(1) - slope * x.mean(1)
         torch.testing.assert_close(weights[step, :, 1].double(), offset, rtol=1e-3, atol=1e-4)
+
+
+def test_auto_counts_a_distance_by_how_far_its_step_moves_the_latent(host, calibrate, features, model):
+    """An error of the prediction moves the latent by 1 - sigma' / sigma of itself; groups may be as short as one step."""
+    (seen,) = features(model)
+    sigmas = host.run("BasicScheduler", model=model, scheduler="normal", steps=STEPS, denoise=1.0)[0].tolist()
+
+    def cost(firsts):
+        start = [max(first for first in firsts if first <= step) for step in range(STEPS)]
+        changes = [(seen[step] - seen[start[step]]).abs().mean().item() for step in range(STEPS)]
+        return sum(change * (1 - then / here) for change, here, then in zip(changes, sigmas, sigmas[1:]))
+
+    profile = calibrate(schedule="auto")
+    assert cost(list(profile.full_steps)) == pytest.approx(min(map(cost, splits(shortest=1))), rel=1e-9)
+    assert len(profile.full_steps) == math.ceil(STEPS / INTERVAL)
 
 
 def test_a_cached_run_applies_the_calibrated_map(host, profile_of, features, model):

@@ -73,7 +73,7 @@ def test_a_chunk_equals_the_nodes_output(host, sampler, run, nfe):
         )  # fmt: skip
         (model,) = host.run("IECCacheQuant", model=model, profile=profile)
     elif run.interval > 1:
-        (model,) = host.run("IECDeepCache", model=model, interval=run.interval, branch=0)
+        (model,) = host.run("IECDeepCache", model=model, interval=run.interval, branch=0, schedule="uniform")
     labels = "hand, person"  # from the third class on
     settings = {
         "model": model, "seed": 1001, "steps": run.steps, "cfg": 3.0, "sampler_name": "euler", "scheduler": run.scheduler,
