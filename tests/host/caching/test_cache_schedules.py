@@ -7,7 +7,7 @@ import torch
 from pack import pack_module
 from torch.utils.flop_counter import FlopCounterMode
 
-from iec_core.caching.placement import full_steps_by_noise
+from iec_core.caching.placement import full_steps_by_noise, reuse_costs
 
 ARCHITECTURES = ("unet", "transformer")
 STEPS = 12
@@ -191,3 +191,37 @@ def test_a_speed_that_no_run_can_have_is_refused(builtin, cached, host):
     check = host.nodes["IECDeepCache"].validate_inputs
     assert check(speed=0.5) == "speed: 0.5 would be slower than without the cache; write 1 or more, or 0 to go by interval."
     assert check(speed=0.0) is check(speed=1.0) is check(speed=2.5) is True
+
+
+@pytest.mark.parametrize("schedule", ["auto", "uniform"])
+def test_report_and_log_tell_what_is_expected(builtin, cached, conditioning, host, cache_run, caplog, schedule):
+    model, reports = cached(builtin["unet"], 3, schedule=schedule), []
+    inputs = {"positive": conditioning[0], "negative": conditioning[1], "latent_image": {"samples": torch.zeros(2, 3, 32, 32)}}
+    with caplog.at_level("INFO", "comfyui-iec"):
+        reports += host.run(
+            "IECKSampler", model=model, seed=1, steps=STEPS, cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0,
+            correction_steps="none", lambda_=0.5, max_iterations=1, tolerance=0.0, **inputs,
+        )[1]  # fmt: skip
+    (report,) = reports
+    full = [step.step for step in report.steps if not step.cached]
+    assert len(full) == 4 and (full == [0, 3, 6, 9]) == (schedule == "uniform")
+    share = pack_module("nodes.host.caching.cached_model").cache_kind(model).cached_share(model.model.diffusion_model, 0)
+    assert report.cached_cost == pytest.approx((4 + share * 8) / 12, abs=1e-3)
+    line = f"Cache: 4 of 12 steps in full, an expected {report.cached_cost:.2f} of the time without a cache."
+    assert [record.message for record in caplog.records if "Cache" in record.message] == [f"[ComfyUI-IEC] {line}"]
+    costs = reuse_costs([*report.sigmas], [1.0] * 13, STEPS)
+    starts = [max(first for first in full if first <= step) for step in range(STEPS)]
+    expected = [costs[start, step - start] for step, start in enumerate(starts)]
+    assert [step.reuse_error for step in report.steps] == pytest.approx(expected, rel=2e-2, abs=1e-9)
+    assert all((error > 0) != (step in full) for step, error in enumerate(expected))
+    told = report.as_dict()
+    assert told["cached_cost"] == report.cached_cost and [one["cached"] for one in told["steps"]].count(True) == 8
+
+
+def test_report_without_a_cache_has_no_cached_steps(builtin, conditioning, host):
+    inputs = {"positive": conditioning[0], "negative": conditioning[1], "latent_image": {"samples": torch.zeros(1, 3, 32, 32)}}
+    (report,) = host.run(
+        "IECKSampler", model=builtin["unet"], seed=1, steps=2, cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0,
+        correction_steps="none", lambda_=0.5, max_iterations=1, tolerance=0.0, **inputs,
+    )[1]  # fmt: skip
+    assert report.cached_cost == 1 and not any(step.cached or step.reuse_error for step in report.steps)

@@ -80,8 +80,9 @@ def test_without_a_font_characters_are_numbers(fonts, caplog):
 def pictures(module, labels):
     """Return every kind of picture that has labels."""
     plots, white, grids = module("plots"), [np.ones((1, 16, 16, 3), np.float32)] * len(labels), module("grids")
-    step = {"step": 0, "sigma": 1.0, "corrected": False, "nfe": 1, "residuals": [], "contraction": [], "fell_back": []}
-    run = {"correction": "none", "nfe": 1, "seconds": 1.0, "steps": [types.SimpleNamespace(**step)]}
+    step = {"step": 0, "sigma": 1.0, "corrected": False, "nfe": 1, "cached": True, "contraction": []}
+    step |= {"residuals": [], "fell_back": []}
+    run = {"correction": "none", "nfe": 1, "seconds": 1.0, "cached_cost": 0.5, "steps": [types.SimpleNamespace(**step)]}
     points = [(label, "none", 1 + number, 1 / (1 + number)) for number, label in enumerate(labels)]
     yield plots.table([(label, "none", "1", "1", "1", "1") for label in labels])
     yield grids.image_grid(list(zip(labels, white)))
