@@ -10,7 +10,7 @@ follows the probability flow), both with 95 % bootstrap intervals over the image
 images over 16 principal components of the U-Net's features. Rows are added to docs/results/equal_cost.csv, one by one, in the
 order of their importance; existing rows are skipped.
 
-With --table: print the tables of the rows that are there.
+With --table: print the table of the runs whose rows are all there.
 """
 
 import argparse
@@ -217,26 +217,34 @@ def compute(names, minutes):
                     add(models[name].row(method, steps, sampler, share))
 
 
-def print_tables():
-    """Print a table per model and number of steps: rows are methods, columns samplers and shares."""
+def print_table():
+    """Print a line per run and share: the error and the Fréchet distance of each method, the lowest in bold."""
     rows = known_rows()
-    for name, steps in dict.fromkeys((row["model"], row["steps"]) for row in rows.values()):
-        here = {key: row for key, row in rows.items() if (row["model"], row["steps"]) == (name, steps)}
-        cells = sorted({(key[1], key[3]) for key in here}, key=lambda one: (SAMPLERS.index(one[0]), -float(one[1])))
-        print(f"\n{name}, {steps} steps\n")
-        benchmark.table("error, Fréchet distance", *(f"{sampler}, {share}" for sampler, share in cells))
-        for method, title in METHODS.items():
-            found = [here.get((name, sampler, steps, share, method)) for sampler, share in cells]
-            benchmark.row(title, *(f"{row['error'] or '-'}, {row['frechet']}" if row else "" for row in found))
+    benchmark.table("model", "sampler", "steps", "share", "in full", *METHODS.values(), "error of the uncached run")
+    for (steps, sampler, shares), name in itertools.product(RUNS, SCHEDULERS):
+        for share in shares:
+            found = [rows.get((name, sampler, str(steps), str(share), method)) for method in METHODS]
+            if all(found):
+                full = ", ".join(dict.fromkeys(row["detail"].split()[0] for row in found if row["detail"].endswith("in full")))
+                cells = zip(*(_bold_lowest([row[column] for row in found]) for column in ("error", "frechet")))
+                uncached = found[0]["exact_of_uncached"] or "-"
+                benchmark.row(name, sampler, steps, str(share), full, *map(", ".join, cells), uncached)
+
+
+def _bold_lowest(texts):
+    """Return numbers, given as texts, with three digits, and the lowest in bold; "-" for an empty text."""
+    lowest = min(float(text) for text in texts if text)
+    shown = [f"{float(text):.3g}" if text else "-" for text in texts]
+    return [f"**{short}**" if text and float(text) == lowest else short for text, short in zip(texts, shown)]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=SCHEDULERS, default=list(SCHEDULERS))
     parser.add_argument("--minutes", type=float, default=40)
-    parser.add_argument("--table", action="store_true", help="print the tables of the rows that are there")
+    parser.add_argument("--table", action="store_true", help="print the table of the rows that are there")
     arguments = parser.parse_args()
-    print_tables() if arguments.table else compute(arguments.models, arguments.minutes)
+    print_table() if arguments.table else compute(arguments.models, arguments.minutes)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,8 @@ def run_steps(report):
     figure.suptitle("\n".join(_headline(report)), fontsize=11)
     colours = [(COLOURS[1] if step.corrected else "#BBBBBB", 0.4 if step.cached else 1.0) for step in report.steps]
     cost.bar(steps, [step.nfe for step in report.steps], color=colours, width=0.8)
-    cost.set_ylabel(f"evaluations\n(blue: corrected{'; pale: cached' if any(step.cached for step in report.steps) else ''})")
+    pale = ";\npale: cached" if any(step.cached for step in report.steps) else ""
+    cost.set_ylabel(f"evaluations\n(blue: corrected{pale})")
     cost.yaxis.get_major_locator().set_params(integer=True)
     noise = cost.twinx()
     noise.plot(steps, [step.sigma for step in report.steps], color=COLOURS[2], marker=".")
@@ -131,8 +132,8 @@ def _headline(report):
     yield f"IEC {report.correction}, NFE {report.nfe}, {report.seconds:.2f} s"
     full = [step for step in report.steps if not step.cached]
     if len(full) < len(report.steps):
-        cost = f"{report.cached_cost:.2f} of the time without a cache"
-        yield f"{len(full)} of {len(report.steps)} steps in full; expected: {cost}, without corrections"
+        cost = f"an expected {report.cached_cost:.2f} of the time without a cache"
+        yield f"{len(full)} of {len(report.steps)} steps in full: {cost}"
 
 
 def _looks(pairs):

@@ -164,6 +164,28 @@ def test_strip_shows_what_will_be_corrected_and_cached(frontend, strip, sampler)
     assert "7 of 20 steps in full" in strip.text() and "2 of 4 corrections also in full" in strip.text()
 
 
+def test_full_steps_that_depend_on_the_model_are_shown_as_such_until_a_run(frontend, strip):
+    """`auto` goes by the noise levels; before the run, the strip knows those of several models."""
+    frontend.open_api(workflow())
+    strip.wait("7 of 20 steps in full, the others cached")
+    strip.show()
+    strip.set("IECDeepCache", "schedule", "auto")
+    strip.wait("more depending on the model")
+    maybe, cached = strip.steps("maybe-cached"), strip.steps("cached")
+    certain = 20 - len(maybe) - len(cached)
+    assert certain >= 1 and maybe and cached and 0 not in maybe + cached
+    assert f"{certain} of 20 steps in full for every model, {len(maybe)} more depending on the model" in strip.text()
+    strip.run()
+    strip.wait("in the last run: 7 of 20 steps in full, the others cached")
+    assert strip.steps("maybe-cached") == []
+    of_run = strip.steps("cached")
+    assert len(of_run) == 13 and set(cached) <= set(of_run) <= set(cached) | set(maybe)
+    strip.set("IECDeepCache", "speed", 2)
+    strip.wait("in the last run: 7 of 20 steps in full, the others cached")
+    strip.set("IECKSampler", "steps", 12)
+    strip.wait("which steps are cached is known when the node runs")
+
+
 @both
 def test_strip_follows_the_graph(frontend, strip):
     frontend.open_api(workflow())
