@@ -180,6 +180,15 @@ def test_full_steps_that_depend_on_the_model_are_shown_as_such_until_a_run(front
     assert strip.steps("maybe-cached") == []
     of_run = strip.steps("cached")
     assert len(of_run) == 13 and set(cached) <= set(of_run) <= set(cached) | set(maybe)
+    strip.set("IECKSampler", "correction_steps", "auto")
+    strip.page.wait_for_function("() => document.querySelector('.iec-cell.open')")
+    strip.run()
+    strip.page.wait_for_function("() => !document.querySelector('.iec-cell.open')")
+    full = [step for step in range(20) if step not in strip.steps("cached")]
+    corrected = strip.steps("corrected")  # those of the run
+    assert len(corrected) >= 4 and set(corrected) <= {step - 1 for step in full}
+    strip.page.locator(".iec-cell").nth(corrected[0]).click()
+    strip.page.wait_for_function(f"() => document.querySelectorAll('.iec-cell.corrected').length === {len(corrected) - 1}")
     strip.set("IECDeepCache", "speed", 2)
     strip.wait("in the last run: 7 of 20 steps in full, the others cached")
     strip.set("IECKSampler", "steps", 12)

@@ -119,12 +119,19 @@ class Strip {
     }
     const isCertain = answer.full && !answer.full_open.length;
     if (isCertain || !this.isCacheOpen) {
-      return { ...common, plan: answer, lines: [costOf(answer), fullOf(answer), fullCorrectionsOf(answer), answer.choice] };
+      return { ...common, plan: this.decided(), lines: [costOf(answer), fullOf(answer), fullCorrectionsOf(answer), answer.choice] };
     }
     const full = run?.steps === answer.steps ? run.full : null;
-    const plan = full ? { ...answer, full, full_open: [] } : answer;
+    const plan = full ? { ...this.decided(), full, full_open: [] } : answer;
     const ofPlan = answer.full ? fullOf(answer) : "which steps are cached is known when the node runs";
     return { ...common, plan, lines: [costOf(answer), full ? `in the last run: ${fullOf(run)}` : ofPlan, answer.choice] };
+  }
+
+  /** Return the plan; the corrections that depend on the model are those of the last run, if it had these settings. */
+  decided() {
+    const { run, answer } = this;
+    const isDecided = answer.open?.length && run?.steps === answer.steps && !run.isRunning && !this.isOther();
+    return isDecided ? { ...answer, corrected: run.corrected, open: [] } : answer;
   }
 
   /** Return what is drawn while the server makes the plan for the current settings. */
@@ -177,7 +184,7 @@ class Strip {
   /** Add or remove a corrected step. The choice of `auto` becomes explicit, including its evaluation point. */
   toggle(step) {
     if (!this.inputWidget("correction_steps") || this.answer?.steps === undefined) return;
-    const steps = new Set(this.answer.corrected);
+    const steps = new Set(this.decided().corrected);
     if (!steps.delete(step)) steps.add(step);
     this.answer = { ...this.answer, corrected: [...steps], open: [] }; // the next click may come before the server's answer
     undoable(() => {
