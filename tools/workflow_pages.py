@@ -46,14 +46,14 @@ class Page:
 
 
 CACHED_RUN = """
-- **DeepCache** evaluates the deep blocks on every second step only.
+- **DeepCache** evaluates the deep blocks on half of the steps only: those where reuse would cost most.
 - **KSampler (IEC)** takes as many evaluations as the stock sampler. It corrects each step right before a fully evaluated
   step with that full step's evaluation (correction_steps auto).
 """
 
 MEASURED = """
 **Measure it on your model.** Caches and corrections were measured on the pack's small models only. There the correction
-lowered the error, and half as many steps without a cache were about as good as the cache. *compare_and_plot* has the nodes
+lowered the error, and the cache kept more of the image than half as many steps without one. *compare_and_plot* has the nodes
 for it.
 """
 
@@ -71,7 +71,7 @@ Text to image with half of the steps evaluated in full. Made for {size} pixels.
 
 To save the quantized model in a file, put **Save Quantized Model (IEC)** after Quantize Model and all LoRAs.
 {MEASURED}"""
-    model = (("Checkpoint", "Image size"), ("Quantize to 8 bits",), ("Cache every second step",))
+    model = (("Checkpoint", "Image size"), ("Quantize to 8 bits",), ("Cache half of the steps",))
     columns = (
         (Group(FASTER, BLUE, model), Group("2. Prompt", GREEN, (("Prompt",), ("Negative prompt",)))),
         (Group("3. Corrected sampling", ORANGE, (("Sample, corrected at no cost",),)),),
@@ -81,7 +81,7 @@ To save the quantized model in a file, put **Save Quantized Model (IEC)** after 
 
 
 FASTER = "1. Model, made faster and less exact"
-BUILTIN = (("Built-in model", "Pixels, no VAE"), ("Quantize to 8 bits",), ("Cache every second step",))
+BUILTIN = (("Built-in model", "Pixels, no VAE"), ("Quantize to 8 bits",), ("Cache half of the steps",))
 
 QUICK_START = Page(
     note=f"""## Quick start
@@ -157,7 +157,7 @@ pixels.
 {MEASURED}""",
     columns=(
         (
-            Group(FASTER, BLUE, (("Checkpoint",), ("Quantize to 8 bits",), ("Cache every second step",))),
+            Group(FASTER, BLUE, (("Checkpoint",), ("Quantize to 8 bits",), ("Cache half of the steps",))),
             Group(
                 "2. Image, mask, prompt",
                 GREEN,
@@ -238,7 +238,7 @@ For another model, replace loader, prompts, latent and VAE, and set the samplers
                 (
                     ("Built-in model", "Pixels, no VAE", "Seed of all runs"),
                     ("Quantize to 8 bits",),
-                    ("Cache every second step", "Cache every third step"),
+                    ("Cache half of the steps", "Cache two thirds of the steps"),
                     ("Quantized, every third step",),
                 ),
             ),

@@ -80,19 +80,22 @@ def test_planned_cached_steps_agree_with_the_run(plans, host, sample, model, inp
     assert full is None or (plan["full"], plan["full_open"]) == (full, [])
 
 
-@pytest.mark.parametrize("inputs", [{"interval": 3}, {"interval": 4, "start_percent": 0.4, "schedule": "uniform"}])
-def test_plan_tells_which_steps_are_in_full_for_every_model(plans, inputs):
-    """On `simple` the steps of a flow model have other noise levels, so that `auto` puts its full steps elsewhere."""
+PART = {"interval": 4, "start_percent": 0.4, "schedule": "uniform"}
+
+
+@pytest.mark.parametrize(("scheduler", "inputs"), [("simple", {"interval": 3}), ("karras", PART)])
+def test_plan_tells_which_steps_are_in_full_for_every_model(plans, scheduler, inputs):
+    """The steps of a flow model have other noise levels, so that `auto` puts its full steps elsewhere."""
     settings = {"interval": 1, "branch": 0, **inputs}
     start, schedule = settings.pop("start_percent", 0.0), plans.parse_cache_schedule(settings.pop("schedule", "auto"))
-    run = plans.Sampling(**sampling(steps=20, scheduler="simple"))
+    run = plans.Sampling(**sampling(steps=20, scheduler=scheduler))
     full = [
         plans.CacheSettings(**settings, schedule=schedule, start=levels.percent_to_sigma(start), levels=levels).full_steps(
             run.sigmas(levels).tolist()
         )
         for levels in plans.MODELS.values()
     ]
-    plan = plans.step_plan({"correction_steps": "none"}, sampling(steps=20, scheduler="simple"), inputs)
+    plan = plans.step_plan({"correction_steps": "none"}, sampling(steps=20, scheduler=scheduler), inputs)
     assert set(plan["full"]) == frozenset.intersection(*full)
     assert set(plan["full"]) | set(plan["full_open"]) == frozenset.union(*full) and plan["full_open"]
     assert plans.step_plan({"correction_steps": "none"}, sampling(), {**inputs, "speed": 2.0})["full"] is None
