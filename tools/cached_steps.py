@@ -113,7 +113,7 @@ def measure(node, model, conditioning, latent, branch, rounds=7, short=None):
 
     timed = model.clone()
     timed.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.PREDICT_NOISE, "times", predict_noise)
-    cached = node.execute(model=timed, interval=2, branch=branch).result[0]
+    cached = node.execute(model=timed, interval=2, branch=branch, schedule="uniform").result[0]
     empty, steps = {"samples": torch.zeros(latent)}, 2 * (WARM_UP + rounds)
     stock.common_ksampler(cached, 1, steps, 1.0, "euler", "normal", conditioning, conditioning, empty)
     return found

@@ -68,9 +68,10 @@ class CorrectedRun:
 
     @property
     def has_wide_cache(self) -> bool:
-        """Whether a cache goes WIDE_CACHE steps or more from one full evaluation to the next."""
+        """Whether in half of the steps or more a cache goes WIDE_CACHE steps or more from one full evaluation to the next."""
         ends = [] if self.full is None else [*sorted(self.full), len(self.gains)]
-        return any(then - here >= WIDE_CACHE for here, then in itertools.pairwise(ends))
+        lengths = [then - here for here, then in itertools.pairwise(ends)]
+        return 2 * sum(length for length in lengths if length >= WIDE_CACHE) >= len(self.gains) > 0
 
 
 def moved_by(step: StepReport, gain: float = 1.0) -> float:

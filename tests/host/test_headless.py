@@ -39,7 +39,7 @@ def changed(tmp_path, **inputs):
 
 def test_client_shows_steps_and_saves_the_images(host, tmp_path):
     # Not the example's own seed: the server may have run that prompt already, and would not run it again.
-    fewer = changed(tmp_path, sampler={"seed": 20, "steps": 10})
+    fewer = changed(tmp_path, sampler={"seed": 20, "steps": 10}, fast={"schedule": "uniform"})
     done = run(host, fewer, tmp_path / "images")
     assert done.returncode == 0, done.stderr
     written = sorted((tmp_path / "images").iterdir())

@@ -167,6 +167,7 @@ def test_events_name_the_correcting_node_and_the_cached_steps(host):
     prompt = workflow(seed=13, steps=5)
     stock = {name: value for name, value in prompt["sampler"]["inputs"].items() if name in STOCK_INPUTS}
     prompt["cache"] = {"class_type": "IECDeepCache", "inputs": {"model": ["model", 0], "interval": 3, "branch": 0}}
+    prompt["cache"]["inputs"]["schedule"] = "uniform"
     settings = {"correction_steps": "first:1", "lambda_": 0.5, "max_iterations": 1, "tolerance": 0.0}
     prompt["iec"] = {"class_type": "IECApply", "inputs": {"model": ["cache", 0], **settings}}
     prompt["sampler"] = {"class_type": "KSampler", "inputs": {**stock, "model": ["iec", 0]}}
@@ -209,7 +210,8 @@ def test_a_prompt_with_malformed_workflow_data_runs(host, about):
 
 def test_server_answers_requests_for_a_step_plan(host):
     sampling = {"steps": 20, "sampler_name": "heun", "scheduler": "normal", "denoise": 1.0}
-    question = {"correction": {"correction_steps": "ends:1/10"}, "sampling": sampling, "cache": {"interval": 5}}
+    question = {"correction": {"correction_steps": "ends:1/10"}, "sampling": sampling}
+    question["cache"] = {"interval": 5, "schedule": "uniform"}
     answer = requests.post(f"{host.url}/iec/step_plan", json=question, timeout=60).json()
     assert (answer["corrected"], answer["full"]) == ([0, 1, 18, 19], [0, 5, 10, 15])
     assert (answer["evaluations"], answer["nfe"]) == (39, 43)

@@ -92,8 +92,11 @@ class ExpectedSteps:
 def noise_and_signal(levels, sigmas):
     """Return (the factors of the noise, those of the image) in a latent at each sigma, two lists of floats.
 
-    levels: an object with the methods of the host's `model_sampling`. The image has the variance 1.
+    levels: an object with the methods of the host's `model_sampling`. The image has the variance 1. Without noise where another
+    pack's object cannot tell.
     """
+    if not hasattr(levels, "noise_scaling"):
+        return [0.0] * len(sigmas), [1.0] * len(sigmas)
     sigmas = torch.as_tensor(sigmas, dtype=torch.float64)[:, None]
     noise = levels.noise_scaling(sigmas[:, 0], torch.ones_like(sigmas), torch.zeros_like(sigmas))
     signal = levels.noise_scaling(sigmas[:, 0], torch.zeros_like(sigmas), torch.ones_like(sigmas))

@@ -137,6 +137,12 @@ def test_noise_and_image_in_a_latent(host, cache_run, kind):
     assert noise == pytest.approx([own for own, _ in pairs]) or kind == "COSMOS_RFLOW"  # which scales the latent too
 
 
+def test_levels_that_do_not_tell_the_noise_give_even_steps(host, cache_run):
+    schedule = pack_module("iec_core.caching.feature_cache").CacheSchedule("auto")
+    settings = cache_run.CacheSettings(3, 0, schedule, levels=object())
+    assert settings.full_steps([1.0, 0.8, 0.6, 0.4, 0.2, 0.1, 0.0]) == {0, 3}
+
+
 def operations(evaluate):
     with FlopCounterMode(display=False) as counter:
         evaluate()

@@ -78,7 +78,8 @@ def test_runs_with_a_warning(host, report_of, model):
 
 
 def test_with_a_wide_cache_there_is_no_warning_of_the_papers_rule(host, report_of, model):
-    wide, narrow = (host.run("IECDeepCache", model=model, interval=interval, branch=0)[0] for interval in (5, 2))
+    inputs = {"model": model, "branch": 0, "schedule": "uniform"}
+    wide, narrow = (host.run("IECDeepCache", interval=interval, **inputs)[0] for interval in (5, 2))
     assert report_of(wide).warnings == [] and report_of(wide).moved > 0.05
     assert "an error of its own" in report_of(narrow).warnings[0]
 

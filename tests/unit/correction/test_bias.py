@@ -68,6 +68,8 @@ def test_a_run_that_corrects_nothing():
 
 def test_a_narrow_cache_changes_nothing():
     assert bias_warning(run([0.2, 0.2]), CorrectedRun("paper", FLAT, full=[0, 4, 8])) is not None
+    once = [0, 1, 2, 3, 4, 5, 10]  # one wide group of five steps among twelve
+    assert bias_warning(run([0.2, 0.2]), CorrectedRun("paper", FLAT, full=once)) is not None
 
 
 @pytest.mark.parametrize("point", ["paper", "next"])
