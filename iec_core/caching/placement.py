@@ -3,11 +3,10 @@
 The expected cost needs no calibration and no model, only the noise levels of the run's steps. A step that reuses what an
 earlier step has computed has an error as large as the change of the network's prediction between the two. For images whose
 power at spatial frequency f is S(f) ~ f^-EXPONENT, the best prediction of the image s from `x = signal s + noise n` is the
-Wiener filter, `D = signal S / (signal^2 S + noise^2) x` in each frequency. Along the
-probability flow, x is in proportion to `sqrt(signal^2 S + noise^2)`, so that D is in proportion to
-`signal S / sqrt(signal^2 S + noise^2)`: a known function of the noise levels. (SeaCache, arXiv 2602.18993, filters the input of
-each step in this way.) An error of the prediction moves the latent by the share `1 - r' / r` of itself, where r and r' are
-noise / signal before and after the step, as in an Euler or a DDIM step.
+Wiener filter, `D = signal S / (signal^2 S + noise^2) x` in each frequency. Along the probability flow, x is in proportion to
+`sqrt(signal^2 S + noise^2)`, so that D is in proportion to `signal S / sqrt(signal^2 S + noise^2)`: a known function of the
+noise levels. (SeaCache, CVPR 2026, filters the input of each step in this way.) An error of the prediction moves the latent by
+the share `1 - r' / r` of itself, where r and r' are noise / signal before and after the step, as in an Euler or a DDIM step.
 """
 
 import math
@@ -66,29 +65,33 @@ def reuse_costs(noise: Sequence[float], signal: Sequence[float], longest: int) -
     noise, signal: the factors of the noise and of the image in the latent, n + 1 each, at the start of each step and the end of
     the last. A cost is a root mean square over a latent of variance 1, in the coordinates of the image.
     """
-    noise_of, signal_of = np.asarray(noise, dtype=np.float64), np.asarray(signal, dtype=np.float64)
-    steps = len(noise_of) - 1
-    moved = moved_shares(noise, signal)
-    power = FREQUENCIES**-EXPONENT
-    power /= np.average(power, weights=FREQUENCIES)  # there are about 2 pi f frequencies of the magnitude f
-    a, b = signal_of[:-1, None], noise_of[:-1, None]
-    prediction = a * power / np.sqrt(np.maximum(a**2 * power + b**2, 1e-300))
+    moved, predictions = moved_shares(noise, signal), _predictions(noise, signal)
+    steps = len(moved)
     costs = np.full((steps, longest), math.inf)
     costs[:, 0] = 0
     for lag in range(1, min(longest, steps)):
-        changes = np.average((prediction[lag:] - prediction[:-lag]) ** 2, axis=1, weights=FREQUENCIES)
-        costs[:-lag, lag] = moved[lag:] * np.sqrt(changes)
+        costs[:-lag, lag] = moved[lag:] * _distances(predictions[lag:], predictions[:-lag])
     return costs
+
+
+def _predictions(noise: Sequence[float], signal: Sequence[float]) -> np.ndarray:
+    """Return the amplitude of the best prediction at the start of each step, by frequency: [steps, frequencies]."""
+    power = FREQUENCIES**-EXPONENT
+    power /= np.average(power, weights=FREQUENCIES)  # there are about 2 pi f frequencies of the magnitude f
+    a, b = np.asarray(signal, dtype=np.float64)[:-1, None], np.asarray(noise, dtype=np.float64)[:-1, None]
+    return a * power / np.sqrt(np.maximum(a**2 * power + b**2, 1e-300))
+
+
+def _distances(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.average((one - other) ** 2, axis=1, weights=FREQUENCIES))
 
 
 def reuse_errors(noise: Sequence[float], signal: Sequence[float], full: Container[int]) -> list[float]:
     """Return the expected error of each step, as in `reuse_costs`: 0 for the steps in `full`, which has step 0."""
-    firsts, first = [], 0
-    for step in range(len(noise) - 1):
-        first = step if step in full else first
-        firsts.append(first)
-    costs = reuse_costs(noise, signal, max((step - first for step, first in enumerate(firsts)), default=0) + 1)
-    return [float(costs[first, step - first]) for step, first in enumerate(firsts)]
+    predictions, starts = _predictions(noise, signal), list[int]()
+    for step in range(len(predictions)):
+        starts.append(step if step in full or not starts else starts[-1])
+    return (moved_shares(noise, signal) * _distances(predictions, predictions[starts])).tolist()
 
 
 def full_steps_by_noise(

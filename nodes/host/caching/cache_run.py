@@ -29,9 +29,8 @@ class CacheSettings:
 
     interval, branch: as in DeepCache. schedule: a CacheSchedule. start, end: only steps at sigmas between these (start
     inclusive, end exclusive) are cached. forecast: one of `feature_cache.FORECASTS`. correction_pass: one of
-    CORRECTION_PASSES. levels: the MODEL's `model_sampling`. speed: how many times as fast as without
-    the cache a run is to be, instead of the interval; 0 for the interval. cached_share: the cost of a cached step as a share of
-    a full one's.
+    CORRECTION_PASSES. levels: the MODEL's `model_sampling`. speed: how many times as fast as without the cache a run is to be,
+    instead of the interval; 0 for the interval. cached_share: the cost of a cached step as a share of a full one's.
     """
 
     interval: int
@@ -154,7 +153,7 @@ class CacheRun:
 
     def end(self):
         """End the run: log what it was, and forget the features."""
-        if self._schedule is not None and self.settings.levels is not None:
+        if self._schedule is not None and len(self._schedule.sigmas) > 1:
             logger.info(f"Cache: {self.settings.expected(self._schedule.sigmas, self._full)}.")
         self.clear()
 

@@ -97,7 +97,7 @@ class TransformerCache(CacheRun):
         skipped = sum(
             weights_in(block) * span.block_list.tokens_share for span in spans(lists, branch) for block in span.blocks
         )
-        return 1 - skipped / total
+        return 1 - skipped / max(total, 1)  # another pack may keep its weights elsewhere
 
     def evaluate(self, executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
         """Evaluate like the host's apply_model, but keep the spans' residuals, or add them instead of running their blocks."""

@@ -75,7 +75,7 @@ class UnetCache(CacheRun):
             outputs.append(_weights_per_position(block) / 4**level)
             level -= any(isinstance(layer, Upsample) for layer in block)
         run = sum(inputs[: branch + 1]) + sum(outputs[len(outputs) - branch - 1 :])
-        return run / (sum(inputs) + deepest + sum(outputs))
+        return run / max(sum(inputs) + deepest + sum(outputs), 1)
 
     @staticmethod
     def feature_names(unet, branch):

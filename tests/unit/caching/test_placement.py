@@ -14,6 +14,7 @@ from iec_core.caching.placement import (
     full_steps_by_noise,
     least_cost_groups,
     reuse_costs,
+    reuse_errors,
 )
 
 
@@ -116,6 +117,16 @@ def test_even_steps_without_noise_and_in_very_long_runs():
     assert full_steps_by_noise([0.0] * 11, [1.0] * 11, 3) == {0, 3, 6}
     noise, signal = flow(MOST_STEPS + 1)
     assert full_steps_by_noise(noise, signal, 2) == {0, (MOST_STEPS + 1) // 2}
+
+
+def test_error_of_each_step_is_that_of_its_reuse():
+    noise, signal = flow(8)
+    found = reuse_errors(noise, signal, {0, 1, 5})
+    starts = [0, 1, 1, 1, 1, 5, 5, 5]
+    expected = [written_out(noise, signal, start, step) for step, start in enumerate(starts)]
+    assert found == pytest.approx(expected, rel=1e-9) and found[0] == found[1] == found[5] == 0
+    assert reuse_errors([1.0], [0.0], {0}) == []
+    assert len(reuse_errors(*flow(10000), {0})) == 10000  # in no time, and in little memory
 
 
 def test_no_groups_where_their_lengths_do_not_fit():
