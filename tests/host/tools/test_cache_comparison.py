@@ -1,0 +1,88 @@
+"""The tool that compares caches at equal cost, on short runs of one seed."""
+
+import benchmark
+import cache_comparison
+import pytest
+import torch
+from cache_comparison import METHODS, Comparison, operations, with_own_input
+from experiment_samples import errors
+
+STEPS, SHARE = 8, 0.5
+
+
+@pytest.fixture(scope="module")
+def compared(host):
+    """Return the Comparison of the built-in U-Net on one seed. Its exact solution is replaced by eight steps of heun."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_comparison, "SEEDS", (11,))
+        patch.setattr(cache_comparison, "COMPONENTS", 4)
+        found = Comparison(host.nodes, "unet", {})
+        found.exact = found.sample(found.builtin.model, STEPS, "heun")
+        yield found
+
+
+@pytest.mark.parametrize("method", ["auto", "dps", "fewer"])
+def test_each_method_costs_about_the_share_and_has_the_error_of_its_images(compared, method):
+    model, steps, detail = compared.variant(method, STEPS, "euler", SHARE)
+    run = operations(lambda: compared.builtin.sample(model, 11, steps, "karras", "euler"))
+    full = operations(lambda: compared.builtin.sample(compared.builtin.model, 11, STEPS, "karras", "euler"))
+    assert run / full == pytest.approx(SHARE, abs=1 / STEPS), detail
+    row = compared.row(method, STEPS, "euler", SHARE)
+    latents = compared.sample(model, steps, "euler")
+    reference = compared.sample(compared.builtin.model, STEPS, "euler")
+    assert float(row["error"]) == pytest.approx(errors(latents, reference).mean(), rel=1e-3)
+    assert float(row["exact"]) == pytest.approx(errors(latents, compared.exact).mean(), rel=1e-3)
+    assert float(row["error_low"]) <= float(row["error"]) <= float(row["error_high"]) and float(row["frechet"]) > 0
+    assert (row["method"], row["steps"], row["share"], row["images"]) == (method, str(STEPS), str(SHARE), "8")
+
+
+def test_threshold_of_a_cache_of_the_host_is_the_nearest_to_the_share(compared):
+    model, _, share = compared._at_threshold("LazyCache", STEPS, "euler", SHARE, 0.0, 1.0)
+    full = operations(lambda: compared.builtin.sample(compared.builtin.model, 11, STEPS, "karras", "euler"))
+    run = operations(lambda: compared.builtin.sample(model, 11, STEPS, "karras", "euler"))
+    assert share == pytest.approx(SHARE, abs=1 / STEPS) and run / full == pytest.approx(share, abs=1e-6)
+
+
+def test_easycache_keeps_the_latent_of_a_flow_model(host):
+    """The expected run has EasyCache's formula: on a skipped step the output is the input plus the last difference.
+
+    Guidance is linear in the outputs, so that the formula holds for the guided output too.
+    """
+    import comfy.sample
+    import comfy.samplers
+
+    builtin, full = benchmark.Builtin(host.nodes, "transformer"), 3
+    inputs = {"reuse_threshold": 1e6, "start_percent": 0.0, "end_percent": 1.0, "verbose": False}
+    model = host.nodes["EasyCache"].execute(model=with_own_input(builtin.model), **inputs).result[0]
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", STEPS).float()
+    noise, latents = torch.randn(8, 3, 32, 32, generator=torch.manual_seed(0)), []
+    run = comfy.sample.sample_custom(
+        model, noise, 3.0, comfy.samplers.sampler_object("euler"), sigmas, *builtin.conditioning, torch.zeros_like(noise),
+        callback=lambda step, denoised, x, total: latents.append((x.clone(), denoised.clone())),
+    )  # fmt: skip
+    x, denoised = latents[full - 1]
+    output = (x - denoised) / sigmas[full - 1]
+    difference = output - x
+    x = x + (sigmas[full] - sigmas[full - 1]) * output
+    for start, end in zip(sigmas[full:], sigmas[full + 1 :]):
+        x = x + (end - start) * (x + difference)
+    torch.testing.assert_close(run, model.model.process_latent_out(x), rtol=1e-4, atol=1e-4)
+
+
+def test_fewer_steps_with_other_noise_have_no_error(compared):
+    row = compared.row("fewer", STEPS, "er_sde", SHARE)
+    assert row["error"] == row["exact"] == "" and float(row["frechet"]) > 0
+
+
+def test_rows_are_kept_and_shown(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cache_comparison, "FILE", tmp_path / "rows.csv")
+    assert cache_comparison.known_rows() == {}
+    row = dict.fromkeys(cache_comparison.COLUMNS, "1") | {"model": "unet", "sampler": "euler", "steps": "20"}
+    for number, method in enumerate(METHODS):
+        for share in ("0.5", "0.35"):
+            cells = {"method": method, "share": share, "error": f"0.{number + 1}1", "detail": "9 in full"}
+            cache_comparison.add(row | cells)
+    assert len(cache_comparison.known_rows()) == 2 * len(METHODS)
+    cache_comparison.print_table()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and "| unet | euler | 20 | 0.5 | 9 | **0.11**, **1** | 0.21, **1** |" in lines[2]
