@@ -171,14 +171,14 @@ class Builtin:
     def variant(self, bits=None, **cache):
         """Return the model with weights of `bits` bits and 8-bit activations, and with a DeepCache of these inputs.
 
-        Its schedule is uniform unless the inputs have another.
+        Its branch is 0 and its schedule uniform unless the inputs have others.
         """
         model = self.model
         if bits:
             inputs = {"weight_bits": str(bits), "activation_bits": "8", "keep_sensitive_layers": True}
             model = self._nodes["IECQuantizeModel"].execute(model=model, **inputs).result[0]
         if cache:
-            model = self._nodes["IECDeepCache"].execute(model=model, branch=0, **{"schedule": "uniform", **cache}).result[0]
+            model = self._nodes["IECDeepCache"].execute(model=model, **{"branch": 0, "schedule": "uniform", **cache}).result[0]
         return model
 
     def sample(self, model, seed, steps=50, scheduler="ddim_uniform", sampler="ddim", **correction):

@@ -46,9 +46,11 @@ COLUMNS = (
     "exact_of_uncached",
 )  # fmt: skip
 METHODS = {
-    "auto": "DeepCache, auto", "uniform": "DeepCache, uniform", "dps": "CacheQuant, dps",
-    "calibrated": "CacheQuant, auto", "easycache": "EasyCache", "lazycache": "LazyCache", "fewer": "fewer steps",
+    "auto": "DeepCache, auto", "branch0": "DeepCache, auto, branch 0", "uniform": "DeepCache, uniform",
+    "dps": "CacheQuant, dps", "calibrated": "CacheQuant, auto", "easycache": "EasyCache", "lazycache": "LazyCache",
+    "fewer": "fewer steps",
 }  # fmt: skip
+SAME = ("unet", "branch0")  # the cheapest branch of a U-Net is 0, so this method is `auto`
 
 
 class Comparison:
@@ -61,6 +63,7 @@ class Comparison:
         self.features = Features(unet.model)
         self.reference = functools.cache(self._reference)
         self.profile = functools.cache(self._profile)
+        self.cached_share = functools.cache(self._cached_share)
 
     def sample(self, model, steps, sampler):
         """Return the latents of all seeds [N, 3, 32, 32]."""
@@ -77,10 +80,9 @@ class Comparison:
     def exact(self):
         return torch.cat(benchmark.exact_of(self.builtin, self.scheduler, SEEDS))
 
-    @functools.cached_property
-    def cached_share(self):
-        """The operations of a cached step over those of a full one."""
-        cached = self.builtin.variant(schedule="steps:0", interval=2)
+    def _cached_share(self, branch):
+        """Return the operations of a cached step over those of a full one."""
+        cached = self.builtin.variant(schedule="steps:0", interval=2, branch=branch)
         full = operations(lambda: self.builtin.sample(self.builtin.model, 1, 1))
         both = operations(lambda: self.builtin.sample(cached, 1, 2))
         return both / full - 1
@@ -88,7 +90,7 @@ class Comparison:
     def _profile(self, steps, sampler, interval, schedule):
         inputs = benchmark.calibration_inputs(self.nodes, steps, 1, sampler, self.scheduler)
         return self.nodes["IECCalibrateCacheQuant"].execute(
-            model=self.builtin.model, **inputs, interval=interval, branch=0, schedule=schedule, forecast="linear"
+            model=self.builtin.model, **inputs, interval=interval, branch=-1, schedule=schedule, forecast="linear"
         ).result[0]  # fmt: skip
 
     def variant(self, method, steps, sampler, share):
@@ -98,22 +100,25 @@ class Comparison:
             return self.builtin.model, fewer, f"{fewer} steps"
         if method in ("easycache", "lazycache"):
             return self.skipping({"easycache": "EasyCache", "lazycache": "LazyCache"}[method], steps, sampler, share)
-        full = min(max(round(steps * (share - self.cached_share) / (1 - self.cached_share)), 1), steps)
-        if method in ("auto", "uniform"):
-            text = "auto" if method == "auto" else "steps:" + ",".join(str(number * steps // full) for number in range(full))
-            speed = 1 / (full / steps + self.model_share * (1 - full / steps))
-            model = self.builtin.variant(interval=2, schedule=text, **({"speed": speed} if method == "auto" else {}))
+        branch = 0 if method == "branch0" else -1
+        cached = self.cached_share(branch)
+        full = min(max(round(steps * (share - cached) / (1 - cached)), 1), steps)
+        if method == "uniform":
+            text = "steps:" + ",".join(str(number * steps // full) for number in range(full))
+            return self.builtin.variant(interval=2, schedule=text, branch=branch), steps, f"{full} in full"
+        if method in ("auto", "branch0"):
+            speed = 1 / (full / steps + self._model_share(branch) * (1 - full / steps))
+            model = self.builtin.variant(interval=2, schedule="auto", speed=speed, branch=branch)
             return model, steps, f"{full} in full"
         interval = min(range(1, steps + 1), key=lambda one: (abs(math.ceil(steps / one) - full), one))
         profile = self.profile(steps, sampler, interval, "dps" if method == "dps" else "auto")
         model = self.nodes["IECCacheQuant"].execute(model=self.builtin.model, profile=profile).result[0]
         return model, steps, f"{len(profile.full_steps)} in full"
 
-    @functools.cached_property
-    def model_share(self):
-        """The share that the node takes a cached step to have, judged by the weights."""
+    def _model_share(self, branch):
+        """Return the share that the node takes a cached step to have, judged by the weights."""
         kind = pack.pack_module("nodes.host.caching.cached_model").cache_kind(self.builtin.model)
-        return kind.cached_share(self.builtin.model.model.diffusion_model, 0)
+        return kind.cached_share(self.builtin.model.model.diffusion_model, max(branch, kind.cheapest_branch))
 
     def skipping(self, node, steps, sampler, share):
         """Return the host's cache at the threshold that comes nearest to the share of evaluated steps.
@@ -229,22 +234,23 @@ def compute(names, minutes):
         for (steps, sampler, shares), name in itertools.product(RUNS, names):
             for share, method in itertools.product(shares, METHODS):
                 key = (name, sampler, str(steps), str(share), method)
-                if key not in models[name].rows and time.monotonic() < end:
-                    add(models[name].row(method, steps, sampler, share))
+                if key not in models[name].rows and (name, method) != SAME and time.monotonic() < end:
+                    models[name].rows[key] = models[name].row(method, steps, sampler, share)
+                    add(models[name].rows[key])
 
 
 def print_table():
     """Print a line per run and share: the error and the Fréchet distance of each method, the lowest in bold."""
     rows = known_rows()
     benchmark.table("model", "sampler", "steps", "share", "in full", *METHODS.values(), "error of the uncached run")
-    for (steps, sampler, shares), name in itertools.product(RUNS, SCHEDULERS):
-        for share in shares:
-            found = [rows.get((name, sampler, str(steps), str(share), method)) for method in METHODS]
-            if all(found):
-                full = ", ".join(dict.fromkeys(row["detail"].split()[0] for row in found if row["detail"].endswith("in full")))
-                cells = zip(*(_bold_lowest([row[column] for row in found]) for column in ("error", "frechet")))
-                uncached = found[0]["exact_of_uncached"] or "-"
-                benchmark.row(name, sampler, steps, str(share), full, *map(", ".join, cells), uncached)
+    for steps, sampler, share, name in itertools.product((20, 50), SAMPLERS, sorted(SHARES, reverse=True), SCHEDULERS):
+        key = (name, sampler, str(steps), str(share))
+        found = [rows.get((*key, "auto" if (name, method) == SAME else method)) for method in METHODS]
+        if all(found):
+            full = ", ".join(dict.fromkeys(row["detail"].split()[0] for row in found if row["detail"].endswith("in full")))
+            cells = zip(*(_bold_lowest([row[column] for row in found]) for column in ("error", "frechet")))
+            uncached = found[0]["exact_of_uncached"] or "-"
+            benchmark.row(name, sampler, steps, str(share), full, *map(", ".join, cells), uncached)
 
 
 def _bold_lowest(texts):

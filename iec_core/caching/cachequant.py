@@ -328,7 +328,7 @@ class CacheProfile(Profile):
             set(self.facts) >= FACTS
             and all(isinstance(value, str) for value in self.facts.values())
             and int(self.facts["interval"]) >= 1
-            and int(self.facts["branch"]) >= 0
+            and int(self.facts["branch"]) >= -1
             and self.channel_dim in (1, -1)
             and (self.fingerprint.dtype, self.sigmas.dtype) == (torch.float32, torch.float64)
             and self.fingerprint.ndim == self.sigmas.ndim == 1

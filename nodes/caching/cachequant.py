@@ -58,10 +58,10 @@ class IECCalibrateCacheQuant(CheckedNode):
                 ),
                 io.Int.Input(
                     "branch",
-                    default=0,
-                    min=0,
+                    default=-1,
+                    min=-1,
                     max=100,
-                    tooltip="How much is evaluated on the other steps, as in DeepCache (IEC). Start with 0, the cheapest.",
+                    tooltip="How much is evaluated on the other steps, as in DeepCache (IEC). Start with -1, the cheapest.",
                 ),
                 io.String.Input(
                     "schedule",

@@ -18,7 +18,7 @@ class IECDeepCache(CheckedNode):
             display_name="DeepCache (IEC)",
             category="advanced/model/IEC",
             description="Evaluates the deep blocks of a network only on some steps; the steps between reuse the deep feature "
-            "and run only the outermost blocks. Faster and less exact.",
+            "and run only the outermost layers. Faster and less exact.",
             search_aliases=["cache", "feature cache", "block cache", "faster", "speed up", "accelerate", "skip blocks"],
             inputs=[
                 io.Model.Input(
@@ -35,12 +35,12 @@ class IECDeepCache(CheckedNode):
                 ),
                 io.Int.Input(
                     "branch",
-                    default=0,
-                    min=0,
+                    default=-1,
+                    min=-1,
                     max=100,
-                    tooltip="How much of the network is evaluated on the other steps. Branch b: the b + 1 outermost skip "
-                    "connections (U-Net), or the first b + 1 and the last b + 1 blocks (transformer). Start with 0, the "
-                    "cheapest and the least exact.",
+                    tooltip="How much of the network is evaluated on the other steps. -1, the cheapest: no block of a "
+                    "transformer, the outermost skip connection of a U-Net. Branch b from 0 on: the first b + 1 and the last "
+                    "b + 1 blocks (transformer), or the b + 1 outermost skip connections (U-Net). Start with -1.",
                 ),
                 io.Combo.Input(
                     "correction_pass",

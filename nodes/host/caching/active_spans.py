@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from .streams import KNOWN, Observation, method_of, with_parts
+from .streams import Observation, known_streams, method_of, remember_streams, with_parts
 
 
 class DoesNotFitError(Exception):
@@ -66,8 +66,8 @@ class _StandIn(torch.nn.Module):
 
 
 def full_span(span):
-    """Return a span for a full evaluation: the first one of a list is observed."""
-    return FullSpan(span) if span.block_list.container in KNOWN else ObservedSpan(span)
+    """Return a span for a full evaluation: the first one is observed."""
+    return ObservedSpan(span) if known_streams(span.block_list.container, span.last) is None else FullSpan(span)
 
 
 class FullSpan:
@@ -79,7 +79,7 @@ class FullSpan:
     def __init__(self, span):
         self.span, self.has_run = span, False
         self.feature_names, self.residuals = [], []
-        self._streams = KNOWN.get(span.block_list.container)
+        self._streams = known_streams(span.block_list.container, span.last)
         self._entered = []
         self._passes = 0  # through the span's blocks
 
@@ -101,12 +101,12 @@ class FullSpan:
         return out
 
     def finish(self):
-        """If the blocks have run and no residual was found, forget the list's Streams: the blocks pass on other tensors now.
+        """If the blocks have run and no residual was found, forget the Streams: the blocks pass on other tensors now.
 
         The next full evaluation is observed.
         """
         if self.has_run and not self.residuals:
-            KNOWN.pop(self.span.block_list.container, None)
+            remember_streams(self.span.block_list.container, self.span.last, None)
 
     def _leave(self, left):
         self.has_run = True
@@ -119,7 +119,7 @@ class FullSpan:
 
 
 class ObservedSpan(FullSpan):
-    """A span in a full evaluation of a list whose streams are not known yet: it also finds them."""
+    """A span in a full evaluation whose streams are not known yet: it also finds them."""
 
     def __init__(self, span):
         super().__init__(span)
@@ -149,7 +149,8 @@ class ObservedSpan(FullSpan):
     def finish(self):
         """Find the streams, after the evaluation. Raises ValueError like `Observation.streams`."""
         if self._ends:
-            self._streams = KNOWN[self.span.block_list.container] = self._seen.streams()
+            self._streams = self._seen.streams()
+            remember_streams(self.span.block_list.container, self.span.last, self._streams)
         for given, out in self._ends:
             self._entered = self._streams.of_arguments(*given)
             self._leave(self._streams.of_output(out))
@@ -165,7 +166,7 @@ class CachedSpan:
 
     def __init__(self, span, residuals):
         self.span, self._residuals = span, residuals
-        self._streams = KNOWN[span.block_list.container]
+        self._streams = known_streams(span.block_list.container, span.last)
         self._result = None
         self._next = 0  # the first of the residuals of the next pass through the span's blocks
 

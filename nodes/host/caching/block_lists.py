@@ -147,7 +147,7 @@ class Span:
 
 
 def spans(lists, branch, replaced=frozenset()):
-    """Return the Spans between the branch + 1 outermost blocks at each end.
+    """Return the Spans between the branch + 1 outermost blocks at each end; at branch -1 the spans of all blocks.
 
     replaced: the host's names and numbers of the blocks that other nodes replace. A span does not begin or end with one of
     these, because a replacement need not call the block.

@@ -27,10 +27,11 @@ UNIFORM = CacheSchedule("uniform")
 class CacheSettings:
     """The settings of a cache.
 
-    interval, branch: as in DeepCache. schedule: a CacheSchedule. start, end: only steps at sigmas between these (start
-    inclusive, end exclusive) are cached. forecast: one of `feature_cache.FORECASTS`. correction_pass: one of
-    CORRECTION_PASSES. levels: the MODEL's `model_sampling`. speed: how many times as fast as without the cache a run is to be,
-    instead of the interval; 0 for the interval. cached_share: the cost of a cached step as a share of a full one's.
+    interval, branch: as in DeepCache; `with_cache` replaces -1 by the network's cheapest branch. schedule: a CacheSchedule.
+    start, end: only steps at sigmas between these (start inclusive, end exclusive) are cached. forecast: one of
+    `feature_cache.FORECASTS`. correction_pass: one of CORRECTION_PASSES. levels: the MODEL's `model_sampling`. speed: how many
+    times as fast as without the cache a run is to be, instead of the interval; 0 for the interval. cached_share: the cost of a
+    cached step as a share of a full one's.
     """
 
     interval: int
@@ -132,10 +133,10 @@ class CacheRun:
     None: as the settings say.
 
     The subclass for a kind of network defines `channel_dim`, the channel dimension of its features; `wrapper_type`, the kind of
-    host wrapper that `evaluate(executor, ...)` implements, and `arguments`, the names of its arguments; `check(network,
-    branch)`; `cached_share(network, branch)`, the cost of a cached evaluation as a share of a full one's; and
-    `feature_names(network, branch)`, the beginnings of its features' names. If `has_consumer` is true, its
-    constructor takes `consumed(h, position)`, which maps the output of the block that consumes the feature.
+    host wrapper that `evaluate(executor, ...)` implements, and `arguments`, the names of its arguments; `cheapest_branch`;
+    `check(network, branch)`; `cached_share(network, branch)`, the cost of a cached evaluation as a share of a full one's; and
+    `feature_names(network, branch)`, the beginnings of its features' names. If `has_consumer` is true, its constructor takes
+    `consumed(h, position)`, which maps the output of the block that consumes the feature.
     """
 
     def __init__(self, settings, features, full_steps=None):

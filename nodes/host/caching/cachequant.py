@@ -30,7 +30,8 @@ def calibrate(model, full_precision, runs, interval, branch, schedule, forecast,
     two. correct_consumer: whether the output of the block that consumes the feature also gets a map, if the model is
     quantized. Raises ValueError if the MODEL cannot be cached, or if a quantized MODEL is given without its source.
     """
-    kind, settings = cache_kind(model), CacheSettings(interval, branch)
+    kind = cache_kind(model)
+    settings = CacheSettings(interval, max(branch, kind.cheapest_branch))
     bits = quantize.quantization_of(model) or "none"
     source = model if bits == "none" else quantize.source_of(model, full_precision)
     correct_consumer = correct_consumer and bits != "none" and kind.has_consumer
@@ -51,7 +52,7 @@ def calibrate(model, full_precision, runs, interval, branch, schedule, forecast,
     fits.check_every_step_was_seen()
 
     facts = {
-        "network": type(model.get_model_object("diffusion_model")).__name__, "branch": branch, "interval": interval,
+        "network": type(model.get_model_object("diffusion_model")).__name__, "branch": settings.branch, "interval": interval,
         "forecast": forecast, "quantization": bits, "prompts": len(runs.prompts), "runs": runs.count,
         **runs.sampling,
     }  # fmt: skip

@@ -47,7 +47,20 @@ class Streams:
         return with_parts(self.structure, lambda part: tensors[part.stream] if isinstance(part, Leaf) else part)
 
 
-KNOWN = weakref.WeakKeyDictionary()  # {container of a BlockList: its Streams}
+_known = weakref.WeakKeyDictionary()  # {container of a BlockList: {number of the last block of a span: the span's Streams}}
+
+
+def known_streams(container, last):
+    """Return the Streams of the blocks up to number `last` of a list, None if they have not been observed.
+
+    The list's last block may return less than the others (SD3's: no text).
+    """
+    return _known.get(container, {}).get(last)
+
+
+def remember_streams(container, last, streams):
+    """Keep the Streams of the blocks up to number `last` of a list; None forgets them."""
+    _known.setdefault(container, {})[last] = streams
 
 
 def method_of(block):
@@ -63,39 +76,39 @@ class Observation:
 
     def __init__(self):
         self._given = []  # [(path, shape)] of the arguments of the block that runs
-        self._returned = []  # the tensors that the block before it has returned
-        self._same = {}  # {number of an output tensor: path of the argument that the next block took it as}
+        self._returned = []  # [(path, tensor)] of the output of the block before it
+        self._same = {}  # {path in an output: path of the argument that the next block took it as}
         self._block = self._structure = None  # the last block whose output was seen, and its output's structure
-        self._taken, self._left = [], []  # [(path, shape)] of its arguments, and the shapes of the tensors that it returned
+        self._taken, self._left = [], []  # [(path, shape)] of its arguments and of its output
 
     def before(self, args, kwargs):
         """See the arguments of a block that is about to run."""
         given = _arguments(args, kwargs)
-        for number, tensor in enumerate(self._returned):
+        for place, tensor in self._returned:
             for path, other in given:
                 if _is_same(tensor, other):
-                    self._same.setdefault(number, path)
+                    self._same.setdefault(place, path)
         self._returned = []
         self._given = [(path, tensor.shape) for path, tensor in given]
 
     def after(self, block, out):
         """See the output of that block."""
-        self._returned = [tensor for _, tensor in _tensors(out)]
+        self._returned = _tensors(out)
         self._block, self._structure = block, _structure(out)
-        self._taken, self._left = self._given, [tensor.shape for tensor in self._returned]
+        self._taken, self._left = self._given, [(place, tensor.shape) for place, tensor in self._returned]
 
     def streams(self):
         """Return the Streams. Raises ValueError if the blocks return anything but tensors of the shapes that they take."""
-        paths = {number: path for number, path in self._same.items() if (path, self._left[number]) in self._taken}
-        for number, shape in enumerate(self._left):
+        paths = {place: self._same[place] for place, shape in self._left if (self._same.get(place), shape) in self._taken}
+        for place, shape in self._left:
             fitting = [path for path, own in self._taken if own == shape and path not in paths.values()]
-            paths.update({number: fitting[0]} if number not in paths and fitting else {})
+            paths.update({place: fitting[0]} if place not in paths and fitting else {})
         if not self._left or len(paths) < len(self._left):
             raise ValueError(
                 f"model: its blocks ({type(uncompiled(self._block)).__name__}) do not return tensors like those that they "
                 "take, so they cannot be skipped; sample without the cache."
             )
-        ordered = tuple(paths[number] for number in range(len(self._left)))
+        ordered = tuple(paths[place] for place, _ in self._left)
         return Streams(ordered, tuple(_name(self._block, path) for path in ordered), self._structure)
 
 

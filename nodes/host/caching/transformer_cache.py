@@ -1,9 +1,9 @@
 """Caching in the host's diffusion transformers, at the modules of their blocks.
 
-Branch b runs the b + 1 outermost blocks at each end. A full evaluation keeps the residuals that the blocks between these two
-ends add to their input, and a cached evaluation adds these residuals instead of running these blocks. There is one for each
-tensor that a block passes on (a stream): two for Flux's double blocks, one for its single blocks. If a network runs its blocks
-several times in one evaluation, each pass has its own.
+Branch b runs the b + 1 outermost blocks at each end, branch -1 none. A full evaluation keeps the residuals that the blocks
+between these two ends add to their input, and a cached evaluation adds these residuals instead of running these blocks. There
+is one for each tensor that a block passes on (a stream): two for Flux's double blocks, one for its single blocks. If a network
+runs its blocks several times in one evaluation, each pass has its own.
 
 For the time of one evaluation, and inside all other nodes' wrappers, the network's lists hold stand-ins for some blocks. This
 works for every network, compiled or not, that runs the blocks of a list one after another, if nothing outside the span but the
@@ -40,6 +40,7 @@ class TransformerCache(CacheRun):
     """The cache of a transformer's residuals in one sampling run. model_options: those of the run."""
 
     channel_dim = -1
+    cheapest_branch = -1
     has_consumer = False
     wrapper_type = WrappersMP.APPLY_MODEL
     arguments = ("x", "t", "c_concat", "c_crossattn", "control", "transformer_options")
@@ -72,12 +73,12 @@ class TransformerCache(CacheRun):
                 "model: caching needs a U-Net, such as SD 1.5 or SDXL, or a transformer that runs its blocks one after "
                 f"another, such as Flux, Z-Image or Wan; this MODEL is a {name}, and {reason}."
             )
-        if branch < 0 or not spans(lists, branch):
+        if not spans(lists, branch):
             total = sum(map(len, lists))
             most = (total - 1) // 2 - 1
-            if most < 0:
-                raise ValueError(f"model: this transformer has only {total} blocks; caching needs at least 3.")
-            raise ValueError(f"branch: {branch} is not possible with this transformer's {total} blocks; choose 0 to {most}.")
+            choices = f"-1 to {most}" if most > -1 else "-1"
+            blocks = f"{total} block{'s' if total > 1 else ''}"
+            raise ValueError(f"branch: {branch} is not possible with this transformer's {blocks}; choose {choices}.")
 
     @staticmethod
     def feature_names(network, branch):

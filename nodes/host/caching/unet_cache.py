@@ -43,6 +43,7 @@ class UnetCache(CacheRun):
     """The cache of a U-Net's deep feature in one sampling run. consumed: see CacheRun."""
 
     channel_dim = 1
+    cheapest_branch = 0
     has_consumer = True
     wrapper_type = WrappersMP.DIFFUSION_MODEL
     arguments = ("x", "timesteps", "context", "y", "control", "transformer_options")
@@ -57,8 +58,8 @@ class UnetCache(CacheRun):
     def check(unet, branch):
         """Raise ValueError if the U-Net has no such branch."""
         blocks = len(unet.output_blocks)
-        if not 0 <= branch < blocks:
-            raise ValueError(f"branch: {branch} is not possible with this U-Net; choose 0 to {blocks - 1}.")
+        if branch >= blocks:
+            raise ValueError(f"branch: {branch} is not possible with this U-Net; choose -1 to {blocks - 1}.")
 
     @staticmethod
     def cached_share(unet, branch):

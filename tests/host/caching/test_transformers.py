@@ -124,13 +124,20 @@ class Restated:
         return list(given[0]) if isinstance(given[0], (tuple, list)) else given
 
     def leave(self, place, left):
-        """Return the output of the inner blocks of a list."""
-        keys = [[(*entry, place, self.passes[place], number) for entry in self.entries] for number in range(len(left))]
+        """Return the output of the inner blocks of a list; left: that of the last block, None for a stream that it drops."""
+        numbers = [number for number, value in enumerate(left) if value is not None]
+        given = [self.entered[place][number] for number in numbers]
+        kept = iter(self.residuals(place, numbers, given, [left[number] for number in numbers]))
+        return [None if value is None else next(kept) for value in left]
+
+    def residuals(self, place, numbers, given, left):
+        """Return the streams of these numbers as the inner blocks leave them."""
+        keys = [[(*entry, place, self.passes[place], number) for entry in self.entries] for number in numbers]
         if self.step not in self.full and all(key in self.kept for key in itertools.chain(*keys)):
             parts = [[carried_forward(self.kept[key], self.step, self.degree) for key in own] for own in keys]
             residuals = [torch.cat(own, self.family.batch) for own in parts]
-            return [entered + residual for entered, residual in zip(self.entered[place], residuals)]
-        for own, entered, value in zip(keys, self.entered[place], left):
+            return [entered + residual for entered, residual in zip(given, residuals)]
+        for own, entered, value in zip(keys, given, left):
             for key, part in zip(own, (value - entered).chunk(len(own), self.family.batch)):
                 earlier = [item for item in self.kept.get(key, []) if item[0] != self.step]
                 self.kept[key] = [*earlier, (self.step, part)]
@@ -598,18 +605,44 @@ def test_an_error_in_the_run_leaves_no_state(sample, models, cached):
 @pytest.mark.parametrize(("name", "branch"), [("Flux", 3), ("Wan", 2), ("AuraFlow", 2)])
 def test_unknown_branch_is_refused(models, cached, name, branch):
     total = len(blocks_of(models(name).model.diffusion_model, FAMILIES[name]))
-    sentence = rf"^branch: {branch} is not possible with this transformer's {total} blocks; choose 0 to {(total - 3) // 2}\.$"
+    sentence = rf"^branch: {branch} is not possible with this transformer's {total} blocks; choose -1 to {(total - 3) // 2}\.$"
     with pytest.raises(ValueError, match=sentence):
         cached(models(name), branch)
 
 
-def test_a_transformer_with_too_few_blocks_is_refused(models, cached):
+@pytest.mark.parametrize("total", [1, 2])
+def test_a_transformer_with_few_blocks_has_only_the_cheapest_branch(models, cached, total):
     model = models("Wan").clone()
     network = copy.copy(model.model.diffusion_model)
-    network._modules = {**network._modules, "blocks": network.blocks[:2]}
+    network._modules = {**network._modules, "blocks": network.blocks[:total]}
     model.add_object_patch("diffusion_model", network)
-    with pytest.raises(ValueError, match=r"^model: this transformer has only 2 blocks; caching needs at least 3\.$"):
+    cached(model, -1)
+    sentence = rf"^branch: 0 is not possible with this transformer's {total} blocks?; choose -1\.$"
+    with pytest.raises(ValueError, match=sentence):
         cached(model)
+
+
+def test_a_last_block_that_drops_a_stream_leaves_the_other_one():
+    """As SD3's last block does. Here both streams have the same shape, so that only their places tell them apart."""
+    from pack import pack_module
+
+    streams = pack_module("nodes.host.caching.streams")
+    observation, text, picture = streams.Observation(), torch.zeros(1, 2, 3), torch.ones(1, 2, 3)
+    block = torch.nn.Identity()
+    for last in (False, False, True):
+        observation.before((), {"text": text, "picture": picture})
+        text, picture = text + 1, picture + 1
+        observation.after(block, (None if last else text, picture))
+    found = observation.streams()
+    assert (found.names, found.paths, found.structure) == (("picture",), (("picture",),), (None, streams.Leaf(0)))
+
+
+def test_runs_at_the_cheapest_branch_and_at_others_take_turns(sample, models, cached):
+    """SD3's last block passes on less than the others, so the streams of a list depend on the span's end."""
+    model = models("SD3")
+    expected = {branch: sample("SD3", cached(model, branch)) for branch in (0, -1)}
+    for branch in (0, -1, -1, 0):
+        assert torch.equal(sample("SD3", cached(model, branch)), expected[branch])
 
 
 def test_second_cache_is_refused(models, cached):
@@ -844,16 +877,17 @@ def test_blocks_that_pass_on_something_else_than_before_are_observed_again(sampl
     """Step 0 finds no tensor at the stored paths and keeps nothing. Step 1 is then full, and observed again."""
     from pack import pack_module
 
-    known = pack_module("nodes.host.caching.streams").KNOWN
+    streams = pack_module("nodes.host.caching.streams")
     model = models("Wan")
     expected = restated("Wan", 0, full={0, 1, 3})
     sample("Wan", cached(model))
     blocks = model.model.diffusion_model.blocks
-    true = known[blocks]
+    last = len(blocks) - 2
+    true = streams.known_streams(blocks, last)
     for paths in ((("missing",),), ((9,),), ((0, 1),)):
-        known[blocks] = dataclasses.replace(true, paths=paths)
+        streams.remember_streams(blocks, last, dataclasses.replace(true, paths=paths))
         assert relative(sample("Wan", cached(model)), expected) < 1e-5
-        assert known[blocks] == true
+        assert streams.known_streams(blocks, last) == true
 
 
 def test_the_largest_list_of_an_unknown_network_is_cached(monkeypatch, sample, models, cached, restated, relative):

@@ -36,7 +36,7 @@ class Family:
     method: str = "forward"
     small: Callable = lambda network: None
     batch: int = 0
-    branches: tuple = (0, 1)
+    branches: tuple = (-1, 0, 1)
 
 
 def small_adapter(network):
@@ -320,8 +320,8 @@ MASKS = {
     "ref_mask_flag": True,
 }  # fmt: skip
 FAMILIES = {
-    "Flux": Family("Flux", FLUX, IMAGE, BOTH, values={"guidance": 3.5}, newer=IDS, branches=(0, 1, 2)),
-    "Flux Schnell": Family("FluxSchnell", {**FLUX, "guidance_embed": False}, IMAGE, BOTH, newer=IDS, branches=(1,)),
+    "Flux": Family("Flux", FLUX, IMAGE, BOTH, values={"guidance": 3.5}, newer=IDS, branches=(-1, 0, 1, 2)),
+    "Flux Schnell": Family("FluxSchnell", {**FLUX, "guidance_embed": False}, IMAGE, BOTH, newer=IDS, branches=(-1, 1)),
     "Flux 2": Family("Flux2", {**FLUX, **FLUX2}, WIDE, BOTH, newer={"txt_ids_dims": [3]}),
     "Chroma": Family("Chroma", CHROMA, IMAGE, BOTH, newer=CHROMA_IDS),
     "Chroma Radiance": Family(
@@ -331,7 +331,7 @@ FAMILIES = {
     "SD3": Family("SD3", SD3, IMAGE, {"joint_blocks": (0, 1)}),
     "AuraFlow": Family("AuraFlow", AURA, (2, 4, 10, 14), {"double_layers": (0, 1), "single_layers": (0,)}),
     "HunyuanDiT": Family("HunyuanDiT1", HUNYUAN_DIT, (2, 4, 10, 14), ONE, values=T5),
-    "HunyuanVideo": Family("HunyuanVideo", HUNYUAN_VIDEO, VIDEO, BOTH, newer={"meanflow_sum": False}, branches=(0, 2)),
+    "HunyuanVideo": Family("HunyuanVideo", HUNYUAN_VIDEO, VIDEO, BOTH, newer={"meanflow_sum": False}, branches=(-1, 0, 2)),
     "Mochi": Family("GenmoMochi", MOCHI, (1, 12, 2, 8, 12), {"blocks": (0, 2)}, text=16, values=MASK),
     "LTXV": Family("LTXV", LTXV, (1, 128, 2, 4, 6), LTX_BLOCKS, values=MASK),
     "Wan": Family("WAN21_T2V", WAN, VIDEO, ONE),
@@ -348,7 +348,7 @@ FAMILIES = {
     "Hunyuan3D 2": Family(
         "Hunyuan3Dv2", {**SHAPE, "image_model": "hunyuan3d2", "depth_single_blocks": 4}, (2, 64, 20), BOTH
     ),
-    "Hunyuan3D 2.1": Family("Hunyuan3Dv2_1", {**SHAPE21, "image_model": "hunyuan3d2_1"}, (2, 64, 20), ONE, branches=(0, 2)),
+    "Hunyuan3D 2.1": Family("Hunyuan3Dv2_1", {**SHAPE21, "image_model": "hunyuan3d2_1"}, (2, 64, 20), ONE, branches=(-1, 0, 2)),
     "Stable Audio": Family("StableAudio", AUDIO, (2, 64, 24), {"transformer.layers": (0,)}, text=768, weights=SECONDS),
     "Kandinsky 5": Family("Kandinsky5", KANDINSKY, VIDEO, {"visual_transformer_blocks": (0,)}),
     "LTX audio-video": Family("LTXAV", LTXAV, ((1, 128, 2, 4, 6), (1, 8, 6, 16)), LTX_BLOCKS, text=24, values=MASK),
@@ -390,10 +390,10 @@ FAMILIES = {
         small=one_lyric_encoder,
     ),
     "Stable Cascade": Family(
-        "Stable_Cascade_C", CASCADE, IMAGE, {"down_blocks.1": (0,), "up_blocks.0": (0,)}, branches=(0, 3)
+        "Stable_Cascade_C", CASCADE, IMAGE, {"down_blocks.1": (0,), "up_blocks.0": (0,)}, branches=(-1, 0, 3)
     ),
     "Stable Cascade B": Family(
-        "Stable_Cascade_B", CASCADE_B, (2, 4, 20, 28), {"down_blocks.1": (0,), "up_blocks.0": (0,)}, branches=(0, 3)
+        "Stable_Cascade_B", CASCADE_B, (2, 4, 20, 28), {"down_blocks.1": (0,), "up_blocks.0": (0,)}, branches=(-1, 0, 3)
     ),
     "Anima": Family("Anima", ANIMA, (1, 16, 1, 8, 12), ONE, values=T5_TOKENS, small=small_adapter),
     "Krea 2": Family("Krea2", KREA, (1, 16, 1, 8, 12), ONE, text=24, values=KREA_REFERENCE),
@@ -401,7 +401,7 @@ FAMILIES = {
     "Ernie": Family("ErnieImage", ERNIE, WIDE, {"layers": (0,)}),
     "Boogu": Family(
         "Boogu", BOOGU, IMAGE, {"double_stream_layers": (0, 1), "single_stream_layers": (0,)},
-        values={**MASK, "reference_latents": [noise(1, 16, 8, 12)]}, branches=(0, 2),
+        values={**MASK, "reference_latents": [noise(1, 16, 8, 12)]}, branches=(-1, 0, 2),
     ),
     "CogVideoX": Family("CogVideoX_T2V", COGVIDEO, VIDEO, {"blocks": ("hidden_states", "encoder_hidden_states")}),
     "PixelDiT": Family("PixelDiTT2I", PIXEL_DIT, (1, 3, 48, 64), {"patch_blocks": (0, 1)}, values=MASK),
