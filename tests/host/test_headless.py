@@ -75,7 +75,7 @@ def test_client_prints_a_refusal_once(host, tmp_path):
 def test_client_prints_a_nodes_error(host, tmp_path):
     done = run(host, changed(tmp_path, fast={"branch": 50}), tmp_path / "images")
     assert done.returncode != 0 and not (tmp_path / "images").exists()
-    assert done.stderr.strip() == "IECDeepCache (fast): branch: 50 is not possible with this U-Net; choose 0 to 7."
+    assert done.stderr.strip() == "IECDeepCache (fast): branch: 50 is not possible with this U-Net; choose -1 to 7."
 
 
 def test_client_accepts_a_url_and_names_a_missing_node(host, tmp_path):

@@ -355,7 +355,7 @@ def test_other_nodes_refuse_at_validation_too(host, node):
 def test_an_error_found_in_the_run_is_one_sentence_and_the_next_prompt_works(host, output):
     bad = workflow()
     bad["cached"]["inputs"]["branch"] = 8
-    with pytest.raises(server.Failed, match="branch: 8 is not possible with this U-Net; choose 0 to 7"):
+    with pytest.raises(server.Failed, match="branch: 8 is not possible with this U-Net; choose -1 to 7"):
         host.run(bad)
     assert torch.isfinite(saved_latent(output, host.run(workflow(steps=1, seed=77)))).all()
 

@@ -77,8 +77,9 @@ class TransformerCache(CacheRun):
             total = sum(map(len, lists))
             most = (total - 1) // 2 - 1
             choices = f"-1 to {most}" if most > -1 else "-1"
-            blocks = f"{total} block{'s' if total > 1 else ''}"
-            raise ValueError(f"branch: {branch} is not possible with this transformer's {blocks}; choose {choices}.")
+            raise ValueError(
+                f"branch: {branch} is not possible with this transformer, which has {total} blocks; choose {choices}."
+            )
 
     @staticmethod
     def feature_names(network, branch):

@@ -31,6 +31,11 @@ def calibrate(host, model, conditioning):
     return run
 
 
+def test_the_cheapest_branch_of_a_unet_is_0(calibrate):
+    one, other = (calibrate(branch=branch) for branch in (-1, 0))
+    assert one.facts == other.facts and torch.equal(one.features[""], other.features[""])
+
+
 @pytest.fixture(scope="module")
 def profile_of(calibrate):
     """Return a cached `calibrate`: it runs once for equal settings, and returns a new copy of the profile each time."""

@@ -222,8 +222,12 @@ def test_a_window_without_steps_is_refused(host):
     assert node.validate_inputs(start_percent=0.2, end_percent=0.8) is True
 
 
+def test_the_cheapest_branch_of_a_unet_is_0(sample, cached):
+    assert torch.equal(sample(cached(3, -1), steps=4), sample(cached(3, 0), steps=4))
+
+
 @pytest.mark.parametrize(
-    ("branch", "why"), [(-1, "-1 is outside 0 to 100"), (8, "8 is not possible with this U-Net; choose 0 to 7")]
+    ("branch", "why"), [(-2, "-2 is outside -1 to 100"), (8, "8 is not possible with this U-Net; choose -1 to 7")]
 )
 def test_unknown_branch_is_refused(cached, branch, why):
     with pytest.raises(ValueError, match=rf"^branch: {why}"):

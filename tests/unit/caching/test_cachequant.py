@@ -299,7 +299,7 @@ SPOILED = {
     "an interval in words": lambda tensors, about: spoil_fact(about, "interval", "two"),
     "no interval": lambda tensors, about: spoil_fact(about, "interval", "0"),
     "half a branch": lambda tensors, about: spoil_fact(about, "branch", "0.5"),
-    "a branch below 0": lambda tensors, about: spoil_fact(about, "branch", "-1"),
+    "a branch below -1": lambda tensors, about: spoil_fact(about, "branch", "-2"),
     "a fact that is no text": lambda tensors, about: spoil_fact(about, "sampler_name", ["euler"]),
     "channels where none are": lambda tensors, about: about.update(channel_dim="7"),
     "no map": lambda tensors, about: tensors.pop("feature."),
