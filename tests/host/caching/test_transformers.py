@@ -266,7 +266,8 @@ def test_calibrated_residuals(host, sample, models, cached, relative, name, bran
     prompt, other = conditioning(name, 1), conditioning(name, 2)
     profile = host.run(
         "IECCalibrateCacheQuant", model=model, positive=prompt, negative=other, latent_image=empty_latent(family.latent),
-        seed=3, runs=1, steps=STEPS, cfg=2.0, sampler_name="euler", scheduler="simple", interval=3, branch=branch, forecast=forecast,
+        seed=3, runs=1, steps=STEPS, cfg=2.0, sampler_name="euler", scheduler="simple", interval=3, branch=branch,
+        forecast=forecast,
     )[0]  # fmt: skip
     assert set(profile.features) == streams and len(profile.full_steps) == len(FULL)
     exact, plain = sample(name, model), sample(name, cached(model, branch))
