@@ -25,9 +25,9 @@ from torch.utils.flop_counter import FlopCounterMode
 WARM_UP = 3  # pairs of steps before the timed ones: the third full step is the first trial of the forecast `auto`
 # {kind: (latent of the narrow network, latent of the true one, branches)}
 NETWORKS = {
-    "Z-Image": ((1, 16, 48, 48), (1, 16, 128, 128), (0, 4)),
-    "Flux": ((1, 16, 32, 32), (1, 16, 128, 128), (0, 8)),
-    "Wan 2.1": ((1, 16, 3, 24, 24), (1, 16, 5, 60, 104), (0, 4)),
+    "Z-Image": ((1, 16, 48, 48), (1, 16, 128, 128), (-1, 0, 4)),
+    "Flux": ((1, 16, 32, 32), (1, 16, 128, 128), (-1, 0, 8)),
+    "Wan 2.1": ((1, 16, 3, 24, 24), (1, 16, 5, 60, 104), (-1, 0, 4)),
     "SDXL": ((1, 4, 64, 64), (1, 4, 128, 128), (0, 4)),
 }
 
