@@ -239,7 +239,7 @@ For another model, replace loader, prompts, latent and VAE, and set the samplers
                     ("Built-in model", "Pixels, no VAE", "Seed of all runs"),
                     ("Quantize to 8 bits",),
                     ("Cache half of the steps", "Cache two thirds of the steps"),
-                    ("Quantized, every third step",),
+                    ("Quantized, two thirds cached",),
                 ),
             ),
             Group(

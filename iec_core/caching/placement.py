@@ -14,7 +14,7 @@ from collections.abc import Container, Sequence
 
 import numpy as np
 
-EXPONENT = 3.0  # of 2 to 3.5, tried on both built-in models, the one that was never worse than evenly spaced steps
+EXPONENT = 3.0  # of 2 to 3.5, tried on both built-in models, the only one never significantly worse than evenly spaced steps
 FREQUENCIES = np.arange(1.0, 33.0)  # of a latent of 64 x 64, in periods over its side
 LONGEST = 2  # a group of steps is at most this many times as long as the mean group
 MOST_STEPS = 1000  # for more, the table of costs would be large, and steps are so short that it does not matter where they are

@@ -69,7 +69,7 @@ class IECCalibrateCacheQuant(CheckedNode):
                     optional=True,
                     tooltip="Which steps are evaluated in full. dps: found by dynamic programming, as in the paper. auto: the "
                     "same, but a change counts by how far its step moves the image. uniform, power:15,1.4 (center, power), "
-                    "steps:0,5,9: as in DeepCache (IEC). Start with dps, on a flow transformer with auto.",
+                    "steps:0,5,9: as in DeepCache (IEC). Start with dps, on a flow transformer from interval 3 on with auto.",
                 ),
                 io.Combo.Input(
                     "forecast",
@@ -85,8 +85,8 @@ class IECCalibrateCacheQuant(CheckedNode):
                     default=False,
                     optional=True,
                     tooltip="With a quantized U-Net: also correct the output of the block that consumes the feature, as in "
-                    "the paper. The calibration then runs the prompts once more: 3 times instead of 2 with schedule dps, "
-                    "otherwise 2 instead of 1. Leave it off.",
+                    "the paper. The calibration then runs the prompts once more: 3 times instead of 2 with schedule dps or "
+                    "auto, otherwise 2 instead of 1. Leave it off.",
                 ),
                 io.Model.Input(
                     "full_precision",
