@@ -25,13 +25,15 @@ PATHS = {
 class SpecialClass:
     """How a class of networks differs from the others.
 
-    paths: of its lists; empty: as in PATHS. batch_dim: the dimension of the conditioning entries in what its blocks pass on.
+    paths: of its lists; empty: as in PATHS. cheapest_branch: -1, or 0 if a layer after the blocks needs that a block has run.
+    batch_dim: the dimension of the conditioning entries in what its blocks pass on.
     has_prefix_cache: the network keeps its blocks' keys and values between evaluations, unless a block is replaced. own_cache:
     the transformer option that holds the sampler's own cache, which every block must fill; "" if none. refused: why it cannot
     be cached; "" if it can.
     """
 
     paths: tuple = ()
+    cheapest_branch: int = -1
     batch_dim: int = 0
     has_prefix_cache: bool = False
     own_cache: str = ""
@@ -43,6 +45,7 @@ SPECIAL_CLASSES = {
     "GeneralDIT": SpecialClass(batch_dim=3),  # Cosmos 1: its blocks pass on [T, H, W, B, D]
     "HiDreamO1Transformer": SpecialClass(has_prefix_cache=True),
     "CausalWanModel": SpecialClass(own_cache="ar_state"),  # by SamplerARVideo
+    "NaDiT": SpecialClass(cheapest_branch=0),  # SeedVR2's last layer takes the embedding that the first block has kept
     "StageB": SpecialClass(paths=DEEPEST),
     "StageC": SpecialClass(paths=DEEPEST),
     "Trellis2": SpecialClass(refused="it has several networks for sparse grids, which take turns"),

@@ -133,10 +133,10 @@ class CacheRun:
     None: as the settings say.
 
     The subclass for a kind of network defines `channel_dim`, the channel dimension of its features; `wrapper_type`, the kind of
-    host wrapper that `evaluate(executor, ...)` implements, and `arguments`, the names of its arguments; `cheapest_branch`;
-    `check(network, branch)`; `cached_share(network, branch)`, the cost of a cached evaluation as a share of a full one's; and
-    `feature_names(network, branch)`, the beginnings of its features' names. If `has_consumer` is true, its constructor takes
-    `consumed(h, position)`, which maps the output of the block that consumes the feature.
+    host wrapper that `evaluate(executor, ...)` implements, and `arguments`, the names of its arguments;
+    `cheapest_branch(network)`; `check(network, branch)`; `cached_share(network, branch)`, the cost of a cached evaluation as a
+    share of a full one's; and `feature_names(network, branch)`, the beginnings of its features' names. If `has_consumer` is
+    true, its constructor takes `consumed(h, position)`, which maps the output of the block that consumes the feature.
     """
 
     def __init__(self, settings, features, full_steps=None):

@@ -33,7 +33,7 @@ def with_cache(model, settings, make_run, node):
         raise ValueError("model: this MODEL has a cache already; use only one DeepCache (IEC) or CacheQuant (IEC) node.")
     _check_other_cache(model.model_options, node)
     network, kind = model.get_model_object("diffusion_model"), cache_kind(model)
-    branch, levels = max(settings.branch, kind.cheapest_branch), model.get_model_object("model_sampling")
+    branch, levels = max(settings.branch, kind.cheapest_branch(network)), model.get_model_object("model_sampling")
     kind.check(network, branch)
     share = kind.cached_share(network, branch)
     settings = replace(settings, branch=branch, cached_share=share, levels=levels)

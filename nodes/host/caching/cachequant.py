@@ -31,7 +31,8 @@ def calibrate(model, full_precision, runs, interval, branch, schedule, forecast,
     quantized. Raises ValueError if the MODEL cannot be cached, or if a quantized MODEL is given without its source.
     """
     kind = cache_kind(model)
-    settings = CacheSettings(interval, max(branch, kind.cheapest_branch))
+    network = model.get_model_object("diffusion_model")
+    settings = CacheSettings(interval, max(branch, kind.cheapest_branch(network)))
     bits = quantize.quantization_of(model) or "none"
     source = model if bits == "none" else quantize.source_of(model, full_precision)
     correct_consumer = correct_consumer and bits != "none" and kind.has_consumer
@@ -52,7 +53,7 @@ def calibrate(model, full_precision, runs, interval, branch, schedule, forecast,
     fits.check_every_step_was_seen()
 
     facts = {
-        "network": type(model.get_model_object("diffusion_model")).__name__, "branch": settings.branch, "interval": interval,
+        "network": type(network).__name__, "branch": settings.branch, "interval": interval,
         "forecast": forecast, "quantization": bits, "prompts": len(runs.prompts), "runs": runs.count,
         **runs.sampling,
     }  # fmt: skip

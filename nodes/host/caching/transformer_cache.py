@@ -40,7 +40,6 @@ class TransformerCache(CacheRun):
     """The cache of a transformer's residuals in one sampling run. model_options: those of the run."""
 
     channel_dim = -1
-    cheapest_branch = -1
     has_consumer = False
     wrapper_type = WrappersMP.APPLY_MODEL
     arguments = ("x", "t", "c_concat", "c_crossattn", "control", "transformer_options")
@@ -61,6 +60,16 @@ class TransformerCache(CacheRun):
     def _begin_full_step(self, step, position):
         super()._begin_full_step(step, position)
         self._kept.clear()  # it belongs to features that are too old from now on
+
+    @staticmethod
+    def cheapest_branch(network):
+        """Return the least branch of a network: -1, at which no block runs, or 0.
+
+        Also 0 for a network of another pack's class: a layer after its blocks may need that a block has run.
+        """
+        network = uncompiled(network)
+        is_guess = any(own.is_guess for own in find_lists(network))
+        return 0 if is_guess else special_class_of(network).cheapest_branch
 
     @staticmethod
     def check(network, branch):

@@ -43,7 +43,6 @@ class UnetCache(CacheRun):
     """The cache of a U-Net's deep feature in one sampling run. consumed: see CacheRun."""
 
     channel_dim = 1
-    cheapest_branch = 0
     has_consumer = True
     wrapper_type = WrappersMP.DIFFUSION_MODEL
     arguments = ("x", "timesteps", "context", "y", "control", "transformer_options")
@@ -53,6 +52,11 @@ class UnetCache(CacheRun):
         self.branch = settings.branch
         self.first = None  # number of the first output block that a cached evaluation runs
         self._consumed = consumed
+
+    @staticmethod
+    def cheapest_branch(unet):
+        """Return the least branch of a network."""
+        return 0
 
     @staticmethod
     def check(unet, branch):

@@ -363,7 +363,9 @@ FAMILIES = {
         "JoyImage", {**JOY, "hidden_size": 32, "num_attention_heads": 2}, (1, 16, 1, 8, 12),
         {"double_blocks": ("hidden_states", "encoder_hidden_states")},
     ),
-    "SeedVR2": Family("SeedVR2", SEEDVR, VIDEO, {"blocks": ("vid", "txt")}, values={"condition": noise(1, 17, 2, 8, 12)}),
+    "SeedVR2": Family(
+        "SeedVR2", SEEDVR, VIDEO, {"blocks": ("vid", "txt")}, values={"condition": noise(1, 17, 2, 8, 12)}, branches=(0, 1)
+    ),
     "MiniMax H3": Family("MiniMaxH3", MINIMAX, (1, 24, 2, 8, 12), ONE),
     "HiDream-O1": Family("HiDreamO1", HIDREAM, (1, 3, 96, 128), {"language_model.layers": ("x",)}, values=TOKENS),
     "WanDancer": Family("WAN22_WanDancer", {**WAN, **DANCER}, VIDEO, ONE, values={"audio_embed": noise(1, 9, 35)}),
