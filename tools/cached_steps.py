@@ -137,7 +137,8 @@ def main():
             model, conditioning = random_model(kind, narrow=not arguments.true_width)
             latent = true if arguments.true_width else narrow
             for branch in branches:
-                short = random_model(kind, narrow=not arguments.true_width, ends=branch + 1)[0] if kind in SHORT else None
+                has_short = kind in SHORT and branch >= 0
+                short = random_model(kind, narrow=not arguments.true_width, ends=branch + 1)[0] if has_short else None
                 found = measure(node, model, conditioning, latent, branch, arguments.rounds, short)
                 taken, (share, operations) = found.milliseconds, found.share
                 benchmark.row(
