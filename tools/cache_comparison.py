@@ -117,9 +117,8 @@ class Comparison:
 
     def _model_share(self, branch):
         """Return the share that the node takes a cached step to have, judged by the weights."""
-        kind = pack.pack_module("nodes.host.caching.cached_model").cache_kind(self.builtin.model)
-        network = self.builtin.model.model.diffusion_model
-        return kind.cached_share(network, max(branch, kind.cheapest_branch(network)))
+        cached_model, model = pack.pack_module("nodes.host.caching.cached_model"), self.builtin.model
+        return cached_model.cache_kind(model).cached_share(model.model.diffusion_model, cached_model.branch_of(model, branch))
 
     def skipping(self, node, steps, sampler, share):
         """Return the host's cache at the threshold that comes nearest to the share of evaluated steps.

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from ..advice import TRY_PRECISION
 from ..devices import has_float64
 from ..errors import ModelError, ProfileError, SettingsError
 from ..profile_file import Profile
@@ -36,7 +37,7 @@ def group_steps(cost: Sequence[Sequence[float]] | np.ndarray, interval: int, sho
 
     cost: a square table over the steps; cost[i][s], for i < s, is the cost if step s reuses the feature of step i. There are
     ceil(steps / interval) groups, each between `shortest` and 2 * interval steps long; a run of fewer steps is one group.
-    shortest: None for the paper's ceil(interval / 2).
+    shortest: None for the paper's ceil(interval / 2). Raises ModelError if the costs are not finite.
     """
     shortest = math.ceil(interval / 2) if shortest is None else shortest
     total, count = len(cost), math.ceil(len(cost) / interval)
@@ -46,7 +47,8 @@ def group_steps(cost: Sequence[Sequence[float]] | np.ndarray, interval: int, sho
         costs[: total - lag, lag] = np.diagonal(np.asarray(cost, dtype=np.float64), lag)
     costs[:, 0] = 0
     firsts = least_cost_groups(costs, count, min(shortest, total // count))
-    assert firsts is not None  # the mean length is between the shortest and the longest
+    if firsts is None:  # not with finite costs: the mean length is between the shortest and the longest
+        raise ModelError(f"model: its features overflow in a calibration run. {TRY_PRECISION}")
     return firsts
 
 

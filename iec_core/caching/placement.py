@@ -101,21 +101,26 @@ def full_steps_by_noise(
 
     noise, signal: as for `reuse_costs`. forced: steps that are among them in any case. No group of steps, from one that is
     evaluated in full to the last that reuses it, is longer than LONGEST times the mean of those that are not forced, if that
-    is possible. A run of more than MOST_STEPS steps, or without noise, gets evenly spaced steps.
+    is possible. Evenly spaced steps, besides those, in a run of more than MOST_STEPS steps, without noise, or with noise levels
+    that are not finite.
     """
     steps = len(noise) - 1
     wanted = [step for step in range(steps) if step in forced]
-    free = steps - len(wanted)
+    free = [step for step in range(steps) if step not in forced]
     count = min(max(count, len(wanted) + (0 not in wanted)), steps)
-    if steps > MOST_STEPS or not any(noise):
-        return frozenset(wanted) | {step * steps // count for step in range(count)}
-    longest = min(LONGEST * max(math.ceil(free / max(count - len(wanted), 1)), 1), steps)
-    firsts = None
-    while firsts is None:
+    chosen = count - len(wanted)
+    evenly = frozenset(wanted) | {free[number * len(free) // chosen] for number in range(chosen)}
+    if steps > MOST_STEPS or not any(noise) or not np.isfinite([*noise, *signal]).all():
+        return evenly
+    longest = min(LONGEST * max(math.ceil(len(free) / max(chosen, 1)), 1), steps)
+    while True:
         costs = reuse_costs(noise, signal, longest)
         for step in wanted:
             for lag in range(1, min(longest, step + 1)):
                 costs[step - lag, lag] = math.inf
         firsts = least_cost_groups(costs, count)
+        if firsts is not None:
+            return frozenset(firsts)
+        if longest == steps:  # only with costs that are not finite, of noise levels near the largest float
+            return evenly
         longest = min(2 * longest, steps)
-    return frozenset(firsts)

@@ -117,7 +117,7 @@ class Strip {
       const plan = { steps: run.steps, corrected: run.corrected, full: run.full };
       return { ...common, plan, lines: [fullOf(run)], message: `${message} These are the steps of the last run.` };
     }
-    const isCertain = answer.full && !answer.full_open.length;
+    const isCertain = answer.full && !answer.full_by_model;
     if (isCertain || !this.isCacheOpen) {
       return { ...common, plan: this.decided(), lines: [costOf(answer), fullOf(answer), fullCorrectionsOf(answer), answer.choice] };
     }
@@ -130,7 +130,8 @@ class Strip {
   /** Return the plan; the corrections that depend on the model are those of the last run, if it had these settings. */
   decided() {
     const { run, answer } = this;
-    const isDecided = answer.open?.length && run?.steps === answer.steps && !run.isRunning && !this.isOther();
+    const dependsOnModel = answer.open?.length || answer.full_by_model;
+    const isDecided = dependsOnModel && run?.steps === answer.steps && !run.isRunning && !this.isOther();
     return isDecided ? { ...answer, corrected: run.corrected, open: [] } : answer;
   }
 

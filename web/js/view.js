@@ -59,7 +59,7 @@ export function costOf({ evaluations, nfe, corrected }) {
 export function fullOf({ full, full_open: open = [], steps }) {
   if (!full) return "";
   if (!open.length) return `${full.length} of ${plural(steps, "step")} in full, the others cached`;
-  return `${full.length} of ${plural(steps, "step")} in full for every model, ${open.length} more depending on the model`;
+  return `${full.length} of ${plural(steps, "step")} in full with most models, ${open.length} in full or cached, depending on the model`;
 }
 
 /** Return a run's settings, in words. */

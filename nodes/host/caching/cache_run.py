@@ -47,10 +47,12 @@ class CacheSettings:
 
     def full_steps(self, sigmas):
         """Return the frozenset of the steps that are evaluated in full, for a schedule of n + 1 sigmas."""
-        total = max(len(sigmas) - 1, 1)
+        total = len(sigmas) - 1
+        if total < 1:  # another pack's sampler may evaluate the network without a step
+            return frozenset({0})
         outside = {step for step, sigma in enumerate(sigmas[:-1]) if not self.start >= sigma > self.end}
         interval = self._interval(total, len(outside))
-        if self.schedule.kind == "auto" and len(sigmas) > 1:
+        if self.schedule.kind == "auto":
             count = len(outside) + math.ceil((total - len(outside)) / interval)
             return full_steps_by_noise(*noise_and_signal(self.levels, sigmas), count, outside)
         return self.schedule.of(total, interval) | outside
@@ -71,6 +73,15 @@ class CacheSettings:
         share = len(full) / max(len(sigmas) - 1, 1)
         errors = reuse_errors(*noise_and_signal(self.levels, sigmas), full)
         return ExpectedSteps(sorted(full), share + self.cached_share * (1 - share), errors)
+
+    def warn_if_slower(self, expected):
+        """Log a warning if a run cannot have the speed, because its steps are too few, or many of them may not be cached."""
+        nearest = 0.5 * (1 - self.cached_share) / len(expected.errors)  # a number of full steps is whole
+        if self.speed and expected.cost > 1 / self.speed + nearest + 1e-6:
+            warn_once(
+                f"speed: {self.speed:g} cannot be reached in this run of {len(expected.errors)} steps, of which "
+                f"{len(expected.full)} have to be evaluated in full; expected is {1 / expected.cost:.3g}"
+            )
 
 
 @dataclass(frozen=True)
@@ -144,6 +155,7 @@ class CacheRun:
         self.features = features
         self.full_steps = full_steps or settings.full_steps
         self._schedule = self._full = None  # the schedule, and its steps that are evaluated in full
+        self._expected = None  # the ExpectedSteps of the schedule
         self._evaluation, self._counts = None, Counter()  # how often each key occurred in the sampler's evaluation
         self._full_step, self._since = None, -math.inf  # the last step evaluated in full, and the position where it began
         self._networks = {}  # {network: its number}, in the order in which the run evaluates them
@@ -153,10 +165,10 @@ class CacheRun:
         self.features.clear()
 
     def end(self):
-        """End the run: log what it was, and forget the features."""
-        if self._schedule is not None and len(self._schedule.sigmas) > 1:
-            logger.info(f"Cache: {self.settings.expected(self._schedule.sigmas, self._full)}.")
+        """End the run: forget the features, and log what it was."""
         self.clear()
+        if self._expected is not None:
+            logger.info(f"Cache: {self._expected}.")
 
     def expected(self, sigmas):
         """Return the ExpectedSteps of a run over n + 1 sigmas."""
@@ -197,6 +209,9 @@ class CacheRun:
             self.clear()
             self._full_step, self._since = None, -math.inf
         self._schedule, self._full = schedule, self.full_steps(schedule.sigmas)
+        if len(schedule.sigmas) > 1:
+            self._expected = self.settings.expected(schedule.sigmas, self._full)
+            self.settings.warn_if_slower(self._expected)
 
     def _begin_full_step(self, step, position):
         """Begin a step that is evaluated in full.

@@ -20,6 +20,11 @@ def cache_kind(model):
     return UnetCache if isinstance(uncompiled(model.get_model_object("diffusion_model")), UNetModel) else TransformerCache
 
 
+def branch_of(model, branch):
+    """Return the branch that an input means for a MODEL: -1 is the network's cheapest."""
+    return max(branch, cache_kind(model).cheapest_branch(model.get_model_object("diffusion_model")))
+
+
 def with_cache(model, settings, make_run, node):
     """Return a clone of a MODEL with a cache; each sampling run gets a new cache run.
 
@@ -33,14 +38,16 @@ def with_cache(model, settings, make_run, node):
         raise ValueError("model: this MODEL has a cache already; use only one DeepCache (IEC) or CacheQuant (IEC) node.")
     _check_other_cache(model.model_options, node)
     network, kind = model.get_model_object("diffusion_model"), cache_kind(model)
-    branch, levels = max(settings.branch, kind.cheapest_branch(network)), model.get_model_object("model_sampling")
+    branch, levels = branch_of(model, settings.branch), model.get_model_object("model_sampling")
     kind.check(network, branch)
     share = kind.cached_share(network, branch)
     settings = replace(settings, branch=branch, cached_share=share, levels=levels)
     if settings.speed * share >= 1:
+        smaller = ", or a smaller branch" if branch > kind.cheapest_branch(network) else ""
+        choices = f"choose less than {1 / share:.3g}{smaller}" if share < 1 else "write 0, to go by interval"
         raise ValueError(
-            f"speed: {settings.speed:g} is not possible at branch {settings.branch} of this network, because a cached step "
-            f"takes {share:.2f} of the time of a full one; choose less than {1 / share:.3g}, or a smaller branch."
+            f"speed: {settings.speed:g} is not possible at branch {branch} of this network, because a cached step takes "
+            f"{share:.2f} of the time of a full one; {choices}."
         )
 
     def begin_run(model_options):
@@ -83,8 +90,8 @@ def _keep_for_run(key, make_state):
         try:
             return executor(*args, **kwargs)
         finally:
-            state.end()
             guider.model_options = before
+            state.end()
 
     return outer_sample
 

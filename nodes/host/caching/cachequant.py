@@ -19,7 +19,7 @@ from ..quantization.activation_scales import calibrated, scales_of
 from ..quantization.weights import fingerprint, is_same
 from ..sampling.calibration_runs import Bar
 from .cache_run import CacheSettings, noise_and_signal
-from .cached_model import cache_kind, with_cache
+from .cached_model import branch_of, cache_kind, with_cache
 
 
 def calibrate(model, full_precision, runs, interval, branch, schedule, forecast, correct_consumer):
@@ -30,9 +30,7 @@ def calibrate(model, full_precision, runs, interval, branch, schedule, forecast,
     two. correct_consumer: whether the output of the block that consumes the feature also gets a map, if the model is
     quantized. Raises ValueError if the MODEL cannot be cached, or if a quantized MODEL is given without its source.
     """
-    kind = cache_kind(model)
-    network = model.get_model_object("diffusion_model")
-    settings = CacheSettings(interval, max(branch, kind.cheapest_branch(network)))
+    kind, settings = cache_kind(model), CacheSettings(interval, branch_of(model, branch))
     bits = quantize.quantization_of(model) or "none"
     source = model if bits == "none" else quantize.source_of(model, full_precision)
     correct_consumer = correct_consumer and bits != "none" and kind.has_consumer
@@ -53,7 +51,7 @@ def calibrate(model, full_precision, runs, interval, branch, schedule, forecast,
     fits.check_every_step_was_seen()
 
     facts = {
-        "network": type(network).__name__, "branch": settings.branch, "interval": interval,
+        "network": type(model.get_model_object("diffusion_model")).__name__, "branch": settings.branch, "interval": interval,
         "forecast": forecast, "quantization": bits, "prompts": len(runs.prompts), "runs": runs.count,
         **runs.sampling,
     }  # fmt: skip

@@ -96,8 +96,14 @@ def _full_steps_on(levels, sigmas, interval=1, schedule="auto", start_percent=0.
     return sorted(CacheSettings(max(interval, 1), 0, schedule, start, end, levels=levels, speed=speed).full_steps(sigmas))
 
 
+def _goes_by_model(profile_name=None, schedule="auto", start_percent=0.0, end_percent=1.0, **_):
+    """Return whether the steps in full depend on the model's noise levels. The inputs are as for `step_plan`."""
+    is_auto = parse_cache_schedule(schedule).kind == "auto"
+    return profile_name is None and (is_auto or start_percent > 0 or end_percent < 1)
+
+
 def step_plan(correction, sampling, cache=None, correction_pass="refresh", is_cache_open=False):
-    """Return what a run will do for every model, judged by the noise levels of `MODELS`.
+    """Return what a run will do for most models, judged by the noise levels of `MODELS`.
 
     correction: inputs of `CorrectionSettings.parse`. sampling: fields of `Sampling`. cache: interval, schedule, start_percent,
     end_percent and speed of IECDeepCache, or profile_name. correction_pass: that of the cache. is_cache_open: whether there may
@@ -107,8 +113,9 @@ def step_plan(correction, sampling, cache=None, correction_pass="refresh", is_ca
     also as chosen by `auto`; steps, their number; corrected, numbers of the corrected steps; open, steps that are corrected
     with the noise levels of some models but not of others; correctable, steps that can be corrected; full, steps that the cache
     evaluates in full, or None; full_open, steps that it evaluates in full with the noise levels of some models but not of
-    others; full_corrections, how many corrections are evaluated in full, at most; evaluations, their number without
-    corrections; nfe, their number with corrections, an upper bound if iterations can converge early.
+    others; full_by_model, whether the steps in full depend on the model, so that those of one with other noise levels than
+    `MODELS` can differ; full_corrections, how many corrections are evaluated in full, at most; evaluations, their number
+    without corrections; nfe, their number with corrections, an upper bound if iterations can converge early.
 
     Raises ValueError, with a sentence, for settings that a run would refuse, and NotKnown for what only the run can tell.
     """
@@ -121,7 +128,7 @@ def step_plan(correction, sampling, cache=None, correction_pass="refresh", is_ca
     if any(len(other) != len(sigmas) for other in schedules.values()):
         raise NotKnown("scheduler: how many steps it makes depends on the model, and is known when it runs.")
     if len(sigmas) < 2:
-        nothing = {"corrected": [], "correctable": [], "full": None, "full_open": [], "open": []}
+        nothing = {"corrected": [], "correctable": [], "full": None, "full_open": [], "full_by_model": False, "open": []}
         return {**about, "steps": 0, **nothing, "full_corrections": 0, "evaluations": 0, "nfe": 0}
     plan = _plan(settings, sampling.sampler_name, sigmas)
     begins, evaluations = plan.sigmas, len(plan.evaluations)
@@ -143,6 +150,7 @@ def step_plan(correction, sampling, cache=None, correction_pass="refresh", is_ca
         "correctable": sorted(replace(settings, steps=ALL).corrected_steps(begins, None, plan.known_ends)),
         "full": None if full_in_all is None else sorted(full_in_all),
         "full_open": sorted(full_open),
+        "full_by_model": full is not None and _goes_by_model(**cache),
         "full_corrections": in_full,
         "evaluations": evaluations,
         "nfe": evaluations + settings.added_evaluations * max(map(len, steps.values())),

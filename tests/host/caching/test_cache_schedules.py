@@ -1,6 +1,7 @@
 """Which steps IECDeepCache evaluates in full: by the noise levels of the run, and as many as a speed leaves time for."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -143,6 +144,12 @@ def test_levels_that_do_not_tell_the_noise_give_even_steps(host, cache_run):
     assert settings.full_steps([1.0, 0.8, 0.6, 0.4, 0.2, 0.1, 0.0]) == {0, 3}
 
 
+@pytest.mark.parametrize("kind", ["auto", "uniform"])
+def test_a_schedule_without_a_step_is_evaluated_in_full(cache_run, kind):
+    schedule = pack_module("iec_core.caching.feature_cache").CacheSchedule(kind)
+    assert cache_run.CacheSettings(3, 0, schedule, levels=object()).full_steps([1.0]) == {0}
+
+
 def operations(evaluate):
     with FlopCounterMode(display=False) as counter:
         evaluate()
@@ -178,26 +185,57 @@ def test_speed_counts_what_start_and_end_leave_in_full(builtin, run, cached):
     assert len(full_steps(cached(model, speed=3.0, end_percent=0.25), run)[0]) == outside + 1  # too few steps may be cached
 
 
+def test_a_speed_that_the_steps_do_not_allow_is_told(builtin, run, cached, caplog):
+    """At least one of the 12 steps is in full. What that is in operations is counted."""
+    run(cached(builtin["unet"], speed=4.0))
+    assert not any("cannot be reached" in record.message for record in caplog.records)
+    share = operations(lambda: run(cached(builtin["unet"], speed=9.0))) / operations(lambda: run(builtin["unet"]))
+    (line,) = [record.message for record in caplog.records if "cannot be reached" in record.message]
+    found = re.search(
+        r"speed: 9 cannot be reached in this run of 12 steps, of which 1 have to be .*; expected is (\S+)\.$", line
+    )
+    assert float(found[1]) == pytest.approx(1 / share, rel=0.15)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("branch", [-1, 0, 1, 2])
 def test_cached_share_is_that_of_the_operations(builtin, run, cached, architecture, branch):
     model = builtin[architecture]
-    kind = pack_module("nodes.host.caching.cached_model").cache_kind(model)
+    cached_model = pack_module("nodes.host.caching.cached_model")
+    kind = cached_model.cache_kind(model)
     one = cached(model, branch=branch, schedule="steps:0")
     full = operations(lambda: run(model, steps=1))
     found = operations(lambda: run(one, steps=2)) - full
-    branch = max(branch, kind.cheapest_branch(model.model.diffusion_model))
+    branch = cached_model.branch_of(model, branch)
     assert kind.cached_share(model.model.diffusion_model, branch) == pytest.approx(found / full, abs=0.04)
 
 
-def test_a_speed_that_no_run_can_have_is_refused(builtin, cached, host):
+def test_a_speed_that_no_run_can_have_is_refused(builtin, cached, host, monkeypatch):
     with pytest.raises(
         ValueError, match=r"^speed: 90 is not possible at branch 3 of this network, because a cached step takes 0"
     ):
         cached(builtin["unet"], branch=3, speed=90.0)
+    with pytest.raises(ValueError, match=r"; choose less than [\d.]+, or a smaller branch\.$"):
+        cached(builtin["unet"], branch=3, speed=90.0)
+    with pytest.raises(ValueError, match=r" of a full one; choose less than [\d.]+\.$"):
+        cached(builtin["unet"], speed=90.0)
+    with monkeypatch.context() as patch:
+        kind = pack_module("nodes.host.caching.unet_cache").UnetCache
+        patch.setattr(kind, "cached_share", staticmethod(lambda unet, branch: 1.0))
+        with pytest.raises(ValueError, match=r" takes 1\.00 of the time of a full one; write 0, to go by interval\.$"):
+            cached(builtin["unet"], speed=1.0)
     check = host.nodes["IECDeepCache"].validate_inputs
     assert check(speed=0.5) == "speed: 0.5 would be slower than without the cache; write 1 or more, or 0 to go by interval."
     assert check(speed=0.0) is check(speed=1.0) is check(speed=2.5) is True
+
+
+def test_an_error_in_the_log_line_leaves_no_features(builtin, run, cached, cache_run, monkeypatch):
+    runs, clear = [], cache_run.CacheRun.clear
+    monkeypatch.setattr(cache_run.CacheRun, "clear", lambda self: runs.append(self) or clear(self))
+    monkeypatch.setattr(cache_run.ExpectedSteps, "__str__", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(cached(builtin["unet"]), steps=2)
+    assert len(runs) == 1
 
 
 @pytest.mark.parametrize("schedule", ["auto", "uniform"])

@@ -68,16 +68,21 @@ def test_plan_agrees_with_the_run(plans, sample, model, count_evaluations, name,
 def test_planned_cached_steps_agree_with_the_run(plans, host, sample, model, inputs, full):
     cached = host.run("IECDeepCache", model=model, **{"branch": 0, **inputs})[0]
     settings = {"steps": 7, "scheduler": "normal", "correction_steps": "none"}
-    deep = []
-    middle = cached.model.diffusion_model.middle_block[0]
-    hook = middle.register_forward_hook(lambda *_: deep.append(True))
+    network, steps, deep = cached.model.diffusion_model, [], []
+    hooks = [
+        network.input_blocks[0][0].register_forward_hook(lambda *_: steps.append(len(steps))),  # in each evaluation
+        network.middle_block[0].register_forward_hook(lambda *_: deep.append(steps[-1])),
+    ]
     try:
         sample(cached, cfg=1.0, **settings)
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     plan = plans.step_plan({"correction_steps": "none"}, sampling(steps=7, scheduler="normal"), inputs)
-    assert len(plan["full"]) <= len(deep) <= len(plan["full"]) + len(plan["full_open"])
+    assert steps == list(range(7))
     assert full is None or (plan["full"], plan["full_open"]) == (full, [])
+    assert set(plan["full"]) <= set(deep) <= {*plan["full"], *plan["full_open"]}
+    assert plan["full_by_model"] == (full is None)
 
 
 PART = {"interval": 4, "start_percent": 0.4, "schedule": "uniform"}

@@ -18,7 +18,7 @@ from iec_core.caching.cachequant import (
     group_steps,
     mapped,
 )
-from iec_core.errors import ProfileError
+from iec_core.errors import ModelError, ProfileError
 
 
 def cost_of(cost, firsts, total):
@@ -47,6 +47,11 @@ def test_grouping_is_optimal(total, interval, seed):
     firsts = group_steps(cost, interval)
     assert firsts in splits
     assert cost_of(cost, firsts, total) == pytest.approx(min(cost_of(cost, split, total) for split in splits), abs=1e-12)
+
+
+def test_costs_that_are_not_finite_are_refused():
+    with pytest.raises(ModelError, match=r"^model: its features overflow in a calibration run\."):
+        group_steps([[math.inf] * 6] * 6, 2, 2)
 
 
 def test_grouping_puts_more_full_steps_where_features_change():

@@ -119,6 +119,25 @@ def test_even_steps_without_noise_and_in_very_long_runs():
     assert full_steps_by_noise(noise, signal, 2) == {0, (MOST_STEPS + 1) // 2}
 
 
+@pytest.mark.parametrize("noise", [
+    [math.nan] * 8, [14.0, 8.0, 5.0, 2.0, 1.0, 0.5, math.nan, 0.0], [math.inf, 8.0, 5.0, 2.0, 1.0, 0.5, 0.1, 0.0],
+    [1e308, 1e307, 1e306, 2.0, 1.0, 0.5, 0.1, 0.0],
+])  # fmt: skip
+@pytest.mark.parametrize("forced", [(), {4, 5}, {0, 1}])
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+def test_noise_levels_that_are_not_finite_end_in_as_many_steps(noise, forced):
+    for count in (1, 3, 7):
+        found = full_steps_by_noise(noise, [1.0] * 8, count, forced)
+        assert 0 in found and set(forced) <= found <= set(range(7))
+        assert len(found) == max(count, len({0, *forced}))
+
+
+def test_even_steps_are_besides_the_forced_ones():
+    assert full_steps_by_noise([0.0] * 41, [1.0] * 41, 30, set(range(20))) == {*range(20), *range(20, 40, 2)}
+    noise, signal = flow(1100)
+    assert len(full_steps_by_noise(noise, signal, 825, set(range(550)))) == 825
+
+
 def test_error_of_each_step_is_that_of_its_reuse():
     noise, signal = flow(8)
     found = reuse_errors(noise, signal, {0, 1, 5})
