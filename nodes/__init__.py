@@ -21,9 +21,10 @@ if COPIES is None:  # a second copy adds nothing: routes, operators and the web 
     from .host.inputs import refuse_unfit_values
     from .quantization import calibrate_weights, quantization_profile, quantization_report, quantize
     from .reports import compare, pictures, report
+    from .search import find_settings
 
     QUANTIZATION = quantize, calibrate_weights, quantization_profile, quantization_report
-    MODULES = samplers, *QUANTIZATION, deepcache, cachequant, builtin, compare, pictures, report, contraction
+    MODULES = samplers, *QUANTIZATION, deepcache, cachequant, builtin, compare, pictures, report, contraction, find_settings
     NODES = [node for module in MODULES for node in module.NODES]
 else:
     NODES = []

@@ -14,6 +14,23 @@ CacheProfileSocket = io.Custom("IEC_CACHE_PROFILE")
 QuantizationProfileSocket = io.Custom("IEC_QUANTIZATION_PROFILE")
 
 
+class _AnyChoice(str):
+    """The type of an output that any input with choices takes: hosts from before 2026 compare the lists of choices."""
+
+    __hash__ = str.__hash__
+
+    def __ne__(self, other):
+        return not isinstance(other, list) and str.__ne__(self, other)
+
+
+class ChoiceOutput(io.Combo.Output):
+    """An output with one of the choices of another node's input."""
+
+    @property
+    def io_type(self):
+        return _AnyChoice("COMBO")
+
+
 def as_image(array):
     """Convert uint8 [H, W, 3] to the host's IMAGE, float [1, H, W, 3] in 0..1."""
     return torch.from_numpy(array.astype(np.float32) / 255)[None]

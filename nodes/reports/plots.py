@@ -16,6 +16,7 @@ from . import fonts
 # Okabe and Ito's palette, which can be distinguished with every common colour blindness; the first five are the most distinct.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#56B4E9", "#E69F00", "#009E73", "#CC79A7")
 STYLES = ("-", "--", ":", "-.")
+RING = {"marker": "o", "color": COLOURS[4], "markersize": 13, "markerfacecolor": "none", "markeredgewidth": 2}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
@@ -269,11 +270,11 @@ def _label_points(figure, axes, points, texts, lines):
     return overlap == 0
 
 
-def _pareto_figure(points, front, reference, cost, texts, listed=()):
+def _pareto_figure(points, front, reference, cost, texts, listed=(), chosen=None):
     """Return (figure, legible) of the Pareto plot.
 
-    texts: written at the points. listed: the points' entries in the legend, if any. reference: (name, cost). legible: whether
-    no text hides anything.
+    texts: written at the points. listed: the points' entries in the legend, if any. reference: (name, cost). chosen: the index
+    of the point that gets a ring, None for none. legible: whether no text hides anything.
     """
     highest, errors = 1.15 * max(reference[1], *(x for x, _ in points)), [y for _, y in points]
     on_front = {"marker": "o", "color": COLOURS[1], "markersize": 7}
@@ -284,6 +285,7 @@ def _pareto_figure(points, front, reference, cost, texts, listed=()):
         Line2D([], [], **at_reference, label=f"reference: {reference[0]}"),
         Line2D([], [], **on_front, label="Pareto front"),
         Line2D([], [], linestyle="", **off_front, label="dominated"),
+        *([] if chosen is None else [Line2D([], [], linestyle="", **RING, label="chosen")]),
         *(Line2D([], [], linestyle="", **look, label=line) for look, line in zip(looks, listed)),
     ]
     columns = _legend_columns([key.get_label() for key in keys])
@@ -301,6 +303,8 @@ def _pareto_figure(points, front, reference, cost, texts, listed=()):
         axes.plot(*zip(*line), color=COLOURS[1], linewidth=1.4)
     for point, look in zip(points, looks):
         axes.plot(*point, linestyle="", zorder=3, **look)
+    if chosen is not None:
+        axes.plot(*points[chosen], linestyle="", zorder=4, **RING)
     figure.legend(handles=keys, loc="outside lower center", ncols=columns, fontsize=9)
     lines.append(((reference[1], min(errors) / 1.7), (reference[1], max(errors) * 1.7)))
     return figure, _label_points(figure, axes, points, texts, lines)
@@ -323,6 +327,23 @@ def pareto(runs, front, reference, cost):
         listed = [f"{number}  {', '.join(name)}" for number, name in enumerate(names, 1)]
         numbers = [str(number) for number in range(1, len(runs) + 1)]
         figure, _ = _pareto_figure(points, front, reference, cost, numbers, listed)
+    return _picture(figure)
+
+
+def found_settings(candidates, front, chosen):
+    """Draw the candidates of a search: their errors and their shares of the full run's time; uint8 [H, W, 3].
+
+    candidates: list of (settings in words, share, error), in any order. front: as in `pareto`; these have a number, and their
+    settings are below the plot. chosen: the index of the chosen one.
+    """
+    order = [*front, *(index for index in range(len(candidates)) if index not in front)]  # the legend lists the first ones
+    floor = min((error for *_, error in candidates if error > 0), default=1e-6) / 3  # where an error of 0 is drawn
+    points = [(share, error if error > 0 else floor) for _, share, error in (candidates[index] for index in order)]
+    short = shortened_apart((candidates[index][0] for index in front), 60)
+    listed = [f"{number}  {short[candidates[index][0]]}" for number, index in enumerate(front, 1)]
+    texts = [str(number) if number <= len(front) else "" for number in range(1, len(order) + 1)]
+    axis, marked = "time as a share of the full run's", order.index(chosen)
+    figure, _ = _pareto_figure(points, list(range(len(front))), ("the full run", 1.0), axis, texts, listed, marked)
     return _picture(figure)
 
 

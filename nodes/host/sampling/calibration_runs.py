@@ -1,5 +1,7 @@
 """The sampling runs of a calibration, on the user's prompts."""
 
+import contextlib
+import contextvars
 from dataclasses import dataclass, replace
 
 import comfy.sample
@@ -9,18 +11,31 @@ from comfy.patcher_extension import WrappersMP
 from ....iec_core.advice import TRY_PRECISION
 from .run_plan import follow_run
 
+_has_bars = contextvars.ContextVar("has_bars", default=True)
+
+
+@contextlib.contextmanager
+def no_bars():
+    """Show no Bar that is made in this context, because the node shows another one."""
+    token = _has_bars.set(False)
+    try:
+        yield
+    finally:
+        _has_bars.reset(token)
+
 
 class Bar:
     """The node's progress bar, over the steps of all runs and any other work. It is a callback for the host's samplers."""
 
     def __init__(self, total):
-        self._bar = comfy.utils.ProgressBar(total)
+        self._bar = comfy.utils.ProgressBar(total) if _has_bars.get() else None
 
     def __call__(self, step, denoised, x, total_steps):
         self.advance()
 
     def advance(self):
-        self._bar.update(1)
+        if self._bar is not None:
+            self._bar.update(1)
 
 
 def open_to_hooks(model):
@@ -79,19 +94,31 @@ class Runs:
         """Runs that consist of the first run alone."""
         return replace(self, prompts=self.prompts[:1], count=1)
 
+    def with_sampling(self, **changes):
+        """Return these Runs with other values in `sampling`."""
+        return replace(self, sampling={**self.sampling, **changes})
+
     def sample(self, callback, model):
         """Run the model. Raises ValueError if the result of a run is not finite."""
+        for prompt in self.prompts:
+            for run in range(self.count):
+                _check_finite(self._sample(model, prompt, run, self.sampling, callback))
+
+    def one(self, run, steps, sampler_name, scheduler, model):
+        """Return the latents of one run, whose prompt is the next one in turn and whose seed is the next one."""
+        sampling = {**self.sampling, "steps": steps, "sampler_name": sampler_name, "scheduler": scheduler}
+        return self._sample(model, self.prompts[run % len(self.prompts)], run, sampling, None)
+
+    def _sample(self, model, prompt, run, sampling, callback):
         ratios = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # in the empty latents of newer hosts
         ratios = {name: self.latent_image[name] for name in ratios if name in self.latent_image}
         latent = comfy.sample.fix_empty_latent_channels(model, self.latent_image["samples"], **ratios)
-        for prompt in self.prompts:
-            for seed in ((self.seed + run) % 2**64 for run in range(self.count)):
-                noise = comfy.sample.prepare_noise(latent, seed)
-                samples = comfy.sample.sample(
-                    model, noise, positive=prompt, negative=self.negative, latent_image=latent, seed=seed, callback=callback,
-                    disable_pbar=True, **self.sampling,
-                )  # fmt: skip
-                _check_finite(samples)
+        seed = (self.seed + run) % 2**64
+        noise = comfy.sample.prepare_noise(latent, seed)
+        return comfy.sample.sample(
+            model, noise, positive=prompt, negative=self.negative, latent_image=latent, seed=seed, callback=callback,
+            disable_pbar=True, **sampling,
+        )  # fmt: skip
 
 
 def _check_finite(samples):

@@ -1,0 +1,209 @@
+"""Find the best settings of a Space with few runs: a best-first search on one run, then successive halving on more runs.
+
+Successive halving: Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization", 2016.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator
+
+from .candidates import Candidate, Space, Way
+from .trials import Goal, RefusedError, Row, Trial
+
+EXPLORING = 0.65  # the share of the budget for the first run, on which all ways are tried
+MOST = 1.3  # the share of the budget at which a search ends that still looks for a candidate within the limit
+MUCH_FASTER = 0.85  # a way that takes less than this share of the allowed time gets a further level
+WORTH_REFINING = 1.25  # a way whose error is this many times the best one's gets no further level
+
+
+class Search:
+    """A search that can be stopped at any time: `rows` then has what was measured, and `best` is the best so far.
+
+    measure(candidate, run): returns the Trial of a candidate with the prompt and noise of that run; raises RefusedError if it
+    cannot be run. full_seconds: the time of the full run. runs: how many different runs there are. budget: about how much may
+    be spent, as a multiple of the full run's time.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        goal: Goal,
+        measure: Callable[[Candidate, int], Trial],
+        full_seconds: float,
+        runs: int,
+        budget: float,
+    ) -> None:
+        self.space, self.goal, self.budget = space, goal, budget
+        self._measure, self._full_seconds, self._runs = measure, full_seconds, runs
+        self.rows: dict[Candidate, Row] = {}
+        self.spent = 0.0
+        self._last = space.full
+        self._done = 1  # the number of runs that the candidates which are still in the search did
+
+    @property
+    def best(self) -> Row | None:
+        """The best candidate among those that did all runs so far, None before the first result."""
+        return self.goal.best(self._complete)
+
+    @property
+    def _complete(self) -> list[Row]:
+        return [row for row in self.rows.values() if row.has_run and len(row.trials) >= self._done]
+
+    @property
+    def last(self) -> Row:
+        """The row of the candidate that was tried last."""
+        return self.rows[self._last]
+
+    def run(self) -> None:
+        """Search until the budget is spent, or nothing is left to try."""
+        for _ in self.progress():
+            pass
+
+    def progress(self) -> Iterator[float]:
+        """Search; yield the share of the budget that is spent, after each run."""
+        for candidate, run in self._next():
+            self._try(candidate, run)
+            yield min(self.spent / self.budget, 1.0)
+
+    def _try(self, candidate: Candidate, run: int) -> None:
+        self._last = candidate
+        row = self.rows.setdefault(candidate, Row(candidate, self._full_seconds))
+        try:
+            row.trials[run] = self._measure(candidate, run)
+            self.spent += row.trials[run].spent
+        except RefusedError as refusal:
+            row.reason = str(refusal)
+            self.spent += refusal.spent
+
+    def _next(self) -> Iterator[tuple[Candidate, int]]:
+        """Yield (candidate, run) in the order in which they are to be tried; each is tried before the next is asked for."""
+        for candidate in self._explore():
+            yield candidate, 0
+        yield from self._halve()
+        yield from self._repair()
+
+    # On the first run, best first: the ways that differ in one field from the best way whose neighbours were not tried yet.
+
+    def _explore(self) -> Iterator[Candidate]:
+        most = EXPLORING * self.budget
+        yield self.space.full
+        yield from self._first_levels(self.space.own, most)
+        base, extended = self.space.own, set()
+        while self.spent < most:
+            extended.add(base)
+            ways = [way for way in self.space.neighbours(base) if not self._of(way)]
+            for way in sorted(ways, key=functools.partial(self._promise, base)):
+                yield from self._first_levels(way, most)
+            for way in sorted(self._ways(), key=self._rank):
+                yield from self._refine(way, most)
+            left = [way for way in self._ways() if way not in extended and any(row.has_run for row in self._of(way))]
+            if not left:
+                return
+            base = min(left, key=self._rank)
+
+    def _first_levels(self, way: Way, most: float) -> Iterator[Candidate]:
+        """Yield a first level of a way, and with a limit for the time further ones, until one is within it."""
+        for candidate in self._refine(way, most):
+            yield candidate
+            if not self.goal.of_time or any(self.goal.is_met(row) for row in self._of(way) if row.has_run):
+                return
+
+    def _refine(self, way: Way, most: float) -> Iterator[Candidate]:
+        """Yield levels of a way until its best one is known, or cannot be the best of all."""
+        while self.spent < most and not any(row.reason for row in self._of(way)) and self._may_win(way):
+            level = self._guess(way)
+            if level is None:
+                return
+            yield Candidate(way, level)
+
+    def _may_win(self, way: Way) -> bool:
+        """Tell whether a further level of a way may be better than the best of all."""
+        best, own = self.best, self.goal.best(self._of(way))
+        if best is None or own is None or not self.goal.is_met(best) or not self.goal.of_time:
+            return True  # with a limit for the error, `_guess` leaves out the levels that take more time than the best one
+        return own.error <= WORTH_REFINING * best.error or own.share < MUCH_FASTER * self.goal.limit
+
+    def _guess(self, way: Way) -> int | None:
+        """Return the next level to try, None if the best level of this way is known."""
+        low, high = 0, self.space.levels(way) + 1
+        for row in self._of(way):
+            if self.goal.of_time is self.goal.is_met(row):
+                low = max(low, row.candidate.level)
+            else:
+                high = min(high, row.candidate.level)
+        levels = [level for level in range(low + 1, high)]
+        if not self.goal.of_time and (best := self.best) is not None and self.goal.is_met(best):
+            levels = [level for level in levels if self._expected(way, level) < best.share]
+        if not levels:
+            return None
+        if not self.goal.of_time:
+            return levels[(len(levels) - 1) // 2]
+        within = [level for level in levels if self._expected(way, level) <= self.goal.limit]
+        return within[-1] if within else levels[0]
+
+    def _expected(self, way: Way, level: int) -> float:
+        """Return the expected share of the time, in proportion to the nearest level of the way, or of one with its weights."""
+        own = self.space.expected(Candidate(way, level))
+        known = [row for row in self.rows.values() if row.has_run and row.candidate.way.weights == way.weights]
+        if not known:
+            return own
+        nearest = min(known, key=lambda row: (row.candidate.way != way, abs(row.candidate.level - level)))
+        return own * nearest.share / self.space.expected(nearest.candidate)
+
+    def _of(self, way: Way) -> list[Row]:
+        return [row for row in self.rows.values() if row.candidate.way == way]
+
+    def _ways(self) -> list[Way]:
+        return list(dict.fromkeys(candidate.way for candidate in self.rows))
+
+    def _rank(self, way: Way) -> tuple[bool, float]:
+        best = self.goal.best(self._of(way))
+        return (True, math.inf) if best is None else self.goal.key(best)
+
+    def _promise(self, base: Way, way: Way) -> tuple[bool, float, float]:
+        """Return the rank of the best known way that has what a way changes in `base`; among equals, what making it costs."""
+        ((name, value),) = way.changes(base)
+        known = [self._rank(other) for other in self._ways() if getattr(other, name) == value]
+        return *min(known, default=(True, math.inf)), self.space.making(way)
+
+    # On the further runs: twice as many runs for about half as many candidates, until all runs are done. The own way is
+    # carried along, because the result is compared with it.
+
+    def _halve(self) -> Iterator[tuple[Candidate, int]]:
+        while self._done < self._runs:
+            runs = range(self._done, min(2 * self._done, self._runs))
+            for candidate, run in itertools.product(self._kept(len(runs)), runs):
+                if not self.rows[candidate].reason:
+                    yield candidate, run
+            self._done = runs.stop
+
+    def _kept(self, runs: int) -> list[Candidate]:
+        """Return the candidates for so many more runs: at most the better half, but at least two, as the budget allows."""
+        rungs = math.ceil(math.log2(self._runs / self._done))
+        most = max(self.budget - self.spent, 0.0) / rungs / runs
+        ran = sorted(self._complete, key=self.goal.key)
+        kept: list[Candidate] = []
+        cost = 0.0
+        for row in ran[: max(2, len(ran) // 2)]:
+            if len(kept) < 2 or cost + row.share <= most:
+                kept.append(row.candidate)
+                cost += row.share
+        plain = self.goal.best(row for row in ran if row.candidate.way == self.space.own)
+        if plain is not None and plain.candidate not in kept:
+            kept.append(plain.candidate)
+        return sorted(kept, key=lambda one: one.way.weights)  # so that each quantized model is made once
+
+    def _repair(self) -> Iterator[tuple[Candidate, int]]:
+        """Yield further levels of the best way on all runs, as long as it misses the limit that it met on fewer runs."""
+        while (best := self.best) is not None and not self.goal.is_met(best) and self.spent < MOST * self.budget:
+            level = best.candidate.level + (-1 if self.goal.of_time else 1)
+            other = Candidate(best.candidate.way, level)
+            known = self.rows.get(other)
+            if not 1 <= level <= self.space.levels(other.way) or (known is not None and len(known.trials) == self._runs):
+                return
+            for run in range(self._runs):
+                if other not in self.rows or (run not in self.rows[other].trials and not self.rows[other].reason):
+                    yield other, run
+            if self.rows[other].reason:
+                return

@@ -1,0 +1,1 @@
+"""Measure how fast and how exact the settings of a search are."""
