@@ -140,7 +140,8 @@ class Comparison:
         for _ in range(14):
             middle = (low + high) / 2
             inputs = {"reuse_threshold": middle, "start_percent": start, "end_percent": end, "verbose": False}
-            model = self.nodes[node].execute(model=with_own_input(self.builtin.model), **inputs).result[0]
+            own = pack.pack_module("nodes.host.easycache").with_own_input(self.builtin.model)
+            model = self.nodes[node].execute(model=own, **inputs).result[0]
             evaluated = self._evaluated(model, steps, sampler) / total
             low, high = (middle, high) if evaluated > share else (low, middle)
             if abs(evaluated - share) < nearest:
@@ -175,22 +176,6 @@ class Comparison:
             found |= estimate("exact", errors(latents, self.exact))
             found["exact_of_uncached"] = f"{errors(references, self.exact).mean():.4g}"
         return {name: str(value) for name, value in found.items()}
-
-
-def with_own_input(model):
-    """Return a clone of a MODEL whose network gets a copy of its input.
-
-    On skipped steps ComfyUI's EasyCache adds to the network's input in place. For a flow model in float32 this is the same
-    tensor as the latent from which the host then computes the denoised prediction (in half precision it is a copy).
-    """
-    from comfy.patcher_extension import WrappersMP
-
-    def copied(network, x, *rest, **named):
-        return network(x.clone(), *rest, **named)
-
-    model = model.clone()
-    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "own_input", copied)
-    return model
 
 
 def operations(evaluate):

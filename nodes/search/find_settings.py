@@ -149,6 +149,7 @@ class IECFindSettings(CheckedNode):
         for share in search.progress():
             bar.update_absolute(round(1000 * share))
             _log_progress(search, share, levels)
+        bar.update_absolute(1000)
         return cls._output(search, levels, variants)
 
     @classmethod

@@ -1,10 +1,8 @@
 """The tool that compares caches at equal cost, on short runs of one seed."""
 
-import benchmark
 import cache_comparison
 import pytest
-import torch
-from cache_comparison import METHODS, Comparison, operations, with_own_input
+from cache_comparison import METHODS, Comparison, operations
 
 STEPS, SHARE = 8, 0.5
 
@@ -42,32 +40,6 @@ def test_threshold_of_a_cache_of_the_host_is_the_nearest_to_the_share(compared):
     full = operations(lambda: compared.builtin.sample(compared.builtin.model, 11, STEPS, "karras", "euler"))
     run = operations(lambda: compared.builtin.sample(model, 11, STEPS, "karras", "euler"))
     assert share == pytest.approx(SHARE, abs=1 / STEPS) and run / full == pytest.approx(share, abs=1e-6)
-
-
-def test_easycache_keeps_the_latent_of_a_flow_model(host):
-    """The expected run has EasyCache's formula: on a skipped step the output is the input plus the last difference.
-
-    Guidance is linear in the outputs, so that the formula holds for the guided output too.
-    """
-    import comfy.sample
-    import comfy.samplers
-
-    builtin, full = benchmark.Builtin(host.nodes, "transformer"), 3
-    inputs = {"reuse_threshold": 1e6, "start_percent": 0.0, "end_percent": 1.0, "verbose": False}
-    model = host.nodes["EasyCache"].execute(model=with_own_input(builtin.model), **inputs).result[0]
-    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", STEPS).float()
-    noise, latents = torch.randn(8, 3, 32, 32, generator=torch.manual_seed(0)), []
-    run = comfy.sample.sample_custom(
-        model, noise, 3.0, comfy.samplers.sampler_object("euler"), sigmas, *builtin.conditioning, torch.zeros_like(noise),
-        callback=lambda step, denoised, x, total: latents.append((x.clone(), denoised.clone())),
-    )  # fmt: skip
-    x, denoised = latents[full - 1]
-    output = (x - denoised) / sigmas[full - 1]
-    difference = output - x
-    x = x + (sigmas[full] - sigmas[full - 1]) * output
-    for start, end in zip(sigmas[full:], sigmas[full + 1 :]):
-        x = x + (end - start) * (x + difference)
-    torch.testing.assert_close(run, model.model.process_latent_out(x), rtol=1e-4, atol=1e-4)
 
 
 def test_fewer_steps_with_other_noise_have_no_error(compared):
