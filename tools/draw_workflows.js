@@ -34,7 +34,7 @@ window.iecDraw = (() => {
     for (const node of app.graph.nodes) {
       for (const widget of node.widgets ?? []) if (widget.name === "control_after_generate") widget.value = "fixed";
       const [width, height] = node.computeSize();
-      const [w, h] = sizes[node.type] ?? [least, 0];
+      const [w, h] = sizes[node.title] ?? sizes[node.type] ?? [least, 0];
       node.setSize([Math.ceil(Math.max(width, w)), Math.ceil(Math.max(height, h))]);
     }
     return Object.fromEntries(app.graph.nodes.map((node) => [node.title, [...node.size, room(node)]]));

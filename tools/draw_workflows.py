@@ -39,19 +39,22 @@ VIEWPORT = {"width": 1600, "height": 1200}
 # The initial view of a workflow: its scale, and the position of its note, right of and below the frontend's bars, in pixels of
 # the window.
 VIEW_SCALE, BARS = 0.75, (90, 140)
-# Sizes of nodes that show something or hold a text; the other nodes have the minimum size of their widgets.
+# Sizes of nodes that show something or hold a text, by title or type; the other nodes have the minimum size of their widgets.
 SIZES = {
     "CLIPTextEncode": (380, 150),
     "LoadImage": (380, 400),
     "SaveImage": (340, 400),
     "PreviewImage": (340, 400),
     "PreviewAny": (640, 720),
+    "IECFindSettings": (620, 1500),
     "IECReport": (460, 420),
     "IECJoinReports": (480, 0),
     "IECCompare": (480, 300),
     "IECImageGrid": (560, 940),
     "IECErrorPlot": (560, 440),
     "IECParetoPlot": (560, 440),
+    "IECFindSettings": (560, 1180),
+    "Verdict": (640, 140),
 }
 LEAST_WIDTH, LEAST_NODE_WIDTH = 300, 340
 

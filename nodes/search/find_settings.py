@@ -180,7 +180,8 @@ def _log_progress(search, share, levels):
 
 
 def _plot(search, levels):
-    rows = [row for row in search.rows.values() if row.has_run]
+    """Return the plot. The full run is left out where its error is 0: it is the line to which errors are relative."""
+    rows = [row for row in search.rows.values() if row.has_run and (row.error > 0 or row is search.best)]
     front = pareto_front([(row.share, row.error) for row in rows])
     candidates = [(described(levels, row.candidate), row.share, row.error) for row in rows]
     return plots.found_settings(candidates, front, rows.index(search.best))

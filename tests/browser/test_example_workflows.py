@@ -83,7 +83,10 @@ SET = """([steps, size, less]) => app.graph.nodes.forEach((node) => {
     const values = { ...steps, ...(node.type.startsWith("Empty") ? size : {}), ...less[node.type] };  // a mask stays as it is
     for (const widget of node.widgets ?? []) if (widget.name in values) widget.value = values[widget.name];
 })"""
-BUILTIN = ["quick_start", "builtin_inpaint", "compare_and_plot", "calibrate_and_save", "load_and_sample", "less_memory"]
+BUILTIN = [
+    "quick_start", "builtin_inpaint", "compare_and_plot", "calibrate_and_save", "load_and_sample", "less_memory",
+    "find_settings",
+]  # fmt: skip
 
 
 # Whether the frontend has a draft with all the runs that the open workflow keeps.

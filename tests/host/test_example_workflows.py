@@ -50,7 +50,7 @@ def with_fewer_steps(workflow, steps=3):
                 node["inputs"].update(width=16, height=16)
     for node in workflow.values():
         inputs = node["inputs"]
-        if "steps" in inputs:
+        if "steps" in inputs and not isinstance(inputs["steps"], list):
             inputs["steps"] = steps
         if str(inputs.get("correction_steps", "none")).startswith("steps:"):
             inputs["correction_steps"] = "all"

@@ -24,7 +24,7 @@ NODES = {
     "IECJoinReports", "IECCompare", "IECReport", "IECCalibrateCacheQuant", "IECSaveCacheProfile", "IECLoadCacheProfile",
     "IECCacheQuant", "IECSaveQuantizedModel", "IECLoadQuantizedModel", "IECCalibrateQuantization", "IECSaveQuantizationProfile",
     "IECLoadQuantizationProfile", "IECApplyQuantizationProfile", "IECQuantizationReport", "IECErrorPlot", "IECImageGrid",
-    "IECParetoPlot", "IECContractionProbe", "IECCalibrateWeights",
+    "IECParetoPlot", "IECContractionProbe", "IECCalibrateWeights", "IECFindSettings",
 }  # fmt: skip
 
 

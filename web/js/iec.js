@@ -11,7 +11,8 @@ import { StepView, costOf, fullCorrectionsOf, fullOf, textOf } from "./view.js";
 const NODES = ["IECKSampler", "IECApply", "IECSampler"];
 // Nodes that measure with their seed: a new seed for each queued prompt would measure again, and replace the saved result.
 const MEASURING = [
-  "IECCalibrateCacheQuant", "IECCalibrateQuantization", "IECCalibrateWeights", "IECContractionProbe", "IECQuantizationReport",
+  "IECCalibrateCacheQuant", "IECCalibrateQuantization", "IECCalibrateWeights", "IECContractionProbe", "IECFindSettings",
+  "IECQuantizationReport",
 ];
 const KEPT = "iec_run"; // the node's property with the run that is saved with the workflow
 const LOOK_AGAIN = 300; // milliseconds between two looks at the graph, because no event covers every change
