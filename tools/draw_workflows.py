@@ -46,15 +46,14 @@ SIZES = {
     "SaveImage": (340, 400),
     "PreviewImage": (340, 400),
     "PreviewAny": (640, 720),
-    "IECFindSettings": (620, 1500),
+    "IECFindSettings": (620, 1190),
+    "Verdict": (580, 130),
     "IECReport": (460, 420),
     "IECJoinReports": (480, 0),
     "IECCompare": (480, 300),
     "IECImageGrid": (560, 940),
     "IECErrorPlot": (560, 440),
     "IECParetoPlot": (560, 440),
-    "IECFindSettings": (560, 1180),
-    "Verdict": (640, 140),
 }
 LEAST_WIDTH, LEAST_NODE_WIDTH = 300, 340
 

@@ -392,80 +392,28 @@ samplers.
 FIND_SETTINGS = Page(
     note="""## Find settings
 
-Which cache, how many steps, 8 bits or not? **Find Settings** measures all of these on the model and finds the settings with
-the least error in half the time. It uses the model that comes with the pack. Press **Run**; it takes about a minute on a CPU.
-
-1. **Search**: its prompts and settings are those you would sample with. The node shows the verdict, a table of everything
-that was tried, and a plot: the point with the ring was chosen.
-2. **Sampling** with a stock KSampler, which gets model, steps, sampler and scheduler over links, and next to it the full run.
-Noise and prompt are others than in the search.
-
-Queue again with another seed in both KSamplers: the search is not repeated.
-
-**For your own model**
-
-- Replace loader, prompts, latents and VAE, and set its steps, cfg, sampler and scheduler in Find Settings, and cfg in both
-KSamplers. The full run also needs the others.
-- With limit 0.35 the result is faster and less exact. With goal least time for an error, limit is an error, such as 0.05.
-- effort normal finds better settings than quick, and takes two and a half times as long.
-- Keep the machine otherwise idle during the search, because it measures times.
-""",
-    columns=(
-        (
-            Group("1. Model", BLUE, (("Built-in model",), ("Pixels, no VAE",))),
-            Group(
-                "2. Prompts to measure on",
-                GREEN,
-                (("Prompt to measure on", "Second prompt"), ("No label, for guidance", "Four images of 32 x 32 pixels")),
-            ),
-        ),
-        (Group("3. Search", ORANGE, (("Least error in half the time",),)),),
-        (
-            Group("4. Verdict", PURPLE, (("Verdict",),)),
-            Group("5. Another prompt", GREEN, (("What to draw",),)),
-            Group("6. Sampling", ORANGE, (("The settings that were found",), ("The full run",))),
-        ),
-        (
-            Group("7. Images of the settings that were found", PURPLE, (("Decode", "Enlarge, pixel by pixel"), ("Save",))),
-            Group(
-                "8. Images of the full run",
-                PURPLE,
-                (("Decode the full run", "Enlarge the full run"), ("Preview of the full run",)),
-            ),
-        ),
-    ),
-    picture=("3. Search", "4. Verdict", "5. Another prompt", "6. Sampling"),
-    runs=True,
-)
-
-FIND_SETTINGS = Page(
-    note="""## Find settings
-
 Which steps, sampler, cache and bits make a model twice as fast at the least error? **Find Settings** measures it on your
 machine, with your prompts. This uses the model that comes with the pack. Press **Run**; it takes one to two minutes on a CPU,
 and the machine should do nothing else meanwhile.
 
-1. **Find Settings** samples with the steps, cfg, sampler and scheduler that are set in it: the full run. Then it tries what is
-turned on in it. It chooses the least error among what takes at most half of that time (limit 0.5). Effort quick takes as long
-as about ten full runs.
-2. **As found**: the stock KSampler gets the model, the steps, the sampler and the scheduler over links. A cache or a correction
-that was found is in the model. Only seed, cfg and denoise are set here: cfg as in Find Settings, denoise at 1.
-3. **As before**: the same noise and prompts with the unchanged model and its own settings.
+1. **Search**: Find Settings samples with the steps, cfg, sampler and scheduler that are set in it: the full run. Then it tries
+what is turned on in it, and chooses the least error among what takes at most half of that time (limit 0.5). Effort quick takes
+as long as about ten full runs. In the plot the ring marks what was chosen.
+2. **Verdict**: what was chosen, in words. Errors are relative, of the final latent; about 0.05 is hardly visible. **Table** has
+everything that was tried.
+3. **In half of the time**: a stock KSampler gets model, steps, sampler and scheduler over links. A cache, 8 bits or a
+correction, if chosen, is in the model. Only cfg and denoise are set here: the same cfg as in Find Settings, and denoise 1.
+4. **In full**: the same noise and prompts, with the unchanged model and its own settings.
 
 Prompts and seed of these two runs are not those of the search, so the images show whether what was found holds for others.
-
-**What Find Settings shows** after the run: the plot of everything that was tried, where the ring marks what was chosen; the
-verdict in words; and the table. Errors are relative, of the final latent; about 0.05 is hardly visible.
-
-Another Run with unchanged inputs reuses the result: change seed and prompts of the two runs as you like.
+Change them and press Run again: the search is not repeated.
 
 **For your own model**
 
-- Replace loader, prompts, latent and VAE. In Find Settings and in As before set its steps, cfg, sampler and scheduler; in
-As found only cfg.
+- Replace loader, prompts, latent and VAE. The model must be in full precision, with its LoRAs, without a cache.
+- Set its steps, cfg, sampler and scheduler in Find Settings and in Sample in full; in Sample with what was found, only cfg.
 - Connect up to four prompts like those you sample with, and set effort to normal. With 30 seconds per run this takes about a
-quarter of an hour, and it is needed once.
-- The model must be in full precision, without a cache. Apply LoRAs before.
+quarter of an hour, and is needed once.
 """,
     columns=(
         (
@@ -477,21 +425,25 @@ quarter of an hour, and it is needed once.
             ),
             Group("4. Other prompts to draw", GREEN, (("What to draw",), ("Seed of both runs",))),
         ),
-        (Group("3. Search", ORANGE, (("Half of the time, least error",),)),),
+        (
+            Group("3. Search", ORANGE, (("Half of the time, least error",),)),
+            Group("Verdict", ORANGE, (("Verdict",),)),
+        ),
         (
             Group(
                 "5. In half of the time",
                 PURPLE,
-                (("As found", "Decode the found", "Enlarge the found"), ("With what was found",)),
+                (("Sample with what was found", "Decode", "Enlarge, pixel by pixel"), ("Save",)),
             ),
             Group(
                 "6. In full",
                 BLUE,
-                (("As before, the full run", "Decode the full run", "Enlarge the full run"), ("Full run",)),
+                (("Sample in full", "Decode the full run", "Enlarge the full run"), ("Images of the full run",)),
             ),
         ),
+        (Group("7. Everything that was tried", PURPLE, (("Table",),)),),
     ),
-    picture=("3. Search", "5. In half of the time", "6. In full"),
+    picture=("3. Search", "Verdict", "5. In half of the time", "6. In full"),
     runs=True,
 )
 
@@ -507,6 +459,5 @@ PAGES = {
     "calibrate_and_save": CALIBRATE_AND_SAVE,
     "load_and_sample": LOAD_AND_SAMPLE,
     "less_memory": LESS_MEMORY,
-    "find_settings": FIND_SETTINGS,
     "find_settings": FIND_SETTINGS,
 }

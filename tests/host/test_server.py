@@ -421,6 +421,7 @@ def test_demo_makes_its_table_and_pictures(tmp_path):
     assert [row[:3] for row in rows[1:]] == expected
     printed = [re.split(" {2,}", line) for line in done.stdout.splitlines()]
     assert all(row in printed for row in rows)
+    assert re.search(r"at \d\.\d\d of the time: error \d", done.stdout.splitlines()[-1])
     for name in ("grid.png", "error_growth.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
