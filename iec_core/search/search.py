@@ -12,7 +12,7 @@ from .candidates import Candidate, Space, Way
 from .trials import Goal, RefusedError, Row, Trial
 
 EXPLORING = 0.65  # the share of the budget for the first run, on which all ways are tried
-MOST = 1.3  # the share of the budget at which a search ends that still looks for a candidate within the limit
+MOST = 1.3  # the share of the budget at which the search ends in any case
 MUCH_FASTER = 0.85  # a way that takes less than this share of the allowed time gets a further level
 WORTH_REFINING = 1.25  # a way whose error is this many times the best one's gets no further level
 
@@ -37,6 +37,7 @@ class Search:
         self.space, self.goal, self.budget = space, goal, budget
         self._measure, self._full_seconds, self._runs = measure, full_seconds, runs
         self.rows: dict[Candidate, Row] = {}
+        self._by_way: dict[Way, list[Row]] = {}
         self.spent = 0.0
         self._last = space.full
         self._done = 1  # the number of runs that the candidates which are still in the search did
@@ -68,7 +69,10 @@ class Search:
 
     def _try(self, candidate: Candidate, run: int) -> None:
         self._last = candidate
-        row = self.rows.setdefault(candidate, Row(candidate, self._full_seconds))
+        if candidate not in self.rows:
+            self.rows[candidate] = Row(candidate, self._full_seconds)
+            self._by_way.setdefault(candidate.way, []).append(self.rows[candidate])
+        row = self.rows[candidate]
         try:
             row.trials[run] = self._measure(candidate, run)
             self.spent += row.trials[run].spent
@@ -81,7 +85,7 @@ class Search:
         for candidate in self._explore():
             yield candidate, 0
         yield from self._halve()
-        yield from self._repair()
+        yield from self._polish()
 
     # On the first run, best first: the ways that differ in one field from the best way whose neighbours were not tried yet.
 
@@ -112,7 +116,7 @@ class Search:
     def _refine(self, way: Way, most: float) -> Iterator[Candidate]:
         """Yield levels of a way until its best one is known, or cannot be the best of all."""
         while self.spent < most and not any(row.reason for row in self._of(way)) and self._may_win(way):
-            level = self._guess(way)
+            level = self._guess(way, self._of(way))
             if level is None:
                 return
             yield Candidate(way, level)
@@ -124,10 +128,10 @@ class Search:
             return True  # with a limit for the error, `_guess` leaves out the levels that take more time than the best one
         return own.error <= WORTH_REFINING * best.error or own.share < MUCH_FASTER * self.goal.limit
 
-    def _guess(self, way: Way) -> int | None:
-        """Return the next level to try, None if the best level of this way is known."""
+    def _guess(self, way: Way, known: list[Row]) -> int | None:
+        """Return the next level of a way to try, None if its best one is among the `known` rows."""
         low, high = 0, self.space.levels(way) + 1
-        for row in self._of(way):
+        for row in known:
             if self.goal.of_time is self.goal.is_met(row):
                 low = max(low, row.candidate.level)
             else:
@@ -152,10 +156,10 @@ class Search:
         return own * nearest.share / self.space.expected(nearest.candidate)
 
     def _of(self, way: Way) -> list[Row]:
-        return [row for row in self.rows.values() if row.candidate.way == way]
+        return self._by_way.get(way, [])
 
     def _ways(self) -> list[Way]:
-        return list(dict.fromkeys(candidate.way for candidate in self.rows))
+        return list(self._by_way)
 
     def _rank(self, way: Way) -> tuple[bool, float]:
         best = self.goal.best(self._of(way))
@@ -194,16 +198,21 @@ class Search:
             kept.append(plain.candidate)
         return sorted(kept, key=lambda one: one.way.weights)  # so that each quantized model is made once
 
-    def _repair(self) -> Iterator[tuple[Candidate, int]]:
-        """Yield further levels of the best way on all runs, as long as it misses the limit that it met on fewer runs."""
-        while (best := self.best) is not None and not self.goal.is_met(best) and self.spent < MOST * self.budget:
-            level = best.candidate.level + (-1 if self.goal.of_time else 1)
-            other = Candidate(best.candidate.way, level)
-            known = self.rows.get(other)
-            if not 1 <= level <= self.space.levels(other.way) or (known is not None and len(known.trials) == self._runs):
-                return
-            for run in range(self._runs):
-                if other not in self.rows or (run not in self.rows[other].trials and not self.rows[other].reason):
-                    yield other, run
-            if self.rows[other].reason:
-                return
+    def _polish(self) -> Iterator[tuple[Candidate, int]]:
+        """Yield further levels, on all runs, of the ways that did all runs.
+
+        With a limit for the time only if the best one misses it, which it then met on fewer runs.
+        """
+        for way in sorted(dict.fromkeys(row.candidate.way for row in self._complete), key=self._rank):
+            while self.spent < MOST * self.budget and (best := self.best) is not None:
+                if self.goal.of_time and self.goal.is_met(best):
+                    return
+                level = self._guess(way, [row for row in self._of(way) if len(row.trials) >= self._done])
+                if level is None:
+                    break
+                candidate = Candidate(way, level)
+                for run in range(self._done):
+                    if candidate not in self.rows or run not in self.rows[candidate].trials:
+                        yield candidate, run
+                if self.rows[candidate].reason:
+                    break
