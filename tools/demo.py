@@ -2,8 +2,8 @@
 
     python tools/demo.py [--workflow FILE] [--output FOLDER] [--seed N] [--steps N]
 
-Leaves `grid.png`, `error_growth.png` and `table.csv` in the output folder. Then runs the workflow find_settings, and prints which
-settings have the least error in half of the time on this machine.
+Leaves `grid.png`, `error_growth.png` and `table.csv` in the output folder. Then runs the workflow find_settings, and prints
+which settings have the least error in half of the time on this machine.
 """
 
 import argparse

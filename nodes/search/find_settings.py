@@ -174,9 +174,7 @@ def _log_progress(search, share, levels):
     row = search.last
     left = (1 - share) * search.budget * row.full_seconds
     found = row.reason or f"error {row.error:.3g} at {row.share:.2f} of the time"
-    logger.info(
-        f"Find Settings (IEC): {described(levels, row.candidate)}: {found}; {share:.0%} done, about {left:.0f} s left"
-    )
+    logger.info(f"Find Settings (IEC): {described(levels, row.candidate)}: {found}; {share:.0%} done, about {left:.0f} s left")
 
 
 def _plot(search, levels):
