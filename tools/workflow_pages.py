@@ -396,14 +396,14 @@ Which steps, sampler, cache and bits make a model twice as fast at the least err
 machine, with your prompts. This uses the model that comes with the pack. Press **Run**; it takes one to two minutes on a CPU,
 and the machine should do nothing else meanwhile.
 
-1. **Search**: Find Settings samples with the steps, cfg, sampler and scheduler that are set in it: the full run. Then it tries
+- **Search**: Find Settings samples with the steps, cfg, sampler and scheduler that are set in it: the full run. Then it tries
 what is turned on in it, and chooses the least error among what takes at most half of that time (limit 0.5). Effort quick takes
 as long as about ten full runs. In the plot the ring marks what was chosen.
-2. **Verdict**: what was chosen, in words. Errors are relative, of the final latent; about 0.05 is hardly visible. **Table** has
-everything that was tried.
-3. **In half of the time**: a stock KSampler gets model, steps, sampler and scheduler over links. A cache, 8 bits or a
+- **In half of the time**: a stock KSampler gets model, steps, sampler and scheduler over links. A cache, 8 bits or a
 correction, if chosen, is in the model. Only cfg and denoise are set here: the same cfg as in Find Settings, and denoise 1.
-4. **In full**: the same noise and prompts, with the unchanged model and its own settings.
+- **In full**: the same noise and prompts, with the unchanged model and its own settings.
+- **Verdict** says in words what was chosen, and **Table** lists everything that was tried. Errors are relative, of the final
+latent; about 0.05 is hardly visible.
 
 Prompts and seed of these two runs are not those of the search, so the images show whether what was found holds for others.
 Change them and press Run again: the search is not repeated.
@@ -423,12 +423,9 @@ quarter of an hour, and is needed once.
                 GREEN,
                 (("Prompt", "Second prompt"), ("No label, for guidance", "Four images of 32 x 32 pixels")),
             ),
-            Group("4. Other prompts to draw", GREEN, (("What to draw",), ("Seed of both runs",))),
+            Group("3. Other prompts to draw", GREEN, (("What to draw",), ("Seed of both runs",))),
         ),
-        (
-            Group("3. Search", ORANGE, (("Half of the time, least error",),)),
-            Group("Verdict", ORANGE, (("Verdict",),)),
-        ),
+        (Group("4. Search", ORANGE, (("Half of the time, least error",),)),),
         (
             Group(
                 "5. In half of the time",
@@ -441,9 +438,9 @@ quarter of an hour, and is needed once.
                 (("Sample in full", "Decode the full run", "Enlarge the full run"), ("Images of the full run",)),
             ),
         ),
-        (Group("7. Everything that was tried", PURPLE, (("Table",),)),),
+        (Group("7. What was found, and what was tried", ORANGE, (("Verdict", "Table"),)),),
     ),
-    picture=("3. Search", "Verdict", "5. In half of the time", "6. In full"),
+    picture=("4. Search", "5. In half of the time", "6. In full"),
     runs=True,
 )
 

@@ -239,3 +239,21 @@ def test_mixed_precision_is_shown_compared_and_saved(host):
     assert images(host, outputs, of_type(workflow, "IECImageGrid"))[0].std() > 20
     told = outputs[of_type(workflow, "IECSaveQuantizedModel")]["text"][0]
     assert told == "models/diffusion_models/iec_test_mixed.safetensors"
+
+
+def test_found_settings_sample_another_prompt_and_are_kept_for_another_seed(host):
+    workflow = with_fewer_steps(api_workflow("find_settings"), steps=8)
+    outputs, search = host.run(workflow), of_type(workflow, "IECFindSettings")
+    verdict, table = (outputs[name]["text"][0] for name, node in workflow.items() if node["class_type"] == "PreviewAny")
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:]]
+    chosen = [row[0] for row in rows if row[-1] == "chosen"]
+    assert len(rows) > 3 and len(chosen) == 1 and f"{chosen[0]} at 0." in verdict
+    assert len(images(host, outputs, search)) == 1
+    found, full = (images(host, outputs, of_type(workflow, kind)) for kind in ("SaveImage", "PreviewImage"))
+    assert len(found) == len(full) == 4
+    differences = [np.abs(one - other).mean() for one, other in zip(found, full, strict=True)]
+    assert 0 < max(differences) < 40, differences
+    workflow[of_type(workflow, "PrimitiveInt")]["inputs"]["value"] += 1
+    ran = []
+    host.run(workflow, lambda kind, data: ran.append(data["node"]) if kind == "executing" else None)
+    assert search not in ran and of_type(workflow, "SaveImage") in ran
