@@ -44,8 +44,11 @@ class Search:
 
     @property
     def best(self) -> Row | None:
-        """The best candidate among those that did all runs so far, None before the first result."""
-        return self.goal.best(self._complete)
+        """The best candidate on the runs that all those still in the search did, None before the first result."""
+        ran = [row for row in self.rows.values() if row.has_run]
+        done = min(self._done, max((len(row.trials) for row in ran), default=0))  # fewer if all others were refused
+        rows = [row for row in ran if len(row.trials) >= done]
+        return min(rows, key=lambda row: self.goal.key(row.on(done)), default=None)
 
     @property
     def _complete(self) -> list[Row]:
@@ -115,7 +118,7 @@ class Search:
 
     def _refine(self, way: Way, most: float) -> Iterator[Candidate]:
         """Yield levels of a way until its best one is known, or cannot be the best of all."""
-        while self.spent < most and not any(row.reason for row in self._of(way)) and self._may_win(way):
+        while self.spent < most and not self._is_refused(way) and self._may_win(way):
             level = self._guess(way, self._of(way))
             if level is None:
                 return
@@ -154,6 +157,9 @@ class Search:
             return own
         nearest = min(known, key=lambda row: (row.candidate.way != way, abs(row.candidate.level - level)))
         return own * nearest.share / self.space.expected(nearest.candidate)
+
+    def _is_refused(self, way: Way) -> bool:
+        return any(row.reason for row in self._of(way))
 
     def _of(self, way: Way) -> list[Row]:
         return self._by_way.get(way, [])
@@ -204,15 +210,17 @@ class Search:
         With a limit for the time only if the best one misses it, which it then met on fewer runs.
         """
         for way in sorted(dict.fromkeys(row.candidate.way for row in self._complete), key=self._rank):
-            while self.spent < MOST * self.budget and (best := self.best) is not None:
-                if self.goal.of_time and self.goal.is_met(best):
-                    return
-                level = self._guess(way, [row for row in self._of(way) if len(row.trials) >= self._done])
-                if level is None:
-                    break
-                candidate = Candidate(way, level)
+            for candidate in self._levels_on_all_runs(way):
                 for run in range(self._done):
-                    if candidate not in self.rows or run not in self.rows[candidate].trials:
+                    is_missing = candidate not in self.rows or run not in self.rows[candidate].trials
+                    if is_missing and not self._is_refused(way) and self.spent < MOST * self.budget:
                         yield candidate, run
-                if self.rows[candidate].reason:
-                    break
+
+    def _levels_on_all_runs(self, way: Way) -> Iterator[Candidate]:
+        while self.spent < MOST * self.budget and not self._is_refused(way) and (best := self.best) is not None:
+            if self.goal.of_time and self.goal.is_met(best):
+                return
+            level = self._guess(way, [row for row in self._of(way) if len(row.trials) >= self._done])
+            if level is None:
+                return
+            yield Candidate(way, level)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .candidates import Candidate
 
@@ -49,6 +49,10 @@ class Row:
     def error(self) -> float:
         """The mean error over the runs."""
         return sum(trial.error for trial in self.trials.values()) / len(self.trials)
+
+    def on(self, runs: int) -> "Row":
+        """Return this row with the first so many runs only."""
+        return replace(self, trials={run: trial for run, trial in self.trials.items() if run < runs})
 
     @property
     def has_run(self) -> bool:

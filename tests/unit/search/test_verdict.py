@@ -119,7 +119,7 @@ def test_nothing_ran_says_why():
     assert verdict(search, described) == "Nothing could be run: cannot be corrected; out of memory."
     assert table(list(search.rows.values()), search, described) == [
         ("20", "", "", "0", "out of memory"),
-        ("20 corrected", "", "", "0", "cannot be corrected"),
+        ("10 corrected", "", "", "0", "cannot be corrected"),
     ]
 
 
