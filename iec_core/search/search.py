@@ -14,6 +14,7 @@ from .trials import Goal, RefusedError, Row, Trial
 EXPLORING = 0.65  # the share of the budget for the first run, on which all ways are tried
 MOST = 1.3  # the share of the budget at which the search ends in any case
 MUCH_FASTER = 0.85  # a way that takes less than this share of the allowed time gets a further level
+DELAYED = 1.5  # a run that takes this many times the expected time is repeated
 WORTH_REFINING = 1.25  # a way whose error is this many times the best one's gets no further level
 
 
@@ -21,8 +22,8 @@ class Search:
     """A search that can be stopped at any time: `rows` then has what was measured, and `best` is the best so far.
 
     measure(candidate, run): returns the Trial of a candidate with the prompt and noise of that run; raises RefusedError if it
-    cannot be run. full_seconds: the time of the full run. runs: how many different runs there are. budget: about how much may
-    be spent, as a multiple of the full run's time.
+    cannot be run. full_seconds(): the time of the full run, as far as it is known; asked again after each trial. runs: how many
+    different runs there are. budget: about how much may be spent, as a multiple of the full run's time.
     """
 
     def __init__(
@@ -30,7 +31,7 @@ class Search:
         space: Space,
         goal: Goal,
         measure: Callable[[Candidate, int], Trial],
-        full_seconds: float,
+        full_seconds: Callable[[], float],
         runs: int,
         budget: float,
     ) -> None:
@@ -38,17 +39,17 @@ class Search:
         self._measure, self._full_seconds, self._runs = measure, full_seconds, runs
         self.rows: dict[Candidate, Row] = {}
         self._by_way: dict[Way, list[Row]] = {}
+        self._by_weights: dict[str, dict[int, Row]] = {}  # of each level the row that ran first
+        self.best: Row | None = None  # the best candidate on the `compared` runs, None before the first result
         self.spent = 0.0
         self._last = space.full
         self._done = 1  # the number of runs that the candidates which are still in the search did
 
     @property
-    def best(self) -> Row | None:
-        """The best candidate on the runs that all those still in the search did, None before the first result."""
-        ran = [row for row in self.rows.values() if row.has_run]
-        done = min(self._done, max((len(row.trials) for row in ran), default=0))  # fewer if all others were refused
-        rows = [row for row in ran if len(row.trials) >= done]
-        return min(rows, key=lambda row: self.goal.key(row.on(done)), default=None)
+    def compared(self) -> int:
+        """The number of runs that all candidates which are still in the search did."""
+        most = max((len(row.trials) for row in self.rows.values() if row.has_run), default=0)
+        return min(self._done, most)  # fewer if all others were refused
 
     @property
     def _complete(self) -> list[Row]:
@@ -69,19 +70,47 @@ class Search:
         for candidate, run in self._next():
             self._try(candidate, run)
             yield min(self.spent / self.budget, 1.0)
+            if self.spent >= MOST * self.budget:
+                return
 
     def _try(self, candidate: Candidate, run: int) -> None:
         self._last = candidate
         if candidate not in self.rows:
-            self.rows[candidate] = Row(candidate, self._full_seconds)
+            self.rows[candidate] = Row(candidate, self._full_seconds())
             self._by_way.setdefault(candidate.way, []).append(self.rows[candidate])
         row = self.rows[candidate]
         try:
-            row.trials[run] = self._measure(candidate, run)
-            self.spent += row.trials[run].spent
+            row.trials[run] = self._measured(candidate, run)
         except RefusedError as refusal:
             row.reason = str(refusal)
             self.spent += refusal.spent
+        else:
+            self._by_weights.setdefault(candidate.way.weights, {}).setdefault(candidate.level, row)
+        for known in self.rows.values():
+            known.full_seconds = self._full_seconds()
+        self._find_best()
+
+    def _find_best(self) -> None:
+        runs = self.compared
+        rows = [row for row in self.rows.values() if row.has_run and len(row.trials) >= runs]
+        self.best = min(rows, key=lambda row: self.goal.key(row.on(runs)), default=None)
+
+    def _measured(self, candidate: Candidate, run: int) -> Trial:
+        """Return the Trial of a candidate; the faster of two if the first took much longer than the candidates measured so far
+        let expect, because other work on the machine may have delayed it.
+        """
+        expected, is_known = self._expected(candidate.way, candidate.level), bool(self._known(candidate.way))
+        trial = self._measure(candidate, run)
+        self.spent += trial.spent
+        if not is_known or trial.seconds <= DELAYED * expected * self._full_seconds():
+            return trial
+        try:
+            again = self._measure(candidate, run)
+        except RefusedError as refusal:
+            self.spent += refusal.spent
+            return trial
+        self.spent += again.spent
+        return min(trial, again, key=lambda one: one.seconds)
 
     def _next(self) -> Iterator[tuple[Candidate, int]]:
         """Yield (candidate, run) in the order in which they are to be tried; each is tried before the next is asked for."""
@@ -135,7 +164,7 @@ class Search:
         """Return the next level of a way to try, None if its best one is among the `known` rows."""
         low, high = 0, self.space.levels(way) + 1
         for row in known:
-            if self.goal.of_time is self.goal.is_met(row):
+            if self.goal.of_time == self.goal.is_met(row):
                 low = max(low, row.candidate.level)
             else:
                 high = min(high, row.candidate.level)
@@ -152,11 +181,15 @@ class Search:
     def _expected(self, way: Way, level: int) -> float:
         """Return the expected share of the time, in proportion to the nearest level of the way, or of one with its weights."""
         own = self.space.expected(Candidate(way, level))
-        known = [row for row in self.rows.values() if row.has_run and row.candidate.way.weights == way.weights]
-        if not known:
+        nearest = min(self._known(way), key=lambda row: abs(row.candidate.level - level), default=None)
+        if nearest is None:
             return own
-        nearest = min(known, key=lambda row: (row.candidate.way != way, abs(row.candidate.level - level)))
         return own * nearest.share / self.space.expected(nearest.candidate)
+
+    def _known(self, way: Way) -> list[Row]:
+        """Return the rows of a way that ran, or if none did, those that ran with its weights."""
+        own = [row for row in self._of(way) if row.has_run]
+        return own or [row for row in self._by_weights.get(way.weights, {}).values() if row.has_run]
 
     def _is_refused(self, way: Way) -> bool:
         return any(row.reason for row in self._of(way))
@@ -177,16 +210,22 @@ class Search:
         known = [self._rank(other) for other in self._ways() if getattr(other, name) == value]
         return *min(known, default=(True, math.inf)), self.space.making(way)
 
-    # On the further runs: twice as many runs for about half as many candidates, until all runs are done. The own way is
-    # carried along, because the result is compared with it.
+    # On the further runs: twice as many runs for about half as many candidates, until all runs are done, or the next ones would
+    # take too long. The own way is carried along, because the result is compared with it, and the full run, because shares of
+    # the time are relative to it.
 
     def _halve(self) -> Iterator[tuple[Candidate, int]]:
         while self._done < self._runs:
             runs = range(self._done, min(2 * self._done, self._runs))
-            for candidate, run in itertools.product(self._kept(len(runs)), runs):
+            kept = self._kept(len(runs))
+            cost = sum(self.rows[one].share for one in kept if one != self.space.full)  # the full run is needed in any case
+            if self.spent + len(runs) * cost > MOST * self.budget:
+                return
+            for candidate, run in itertools.product(kept, runs):
                 if not self.rows[candidate].reason:
                     yield candidate, run
             self._done = runs.stop
+            self._find_best()
 
     def _kept(self, runs: int) -> list[Candidate]:
         """Return the candidates for so many more runs: at most the better half, but at least two, as the budget allows."""
@@ -200,9 +239,8 @@ class Search:
                 kept.append(row.candidate)
                 cost += row.share
         plain = self.goal.best(row for row in ran if row.candidate.way == self.space.own)
-        if plain is not None and plain.candidate not in kept:
-            kept.append(plain.candidate)
-        return sorted(kept, key=lambda one: one.way.weights)  # so that each quantized model is made once
+        kept += [row.candidate for row in (plain, self.rows[self.space.full]) if row is not None and row.has_run]
+        return sorted(dict.fromkeys(kept), key=lambda one: one.way.weights)  # so that each quantized model is made once
 
     def _polish(self) -> Iterator[tuple[Candidate, int]]:
         """Yield further levels, on all runs, of the ways that did all runs.

@@ -32,7 +32,8 @@ class Trial:
 class Row:
     """What is known of a candidate.
 
-    trials: {number of the run: Trial}. full_seconds: the time of the full run. reason: why it cannot be run, "" if it can.
+    trials: {number of the run: Trial}. full_seconds: the time of the full run, as far as it is known; it falls when a faster
+    one is measured. reason: why it cannot be run, "" if it can.
     """
 
     candidate: Candidate

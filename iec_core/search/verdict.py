@@ -18,12 +18,12 @@ def verdict(search: Search, described: Callable[[Candidate], str]) -> str:
     if best is None:
         reasons = {row.reason for row in search.rows.values()}
         return f"Nothing could be run: {'; '.join(sorted(reasons)) or 'the search was stopped before its first result'}."
-    runs = f"{len(best.trials)} run{'s' if len(best.trials) > 1 else ''}"
-    found = f"{described(best.candidate)} at {best.share:.2f} of the time: error {best.error:.3g} ({runs})."
+    best = best.on(search.compared)
+    found = f"{described(best.candidate)} at {best.share:.2f} of the time: error {best.error:.3g} ({_runs(search.compared)})."
     if not goal.is_met(best):
         asked = f"{goal.limit:g} of the time" if goal.of_time else f"an error of {goal.limit:g}"
         found = f"Nothing that was tried is within {asked}. The nearest: {found}"
-    rivals = [row for row in _rivals(search, best) if len(row.trials) == len(best.trials)]
+    rivals = _rivals(search, best)
     if rivals and goal.of_time:
         found += f" In the same time: {', '.join(f'{described(row.candidate)} {row.error:.3g}' for row in rivals)}."
     elif rivals:
@@ -32,14 +32,16 @@ def verdict(search: Search, described: Callable[[Candidate], str]) -> str:
 
 
 def _rivals(search: Search, best: Row) -> list[Row]:
-    """Return the best row within the limit of the user's own way, and of each cache that the best one does not have."""
-    own = search.space.own
-    ways = [row.candidate.way for row in search.rows.values()]
-    caches = [cache for cache in dict.fromkeys(way.cache for way in ways) if cache not in (NONE, best.candidate.way.cache)]
-    groups = [[row for row in search.rows.values() if row.candidate.way == own]]
-    groups += [[row for row in search.rows.values() if row.candidate.way.cache == cache] for cache in caches]
-    found = [search.goal.best(row for row in group if len(row.trials) == len(best.trials)) for group in groups]
-    return [row for row in found if row is not None and row is not best and search.goal.is_met(row)]
+    """Return the best row within the limit of the user's own way, and of each cache that the best one does not have.
+
+    They are compared on the runs that all of them did.
+    """
+    own, rows = search.space.own, [row for row in search.rows.values() if len(row.trials) >= search.compared]
+    caches = [cache for cache in dict.fromkeys(row.candidate.way.cache for row in rows) if cache != best.candidate.way.cache]
+    groups = [[row for row in rows if row.candidate.way == own]]
+    groups += [[row for row in rows if row.candidate.way.cache == cache] for cache in caches if cache != NONE]
+    found = [search.goal.best(row.on(search.compared) for row in group) for group in groups]
+    return [row for row in found if row is not None and row.candidate != best.candidate and search.goal.is_met(row)]
 
 
 def _correction(search: Search, best: Row) -> str:
@@ -50,11 +52,15 @@ def _correction(search: Search, best: Row) -> str:
         way, other = best.candidate.way, row.candidate.way
         is_pair = row.candidate.level == best.candidate.level and [name for name, _ in other.changes(way)] == ["correction"]
         if row.has_run and is_pair and set(best.trials) & set(row.trials):
-            mine, its = (_error_on(one, set(best.trials) & set(row.trials)) for one in (best, row))
-            if way.correction == NONE:
-                return f" No correction: with it the error is {its:.3g} instead of {mine:.3g}."
-            return f" Without the correction the error is {its:.3g} instead of {mine:.3g}."
+            common = set(best.trials) & set(row.trials)
+            mine, its = (_error_on(one, common) for one in (best, row))
+            without = "No correction: with it" if way.correction == NONE else "Without the correction"
+            return f" {without} the error is {its:.3g} instead of {mine:.3g} ({_runs(len(common))})."
     return ""
+
+
+def _runs(number: int) -> str:
+    return f"{number} run{'s' if number > 1 else ''}"
 
 
 def _error_on(row: Row, runs: Iterable[int]) -> float:

@@ -1,6 +1,7 @@
 """Plots of sampling runs, as RGB arrays. Their text is large enough for a node, which shows them 400 pixels wide."""
 
 import itertools
+import textwrap
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -270,11 +271,12 @@ def _label_points(figure, axes, points, texts, lines):
     return overlap == 0
 
 
-def _pareto_figure(points, front, reference, cost, texts, listed=(), chosen=None):
+def _pareto_figure(points, front, reference, cost, texts, listed=(), chosen=None, headline=""):
     """Return (figure, legible) of the Pareto plot.
 
     texts: written at the points. listed: the points' entries in the legend, if any. reference: (name, cost). chosen: the index
-    of the point that gets a ring, None for none. legible: whether no text hides anything.
+    of the point that gets a ring, None for none. headline: lines of text above the plot. legible:
+    whether no text hides anything.
     """
     highest, errors = 1.15 * max(reference[1], *(x for x, _ in points)), [y for _, y in points]
     on_front = {"marker": "o", "color": COLOURS[1], "markersize": 7}
@@ -289,7 +291,8 @@ def _pareto_figure(points, front, reference, cost, texts, listed=(), chosen=None
         *(Line2D([], [], linestyle="", **look, label=line) for look, line in zip(looks, listed)),
     ]
     columns = _legend_columns([key.get_label() for key in keys])
-    figure = _figure(4 + 0.19 * -(-len(keys) // columns))
+    figure = _figure(4 + 0.19 * -(-len(keys) // columns) + 0.18 * len(headline.splitlines()))
+    figure.suptitle(headline, fontsize=10)
     axes = figure.add_subplot(xlim=(0, highest), ylim=(min(errors) / 1.7, max(errors) * 1.7))
     _log_scale(axes)
     axes.set_xlabel(cost)
@@ -330,11 +333,12 @@ def pareto(runs, front, reference, cost):
     return _picture(figure)
 
 
-def found_settings(candidates, front, chosen):
+def found_settings(candidates, front, chosen, verdict):
     """Draw the candidates of a search: their errors and their shares of the full run's time; uint8 [H, W, 3].
 
     candidates: list of (settings in words, share, error), in any order. front: as in `pareto`; these have a number, and their
-    settings are below the plot. chosen: the index of the chosen one.
+    settings are below the plot. chosen: the index of the chosen one. verdict: a text that stands above the
+    plot, of any length.
     """
     order = [*front, *(index for index in range(len(candidates)) if index not in front)]  # the legend lists the first ones
     floor = min((error for *_, error in candidates if error > 0), default=1e-6) / 3  # where an error of 0 is drawn
@@ -343,7 +347,8 @@ def found_settings(candidates, front, chosen):
     listed = [f"{number}  {short[candidates[index][0]]}" for number, index in enumerate(front, 1)]
     texts = [str(number) if number <= len(front) else "" for number in range(1, len(order) + 1)]
     axis, marked = "time as a share of the full run's", order.index(chosen)
-    figure, _ = _pareto_figure(points, list(range(len(front))), ("the full run", 1.0), axis, texts, listed, marked)
+    above = textwrap.fill(verdict, 90)
+    figure, _ = _pareto_figure(points, list(range(len(front))), ("the full run", 1.0), axis, texts, listed, marked, above)
     return _picture(figure)
 
 

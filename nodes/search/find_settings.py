@@ -145,7 +145,7 @@ class IECFindSettings(CheckedNode):
         bar = comfy.utils.ProgressBar(1000)
         measuring = Measuring(model, variants, levels, runs, space.full, reference == CONVERGED)
         number = max(different, len(runs.prompts))
-        search = Search(space, Goal(goal == TIME, limit), measuring.measure, measuring.full_seconds, number, budget)
+        search = Search(space, Goal(goal == TIME, limit), measuring.measure, lambda: measuring.full_seconds, number, budget)
         for share in search.progress():
             bar.update_absolute(round(1000 * share))
             _log_progress(search, share, levels)
@@ -162,7 +162,7 @@ class IECFindSettings(CheckedNode):
         settings, way = as_dict(levels, best.candidate), best.candidate.way
         lines = table(list(search.rows.values()), search, lambda candidate: described(levels, candidate))
         text = "\n".join(f"| {' | '.join(line)} |" for line in (HEADER, ("---",) * len(HEADER), *lines))
-        plot = as_image(_plot(search, levels))
+        plot = as_image(_plot(search, levels, said))
         return io.NodeOutput(
             variants.model(best.candidate), settings["steps"], way.sampler, way.scheduler, json.dumps(settings, indent=1), said,
             text, plot, ui=shown_on(cls, plot, f"{said}\n\n{text}"),
@@ -177,12 +177,14 @@ def _log_progress(search, share, levels):
     logger.info(f"Find Settings (IEC): {described(levels, row.candidate)}: {found}; {share:.0%} done, about {left:.0f} s left")
 
 
-def _plot(search, levels):
-    """Return the plot. The full run is left out where its error is 0: it is the line to which errors are relative."""
-    rows = [row for row in search.rows.values() if row.has_run and (row.error > 0 or row is search.best)]
+def _plot(search, levels, said):
+    """Return the plot. Errors above 1 are left out, and the full run where its error is 0: it is the line to which errors are
+    relative.
+    """
+    rows = [row for row in search.rows.values() if row.has_run and (0 < row.error <= 1 or row is search.best)]
     front = pareto_front([(row.share, row.error) for row in rows])
     candidates = [(described(levels, row.candidate), row.share, row.error) for row in rows]
-    return plots.found_settings(candidates, front, rows.index(search.best))
+    return plots.found_settings(candidates, front, rows.index(search.best), said)
 
 
 NODES = [IECFindSettings]

@@ -30,15 +30,15 @@ class Measuring:
         self._converged = converged
         self._warm = set()
         self._references, self._full_trials = {}, {}
-        self.full_seconds = self._first()
-
-    def _first(self):
-        """Return the time of the full run: of the faster one of two, since other work on the machine only adds time."""
         _, once = self._sample(self._model, self._full, 0)
         self._enter_full(0)
-        trial = self._full_trials[0]
-        self._full_trials[0] = replace(trial, seconds=min(once, trial.seconds))
-        return self._full_trials[0].seconds
+        first = self._full_trials[0]
+        self._full_trials[0] = replace(first, seconds=min(once, first.seconds))
+
+    @property
+    def full_seconds(self):
+        """The time of the full run: of the fastest one so far, since other work on the machine only adds time."""
+        return min(trial.seconds for trial in self._full_trials.values())
 
     def measure(self, candidate, run):
         """Return the Trial of a candidate. Raises RefusedError if it cannot be run."""

@@ -6,6 +6,7 @@ The clock of the measurements counts how often the network's middle block runs, 
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from pack import pack_module
@@ -92,15 +93,24 @@ def test_shares_are_those_of_the_evaluations_and_errors_those_of_the_runs(find, 
     full = [drawn(model, 5 + run) for run in range(4)]
     fewer = mean_error([drawn(model, 5 + run, steps=4) for run in range(4)], full)
     assert rows["4 steps"][:3] == ("0.500", f"{fewer:.4g}", "4")
-    assert rows["8 steps"][:2] == ("1.000", "0")
+    assert rows["8 steps"][:3] == ("1.000", "0", "4")
     assert rows["DeepCache (4 of 8 steps in full)"][0] == "0.500"
+
+
+def test_shares_are_those_of_the_fastest_full_run(find, evaluations, monkeypatch):
+    """The machine is half as fast during the first two full runs, and the step before them; the third shows its true speed."""
+    slow = 1 + 2 * 8
+    clock = pack_module("nodes.host.search.measuring")
+    monkeypatch.setattr(clock, "seconds", lambda: float(len(evaluations) + min(len(evaluations), slow)))
+    rows = rows_of(find("fewer_steps", limit=0.8))
+    assert rows["8 steps"][0] == "1.000" and rows["6 steps"][0] == "0.750" and rows["6 steps"][3] == "chosen"
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
 def test_errors_to_the_converged_solution(find, drawn, model, sampler):
     rows = rows_of(find("fewer_steps", reference="converged", sampler_name=sampler))
-    exact = drawn(model, 5, sampler_name=sampler, steps=32)
-    error = mean_error([drawn(model, 5, sampler_name=sampler)], [exact])
+    exact, full = ([drawn(model, seed, sampler_name=sampler, steps=steps) for seed in (5, 6)] for steps in (32, 8))
+    error = mean_error(full, exact)
     assert rows["8 steps"][:2] == ("1.000", f"{error:.4g}")
 
 
@@ -232,6 +242,24 @@ def test_plot_marks_the_chosen_one(find):
     plot = find("fewer_steps", "caches")["plot"]
     ring = torch.tensor([0xE6, 0x9F, 0x00]) / 255
     assert plot.shape[0] == 1 and ((plot[0] - ring).abs().sum(-1) < 0.02).sum() > 30
+
+
+def test_plot_has_the_verdict_and_no_error_above_1_but_that_of_the_chosen_one(find, monkeypatch):
+    drawn = []
+    plots = pack_module("nodes.reports.plots")
+    monkeypatch.setattr(plots, "found_settings", lambda *given: drawn.append(given) or np.zeros((9, 9, 3), np.uint8))
+    monkeypatch.setattr(
+        pack_module("nodes.host.search.measuring"), "_error", lambda x, y: 0.0 if x is y else (x - y).norm().item() + 0.9
+    )
+    for limit in (0.8, 0.1):  # with 0.1, one step is the only one within the limit
+        found = find("fewer_steps", limit=limit)
+        candidates, _, chosen, above = drawn.pop()
+        table = {settings: float(row[1]) for settings, row in rows_of(found).items()}
+        assert max(table.values()) > 1 and above == found["verdict"]
+        name = candidates[chosen][0]
+        assert {one: error for one, error in table.items() if 0 < error <= 1 or one == name}.keys() == {
+            one[0] for one in candidates
+        }
 
 
 def test_type_of_a_choice_fits_every_list_of_choices():

@@ -23,7 +23,7 @@ def ended(goal, *rows, space=SPACE):
     """Return a search that has ended with these rows; the best is among those with the most runs."""
     most = max(len(row.trials) for row in rows)
     best = goal.best(row for row in rows if len(row.trials) == most)
-    return SimpleNamespace(goal=goal, space=space, rows={row.candidate: row for row in rows}, best=best)
+    return SimpleNamespace(goal=goal, space=space, rows={row.candidate: row for row in rows}, best=best, compared=most)
 
 
 def described(candidate):
@@ -53,6 +53,7 @@ def test_rivals_in_the_same_time():
     easy = row(5, 0.5, [0.03, 0.04], cache="EasyCache", sampler="res")
     others = row(9, 0.45, [0.06, 0.08]), row(4, 0.4, [0.04, 0.05], cache="EasyCache"), row(7, 0.4, [0.03, 0.03], sampler="res")
     same_cache = row(7, 0.45, [0.02, 0.03], cache="DeepCache")
+    others = *others, row(8, 0.4, [0.01]), row(3, 0.4, [0.01], cache="EasyCache")  # better, but on fewer runs
     assert (
         said(IN_TIME, FULL, own, easy, *others, same_cache, BEST)
         == f"{FOUND} In the same time: 10 0.06, res EasyCache 5 0.035."
@@ -73,6 +74,14 @@ def test_rivals_have_as_many_runs_and_are_within_the_limit(goal):
     assert said(goal, *fewer, *beyond, refused, BEST) == FOUND
 
 
+def test_a_search_that_was_stopped_compares_on_the_runs_that_all_did():
+    best, own = row(8, 0.49, [0.01, 0.03, 0.5], cache="DeepCache"), row(10, 0.5, [0.05, 0.07])
+    search = ended(IN_TIME, best, own)
+    search.compared = 2
+    found = "DeepCache 8 at 0.49 of the time: error 0.02 (2 runs). In the same time: 10 0.06."
+    assert verdict(search, described) == found
+
+
 def test_the_best_is_not_its_own_rival():
     own = row(10, 0.5, [0.05, 0.07])
     assert said(IN_TIME, FULL, own) == "10 at 0.50 of the time: error 0.06 (2 runs)."
@@ -83,9 +92,12 @@ def test_what_the_correction_changes():
     plain = row(9, 0.4, [0.02, 0.04])
     corrected = row(9, 0.5, [0.01, 0.02], correction="auto")
     found = "9 corrected at 0.50 of the time: error 0.015 (2 runs)."
-    assert said(IN_TIME, row(9, 0.4, [0.02]), corrected) == f"{found} Without the correction the error is 0.02 instead of 0.01."
+    assert (
+        said(IN_TIME, row(9, 0.4, [0.02]), corrected)
+        == f"{found} Without the correction the error is 0.02 instead of 0.01 (1 run)."
+    )
     assert said(IN_TIME, plain, corrected) == (
-        f"{found} In the same time: 9 0.03. Without the correction the error is 0.03 instead of 0.015."
+        f"{found} In the same time: 9 0.03. Without the correction the error is 0.03 instead of 0.015 (2 runs)."
     )
     other = row(8, 0.4, [0.02, 0.04]), row(9, 0.5, [0.03, 0.06], sampler="res", weights="8 bits")
     assert said(IN_TIME, *other, corrected) == f"{found} In the same time: 8 0.03."
@@ -94,7 +106,7 @@ def test_what_the_correction_changes():
 @pytest.mark.parametrize("goal", [IN_TIME, IN_ERROR])
 def test_that_no_correction_is_better(goal):
     worse = row(8, 0.5, [0.016], weights="8 bits", cache="DeepCache", correction="auto")
-    assert said(goal, worse, BEST) == f"{FOUND} No correction: with it the error is 0.016 instead of 0.01."
+    assert said(goal, worse, BEST) == f"{FOUND} No correction: with it the error is 0.016 instead of 0.01 (1 run)."
     refused = row(8, 0.5, [0.02], "out of memory", weights="8 bits", cache="DeepCache", correction="auto")
     assert said(goal, refused, BEST) == FOUND
     space = Space(SPACE.own, {"cache": ("DeepCache",)}, SPACE.levels, SPACE.expected)
@@ -113,7 +125,7 @@ def test_nothing_ran_says_why():
     def refuse(candidate, run):
         raise RefusedError("out of memory" if candidate.way.correction == NONE else "cannot be corrected")
 
-    search = Search(SPACE, IN_TIME, refuse, 1.0, 4, 10)
+    search = Search(SPACE, IN_TIME, refuse, lambda: 1.0, 4, 10)
     assert verdict(search, described) == "Nothing could be run: the search was stopped before its first result."
     search.run()
     assert verdict(search, described) == "Nothing could be run: cannot be corrected; out of memory."
