@@ -16,9 +16,9 @@ if COPIES is None:  # a second copy adds nothing: routes, operators and the web 
     from . import builtin
     from .caching import cachequant, deepcache
     from .correction import contraction, samplers
-    from .host.correction.progress_events import running_server
     from .host.correction.step_plan_route import serve_step_plans
     from .host.inputs import refuse_unfit_values
+    from .host.server import running_server
     from .quantization import calibrate_weights, quantization_profile, quantization_report, quantize
     from .reports import compare, pictures, report
     from .search import find_settings

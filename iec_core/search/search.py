@@ -3,6 +3,7 @@
 Successive halving: Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization", 2016.
 """
 
+import collections
 import functools
 import itertools
 import math
@@ -15,6 +16,8 @@ EXPLORING = 0.65  # the share of the budget for the first run, on which all ways
 MOST = 1.3  # the share of the budget at which the search ends in any case
 MUCH_FASTER = 0.85  # a way that takes less than this share of the allowed time gets a further level
 DELAYED = 1.5  # a run that takes this many times the expected time is repeated
+DELAY = 1.3  # by how much other work on the machine may lengthen a run without being noticed
+REPEATS = 3  # how often a candidate is run again because of that, at most
 WORTH_REFINING = 1.25  # a way whose error is this many times the best one's gets no further level
 
 
@@ -80,14 +83,15 @@ class Search:
             self._by_way.setdefault(candidate.way, []).append(self.rows[candidate])
         row = self.rows[candidate]
         try:
-            row.trials[run] = self._measured(candidate, run)
+            trial = self._measured(candidate, run)
+            row.trials[run] = min(row.trials.get(run, trial), trial, key=lambda one: one.seconds)
         except RefusedError as refusal:
-            row.reason = str(refusal)
+            row.reason = row.reason if run in row.trials else str(refusal)  # a run that is only repeated has its result already
             self.spent += refusal.spent
         else:
             self._by_weights.setdefault(candidate.way.weights, {}).setdefault(candidate.level, row)
-        for known in self.rows.values():
-            known.full_seconds = self._full_seconds()
+        for each in self.rows.values():
+            each.full_seconds = self._full_seconds()
         self._find_best()
 
     def _find_best(self) -> None:
@@ -99,10 +103,10 @@ class Search:
         """Return the Trial of a candidate; the faster of two if the first took much longer than the candidates measured so far
         let expect, because other work on the machine may have delayed it.
         """
-        expected, is_known = self._expected(candidate.way, candidate.level), bool(self._known(candidate.way))
+        expected = self._expected(candidate.way, candidate.level) if self._known(candidate.way) else math.inf
         trial = self._measure(candidate, run)
         self.spent += trial.spent
-        if not is_known or trial.seconds <= DELAYED * expected * self._full_seconds():
+        if trial.seconds <= DELAYED * expected * self._full_seconds():
             return trial
         try:
             again = self._measure(candidate, run)
@@ -117,6 +121,7 @@ class Search:
         for candidate in self._explore():
             yield candidate, 0
         yield from self._halve()
+        yield from self._time_again()
         yield from self._polish()
 
     # On the first run, best first: the ways that differ in one field from the best way whose neighbours were not tried yet.
@@ -241,6 +246,35 @@ class Search:
         plain = self.goal.best(row for row in ran if row.candidate.way == self.space.own)
         kept += [row.candidate for row in (plain, self.rows[self.space.full]) if row is not None and row.has_run]
         return sorted(dict.fromkeys(kept), key=lambda one: one.way.weights)  # so that each quantized model is made once
+
+    # With what is left of the budget: other work on the machine may have delayed those that would otherwise be better.
+
+    def _time_again(self) -> Iterator[tuple[Candidate, int]]:
+        """Yield further runs of candidates that would be the best, had they been delayed; the nearest first."""
+        repeats: collections.Counter[Candidate] = collections.Counter()
+        while self.spent < self.budget:
+            rows = [row for row in self.rows.values() if repeats[row.candidate] < REPEATS and self._may_be_delayed(row)]
+            if not rows:
+                return
+            row = min(rows, key=lambda row: row.share)
+            repeats[row.candidate] += 1
+            yield row.candidate, next((run for run in range(self._done) if run not in row.trials), 0)
+            if self.goal.is_met(row):
+                yield from ((row.candidate, run) for run in range(self._done) if run not in row.trials and not row.reason)
+                level = self._guess(row.candidate.way, self._of(row.candidate.way))
+                if level is not None:
+                    yield Candidate(row.candidate.way, level), 0
+
+    def _may_be_delayed(self, row: Row) -> bool:
+        """Tell whether a candidate would be better than the best one if its time were shorter by a delay."""
+        best = self.best
+        if best is None or not row.has_run:
+            return False
+        runs = [run for run in row.trials if run in best.trials]
+        error, least = (sum(one.trials[run].error for run in runs) for one in (row, best))
+        if self.goal.of_time:
+            return self.goal.limit < row.share <= DELAY * self.goal.limit and not self.goal.is_met(row) and error < least
+        return self.goal.is_met(row) and best.share < row.share <= DELAY * best.share
 
     def _polish(self) -> Iterator[tuple[Candidate, int]]:
         """Yield further levels, on all runs, of the ways that did all runs.

@@ -19,6 +19,7 @@ from ..host.search.measuring import Measuring
 from ..host.search.model import check_model
 from ..host.search.space import CONVERGED_NEEDS, adds_noise, as_dict, described, space_of
 from ..host.search.variants import Variants
+from ..host.server import show_text
 from ..reports import plots
 from ..types import ChoiceOutput, as_image, shown_on
 
@@ -148,7 +149,7 @@ class IECFindSettings(CheckedNode):
         search = Search(space, Goal(goal == TIME, limit), measuring.measure, lambda: measuring.full_seconds, number, budget)
         for share in search.progress():
             bar.update_absolute(round(1000 * share))
-            _log_progress(search, share, levels)
+            _show_progress(search, share, levels)
         bar.update_absolute(1000)
         return cls._output(search, levels, variants)
 
@@ -157,6 +158,7 @@ class IECFindSettings(CheckedNode):
         best = search.best
         said = verdict(search, lambda candidate: described(levels, candidate))
         logger.info(f"Find Settings (IEC): {said}")
+        show_text(said)
         if best is None:
             raise ValueError(f"model: {said}")
         settings, way = as_dict(levels, best.candidate), best.candidate.way
@@ -169,12 +171,16 @@ class IECFindSettings(CheckedNode):
         )  # fmt: skip
 
 
-def _log_progress(search, share, levels):
-    """Log the candidate that was measured last, and how long the search will still take."""
-    row = search.last
-    left = (1 - share) * search.budget * row.full_seconds
+def _show_progress(search, share, levels):
+    """Log the candidate that was measured last; show on the node the best so far, and how long the search will still take."""
+    left = f"{share:.0%} done, about {(1 - share) * search.budget * search.last.full_seconds:.0f} s left"
+    logger.info(f"Find Settings (IEC): {_in_words(search.last, levels)}; {left}")
+    show_text(f"{left}. Best so far: {_in_words(search.best, levels)}" if search.best else left)
+
+
+def _in_words(row, levels):
     found = row.reason or f"error {row.error:.3g} at {row.share:.2f} of the time"
-    logger.info(f"Find Settings (IEC): {described(levels, row.candidate)}: {found}; {share:.0%} done, about {left:.0f} s left")
+    return f"{described(levels, row.candidate)}: {found}"
 
 
 def _plot(search, levels, said):

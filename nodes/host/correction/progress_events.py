@@ -1,16 +1,10 @@
 """Progress of a run for the client: the host's progress bar, and the pack's own websocket events."""
 
-import sys
-
 import comfy.utils
 from comfy_execution.utils import get_executing_context
 
 from ....iec_core.run_report import TRACED
-
-
-def running_server():
-    """Return the host's server if this process is a server, else None. Only a server has loaded the module `server`."""
-    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+from ..server import running_server
 
 
 def _workflow_of(server, prompt_id):

@@ -1,5 +1,6 @@
 """The search, on synthetic trials: compared with an exhaustive search, within its budget, and stopped anywhere."""
 
+import collections
 import functools
 import statistics
 
@@ -113,10 +114,17 @@ def test_what_is_found_is_nearly_the_best_of_all(goal, budget, runs, seeds, boun
 @pytest.mark.parametrize("goal", [IN_TIME, Goal(True, 0.9), IN_ERROR, Goal(False, 0.01), Goal(False, 0.001)])
 def test_the_budget_is_respected(goal, budget, runs):
     for seed in range(8):
-        search = landscape(seed).search(goal, runs, budget)
+        spent = []
+
+        def measure(candidate, run, spent=spent, seed=seed):
+            trial = landscape(seed).measure(candidate, run)
+            spent.append(trial.spent)
+            return trial
+
+        search = landscape(seed).search(goal, runs, budget, measure)
         search.run()
-        dearest = max(trial.spent for row in search.rows.values() for trial in row.trials.values())
-        assert search.spent == pytest.approx(sum(t.spent for row in search.rows.values() for t in row.trials.values()))
+        dearest = max(spent)
+        assert search.spent == pytest.approx(sum(spent))
         assert budget / 2 < search.spent <= MOST * budget + dearest
         own = max(len(row.trials) for row in search.rows.values() if row.candidate.way == OWN)
         assert min(own, len(search.best.trials)) >= search.compared >= 2
@@ -309,6 +317,37 @@ def test_run_that_was_delayed_is_repeated():
     search = searched(Goal(True, 0.5), measure)
     assert search.best.candidate == Candidate(OWN, 10)
     assert len(calls) > len(set(calls)) and search.spent == pytest.approx(sum(one.level for one in calls) / LEVELS)
+
+
+@pytest.mark.parametrize("runs", [1, 4])
+@pytest.mark.parametrize("goal, level", [(Goal(True, 0.5), 10), (Goal(False, 0.1), 10)])
+def test_what_missed_by_a_small_delay_is_run_again(goal, level, runs):
+    """The first three runs of level 10 take 1.25 times as long. The own way has its error at level 12."""
+    calls = collections.Counter()
+
+    def measure(candidate, run):
+        calls[candidate] += 1
+        slow = 1.25 if candidate == best and calls[candidate] <= 3 else 1
+        share = candidate.level / LEVELS
+        return Trial(slow * share, (1 if candidate.way == best.way else 1.2) / candidate.level, share)
+
+    best = Candidate(Way("euler", "karras"), level)
+    search = searched(goal, measure, {"scheduler": ("karras",)}, runs)
+    assert search.best.candidate == best and len(search.best.trials) == runs and calls[best] > 3
+    assert search.spent == pytest.approx(sum(number * one.level / LEVELS for one, number in calls.items()))
+
+
+def test_what_is_run_again_is_bounded():
+    """Level 11 is too slow by a tenth, and better: it may have been delayed, until it has been run again three times."""
+    calls = collections.Counter()
+
+    def measure(candidate, run):
+        calls[candidate] += 1
+        return one_way(candidate, run)
+
+    limit = one_way(Candidate(OWN, 11), 0).seconds / 1.1
+    assert searched(Goal(True, limit), measure, runs=1).best.candidate == Candidate(OWN, 10)
+    assert calls[Candidate(OWN, 11)] <= 4 and max(calls.values()) <= 4
 
 
 def test_run_that_is_refused_when_it_is_repeated_keeps_its_first_trial():
