@@ -259,10 +259,10 @@ class Search:
             row = min(rows, key=lambda row: row.share)
             repeats[row.candidate] += 1
             yield row.candidate, next((run for run in range(self._done) if run not in row.trials), 0)
-            if self.goal.is_met(row):
+            if row.has_run and self.goal.is_met(row):
                 yield from ((row.candidate, run) for run in range(self._done) if run not in row.trials and not row.reason)
                 level = self._guess(row.candidate.way, self._of(row.candidate.way))
-                if level is not None:
+                if level is not None and not self._is_refused(row.candidate.way):
                     yield Candidate(row.candidate.way, level), 0
 
     def _may_be_delayed(self, row: Row) -> bool:
@@ -273,7 +273,7 @@ class Search:
         runs = [run for run in row.trials if run in best.trials]
         error, least = (sum(one.trials[run].error for run in runs) for one in (row, best))
         if self.goal.of_time:
-            return self.goal.limit < row.share <= DELAY * self.goal.limit and not self.goal.is_met(row) and error < least
+            return not self.goal.is_met(row) and row.share <= DELAY * self.goal.limit and error < least
         return self.goal.is_met(row) and best.share < row.share <= DELAY * best.share
 
     def _polish(self) -> Iterator[tuple[Candidate, int]]:
