@@ -46,7 +46,7 @@ SIZES = {
     "SaveImage": (340, 400),
     "PreviewImage": (340, 400),
     "PreviewAny": (640, 720),
-    "IECFindSettings": (620, 1120),
+    "IECFindSettings": (620, 1270),
     "Verdict": (640, 130),
     "IECReport": (460, 420),
     "IECJoinReports": (480, 0),
